@@ -1,0 +1,6 @@
+"""The backends, one package each; see :mod:`adasplash2.contract` for what each one has."""
+
+REGISTRY: dict[str, str] = {
+    # name: module, in the order in which the dispatcher asks them without measurements
+    "cpu": "adasplash2.backends.cpu",
+}

@@ -1,0 +1,94 @@
+"""What a backend is: the functions that every package under ``adasplash2.backends`` has.
+
+A backend is a module (its package's ``__init__``) with these functions at its top level. It
+imports :mod:`adasplash2.problem` and this module, never the dispatcher and never another
+backend. Adding one touches its own folder and one line of the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from adasplash2.problem import Inputs, Problem, RowProblem
+
+Config = Mapping[str, int | str]
+"""What a backend may choose for a problem: block sizes, instruction set, list capacity."""
+
+
+class Forward(NamedTuple):
+    """What an attention forward returns.
+
+    ``out``: ``(batch, heads_q, length_q, head_dim_v)``, dtype of the query.
+    ``tau``: ``(batch, heads_q, length_q)``, compute dtype; threshold of ``(alpha-1) * s``;
+    ``+inf`` for a row without an allowed key, NaN for a poisoned row.
+    ``saved``: 1-D uint8, what the backward of the same backend needs; its layout is the
+    backend's own. Empty where ``problem.needs_grad`` is False.
+    """
+
+    out: Tensor
+    tau: Tensor
+    saved: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStats:
+    """What one attention call did. ``B, H, L`` are batch, query heads and query length.
+
+    Attributes:
+        tau: ``(B, H, L)`` thresholds of ``(alpha-1) * s``, compute dtype.
+        support: ``(B, H, L)`` int32, keys with a probability above zero.
+        iterations: ``(B, H, L)`` int32, refinement steps of the threshold after the
+            histogram start.
+        empty_tiles: ``(B, H)`` float64, share of the 64x64 tiles with at least one allowed
+            pair in which every probability is zero.
+        backend: name of the backend that ran.
+    """
+
+    tau: Tensor
+    support: Tensor
+    iterations: Tensor
+    empty_tiles: Tensor
+    backend: str
+
+
+class Backend(Protocol):
+    """The functions of a backend module."""
+
+    @property
+    def name(self) -> str:
+        """Short name, as users give it to ``backend=``."""
+
+    def unavailable(self) -> str | None:
+        """Why nothing can run here, in a sentence; None where it can. Cheap, never raises."""
+
+    def refusals(self, problem: Problem | RowProblem) -> list[str]:
+        """All reasons why this problem cannot run here, a sentence each; empty: it can."""
+
+    def configs(self, problem: Problem | RowProblem) -> Sequence[Config]:
+        """Configurations to choose from; the first is the default without tuning."""
+
+    def saved_bytes(self, problem: Problem, config: Config) -> int | None:
+        """Length of ``Forward.saved``; None where it depends on the data."""
+
+    def forward(self, problem: Problem, inputs: Inputs, config: Config) -> Forward:
+        """Attention output, thresholds and what the backward needs."""
+
+    def backward(
+        self, problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, each in the shape and dtype of its input."""
+
+    def stats(self, problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
+        """A forward that records what it did."""
+
+    def rows_forward(self, problem: RowProblem, x: Tensor, config: Config) -> Tensor:
+        """Entmax of each row of ``x`` ``(rows, length)``, whose last stride is 1."""
+
+    def rows_backward(
+        self, problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
+    ) -> Tensor:
+        """Gradient of ``x`` from the output ``y`` and its gradient, both ``(rows, length)``."""

@@ -1,0 +1,235 @@
+"""What is asked: one attention call or one row mapping, validated once.
+
+Everything right of this module (backends, dispatcher, ops) reads a :class:`Problem`
+or a :class:`RowProblem` and never looks at raw arguments again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+"""Largest ``head_dim`` of queries, keys and values; what the kernels' registers are cut for."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""dtypes read as they are; bfloat16 and float16 are computed in float32."""
+
+
+class Inputs(NamedTuple):
+    """The tensors of one attention call, each ``(batch, heads, length, head_dim)``.
+
+    Later operands (bias, mask, slopes, lengths) become further optional fields here.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTransform:
+    """How ``q . k`` becomes a score, and which keys a query may see.
+
+    ``s_ij = scale * (q_i . k_j)`` over the keys ``j`` that query ``i`` may see. With
+    ``is_causal`` these are ``j <= i`` (top-left aligned, as torch's SDPA aligns it).
+    Windows, slopes, bias and packed lengths become further fields, read in the one place
+    per language where a score is formed.
+    """
+
+    scale: float
+    is_causal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One validated attention call, without its data."""
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    length_q: int
+    length_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: torch.device
+    alpha: float
+    scores: ScoreTransform
+    needs_grad: bool
+    strided: tuple[str, ...] = ()
+    """Names of the inputs whose ``head_dim`` stride is not 1 (backends copy those once)."""
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.heads_q // self.heads_kv
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of the arithmetic and of ``tau``: float64 for float64, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def allowed_pairs(self) -> int:
+        """(query, key) pairs that the masks allow, summed over batch and query heads."""
+        per_head = self.length_q * self.length_k
+        if self.scores.is_causal:
+            seen = min(self.length_q, self.length_k)
+            per_head = seen * (seen + 1) // 2 + (self.length_q - seen) * self.length_k
+        return self.batch * self.heads_q * per_head
+
+
+@dataclass(frozen=True, slots=True)
+class RowProblem:
+    """One validated ``entmax`` call: ``rows`` rows of ``length`` scores each."""
+
+    rows: int
+    length: int
+    dtype: torch.dtype
+    device: torch.device
+    alpha: float
+    needs_grad: bool
+
+
+def attention_problem(
+    inputs: Inputs,
+    *,
+    alpha: float,
+    scale: float | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    needs_grad: bool,
+) -> Problem:
+    """Validate one attention call.
+
+    Raises:
+        TypeError: an argument is not of the type it must be (a tensor, a number, a floating
+            dtype that is supported).
+        ValueError: rank, shape, device, head counts, ``alpha`` or ``scale`` do not fit. The
+            message names the argument, what came and what is allowed.
+    """
+    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+        _check_tensor(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, length, head_dim), "
+                f"got {tensor.dim()} with shape {tuple(tensor.shape)}"
+            )
+    query, key, value = inputs
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of query ({query.dtype}), got {tensor.dtype}"
+            )
+        if tensor.device != query.device:
+            raise ValueError(
+                f"{name} must be on the device of query ({query.device}), got {tensor.device}"
+            )
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{name} must have the batch of query ({query.shape[0]}), got {tensor.shape[0]}"
+            )
+    batch, heads_q, length_q, head_dim = query.shape
+    heads_kv, length_k = key.shape[1], key.shape[2]
+    if key.shape[3] != head_dim:
+        raise ValueError(f"key must have the head_dim of query ({head_dim}), got {key.shape[3]}")
+    if value.shape[1] != heads_kv or value.shape[2] != length_k:
+        raise ValueError(
+            f"value must have the heads and length of key ({heads_kv}, {length_k}), "
+            f"got ({value.shape[1]}, {value.shape[2]})"
+        )
+    for name, width in (("query", head_dim), ("value", value.shape[3])):
+        if not 1 <= width <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have a head_dim of 1 to {MAX_HEAD_DIM}, got {width}")
+    if heads_kv != heads_q:
+        if not enable_gqa:
+            raise ValueError(
+                f"key must have the heads of query ({heads_q}), got {heads_kv}; "
+                "pass enable_gqa=True to let query heads share key heads"
+            )
+        if heads_kv == 0 or heads_q % heads_kv:
+            raise ValueError(
+                f"query must have a multiple of the heads of key ({heads_kv}), got {heads_q}"
+            )
+    return Problem(
+        batch=batch,
+        heads_q=heads_q,
+        heads_kv=heads_kv,
+        length_q=length_q,
+        length_k=length_k,
+        head_dim=head_dim,
+        head_dim_v=value.shape[3],
+        dtype=query.dtype,
+        device=query.device,
+        alpha=check_alpha(alpha),
+        scores=ScoreTransform(scale=check_scale(scale, head_dim), is_causal=bool(is_causal)),
+        needs_grad=needs_grad,
+        strided=tuple(
+            name
+            for name, tensor in zip(Inputs._fields, inputs, strict=True)
+            if tensor.shape[3] > 1 and tensor.stride(3) != 1
+        ),
+    )
+
+
+def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
+    """Validate one ``entmax`` call over the last dimension of ``x``.
+
+    Raises:
+        TypeError, ValueError: as :func:`attention_problem`.
+    """
+    _check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least 1 dimension, got a 0-dimensional tensor")
+    length = x.shape[-1]
+    return RowProblem(
+        rows=math.prod(x.shape[:-1]),
+        length=length,
+        dtype=x.dtype,
+        device=x.device,
+        alpha=check_alpha(alpha),
+        needs_grad=needs_grad,
+    )
+
+
+def check_alpha(alpha: float) -> float:
+    """``alpha`` as a float.
+
+    Raises:
+        TypeError: ``alpha`` is not a real number.
+        ValueError: ``alpha`` is NaN, infinite or below 1.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha must be a real number of at least 1, got {alpha!r}")
+    if not (math.isfinite(alpha) and alpha >= 1.0):
+        raise ValueError(f"alpha must be a finite number of at least 1, got {alpha!r}")
+    return float(alpha)
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """``scale``, or ``1 / sqrt(head_dim)`` where it is None.
+
+    Raises:
+        TypeError: ``scale`` is not a real number or None.
+        ValueError: ``scale`` is NaN or infinite.
+    """
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a real number or None, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+    return float(scale)
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
