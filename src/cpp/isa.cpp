@@ -1,0 +1,72 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace adasplash2 {
+
+#define ADASPLASH2_DECLARE(name) \
+  namespace name {               \
+  extern const KernelTable table; \
+  }
+ADASPLASH2_DECLARE(baseline)
+#if defined(ADASPLASH2_HAVE_avx2)
+ADASPLASH2_DECLARE(avx2)
+#endif
+#if defined(ADASPLASH2_HAVE_avx512)
+ADASPLASH2_DECLARE(avx512)
+#endif
+
+namespace {
+
+// Every flag that CMakeLists.txt compiles the unit with is asked for here.
+std::vector<const KernelTable*> usable_tables() {
+  std::vector<const KernelTable*> tables;
+#if defined(ADASPLASH2_HAVE_avx2) || defined(ADASPLASH2_HAVE_avx512)
+  __builtin_cpu_init();
+  [[maybe_unused]] const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+      __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("popcnt") &&
+      __builtin_cpu_supports("f16c");
+#endif
+#if defined(ADASPLASH2_HAVE_avx512)
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512cd"))
+    tables.push_back(&avx512::table);
+#endif
+#if defined(ADASPLASH2_HAVE_avx2)
+  if (has_avx2) tables.push_back(&avx2::table);
+#endif
+  tables.push_back(&baseline::table);
+  return tables;
+}
+
+const KernelTable& choose() {
+  const auto tables = usable_tables();
+  const char* forced = std::getenv("ADASPLASH2_ISA");
+  if (forced == nullptr || *forced == '\0') return *tables.front();
+  std::string allowed;
+  for (const KernelTable* table : tables) {
+    if (table->isa == std::string(forced)) return *table;
+    allowed += (allowed.empty() ? "" : ", ") + std::string(table->isa);
+  }
+  throw std::invalid_argument("ADASPLASH2_ISA must be one of " + allowed +
+                              " on this processor, got '" + forced + "'");
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : usable_tables()) names.emplace_back(table->isa);
+  return names;
+}
+
+const KernelTable& kernels() {
+  static const KernelTable& table = choose();
+  return table;
+}
+
+}  // namespace adasplash2

@@ -1,0 +1,55 @@
+// All kernels of one instruction set: this file is compiled once per set, with
+// ADASPLASH2_ISA its name. Nothing here may have external linkage but the table.
+#include "backward.h"
+#include "entmax.h"
+#include "forward.h"
+
+namespace adasplash2::ADASPLASH2_ISA {
+namespace {
+
+template <class S>
+void pack_panels(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begin,
+                 int64_t panel_end, ComputeOf<S>* packed) {
+  using T = ComputeOf<S>;
+  constexpr int64_t keys = kPanelKeys<T>;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t first = panel * keys, left = length - first;
+    pack_transposed<S, T>(static_cast<const S*>(rows.data) + first * rows.stride, rows.stride,
+                          left < keys ? left : keys, keys, depth, packed + first * depth);
+  }
+}
+
+template <class S>
+int64_t forward_workspace(const AttentionProblem& problem) {
+  return ForwardWorkspace<ComputeOf<S>>(problem, nullptr).bytes;
+}
+
+template <class S>
+constexpr Kernels<ComputeOf<S>> kernels_of() {
+  using T = ComputeOf<S>;
+  Kernels<T> k = {};
+  k.panel_keys = kPanelKeys<T>;
+  k.task_keys = kTaskKeys<T>;
+  k.pack_panels = pack_panels<S>;
+  k.forward_workspace = forward_workspace<S>;
+  k.forward = forward<S>;
+  k.backward_rows_workspace = backward_rows_workspace<S>;
+  k.backward_rows = backward_rows<S>;
+  k.backward_keys_workspace = backward_keys_workspace<S>;
+  k.backward_keys = backward_keys<S>;
+  k.entmax_workspace = entmax_workspace<T>;
+  k.entmax = entmax<S>;
+  k.entmax_backward = entmax_backward<S>;
+  return k;
+}
+
+#define ADASPLASH2_STRING_(x) #x
+#define ADASPLASH2_STRING(x) ADASPLASH2_STRING_(x)
+
+}  // namespace
+
+extern const KernelTable table;
+const KernelTable table = {ADASPLASH2_STRING(ADASPLASH2_ISA), kernels_of<float>(),
+                           kernels_of<Bfloat16>(), kernels_of<Float16>(), kernels_of<double>()};
+
+}  // namespace adasplash2::ADASPLASH2_ISA

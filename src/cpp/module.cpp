@@ -1,3 +1,165 @@
+// The Python face of the core. Tensors come as (address, strides): the core links no torch, so
+// one build serves every torch release.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-PYBIND11_MODULE(_core, m) { m.doc() = "C++ core of adasplash2"; }
+#include <array>
+#include <cmath>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "attention.h"
+#include "entmax_rows.h"
+#include "isa.h"
+
+namespace py = pybind11;
+using namespace adasplash2;
+
+namespace {
+
+using Address = std::uintptr_t;
+// (address, batch stride, head stride, length stride), strides in elements.
+using Tensor = std::array<std::int64_t, 4>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+TensorRef tensor_ref(const Tensor& t) {
+  return {pointer<void>(static_cast<Address>(t[0])), t[1], t[2], t[3]};
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "float64") return Dtype::kFloat64;
+  if (name == "bfloat16") return Dtype::kBfloat16;
+  if (name == "float16") return Dtype::kFloat16;
+  throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got '" + name +
+                              "'");
+}
+
+Alpha alpha_of(double value) {
+  if (!(value > 1.0)) throw std::invalid_argument("alpha must be greater than 1");
+  Alpha alpha = {};
+  alpha.kind = value == 1.5   ? AlphaKind::k15
+               : value == 2.0 ? AlphaKind::k2
+                              : AlphaKind::kGeneral;
+  alpha.value = value;
+  alpha.exponent = 1.0 / (value - 1.0);
+  for (int k = 0; k <= kBins; ++k) alpha.powers[k] = std::pow(double(k) / kBins, alpha.exponent);
+  return alpha;
+}
+
+AttentionProblem problem_of(const std::array<std::int64_t, 7>& dims, const std::string& dtype,
+                            double alpha, double scale, bool is_causal) {
+  AttentionProblem p = {};
+  p.batch = dims[0];
+  p.heads_q = dims[1];
+  p.heads_kv = dims[2];
+  p.length_q = dims[3];
+  p.length_k = dims[4];
+  p.head_dim = dims[5];
+  p.head_dim_v = dims[6];
+  p.scores = {scale, is_causal, p.length_k};
+  p.alpha = alpha_of(alpha);
+  p.dtype = dtype_of(dtype);
+  // Keys, and rows within a group, are numbered in 32 bits.
+  if (p.length_k > INT32_MAX - 64 || p.group() * p.length_q > INT32_MAX - 64)
+    throw std::invalid_argument("length_k and group_size * length_q must be below 2^31");
+  return p;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "C++ core of adasplash2.";
+  m.attr("LIST_CAPACITY") = kListCapacity;
+  m.attr("TILE_ROWS") = kBlockRows;
+  m.attr("BINS") = kBins;
+
+  m.def("usable_isas", &usable_isas);
+  m.def("isa", [] { return std::string(kernels().isa); });
+
+  py::class_<Kept>(m, "Kept")
+      .def_property_readonly("bytes", &Kept::bytes)
+      .def(
+          "save", [](Kept& kept, Address to) { kept.save(pointer<void>(to)); }, py::arg("address"),
+          py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "attention_forward",
+      [](const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
+         double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
+         const Tensor& out, Address tau, bool keep, int threads, Address support,
+         Address iterations, Address tiles) {
+        ForwardArguments a = {};
+        a.problem = problem_of(dims, dtype, alpha, scale, is_causal);
+        a.query = tensor_ref(query);
+        a.key = tensor_ref(key);
+        a.value = tensor_ref(value);
+        a.out = tensor_ref(out);
+        a.tau = pointer<void>(tau);
+        a.keep = keep;
+        a.threads = threads;
+        a.support = pointer<std::int32_t>(support);
+        a.iterations = pointer<std::int32_t>(iterations);
+        a.tiles = pointer<std::uint8_t>(tiles);
+        const py::gil_scoped_release release;
+        return attention_forward(a);
+      },
+      py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
+      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("tau"),
+      py::arg("keep"), py::arg("threads"), py::arg("support") = 0, py::arg("iterations") = 0,
+      py::arg("tiles") = 0);
+
+  m.def(
+      "attention_backward",
+      [](const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
+         double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
+         const Tensor& grad_out, const Tensor& grad_query, const Tensor& grad_key,
+         const Tensor& grad_value, Address saved, std::int64_t saved_bytes, int threads) {
+        BackwardArguments a = {};
+        a.problem = problem_of(dims, dtype, alpha, scale, is_causal);
+        a.query = tensor_ref(query);
+        a.key = tensor_ref(key);
+        a.value = tensor_ref(value);
+        a.grad_out = tensor_ref(grad_out);
+        a.grad_query = tensor_ref(grad_query);
+        a.grad_key = tensor_ref(grad_key);
+        a.grad_value = tensor_ref(grad_value);
+        a.saved = pointer<void>(saved);
+        a.saved_bytes = saved_bytes;
+        a.threads = threads;
+        const py::gil_scoped_release release;
+        attention_backward(a);
+      },
+      py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
+      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("grad_out"),
+      py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"), py::arg("saved"),
+      py::arg("saved_bytes"), py::arg("threads"));
+
+  m.def(
+      "entmax_forward",
+      [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address x,
+         std::int64_t stride_x, Address y, int threads) {
+        const EntmaxArguments a = {rows, length, alpha_of(alpha), dtype_of(dtype), threads};
+        const py::gil_scoped_release release;
+        entmax_forward(a, pointer<void>(x), stride_x, pointer<void>(y));
+      },
+      py::arg("rows"), py::arg("length"), py::arg("dtype"), py::arg("alpha"), py::arg("x"),
+      py::arg("stride_x"), py::arg("y"), py::arg("threads"));
+
+  m.def(
+      "entmax_backward",
+      [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address y,
+         Address grad_y, std::int64_t stride_grad_y, Address grad_x, int threads) {
+        const EntmaxArguments a = {rows, length, alpha_of(alpha), dtype_of(dtype), threads};
+        const py::gil_scoped_release release;
+        entmax_backward(a, pointer<void>(y), pointer<void>(grad_y), stride_grad_y,
+                        pointer<void>(grad_x));
+      },
+      py::arg("rows"), py::arg("length"), py::arg("dtype"), py::arg("alpha"), py::arg("y"),
+      py::arg("grad_y"), py::arg("stride_grad_y"), py::arg("grad_x"), py::arg("threads"));
+}

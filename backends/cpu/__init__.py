@@ -1,0 +1,175 @@
+"""The CPU backend: the C++ core, any processor, any problem of the contract.
+
+Scan once, keep survivors: one dense ``Q K^T`` in register tiles, a running lower bound of the
+threshold from a coarse histogram, element lists, exact thresholds, sparse output and sparse
+gradients. Rows that keep more than ``list_capacity`` keys are *flat*: they take blocked dense
+work with memory linear in the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adasplash2 import _core
+from adasplash2.contract import AttentionStats, Config, Forward
+from adasplash2.problem import Inputs, Problem, RowProblem
+
+name = "cpu"
+
+
+def unavailable() -> str | None:
+    """None: the core is compiled with the package and runs on every processor."""
+    return None
+
+
+def refusals(problem: Problem | RowProblem) -> list[str]:
+    """All reasons against ``problem``."""
+    if problem.device.type != "cpu":
+        return [f"the tensors are on {problem.device}, and this backend computes on cpu"]
+    return []
+
+
+def configs(problem: Problem | RowProblem) -> Sequence[Config]:
+    """The one configuration: the instruction set is chosen once a process."""
+    return [{"isa": _core.isa(), "list_capacity": _core.LIST_CAPACITY, "bins": _core.BINS}]
+
+
+def saved_bytes(problem: Problem, config: Config) -> int | None:
+    """None: the lists are as long as the support, which only the data knows."""
+    return None
+
+
+def forward(problem: Problem, inputs: Inputs, config: Config) -> Forward:
+    """See :meth:`adasplash2.contract.Backend.forward`."""
+    out, tau, kept = _run(problem, inputs, keep=problem.needs_grad)
+    saved = torch.empty(kept.bytes if kept else 0, dtype=torch.uint8)
+    if kept:
+        kept.save(saved.data_ptr())
+    return Forward(out, tau, saved)
+
+
+def backward(
+    problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :meth:`adasplash2.contract.Backend.backward`."""
+    query, key, value = (_unit_stride(t) for t in inputs)
+    grad_out = _unit_stride(grad_out)
+    grads = tuple(torch.empty(t.shape, dtype=t.dtype) for t in inputs)
+    _core.attention_backward(
+        *_arguments(problem),
+        *(_reference(t) for t in (query, key, value, grad_out, *grads)),
+        forward.saved.data_ptr(),
+        forward.saved.numel(),
+        torch.get_num_threads(),
+    )
+    return grads[0], grads[1], grads[2]
+
+
+def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
+    """See :meth:`adasplash2.contract.Backend.stats`."""
+    rows = (problem.batch, problem.heads_q, problem.length_q)
+    side = _core.TILE_ROWS
+    tiles_q, tiles_k = -(-problem.length_q // side), -(-problem.length_k // side)
+    support = torch.empty(rows, dtype=torch.int32)
+    iterations = torch.empty(rows, dtype=torch.int32)
+    live = torch.zeros((*rows[:2], tiles_q, tiles_k), dtype=torch.uint8)
+    _, tau, _ = _run(
+        problem,
+        inputs,
+        keep=False,
+        support=support.data_ptr(),
+        iterations=iterations.data_ptr(),
+        tiles=live.data_ptr(),
+    )
+    allowed = tiles_q * tiles_k
+    if problem.scores.is_causal:  # tile (i, j) holds an allowed pair where j <= i
+        allowed = sum(min(i + 1, tiles_k) for i in range(tiles_q))
+    empty = 1.0 - live.sum(dim=(2, 3), dtype=torch.float64) / allowed
+    return AttentionStats(tau, support, iterations, empty, backend=name)
+
+
+def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
+    """See :meth:`adasplash2.contract.Backend.rows_forward`."""
+    y = torch.empty((problem.rows, problem.length), dtype=problem.dtype)
+    _core.entmax_forward(
+        problem.rows,
+        problem.length,
+        _dtype_name(problem.dtype),
+        problem.alpha,
+        x.data_ptr(),
+        x.stride(0),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
+    """See :meth:`adasplash2.contract.Backend.rows_backward`."""
+    y = y.contiguous()
+    if problem.length > 1 and grad_y.stride(1) != 1:
+        grad_y = grad_y.contiguous()
+    grad_x = torch.empty_like(y)
+    _core.entmax_backward(
+        problem.rows,
+        problem.length,
+        _dtype_name(problem.dtype),
+        problem.alpha,
+        y.data_ptr(),
+        grad_y.data_ptr(),
+        grad_y.stride(0),
+        grad_x.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_x
+
+
+def _run(
+    problem: Problem, inputs: Inputs, *, keep: bool, **record: int
+) -> tuple[Tensor, Tensor, _core.Kept | None]:
+    rows = (problem.batch, problem.heads_q, problem.length_q)
+    query, key, value = (_unit_stride(t) for t in inputs)
+    out = torch.empty((*rows, problem.head_dim_v), dtype=problem.dtype)
+    tau = torch.empty(rows, dtype=problem.compute_dtype)
+    kept = _core.attention_forward(
+        *_arguments(problem),
+        *(_reference(t) for t in (query, key, value, out)),
+        tau.data_ptr(),
+        keep,
+        torch.get_num_threads(),
+        **record,
+    )
+    return out, tau, kept
+
+
+def _arguments(
+    problem: Problem,
+) -> tuple[tuple[int, int, int, int, int, int, int], str, float, float, bool]:
+    dims = (
+        problem.batch,
+        problem.heads_q,
+        problem.heads_kv,
+        problem.length_q,
+        problem.length_k,
+        problem.head_dim,
+        problem.head_dim_v,
+    )
+    scores = problem.scores
+    return dims, _dtype_name(problem.dtype), problem.alpha, scores.scale, scores.is_causal
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    """The core walks head_dim without a stride; other layouts are copied once."""
+    return tensor if tensor.shape[3] == 1 or tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _reference(tensor: Tensor) -> tuple[int, int, int, int]:
+    batch, head, length, _ = tensor.stride()
+    return tensor.data_ptr(), batch, head, length

@@ -1,0 +1,356 @@
+// What every kernel shares: compile-time parameters, the argument block, element types,
+// tensor-core fragments and small warp helpers.
+//
+// A translation unit is one kernel family compiled for one problem kind. The launcher defines
+//   ADASPLASH2_DTYPE        0 bfloat16, 1 float16, 2 float32
+//   ADASPLASH2_HEAD_DIM     head_dim of queries and keys, 1 to 256
+//   ADASPLASH2_HEAD_DIM_V   head_dim of values, 1 to 256
+//   ADASPLASH2_ALPHA        an AlphaKind
+//   ADASPLASH2_CAUSAL       0 or 1
+//   ADASPLASH2_ALIGNED      1 where every row of every tensor starts on 16 bytes
+//   ADASPLASH2_CAPACITY     entries of a lane's survivor list (scan.cu)
+// No header but threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
+#pragma once
+
+#include "adasplash2/threshold.h"
+
+namespace adasplash2 {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using i64 = long long;
+
+constexpr int kHeadDim = ADASPLASH2_HEAD_DIM;
+constexpr int kHeadDimV = ADASPLASH2_HEAD_DIM_V;
+constexpr AlphaKind kAlpha = static_cast<AlphaKind>(ADASPLASH2_ALPHA);
+constexpr bool kCausal = ADASPLASH2_CAUSAL;
+constexpr bool kAligned = ADASPLASH2_ALIGNED;
+
+template <int width>
+constexpr int padded = (width + 15) / 16 * 16;
+constexpr int kDim = padded<kHeadDim>;  // widths as the matrix fragments see them
+constexpr int kDimV = padded<kHeadDimV>;
+
+constexpr u32 kAllLanes = 0xffffffffu;
+constexpr float kInf = __builtin_huge_valf();
+constexpr float kHuge = 1e30f;  // a bound that no score passes, and that stays finite in sums
+
+// Rows that one warp of the scan owns: two 16-row fragments share every key fragment, which
+// halves the shared-memory reads that would otherwise bound the products.
+constexpr int kWarpRows = 32;
+// Entries of the survivor arena per query row; a group of kWarpRows rows shares
+// kWarpRows * kArenaRow of them, so single rows may keep more.
+constexpr int kArenaRow = 64;
+
+struct View {  // (batch, heads, length, head_dim) with unit stride in head_dim
+  void* data;
+  i64 batch, head, row;  // strides in elements
+};
+
+struct Entry {  // a survivor of one query row
+  int column;
+  float x;  // z - tau > 0
+};
+
+struct Record {  // a survivor of one key column
+  int row;       // query row, counted over the group's heads: member * length_q + i
+  float ds, p;
+  int unused;
+};
+
+struct Params {
+  View q, k, v, o, grad_o, grad_q, grad_k, grad_v;
+  float* tau;        // (batch * heads_q, length_q)
+  int* iterations;   // likewise, or null
+  u8* tiles;         // (batch * heads_q, tiles_q, tiles_k) 64x64 tiles with support, or null
+  int* row_start;    // first arena entry of a row; rows are numbered tile by tile
+  int* row_count;    // survivors of a row
+  u8* flat;          // per group of kWarpRows rows: 1 where the dense kernels take over
+  Entry* entries;    // the arena
+  int* rank;         // arrival of an arena entry in its column
+  int* column_count;
+  int* column_start;
+  Record* records;
+  float* delta;      // (batch * heads_q, length_q), flat rows only
+  float* partial;    // sums of the pieces of long columns
+  int* long_columns; // [0] their number, then (column, piece base) pairs
+  int batch, heads_q, heads_kv, group, length_q, length_k, groups_q;
+  float c, inv_c;    // z = c * (q . k), c = (alpha-1) |scale| > 0; and its inverse
+  float scale;       // as given; a negative one is carried by the sign of q
+  float q_sign;      // 1, -1, or 0 where scale is 0
+  float r;           // 1 / (alpha-1)
+  int long_limit, long_capacity, pieces;
+};
+
+// --- element types -------------------------------------------------------------------------
+
+struct Bf16 {
+  u16 bits;
+  static __device__ __forceinline__ float2 unpack(u32 pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  }
+  static __device__ __forceinline__ u32 pack(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+};
+
+struct Fp16 {
+  u16 bits;
+  static __device__ __forceinline__ float2 unpack(u32 pair) {
+    float2 out;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(out.x), "=f"(out.y) : "r"(pair));
+    return out;
+  }
+  static __device__ __forceinline__ u32 pack(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+};
+
+struct Fp32 {
+  float bits;
+  // Pairs in a word exist for 16-bit types only; these let their branches compile.
+  static __device__ float2 unpack(u32) { return {}; }
+  static __device__ u32 pack(float, float) { return 0; }
+};
+
+#if ADASPLASH2_DTYPE == 0
+using Scalar = Bf16;
+#elif ADASPLASH2_DTYPE == 1
+using Scalar = Fp16;
+#else
+using Scalar = Fp32;
+#endif
+constexpr bool kHalf = sizeof(Scalar) == 2;
+
+__device__ __forceinline__ float to_float(Scalar x) {
+  if constexpr (kHalf) return Scalar::unpack(u32(x.bits)).x;
+  else return x.bits;
+}
+
+__device__ __forceinline__ void store(Scalar* to, float x) {
+  if constexpr (kHalf) to->bits = u16(Scalar::pack(x, 0.f));
+  else to->bits = x;
+}
+
+template <class T = Scalar>
+__device__ __forceinline__ T* row_of(const View& view, int batch, int head, int row) {
+  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
+}
+
+// Elements [at, at + 8) of a row that holds `width`; zeros beyond it.
+template <int width>
+__device__ __forceinline__ void load8(const Scalar* row, int at, float (&out)[8]) {
+  if constexpr (kAligned && kHalf) {
+    uint4 raw = {0, 0, 0, 0};
+    if (at < width) raw = __ldg(reinterpret_cast<const uint4*>(row + at));
+    const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = Scalar::unpack(words[i]);
+      out[2 * i] = pair.x;
+      out[2 * i + 1] = pair.y;
+    }
+  } else if constexpr (kAligned) {
+    float4 a = {0, 0, 0, 0}, b = a;
+    if (at < width) a = __ldg(reinterpret_cast<const float4*>(row + at));
+    if (at + 4 < width) b = __ldg(reinterpret_cast<const float4*>(row + at + 4));
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+    out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = at + i < width ? to_float(row[at + i]) : 0.f;
+  }
+}
+
+template <int width>
+__device__ __forceinline__ void store8(Scalar* row, int at, const float (&in)[8]) {
+  if constexpr (kAligned && kHalf) {
+    if (at < width)
+      *reinterpret_cast<uint4*>(row + at) = {
+          Scalar::pack(in[0], in[1]), Scalar::pack(in[2], in[3]),
+          Scalar::pack(in[4], in[5]), Scalar::pack(in[6], in[7])};
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (at + i < width) store(row + at + i, in[i]);
+  }
+}
+
+// Lanes that share one row of `width` elements in the gathers, eight elements each.
+template <int width>
+constexpr int lanes_per_row = width <= 64 ? 8 : width <= 128 ? 16 : 32;
+
+// --- warp helpers --------------------------------------------------------------------------
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+
+template <int lanes, class T>
+__device__ __forceinline__ T sum_over(T x) {  // over aligned groups of `lanes` lanes
+#pragma unroll
+  for (int step = 1; step < lanes; step *= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+template <int lanes>
+__device__ __forceinline__ float max_over(float x) {
+#pragma unroll
+  for (int step = 1; step < lanes; step *= 2)
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
+}
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < kInf; }
+
+// --- the mathematics of one score ----------------------------------------------------------
+
+__device__ __forceinline__ float power(float x, float exponent) {
+  return exp2f(exponent * __log2f(x));
+}
+
+// p = x^r
+__device__ __forceinline__ float probability(float x, float r) {
+  if constexpr (kAlpha == AlphaKind::k15) return x * x;
+  if constexpr (kAlpha == AlphaKind::k2) return x;
+  return power(x, r);
+}
+
+// u = p^(2-alpha) = x^(r-1), the weight of a score in the backward
+__device__ __forceinline__ float weight(float x, float r) {
+  if constexpr (kAlpha == AlphaKind::k15) return x;
+  if constexpr (kAlpha == AlphaKind::k2) return 1.f;
+  return power(x, r - 1.f);
+}
+
+__device__ __forceinline__ void accumulate(Moments<float>& m, float x, float r) {
+  if constexpr (kAlpha == AlphaKind::kGeneral) {
+    if (x > 0.f) {
+      const float low = power(x, r - 2.f);
+      m.s0 += low;
+      m.s1 += low * x;
+      m.s2 += low * x * x;
+    }
+  } else {
+    const float inside = fmaxf(x, 0.f);
+    m.s0 += x > 0.f ? 1.f : 0.f;
+    m.s1 += inside;
+    if constexpr (kAlpha == AlphaKind::k15) m.s2 = fmaf(inside, inside, m.s2);
+  }
+}
+
+template <int lanes>
+__device__ __forceinline__ Moments<float> sum_over(Moments<float> m) {
+  return {sum_over<lanes>(m.s0), sum_over<lanes>(m.s1), sum_over<lanes>(m.s2)};
+}
+
+// One guarded step on f(t): narrows [lo, hi] around the root by the moments at t and moves t
+// inside it. True when t is final: steps below kStepFloor are float32 round-off of y. A small
+// step with a large excess (alpha > 2, where f has infinite slopes) is a stall: bisect.
+constexpr float kStepFloor = 6e-8f;
+constexpr float kExcessFloor = 1e-5f;
+
+__device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& lo, float& hi,
+                                       float& t) {
+  const float f = excess<kAlpha>(m);
+  const float step = refinement_step<kAlpha>(m, r);
+  if (f >= 0.f) lo = t; else hi = t;
+  if (fabsf(step) <= kStepFloor && fabsf(f) <= kExcessFloor) return true;
+  const float next = t + step;
+  t = next > lo && next < hi && fabsf(step) > kStepFloor ? next : 0.5f * (lo + hi);
+  return hi - lo <= kStepFloor;
+}
+
+// --- shared memory, copies and matrix fragments --------------------------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ float load_shared(u32 address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ u32 load_shared_u16(u32 address) {
+  u16 x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_shared(u32 address, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared_u16(u32 address, u32 x) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(u16(x)) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Bytes from one row of a tile in shared memory to the next. The 16 bytes of padding put eight
+// successive rows on different banks, so ldmatrix reads them without conflict.
+template <int dim>
+constexpr int tile_stride = dim * int(sizeof(Scalar)) + 16;
+
+// Start copying rows [first, first + rows) of one head into a tile; rows from `length` on and
+// columns from `width` on become zeros. Visible after copy_wait() and a barrier.
+template <int rows, int width, int threads>
+__device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 row_stride,
+                                          int first, int length) {
+  constexpr int dim = padded<width>;
+  constexpr int per_unit = 16 / int(sizeof(Scalar));
+  constexpr int units = dim / per_unit;
+  for (int i = threadIdx.x; i < rows * units; i += threads) {
+    const int row = i / units, at = i % units * per_unit;
+    char* to = tile + row * tile_stride<dim> + i % units * 16;
+    const bool inside = first + row < length;
+    const Scalar* from = head + i64(inside ? first + row : 0) * row_stride;
+    if constexpr (kAligned) {
+      const int bytes = inside && at < width ? 16 : 0;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                   "l"(from + (at < width ? at : 0)), "r"(bytes) : "memory");
+    } else {
+#pragma unroll
+      for (int j = 0; j < per_unit; ++j)
+        reinterpret_cast<Scalar*>(to)[j] = inside && at + j < width ? from[at + j] : Scalar{};
+    }
+  }
+}
+
+// A 16-row left operand. Lane l holds rows l/4 and l/4 + 8 at columns 2 (l%4) + {0, 1, 8, 9}.
+struct Left {
+  u32 r[4];
+};
+
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// d = a b + c for a 16x16 times 16x8 product
+__device__ __forceinline__ void multiply(float (&d)[4], const Left& a, u32 b0, u32 b1,
+                                         float c0, float c1, float c2, float c3) {
+#define ADASPLASH2_MMA(type)                                                             \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                             \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"         \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                   \
+      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1), "f"(c0),   \
+        "f"(c1), "f"(c2), "f"(c3))
+#if ADASPLASH2_DTYPE == 1
+  ADASPLASH2_MMA("f16");
+#else
+  ADASPLASH2_MMA("bf16");
+#endif
+#undef ADASPLASH2_MMA
+}
+
+}  // namespace adasplash2

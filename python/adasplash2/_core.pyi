@@ -1,0 +1,66 @@
+"""C++ core. Tensors are ``(address, batch stride, head stride, length stride)`` in elements."""
+
+_Dims = tuple[int, int, int, int, int, int, int]
+"""batch, heads_q, heads_kv, length_q, length_k, head_dim, head_dim_v"""
+_Tensor = tuple[int, int, int, int]
+
+LIST_CAPACITY: int
+TILE_ROWS: int
+BINS: int
+
+def usable_isas() -> list[str]: ...
+def isa() -> str: ...
+
+class Kept:
+    @property
+    def bytes(self) -> int: ...
+    def save(self, address: int) -> None: ...
+
+def attention_forward(
+    dims: _Dims,
+    dtype: str,
+    alpha: float,
+    scale: float,
+    is_causal: bool,
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    out: _Tensor,
+    tau: int,
+    keep: bool,
+    threads: int,
+    support: int = 0,
+    iterations: int = 0,
+    tiles: int = 0,
+) -> Kept | None: ...
+def attention_backward(
+    dims: _Dims,
+    dtype: str,
+    alpha: float,
+    scale: float,
+    is_causal: bool,
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    grad_out: _Tensor,
+    grad_query: _Tensor,
+    grad_key: _Tensor,
+    grad_value: _Tensor,
+    saved: int,
+    saved_bytes: int,
+    threads: int,
+) -> None: ...
+def entmax_forward(
+    rows: int, length: int, dtype: str, alpha: float, x: int, stride_x: int, y: int, threads: int
+) -> None: ...
+def entmax_backward(
+    rows: int,
+    length: int,
+    dtype: str,
+    alpha: float,
+    y: int,
+    grad_y: int,
+    stride_grad_y: int,
+    grad_x: int,
+    threads: int,
+) -> None: ...

@@ -1,0 +1,43 @@
+// Attention over whole tensors: tasks, threads, memory.
+#pragma once
+
+#include <memory>
+
+#include "types.h"
+
+namespace adasplash2 {
+
+struct ForwardArguments {
+  AttentionProblem problem;
+  TensorRef query, key, value, out;
+  void* tau;            // (batch, heads_q, length_q), compute dtype
+  int32_t* iterations;  // likewise, or null
+  int32_t* support;     // likewise, or null
+  uint8_t* tiles;       // (batch, heads_q, row blocks, key blocks), zeroed, or null
+  bool keep;            // keep what the backward needs
+  int threads;
+};
+
+// What a forward keeps until its owner has room for it: `bytes()` long, copied by `save`.
+class Kept {
+ public:
+  virtual ~Kept() = default;
+  virtual int64_t bytes() const = 0;
+  virtual void save(void* to) = 0;
+};
+
+// Null where nothing is kept.
+std::unique_ptr<Kept> attention_forward(const ForwardArguments& arguments);
+
+struct BackwardArguments {
+  AttentionProblem problem;
+  TensorRef query, key, value, grad_out, grad_query, grad_key, grad_value;
+  const void* saved;
+  int64_t saved_bytes;
+  int threads;
+};
+
+// Throws std::invalid_argument where `saved` is not what a forward of this problem kept.
+void attention_backward(const BackwardArguments& arguments);
+
+}  // namespace adasplash2

@@ -1,0 +1,97 @@
+// Entmax of dense rows, and its gradient.
+#pragma once
+
+#include "forward.h"
+
+namespace adasplash2::ADASPLASH2_ISA {
+
+template <class T>
+struct EntmaxWorkspace {
+  T *values, *candidates;
+  int64_t bytes;
+
+  ADASPLASH2_INLINE EntmaxWorkspace(int64_t length, void* base) {
+    Arena arena{static_cast<char*>(base)};
+    values = arena.take<T>(length + 2 * kLanes<T>);
+    candidates = arena.take<T>(length + 2 * kLanes<T>);
+    bytes = arena.used;
+  }
+};
+
+template <class T>
+static int64_t entmax_workspace(int64_t length) {
+  return EntmaxWorkspace<T>(length, nullptr).bytes;
+}
+
+template <class S, AlphaKind K>
+ADASPLASH2_INLINE void entmax_rows(const EntmaxTask<ComputeOf<S>>& task) {
+  using T = ComputeOf<S>;
+  constexpr int L = kLanes<T>;
+  const EntmaxWorkspace<T> ws(task.length, task.workspace);
+  const Power<T> power = power_of<T>(*task.alpha);
+  const T multiplier = T(task.alpha->value - 1.0);
+  const int64_t n = task.length, whole = n / L * L;
+  for (int64_t i = 0; i < task.rows; ++i) {
+    const S* x = static_cast<const S*>(task.x) + i * task.stride_x;
+    S* y = static_cast<S*>(task.y) + i * n;
+    for (int64_t j = 0; j < whole; j += L) store(ws.values + j, load_compute(x + j) * multiplier);
+    if (whole < n) store(ws.values + whole, load_partial(x + whole, int(n - whole)) * multiplier);
+    const DenseRow<T> row = solve_dense<K, T>(ws.values, n, ws.candidates, power);
+    const auto p_at = [&](int64_t j) {
+      return probability<K>((load(ws.values + j) - row.max) - row.tau, power) * row.scale;
+    };
+    const bool empty = row.state == RowState::kEmpty;
+    for (int64_t j = 0; j < n; j += L) {
+      T p[L];
+      store(p, empty ? Vec<T>{} : p_at(j));
+      store_storage(y + j, p, j < whole ? L : n - whole);
+    }
+  }
+}
+
+template <class S>
+static void entmax(const EntmaxTask<ComputeOf<S>>& task) {
+  with_kind(task.alpha->kind,
+            [&](auto kind) { entmax_rows<S, decltype(kind)::value>(task); });
+}
+
+// dx = u (dy - sum u dy / sum u), u = y^(2-alpha).
+template <class S, AlphaKind K>
+ADASPLASH2_INLINE void entmax_backward_rows(const EntmaxBackwardTask& task) {
+  using T = ComputeOf<S>;
+  constexpr int L = kLanes<T>;
+  const EntmaxWorkspace<T> ws(task.length, task.workspace);
+  const Power<T> power = power_of<T>(*task.alpha);
+  const int64_t n = task.length, whole = n / L * L;
+  for (int64_t i = 0; i < task.rows; ++i) {
+    const S* y = static_cast<const S*>(task.y) + i * n;
+    const S* dy = static_cast<const S*>(task.grad_y) + i * task.stride_grad_y;
+    S* dx = static_cast<S*>(task.grad_x) + i * n;
+    Vec<T> total = {}, weighted = {};
+    for (int64_t j = 0; j < n; j += L) {
+      const bool full = j < whole;
+      const Vec<T> p = full ? load_compute(y + j) : load_partial(y + j, int(n - whole));
+      const Vec<T> g = full ? load_compute(dy + j) : load_partial(dy + j, int(n - whole));
+      const Vec<T> u = sensitivity<K>(p, power);
+      total += u;
+      weighted += u == T(0) ? u : u * g;  // an infinite gradient off the support is not felt
+      store(ws.values + j, u);
+      store(ws.candidates + j, g);
+    }
+    const T mass = sum<T>(total), delta = mass == T(0) ? T(0) : sum<T>(weighted) / mass;
+    for (int64_t j = 0; j < n; j += L) {
+      const Vec<T> u = load(ws.values + j);
+      T grad[L];
+      store(grad, u == T(0) ? u : u * (load(ws.candidates + j) - delta));
+      store_storage(dx + j, grad, j < whole ? L : n - whole);
+    }
+  }
+}
+
+template <class S>
+static void entmax_backward(const EntmaxBackwardTask& task) {
+  with_kind(task.alpha->kind,
+            [&](auto kind) { entmax_backward_rows<S, decltype(kind)::value>(task); });
+}
+
+}  // namespace adasplash2::ADASPLASH2_ISA

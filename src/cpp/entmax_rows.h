@@ -1,0 +1,21 @@
+// Entmax of the rows of a matrix: tasks and threads.
+#pragma once
+
+#include "types.h"
+
+namespace adasplash2 {
+
+struct EntmaxArguments {
+  int64_t rows, length;
+  Alpha alpha;
+  Dtype dtype;
+  int threads;
+};
+
+// y (dense) = entmax(x), row by row; strides count elements between rows.
+void entmax_forward(const EntmaxArguments& arguments, const void* x, int64_t stride_x, void* y);
+
+void entmax_backward(const EntmaxArguments& arguments, const void* y, const void* grad_y,
+                     int64_t stride_grad_y, void* grad_x);
+
+}  // namespace adasplash2

@@ -1,0 +1,72 @@
+// Parallel loops whose result does not depend on the number of threads: every index is one
+// task with its own outputs, handed out in order as threads get free.
+#pragma once
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
+
+namespace adasplash2 {
+
+// body(index, thread); an exception thrown in it is rethrown here once all threads are back.
+template <class F>
+void parallel_for(int64_t n, int threads, F body) {
+  std::exception_ptr error;
+  std::mutex mutex;
+  if (threads < 1) threads = 1;
+  if (n < threads) threads = n < 1 ? 1 : int(n);
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads) if (threads > 1)
+#endif
+  {
+#if defined(_OPENMP)
+    const int thread = omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+#else
+    const int thread = 0;
+#endif
+    for (int64_t i = 0; i < n; ++i) {
+      try {
+        body(i, thread);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!error) error = std::current_exception();
+      }
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Uninitialised memory, aligned to a cache line; pages become resident when touched.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t n) : size_(n) {
+    const size_t bytes = (size_t(n) * sizeof(T) + 63) / 64 * 64;
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
+    if (!data_) throw std::bad_alloc();
+  }
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  T& operator[](int64_t i) { return data_.get()[i]; }
+  const T& operator[](int64_t i) const { return data_.get()[i]; }
+  int64_t size() const { return size_; }
+
+ private:
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+}  // namespace adasplash2

@@ -1,0 +1,318 @@
+// Vectors of the instruction set this unit is compiled for: GCC/Clang vector types carry the
+// arithmetic, and the few operations they lack (comparison to a bit mask, compression) have
+// one intrinsic version per instruction set and one portable version.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "types.h"
+
+namespace adasplash2::ADASPLASH2_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t keys __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t ints __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t keys __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+using Ints = typename VectorOf<T>::ints;  // lanes as wide as T
+template <class T>
+using Keys = typename VectorOf<T>::keys;  // as many lanes, 32 bits each
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class To, class From>
+ADASPLASH2_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class T>
+ADASPLASH2_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+template <class T>
+ADASPLASH2_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class T>
+ADASPLASH2_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+template <class T>
+ADASPLASH2_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+template <class T>
+ADASPLASH2_INLINE Vec<T> vmin(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+
+// Reductions in a fixed order.
+template <class T>
+ADASPLASH2_INLINE T sum(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+template <class T>
+ADASPLASH2_INLINE T largest(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i)
+      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+}
+template <class T>
+ADASPLASH2_INLINE T smallest(Vec<T> v) {
+  return -largest<T>(-v);
+}
+
+// --- storage dtypes -------------------------------------------------------------------------
+
+// A float16's bits as float: exponent and mantissa moved up, the exponent bias mended by a
+// multiplication (which also normalises subnormals), infinities and NaN mended by a maximum.
+template <class I, class F>
+ADASPLASH2_INLINE F float16_bits_to_float(I bits) {
+  const I magnitude = (bits & 0x7fff) << 13;
+  const F value = bits_as<F>(magnitude) * 0x1p112f;
+  const I special = magnitude >= (0x7c00 << 13) ? I{} + 0x7f800000 : I{};
+  return bits_as<F>(bits_as<I>(value) | special | ((bits & 0x8000) << 16));
+}
+
+ADASPLASH2_INLINE float to_compute(float x) { return x; }
+ADASPLASH2_INLINE double to_compute(double x) { return x; }
+ADASPLASH2_INLINE float to_compute(Bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+ADASPLASH2_INLINE float to_compute(Float16 x) {
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
+  const float value = bits_as<float>(magnitude) * 0x1p112f;
+  return bits_as<float>(bits_as<uint32_t>(value) | special | (x.bits & 0x8000u) << 16);
+}
+
+// Rounded to nearest, ties to even.
+ADASPLASH2_INLINE void from_compute(float x, float* p) { *p = x; }
+ADASPLASH2_INLINE void from_compute(double x, double* p) { *p = x; }
+ADASPLASH2_INLINE void from_compute(float x, Bfloat16* p) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  p->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+ADASPLASH2_INLINE void from_compute(float x, Float16* p) {
+  const uint32_t bits = bits_as<uint32_t>(x), sign = bits >> 16 & 0x8000;
+  const float magnitude = bits_as<float>(bits & 0x7fffffffu);
+  uint32_t half;
+  if (!(magnitude < 65520.0f)) {
+    half = x != x ? 0x7e00 : 0x7c00;
+  } else if (magnitude < 0x1p-14f) {  // subnormal: the addition rounds at the right bit
+    half = bits_as<uint32_t>(magnitude + 0.5f) - 0x3f000000u;
+  } else {
+    const uint32_t m = bits & 0x7fffffffu;
+    half = (m - (112u << 23) + 0xfff + (m >> 13 & 1)) >> 13;
+  }
+  p->bits = uint16_t(sign | half);
+}
+
+ADASPLASH2_INLINE Vec<float> load_compute(const float* p) { return load(p); }
+ADASPLASH2_INLINE Vec<double> load_compute(const double* p) { return load(p); }
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+ADASPLASH2_INLINE Ints<float> load_bits(const void* p) {
+  HalfBits half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, Ints<float>);
+}
+ADASPLASH2_INLINE Vec<float> load_compute(const Bfloat16* p) {
+  return bits_as<Vec<float>>(load_bits(p) << 16);
+}
+ADASPLASH2_INLINE Vec<float> load_compute(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  return float16_bits_to_float<Ints<float>, Vec<float>>(load_bits(p));
+#endif
+}
+
+// The first n < kLanes elements, zeros behind them.
+template <class S>
+ADASPLASH2_INLINE auto load_partial(const S* p, int n) {
+  S buffer[kLanes<decltype(to_compute(S{}))>] = {};
+  __builtin_memcpy(buffer, p, size_t(n) * sizeof(S));
+  return load_compute(buffer);
+}
+
+template <class S, class T>
+ADASPLASH2_INLINE void store_storage(S* p, const T* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) from_compute(values[i], p + i);
+}
+
+template <class S>
+using ComputeOf = decltype(to_compute(S{}));
+
+// --- masks and compression ------------------------------------------------------------------
+
+// Bit i is set where !(a[i] <= b[i]): greater, or unordered, so that a NaN is seen.
+ADASPLASH2_INLINE unsigned not_below(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ)));
+#elif defined(__SSE2__)
+  return unsigned(_mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b)));
+#else
+  const Ints<float> mask = ~(a <= b) & Ints<float>{1, 2, 4, 8};
+  return unsigned(mask[0] | mask[1] | mask[2] | mask[3]);
+#endif
+}
+ADASPLASH2_INLINE unsigned not_below(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return unsigned(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_NLE_UQ)));
+#elif defined(__SSE2__)
+  return unsigned(_mm_movemask_pd(_mm_cmpnle_pd((__m128d)a, (__m128d)b)));
+#else
+  const Ints<double> mask = ~(a <= b) & Ints<double>{1, 2};
+  return unsigned(mask[0] | mask[1]);
+#endif
+}
+
+// 0, 1, 2, ... as keys.
+template <class T>
+ADASPLASH2_INLINE Keys<T> iota() {
+  Keys<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
+  return v;
+}
+
+// Writes the marked lanes of v (and of keys) from out on and returns how many; may write a
+// whole vector, so both ends need that much room.
+template <class T>
+ADASPLASH2_INLINE int compress(Vec<T> v, Keys<T> keys, unsigned mask, T* out, int32_t* out_keys) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(__mmask16(mask), (__m512)v));
+    _mm512_storeu_si512(out_keys, _mm512_maskz_compress_epi32(__mmask16(mask), (__m512i)keys));
+  } else {
+    _mm512_storeu_pd(out, _mm512_maskz_compress_pd(__mmask8(mask), (__m512d)v));
+    _mm256_storeu_si256((__m256i*)out_keys,
+                        _mm256_maskz_compress_epi32(__mmask8(mask), (__m256i)keys));
+  }
+  return __builtin_popcount(mask);
+#else
+  T lanes[kLanes<T>];
+  int32_t key_lanes[kLanes<T>];
+  store(lanes, v);
+  __builtin_memcpy(key_lanes, &keys, sizeof(keys));
+  int n = 0;
+  for (; mask; mask &= mask - 1, ++n) {
+    const int lane = __builtin_ctz(mask);
+    out[n] = lanes[lane];
+    out_keys[n] = key_lanes[lane];
+  }
+  return n;
+#endif
+}
+template <class T>
+ADASPLASH2_INLINE int compress(Vec<T> v, unsigned mask, T* out) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(__mmask16(mask), (__m512)v));
+  else
+    _mm512_storeu_pd(out, _mm512_maskz_compress_pd(__mmask8(mask), (__m512d)v));
+  return __builtin_popcount(mask);
+#else
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  int n = 0;
+  for (; mask; mask &= mask - 1, ++n) out[n] = lanes[__builtin_ctz(mask)];
+  return n;
+#endif
+}
+
+// --- powers ---------------------------------------------------------------------------------
+
+template <class T>
+struct FloatFormat;
+template <>
+struct FloatFormat<float> {
+  static constexpr int kMantissaBits = 23, kBias = 127, kLogTerms = 5, kExpTerms = 9;
+  static constexpr int32_t kMantissaMask = 0x7fffff;
+  static constexpr float kRound = 0x1.8p23f;
+};
+template <>
+struct FloatFormat<double> {
+  static constexpr int kMantissaBits = 52, kBias = 1023, kLogTerms = 12, kExpTerms = 15;
+  static constexpr int64_t kMantissaMask = 0xfffffffffffff;
+  static constexpr double kRound = 0x1.8p52;
+};
+
+// log2 of positive normal numbers: m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m-1)/(m+1)).
+template <class T>
+ADASPLASH2_INLINE Vec<T> log2(Vec<T> x) {
+  using F = FloatFormat<T>;
+  const Ints<T> bits = bits_as<Ints<T>>(x);
+  const Ints<T> one = bits_as<Ints<T>>(broadcast(T(1)));
+  Vec<T> m = bits_as<Vec<T>>((bits & F::kMantissaMask) | one);
+  Vec<T> exponent = __builtin_convertvector((bits >> F::kMantissaBits) - F::kBias, Vec<T>);
+  const Ints<T> high = m > T(1.4142135623730951);
+  m = high ? m * T(0.5) : m;
+  exponent = high ? exponent + T(1) : exponent;
+  const Vec<T> s = (m - T(1)) / (m + T(1)), s2 = s * s;
+  Vec<T> series = broadcast(T(1) / T(2 * F::kLogTerms - 1));
+#pragma GCC unroll 16
+  for (int k = F::kLogTerms - 2; k >= 0; --k) series = series * s2 + T(1) / T(2 * k + 1);
+  return exponent + series * s * T(2.8853900817779268);  // 2 / ln 2
+}
+
+// 2^x for x in the normal exponent range; below it 0.
+template <class T>
+ADASPLASH2_INLINE Vec<T> exp2(Vec<T> x) {
+  using F = FloatFormat<T>;
+  const Vec<T> lowest = broadcast(T(1 - F::kBias));
+  const Ints<T> under = x < lowest;
+  x = under ? lowest : x;
+  const Vec<T> rounded = (x + F::kRound) - F::kRound;
+  const Vec<T> f = (x - rounded) * T(0.69314718055994531);
+  Vec<T> series = broadcast(T(1));
+#pragma GCC unroll 16
+  for (int k = F::kExpTerms; k >= 1; --k) series = series * f * (T(1) / T(k)) + T(1);
+  const Ints<T> exponent = __builtin_convertvector(rounded, Ints<T>) + F::kBias;
+  return under ? Vec<T>{} : series * bits_as<Vec<T>>(exponent << F::kMantissaBits);
+}
+
+}  // namespace adasplash2::ADASPLASH2_ISA
