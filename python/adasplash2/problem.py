@@ -7,7 +7,7 @@ or a :class:`RowProblem` and never looks at raw arguments again.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -61,8 +61,9 @@ class Problem:
     alpha: float
     scores: ScoreTransform
     needs_grad: bool
-    strided: tuple[str, ...] = ()
-    """Names of the inputs whose ``head_dim`` stride is not 1 (backends copy those once)."""
+    strided: tuple[str, ...] = field(default=(), compare=False)
+    """Names of the inputs whose ``head_dim`` stride is not 1 (backends copy those once). Never a
+    reason to decide otherwise, so that forward and backward of one call always decide alike."""
 
     @property
     def group_size(self) -> int:
@@ -114,7 +115,7 @@ def attention_problem(
             message names the argument, what came and what is allowed.
     """
     for name, tensor in zip(Inputs._fields, inputs, strict=True):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim), "
@@ -183,7 +184,7 @@ def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
     Raises:
         TypeError, ValueError: as :func:`attention_problem`.
     """
-    _check_tensor("x", x)
+    check_tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least 1 dimension, got a 0-dimensional tensor")
     length = x.shape[-1]
@@ -211,6 +212,18 @@ def check_alpha(alpha: float) -> float:
     return float(alpha)
 
 
+def check_alpha_above_one(alpha: float) -> float:
+    """:func:`check_alpha` where softmax, ``alpha = 1``, has no place.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_alpha`, and for 1.
+    """
+    alpha = check_alpha(alpha)
+    if alpha == 1.0:
+        raise ValueError("alpha must be greater than 1 here (1 is softmax), got 1.0")
+    return alpha
+
+
 def check_scale(scale: float | None, head_dim: int) -> float:
     """``scale``, or ``1 / sqrt(head_dim)`` where it is None.
 
@@ -227,9 +240,16 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _check_tensor(name: str, tensor: object) -> None:
+def check_tensor(name: str, tensor: object) -> None:
+    """Refuse what no shape can make right.
+
+    Raises:
+        TypeError: ``tensor`` is no tensor, not strided, or of a dtype outside :data:`DTYPES`.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")

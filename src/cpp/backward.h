@@ -236,8 +236,9 @@ struct BackwardKeys {
   ADASPLASH2_INLINE void add_gathered(const T* weights, int64_t begin, int64_t end, int64_t head,
                                       HeadRef matrix, int64_t width, T* out) {
     // Rows carry the head in front: step the base back instead of subtracting it each time.
-    const S* base =
-        static_cast<const S*>(matrix.data) - head * problem.length_q * matrix.stride;
+    const S* base = reinterpret_cast<const S*>(
+        reinterpret_cast<uintptr_t>(matrix.data) -
+        uintptr_t(head * problem.length_q * matrix.stride) * sizeof(S));
     gather_rows<true>(weights + begin, task.rows + begin, end - begin, base, matrix.stride, width,
                       out);
   }

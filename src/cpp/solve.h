@@ -98,11 +98,22 @@ ADASPLASH2_INLINE void pad(T* values, int64_t n) {
   store(values + n, broadcast(-kInfinity<T>));
 }
 
-// Counts of values[i] - max per bin.
+// Counts of values[i] - max per bin, of a padded list. Two sets of counters, since consecutive
+// scores often share a bin and an increment waits for the one before it.
 template <class T>
 ADASPLASH2_INLINE void histogram(const T* values, int64_t n, T max, int* counts) {
-  for (int b = 0; b < kBins; ++b) counts[b] = 0;
-  for (int64_t i = 0; i < n; ++i) ++counts[bin_of(values[i] - max)];
+  int sets[2][kBins] = {};
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Vec<T> bin = (load(values + i) - max + T(1)) * T(kBins);
+    const Vec<T> clamped = vmin<T>(vmax<T>(bin, Vec<T>{}), broadcast(T(kBins - 1)));
+    const Keys<T> bins = __builtin_convertvector(clamped, Keys<T>);
+    int32_t lanes[kLanes<T>];
+    __builtin_memcpy(lanes, &bins, sizeof(bins));
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes<T>; ++lane) ++sets[lane % 2][lanes[lane]];
+  }
+  for (int b = 0; b < kBins; ++b) counts[b] = sets[0][b] + sets[1][b];
+  counts[0] -= int((kLanes<T> - n % kLanes<T>) % kLanes<T>);  // the padding
 }
 
 // Sums over x = value - max - t > 0, and the scores nearest to t on both sides.

@@ -65,24 +65,22 @@ ADASPLASH2_HD Bracket<T> histogram_bracket(const int* counts, const T* powers) {
     const T hi = root + T(2) * width;  // the rounded-up root lies within the next bin
     return {root, hi < T(0) ? hi : T(0), root + width};
   } else {
-    // Distances are counted in bins from the present edge, so f = 0 reads s2 = kBins^2 (k15)
-    // or s1 = kBins (k2).
-    T n = 0, s1 = 0, s2 = 0;
-    for (int b = kBins - 1; b >= 0; --b) {
-      const T next_s2 = s2 + T(2) * s1 + n, next_s1 = s1 + n;
-      T down = T(-1);  // how far below the upper edge of bin b the root lies, in bins
-      if (K == AlphaKind::k15 && next_s2 >= T(kBins * kBins)) {
-        const T missing = T(kBins * kBins) - s2;
-        down = missing / (s1 + square_root(s1 * s1 + n * missing));
-      }
-      if (K == AlphaKind::k2 && next_s1 >= T(kBins)) down = (T(kBins) - s1) / n;
-      if (down >= T(0)) {
-        root = T(-1) + (T(b + 1) - down) * width;
-        break;
-      }
+    // Moments about the present edge, in bins, are whole numbers: f = 0 reads s2 = kBins^2 (k15)
+    // or s1 = kBins (k2), and the loop ends before any of them can grow large.
+    int n = 0, s1 = 0, s2 = 0, b = kBins - 1;
+    for (; b >= 0; --b) {
+      const int next_s1 = s1 + n, next_s2 = s2 + 2 * s1 + n;
+      if (K == AlphaKind::k15 ? next_s2 >= kBins * kBins : next_s1 >= kBins) break;
       s1 = next_s1;
       s2 = next_s2;
-      n += T(counts[b]);
+      n += counts[b];
+    }
+    if (b >= 0) {  // the root lies below the upper edge of bin b; else below the window
+      const T missing = T(K == AlphaKind::k15 ? kBins * kBins - s2 : kBins - s1);
+      const T down = K == AlphaKind::k15
+                         ? missing / (T(s1) + square_root(T(s1) * T(s1) + T(n) * missing))
+                         : missing / T(n);
+      root = T(-1) + (T(b + 1) - down) * width;
     }
     const T hi = root + width;
     return {root, hi < T(0) ? hi : T(0), root + width / T(2)};

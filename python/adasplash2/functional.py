@@ -1,0 +1,261 @@
+"""The public functions.
+
+Their names and shapes follow :func:`torch.nn.functional.scaled_dot_product_attention` (SDPA).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adasplash2 import dispatch, ops
+from adasplash2.contract import AttentionStats
+from adasplash2.problem import (
+    Inputs,
+    attention_problem,
+    check_alpha,
+    check_alpha_above_one,
+    check_scale,
+    check_tensor,
+    row_problem,
+)
+
+
+def entmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float = 1.5,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Attention whose probabilities are alpha-entmax of the scores: exact, with true zeros.
+
+    For query row :math:`i` over the keys :math:`j` it may see, with
+    :math:`z_{ij} = (\alpha - 1) \cdot \mathrm{scale} \cdot q_i \cdot k_j`,
+
+    .. math:: p_{ij} = [z_{ij} - \tau_i]_+^{1 / (\alpha - 1)}, \quad
+              \sum_j p_{ij} = 1, \quad \mathrm{out}_i = \sum_j p_{ij} v_j.
+
+    Any strides and any lengths, also unequal ones. bfloat16 and float16 are read as they are and
+    computed in float32. Under ``torch.autocast`` the inputs are cast as SDPA casts them.
+    Differentiable once, in reverse mode; works in ``torch.compile(fullgraph=True)``.
+
+    What happens at the edges:
+
+    - A row without an allowed key (``length_k = 0``) gives zeros and zero gradients.
+    - NaN or inf in a query poisons its own row with NaN, no other. NaN in a key poisons the rows
+      that may see it, as in SDPA. NaN in a value reaches only the rows whose support holds its
+      key, where softmax would poison every row that may see it.
+    - A score of +inf makes its row NaN; a score of -inf leaves its key out.
+
+    Args:
+        query: ``(batch, heads_q, length_q, head_dim)``, float32, float64, bfloat16 or float16,
+            ``head_dim`` from 1 to 256.
+        key: ``(batch, heads_kv, length_k, head_dim)``, dtype and device of ``query``.
+        value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
+        alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax
+            and always goes to SDPA, whatever ``backend`` says.
+        is_causal: query ``i`` sees keys ``j <= i``, aligned top-left as SDPA aligns it, also where
+            the lengths differ.
+        scale: factor of the scores; ``1 / sqrt(head_dim)`` where None.
+        enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
+            a key and value head.
+        backend: name of the backend to run; None lets the dispatcher choose. See :func:`explain`
+            and :func:`available_backends`.
+
+    Returns:
+        ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``.
+
+    Raises:
+        TypeError: an argument has a type or dtype that it must not have.
+        ValueError: shapes, devices, heads, ``alpha``, ``scale`` or the name ``backend`` do not fit.
+        BackendRefused: no backend that was asked can run this (a ``ValueError``).
+
+    Sources:
+        Peters, Niculae, Martins 2019, *Sparse Sequence-to-Sequence Models* (alpha-entmax);
+        Correia, Niculae, Martins 2019, *Adaptively Sparse Transformers* (its gradient);
+        Goncalves et al. 2026, *AdaSplash-2* (finding the threshold from a histogram).
+    """
+    alpha = check_alpha(alpha)
+    _check_options(scale, is_causal, enable_gqa, backend)
+    query, key, value = _attention_inputs(query, key, value)
+    if alpha == 1.0:
+        inputs = Inputs(query, key, value)
+        _attention_problem(inputs, alpha, is_causal, scale, enable_gqa)
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    out: Tensor = ops.attention_forward(
+        query, key, value, alpha, scale, is_causal, enable_gqa, backend or "", False
+    )[0]
+    return out
+
+
+def attention_stats(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float = 1.5,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str | None = None,
+) -> AttentionStats:
+    """How sparse one attention call is, and what it took to find its thresholds.
+
+    Arguments as for :func:`entmax_attention`; no gradient, and not for ``torch.compile``.
+
+    Returns:
+        :class:`AttentionStats`: thresholds, support and solver iterations of every row, and the
+        share of 64x64 tiles without a single probability above zero.
+
+    Raises:
+        TypeError, ValueError, BackendRefused: as :func:`entmax_attention`, and ``ValueError`` for
+            ``alpha = 1``: softmax has no threshold and no zeros.
+    """
+    alpha = check_alpha_above_one(alpha)
+    _check_options(scale, is_causal, enable_gqa, backend)
+    inputs = _attention_inputs(query, key, value)
+    return ops.attention_stats(inputs, alpha, scale, is_causal, enable_gqa, backend)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float = 1.5,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str | None = None,
+) -> dispatch.Explanation:
+    """Which backend would run this call of :func:`entmax_attention`, and why not the others.
+
+    Computes nothing. ``print`` shows the answer as a table.
+
+    Raises:
+        TypeError, ValueError: as :func:`entmax_attention`; a call that every backend refuses is
+            explained, not raised.
+    """
+    alpha = check_alpha(alpha)
+    _check_options(scale, is_causal, enable_gqa, backend)
+    inputs = _attention_inputs(query, key, value)
+    problem = _attention_problem(inputs, alpha, is_causal, scale, enable_gqa)
+    if alpha == 1.0:
+        return dispatch.Explanation(
+            problem=dispatch.describe(problem),
+            chosen="torch.nn.functional.scaled_dot_product_attention",
+            config={},
+            notes=("alpha = 1 is softmax: no backend is asked",),
+        )
+    return dispatch.explain(problem, backend)
+
+
+def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = None) -> Tensor:
+    r"""alpha-entmax of ``x`` along ``dim``: like softmax, with true zeros.
+
+    With :math:`z = (\alpha - 1) x` it is :math:`p = [z - \tau]_+^{1 / (\alpha - 1)}`,
+    :math:`\sum p = 1`. Differentiable once, in reverse mode; works in ``torch.compile``.
+
+    Entries of -inf get probability zero; a row of nothing else gives zeros and zero gradients.
+    NaN or +inf makes its row NaN. bfloat16 and float16 are computed in float32.
+
+    Args:
+        x: any shape but a scalar, float32, float64, bfloat16 or float16, any strides. Where
+            ``dim`` is not the last dimension, or has a stride, it is copied once.
+        alpha: any finite number of at least 1; 1 is :func:`torch.softmax` and goes there.
+        dim: the dimension along which probabilities sum to 1.
+        backend: name of the backend to run; None lets the dispatcher choose.
+
+    Returns:
+        Shape and dtype of ``x``.
+
+    Raises:
+        TypeError: ``x``, ``alpha``, ``dim`` or ``backend`` is not of the type it must be.
+        ValueError: ``alpha`` or the name ``backend`` does not fit.
+        IndexError: ``x`` has no dimension ``dim``.
+        BackendRefused: no backend that was asked can run this (a ``ValueError``).
+
+    Sources:
+        Peters, Niculae, Martins 2019, *Sparse Sequence-to-Sequence Models*; gradient: Correia,
+        Niculae, Martins 2019, *Adaptively Sparse Transformers*.
+    """
+    alpha = check_alpha(alpha)
+    check_tensor("x", x)
+    _check_backend(backend)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {dim!r}")
+    if not -x.dim() <= dim < x.dim() and x.dim() > 0:
+        raise IndexError(f"dim must be from {-x.dim()} to {x.dim() - 1}, got {dim}")
+    if alpha == 1.0:
+        row_problem(x, alpha=alpha, needs_grad=False)
+        return torch.softmax(x, dim)
+    last = dim in (-1, x.dim() - 1)
+    y: Tensor = ops.entmax_forward(
+        x if last else x.movedim(dim, -1), alpha, backend or "", False
+    )
+    return y if last else y.movedim(-1, dim)
+
+
+def entmax15(x: Tensor, dim: int = -1) -> Tensor:
+    """:func:`entmax` with ``alpha = 1.5``."""
+    return entmax(x, 1.5, dim)
+
+
+def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
+    """:func:`entmax` with ``alpha = 2``: the Euclidean projection onto the simplex.
+
+    Source: Martins, Astudillo 2016, *From Softmax to Sparsemax*.
+    """
+    return entmax(x, 2.0, dim)
+
+
+def _attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+    """The tensors, cast as an autocast region asks (to its dtype, but never from float64)."""
+    check_tensor("query", query)
+    check_tensor("key", key)
+    check_tensor("value", value)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (
+            t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)
+        )
+    return Inputs(query, key, value)
+
+
+def _attention_problem(
+    inputs: Inputs, alpha: float, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> dispatch.Problem:
+    return attention_problem(
+        inputs,
+        alpha=alpha,
+        scale=scale,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in inputs),
+    )
+
+
+def _check_options(
+    scale: float | None, is_causal: bool, enable_gqa: bool, backend: str | None
+) -> None:
+    """What an operator's schema would refuse in the dispatcher's words rather than ours."""
+    check_scale(scale, head_dim=1)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
+    if not isinstance(enable_gqa, bool):
+        raise TypeError(f"enable_gqa must be True or False, got {enable_gqa!r}")
+    _check_backend(backend)
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be the name of a backend or None, got {backend!r}")
