@@ -57,13 +57,23 @@ def backward(
     """See :meth:`adasplash2.contract.Backend.backward`."""
     query, key, value = (_unit_stride(t) for t in inputs)
     grad_out = _unit_stride(grad_out)
-    grads = tuple(torch.empty(t.shape, dtype=t.dtype) for t in inputs)
+    grads = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]
     _core.attention_backward(
-        *_arguments(problem),
-        *(_reference(t) for t in (query, key, value, grad_out, *grads)),
-        forward.saved.data_ptr(),
-        forward.saved.numel(),
-        torch.get_num_threads(),
+        dims=_dims(problem),
+        dtype=_dtype_name(problem.dtype),
+        alpha=problem.alpha,
+        scale=problem.scores.scale,
+        is_causal=problem.scores.is_causal,
+        query=_reference(query),
+        key=_reference(key),
+        value=_reference(value),
+        grad_out=_reference(grad_out),
+        grad_query=_reference(grads[0]),
+        grad_key=_reference(grads[1]),
+        grad_value=_reference(grads[2]),
+        saved=forward.saved.data_ptr(),
+        saved_bytes=forward.saved.numel(),
+        threads=torch.get_num_threads(),
     )
     return grads[0], grads[1], grads[2]
 
@@ -128,37 +138,40 @@ def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
 
 
 def _run(
-    problem: Problem, inputs: Inputs, *, keep: bool, **record: int
+    problem: Problem,
+    inputs: Inputs,
+    *,
+    keep: bool,
+    support: int = 0,
+    iterations: int = 0,
+    tiles: int = 0,
 ) -> tuple[Tensor, Tensor, _core.Kept | None]:
     rows = (problem.batch, problem.heads_q, problem.length_q)
     query, key, value = (_unit_stride(t) for t in inputs)
     out = torch.empty((*rows, problem.head_dim_v), dtype=problem.dtype)
     tau = torch.empty(rows, dtype=problem.compute_dtype)
     kept = _core.attention_forward(
-        *_arguments(problem),
-        *(_reference(t) for t in (query, key, value, out)),
-        tau.data_ptr(),
-        keep,
-        torch.get_num_threads(),
-        **record,
+        dims=_dims(problem),
+        dtype=_dtype_name(problem.dtype),
+        alpha=problem.alpha,
+        scale=problem.scores.scale,
+        is_causal=problem.scores.is_causal,
+        query=_reference(query),
+        key=_reference(key),
+        value=_reference(value),
+        out=_reference(out),
+        tau=tau.data_ptr(),
+        keep=keep,
+        threads=torch.get_num_threads(),
+        support=support,
+        iterations=iterations,
+        tiles=tiles,
     )
     return out, tau, kept
 
 
-def _arguments(
-    problem: Problem,
-) -> tuple[tuple[int, int, int, int, int, int, int], str, float, float, bool]:
-    dims = (
-        problem.batch,
-        problem.heads_q,
-        problem.heads_kv,
-        problem.length_q,
-        problem.length_k,
-        problem.head_dim,
-        problem.head_dim_v,
-    )
-    scores = problem.scores
-    return dims, _dtype_name(problem.dtype), problem.alpha, scores.scale, scores.is_causal
+def _dims(p: Problem) -> tuple[int, int, int, int, int, int, int]:
+    return p.batch, p.heads_q, p.heads_kv, p.length_q, p.length_k, p.head_dim, p.head_dim_v
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from adasplash2 import dispatch, ops
 from adasplash2.contract import AttentionStats
 from adasplash2.problem import (
     Inputs,
+    Problem,
     attention_problem,
     check_alpha,
     check_alpha_above_one,
@@ -233,7 +234,7 @@ def _attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> Inputs:
 
 def _attention_problem(
     inputs: Inputs, alpha: float, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> dispatch.Problem:
+) -> Problem:
     return attention_problem(
         inputs,
         alpha=alpha,

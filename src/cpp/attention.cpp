@@ -126,8 +126,7 @@ class KeptLists final : public Kept {
       const ThreadLists<T>& list = lists[size_t(block.thread)];
       const size_t at = size_t(block.at), n = size_t(block.entries);
       if (n > 0) {
-        std::memcpy(saved.probabilities + begins[b], list.probabilities.data() + at,
-                    n * sizeof(T));
+        std::memcpy(saved.probabilities + begins[b], list.probabilities.data() + at, n * sizeof(T));
         std::memcpy(saved.keys + begins[b], list.keys.data() + at, n * sizeof(int32_t));
       }
       const int64_t head = b / blocks_per_head, first = b % blocks_per_head * kBlockRows;
@@ -285,8 +284,8 @@ void backward(const BackwardArguments& a) {
   for (int64_t head = 0; head < p.batch * p.heads_q; ++head)
     for (int64_t block = 0; block < blocks; ++block) {
       uint8_t flat = 0;
-      const int64_t end = (block + 1) * kBlockRows < p.length_q ? (block + 1) * kBlockRows
-                                                               : p.length_q;
+      const int64_t end =
+          (block + 1) * kBlockRows < p.length_q ? (block + 1) * kBlockRows : p.length_q;
       for (int64_t i = block * kBlockRows; i < end; ++i)
         flat |= saved.support[head * p.length_q + i] < 0;
       flat_blocks[head * blocks + block] = flat;

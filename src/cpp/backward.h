@@ -88,7 +88,7 @@ struct BackwardRows {
       store(ds + j, load(ds + j) * (load(dp + j) - delta) * scale);
     __builtin_memcpy(task.grad_scores + begin, ds, size_t(n) * sizeof(T));
     gather_rows<false>(ds, keys, n, static_cast<const S*>(task.key.data), task.key.stride,
-                problem.head_dim, grad_query);
+                       problem.head_dim, grad_query);
     write(i, grad_query);
   }
 
@@ -105,8 +105,8 @@ struct BackwardRows {
     const int64_t keys = problem.scores.visible(task.row_begin + first + rows - 1).end;
     const int64_t panel_end = panels<T>(keys);
     for (int64_t panel = 0; panel < panel_end; ++panel) {
-      const Tile<T> z = scores_tile(query_packed, task.packed_keys + panel * kKeys * problem.head_dim,
-                                    problem.head_dim);
+      const Tile<T> z = scores_tile(
+          query_packed, task.packed_keys + panel * kKeys * problem.head_dim, problem.head_dim);
       const Tile<T> dp =
           scores_tile(grad_out_packed, task.packed_values + panel * kKeys * problem.head_dim_v,
                       problem.head_dim_v);
@@ -122,10 +122,9 @@ struct BackwardRows {
                scores + r * score_stride, grads + r * score_stride);
     for (int64_t k = 0; k < kTileRows * problem.head_dim; ++k) grad_query[k] = T(0);
     for (int64_t r = 0; r < kTileRows; r += kWeightedRows)
-      add_weighted_rows<kWeightedRows>(scores + r * score_stride, score_stride, 1, keys,
-                                       static_cast<const S*>(task.key.data), task.key.stride,
-                                       problem.head_dim, grad_query + r * problem.head_dim,
-                                       problem.head_dim);
+      add_weighted_rows<kWeightedRows>(
+          scores + r * score_stride, score_stride, 1, keys, static_cast<const S*>(task.key.data),
+          task.key.stride, problem.head_dim, grad_query + r * problem.head_dim, problem.head_dim);
     for (int64_t r = 0; r < rows; ++r)
       if (task.support[first + r] < 0) write(first + r, grad_query + r * problem.head_dim);
   }
@@ -236,9 +235,9 @@ struct BackwardKeys {
   ADASPLASH2_INLINE void add_gathered(const T* weights, int64_t begin, int64_t end, int64_t head,
                                       HeadRef matrix, int64_t width, T* out) {
     // Rows carry the head in front: step the base back instead of subtracting it each time.
-    const S* base = reinterpret_cast<const S*>(
-        reinterpret_cast<uintptr_t>(matrix.data) -
-        uintptr_t(head * problem.length_q * matrix.stride) * sizeof(S));
+    const S* base =
+        reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(matrix.data) -
+                                   uintptr_t(head * problem.length_q * matrix.stride) * sizeof(S));
     gather_rows<true>(weights + begin, task.rows + begin, end - begin, base, matrix.stride, width,
                       out);
   }
@@ -291,12 +290,12 @@ struct BackwardKeys {
   ADASPLASH2_INLINE void flat_tile(int64_t head, int64_t first, int64_t rows, int64_t at,
                                    int64_t key) {
     const int64_t panel = (task.key_begin + key) / kKeys;
-    const Tile<T> z = scores_tile(query_packed + at * problem.head_dim,
-                                  task.packed_keys + panel * kKeys * problem.head_dim,
-                                  problem.head_dim);
-    const Tile<T> dp = scores_tile(grad_out_packed + at * problem.head_dim_v,
-                                   task.packed_values + panel * kKeys * problem.head_dim_v,
-                                   problem.head_dim_v);
+    const Tile<T> z =
+        scores_tile(query_packed + at * problem.head_dim,
+                    task.packed_keys + panel * kKeys * problem.head_dim, problem.head_dim);
+    const Tile<T> dp =
+        scores_tile(grad_out_packed + at * problem.head_dim_v,
+                    task.packed_values + panel * kKeys * problem.head_dim_v, problem.head_dim_v);
     for (int64_t r = 0; r < kTileRows; ++r) {
       const int64_t i = head * problem.length_q + first + at + r;
       const bool is_flat = at + r < rows && task.support[i] < 0;
@@ -328,9 +327,8 @@ static int64_t backward_keys_workspace(const AttentionProblem& problem) {
 
 template <class S>
 static void backward_keys(const BackwardKeysTask<ComputeOf<S>>& task) {
-  with_kind(task.problem->alpha.kind, [&](auto kind) {
-    BackwardKeys<S, decltype(kind)::value>(task, *task.problem).run();
-  });
+  with_kind(task.problem->alpha.kind,
+            [&](auto kind) { BackwardKeys<S, decltype(kind)::value>(task, *task.problem).run(); });
 }
 
 }  // namespace adasplash2::ADASPLASH2_ISA

@@ -29,8 +29,9 @@ void for_rows(const EntmaxArguments& a, F run) {
 }
 
 const char* row(const void* data, int64_t elements, Dtype dtype) {
-  return static_cast<const char*>(data) +
-         elements * (dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2);
+  return static_cast<const char*>(data) + elements * (dtype == Dtype::kFloat64   ? 8
+                                                      : dtype == Dtype::kFloat32 ? 4
+                                                                                 : 2);
 }
 char* row(void* data, int64_t elements, Dtype dtype) {
   return const_cast<char*>(row(static_cast<const void*>(data), elements, dtype));
@@ -39,8 +40,8 @@ char* row(void* data, int64_t elements, Dtype dtype) {
 template <class T>
 void forward(const EntmaxArguments& a, const void* x, int64_t stride_x, void* y) {
   for_rows<T>(a, [&](const Kernels<T>& k, int64_t first, int64_t rows, void* workspace) {
-    k.entmax({row(x, first * stride_x, a.dtype), row(y, first * a.length, a.dtype), rows,
-              a.length, stride_x, &a.alpha, workspace});
+    k.entmax({row(x, first * stride_x, a.dtype), row(y, first * a.length, a.dtype), rows, a.length,
+              stride_x, &a.alpha, workspace});
   });
 }
 

@@ -51,8 +51,7 @@ ADASPLASH2_INLINE void entmax_rows(const EntmaxTask<ComputeOf<S>>& task) {
 
 template <class S>
 static void entmax(const EntmaxTask<ComputeOf<S>>& task) {
-  with_kind(task.alpha->kind,
-            [&](auto kind) { entmax_rows<S, decltype(kind)::value>(task); });
+  with_kind(task.alpha->kind, [&](auto kind) { entmax_rows<S, decltype(kind)::value>(task); });
 }
 
 // dx = u (dy - sum u dy / sum u), u = y^(2-alpha).

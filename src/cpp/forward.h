@@ -66,8 +66,8 @@ ADASPLASH2_INLINE Vec<T> mask_keys(Vec<T> z, int64_t first_key, KeyRange visible
   const Keys<T> keys = iota<T>();
   const Ints<T> lane = __builtin_convertvector(keys, Ints<T>);
   const int64_t begin = visible.begin - first_key, end = visible.end - first_key;
-  const Ints<T> out = (lane < Ints<T>{} + clamp_lane<T>(begin)) |
-                      (lane >= Ints<T>{} + clamp_lane<T>(end));
+  const Ints<T> out =
+      (lane < Ints<T>{} + clamp_lane<T>(begin)) | (lane >= Ints<T>{} + clamp_lane<T>(end));
   return out ? broadcast(-kInfinity<T>) : z;
 }
 
@@ -129,8 +129,8 @@ struct ForwardBlock {
   ADASPLASH2_INLINE void pack_query() {
     const S* rows = static_cast<const S*>(task.query.data);
     for (int64_t g = 0; g < groups(); ++g)
-      pack_transposed<S, T>(rows + g * kTileRows * task.query.stride, task.query.stride,
-                            rows_in(g), kTileRows, problem.head_dim,
+      pack_transposed<S, T>(rows + g * kTileRows * task.query.stride, task.query.stride, rows_in(g),
+                            kTileRows, problem.head_dim,
                             ws.query + g * kTileRows * problem.head_dim);
   }
 
@@ -192,7 +192,7 @@ struct ForwardBlock {
 
   __attribute__((noinline)) void tighten_row(int64_t i) {
     const Tightened<T> row = tighten<K, T>(ws.list_values + i * kListStride<T>,
-                                        ws.list_keys + i * kListStride<T>, count[i], power);
+                                           ws.list_keys + i * kListStride<T>, count[i], power);
     count[i] = row.count;
     // A poisoned row is flat too: its NaN has to reach every gradient it touches.
     flat[i] = row.state == RowState::kPoisoned || row.count > kListCapacity * 3 / 4;
@@ -216,8 +216,8 @@ struct ForwardBlock {
     if (row.state == RowState::kSolved)
       support = solve_list<K, T>(values, keys, row, power, &tau, &steps);
     record(i, row.max, tau, int32_t(support), steps);
-    gather_rows<false>(values, keys, support, static_cast<const S*>(task.value.data), task.value.stride,
-                problem.head_dim_v, ws.out);
+    gather_rows<false>(values, keys, support, static_cast<const S*>(task.value.data),
+                       task.value.stride, problem.head_dim_v, ws.out);
     write_out(i, ws.out);
     if (task.results.tiles)
       for (int64_t j = 0; j < support; ++j) task.results.tiles[keys[j] / kBlockRows] = 1;
@@ -242,9 +242,9 @@ struct ForwardBlock {
     const KeyRange any = any_visible(first, last);
     const int64_t panel_end = panels<T>(any.end), width = panel_end * kKeys;
     for (int64_t panel = 0; panel < panel_end; ++panel) {
-      const Tile<T> tile = scores_tile(ws.query + first * problem.head_dim,
-                                       task.packed_keys + panel * kKeys * problem.head_dim,
-                                       problem.head_dim);
+      const Tile<T> tile =
+          scores_tile(ws.query + first * problem.head_dim,
+                      task.packed_keys + panel * kKeys * problem.head_dim, problem.head_dim);
       for (int r = 0; r < kTileRows; ++r)
         for (int v = 0; v < kTileVectors; ++v) {
           const int64_t key = panel * kKeys + v * kLanes<T>;

@@ -5,8 +5,8 @@
 
 namespace adasplash2 {
 
-#define ADASPLASH2_DECLARE(name) \
-  namespace name {               \
+#define ADASPLASH2_DECLARE(name)  \
+  namespace name {                \
   extern const KernelTable table; \
   }
 ADASPLASH2_DECLARE(baseline)

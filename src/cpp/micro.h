@@ -21,8 +21,8 @@ static_assert(kBlockRows % kTileRows == 0 && kTileRows % kWeightedRows == 0);
 // Rows [begin, begin + count) of one head, the first `valid` of them real, as [depth][count]:
 // the layout in which both micro-kernel operands stream.
 template <class S, class T>
-ADASPLASH2_INLINE void pack_transposed(const S* rows, int64_t stride, int64_t valid,
-                                       int64_t count, int64_t depth, T* packed) {
+ADASPLASH2_INLINE void pack_transposed(const S* rows, int64_t stride, int64_t valid, int64_t count,
+                                       int64_t depth, T* packed) {
   for (int64_t i = 0; i < valid; ++i)
     for (int64_t k = 0; k < depth; ++k) packed[k * count + i] = to_compute(rows[i * stride + k]);
   for (int64_t i = valid; i < count; ++i)

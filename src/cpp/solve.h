@@ -19,9 +19,9 @@ constexpr T kEpsilon = sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52);
 
 template <class T>
 struct Power {
-  T exponent;            // r
-  T powers[kBins + 1];   // for histogram_bracket
-  T gradient_exponent;   // 2 - alpha
+  T exponent;           // r
+  T powers[kBins + 1];  // for histogram_bracket
+  T gradient_exponent;  // 2 - alpha
 };
 
 template <class T>
@@ -42,9 +42,12 @@ struct Kind {
 template <class F>
 ADASPLASH2_INLINE void with_kind(AlphaKind kind, F f) {
   switch (kind) {
-    case AlphaKind::k15: return f(Kind<AlphaKind::k15>{});
-    case AlphaKind::k2: return f(Kind<AlphaKind::k2>{});
-    case AlphaKind::kGeneral: return f(Kind<AlphaKind::kGeneral>{});
+    case AlphaKind::k15:
+      return f(Kind<AlphaKind::k15>{});
+    case AlphaKind::k2:
+      return f(Kind<AlphaKind::k2>{});
+    case AlphaKind::kGeneral:
+      return f(Kind<AlphaKind::kGeneral>{});
   }
 }
 
@@ -207,7 +210,7 @@ struct Tightened {
 
 template <AlphaKind K, class T>
 __attribute__((noinline)) static Tightened<T> tighten(T* values, int32_t* keys, int64_t count,
-                                                         const Power<T>& power) {
+                                                      const Power<T>& power) {
   pad(values, count);
   Vec<T> top = broadcast(-kInfinity<T>), bad = {};
   for (int64_t i = 0; i < count; i += kLanes<T>) {

