@@ -67,6 +67,8 @@ def probabilities_and_tau(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         p = (y - shifted_tau).clamp(min=0.0)
     else:
         p, shifted_tau = _bisect(y, alpha)
+        if y.dtype != torch.float64:  # the plain formula, as anyone evaluates it in float32
+            p = (y - shifted_tau).clamp(min=0.0) ** (1.0 / (alpha - 1.0))
     p = p / p.sum(dim=-1, keepdim=True)
     tau = torch.where(empty, math.inf, highest + shifted_tau)
     p, tau = torch.where(empty, 0.0, p), torch.where(poisoned, math.nan, tau)
@@ -143,10 +145,19 @@ def entmax_gradient(p: Tensor, grad_p: Tensor, alpha: float) -> Tensor:
     ``grad_p`` holds there."""
     inside = p != 0.0  # NaN counts as inside
     u = torch.where(inside, torch.where(inside, p, 1.0) ** (2.0 - alpha), 0.0)
+    u = torch.where(p.isnan(), math.nan, u)  # NaN ** 0 is 1
     weighted = torch.where(inside, u * grad_p, 0.0)
     mass = u.sum(dim=-1, keepdim=True)
     delta = weighted.sum(dim=-1, keepdim=True) / torch.where(mass == 0.0, 1.0, mass)
     return torch.where(inside, u * (grad_p - delta), 0.0)
+
+
+def entmax_gradient_magnitude(p: Tensor, grad_p: Tensor, alpha: float) -> Tensor:
+    """:func:`entmax_gradient` with every term made positive: what its rounding errors are
+    relative to, where its terms cancel."""
+    u = torch.where(p > 0.0, p, 1.0) ** (2.0 - alpha) * (p > 0.0)
+    mass = u.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    return u * (grad_p.abs() + (u * grad_p.abs()).sum(dim=-1, keepdim=True) / mass)
 
 
 def allowed_keys(length_q: int, length_k: int, is_causal: bool) -> Tensor:
@@ -194,14 +205,17 @@ def attention_gradients(
     is_causal: bool = False,
     scale: float | None = None,
     dtype: torch.dtype = torch.float64,
+    p: Tensor | None = None,
 ) -> Gradients:
     """Gradients by the explicit formula: ``dV = p^T dO``, ``dp = dO V^T``, ``ds`` as in
-    :func:`entmax_gradient`, ``dQ = scale * ds K``, ``dK = scale * ds^T Q``."""
-    p = attention(
-        query, key, value, alpha=alpha, is_causal=is_causal, scale=scale, dtype=dtype
-    ).probabilities
+    :func:`entmax_gradient`, ``dQ = scale * ds K``, ``dK = scale * ds^T Q``. ``p`` are the
+    probabilities, where the caller has them already."""
+    if p is None:
+        p = attention(
+            query, key, value, alpha=alpha, is_causal=is_causal, scale=scale, dtype=dtype
+        ).probabilities
     query, key, value, grad_out = (t.detach().to(dtype) for t in (query, key, value, grad_out))
-    batch, heads_kv = key.shape[:2]
+    heads_kv = key.shape[1]
     group = query.shape[1] // heads_kv
     shared_key, shared_value = (t.repeat_interleave(group, dim=1) for t in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -215,6 +229,39 @@ def attention_gradients(
         scale * _weighted_sum(ds, shared_key),
         scale * over_group(_weighted_sum(ds.mT, query)),
         over_group(_weighted_sum(p.mT, grad_out)),
+    )
+
+
+def magnitudes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    *,
+    p: Tensor,
+    alpha: float = 1.5,
+    scale: float | None = None,
+) -> tuple[Tensor, Gradients]:
+    """Output and gradients with every term of every sum made positive: what the rounding errors
+    of a sum are relative to, where its terms cancel. NaN and infinities count as zero. ``p`` are
+    the probabilities."""
+    p = p.nan_to_num(0.0, 0.0, 0.0)
+    query, key, value, grad_out = (
+        t.detach().double().abs().nan_to_num(0.0, 0.0, 0.0) for t in (query, key, value, grad_out)
+    )
+    heads_kv = key.shape[1]
+    group = query.shape[1] // heads_kv
+    shared_key, shared_value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else abs(scale)
+    ds = entmax_gradient_magnitude(p, grad_out @ shared_value.mT, alpha)
+
+    def over_group(grad: Tensor) -> Tensor:
+        return grad.unflatten(1, (heads_kv, group)).sum(dim=2)
+
+    return p @ shared_value, Gradients(
+        scale * (ds @ shared_key),
+        scale * over_group(ds.mT @ query),
+        over_group(p.mT @ grad_out),
     )
 
 
@@ -242,18 +289,26 @@ def empty_tiles(p: Tensor, is_causal: bool, side: int = 64) -> Tensor:
     return empty / counted
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """``||got - expected|| / ||expected||`` over all entries, in float64; 0 / 0 is 0.
+def norm(tensor: Tensor) -> float:
+    """Euclidean norm over the finite entries, in float64."""
+    tensor = tensor.detach().double()
+    return torch.linalg.vector_norm(tensor[tensor.isfinite()]).item()
 
-    Infinite where ``got`` and ``expected`` do not have NaN and infinities at the same entries.
-    """
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """``norm(got - expected)``; infinite where not both have NaN and infinities at the same
+    entries."""
     assert got.shape == expected.shape, (got.shape, expected.shape)
     got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
     finite = expected.isfinite()
     if not torch.equal(got.isfinite(), finite) or not torch.equal(got.isnan(), expected.isnan()):
         return math.inf
-    difference = torch.linalg.vector_norm((got - expected)[finite]).item()
+    return norm((got - expected)[finite])
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """``error / norm(expected)``; 0 / 0 is 0."""
+    difference, size = error(got, expected), norm(expected)
     if difference == 0.0:
         return 0.0
-    size = torch.linalg.vector_norm(expected[finite]).item()
     return difference / size if size > 0.0 else math.inf

@@ -87,9 +87,7 @@ def test_gradients_agree_with_finite_differences(alpha: float, is_causal: bool) 
     options = {"alpha": alpha, "is_causal": is_causal, "scale": 0.7}
     gradients = reference.attention_gradients(query, key, value, grad_out, **options)
     step = 1e-6
-    for index, (tensor, gradient) in enumerate(
-        zip((query, key, value), gradients, strict=True)
-    ):
+    for index, (tensor, gradient) in enumerate(zip((query, key, value), gradients, strict=True)):
         direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         losses = []
         for sign in (1.0, -1.0):

@@ -199,9 +199,7 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
         row_problem(x, alpha=alpha, needs_grad=False)
         return torch.softmax(x, dim)
     last = dim in (-1, x.dim() - 1)
-    y: Tensor = ops.entmax_forward(
-        x if last else x.movedim(dim, -1), alpha, backend or "", False
-    )
+    y: Tensor = ops.entmax_forward(x if last else x.movedim(dim, -1), alpha, backend or "", False)
     return y if last else y.movedim(-1, dim)
 
 

@@ -52,6 +52,12 @@ def attention_stats(
         return chosen.stats(problem, inputs, config)
 
 
+class _ReverseMode(torch.autograd.Function):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError("adasplash2 has no forward-mode derivatives (jvp), only reverse mode")
+
+
 # Attention
 
 
@@ -127,7 +133,7 @@ def _attention_backward_fake(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(_ReverseMode):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Any:
         with _below_autograd():
@@ -164,10 +170,11 @@ def _attention_problem(
     enable_gqa: bool,
     needs_grad: bool,
 ) -> Problem:
+    # float() settles numbers that are symbols while a graph is traced.
     return attention_problem(
         inputs,
-        alpha=check_alpha_above_one(alpha),
-        scale=scale,
+        alpha=check_alpha_above_one(float(alpha)),
+        scale=None if scale is None else float(scale),
         is_causal=is_causal,
         enable_gqa=enable_gqa,
         needs_grad=needs_grad,
@@ -226,7 +233,7 @@ def _entmax_backward_fake(grad_y: Tensor, y: Tensor, alpha: float, backend: str)
     return y.new_empty(y.shape)
 
 
-class _Entmax(torch.autograd.Function):
+class _Entmax(_ReverseMode):
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: float, backend: str) -> Any:
         with _below_autograd():
@@ -248,7 +255,7 @@ def _entmax_autograd(x: Tensor, alpha: float, backend: str, needs_grad: bool) ->
 
 
 def _row_problem(x: Tensor, alpha: float, needs_grad: bool) -> RowProblem:
-    return row_problem(x, alpha=check_alpha_above_one(alpha), needs_grad=needs_grad)
+    return row_problem(x, alpha=check_alpha_above_one(float(alpha)), needs_grad=needs_grad)
 
 
 def _rows(problem: RowProblem, x: Tensor) -> Tensor:
@@ -271,7 +278,7 @@ def _differentiated(*tensors: Tensor) -> bool:
 def _once(operator: Callable[..., Any]) -> Callable[..., Any]:
     """Autograd kernel of an operator that runs, but has no derivative."""
 
-    class Once(torch.autograd.Function):
+    class Once(_ReverseMode):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             with _below_autograd():

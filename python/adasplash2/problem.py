@@ -207,7 +207,7 @@ def check_alpha(alpha: float) -> float:
     """
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"alpha must be a real number of at least 1, got {alpha!r}")
-    if not (math.isfinite(alpha) and alpha >= 1.0):
+    if not 1.0 <= alpha < math.inf:  # also refuses NaN
         raise ValueError(f"alpha must be a finite number of at least 1, got {alpha!r}")
     return float(alpha)
 
@@ -235,7 +235,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a real number or None, got {scale!r}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # also refuses NaN
         raise ValueError(f"scale must be finite, got {scale!r}")
     return float(scale)
 

@@ -1,0 +1,1 @@
+"""Other libraries' attention, replaced; each module imports its library when it is used."""

@@ -1,0 +1,165 @@
+"""The same bits for any number of threads and at every run; every instruction set is right."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cases import BFLOAT16, FLOAT32, FLOAT64, Case, device_of, usable_backends
+from torch import Tensor
+
+import adasplash2
+from adasplash2 import _core
+
+CASES = [
+    Case("causal", length_q=600, length_k=600, is_causal=True, heads_q=3, head_dim=64),
+    Case("gqa", length_q=300, length_k=500, heads_q=6, heads_kv=2, batch=2),
+    Case("flat", length_q=300, length_k=1500, sharpness=0.01),
+    Case("mixed", length_q=1300, length_k=1300, data="mixed", is_causal=True, heads_q=1),
+    Case("sink", length_q=1500, length_k=1500, data="sink", is_causal=True, heads_q=1),
+    Case("alpha1.25-bfloat16", length_q=200, length_k=300, alpha=1.25, dtype=BFLOAT16),
+    Case("alpha2-float64", length_q=200, length_k=300, alpha=2.0, dtype=FLOAT64),
+]
+ROWS = [(alpha, dtype) for alpha in (1.5, 2.0, 1.25) for dtype in (FLOAT32, BFLOAT16)]
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def attention(case: Case, backend: str) -> tuple[Tensor, ...]:
+    inputs = case.inputs(device_of(backend))
+    leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+    options = {**case.options, "enable_gqa": case.heads_kv is not None, "backend": backend}
+    try:
+        out = adasplash2.entmax_attention(*leaves, **options)
+    except adasplash2.BackendRefused as refused:
+        if backend == "cpu":
+            raise
+        pytest.skip(str(refused))
+    gradients = torch.autograd.grad(out, leaves, inputs.grad_out)
+    stats = adasplash2.attention_stats(*inputs[:3], **options)
+    return (out, *gradients, stats.tau, stats.support, stats.iterations, stats.empty_tiles)
+
+
+def assert_same_bits(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_attention_for_any_number_of_threads(case: Case) -> None:
+    torch.set_num_threads(1)
+    expected = attention(case, "cpu")
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert_same_bits(attention(case, "cpu"), expected)
+
+
+@pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_attention_at_every_run(case: Case, backend: str) -> None:
+    expected = attention(case, backend)
+    for _ in range(3):
+        assert_same_bits(attention(case, backend), expected)
+
+
+@pytest.mark.parametrize(("alpha", "dtype"), ROWS)
+def test_rows_for_any_number_of_threads(alpha: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 333, generator=generator).to(dtype)
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        leaf = x.clone().requires_grad_()
+        y = adasplash2.entmax(leaf, alpha, backend="cpu")
+        results.append((y, *torch.autograd.grad(y, leaf, x)))
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+# Instruction sets are chosen once a process: each one runs the tests of agreement in its own.
+
+TABLE = " or ".join(
+    (
+        "grid-float32",
+        "grid-float64-alpha1.5",
+        "grid-bfloat16-alpha1.5",
+        "grid-float16-alpha1.5",
+        "lengths-257x129",
+        "head_dim-3-",
+        "head_dim-17-",
+        "head_dim-256-",
+        "layout-sliced",
+        "flat",
+        "local",
+        "nan_query",
+        "minus_infinity",
+    )
+)
+
+
+@pytest.mark.parametrize("isa", _core.usable_isas())
+def test_every_instruction_set_agrees_with_the_reference(isa: str) -> None:
+    tests = Path(__file__).parent
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line"),
+        *("-k", f"test_agrees_with_the_reference and ({TABLE})"),
+        str(tests / "test_attention.py"),
+    ]
+    environment = {**os.environ, "ADASPLASH2_ISA": isa, "ADASPLASH2_BACKEND": ""}
+    probe = "from adasplash2 import _core; print(_core.isa())"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == isa
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("isa", _core.usable_isas())
+def test_every_instruction_set_maps_rows(isa: str) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line"),
+            *("-k", "test_agrees_with_the_reference or test_special_entries"),
+            str(Path(__file__).parent / "test_entmax.py"),
+        ],
+        env={**os.environ, "ADASPLASH2_ISA": isa, "ADASPLASH2_BACKEND": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+
+
+def test_baseline_is_always_there() -> None:
+    isas = _core.usable_isas()
+    assert isas[-1] == "baseline"
+    if platform.machine() == "x86_64":
+        assert set(isas) <= {"avx512", "avx2", "baseline"}
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    program = "import adasplash2, torch; adasplash2.entmax15(torch.zeros(3))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "ADASPLASH2_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "ADASPLASH2_ISA must be one of" in done.stderr
+    assert "'mmx'" in done.stderr

@@ -1,0 +1,310 @@
+"""The dispatcher, with backends made up here: order, refusals, force, broken ones, and words."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import adasplash2
+from adasplash2 import dispatch
+from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem, row_problem
+
+Register = Any
+
+
+def problem(length: int = 5, **changes: Any) -> Problem:
+    q = torch.ones(1, 2, length, 4)
+    options = {"alpha": 1.5, "scale": None, "is_causal": False, "enable_gqa": False}
+    return attention_problem(Inputs(q, q, q), **{**options, "needs_grad": False, **changes})
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Register]:
+    """Put a made-up backend at the end of a registry that starts empty."""
+    monkeypatch.setattr(dispatch, "REGISTRY", {})
+    monkeypatch.setattr(dispatch, "FORCED", None)
+    dispatch.forget()
+
+    def add(name: str, *, unavailable: str | None = None, refusals: tuple[str, ...] = ()) -> Any:
+        module: Any = ModuleType(f"made_up_{name}")
+        module.name = name
+        module.asked = []
+
+        def refuse(problem: Problem | RowProblem) -> list[str]:
+            module.asked.append(problem)
+            return list(refusals)
+
+        module.unavailable = lambda: unavailable
+        module.refusals = refuse
+        module.configs = lambda problem: [{"block": 64}, {"block": 128}]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        dispatch.REGISTRY[name] = module.__name__
+        return module
+
+    yield add
+    dispatch.forget()
+
+
+def test_the_first_that_can_wins_with_its_first_config(register: Register) -> None:
+    first, second = register("first"), register("second")
+    choice = dispatch.choose(problem())
+    assert choice.backend is first
+    assert choice.config == {"block": 64}
+    assert not second.asked
+
+
+def test_one_that_is_unavailable_is_passed_over_and_not_asked(register: Register) -> None:
+    first = register("first", unavailable="there is no such device")
+    second = register("second")
+    assert dispatch.choose(problem()).backend is second
+    assert not first.asked
+
+
+def test_one_that_refuses_is_passed_over(register: Register) -> None:
+    register("first", refusals=("it is Tuesday",))
+    second = register("second")
+    assert dispatch.choose(problem()).backend is second
+
+
+def test_one_that_does_not_import_is_passed_over(register: Register) -> None:
+    dispatch.REGISTRY["broken"] = "adasplash2_no_such_module"
+    register("second")
+    assert dispatch.choose(problem()).backend.name == "second"
+    broken, second = adasplash2.available_backends()
+    assert not broken.usable
+    assert "does not import (ModuleNotFoundError" in broken.reason
+    assert second == dispatch.BackendStatus("second", True, "ready")
+
+
+@pytest.mark.parametrize("error", [OSError("libfoo.so.1 is missing"), RuntimeError("no driver")])
+def test_any_error_of_an_import_is_a_reason(
+    register: Register, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(name: str) -> ModuleType:
+        raise error
+
+    dispatch.REGISTRY["broken"] = "made_up_broken"
+    monkeypatch.setattr(dispatch.importlib, "import_module", fail)
+    with pytest.raises(dispatch.BackendRefused, match=f"{type(error).__name__}: {error}"):
+        dispatch.choose(problem(), "broken")
+
+
+def test_a_name_forces(register: Register) -> None:
+    first, second = register("first"), register("second")
+    assert dispatch.choose(problem(), "second").backend is second
+    assert not first.asked
+
+
+def test_a_forced_one_that_refuses_says_all_its_reasons(register: Register) -> None:
+    register("first")
+    register("second", refusals=("it is Tuesday", "the moon is full"))
+    with pytest.raises(dispatch.BackendRefused) as caught:
+        dispatch.choose(problem(), "second")
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.answers == (
+        dispatch.Answer("second", ("it is Tuesday", "the moon is full")),
+    )
+    message = str(caught.value)
+    assert message.startswith("backend 'second' cannot run attention of query (1, 2, 5, 4)")
+    assert "second: it is Tuesday" in message
+    assert "second: the moon is full" in message
+    assert "first" not in message
+
+
+@pytest.mark.parametrize("forced", [None, "first"])
+def test_a_forced_one_that_is_unavailable_says_why(register: Register, forced: str | None) -> None:
+    register("first", unavailable="there is no such device")
+    with pytest.raises(dispatch.BackendRefused, match="first: there is no such device"):
+        dispatch.choose(problem(), forced)
+
+
+def test_where_none_can_every_reason_is_told(register: Register) -> None:
+    register("first", unavailable="there is no such device")
+    register("second", refusals=("it is Tuesday", "the moon is full"))
+    dispatch.REGISTRY["broken"] = "adasplash2_no_such_module"
+    with pytest.raises(dispatch.BackendRefused) as caught:
+        dispatch.choose(row_problem(torch.ones(3, 7), alpha=2.0, needs_grad=True))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == (
+        "no backend can run entmax of 3 rows of 7, float32 on cpu, alpha=2, with gradient"
+    )
+    assert lines[1:4] == [
+        "  first: there is no such device",
+        "  second: it is Tuesday",
+        "  second: the moon is full",
+    ]
+    assert lines[4].startswith("  broken: its module does not import")
+
+
+def test_an_unknown_name_is_told_the_known_ones(register: Register) -> None:
+    register("first")
+    register("second")
+    with pytest.raises(ValueError, match="backend must be None or one of 'first', 'second', got"):
+        dispatch.choose(problem(), "third")
+    with pytest.raises(ValueError, match="'first', 'second', got 'third'"):
+        dispatch.explain(problem(), "third")
+
+
+def test_the_environment_forces_and_an_argument_goes_before_it(
+    register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = register("first"), register("second")
+    monkeypatch.setattr(dispatch, "FORCED", "second")
+    assert dispatch.choose(problem()).backend is second
+    assert dispatch.explain(problem()).chosen == "second"
+    assert dispatch.choose(problem(), "first").backend is first
+    monkeypatch.setattr(dispatch, "FORCED", "third")
+    with pytest.raises(ValueError, match="got 'third' from ADASPLASH2_BACKEND"):
+        dispatch.choose(problem())
+
+
+def test_equal_problems_are_decided_once(register: Register) -> None:
+    first = register("first")
+    choice = dispatch.choose(problem())
+    assert dispatch.choose(problem()) is choice
+    assert len(first.asked) == 1
+    dispatch.choose(problem(length=6))
+    dispatch.choose(problem(alpha=2.0))
+    dispatch.choose(problem(), "first")
+    assert len(first.asked) == 4
+
+
+def test_strides_decide_nothing(register: Register) -> None:
+    """Hooks on saved tensors may change strides between a forward and its backward."""
+    first = register("first")
+    q = torch.ones(1, 2, 4, 5).mT
+    strided = attention_problem(
+        Inputs(q, q, q),
+        alpha=1.5,
+        scale=None,
+        is_causal=False,
+        enable_gqa=False,
+        needs_grad=False,
+    )
+    assert strided.strided == ("query", "key", "value")
+    assert dispatch.choose(strided) is dispatch.choose(problem())
+    assert len(first.asked) == 1
+
+
+def test_a_refusal_is_not_remembered_as_an_answer(register: Register) -> None:
+    first = register("first", refusals=("it is Tuesday",))
+    with pytest.raises(dispatch.BackendRefused):
+        dispatch.choose(problem())
+    first.refusals = lambda problem: []
+    assert dispatch.choose(problem()).backend is first
+
+
+def test_explain_tells_the_choice_and_why_not_the_others(register: Register) -> None:
+    register("first", unavailable="there is no such device")
+    register("second", refusals=("it is Tuesday", "the moon is full"))
+    register("third")
+    register("fourth")
+    told = dispatch.explain(problem(is_causal=True))
+    assert told.chosen == "third"
+    assert told.config == {"block": 64}
+    assert told.others == (
+        ("first", ("there is no such device",)),
+        ("second", ("it is Tuesday", "the moon is full")),
+        ("fourth", ("could, but 'third' is first",)),
+    )
+    assert str(told).splitlines() == [
+        "call        attention of query (1, 2, 5, 4), key (1, 2, 5, 4), value (1, 2, 5, 4), "
+        "causal, float32 on cpu, alpha=1.5, without gradient",
+        "chosen      third",
+        "config      block=64",
+        "not first   there is no such device",
+        "not second  it is Tuesday",
+        "not second  the moon is full",
+        "not fourth  could, but 'third' is first",
+    ]
+
+
+def test_explain_with_a_forced_one(register: Register) -> None:
+    register("first")
+    register("second")
+    told = dispatch.explain(problem(), "second")
+    assert told.chosen == "second"
+    assert told.others == (("first", ("not asked, 'second' is forced",)),)
+
+
+def test_explain_raises_nothing_where_nothing_can_run(register: Register) -> None:
+    register("first", refusals=("it is Tuesday",))
+    told = dispatch.explain(problem())
+    assert told.chosen is None
+    assert "nothing: the call raises" in str(told)
+    assert "it is Tuesday" in str(told)
+
+
+def test_explain_of_a_call(register: Register) -> None:
+    register("first")
+    q = torch.ones(1, 4, 4, 5, requires_grad=True)
+    told = adasplash2.explain(q, q.mT.contiguous().mT[:, :2], q[:, :2], enable_gqa=True)
+    assert told.notes == ("key is copied once: its head_dim stride is not 1",)
+    assert "with gradient" in told.problem
+    with torch.no_grad():
+        assert "without gradient" in adasplash2.explain(q, q, q).problem
+
+
+def test_explain_of_softmax_asks_nobody(register: Register) -> None:
+    first = register("first")
+    q = torch.ones(1, 2, 4, 5)
+    told = adasplash2.explain(q, q, q, alpha=1)
+    assert told.chosen == "torch.nn.functional.scaled_dot_product_attention"
+    assert "softmax" in str(told)
+    assert not first.asked
+
+
+def test_decisions_are_logged_once(register: Register, caplog: pytest.LogCaptureFixture) -> None:
+    register("first")
+    with caplog.at_level(logging.DEBUG, logger="adasplash2"):
+        dispatch.choose(problem())
+        dispatch.choose(problem())
+    [record] = caplog.records
+    assert record.getMessage().endswith("without gradient: first {'block': 64}")
+
+
+def test_available_backends_print_a_sentence(register: Register) -> None:
+    register("first", unavailable="there is no such device")
+    register("second")
+    assert [str(status) for status in adasplash2.available_backends()] == [
+        "first: not usable, there is no such device",
+        "second: usable, ready",
+    ]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+CALL = "import torch, adasplash2; q = torch.ones(1, 1, 2, 4); adasplash2.entmax_attention(q, q, q)"
+
+
+def test_the_environment_is_read() -> None:
+    """In a process of its own: a backend by name, and the log on standard error."""
+    done = run(CALL, ADASPLASH2_BACKEND="cpu", ADASPLASH2_LOG="debug")
+    assert done.returncode == 0, done.stderr
+    assert "adasplash2 DEBUG: attention of query (1, 1, 2, 4)" in done.stderr
+
+    done = run(CALL, ADASPLASH2_BACKEND="nowhere")
+    assert done.returncode == 1
+    assert "got 'nowhere' from ADASPLASH2_BACKEND" in done.stderr
+
+
+def test_a_log_level_that_is_none_is_warned_about() -> None:
+    done = run("import adasplash2", ADASPLASH2_LOG="loud")
+    assert done.returncode == 0, done.stderr
+    assert "ADASPLASH2_LOG must be a level such as debug, got 'loud'" in done.stderr

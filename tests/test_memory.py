@@ -1,0 +1,81 @@
+"""Memory of a forward and backward on the CPU grows with the length, not with its square.
+
+Each measurement has a process of its own, whose peak is the kernel's count of resident pages.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from /proc/self/status"
+)
+
+MEBIBYTE = 2**20
+
+PROGRAM = """
+import sys
+import torch
+import adasplash2
+
+def resident(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+
+heads, length, sharpness, alpha = (float(argument) for argument in sys.argv[1:])
+shape = (1, int(heads), int(length), 64)
+torch.set_num_threads(2)
+torch.manual_seed(0)
+
+def forward_and_backward(tensors):
+    leaves = [t.requires_grad_() for t in tensors[:3]]
+    out = adasplash2.entmax_attention(*leaves, alpha=alpha, is_causal=True, backend="cpu")
+    return torch.autograd.grad(out, leaves, tensors[3])
+
+forward_and_backward([torch.randn(1, 1, 64, 64) for _ in range(4)])  # loads what loads lazily
+tensors = [torch.randn(shape) for _ in range(4)]
+tensors[0] *= sharpness
+before = resident("VmRSS")
+gradients = forward_and_backward(tensors)
+assert all(gradient.isfinite().all() for gradient in gradients)
+print(resident("VmHWM") - before)
+"""
+
+
+def peak_above_inputs(*, heads: int, length: int, sharpness: float, alpha: float = 1.5) -> int:
+    """Bytes at the peak of a forward and backward above query, key, value and the output's
+    gradient; output and gradients count."""
+    arguments = [str(number) for number in (heads, length, sharpness, alpha)]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 0.01], ids=["sparse", "flat"])
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+def test_far_below_a_dense_buffer(alpha: float, sharpness: float) -> None:
+    """Half of one head's float32 scores would already be more."""
+    length = 8192 if sharpness == 1.0 else 6144
+    peak = peak_above_inputs(heads=2, length=length, sharpness=sharpness, alpha=alpha)
+    assert peak < length**2 * 4 / 2
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 0.01], ids=["sparse", "flat"])
+def test_grows_with_the_length(sharpness: float) -> None:
+    short, long = (
+        peak_above_inputs(heads=1, length=length, sharpness=sharpness) for length in (2048, 8192)
+    )
+    assert long < 6 * short  # linear: 4; quadratic: 16
+
+
+@pytest.mark.slow
+def test_a_long_sequence_fits() -> None:
+    """32,768 positions, 8 heads, head_dim 64: less than 1.5 GiB. One head's scores are 4 GiB."""
+    assert peak_above_inputs(heads=8, length=32768, sharpness=1.0) < 1536 * MEBIBYTE

@@ -1,0 +1,235 @@
+"""Bad input, one argument at a time: the type of the error, and a message that names the
+argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import adasplash2
+from adasplash2 import ops
+from adasplash2.integrations import transformers as integration
+
+NAN, INF = float("nan"), float("inf")
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+GOOD = {"query": tensor(2, 4, 5, 8), "key": tensor(2, 4, 6, 8), "value": tensor(2, 4, 6, 7)}
+
+BAD_ATTENTION = [
+    # case, arguments, error, what the message says in this order
+    ("query none", {"query": None}, TypeError, "query", "torch.Tensor", "NoneType"),
+    ("key list", {"key": [1.0]}, TypeError, "key", "torch.Tensor", "list"),
+    ("value number", {"value": 1.0}, TypeError, "value", "torch.Tensor", "float"),
+    ("query rank", {"query": tensor(4, 5, 8)}, ValueError, "query", "4 dim", "3", "(4, 5, 8)"),
+    ("key rank", {"key": tensor(1, 2, 4, 6, 8)}, ValueError, "key", "4 dimensions", "5"),
+    ("value rank", {"value": tensor(6)}, ValueError, "value", "4 dimensions", "1"),
+    *(
+        (f"{name} {dtype}", {name: GOOD[name].to(dtype)}, TypeError, name, "float32", str(dtype))
+        for name in GOOD
+        for dtype in (torch.int64, torch.bool, torch.complex64)
+    ),
+    ("query sparse", {"query": GOOD["query"].to_sparse()}, TypeError, "query", "strided", "sparse"),
+    ("key dtype", {"key": GOOD["key"].double()}, TypeError, "key", "float32", "float64"),
+    ("value dtype", {"value": GOOD["value"].half()}, TypeError, "value", "float32", "float16"),
+    ("key device", {"key": GOOD["key"].to("meta")}, ValueError, "key", "cpu", "meta"),
+    ("value device", {"value": GOOD["value"].to("meta")}, ValueError, "value", "cpu", "meta"),
+    ("key batch", {"key": tensor(3, 4, 6, 8)}, ValueError, "key", "batch", "2", "3"),
+    ("value batch", {"value": tensor(1, 4, 6, 7)}, ValueError, "value", "batch", "2", "1"),
+    ("key head_dim", {"key": tensor(2, 4, 6, 9)}, ValueError, "key", "head_dim", "8", "9"),
+    ("value heads", {"value": tensor(2, 2, 6, 7)}, ValueError, "value", "(4, 6)", "(2, 6)"),
+    ("value length", {"value": tensor(2, 4, 5, 7)}, ValueError, "value", "(4, 6)", "(4, 5)"),
+    (
+        "head_dim 0",
+        {"query": tensor(2, 4, 5, 0), "key": tensor(2, 4, 6, 0)},
+        ValueError,
+        *("query", "1 to 256", "0"),
+    ),
+    (
+        "head_dim 257",
+        {"query": tensor(2, 4, 5, 257), "key": tensor(2, 4, 6, 257)},
+        ValueError,
+        *("query", "1 to 256", "257"),
+    ),
+    ("head_dim_v 0", {"value": tensor(2, 4, 6, 0)}, ValueError, "value", "1 to 256", "0"),
+    ("head_dim_v 257", {"value": tensor(2, 4, 6, 257)}, ValueError, "value", "1 to 256", "257"),
+    (
+        "heads without gqa",
+        {"key": tensor(2, 2, 6, 8), "value": tensor(2, 2, 6, 7)},
+        ValueError,
+        *("key", "4", "2", "enable_gqa=True"),
+    ),
+    (
+        "heads not divisible",
+        {"key": tensor(2, 3, 6, 8), "value": tensor(2, 3, 6, 7), "enable_gqa": True},
+        ValueError,
+        *("query", "multiple", "3", "4"),
+    ),
+    (
+        "no key heads",
+        {"key": tensor(2, 0, 6, 8), "value": tensor(2, 0, 6, 7), "enable_gqa": True},
+        ValueError,
+        *("query", "multiple", "0", "4"),
+    ),
+    *(
+        (f"alpha {alpha}", {"alpha": alpha}, ValueError, "alpha", "at least 1", repr(alpha))
+        for alpha in (0.99, 0.0, -1.5, NAN, INF, -INF)
+    ),
+    *(
+        (f"alpha {alpha!r}", {"alpha": alpha}, TypeError, "alpha", "real number", repr(alpha))
+        for alpha in ("1.5", None, True, 1.5j, tensor(1))
+    ),
+    *(
+        (f"scale {scale}", {"scale": scale}, ValueError, "scale", "finite", repr(scale))
+        for scale in (NAN, INF, -INF)
+    ),
+    *(
+        (f"scale {scale!r}", {"scale": scale}, TypeError, "scale", "real number", repr(scale))
+        for scale in ("1", False, 1j)
+    ),
+    ("is_causal", {"is_causal": 1}, TypeError, "is_causal", "True or False", "1"),
+    ("enable_gqa", {"enable_gqa": None}, TypeError, "enable_gqa", "True or False", "None"),
+    ("backend type", {"backend": 3}, TypeError, "backend", "name", "3"),
+    ("backend name", {"backend": "nowhere"}, ValueError, "backend", "'cpu'", "'nowhere'"),
+]
+
+
+def says(*words: str) -> str:
+    return ".*".join(re.escape(word) for word in words)
+
+
+def cases(table: list[Any], *, without: str = "") -> Any:
+    rows = [pytest.param(row[1], row[2], row[3:], id=row[0]) for row in table if row[0] != without]
+    return pytest.mark.parametrize(("arguments", "error", "words"), rows)
+
+
+@cases(BAD_ATTENTION)
+def test_attention_refuses(
+    arguments: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error, match=says(*words)):
+        adasplash2.entmax_attention(**{**GOOD, **arguments})
+
+
+@cases(BAD_ATTENTION, without="backend name")  # softmax asks no backend
+def test_softmax_attention_refuses_alike(
+    arguments: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error, match=says(*words)):
+        adasplash2.entmax_attention(**{"alpha": 1, **GOOD, **arguments})
+
+
+@pytest.mark.parametrize("function", [adasplash2.attention_stats, adasplash2.explain])
+@cases(BAD_ATTENTION)
+def test_stats_and_explain_refuse_alike(
+    function: Any, arguments: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error, match=says(*words)):
+        function(**{**GOOD, **arguments})
+
+
+def test_the_good_arguments_are_good() -> None:
+    assert adasplash2.entmax_attention(**GOOD).shape == (2, 4, 5, 7)
+
+
+def test_options_go_by_keyword() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        adasplash2.entmax_attention(*GOOD.values(), 1.5)  # type: ignore[misc]
+
+
+def test_stats_have_no_softmax() -> None:
+    with pytest.raises(ValueError, match=says("alpha", "greater than 1", "softmax", "1.0")):
+        adasplash2.attention_stats(**GOOD, alpha=1)
+
+
+def test_operators_have_no_softmax() -> None:
+    with pytest.raises(ValueError, match=says("alpha", "greater than 1")):
+        ops.attention_forward(*GOOD.values(), 1.0, None, False, False, "", False)
+    with pytest.raises(ValueError, match=says("alpha", "greater than 1")):
+        ops.entmax_forward(tensor(2, 3), 1.0, "", False)
+
+
+BAD_ENTMAX = [
+    ("x none", {"x": None}, TypeError, "x", "torch.Tensor", "NoneType"),
+    ("x int", {"x": tensor(3, dtype=torch.int32)}, TypeError, "x", "float32", "int32"),
+    ("x sparse", {"x": tensor(3).to_sparse()}, TypeError, "x", "strided", "sparse"),
+    ("x scalar", {"x": torch.tensor(1.0)}, ValueError, "x", "at least 1", "0"),
+    ("dim 2", {"dim": 2}, IndexError, "dim", "-2 to 1", "2"),
+    ("dim -3", {"dim": -3}, IndexError, "dim", "-2 to 1", "-3"),
+    ("dim float", {"dim": 1.0}, TypeError, "dim", "int", "1.0"),
+    ("dim bool", {"dim": True}, TypeError, "dim", "int", "True"),
+    ("alpha 0.5", {"alpha": 0.5}, ValueError, "alpha", "at least 1", "0.5"),
+    ("alpha nan", {"alpha": NAN}, ValueError, "alpha", "at least 1", "nan"),
+    ("alpha str", {"alpha": "2"}, TypeError, "alpha", "real number", "'2'"),
+    ("backend type", {"backend": b"cpu"}, TypeError, "backend", "name", "b'cpu'"),
+    ("backend name", {"backend": "nowhere"}, ValueError, "backend", "'cpu'", "'nowhere'"),
+]
+
+
+@cases(BAD_ENTMAX)
+def test_entmax_refuses(
+    arguments: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error, match=says(*words)):
+        adasplash2.entmax(**{"x": tensor(2, 3), **arguments})
+
+
+@pytest.mark.parametrize("function", [adasplash2.entmax15, adasplash2.sparsemax])
+def test_short_names_refuse_alike(function: Any) -> None:
+    with pytest.raises(IndexError, match=says("dim", "-1 to 0", "5")):
+        function(tensor(3), dim=5)
+    with pytest.raises(TypeError, match=says("x", "torch.Tensor")):
+        function([1.0, 2.0])
+
+
+def test_tracing_refuses_with_the_same_words() -> None:
+    """Fake tensors go through the same checks, so torch.compile fails before any kernel."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises(ValueError, match=says("key", "head_dim", "8", "9")):
+        adasplash2.entmax_attention(
+            torch.ones(2, 4, 5, 8), torch.ones(2, 4, 6, 9), torch.ones(2, 4, 6, 9)
+        )
+
+
+BAD_TRANSFORMERS = [
+    ("mask", {"attention_mask": tensor(1, 1, 6, 6)}, "attention_mask", "None", "(1, 1, 6, 6)"),
+    ("dropout", {"dropout": 0.1}, "dropout", "0", "0.1"),
+    ("window", {"sliding_window": 5}, "sliding_window", "6", "5"),
+    *((name, {name: 1.0}, name, "None", "float") for name in integration.UNSUPPORTED),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [pytest.param(arguments, words, id=name) for name, arguments, *words in BAD_TRANSFORMERS],
+)
+def test_transformers_refuses(arguments: dict[str, Any], words: list[str]) -> None:
+    attention = registered()
+    q = tensor(1, 2, 6, 8)
+    with pytest.raises(ValueError, match=says(*words)):
+        attention(torch.nn.Module(), q, q, q, **{"attention_mask": None, **arguments})
+
+
+def test_transformers_refuses_several_tokens_against_a_cache() -> None:
+    attention = registered()
+    with pytest.raises(ValueError, match=says("cache", "query", "key", "3", "6")):
+        attention(torch.nn.Module(), tensor(1, 2, 3, 8), *[tensor(1, 2, 6, 8)] * 2, None)
+
+
+def test_transformers_refuses_alpha_when_it_is_registered() -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=says("alpha", "at least 1", "0.5")):
+        integration.register("adasplash2-bad", alpha=0.5)
+
+
+def registered() -> Any:
+    transformers = pytest.importorskip("transformers")
+    integration.register("adasplash2-refusals")
+    return transformers.AttentionInterface()["adasplash2-refusals"]
