@@ -65,10 +65,10 @@ def probabilities_and_tau(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     elif alpha == 2.0:
         shifted_tau = _tau_sparsemax(y)
         p = (y - shifted_tau).clamp(min=0.0)
-    else:
+    elif y.dtype == torch.float64:
         p, shifted_tau = _bisect(y, alpha)
-        if y.dtype != torch.float64:  # the plain formula, as anyone evaluates it in float32
-            p = (y - shifted_tau).clamp(min=0.0) ** (1.0 / (alpha - 1.0))
+    else:
+        p, shifted_tau = _bisect_tau(y, alpha)
     p = p / p.sum(dim=-1, keepdim=True)
     tau = torch.where(empty, math.inf, highest + shifted_tau)
     p, tau = torch.where(empty, 0.0, p), torch.where(poisoned, math.nan, tau)
@@ -139,6 +139,18 @@ def _bisect(y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     return p_at(high), edge - high ** (1.0 / min(1.0, r))
 
 
+def _bisect_tau(y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """The same as anyone writes it: bisection of ``tau`` itself. What a dense float32 evaluation
+    does; above alpha = 2 it is no reference."""
+    low, high = torch.full_like(y[..., :1], -1.0), torch.zeros_like(y[..., :1])
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        p = (y - middle).clamp(min=0.0) ** (1.0 / (alpha - 1.0))
+        short = p.sum(dim=-1, keepdim=True) < 1.0
+        low, high = torch.where(short, low, middle), torch.where(short, middle, high)
+    return (y - low).clamp(min=0.0) ** (1.0 / (alpha - 1.0)), low
+
+
 def entmax_gradient(p: Tensor, grad_p: Tensor, alpha: float) -> Tensor:
     """Gradient of the scores ``s``: ``u (dp - sum u dp / sum u)``, ``u = p^(2-alpha)`` on the
     support (Correia, Niculae, Martins 2019). Keys off the support have no part in it, whatever
@@ -158,6 +170,14 @@ def entmax_gradient_magnitude(p: Tensor, grad_p: Tensor, alpha: float) -> Tensor
     u = torch.where(p > 0.0, p, 1.0) ** (2.0 - alpha) * (p > 0.0)
     mass = u.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
     return u * (grad_p.abs() + (u * grad_p.abs()).sum(dim=-1, keepdim=True) / mass)
+
+
+def undecided_rows(z: Tensor, tau: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows with a score so near to ``tau`` that arithmetic in ``dtype`` cannot tell whether it is
+    in the support. Above alpha = 2 the gradient jumps there, so that it is left to chance."""
+    distance = (z - tau.unsqueeze(-1)).abs().amin(dim=-1)
+    size = torch.maximum(z.amax(dim=-1).abs(), tau.abs())
+    return distance < 32.0 * torch.finfo(dtype).eps * size
 
 
 def allowed_keys(length_q: int, length_k: int, is_causal: bool) -> Tensor:

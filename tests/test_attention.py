@@ -114,15 +114,26 @@ def assert_close(
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
 
 
+def without_gradient_of_undecided_rows(inputs: Inputs, on_cpu: Inputs, case: Case) -> None:
+    """Sets ``grad_out`` to zero, in place, where there is no right gradient to agree with."""
+    exact = reference.attention(*on_cpu[:3], **case.options)
+    computed_in = FLOAT64 if case.dtype == FLOAT64 else FLOAT32
+    undecided = reference.undecided_rows(exact.z, exact.tau, computed_in)
+    assert undecided.double().mean() < 0.1
+    for grad_out in (inputs.grad_out, on_cpu.grad_out):
+        grad_out[undecided.to(grad_out.device)] = 0.0
+
+
 @on_every_backend
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_reference(case: Case, backend: str) -> None:
-    inputs = case.inputs(device_of(backend))
+    inputs, on_cpu = case.inputs(device_of(backend)), case.inputs()
+    if case.alpha > 2.0:
+        without_gradient_of_undecided_rows(inputs, on_cpu, case)
     got = run(inputs, case, backend)
     assert got.out.dtype == case.dtype
     assert got.out.is_contiguous()
 
-    on_cpu = case.inputs()
     exact, p = evaluate(on_cpu, case, FLOAT64)
     magnitude = Result(*reference.magnitudes(*on_cpu, p=p, alpha=case.alpha, scale=case.scale))
     ill_conditioned = case.dtype == FLOAT32 and not case.well_conditioned

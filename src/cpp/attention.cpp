@@ -59,22 +59,22 @@ class Workspaces {
 };
 
 // What the backward needs, in one block of memory:
-//   int64 offsets[rows + 1] | T max[rows] | T tau_shifted[rows] | T probabilities[entries]
+//   int64 offsets[rows + 1] | Threshold<T> thresholds[rows] | T probabilities[entries]
 //   | int32 support[rows] | int32 keys[entries]
 template <class T>
 struct Saved {
   int64_t* offsets;
-  T *max, *tau_shifted, *probabilities;
+  Threshold<T>* thresholds;
+  T* probabilities;
   int32_t *support, *keys;
 
   static int64_t bytes(int64_t rows, int64_t entries) {
-    return (rows + 1) * 8 + (2 * rows + entries) * int64_t(sizeof(T)) + (rows + entries) * 4;
+    return (rows + 1) * 8 + (3 * rows + entries) * int64_t(sizeof(T)) + (rows + entries) * 4;
   }
   Saved(void* base, int64_t rows, int64_t entries) {
     offsets = static_cast<int64_t*>(base);
-    max = reinterpret_cast<T*>(offsets + rows + 1);
-    tau_shifted = max + rows;
-    probabilities = tau_shifted + rows;
+    thresholds = reinterpret_cast<Threshold<T>*>(offsets + rows + 1);
+    probabilities = reinterpret_cast<T*>(thresholds + rows);
     support = reinterpret_cast<int32_t*>(probabilities + entries);
     keys = support + rows;
   }
@@ -92,8 +92,7 @@ class KeptLists final : public Kept {
  public:
   explicit KeptLists(const AttentionProblem& problem, int threads)
       : rows(problem.rows()),
-        max(rows),
-        tau_shifted(rows),
+        thresholds(rows),
         support(rows),
         lists(size_t(threads < 1 ? 1 : threads)),
         blocks(problem.batch * problem.heads_q * problem.blocks_per_head()),
@@ -134,8 +133,7 @@ class KeptLists final : public Kept {
       int64_t offset = begins[b];
       for (int64_t i = head * length_q + first; i < head * length_q + end; ++i) {
         saved.offsets[i] = offset;
-        saved.max[i] = max[i];
-        saved.tau_shifted[i] = tau_shifted[i];
+        saved.thresholds[i] = thresholds[i];
         saved.support[i] = support[i];
         offset += support[i] > 0 ? support[i] : 0;
       }
@@ -143,7 +141,7 @@ class KeptLists final : public Kept {
   }
 
   int64_t rows;
-  Buffer<T> max, tau_shifted;
+  Buffer<Threshold<T>> thresholds;
   Buffer<int32_t> support;
   std::vector<ThreadLists<T>> lists;
   Buffer<Block> blocks;
@@ -180,8 +178,7 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
     task.packed_keys = packed_keys.head(batch * p.heads_kv + head_kv);
     task.row_begin = first;
     task.rows = first + kBlockRows < p.length_q ? kBlockRows : p.length_q - first;
-    task.results.max = kept->max.data() + row;
-    task.results.tau_shifted = kept->tau_shifted.data() + row;
+    task.results.thresholds = kept->thresholds.data() + row;
     task.results.tau = static_cast<T*>(a.tau) + row;
     task.results.support = kept->support.data() + row;
     task.results.iterations = a.iterations ? a.iterations + row : nullptr;
@@ -319,8 +316,7 @@ void backward(const BackwardArguments& a) {
       }
       task.row_begin = first;
       task.rows = first + kBlockRows < p.length_q ? kBlockRows : p.length_q - first;
-      task.max = saved.max + row;
-      task.tau_shifted = saved.tau_shifted + row;
+      task.thresholds = saved.thresholds + row;
       task.support = saved.support + row;
       task.offsets = saved.offsets + row;
       task.keys = saved.keys;
@@ -361,8 +357,7 @@ void backward(const BackwardArguments& a) {
     if (any_flat) {
       task.packed_keys = packed_keys->head(head);
       task.packed_values = packed_values->head(head);
-      task.max = saved.max + row;
-      task.tau_shifted = saved.tau_shifted + row;
+      task.thresholds = saved.thresholds + row;
       task.delta = delta.data() + row;
       task.support = saved.support + row;
       task.flat_blocks = flat_blocks.data() + head_q * blocks;

@@ -2,18 +2,12 @@
 //     ds_j = u_j (dp_j - delta),  dQ = scale * sum_j ds_j k_j,
 //     dK_j = scale * sum_i ds_ij q_i,  dV_j = sum_i p_ij dO_i
 // (Correia, Niculae, Martins 2019). Rows own dQ, keys own dK and dV, so nothing is shared and
-// the order of summation is fixed. Flat rows recompute their scores from max and tau.
+// the order of summation is fixed. Flat rows recompute their scores from their thresholds.
 #pragma once
 
 #include "forward.h"
 
 namespace adasplash2::ADASPLASH2_ISA {
-
-// p and ds of one tile of flat rows, from its scores and its dO . v.
-template <AlphaKind K, class T>
-ADASPLASH2_INLINE Vec<T> flat_probability(Vec<T> z, T max, T tau, const Power<T>& power) {
-  return probability<K>((z - max) - tau, power);
-}
 
 template <class S, AlphaKind K>
 struct BackwardRows {
@@ -76,14 +70,14 @@ struct BackwardRows {
     store(p + n, Vec<T>{});
     store(dp + n, Vec<T>{});
 
-    Vec<T> total = {}, weighted = {};
+    Sum<T> total, weighted;
     for (int64_t j = 0; j < n; j += kLanes<T>) {
       const Vec<T> u = sensitivity<K>(load(p + j), power);
-      total += u;
-      weighted += u * load(dp + j);
+      total.add(u);
+      weighted.add(u == T(0) ? u : u * load(dp + j));  // off the support nothing is felt
       store(ds + j, u);
     }
-    const T delta = sum<T>(weighted) / sum<T>(total);
+    const T delta = weighted.total() / total.total();
     for (int64_t j = 0; j < n; j += kLanes<T>)
       store(ds + j, load(ds + j) * (load(dp + j) - delta) * scale);
     __builtin_memcpy(task.grad_scores + begin, ds, size_t(n) * sizeof(T));
@@ -136,16 +130,16 @@ struct BackwardRows {
       return;
     }
     const KeyRange visible = problem.scores.visible(task.row_begin + i);
-    Vec<T> total = {}, weighted = {};
+    Sum<T> total, weighted;
     for (int64_t j = 0; j < width; j += kLanes<T>) {
       const Vec<T> masked = mask_keys<T>(load(z + j), j, visible);
-      const Vec<T> p = flat_probability<K>(masked, task.max[i], task.tau_shifted[i], power);
+      const Vec<T> p = probability<K>(above<T>(masked, task.thresholds[i]), power);
       const Vec<T> u = sensitivity<K>(p, power);
-      total += u;
-      weighted += u * load(dp + j);
+      total.add(u);
+      weighted.add(u == T(0) ? u : u * load(dp + j));  // off the support nothing is felt
       store(z + j, u);
     }
-    const T delta = sum<T>(weighted) / sum<T>(total);
+    const T delta = weighted.total() / total.total();
     task.delta[i] = delta;
     for (int64_t j = 0; j < width; j += kLanes<T>) {
       const Vec<T> u = load(z + j);
@@ -261,8 +255,9 @@ struct BackwardKeys {
     for (int64_t key = 0; key < task.keys; key += kKeys) {
       for (int64_t g = 0; g < groups; ++g) flat_tile(head, first, rows, g * kTileRows, key);
       // Weights are read down their columns; padding keys of the last panel have none.
-      for (int64_t j = key; j < key + kKeys && j < task.keys; j += kWeightedRows) {
-        const int64_t n = task.keys - j < kWeightedRows ? task.keys - j : kWeightedRows;
+      const int64_t end = key + kKeys < task.keys ? key + kKeys : task.keys;
+      for (int64_t j = key; j < end; j += kWeightedRows) {
+        const int64_t n = end - j < kWeightedRows ? end - j : kWeightedRows;
         const T *p = probabilities + (j - key), *ds = grads + (j - key);
         T* dk = grad_keys + j * problem.head_dim;
         T* dv = grad_values + j * problem.head_dim_v;
@@ -304,8 +299,7 @@ struct BackwardKeys {
         Vec<T> p = {}, ds = {};
         if (is_flat) {
           const int64_t first_key = task.key_begin + key + v * kLanes<T>;
-          p = flat_probability<K>(z.rows[r][v] * multiplier, task.max[i], task.tau_shifted[i],
-                                  power);
+          p = probability<K>(above<T>(z.rows[r][v] * multiplier, task.thresholds[i]), power);
           const Vec<T> u = sensitivity<K>(p, power);
           ds = u == T(0) ? u : u * (dp.rows[r][v] - task.delta[i]) * scale;
           const Ints<T> seen = mask_keys<T>(Vec<T>{}, first_key, visible) == T(0);

@@ -38,7 +38,7 @@ ADASPLASH2_INLINE void entmax_rows(const EntmaxTask<ComputeOf<S>>& task) {
     if (whole < n) store(ws.values + whole, load_partial(x + whole, int(n - whole)) * multiplier);
     const DenseRow<T> row = solve_dense<K, T>(ws.values, n, ws.candidates, power);
     const auto p_at = [&](int64_t j) {
-      return probability<K>((load(ws.values + j) - row.max) - row.tau, power) * row.scale;
+      return probability<K>(above<T>(load(ws.values + j), row.threshold), power) * row.scale;
     };
     const bool empty = row.state == RowState::kEmpty;
     for (int64_t j = 0; j < n; j += L) {
@@ -66,18 +66,18 @@ ADASPLASH2_INLINE void entmax_backward_rows(const EntmaxBackwardTask& task) {
     const S* y = static_cast<const S*>(task.y) + i * n;
     const S* dy = static_cast<const S*>(task.grad_y) + i * task.stride_grad_y;
     S* dx = static_cast<S*>(task.grad_x) + i * n;
-    Vec<T> total = {}, weighted = {};
+    Sum<T> total, weighted;
     for (int64_t j = 0; j < n; j += L) {
       const bool full = j < whole;
       const Vec<T> p = full ? load_compute(y + j) : load_partial(y + j, int(n - whole));
       const Vec<T> g = full ? load_compute(dy + j) : load_partial(dy + j, int(n - whole));
       const Vec<T> u = sensitivity<K>(p, power);
-      total += u;
-      weighted += u == T(0) ? u : u * g;  // an infinite gradient off the support is not felt
+      total.add(u);
+      weighted.add(u == T(0) ? u : u * g);  // off the support nothing is felt
       store(ws.values + j, u);
       store(ws.candidates + j, g);
     }
-    const T mass = sum<T>(total), delta = mass == T(0) ? T(0) : sum<T>(weighted) / mass;
+    const T mass = total.total(), delta = mass == T(0) ? T(0) : weighted.total() / mass;
     for (int64_t j = 0; j < n; j += L) {
       const Vec<T> u = load(ws.values + j);
       T grad[L];

@@ -210,12 +210,12 @@ struct ForwardBlock {
       flat[i] = true;
       return;
     }
-    T tau = kInfinity<T>;
+    Threshold<T> threshold = {row.max, kInfinity<T>, T(0)};
     int32_t steps = 0;
     int64_t support = 0;
     if (row.state == RowState::kSolved)
-      support = solve_list<K, T>(values, keys, row, power, &tau, &steps);
-    record(i, row.max, tau, int32_t(support), steps);
+      support = solve_list<K, T>(values, keys, row, power, &threshold, &steps);
+    record(i, threshold, int32_t(support), steps);
     gather_rows<false>(values, keys, support, static_cast<const S*>(task.value.data),
                        task.value.stride, problem.head_dim_v, ws.out);
     write_out(i, ws.out);
@@ -223,10 +223,11 @@ struct ForwardBlock {
       for (int64_t j = 0; j < support; ++j) task.results.tiles[keys[j] / kBlockRows] = 1;
   }
 
-  ADASPLASH2_INLINE void record(int64_t i, T max, T tau_shifted, int32_t support, int32_t steps) {
-    task.results.max[i] = max;
-    task.results.tau_shifted[i] = tau_shifted;
-    task.results.tau[i] = tau_shifted == kInfinity<T> ? tau_shifted : max + tau_shifted;
+  ADASPLASH2_INLINE void record(int64_t i, const Threshold<T>& threshold, int32_t support,
+                                int32_t steps) {
+    const T shifted = threshold.tau + threshold.rest;
+    task.results.thresholds[i] = threshold;
+    task.results.tau[i] = shifted == kInfinity<T> ? shifted : threshold.max + shifted;
     task.results.support[i] = support;
     if (task.results.iterations) task.results.iterations[i] = steps;
   }
@@ -274,9 +275,9 @@ struct ForwardBlock {
   // Scores -> probabilities in place.
   ADASPLASH2_INLINE void solve_flat_row(int64_t i, T* scores, int64_t width) {
     const DenseRow<T> row = solve_dense<K, T>(scores, width, ws.candidates, power);
-    record(i, row.max, row.tau, int32_t(-1 - row.support), row.steps);
+    record(i, row.threshold, int32_t(-1 - row.support), row.steps);
     for (int64_t j = 0; j < width; j += kLanes<T>) {
-      const Vec<T> p = probability<K>((load(scores + j) - row.max) - row.tau, power) * row.scale;
+      const Vec<T> p = probability<K>(above<T>(load(scores + j), row.threshold), power) * row.scale;
       store(scores + j, p);
     }
     if (row.state == RowState::kPoisoned || !task.results.tiles) return;

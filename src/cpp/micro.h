@@ -55,8 +55,8 @@ ADASPLASH2_INLINE Tile<T> scores_tile(const T* a, const T* b, int64_t depth) {
 }
 
 // out[r][0..width) += sum_{j < n} weights[r * weight_stride + j * weight_step] * matrix[j] for
-// r < R: weights may be read along their rows or down their columns. A row of the matrix that
-// no weight wants is not read.
+// r < R: weights may be read along their rows or down their columns. A weight of zero takes
+// nothing, not even a NaN.
 template <int R, class S, class T>
 ADASPLASH2_INLINE void add_weighted_rows(const T* weights, int64_t weight_stride,
                                          int64_t weight_step, int64_t n, const S* matrix,
@@ -70,16 +70,19 @@ ADASPLASH2_INLINE void add_weighted_rows(const T* weights, int64_t weight_stride
       for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * out_stride + at + v * L);
     for (int64_t j = 0; j < n; ++j) {
       T w[R];
-      bool any = false;
+      bool any = false, all = true;
       for (int r = 0; r < R; ++r) {
         w[r] = weights[r * weight_stride + j * weight_step];
         any |= w[r] != T(0);
+        all &= w[r] != T(0);
       }
       if (!any) continue;
       const S* row = matrix + j * stride + at;
-      for (int v = 0; v < V; ++v) {
-        const Vec<T> x = load_compute(row + v * L);
-        for (int r = 0; r < R; ++r) acc[r][v] += w[r] * x;
+      Vec<T> x[V];
+      for (int v = 0; v < V; ++v) x[v] = load_compute(row + v * L);
+      for (int r = 0; r < R; ++r) {
+        if (!all && w[r] == T(0)) continue;
+        for (int v = 0; v < V; ++v) acc[r][v] += w[r] * x[v];
       }
     }
     for (int r = 0; r < R; ++r)

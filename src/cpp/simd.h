@@ -102,6 +102,19 @@ ADASPLASH2_INLINE T smallest(Vec<T> v) {
   return -largest<T>(-v);
 }
 
+// Lane-wise sums with Kahan's compensation: rows of thousands of equal terms, added one after
+// another, would drift by more than the threshold's own round-off.
+template <class T>
+struct Sum {
+  Vec<T> value = {}, lost = {};
+  ADASPLASH2_INLINE void add(Vec<T> x) {
+    const Vec<T> y = x - lost, next = value + y;
+    lost = (next - value) - y;
+    value = next;
+  }
+  ADASPLASH2_INLINE T total() const { return sum<T>(value); }
+};
+
 // --- storage dtypes -------------------------------------------------------------------------
 
 // A float16's bits as float: exponent and mantissa moved up, the exponent bias mended by a
@@ -271,19 +284,28 @@ struct FloatFormat;
 template <>
 struct FloatFormat<float> {
   static constexpr int kMantissaBits = 23, kBias = 127, kLogTerms = 5, kExpTerms = 9;
-  static constexpr int32_t kMantissaMask = 0x7fffff;
+  using Bits = int32_t;
+  static constexpr Bits kMantissaMask = 0x7fffff, kUpperBits = ~0xfff;
   static constexpr float kRound = 0x1.8p23f;
 };
 template <>
 struct FloatFormat<double> {
   static constexpr int kMantissaBits = 52, kBias = 1023, kLogTerms = 12, kExpTerms = 15;
-  static constexpr int64_t kMantissaMask = 0xfffffffffffff;
+  using Bits = int64_t;
+  static constexpr Bits kMantissaMask = 0xfffffffffffff, kUpperBits = ~0x7ffffff;
   static constexpr double kRound = 0x1.8p52;
 };
 
-// log2 of positive normal numbers: m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m-1)/(m+1)).
+// x = 2^exponent * 2^fraction with |fraction| <= 1/2, for positive normal numbers. Apart, the two
+// are exact and nearly exact; their sum would lose the fraction's last bits.
 template <class T>
-ADASPLASH2_INLINE Vec<T> log2(Vec<T> x) {
+struct Logarithm {
+  Vec<T> exponent, fraction;
+};
+
+// m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m-1)/(m+1)).
+template <class T>
+ADASPLASH2_INLINE Logarithm<T> log2(Vec<T> x) {
   using F = FloatFormat<T>;
   const Ints<T> bits = bits_as<Ints<T>>(x);
   const Ints<T> one = bits_as<Ints<T>>(broadcast(T(1)));
@@ -296,23 +318,34 @@ ADASPLASH2_INLINE Vec<T> log2(Vec<T> x) {
   Vec<T> series = broadcast(T(1) / T(2 * F::kLogTerms - 1));
 #pragma GCC unroll 16
   for (int k = F::kLogTerms - 2; k >= 0; --k) series = series * s2 + T(1) / T(2 * k + 1);
-  return exponent + series * s * T(2.8853900817779268);  // 2 / ln 2
+  return {exponent, series * s * T(2.8853900817779268)};  // 2 / ln 2
 }
 
-// 2^x for x in the normal exponent range; below it 0.
 template <class T>
-ADASPLASH2_INLINE Vec<T> exp2(Vec<T> x) {
+ADASPLASH2_INLINE Vec<T> round_to_whole(Vec<T> x) {
+  return (x + FloatFormat<T>::kRound) - FloatFormat<T>::kRound;
+}
+
+// x^r of positive normal numbers, to |r| round-offs; 0 below the normal range, inf above.
+template <class T>
+ADASPLASH2_INLINE Vec<T> power_of_positive(Vec<T> x, T r) {
   using F = FloatFormat<T>;
-  const Vec<T> lowest = broadcast(T(1 - F::kBias));
-  const Ints<T> under = x < lowest;
-  x = under ? lowest : x;
-  const Vec<T> rounded = (x + F::kRound) - F::kRound;
-  const Vec<T> f = (x - rounded) * T(0.69314718055994531);
+  const Logarithm<T> log = log2<T>(x);
+  // The upper half of r's bits times a whole exponent is exact.
+  const T r_high = bits_as<T>(bits_as<typename F::Bits>(r) & F::kUpperBits);
+  const Vec<T> large = r_high * log.exponent;
+  const Vec<T> small = (r - r_high) * log.exponent + r * log.fraction;
+  const Ints<T> under = large + small<T(1 - F::kBias), over = large + small> T(F::kBias);
+  const Vec<T> whole = (under | over) ? Vec<T>{} : round_to_whole<T>(large);
+  const Vec<T> rest = (under | over) ? Vec<T>{} : (large - whole) + small;
+  const Vec<T> rounded = round_to_whole<T>(rest);
+  const Vec<T> f = (rest - rounded) * T(0.69314718055994531);
   Vec<T> series = broadcast(T(1));
 #pragma GCC unroll 16
   for (int k = F::kExpTerms; k >= 1; --k) series = series * f * (T(1) / T(k)) + T(1);
-  const Ints<T> exponent = __builtin_convertvector(rounded, Ints<T>) + F::kBias;
-  return under ? Vec<T>{} : series * bits_as<Vec<T>>(exponent << F::kMantissaBits);
+  const Ints<T> exponent = __builtin_convertvector(whole + rounded, Ints<T>) + F::kBias;
+  const Vec<T> y = series * bits_as<Vec<T>>(exponent << F::kMantissaBits);
+  return under ? Vec<T>{} : (over ? broadcast(T(__builtin_inf())) : y);
 }
 
 }  // namespace adasplash2::ADASPLASH2_ISA

@@ -53,7 +53,7 @@ ADASPLASH2_INLINE void with_kind(AlphaKind kind, F f) {
 
 template <class T>
 ADASPLASH2_INLINE Vec<T> raise(Vec<T> x, T exponent) {  // x > 0, or NaN
-  const Vec<T> y = exp2<T>(exponent * log2<T>(x));
+  const Vec<T> y = power_of_positive<T>(x, exponent);
   return x == x ? y : x;
 }
 
@@ -129,7 +129,7 @@ struct Pass {
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE Pass<T> moments_at(const T* values, int64_t n, T max, T t,
                                      const Power<T>& power) {
-  Vec<T> s0 = {}, s1 = {}, s2 = {};
+  Sum<T> s0, s1, s2;
   Vec<T> above = broadcast(T(2)), below = broadcast(-T(2));
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     const Vec<T> x = (load(values + i) - max) - t;
@@ -138,18 +138,18 @@ ADASPLASH2_INLINE Pass<T> moments_at(const T* values, int64_t n, T max, T t,
     if constexpr (K == AlphaKind::kGeneral) {
       const Vec<T> p = in ? raise<T>(x, power.exponent) : Vec<T>{};
       const Vec<T> slope = in ? p / x : Vec<T>{};
-      s2 += p;
-      s1 += slope;
-      s0 += in ? slope / x : Vec<T>{};
+      s2.add(p);
+      s1.add(slope);
+      s0.add(in ? slope / x : Vec<T>{});
     } else {
-      s0 += in ? broadcast(T(1)) : Vec<T>{};
-      s1 += kept;
-      if (K == AlphaKind::k15) s2 += kept * kept;
+      s0.add(in ? broadcast(T(1)) : Vec<T>{});
+      s1.add(kept);
+      if (K == AlphaKind::k15) s2.add(kept * kept);
       above = vmin<T>(above, in ? x : above);
       below = vmax<T>(below, in ? below : x);
     }
   }
-  return {{sum<T>(s0), sum<T>(s1), sum<T>(s2)}, smallest<T>(above), largest<T>(below)};
+  return {{s0.total(), s1.total(), s2.total()}, smallest<T>(above), largest<T>(below)};
 }
 
 template <class T>
@@ -157,13 +157,18 @@ ADASPLASH2_INLINE T magnitude(T x) {
   return x < T(0) ? -x : x;
 }
 
-// Threshold of values - max for a padded list that holds every score above bracket.lo.
+// x = z - threshold.
+template <class T>
+ADASPLASH2_INLINE Vec<T> above(Vec<T> z, const Threshold<T>& threshold) {
+  return ((z - threshold.max) - threshold.tau) - threshold.rest;
+}
+
+// Threshold of a padded list that holds every score above bracket.lo.
 // Newton on the exact segment (alpha 1.5, 2) or Halley, inside a bracket that each pass
 // tightens; a step out of it becomes a bisection.
 template <AlphaKind K, class T>
-ADASPLASH2_INLINE T refine(const T* values, int64_t n, T max, Bracket<T> bracket,
-                           const Power<T>& power, int32_t* steps) {
-  constexpr T tolerance = kEpsilon<T> / 2;
+ADASPLASH2_INLINE Threshold<T> refine(const T* values, int64_t n, T max, Bracket<T> bracket,
+                                      const Power<T>& power, int32_t* steps) {
   T t = bracket.start;
   int step = 0;
   while (step < kMaxSteps) {
@@ -172,14 +177,19 @@ ADASPLASH2_INLINE T refine(const T* values, int64_t n, T max, Bracket<T> bracket
     const T f = excess<K>(pass.moments);
     (f >= T(0) ? bracket.lo : bracket.hi) = t;
     T d = refinement_step<K>(pass.moments, power.exponent);
-    // No score lies between t and t + d: the support is right and the step was exact.
-    bool done = K != AlphaKind::kGeneral && d < pass.above && d >= pass.below;
-    if (K == AlphaKind::kGeneral && magnitude(d) <= tolerance) {
-      // Above alpha = 2 the slope is infinite at a score, and a step from just below one is
-      // short far from the root: it ends the search only where f says so too.
-      const T resolution = T(1) + power.exponent * pass.moments.s1;
-      done = magnitude(f) <= T(4) * kEpsilon<T> * resolution;
-      if (!done) d = kInfinity<T>;
+    const bool small = magnitude(d) <= T(2) * kEpsilon<T> * magnitude(t);
+    bool done;
+    if (K == AlphaKind::kGeneral) {
+      // Either f is zero to its round-off, or t can move no closer and f says so too: above
+      // alpha = 2 the slope is infinite at a score, and a short step alone proves nothing.
+      const T roundoff = kEpsilon<T> * (T(4) + power.exponent);
+      const bool still = magnitude(d) <= kEpsilon<T> / 4 * magnitude(t);
+      done = magnitude(f) <= roundoff ||
+             (still && magnitude(f) <= roundoff + T(4) * kEpsilon<T> * power.exponent *
+                                                      pass.moments.s1 * magnitude(t));
+    } else {
+      // No score lies between t and t + d: the support is right and the step was exact.
+      done = d < pass.above && d >= pass.below;
     }
     const bool bisect = !done && step > kFreeSteps && step % 2 == 0;
     if (bisect || !(t + d >= bracket.lo && t + d <= bracket.hi)) {
@@ -187,12 +197,13 @@ ADASPLASH2_INLINE T refine(const T* values, int64_t n, T max, Bracket<T> bracket
       done = false;
     }
     const T next = t + d;
-    done |= next == t || (K != AlphaKind::kGeneral && magnitude(d) <= tolerance);
+    // Where the bracket is as narrow as T allows, its middle is its end.
+    done |= next == t || (small && (next == bracket.lo || next == bracket.hi));
+    *steps = step;
+    if (done) return {max, t, d};
     t = next;
-    if (done) break;
   }
-  *steps = step;
-  return t;
+  return {max, t, T(0)};
 }
 
 // What remains of a row once its scores are thresholded.
@@ -249,31 +260,33 @@ __attribute__((noinline)) static Tightened<T> tighten(T* values, int32_t* keys, 
 }
 
 // Turns a tightened list into probabilities (normalised, zeros dropped) in place and returns
-// their number; `tau` is the threshold of z - max.
+// their number.
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE int64_t solve_list(T* values, int32_t* keys, const Tightened<T>& row,
-                                     const Power<T>& power, T* tau, int32_t* steps) {
-  *tau = refine<K>(values, row.count, row.max, row.bracket, power, steps);
-  Vec<T> total = {};
+                                     const Power<T>& power, Threshold<T>* threshold,
+                                     int32_t* steps) {
+  *threshold = refine<K>(values, row.count, row.max, row.bracket, power, steps);
+  Sum<T> total;
   int64_t kept = 0;
   for (int64_t i = 0; i < row.count; i += kLanes<T>) {
-    const Vec<T> p = probability<K>((load(values + i) - row.max) - *tau, power);
-    total += p;
+    const Vec<T> p = probability<K>(above<T>(load(values + i), *threshold), power);
+    total.add(p);
     Keys<T> k;
     __builtin_memcpy(&k, keys + i, sizeof(k));
     kept += compress<T>(p, k, not_below(p, Vec<T>{}), values + kept, keys + kept);
   }
-  const T scale = T(1) / sum<T>(total);
+  const T scale = T(1) / total.total();
   for (int64_t i = 0; i < kept; i += kLanes<T>) store(values + i, load(values + i) * scale);
   return kept;
 }
 
-// A whole row: values[0..n) (room for one more vector) -> max, tau and the factor that makes
+// A whole row: values[0..n) (room for one more vector) -> threshold and the factor that makes
 // the probabilities sum to one. `candidates` has room for n and one more vector.
 template <class T>
 struct DenseRow {
   RowState state;
-  T max, tau, scale;
+  Threshold<T> threshold;
+  T scale;
   int64_t support;
   int32_t steps;
 };
@@ -290,8 +303,8 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
   }
   const T max = largest<T>(top);
   if (!(sum<T>(bad) == T(0)) || max == kInfinity<T>)
-    return {RowState::kPoisoned, kNan<T>, kNan<T>, kNan<T>, 0, 0};
-  if (max == -kInfinity<T>) return {RowState::kEmpty, max, kInfinity<T>, T(0), 0, 0};
+    return {RowState::kPoisoned, {kNan<T>, kNan<T>, kNan<T>}, kNan<T>, 0, 0};
+  if (max == -kInfinity<T>) return {RowState::kEmpty, {max, kInfinity<T>, T(0)}, T(0), 0, 0};
 
   const T reach = (max - T(1)) - T(2) * kEpsilon<T> * (magnitude(max) + T(1));
   int64_t count = 0;
@@ -301,15 +314,15 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
     if (mask) count += compress<T>(v, mask, candidates + count);
   }
   const Tightened<T> row = tighten<K, T>(candidates, nullptr, count, power);
-  DenseRow<T> result = {RowState::kSolved, max, 0, 0, 0, 0};
-  result.tau = refine<K>(candidates, row.count, max, row.bracket, power, &result.steps);
-  Vec<T> total = {};
+  DenseRow<T> result = {RowState::kSolved, {}, 0, 0, 0};
+  result.threshold = refine<K>(candidates, row.count, max, row.bracket, power, &result.steps);
+  Sum<T> total;
   for (int64_t i = 0; i < row.count; i += kLanes<T>) {
-    const Vec<T> p = probability<K>((load(candidates + i) - max) - result.tau, power);
-    total += p;
+    const Vec<T> p = probability<K>(above<T>(load(candidates + i), result.threshold), power);
+    total.add(p);
     result.support += __builtin_popcount(not_below(p, Vec<T>{}));
   }
-  result.scale = T(1) / sum<T>(total);
+  result.scale = T(1) / total.total();
   return result;
 }
 

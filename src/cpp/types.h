@@ -80,13 +80,20 @@ struct AttentionProblem {
   }
 };
 
+// The threshold of a row's scores z is max + tau + rest. The three are kept apart: z - max is
+// nearly exact, and `rest` holds what tau loses to rounding, which matters where the slope of p
+// is steep (alpha above 2 at the edge of the support).
+template <class T>
+struct Threshold {
+  T max, tau, rest;
+};
+
 // What the forward knows of each query row (arrays over all rows, in T = float or double).
 // support < 0 marks a flat or poisoned row: -1 - support keys, no list.
 template <class T>
 struct RowResults {
-  T* max;          // largest z
-  T* tau_shifted;  // threshold of z - max
-  T* tau;          // threshold of z
+  Threshold<T>* thresholds;
+  T* tau;  // max + tau + rest
   int32_t* support;
   int32_t* iterations;  // may be null
   uint8_t* tiles;       // may be null; 1 where a 64x64 tile of this head has a probability > 0
@@ -113,7 +120,7 @@ struct BackwardRowsTask {
   const T* packed_keys;    // null unless some row is flat
   const T* packed_values;  // likewise
   int64_t row_begin, rows;
-  const T *max, *tau_shifted;
+  const Threshold<T>* thresholds;
   const int32_t* support;
   const int64_t* offsets;  // of each row's list, at the first row of the task
   const int32_t* keys;     // all lists
@@ -136,7 +143,8 @@ struct BackwardKeysTask {
   const T *probabilities, *grad_scores;
   // Flat rows of the group, or null where there are none: arrays of group * length_q.
   const T *packed_keys, *packed_values;
-  const T *max, *tau_shifted, *delta;
+  const Threshold<T>* thresholds;
+  const T* delta;
   const int32_t* support;
   const uint8_t* flat_blocks;  // per (head in group, row block)
   void* workspace;
