@@ -2,5 +2,6 @@
 
 REGISTRY: dict[str, str] = {
     # name: module, in the order in which the dispatcher asks them without measurements
+    "cuda": "adasplash2.backends.cuda",
     "cpu": "adasplash2.backends.cpu",
 }

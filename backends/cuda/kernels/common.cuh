@@ -33,7 +33,7 @@ constexpr int kDim = padded<kHeadDim>;  // widths as the matrix fragments see th
 constexpr int kDimV = padded<kHeadDimV>;
 
 constexpr u32 kAllLanes = 0xffffffffu;
-constexpr float kInf = __builtin_huge_valf();
+constexpr float kInf = __builtin_bit_cast(float, 0x7f800000);
 constexpr float kHuge = 1e30f;  // a bound that no score passes, and that stays finite in sums
 
 // Rows that one warp of the scan owns: two 16-row fragments share every key fragment, which
@@ -61,26 +61,26 @@ struct Record {  // a survivor of one key column
 
 struct Params {
   View q, k, v, o, grad_o, grad_q, grad_k, grad_v;
-  float* tau;        // (batch * heads_q, length_q)
-  int* iterations;   // likewise, or null
-  u8* tiles;         // (batch * heads_q, tiles_q, tiles_k) 64x64 tiles with support, or null
-  int* row_start;    // first arena entry of a row; rows are numbered tile by tile
-  int* row_count;    // survivors of a row
-  u8* flat;          // per group of kWarpRows rows: 1 where the dense kernels take over
-  Entry* entries;    // the arena
-  int* rank;         // arrival of an arena entry in its column
+  float* tau;       // (batch * heads_q, length_q)
+  int* iterations;  // likewise, or null
+  u8* tiles;        // (batch * heads_q, tiles_q, tiles_k) 64x64 tiles with support, or null
+  int* row_start;   // first arena entry of a row; rows are numbered tile by tile. Flat rows:
+                    // the bits of the factor that makes their probabilities sum to one
+  int* row_count;   // survivors of a row
+  u8* flat;         // per group of kWarpRows rows: 1 where the dense kernels take over
+  int* poison;      // per (batch, key head): keys before it are seen by a poisoned row
+  Entry* entries;   // the arena
+  int* rank;        // arrival of an arena entry in its column
   int* column_count;
   int* column_start;
   Record* records;
-  float* delta;      // (batch * heads_q, length_q), flat rows only
-  float* partial;    // sums of the pieces of long columns
-  int* long_columns; // [0] their number, then (column, piece base) pairs
-  int batch, heads_q, heads_kv, group, length_q, length_k, groups_q;
-  float c, inv_c;    // z = c * (q . k), c = (alpha-1) |scale| > 0; and its inverse
-  float scale;       // as given; a negative one is carried by the sign of q
-  float q_sign;      // 1, -1, or 0 where scale is 0
-  float r;           // 1 / (alpha-1)
-  int long_limit, long_capacity, pieces;
+  float* delta;       // (batch * heads_q, length_q), flat rows only
+  int* long_columns;  // [0] their number, then the columns
+  int batch, heads_q, heads_kv, group, length_q, length_k, groups_q, long_limit;
+  float c, inv_c;  // z = c * (q . k), c = (alpha-1) |scale| > 0; and its inverse
+  float scale;     // as given; a negative one is carried by the sign of q
+  float q_sign;    // 1, -1, or 0 where scale is 0
+  float r;         // 1 / (alpha-1)
 };
 
 // --- element types -------------------------------------------------------------------------
@@ -102,7 +102,8 @@ struct Fp16 {
   static __device__ __forceinline__ float2 unpack(u32 pair) {
     float2 out;
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-        : "=f"(out.x), "=f"(out.y) : "r"(pair));
+        : "=f"(out.x), "=f"(out.y)
+        : "r"(pair));
     return out;
   }
   static __device__ __forceinline__ u32 pack(float low, float high) {
@@ -129,13 +130,17 @@ using Scalar = Fp32;
 constexpr bool kHalf = sizeof(Scalar) == 2;
 
 __device__ __forceinline__ float to_float(Scalar x) {
-  if constexpr (kHalf) return Scalar::unpack(u32(x.bits)).x;
-  else return x.bits;
+  if constexpr (kHalf)
+    return Scalar::unpack(u32(x.bits)).x;
+  else
+    return x.bits;
 }
 
 __device__ __forceinline__ void store(Scalar* to, float x) {
-  if constexpr (kHalf) to->bits = u16(Scalar::pack(x, 0.f));
-  else to->bits = x;
+  if constexpr (kHalf)
+    to->bits = u16(Scalar::pack(x, 0.f));
+  else
+    to->bits = x;
 }
 
 template <class T = Scalar>
@@ -172,9 +177,9 @@ template <int width>
 __device__ __forceinline__ void store8(Scalar* row, int at, const float (&in)[8]) {
   if constexpr (kAligned && kHalf) {
     if (at < width)
-      *reinterpret_cast<uint4*>(row + at) = {
-          Scalar::pack(in[0], in[1]), Scalar::pack(in[2], in[3]),
-          Scalar::pack(in[4], in[5]), Scalar::pack(in[6], in[7])};
+      *reinterpret_cast<uint4*>(row + at) = {Scalar::pack(in[0], in[1]), Scalar::pack(in[2], in[3]),
+                                             Scalar::pack(in[4], in[5]),
+                                             Scalar::pack(in[6], in[7])};
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
@@ -184,7 +189,9 @@ __device__ __forceinline__ void store8(Scalar* row, int at, const float (&in)[8]
 
 // Lanes that share one row of `width` elements in the gathers, eight elements each.
 template <int width>
-constexpr int lanes_per_row = width <= 64 ? 8 : width <= 128 ? 16 : 32;
+constexpr int lanes_per_row = width <= 64    ? 8
+                              : width <= 128 ? 16
+                                             : 32;
 
 // --- warp helpers --------------------------------------------------------------------------
 
@@ -201,8 +208,7 @@ __device__ __forceinline__ T sum_over(T x) {  // over aligned groups of `lanes` 
 template <int lanes>
 __device__ __forceinline__ float max_over(float x) {
 #pragma unroll
-  for (int step = 1; step < lanes; step *= 2)
-    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
+  for (int step = 1; step < lanes; step *= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
 
@@ -211,7 +217,7 @@ __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < kInf; }
 // --- the mathematics of one score ----------------------------------------------------------
 
 __device__ __forceinline__ float power(float x, float exponent) {
-  return exp2f(exponent * __log2f(x));
+  return exp2f(exponent * log2f(x));
 }
 
 // p = x^r
@@ -250,20 +256,38 @@ __device__ __forceinline__ Moments<float> sum_over(Moments<float> m) {
 }
 
 // One guarded step on f(t): narrows [lo, hi] around the root by the moments at t and moves t
-// inside it. True when t is final: steps below kStepFloor are float32 round-off of y. A small
-// step with a large excess (alpha > 2, where f has infinite slopes) is a stall: bisect.
-constexpr float kStepFloor = 6e-8f;
-constexpr float kExcessFloor = 1e-5f;
+// inside it. True when t is final: f is zero to its round-off, or t can move no closer and f
+// says so too (above alpha = 2, where f has infinite slopes, a short step alone proves nothing).
+constexpr float kEpsilon = 0x1p-23f;
 
 __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& lo, float& hi,
                                        float& t) {
   const float f = excess<kAlpha>(m);
   const float step = refinement_step<kAlpha>(m, r);
-  if (f >= 0.f) lo = t; else hi = t;
-  if (fabsf(step) <= kStepFloor && fabsf(f) <= kExcessFloor) return true;
+  if (f >= 0.f)
+    lo = t;
+  else
+    hi = t;
+  const float roundoff = kEpsilon * (4.f + r);
+  const float slack = 4.f * kEpsilon * r * m.s1 * fabsf(t);
   const float next = t + step;
-  t = next > lo && next < hi && fabsf(step) > kStepFloor ? next : 0.5f * (lo + hi);
-  return hi - lo <= kStepFloor;
+  const bool inside = next >= lo && next <= hi;
+  const bool still = fabsf(step) <= 0.25f * kEpsilon * fabsf(t);
+  const bool done = fabsf(f) <= roundoff || (still && fabsf(f) <= roundoff + slack);
+  if (done) {
+    if (inside) t = next;
+    return true;
+  }
+  const float old = t;
+  t = inside && !still ? next : 0.5f * (lo + hi);
+  // Where the bracket is as narrow as float32 allows, its middle is its end.
+  return hi - lo <= 2.f * kEpsilon * fabsf(old) && (t == old || t == lo || t == hi);
+}
+
+// The rows that a poisoned row's NaN reaches: every key it may see.
+__device__ __forceinline__ void poison_keys(const Params& p, int batch, int kv_head, int row) {
+  atomicMax(p.poison + batch * p.heads_kv + kv_head,
+            kCausal ? min(row + 1, p.length_k) : p.length_k);
 }
 
 // --- shared memory, copies and matrix fragments --------------------------------------------
@@ -289,7 +313,9 @@ __device__ __forceinline__ void store_shared_u16(u32 address, u32 x) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(u16(x)) : "memory");
 }
 
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Bytes from one row of a tile in shared memory to the next. The 16 bytes of padding put eight
@@ -300,8 +326,8 @@ constexpr int tile_stride = dim * int(sizeof(Scalar)) + 16;
 // Start copying rows [first, first + rows) of one head into a tile; rows from `length` on and
 // columns from `width` on become zeros. Visible after copy_wait() and a barrier.
 template <int rows, int width, int threads>
-__device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 row_stride,
-                                          int first, int length) {
+__device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 row_stride, int first,
+                                          int length) {
   constexpr int dim = padded<width>;
   constexpr int per_unit = 16 / int(sizeof(Scalar));
   constexpr int units = dim / per_unit;
@@ -313,7 +339,8 @@ __device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 ro
     if constexpr (kAligned) {
       const int bytes = inside && at < width ? 16 : 0;
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-                   "l"(from + (at < width ? at : 0)), "r"(bytes) : "memory");
+                   "l"(from + (at < width ? at : 0)), "r"(bytes)
+                   : "memory");
     } else {
 #pragma unroll
       for (int j = 0; j < per_unit; ++j)
@@ -329,22 +356,26 @@ struct Left {
 
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
 }
 __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
 }
 
 // d = a b + c for a 16x16 times 16x8 product
-__device__ __forceinline__ void multiply(float (&d)[4], const Left& a, u32 b0, u32 b1,
-                                         float c0, float c1, float c2, float c3) {
-#define ADASPLASH2_MMA(type)                                                             \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                             \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"         \
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                   \
-      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1), "f"(c0),   \
-        "f"(c1), "f"(c2), "f"(c3))
+__device__ __forceinline__ void multiply(float (&d)[4], const Left& a, u32 b0, u32 b1, float c0,
+                                         float c1, float c2, float c3) {
+#define ADASPLASH2_MMA(type)                                                                    \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                    \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                          \
+      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1), "f"(c0), "f"(c1), \
+        "f"(c2), "f"(c3))
 #if ADASPLASH2_DTYPE == 1
   ADASPLASH2_MMA("f16");
 #else

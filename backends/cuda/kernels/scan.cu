@@ -16,10 +16,10 @@ namespace adasplash2 {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlockRows = kWarps * kWarpRows;
-constexpr int kTileKeys = 64;   // keys that are copied to shared memory at a time
+constexpr int kTileKeys = 64;  // keys that are copied to shared memory at a time
 constexpr int kStages = 2;
-constexpr int kChunk = 32;      // keys whose scores a warp holds at a time
-constexpr int kSlots = 4;       // rows that a lane shares
+constexpr int kChunk = 32;  // keys whose scores a warp holds at a time
+constexpr int kSlots = 4;   // rows that a lane shares
 constexpr int kCapacity = ADASPLASH2_CAPACITY;
 constexpr int kAppend = kChunk / 4;  // what one chunk can add to a lane's list
 // One entry of all lists of a warp: 4 x 32 scores, then 4 x 32 column codes of 16 bits.
@@ -28,6 +28,9 @@ constexpr int kEntryBytes = kSlots * 32 * 6;
 // below it, the third proves that. More would tighten the bound by less than they cost.
 constexpr int kBoundSteps = 3;
 constexpr int kSolveSteps = 64;  // enough for bisection alone
+// Scores are summed from minus the bound on, so a bound far below the row's maximum costs them
+// bits. In windows: beyond it the group goes to the dense kernels, which sum from zero.
+constexpr float kReach = 64.f;
 constexpr float kBoundSlack = 1e-6f;  // of the window, above the rounding of f near its root
 
 // A column as lane l sees it in 16 bits: chunk, then its 8 keys per lane. Holds 2^13 chunks.
@@ -69,10 +72,11 @@ __device__ __forceinline__ void append(u32& end, float score, u32 code) {
 }
 
 struct Solution {
-  float top;     // largest score of the row, relative to the bound it was kept with
-  float lo, tau; // proven lower bound and threshold, both of y = c (score - top)
+  float top;      // largest score of the row, relative to the bound it was kept with
+  float lo, tau;  // proven lower bound and threshold, both of y = c (score - top)
   int steps;
-  bool poisoned; // a kept score is NaN or infinite
+  bool poisoned;  // a kept score is NaN or infinite
+  bool empty;     // nothing was kept: no key scores above minus infinity
 };
 
 // Threshold of the scores kept for one slot, on the four lanes that share the row.
@@ -80,7 +84,7 @@ __device__ __forceinline__ Solution solve(const Lists& lists, int slot, float c,
                                           int steps) {
   const u32 first = lists.base + Lists::score_offset(slot);
   const u32 last = lists.end_of(slot) + Lists::score_offset(slot);
-  Solution s{-kInf, -1.f, -1.f, 0, false};
+  Solution s{-kInf, -1.f, -1.f, 0, false, false};
   for (u32 at = first; at < last; at += kEntryBytes) {
     const float score = load_shared(at);
     s.top = fmaxf(s.top, score);
@@ -88,7 +92,8 @@ __device__ __forceinline__ Solution solve(const Lists& lists, int slot, float c,
   }
   s.top = max_over<4>(s.top);
   s.poisoned = __ballot_sync(kAllLanes, s.poisoned) >> (lane_id() & ~3) & 15u;
-  bool done = s.poisoned || s.top == -kInf;
+  s.empty = s.top == -kInf;
+  bool done = s.poisoned || s.empty;
   if (done) s.top = 0.f;
   s.lo = fmaxf(-1.f, -c * s.top);
   float hi = 0.f;
@@ -106,12 +111,15 @@ __device__ __forceinline__ Solution solve(const Lists& lists, int slot, float c,
   return s;
 }
 
-// Raise the bounds to what the kept scores prove and drop what lies below.
-__device__ __forceinline__ void tighten(Lists& lists, float (&minus_bound)[kSlots],
+// Raise the bounds to what the kept scores prove and drop what lies below. False where a row's
+// maximum has left the reach of its bound.
+__device__ __forceinline__ bool tighten(Lists& lists, float (&minus_bound)[kSlots],
                                         const Params& p) {
+  bool near = true;
 #pragma unroll 1
   for (int slot = 0; slot < kSlots; ++slot) {
     const Solution s = solve(lists, slot, p.c, p.r, kBoundSteps);
+    near &= !(p.c * s.top > kReach);
     const float old = slot == 0   ? minus_bound[0]
                       : slot == 1 ? minus_bound[1]
                       : slot == 2 ? minus_bound[2]
@@ -133,10 +141,11 @@ __device__ __forceinline__ void tighten(Lists& lists, float (&minus_bound)[kSlot
     for (int i = 0; i < kSlots; ++i)
       if (i == slot) minus_bound[i] = fresh, lists.end[i] = keep;
   }
+  return __all_sync(kAllLanes, near);
 }
 
-constexpr int kQuarters = kChunk / 8;  // n8 fragments of a chunk
-using Scores = float[2][kQuarters][4]; // [m16 fragment][n8 fragment][accumulator]
+constexpr int kQuarters = kChunk / 8;   // n8 fragments of a chunk
+using Scores = float[2][kQuarters][4];  // [m16 fragment][n8 fragment][accumulator]
 
 // The queries of a warp as left operands; float32 reads them from shared memory instead.
 struct Queries {
@@ -203,7 +212,9 @@ __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const S
 __device__ __forceinline__ float4 load_shared4(u32 address) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
   return x;
 }
 
@@ -223,7 +234,7 @@ __device__ __forceinline__ void products(Scores& s, const Queries& q, u32 keys,
         for (int m = 0; m < 2; ++m)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            float(&d)[4] = s[m][n + i];
+            float (&d)[4] = s[m][n + i];
             if (k == 0)
               multiply(d, q.part[m][k], b[2 * i], b[2 * i + 1], start[2 * m], start[2 * m],
                        start[2 * m + 1], start[2 * m + 1]);
@@ -263,8 +274,7 @@ __device__ __forceinline__ void products(Scores& s, const Queries& q, u32 keys,
 }
 
 // Scores of pairs that the masks forbid become minus infinity.
-__device__ __forceinline__ void mask_scores(Scores& s, int first_row, int first_key,
-                                            int length_k) {
+__device__ __forceinline__ void mask_scores(Scores& s, int first_row, int first_key, int length_k) {
   const int lane = lane_id();
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot)
@@ -274,13 +284,13 @@ __device__ __forceinline__ void mask_scores(Scores& s, int first_row, int first_
       for (int j = 0; j < 2; ++j) {
         const int key = first_key + n * 8 + lane % 4 * 2 + j;
         const int row = first_row + slot * 8 + lane / 4;
-        if (key >= length_k || (kCausal && key > row))
-          s[slot / 2][n][slot % 2 * 2 + j] = -kInf;
+        if (key >= length_k || (kCausal && key > row)) s[slot / 2][n][slot % 2 * 2 + j] = -kInf;
       }
 }
 
-// The first bound of each row: its window's lower end under the maximum of its first chunk.
-__device__ __forceinline__ void first_bounds(Scores& s, float (&minus_bound)[kSlots],
+// The first bound of a row is its window's lower end under the maximum of the first chunk in
+// which it sees a finite score. `unset` has a bit for each slot that waits for one.
+__device__ __forceinline__ void first_bounds(Scores& s, float (&minus_bound)[kSlots], u32& unset,
                                              float inv_c) {
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -289,8 +299,9 @@ __device__ __forceinline__ void first_bounds(Scores& s, float (&minus_bound)[kSl
     for (int n = 0; n < kQuarters; ++n)
       top = fmaxf(top, fmaxf(s[slot / 2][n][slot % 2 * 2], s[slot / 2][n][slot % 2 * 2 + 1]));
     top = max_over<4>(top);
-    if (minus_bound[slot] == 0.f && is_finite(top))
-      minus_bound[slot] = fmaf(1.f + kBoundSlack, inv_c, -top);
+    if (!(unset >> slot & 1u) || !is_finite(top)) continue;
+    unset &= ~(1u << slot);
+    minus_bound[slot] = fmaf(1.f + kBoundSlack, inv_c, -top);
 #pragma unroll
     for (int n = 0; n < kQuarters; ++n)
 #pragma unroll
@@ -319,17 +330,18 @@ __device__ __forceinline__ void keep_survivors(const Scores& s, Lists& lists, u3
   }
 }
 
-// Solve every row of the warp and write its survivors. False where the arena cannot hold them.
-__device__ __forceinline__ bool write_rows(const Lists& lists,
-                                           const float (&minus_bound)[kSlots],
-                                           const Params& p, int head_row, int group,
-                                           int first_row, u32 poisoned) {
+// Solve every row of the warp and write its survivors. False where the arena cannot hold them,
+// or a row's maximum has left the reach of its bound.
+__device__ __forceinline__ bool write_rows(const Lists& lists, const float (&minus_bound)[kSlots],
+                                           const Params& p, int head_row, int group, int first_row,
+                                           u32 poisoned) {
   const int lane = lane_id();
   const i64 arena = i64(group) * kWarpRows * kArenaRow;
   int used = 0;
 #pragma unroll 1
   for (int slot = 0; slot < kSlots; ++slot) {
     const Solution s = solve(lists, slot, p.c, p.r, kSolveSteps);
+    if (__any_sync(kAllLanes, p.c * s.top > kReach)) return false;
     const int row = first_row + slot * 8 + lane / 4;
     const bool bad = s.poisoned || (poisoned >> slot & 1u);
     const u32 last = bad ? lists.base : lists.end_of(slot);
@@ -338,8 +350,8 @@ __device__ __forceinline__ bool write_rows(const Lists& lists,
                         : slot == 2 ? minus_bound[2]
                                     : minus_bound[3];
     int mine = 0;
-    for (u32 at = lists.base + Lists::score_offset(slot);
-         at < last + Lists::score_offset(slot); at += kEntryBytes)
+    for (u32 at = lists.base + Lists::score_offset(slot); at < last + Lists::score_offset(slot);
+         at += kEntryBytes)
       mine += fmaf(p.c, load_shared(at) - s.top, -s.tau) > 0.f;
     int before = mine;  // inclusive prefix over the warp: rows in order, lanes of a row in order
 #pragma unroll
@@ -354,14 +366,13 @@ __device__ __forceinline__ bool write_rows(const Lists& lists,
     used += total;
     if (used > kWarpRows * kArenaRow) return false;
     for (u32 at = lists.base; at < last; at += kEntryBytes) {
-      const float x =
-          fmaf(p.c, load_shared(at + Lists::score_offset(slot)) - s.top, -s.tau);
+      const float x = fmaf(p.c, load_shared(at + Lists::score_offset(slot)) - s.top, -s.tau);
       if (x > 0.f) {
         const int column = column_of(load_shared_u16(at + Lists::code_offset(slot)), lane);
         p.entries[arena + at_entry++] = {column, x};
         if (p.tiles)
-          p.tiles[(i64(head_row) * ((p.length_q + 63) / 64) + row / 64) *
-                      ((p.length_k + 63) / 64) + column / 64] = 1;
+          p.tiles[(i64(head_row) * ((p.length_q + 63) / 64) + row / 64) * ((p.length_k + 63) / 64) +
+                  column / 64] = 1;
       }
     }
     if (lane % 4 == 0) {
@@ -370,7 +381,10 @@ __device__ __forceinline__ bool write_rows(const Lists& lists,
       p.row_count[at] = bad ? -1 : count;
       if (row < p.length_q) {
         const i64 at_tau = i64(head_row) * p.length_q + row;
-        p.tau[at_tau] = bad ? __int_as_float(0x7fffffff) : fmaf(p.c, s.top - minus, s.tau);
+        p.tau[at_tau] = bad       ? __int_as_float(0x7fffffff)
+                        : s.empty ? kInf
+                                  : fmaf(p.c, s.top - minus, s.tau);
+        if (bad) poison_keys(p, head_row / p.heads_q, head_row % p.heads_q / p.group, row);
         if (p.iterations) p.iterations[at_tau] = s.steps;
       }
     }
@@ -382,14 +396,11 @@ constexpr int kStageBytes = kTileKeys * tile_stride<kDim>;
 constexpr int kListBytes = kCapacity * kEntryBytes;
 constexpr int kQueryBytes = kHalf ? 0 : kBlockRows * tile_stride<kDim>;
 
-extern "C" __constant__ const int scan_shared_bytes =
-    kStages * kStageBytes + kWarps * kListBytes + kQueryBytes;
-
 extern "C" __global__ void __launch_bounds__(kThreads, kHalf ? 2 : 1)
     scan(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char shared[];
   const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
-  const int head_row = blockIdx.x / blocks;  // head-major: K of one head stays in the L2
+  const int head_row = blockIdx.x / blocks;            // head-major: K of one head stays in the L2
   const int block = blocks - 1 - blockIdx.x % blocks;  // longest rows first
   const int batch = head_row / p.heads_q, head = head_row % p.heads_q;
   const int warp = warp_id();
@@ -401,23 +412,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, kHalf ? 2 : 1)
   char* queries_at =
       shared + kStages * kStageBytes + kWarps * kListBytes + warp * (kQueryBytes / kWarps);
   Queries queries;
-  const u32 poisoned =
-      load_queries(queries, p, row_of(p.q, batch, head, 0), first_row, queries_at);
+  const u32 poisoned = load_queries(queries, p, row_of(p.q, batch, head, 0), first_row, queries_at);
 
   Lists lists;
   lists.base = shared_address(lists_at) + lane_id() * 4;
   float minus_bound[kSlots];
+  u32 unset = 0;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     lists.end[slot] = lists.base;
-    const bool dead =
-        first_row + slot * 8 + lane_id() / 4 >= p.length_q || (poisoned >> slot & 1u);
+    const bool dead = first_row + slot * 8 + lane_id() / 4 >= p.length_q || (poisoned >> slot & 1u);
     minus_bound[slot] = dead ? -kHuge : 0.f;
+    if (!dead) unset |= 1u << slot;
   }
 
   const int seen = kCausal ? min(p.length_k, block * kBlockRows + kBlockRows) : p.length_k;
   const bool outside = first_row >= p.length_q;
-  bool flat = false, first = true;
+  bool flat = false;
 
   const int tiles = (seen + kTileKeys - 1) / kTileKeys;
   load_tile<kTileKeys, kHeadDim, kThreads>(shared, keys, p.k.row, (tiles - 1) * kTileKeys,
@@ -428,8 +439,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kHalf ? 2 : 1)
     if (__syncthreads_and(flat || outside)) break;
     const int stage = (tiles - 1 - tile) % kStages;
     if (tile > 0) {
-      load_tile<kTileKeys, kHeadDim, kThreads>(shared + (1 - stage) * kStageBytes, keys,
-                                               p.k.row, (tile - 1) * kTileKeys, p.length_k);
+      load_tile<kTileKeys, kHeadDim, kThreads>(shared + (1 - stage) * kStageBytes, keys, p.k.row,
+                                               (tile - 1) * kTileKeys, p.length_k);
       copy_commit();
     }
     const u32 stage_at = shared_address(shared + stage * kStageBytes);
@@ -439,17 +450,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kHalf ? 2 : 1)
       if (flat || outside || first_key >= p.length_k ||
           (kCausal && first_key >= first_row + kWarpRows))
         continue;
-      const bool edge = first_key + kChunk > p.length_k ||
-                        (kCausal && first_key + kChunk > first_row + 1);
+      const bool edge =
+          first_key + kChunk > p.length_k || (kCausal && first_key + kChunk > first_row + 1);
       Scores s;
       products(s, queries, stage_at + part * kChunk * tile_stride<kDim>, minus_bound);
       if (edge) mask_scores(s, first_row, first_key, p.length_k);
-      if (first) first_bounds(s, minus_bound, p.inv_c);
-      first = false;
+      if (__any_sync(kAllLanes, unset != 0)) first_bounds(s, minus_bound, unset, p.inv_c);
       keep_survivors(s, lists, first_key / kChunk);
       if (lists.above(kCapacity - kAppend)) {
-        tighten(lists, minus_bound, p);
-        flat = lists.above(kCapacity - kAppend);
+        flat = !tighten(lists, minus_bound, p) || lists.above(kCapacity - kAppend);
       }
     }
   }

@@ -43,8 +43,13 @@ ADASPLASH2_HD int bin_of(T y) {
   return bin < 0 ? 0 : (bin >= kBins ? kBins - 1 : bin);
 }
 
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+ADASPLASH2_HD float square_root(float x) { return sqrtf(x); }
+ADASPLASH2_HD double square_root(double x) { return sqrt(x); }
+#else
 ADASPLASH2_HD float square_root(float x) { return __builtin_sqrtf(x); }
 ADASPLASH2_HD double square_root(double x) { return __builtin_sqrt(x); }
+#endif
 
 // Bracket of tau from counts per bin. Scores rounded down to bin edges have a threshold below
 // tau; rounded up, the same threshold one bin higher: so one root gives both ends, and the

@@ -1,0 +1,510 @@
+// Rows whose support is too large for lists: the scan marked their groups of kWarpRows rows
+// flat, and these kernels serve them with dense tiles, recomputing the scores in each pass.
+// Blocks without a flat group return at once, so the launch needs no word from the host.
+//
+// Here z = (alpha-1) scale q.k, x = z - tau, p = x^r, u = x^(r-1).
+#include "common.cuh"
+
+namespace adasplash2 {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * 32;
+constexpr int kRows = kWarps * 16;  // rows of a block, 16 a warp
+constexpr int kTile = 64;           // rows of the tiles it walks over
+constexpr int kSolveSteps = 64;     // enough for bisection alone
+// float16 loses probabilities below 6e-8; rows of many keys come near. Scaled, none does.
+constexpr float kProbScale = ADASPLASH2_DTYPE == 1 ? 1024.f : 1.f;
+
+constexpr int kBytes = kTile * tile_stride<kDim>;    // of a tile of queries or keys
+constexpr int kBytesV = kTile * tile_stride<kDimV>;  // of a tile of values or their gradients
+
+// --- products of a warp: 16 rows against 8 * parts rows or columns -------------------------
+
+__device__ __forceinline__ float2 load_shared2(u32 address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
+// a b^T, both rows of `dim` elements in shared memory
+template <int parts, int dim>
+__device__ __forceinline__ void dot_products(float (&out)[parts][4], u32 a, u32 b) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int n = 0; n < parts; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[n][i] = 0.f;
+  if constexpr (kHalf) {
+    const u32 a_at = a + lane % 16 * tile_stride<dim> + lane / 16 * 16;
+    const u32 b_at = b + (lane / 16 * 8 + lane % 8) * tile_stride<dim> + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int k = 0; k < dim / 16; ++k) {
+      Left left;
+      load_matrices(left.r, a_at + k * 32);
+#pragma unroll
+      for (int n = 0; n < parts; n += 2) {
+        u32 r[4];
+        load_matrices(r, b_at + n * 8 * tile_stride<dim> + k * 32);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float (&d)[4] = out[n + i];
+          multiply(d, left, r[2 * i], r[2 * i + 1], d[0], d[1], d[2], d[3]);
+        }
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int at = 0; at < dim; at += 2) {
+      const float2 low = load_shared2(a + lane / 4 * tile_stride<dim> + at * 4);
+      const float2 high = load_shared2(a + (lane / 4 + 8) * tile_stride<dim> + at * 4);
+#pragma unroll
+      for (int n = 0; n < parts; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float2 r = load_shared2(b + (n * 8 + lane % 4 * 2 + j) * tile_stride<dim> + at * 4);
+          out[n][j] = fmaf(low.y, r.y, fmaf(low.x, r.x, out[n][j]));
+          out[n][2 + j] = fmaf(high.y, r.y, fmaf(high.x, r.x, out[n][2 + j]));
+        }
+    }
+  }
+}
+
+// out += w b: w as dot_products() leaves it, b rows of `dim` elements in shared memory
+template <int parts, int dim>
+__device__ __forceinline__ void add_weighted(float (&out)[dim / 8][4], const float (&w)[parts][4],
+                                             u32 b) {
+  const int lane = lane_id();
+  if constexpr (kHalf) {
+    const u32 b_at = b + lane % 16 * tile_stride<dim> + lane / 16 * 16;
+#pragma unroll
+    for (int k = 0; k < parts / 2; ++k) {
+      const Left left = {Scalar::pack(w[2 * k][0], w[2 * k][1]),
+                         Scalar::pack(w[2 * k][2], w[2 * k][3]),
+                         Scalar::pack(w[2 * k + 1][0], w[2 * k + 1][1]),
+                         Scalar::pack(w[2 * k + 1][2], w[2 * k + 1][3])};
+#pragma unroll
+      for (int n = 0; n < dim / 8; n += 2) {
+        u32 r[4];
+        load_matrices_transposed(r, b_at + k * 16 * tile_stride<dim> + n * 16);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float (&d)[4] = out[n + i];
+          multiply(d, left, r[2 * i], r[2 * i + 1], d[0], d[1], d[2], d[3]);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < parts * 8; ++k) {
+      const int from = (lane & ~3) | k % 8 / 2;
+      const float low = __shfl_sync(kAllLanes, w[k / 8][k % 2], from);
+      const float high = __shfl_sync(kAllLanes, w[k / 8][2 + k % 2], from);
+#pragma unroll
+      for (int n = 0; n < dim / 8; ++n) {
+        const float2 r = load_shared2(b + k * tile_stride<dim> + (n * 8 + lane % 4 * 2) * 4);
+        out[n][0] = fmaf(low, r.x, out[n][0]);
+        out[n][1] = fmaf(low, r.y, out[n][1]);
+        out[n][2] = fmaf(high, r.x, out[n][2]);
+        out[n][3] = fmaf(high, r.y, out[n][3]);
+      }
+    }
+  }
+}
+
+// Write, or add to, a warp's 16 rows of `width` elements.
+template <int width, bool add>
+__device__ __forceinline__ void write_part(const float (&out)[padded<width> / 8][4], Scalar* head,
+                                           i64 stride, int first, int length, float factor,
+                                           const bool (&wanted)[2]) {
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    const int row = first + slot * 8 + lane_id() / 4;
+    if (row >= length || !wanted[slot]) continue;
+#pragma unroll
+    for (int n = 0; n < padded<width> / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int at = n * 8 + lane_id() % 4 * 2 + j;
+        if (at >= width) continue;
+        Scalar* to = head + i64(row) * stride + at;
+        const float x = out[n][2 * slot + j] * factor;
+        store(to, add ? to_float(*to) + x : x);
+      }
+  }
+}
+
+// --- forward -------------------------------------------------------------------------------
+
+constexpr int kParts = kTile / 8;
+using Scores = float[kParts][4];
+
+// The rows of a block and the keys they walk over.
+struct Block {
+  const Params& p;
+  int head_row, batch, head, kv_head, first_row, tiles;
+  bool flat[2];  // of the lane's two rows
+
+  __device__ Block(const Params& params) : p(params) {
+    const int blocks = (p.length_q + kRows - 1) / kRows;
+    head_row = blockIdx.x / blocks;
+    const int block = blocks - 1 - blockIdx.x % blocks;
+    batch = head_row / p.heads_q;
+    head = head_row % p.heads_q;
+    kv_head = head / p.group;
+    first_row = block * kRows + warp_id() * 16;
+    const int seen = kCausal ? min(p.length_k, block * kRows + kRows) : p.length_k;
+    tiles = (seen + kTile - 1) / kTile;
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      const int row = row_of_slot(slot);
+      flat[slot] = row < p.length_q && p.flat[head_row * p.groups_q + row / kWarpRows];
+    }
+  }
+  __device__ int row_of_slot(int slot) const { return first_row + slot * 8 + lane_id() / 4; }
+  __device__ int first_of_block() const { return first_row - warp_id() * 16; }
+
+  __device__ bool allowed(int slot, int key) const {
+    return key < p.length_k && (!kCausal || key <= row_of_slot(slot));
+  }
+  __device__ bool edge(int tile) const {  // whether some pair of the warp's is forbidden
+    return (tile + 1) * kTile > p.length_k || (kCausal && (tile + 1) * kTile > first_row + 1);
+  }
+
+  // body(first key, keys, values) for each tile of keys, nearest first, with the next one
+  // under way. Tiles stand in two stages from `at` on; values come along where asked for.
+  template <bool with_values, class Body>
+  __device__ __forceinline__ void for_tiles(char* at, const Body& body) const {
+    const Scalar* keys = row_of(p.k, batch, kv_head, 0);
+    const Scalar* values = row_of(p.v, batch, kv_head, 0);
+    const auto start = [&](int tile, int stage) {
+      char* to = at + stage * (kBytes + kBytesV);
+      load_tile<kTile, kHeadDim, kThreads>(to, keys, p.k.row, tile * kTile, p.length_k);
+      if constexpr (with_values)
+        load_tile<kTile, kHeadDimV, kThreads>(to + kBytes, values, p.v.row, tile * kTile,
+                                              p.length_k);
+      copy_commit();
+    };
+    __syncthreads();  // the stages are free
+    start(tiles - 1, 0);
+    for (int tile = tiles - 1; tile >= 0; --tile) {
+      const int stage = (tiles - 1 - tile) % 2;
+      copy_wait();
+      __syncthreads();
+      if (tile > 0) start(tile - 1, 1 - stage);
+      const u32 here = shared_address(at + stage * (kBytes + kBytesV));
+      body(tile, here, here + kBytes);
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    dense_output(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) char shared[];
+  const Block b(p);
+  if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
+  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row,
+                                       b.first_of_block(), p.length_q);
+  copy_commit();
+  char* stages = shared + kBytes;
+  const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
+  const float c = p.c * p.q_sign;
+
+  float top[2] = {-kInf, -kInf};
+  bool poisoned[2] = {};
+  b.for_tiles<false>(stages, [&](int tile, u32 keys, u32) {
+    Scores s;
+    dot_products<kParts, kDim>(s, queries, keys);
+    const bool edge = b.edge(tile);
+#pragma unroll
+    for (int n = 0; n < kParts; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float z = c * s[n][i];
+        if (edge && !b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2)) continue;
+        top[i / 2] = fmaxf(top[i / 2], z);
+        poisoned[i / 2] |= !(z < kInf);
+      }
+  });
+
+  float lo[2] = {-1.f, -1.f}, hi[2] = {0.f, 0.f}, t[2] = {-1.f, -1.f};
+  bool done[2], empty[2];
+  int steps[2] = {0, 0};
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    top[slot] = max_over<4>(top[slot]);
+    poisoned[slot] = __ballot_sync(kAllLanes, poisoned[slot]) >> (lane_id() & ~3) & 15u;
+    empty[slot] = !poisoned[slot] && top[slot] == -kInf;  // no key scores above minus infinity
+    if (empty[slot]) top[slot] = 0.f;
+    done[slot] = poisoned[slot] || empty[slot] || !b.flat[slot];
+  }
+  for (int step = 0; step < kSolveSteps && __syncthreads_or(!(done[0] && done[1])); ++step) {
+    Moments<float> m[2] = {};
+    b.for_tiles<false>(stages, [&](int tile, u32 keys, u32) {
+      Scores s;
+      dot_products<kParts, kDim>(s, queries, keys);
+      const bool edge = b.edge(tile);
+#pragma unroll
+      for (int n = 0; n < kParts; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float x = fmaf(c, s[n][i], -top[i / 2]) - t[i / 2];
+          if (edge && !b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2)) x = 0.f;
+          accumulate(m[i / 2], x, p.r);
+        }
+    });
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      m[slot] = sum_over<4>(m[slot]);
+      if (done[slot]) continue;
+      done[slot] = refine(m[slot], p.r, lo[slot], hi[slot], t[slot]);
+      ++steps[slot];
+    }
+  }
+
+  float out[kDimV / 8][4] = {};
+  int support[2] = {0, 0};
+  float mass[2] = {0.f, 0.f};
+  b.for_tiles<true>(stages, [&](int tile, u32 keys, u32 values) {
+    Scores s;
+    dot_products<kParts, kDim>(s, queries, keys);
+    const bool edge = b.edge(tile);
+    bool live = false;
+#pragma unroll
+    for (int n = 0; n < kParts; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = fmaf(c, s[n][i], -top[i / 2]) - t[i / 2];
+        const bool kept =
+            x > 0.f &&
+            (!edge || b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2));
+        const float prob = kept ? probability(x, p.r) : 0.f;
+        s[n][i] = kProbScale * prob;
+        mass[i / 2] += prob;
+        support[i / 2] += kept;
+        live |= kept && b.flat[i / 2];
+      }
+    if (p.tiles && live)
+      p.tiles[(i64(b.head_row) * ((p.length_q + 63) / 64) + b.first_row / 64) *
+                  ((p.length_k + 63) / 64) +
+              tile] = 1;
+    add_weighted<kParts, kDimV>(out, s, values);
+  });
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    const int kept = sum_over<4>(support[slot]);
+    const float total = sum_over<4>(mass[slot]), factor = total > 0.f ? 1.f / total : 0.f;
+#pragma unroll
+    for (int n = 0; n < kDimV / 8; ++n) out[n][2 * slot] *= factor, out[n][2 * slot + 1] *= factor;
+    if (poisoned[slot])
+#pragma unroll
+      for (int n = 0; n < kDimV / 8; ++n)
+        out[n][2 * slot] = out[n][2 * slot + 1] = __int_as_float(0x7fffffff);
+    if (!b.flat[slot] || lane_id() % 4) continue;
+    const int row = b.row_of_slot(slot);
+    const i64 at = i64(b.head_row) * p.length_q + row;
+    p.tau[at] = poisoned[slot] ? __int_as_float(0x7fffffff)
+                : empty[slot]  ? kInf
+                               : top[slot] + t[slot];
+    const i64 at_row = i64(b.head_row) * p.groups_q * kWarpRows + row;
+    p.row_count[at_row] = poisoned[slot] ? -1 : kept;
+    p.row_start[at_row] = __float_as_int(factor);
+    if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, row);
+    if (p.iterations) p.iterations[at] = steps[slot];
+  }
+  write_part<kHeadDimV, false>(out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row,
+                               p.length_q, 1.f / kProbScale, b.flat);
+}
+
+// --- backward ------------------------------------------------------------------------------
+
+// delta and dQ of flat rows: one pass for delta = sum u dp / sum u, one for dQ.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    dense_grad_rows(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) char shared[];
+  const Block b(p);
+  if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
+  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row,
+                                       b.first_of_block(), p.length_q);
+  load_tile<kRows, kHeadDimV, kThreads>(shared + kBytes, row_of(p.grad_o, b.batch, b.head, 0),
+                                        p.grad_o.row, b.first_of_block(), p.length_q);
+  copy_commit();
+  char* stages = shared + kBytes + kBytesV;
+  const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
+  const u32 grads = shared_address(shared + kBytes) + warp_id() * 16 * tile_stride<kDimV>;
+  const float c = p.c * p.q_sign;
+  float tau[2];
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot)
+    tau[slot] = b.flat[slot] ? p.tau[i64(b.head_row) * p.length_q + b.row_of_slot(slot)] : kInf;
+
+  // u where the key is in the support, else 0
+  const auto weights = [&](Scores& s, int tile) {
+    const bool edge = b.edge(tile);
+#pragma unroll
+    for (int n = 0; n < kParts; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = fmaf(c, s[n][i], -tau[i / 2]);
+        const bool kept =
+            x > 0.f &&
+            (!edge || b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2));
+        s[n][i] = kept ? weight(x, p.r) : 0.f;
+      }
+  };
+
+  float sum_u[2] = {}, delta[2] = {};
+  b.for_tiles<true>(stages, [&](int tile, u32 keys, u32 values) {
+    Scores s, dp;
+    dot_products<kParts, kDim>(s, queries, keys);
+    dot_products<kParts, kDimV>(dp, grads, values);
+    weights(s, tile);
+#pragma unroll
+    for (int n = 0; n < kParts; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum_u[i / 2] += s[n][i];
+        delta[i / 2] = fmaf(s[n][i], dp[n][i], delta[i / 2]);
+      }
+  });
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    const float total = sum_over<4>(sum_u[slot]);
+    delta[slot] = sum_over<4>(delta[slot]) / total;
+    if (b.flat[slot] && lane_id() % 4 == 0)
+      p.delta[i64(b.head_row) * p.length_q + b.row_of_slot(slot)] = delta[slot];
+  }
+
+  float grad_q[kDim / 8][4] = {};
+  b.for_tiles<true>(stages, [&](int tile, u32 keys, u32 values) {
+    Scores s, dp;
+    dot_products<kParts, kDim>(s, queries, keys);
+    dot_products<kParts, kDimV>(dp, grads, values);
+    weights(s, tile);
+#pragma unroll
+    for (int n = 0; n < kParts; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        s[n][i] = s[n][i] > 0.f ? s[n][i] * (dp[n][i] - delta[i / 2]) : 0.f;
+    add_weighted<kParts, kDim>(grad_q, s, keys);
+  });
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot)
+    if (b.flat[slot] && tau[slot] != tau[slot])
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) grad_q[n][2 * slot] = grad_q[n][2 * slot + 1] = tau[slot];
+  write_part<kHeadDim, false>(grad_q, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row,
+                              b.first_row, p.length_q, p.scale, b.flat);
+}
+
+// What flat rows add to dK and dV; a block owns kRows keys. Wide heads take two blocks a
+// tile, one for each gradient, because their sums do not fit the registers together.
+constexpr bool kSplit = kDim + kDimV > 256;
+constexpr int kStrip = 32;  // queries whose scores a warp holds at a time
+constexpr int kStripParts = kStrip / 8;
+
+template <bool want_k, bool want_v>
+__device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char* shared) {
+  __shared__ float row_tau[kTile], row_delta[kTile], row_factor[kTile];
+  const int blocks = (p.length_k + kRows - 1) / kRows;
+  const int kv_row = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
+  const int first_key = block * kRows + warp_id() * 16;
+  const int first_head_row = batch * p.heads_q + kv_head * p.group;
+  const int start = kCausal ? block * kRows / kTile * kTile : 0;
+
+  bool any = false;
+  for (int i = threadIdx.x; i < p.group * p.groups_q; i += kThreads)
+    any |= i % p.groups_q * kWarpRows + kWarpRows > start &&
+           p.flat[i64(first_head_row) * p.groups_q + i];
+  if (!__syncthreads_or(any)) return;
+
+  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.k, batch, kv_head, 0), p.k.row,
+                                       block * kRows, p.length_k);
+  load_tile<kRows, kHeadDimV, kThreads>(shared + kBytes, row_of(p.v, batch, kv_head, 0), p.v.row,
+                                        block * kRows, p.length_k);
+  copy_commit();
+  char* queries_at = shared + kBytes + kBytesV;
+  char* grads_at = queries_at + kBytes;
+  const u32 keys = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
+  const u32 values = shared_address(shared + kBytes) + warp_id() * 16 * tile_stride<kDimV>;
+  const float c = p.c * p.q_sign;
+  float grad_k[want_k ? kDim / 8 : 1][4] = {};
+  float grad_v[want_v ? kDimV / 8 : 1][4] = {};
+
+  for (int member = 0; member < p.group; ++member) {
+    const int head_row = first_head_row + member, head = kv_head * p.group + member;
+    const u8* flat = p.flat + i64(head_row) * p.groups_q;
+    for (int first_row = start; first_row < p.length_q; first_row += kTile) {
+      const int group = first_row / kWarpRows;
+      if (!flat[group] && !(group + 1 < p.groups_q && flat[group + 1])) continue;
+      __syncthreads();  // the tile before is read
+      load_tile<kTile, kHeadDim, kThreads>(queries_at, row_of(p.q, batch, head, 0), p.q.row,
+                                           first_row, p.length_q);
+      load_tile<kTile, kHeadDimV, kThreads>(grads_at, row_of(p.grad_o, batch, head, 0),
+                                            p.grad_o.row, first_row, p.length_q);
+      copy_commit();
+      for (int i = threadIdx.x; i < kTile; i += kThreads) {
+        const int row = first_row + i;
+        const bool used = row < p.length_q && flat[row / kWarpRows];
+        const i64 at = i64(head_row) * p.length_q + row;
+        row_tau[i] = used ? p.tau[at] : kInf;
+        row_delta[i] = used ? p.delta[at] : 0.f;
+        row_factor[i] =
+            used ? __int_as_float(p.row_start[i64(head_row) * p.groups_q * kWarpRows + row]) : 0.f;
+      }
+      copy_wait();
+      __syncthreads();
+      // A poisoned row, or one of an element group, must not reach the keys through 0 * NaN.
+      for (int i = 0; i < kTile; ++i)
+        if (!(row_tau[i] < kInf)) {
+          for (int at = threadIdx.x; at < tile_stride<kDim> / 4; at += kThreads)
+            reinterpret_cast<u32*>(queries_at + i * tile_stride<kDim>)[at] = 0;
+          for (int at = threadIdx.x; at < tile_stride<kDimV> / 4; at += kThreads)
+            reinterpret_cast<u32*>(grads_at + i * tile_stride<kDimV>)[at] = 0;
+        }
+      __syncthreads();
+#pragma unroll 1
+      for (int strip = 0; strip < kTile; strip += kStrip) {
+        const u32 queries = shared_address(queries_at) + strip * tile_stride<kDim>;
+        const u32 grads = shared_address(grads_at) + strip * tile_stride<kDimV>;
+        float s[kStripParts][4], dp[kStripParts][4];
+        dot_products<kStripParts, kDim>(s, keys, queries);
+        if constexpr (want_k) dot_products<kStripParts, kDimV>(dp, values, grads);
+#pragma unroll
+        for (int n = 0; n < kStripParts; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int at = strip + n * 8 + lane_id() % 4 * 2 + i % 2;
+            const int key = first_key + i / 2 * 8 + lane_id() / 4;
+            const float x = fmaf(c, s[n][i], -row_tau[at]);
+            const bool kept = x > 0.f && key < p.length_k && (!kCausal || key <= first_row + at);
+            s[n][i] = kept ? kProbScale * row_factor[at] * probability(x, p.r) : 0.f;
+            if constexpr (want_k)
+              dp[n][i] = kept ? weight(x, p.r) * (dp[n][i] - row_delta[at]) : 0.f;
+          }
+        if constexpr (want_v) add_weighted<kStripParts, kDimV>(grad_v, s, grads);
+        if constexpr (want_k) add_weighted<kStripParts, kDim>(grad_k, dp, queries);
+      }
+    }
+  }
+  const bool all[2] = {true, true};
+  if constexpr (want_k)
+    write_part<kHeadDim, true>(grad_k, row_of(p.grad_k, batch, kv_head, 0), p.grad_k.row, first_key,
+                               p.length_k, p.scale, all);
+  if constexpr (want_v)
+    write_part<kHeadDimV, true>(grad_v, row_of(p.grad_v, batch, kv_head, 0), p.grad_v.row,
+                                first_key, p.length_k, 1.f / kProbScale, all);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    dense_grad_columns(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) char shared[];
+  if constexpr (!kSplit)
+    grad_columns_of_flat_rows<true, true>(p, shared);
+  else if (blockIdx.y == 0)
+    grad_columns_of_flat_rows<true, false>(p, shared);
+  else
+    grad_columns_of_flat_rows<false, true>(p, shared);
+}
+
+}  // namespace adasplash2

@@ -1,0 +1,381 @@
+// Everything after the scan that works on single survivors: the output, and the backward as
+// gathers. Query rows read the arena as it is (CSR); key columns read a copy of it sorted by
+// column (CSC), built by counting.
+//
+// Backward, per row: dp_j = dO . v_j, delta = sum u dp / sum u, ds_j = u_j (dp_j - delta),
+// dQ = scale sum ds_j k_j; per column: dK = scale sum ds_i q_i, dV = sum p_i dO_i.
+#include "common.cuh"
+
+namespace adasplash2 {
+
+constexpr int kThreads = 256;
+constexpr int kBatch = 4;     // gathers in flight per lane
+constexpr int kMaxRow = 128;  // survivors of one row at most: four lists of the scan
+
+// A row in the order of the arena: groups of kWarpRows rows, head by head.
+struct Row {
+  int at, head_row, row, batch, head, kv_head;
+  bool inside;
+};
+
+__device__ __forceinline__ Row row_at(const Params& p, int at) {
+  Row r;
+  const int per_head = p.groups_q * kWarpRows;
+  r.at = at;
+  r.head_row = at / per_head;
+  r.row = at % per_head;
+  r.batch = r.head_row / p.heads_q;
+  r.head = r.head_row % p.heads_q;
+  r.kv_head = r.head / p.group;
+  r.inside = r.head_row < p.batch * p.heads_q && r.row < p.length_q;
+  return r;
+}
+
+__device__ __forceinline__ i64 arena_of(int group) { return i64(group) * kWarpRows * kArenaRow; }
+
+// Entries of one (batch, key head) in the arena of records.
+__device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
+  return arena_of(kv_row * p.group * p.groups_q);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
+  constexpr int kLanes = lanes_per_row<kHeadDimV>;
+  const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
+  if (!r.inside || p.flat[r.at / kWarpRows]) return;
+  const int count = p.row_count[r.at];
+  const Entry* entries = p.entries + arena_of(r.at / kWarpRows) + p.row_start[r.at];
+  const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
+  const int at = threadIdx.x % kLanes * 8;
+  float out[8];
+#pragma unroll
+  for (float& x : out) x = count < 0 ? __int_as_float(0x7fffffff) : 0.f;
+  float mass = 0.f;
+  for (int first = 0; first < count; first += kBatch) {
+    Entry entry[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      entry[i] = first + i < count ? entries[first + i] : Entry{-1, 0.f};
+    float value[kBatch][8] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (entry[i].column >= 0) load8<kHeadDimV>(values + entry[i].column * p.v.row, at, value[i]);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float prob = entry[i].column >= 0 ? probability(entry[i].x, p.r) : 0.f;
+      if (prob == 0.f) continue;  // a power may underflow: nothing is taken, not even a NaN
+      mass += prob;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) out[j] = fmaf(prob, value[i][j], out[j]);
+    }
+  }
+  if (count > 0) {
+    const float factor = 1.f / mass;
+#pragma unroll
+    for (float& x : out) x *= factor;
+  }
+  store8<kHeadDimV>(row_of(p.o, r.batch, r.head, r.row), at, out);
+}
+
+// Count the survivors of each column; the order of arrival becomes an entry's rank. Ranks
+// differ from run to run, but the columns are sorted by row before anything is summed.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    count_columns(const __grid_constant__ Params p) {
+  const int group = blockIdx.x;
+  if (p.flat[group]) return;
+  const int last = group * kWarpRows + kWarpRows - 1;
+  const int total = p.row_start[last] + max(p.row_count[last], 0);
+  const int head_row = group / p.groups_q;
+  const int kv_row = head_row / p.heads_q * p.heads_kv + head_row % p.heads_q / p.group;
+  int* counts = p.column_count + i64(kv_row) * p.length_k;
+  const i64 arena = arena_of(group);
+  for (int i = threadIdx.x; i < total; i += kThreads)
+    p.rank[arena + i] = atomicAdd(counts + p.entries[arena + i].column, 1);
+}
+
+// Exclusive prefix of the counts of one (batch, key head), and the list of long columns.
+constexpr int kPrefixThreads = 1024;
+extern "C" __global__ void __launch_bounds__(kPrefixThreads)
+    prefix_columns(const __grid_constant__ Params p) {
+  __shared__ int sums[32];
+  const i64 base = i64(blockIdx.x) * p.length_k;
+  int running = 0;
+  for (int first = 0; first < p.length_k; first += kPrefixThreads * 4) {
+    const int at = first + threadIdx.x * 4;
+    int count[4], mine = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      count[i] = at + i < p.length_k ? p.column_count[base + at + i] : 0;
+      mine += count[i];
+    }
+    int before = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, before, step);
+      if (lane_id() >= step) before += other;
+    }
+    __syncthreads();  // sums of the round before are read
+    if (lane_id() == 31) sums[warp_id()] = before;
+    __syncthreads();
+    int warps = sums[lane_id()], all = warps;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, all, step);
+      if (lane_id() >= step) all += other;
+    }
+    const int preceding = __shfl_sync(kAllLanes, all - warps, warp_id());
+    int start = running + preceding + before - mine;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (at + i < p.length_k) {
+        p.column_start[base + at + i] = start;
+        if (count[i] > p.long_limit)
+          p.long_columns[1 + atomicAdd(p.long_columns, 1)] = int(base + at + i);
+      }
+      start += count[i];
+    }
+    running += __shfl_sync(kAllLanes, all, 31);
+  }
+}
+
+// dQ of element rows, and their survivors with ds and p put into the columns.
+constexpr int kRowLanes = lanes_per_row<(kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV)>;
+
+extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_constant__ Params p) {
+  __shared__ float products[kThreads / kRowLanes][kMaxRow];
+  const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
+  const bool active = r.inside && !p.flat[r.at / kWarpRows];
+  const int kept = active ? p.row_count[r.at] : 0;
+  const int count = max(kept, 0);
+  int longest = count;  // the lanes of a warp stay together for the shuffles
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2)
+    longest = max(longest, __shfl_xor_sync(kAllLanes, longest, step));
+  const i64 first_entry = active ? arena_of(r.at / kWarpRows) + p.row_start[r.at] : 0;
+  const Entry* entries = p.entries + first_entry;
+  const int lane = threadIdx.x % kRowLanes, at = lane * 8;
+  float (&dp)[kMaxRow] = products[threadIdx.x / kRowLanes];
+
+  float grad_o[8] = {};
+  if (count) load8<kHeadDimV>(row_of(p.grad_o, r.batch, r.head, r.row), at, grad_o);
+  const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
+  float sum_u = 0.f, sum_udp = 0.f, mass = 0.f;
+  for (int first = 0; first < longest; first += kBatch) {
+    Entry entry[kBatch];
+    float value[kBatch][8] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      entry[i] = first + i < count ? entries[first + i] : Entry{-1, 0.f};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (entry[i].column >= 0) load8<kHeadDimV>(values + entry[i].column * p.v.row, at, value[i]);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      float dot = 0.f;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) dot = fmaf(grad_o[j], value[i][j], dot);
+      dot = sum_over<kRowLanes>(dot);
+      if (entry[i].column >= 0) {
+        const float u = weight(entry[i].x, p.r);
+        mass += probability(entry[i].x, p.r);
+        sum_u += u;
+        if (u != 0.f) sum_udp = fmaf(u, dot, sum_udp);  // off the support nothing is felt
+        if (lane == 0) dp[first + i] = dot;
+      }
+    }
+  }
+  __syncwarp();
+  const float delta = sum_udp / sum_u, factor = 1.f / mass;
+
+  const Scalar* keys = active ? row_of(p.k, r.batch, r.kv_head, 0) : nullptr;
+  const int kv_row = r.batch * p.heads_kv + r.kv_head;
+  const int* starts = p.column_start + i64(kv_row) * p.length_k;
+  Record* records = p.records + records_of(p, kv_row);
+  float grad_q[8];
+#pragma unroll
+  for (float& x : grad_q) x = kept < 0 ? __int_as_float(0x7fffffff) : 0.f;
+  for (int first = 0; first < count; first += kBatch) {
+    Entry entry[kBatch];
+    float key[kBatch][8] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      entry[i] = first + i < count ? entries[first + i] : Entry{-1, 0.f};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (entry[i].column >= 0) load8<kHeadDim>(keys + entry[i].column * p.k.row, at, key[i]);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (entry[i].column < 0) continue;
+      const float u = weight(entry[i].x, p.r);
+      const float ds = u == 0.f ? 0.f : u * (dp[first + i] - delta);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) grad_q[j] = fmaf(ds, key[i][j], grad_q[j]);
+      if (lane == i)
+        records[starts[entry[i].column] + p.rank[first_entry + first + i]] = {
+            r.head % p.group * p.length_q + r.row, ds, factor * probability(entry[i].x, p.r), 0};
+    }
+  }
+  if (!active) return;
+#pragma unroll
+  for (float& x : grad_q) x *= p.scale;
+  store8<kHeadDim>(row_of(p.grad_q, r.batch, r.head, r.row), at, grad_q);
+}
+
+// Sums over the records of one column, as a warp gathers them.
+struct Column {
+  float k[8] = {}, v[8] = {};
+
+  __device__ __forceinline__ void add(const Params& p, int batch, int kv_head,
+                                      const Record (&record)[kBatch], int at) {
+    float q[kBatch][8] = {}, grad_o[kBatch][8] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (record[i].row >= 0) {
+        const int head = kv_head * p.group + record[i].row / p.length_q;
+        const int row = record[i].row % p.length_q;
+        load8<kHeadDim>(row_of(p.q, batch, head, row), at, q[i]);
+        load8<kHeadDimV>(row_of(p.grad_o, batch, head, row), at, grad_o[i]);
+      }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        k[j] = fmaf(record[i].ds, q[i][j], k[j]);
+        v[j] = fmaf(record[i].p, grad_o[i][j], v[j]);
+      }
+  }
+
+  __device__ __forceinline__ void sum_over_parts() {  // lanes that hold the same elements
+#pragma unroll
+    for (int step = kRowLanes; step < 32; step *= 2)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        k[j] += __shfl_xor_sync(kAllLanes, k[j], step);
+        v[j] += __shfl_xor_sync(kAllLanes, v[j], step);
+      }
+  }
+
+  __device__ __forceinline__ void write(const Params& p, int batch, int kv_head, int column,
+                                        int at) {
+#pragma unroll
+    for (float& x : k) x *= p.scale;
+    if (column < p.poison[batch * p.heads_kv + kv_head])
+#pragma unroll
+      for (int j = 0; j < 8; ++j) k[j] = v[j] = __int_as_float(0x7fffffff);
+    store8<kHeadDim>(row_of(p.grad_k, batch, kv_head, column), at, k);
+    store8<kHeadDimV>(row_of(p.grad_v, batch, kv_head, column), at, v);
+  }
+};
+
+constexpr int kParts = 32 / kRowLanes;  // records that a warp gathers side by side
+constexpr Record kNoRecord = {-1, 0.f, 0.f, 0};
+
+// dK and dV of columns of at most kShortColumn survivors, a warp each: sort by row, gather.
+constexpr int kShortColumn = 256;
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    grad_columns(const __grid_constant__ Params p) {
+  __shared__ __align__(16) int rows_of_warp[kThreads / 32][kShortColumn];
+  __shared__ u8 order_of_warp[kThreads / 32][kShortColumn];
+  int (&rows)[kShortColumn] = rows_of_warp[warp_id()];
+  u8(&order)[kShortColumn] = order_of_warp[warp_id()];
+  const int column_at = blockIdx.x * (kThreads / 32) + warp_id();
+  if (column_at >= p.batch * p.heads_kv * p.length_k) return;
+  const int count = p.column_count[column_at];
+  if (count > p.long_limit) return;
+  const int kv_row = column_at / p.length_k, column = column_at % p.length_k;
+  const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
+  const Record* records = p.records + records_of(p, kv_row) + p.column_start[column_at];
+
+  const int rounded = (count + 3) / 4 * 4;
+  for (int i = lane_id(); i < rounded; i += 32) rows[i] = i < count ? records[i].row : 0x7fffffff;
+  __syncwarp();
+  for (int i = lane_id(); i < count; i += 32) {
+    const int row = rows[i];
+    int rank = 0;
+    for (int j = 0; j < rounded; j += 4) {
+      const int4 other = *reinterpret_cast<const int4*>(rows + j);
+      rank += (other.x < row) + (other.y < row) + (other.z < row) + (other.w < row);
+    }
+    order[rank] = u8(i);
+  }
+  __syncwarp();
+
+  Column sums;
+  const int at = lane_id() % kRowLanes * 8;
+  for (int first = lane_id() / kRowLanes; first < count; first += kParts * kBatch) {
+    Record record[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      record[i] = first + i * kParts < count ? records[order[first + i * kParts]] : kNoRecord;
+    sums.add(p, batch, kv_head, record, at);
+  }
+  __syncwarp();
+  sums.sum_over_parts();
+  if (lane_id() < kRowLanes) sums.write(p, batch, kv_head, column, at);
+}
+
+// dK and dV of long columns (a sink that every query keeps), a block each. Records are found
+// by row through a direct map of kMapRows rows at a time; every warp sums a fixed part of the
+// rows in order, and the parts are added in order.
+constexpr int kLongThreads = 512;
+constexpr int kLongWarps = kLongThreads / 32;
+constexpr int kMapRows = 8192;
+
+extern "C" __global__ void __launch_bounds__(kLongThreads)
+    grad_long_columns(const __grid_constant__ Params p) {
+  __shared__ int map[kMapRows];
+  const int at = lane_id() % kRowLanes * 8;
+  for (int item = blockIdx.x; item < p.long_columns[0]; item += gridDim.x) {
+    const int column_at = p.long_columns[1 + item];
+    const int count = p.column_count[column_at];
+    const int kv_row = column_at / p.length_k, column = column_at % p.length_k;
+    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
+    const Record* records = p.records + records_of(p, kv_row) + p.column_start[column_at];
+    Column sums;
+    for (int base = 0; base < p.group * p.length_q; base += kMapRows) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < kMapRows; i += kLongThreads) map[i] = -1;
+      __syncthreads();
+      for (int i = threadIdx.x; i < count; i += kLongThreads) {
+        const int row = records[i].row - base;
+        if (row >= 0 && row < kMapRows) map[row] = i;
+      }
+      __syncthreads();
+      const int* mine = map + warp_id() * (kMapRows / kLongWarps) + lane_id() / kRowLanes;
+#pragma unroll 1
+      for (int first = 0; first < kMapRows / kLongWarps; first += kParts * kBatch) {
+        Record record[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int found = mine[first + i * kParts];
+          record[i] = found >= 0 ? records[found] : kNoRecord;
+        }
+        sums.add(p, batch, kv_head, record, at);
+      }
+    }
+    sums.sum_over_parts();
+    __syncthreads();
+    // The map's memory now holds each warp's sums.
+    using Part = float[2][8][kRowLanes];
+    static_assert(sizeof(Part) * kLongWarps <= sizeof(map), "the sums take the map's place");
+    Part* parts = reinterpret_cast<Part*>(map);
+    if (lane_id() < kRowLanes)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        parts[warp_id()][0][j][lane_id()] = sums.k[j];
+        parts[warp_id()][1][j][lane_id()] = sums.v[j];
+      }
+    __syncthreads();
+    Column total;
+    if (threadIdx.x < kRowLanes)
+      for (int warp = 0; warp < kLongWarps; ++warp)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          total.k[j] += parts[warp][0][j][threadIdx.x];
+          total.v[j] += parts[warp][1][j][threadIdx.x];
+        }
+    if (threadIdx.x < kRowLanes) total.write(p, batch, kv_head, column, at);
+  }
+}
+
+}  // namespace adasplash2

@@ -1,0 +1,163 @@
+"""Calling kernels: the argument block, compiled variants per device, torch's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adasplash2.backends.cuda import compile as compiler
+from adasplash2.problem import Problem, RowProblem
+
+_POINTER = np.uint64
+_VIEW = np.dtype(
+    [("data", _POINTER), ("batch", np.int64), ("head", np.int64), ("row", np.int64)], align=True
+)
+PARAMS = np.dtype(
+    [
+        *((name, _VIEW) for name in ("q", "k", "v", "o", "grad_o", "grad_q", "grad_k", "grad_v")),
+        *(
+            (name, _POINTER)
+            for name in (
+                "tau",
+                "iterations",
+                "tiles",
+                "row_start",
+                "row_count",
+                "flat",
+                "poison",
+                "entries",
+                "rank",
+                "column_count",
+                "column_start",
+                "records",
+                "delta",
+                "long_columns",
+            )
+        ),
+        *(
+            (name, np.int32)
+            for name in (
+                "batch",
+                "heads_q",
+                "heads_kv",
+                "group",
+                "length_q",
+                "length_k",
+                "groups_q",
+                "long_limit",
+            )
+        ),
+        *((name, np.float32) for name in ("c", "inv_c", "scale", "q_sign", "r")),
+    ],
+    align=True,
+)
+"""``Params`` of ``kernels/common.cuh``, field by field."""
+
+DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""The values of ``ADASPLASH2_DTYPE``."""
+
+
+def alpha_code(alpha: float) -> int:
+    """The ``AlphaKind`` of ``threshold.h``."""
+    return {1.5: 0, 2.0: 1}.get(alpha, 2)
+
+
+def defines(problem: Problem, aligned: bool, capacity: int) -> dict[str, int]:
+    """What ``kernels/common.cuh`` expects to be defined."""
+    return {
+        "DTYPE": DTYPE_CODES[problem.dtype],
+        "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "ALPHA": alpha_code(problem.alpha),
+        "CAUSAL": int(problem.scores.is_causal),
+        "ALIGNED": int(aligned),
+        "CAPACITY": capacity,
+    }
+
+
+def row_defines(problem: RowProblem) -> dict[str, int]:
+    """The same for the kernels of ``entmax``, which have no heads."""
+    return {
+        "DTYPE": DTYPE_CODES[problem.dtype],
+        "HEAD_DIM": 16,
+        "HEAD_DIM_V": 16,
+        "ALPHA": alpha_code(problem.alpha),
+        "CAUSAL": 0,
+        "ALIGNED": 0,
+        "CAPACITY": 0,
+    }
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether every row of the tensors starts on 16 bytes and is a multiple of them long."""
+    return all(
+        tensor.data_ptr() % 16 == 0
+        and tensor.shape[-1] * tensor.element_size() % 16 == 0
+        and all(
+            stride * tensor.element_size() % 16 == 0
+            for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+            if size > 1
+        )
+        for tensor in tensors
+    )
+
+
+def view(tensor: Tensor) -> tuple[int, int, int, int]:
+    """``View`` of a 4-dimensional tensor with unit inner stride."""
+    return (tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+
+def params(fields: Mapping[str, Any], layout: np.dtype[Any] = PARAMS) -> Any:
+    """The argument block; fields that are not named are zero."""
+    block = np.zeros((), dtype=layout)
+    for name, value in fields.items():
+        block[name] = value.data_ptr() if isinstance(value, Tensor) else value
+    return block
+
+
+class Kernel:
+    """One kernel of one compiled unit on the current device."""
+
+    def __init__(self, module: Any, name: str, shared_bytes: int) -> None:
+        self._function = module.get_function(name)
+        self._shared_bytes = shared_bytes
+        if shared_bytes:
+            self._function.max_dynamic_shared_size_bytes = shared_bytes
+
+    def __call__(self, blocks: tuple[int, ...], threads: int, *arguments: Any) -> None:
+        """Launch on torch's current stream of the current device."""
+        stream = _cupy_stream(torch.cuda.current_stream().cuda_stream)
+        self._function(blocks, (threads,), arguments, shared_mem=self._shared_bytes, stream=stream)
+
+
+@cache
+def _cupy_stream(handle: int) -> Any:
+    import cupy
+
+    class _Handle:
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return (0, handle)
+
+    return cupy.cuda.Stream.from_external(_Handle())
+
+
+@cache
+def kernel(
+    device: int, unit: str, name: str, options: tuple[tuple[str, int], ...], shared_bytes: int = 0
+) -> Kernel:
+    """The kernel ``name`` of ``unit`` for one device; compiled and loaded once."""
+    return Kernel(_module(device, unit, options), name, shared_bytes)
+
+
+@cache
+def _module(device: int, unit: str, options: tuple[tuple[str, int], ...]) -> Any:
+    import cupy
+
+    arch = compiler.architecture(torch.cuda.get_device_capability(device))
+    with cupy.cuda.Device(device):
+        return cupy.RawModule(path=str(compiler.cubin_path(unit, dict(options), arch)))
