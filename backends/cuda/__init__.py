@@ -5,6 +5,9 @@ gathers over survivors (``kernels/scan.cu``, ``kernels/elements.cu``). Rows whos
 not fit their lists are found on the device and served by dense tiles (``kernels/dense.cu``).
 Nothing waits for the host, so CUDA graphs can capture forward and backward.
 
+Rows in dense tiles multiply their zeros too: there a key or value that is not finite reaches the
+gradients and outputs of every row of its block, as in softmax attention.
+
 Needs CuPy, which brings NVRTC, and neither Triton nor a compiler.
 """
 
@@ -24,6 +27,10 @@ name = "cuda"
 
 MIN_CAPABILITY = (8, 0)
 """``cp.async`` and bfloat16 matrix fragments."""
+
+
+MAX_ALPHA = 2.0
+"""Above it p has infinite slopes at the edge of the support, and the refinement stalls."""
 
 
 def unavailable() -> str | None:
@@ -55,6 +62,11 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         reasons.append(f"dtype {problem.dtype} is computed by other backends only")
     if problem.alpha == 1.0:
         reasons.append("alpha = 1 is softmax, which these kernels do not compute")
+    if problem.alpha > MAX_ALPHA:
+        reasons.append(
+            f"alpha = {problem.alpha:g} is above {MAX_ALPHA:g}, where these kernels do not solve "
+            "the threshold to float32 round-off"
+        )
     if reasons:
         return reasons
     capability = torch.cuda.get_device_capability(problem.device)
