@@ -8,7 +8,11 @@ work with memory linear in the length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,8 +37,20 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
-    """The one configuration: the instruction set is chosen once a process."""
-    return [{"isa": _core.isa(), "list_capacity": _core.LIST_CAPACITY, "bins": _core.BINS}]
+    """The instruction sets that this processor has, the widest first: on some that one clocks
+    down or runs in halves. Where ``ADASPLASH2_ISA`` names one, that alone."""
+    names = [_core.isa()] if os.environ.get("ADASPLASH2_ISA") else _core.usable_isas()
+    sizes = {"list_capacity": _core.LIST_CAPACITY, "bins": _core.BINS}
+    return [{"isa": name, **sizes} for name in names]
+
+
+def versions() -> Mapping[str, str]:
+    """See :meth:`adasplash2.contract.Backend.versions`."""
+    return {"core": _core_hash(), "isa": _core.isa(), "threads": str(torch.get_num_threads())}
+
+
+def precompile(problem: Problem | RowProblem, config: Config) -> None:
+    """Nothing: the core is compiled with the package."""
 
 
 def saved_bytes(problem: Problem, config: Config) -> int | None:
@@ -44,7 +60,7 @@ def saved_bytes(problem: Problem, config: Config) -> int | None:
 
 def forward(problem: Problem, inputs: Inputs, config: Config) -> Forward:
     """See :meth:`adasplash2.contract.Backend.forward`."""
-    out, tau, kept = _run(problem, inputs, keep=problem.needs_grad)
+    out, tau, kept = _run(problem, inputs, config, keep=problem.needs_grad)
     saved = torch.empty(kept.bytes if kept else 0, dtype=torch.uint8)
     if kept:
         kept.save(saved.data_ptr())
@@ -74,6 +90,7 @@ def backward(
         saved=forward.saved.data_ptr(),
         saved_bytes=forward.saved.numel(),
         threads=torch.get_num_threads(),
+        isa=str(config["isa"]),
     )
     return grads[0], grads[1], grads[2]
 
@@ -89,6 +106,7 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     _, tau, _ = _run(
         problem,
         inputs,
+        config,
         keep=False,
         support=support.data_ptr(),
         iterations=iterations.data_ptr(),
@@ -113,6 +131,7 @@ def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
         x.stride(0),
         y.data_ptr(),
         torch.get_num_threads(),
+        str(config["isa"]),
     )
     return y
 
@@ -133,6 +152,7 @@ def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
         grad_y.stride(0),
         grad_x.data_ptr(),
         torch.get_num_threads(),
+        str(config["isa"]),
     )
     return grad_x
 
@@ -140,6 +160,7 @@ def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
 def _run(
     problem: Problem,
     inputs: Inputs,
+    config: Config,
     *,
     keep: bool,
     support: int = 0,
@@ -163,11 +184,18 @@ def _run(
         tau=tau.data_ptr(),
         keep=keep,
         threads=torch.get_num_threads(),
+        isa=str(config["isa"]),
         support=support,
         iterations=iterations,
         tiles=tiles,
     )
     return out, tau, kept
+
+
+@functools.cache
+def _core_hash() -> str:
+    """Of the compiled core, which stands for its sources: the wheel does not have them."""
+    return hashlib.sha256(Path(_core.__file__).read_bytes()).hexdigest()[:16]
 
 
 def _dims(p: Problem) -> tuple[int, int, int, int, int, int, int]:

@@ -13,12 +13,13 @@ Needs CuPy, which brings NVRTC, and neither Triton nor a compiler.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adasplash2.backends.cuda import compile as compiler
 from adasplash2.backends.cuda import launch, rows, sizes
 from adasplash2.contract import AttentionStats, Config, Forward
 from adasplash2.problem import Inputs, Problem, RowProblem
@@ -194,6 +195,34 @@ def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
 def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
     """Gradient of ``x`` from the output ``y`` and its gradient."""
     return rows.backward(problem, y, grad_y)
+
+
+def versions() -> Mapping[str, str]:
+    """See :meth:`adasplash2.contract.Backend.versions`."""
+    import cupy
+
+    return {
+        "cupy": cupy.__version__,
+        "nvrtc": ".".join(map(str, compiler.nvrtc_version())),
+        "kernels": compiler.sources_hash()[:16],
+    }
+
+
+def precompile(problem: Problem | RowProblem, config: Config) -> None:
+    """See :meth:`adasplash2.contract.Backend.precompile`; for tensors whose rows lie next to each
+    other. Others may take a variant more."""
+    arch = compiler.architecture(torch.cuda.get_device_capability(problem.device))
+    if isinstance(problem, RowProblem):
+        compiler.cubin_path("rows.cu", launch.row_defines(problem), arch)
+        return
+    widths = problem.head_dim, problem.head_dim_v
+    aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
+    compiler.cubin_path(
+        "scan.cu", launch.defines(problem, aligned, int(config["capacity"])), arch
+    )
+    shared = launch.defines(problem, aligned, 0)
+    compiler.cubin_path("elements.cu", shared | {"CAUSAL": 0}, arch)
+    compiler.cubin_path("dense.cu", shared, arch)
 
 
 class _Call:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
-import os
 import tempfile
-import warnings
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from adasplash2 import problem
+from adasplash2 import cache, problem
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of every key: raise it when the meaning of a cached file changes."""
+
+FOLDER, SUFFIX = "cuda", ".cubin"
+"""Of the cached files."""
 
 
 class CompileError(RuntimeError):
     """NVRTC refused a kernel; the message is its log."""
 
 
-@cache
+@functools.cache
 def sources() -> dict[str, str]:
     """The kernel files by the name under which they include each other."""
     kernels = resources.files("adasplash2.backends.cuda") / "kernels"
@@ -34,7 +36,16 @@ def sources() -> dict[str, str]:
     return files | {f"adasplash2/{path.name}": path.read_text() for path in shared.glob("*.h")}
 
 
-@cache
+@functools.cache
+def sources_hash() -> str:
+    """Of all kernel files and their names."""
+    key = hashlib.sha256()
+    for name, text in sorted(sources().items()):
+        key.update(f"{name}\n{text}\n".encode())
+    return key.hexdigest()
+
+
+@functools.cache
 def nvrtc_version() -> tuple[int, int]:
     from cupy.cuda import nvrtc
 
@@ -83,46 +94,29 @@ def compile_unit(unit: str, defines: dict[str, int], arch: str) -> Compiled:
 
 
 def cubin_path(unit: str, defines: dict[str, int], arch: str) -> Path:
-    """Path of the compiled ``unit``, from the disk cache where it is there."""
+    """Path of the compiled ``unit``, from the disk cache where it is there and undamaged."""
     key = hashlib.sha256()
     for part in (CACHE_VERSION, nvrtc_version(), arch, unit, sorted(defines.items())):
         key.update(f"{part}\n".encode())
-    for name, text in sorted(sources().items()):
-        key.update(f"{name}\n{text}\n".encode())
-    path = cache_directory() / f"{Path(unit).stem}-{arch}-{key.hexdigest()[:32]}.cubin"
-    if path.is_file() and path.stat().st_size:
+    key.update(sources_hash().encode())
+    name, folder = f"{Path(unit).stem}-{arch}-{key.hexdigest()[:32]}", cache.directory() / FOLDER
+    path = cache.find_sealed(folder, name, SUFFIX)
+    if path is not None:
         return path
     cubin = compile_unit(unit, defines, arch).cubin
     try:
-        return _write(path, cubin)
+        return cache.write_sealed(folder, name, SUFFIX, cubin)
     except OSError as error:
-        warnings.warn(
-            f"adasplash2 cannot keep compiled kernels in {path.parent} ({error}); "
-            "they are compiled again in every process",
-            RuntimeWarning,
-            stacklevel=2,
+        cache.warn(
+            f"adasplash2 cannot keep compiled kernels in {folder} ({error}); "
+            "they are compiled again in every process"
         )
-        return _write(Path(tempfile.mkdtemp(prefix="adasplash2-")) / path.name, cubin)
+        return cache.write_sealed(_scratch(), name, SUFFIX, cubin)
 
 
-def cache_directory() -> Path:
-    """``$ADASPLASH2_CACHE_DIR``, or ``adasplash2`` under the user's cache folder."""
-    chosen = os.environ.get("ADASPLASH2_CACHE_DIR")
-    if chosen:
-        return Path(chosen) / "cuda"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "adasplash2" / "cuda"
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Write so that a reader sees nothing or all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return path
+@functools.cache
+def _scratch() -> Path:
+    """Where cubins are put that the cache does not take: gone with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="adasplash2-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    return Path(folder.name)

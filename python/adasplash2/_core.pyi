@@ -29,6 +29,7 @@ def attention_forward(
     tau: int,
     keep: bool,
     threads: int,
+    isa: str,
     support: int = 0,
     iterations: int = 0,
     tiles: int = 0,
@@ -49,9 +50,18 @@ def attention_backward(
     saved: int,
     saved_bytes: int,
     threads: int,
+    isa: str,
 ) -> None: ...
 def entmax_forward(
-    rows: int, length: int, dtype: str, alpha: float, x: int, stride_x: int, y: int, threads: int
+    rows: int,
+    length: int,
+    dtype: str,
+    alpha: float,
+    x: int,
+    stride_x: int,
+    y: int,
+    threads: int,
+    isa: str,
 ) -> None: ...
 def entmax_backward(
     rows: int,
@@ -63,4 +73,5 @@ def entmax_backward(
     stride_grad_y: int,
     grad_x: int,
     threads: int,
+    isa: str,
 ) -> None: ...

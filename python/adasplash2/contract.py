@@ -16,7 +16,8 @@ from torch import Tensor
 from adasplash2.problem import Inputs, Problem, RowProblem
 
 Config = Mapping[str, int | str]
-"""What a backend may choose for a problem: block sizes, instruction set, list capacity."""
+"""What a backend may choose for a problem: block sizes, instruction set, list capacity. Kept on
+disk as JSON."""
 
 
 class Forward(NamedTuple):
@@ -65,11 +66,20 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why nothing can run here, in a sentence; None where it can. Cheap, never raises."""
 
+    def versions(self) -> Mapping[str, str]:
+        """What compiled code and measured speeds depend on beside the device, the releases of
+        adasplash2 and torch: libraries, a hash of the kernels' sources, settings such as threads.
+        """
+
     def refusals(self, problem: Problem | RowProblem) -> list[str]:
         """All reasons why this problem cannot run here, a sentence each; empty: it can."""
 
     def configs(self, problem: Problem | RowProblem) -> Sequence[Config]:
         """Configurations to choose from; the first is the default without tuning."""
+
+    def precompile(self, problem: Problem | RowProblem, config: Config) -> None:
+        """Compile into a disk cache what a forward of ``problem`` needs, and a backward where it
+        has gradients. Launches nothing, and may run in another process than the call."""
 
     def saved_bytes(self, problem: Problem, config: Config) -> int | None:
         """Length of ``Forward.saved``; None where it depends on the data."""

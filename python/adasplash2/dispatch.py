@@ -1,9 +1,13 @@
 """Which backend runs a problem, and why not the others: decided here and nowhere else.
 
 Backends are modules named in :data:`adasplash2.backends.REGISTRY`, imported when first asked.
-The first one that can run here and has nothing against the problem wins; a name given to
-``backend=`` or in the environment variable ``ADASPLASH2_BACKEND`` (read at import) asks that one
-alone. ``ADASPLASH2_LOG=debug`` tells every new decision on standard error.
+The first one that can run here and has nothing against the problem wins, unless the records of
+:mod:`adasplash2.records` say that another one is faster for this class of problems. A name given
+to ``backend=`` or in the environment variable ``ADASPLASH2_BACKEND`` asks that one alone.
+
+``ADASPLASH2_AUTOTUNE`` says what measurements are for: ``off`` ignores them, ``cached`` uses those
+that are there, ``on`` makes those that are not when a class is first met.
+``ADASPLASH2_LOG=debug`` tells every new decision on standard error. All are read at import.
 """
 
 from __future__ import annotations
@@ -12,18 +16,35 @@ import functools
 import importlib
 import logging
 import os
+import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
+
+import torch
 
 from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend, Config
 from adasplash2.problem import Problem, RowProblem
+from adasplash2.records import Record, Store, problem_class
 
 logger = logging.getLogger("adasplash2")
 
 FORCED = os.environ.get("ADASPLASH2_BACKEND") or None
 """The backend that the environment forces; an argument ``backend=`` goes before it."""
+
+AUTOTUNE_MODES = ("off", "cached", "on")
+AUTOTUNE = os.environ.get("ADASPLASH2_AUTOTUNE") or "cached"
+if AUTOTUNE not in AUTOTUNE_MODES:
+    warnings.warn(
+        f"ADASPLASH2_AUTOTUNE must be off, cached or on, got {AUTOTUNE!r}: cached is taken",
+        stacklevel=2,
+    )
+    AUTOTUNE = "cached"
+
+AUTOTUNE_SECONDS = 20.0
+"""What a first call may wait for measurements with ``ADASPLASH2_AUTOTUNE=on``."""
 
 CACHED_DECISIONS = 4096
 """Problems whose decision is remembered, about 1 kB each; decoding meets a new one a token."""
@@ -90,6 +111,7 @@ class Explanation:
         config: the configuration it runs with.
         others: name of every backend that is not chosen, and why.
         notes: what is worth knowing beside, such as copies that are made.
+        why: what the choice rests on, a measurement or the order of the registry.
     """
 
     problem: str
@@ -97,10 +119,13 @@ class Explanation:
     config: Config
     others: tuple[tuple[str, tuple[str, ...]], ...] = ()
     notes: tuple[str, ...] = ()
+    why: str = ""
 
     def __str__(self) -> str:
         config = ", ".join(f"{key}={value}" for key, value in self.config.items())
         rows = [("call", self.problem), ("chosen", self.chosen or "nothing: the call raises")]
+        if self.why:
+            rows.append(("because", self.why))
         if config:
             rows.append(("config", config))
         rows += [("note", note) for note in self.notes]
@@ -112,8 +137,9 @@ class Explanation:
 def choose(problem: Problem | RowProblem, backend: str | None = None) -> Choice:
     """The backend and configuration for ``problem``; ``backend`` forces one by name.
 
-    The answer to equal arguments is the same throughout a process: the forward and the backward
-    of one call ask separately and must meet in the same backend.
+    The answer to equal arguments is the same throughout a process, whatever is measured meanwhile:
+    the forward and the backward of one call ask separately and must meet in the same backend and
+    configuration.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -132,18 +158,24 @@ def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explan
     try:
         choice = _decide(problem, forced)
     except BackendRefused:
-        chosen, config = None, cast(Config, {})
+        chosen, config, why = None, cast(Config, {}), ""
     else:
         chosen, config = choice.backend.name, choice.config
-    preferred = f"not asked, {forced!r} is forced" if forced else f"could, but {chosen!r} is first"
-    others = tuple(
-        (answer.name, answer.reasons or (preferred,))
-        for answer in (_ask(name, problem) for name in REGISTRY)
-        if answer.name != chosen
-    )
+        why = _why(problem, choice, forced)
+    others = []
+    for name in REGISTRY:
+        if name != chosen:
+            reasons = _ask(name, problem).reasons
+            if forced:
+                could = f"not asked, {forced!r} is forced"
+            elif (record := _record(problem, name)) is not None and not reasons:
+                could = f"could, measured {record.milliseconds:.3g} ms"
+            else:
+                could = f"could, but {chosen!r} is first"
+            others.append((name, reasons or (could,)))
     strided = problem.strided if isinstance(problem, Problem) else ()
     notes = tuple(f"{name} is copied once: its head_dim stride is not 1" for name in strided)
-    return Explanation(describe(problem), chosen, config, others, notes)
+    return Explanation(describe(problem), chosen, config, tuple(others), notes, why)
 
 
 def available_backends() -> list[BackendStatus]:
@@ -170,10 +202,29 @@ def describe(problem: Problem | RowProblem) -> str:
     return f"attention of query {query}, key {key}, value {value}, {causal}, {tail}"
 
 
+def able(problem: Problem | RowProblem, backend: str | None = None) -> dict[str, Backend]:
+    """The backends that can run ``problem``, by name; of these alone ``backend`` if it is given."""
+    found = {}
+    for name in REGISTRY if backend is None else (backend,):
+        module, _ = _load(name)
+        if module is not None and not module.refusals(problem):
+            found[name] = module
+    return found
+
+
+def usable() -> dict[str, Backend]:
+    """The backends that can run something here, by name."""
+    loaded = {name: _load(name)[0] for name in REGISTRY}
+    return {name: module for name, module in loaded.items() if module is not None}
+
+
 def forget() -> None:
-    """Ask every backend anew, as after a change of the registry."""
+    """Ask every backend anew and read records anew, as after a change of the registry. Not between
+    a forward and its backward, which must meet in the same decision."""
     _load.cache_clear()
     _decide.cache_clear()
+    _store.cache_clear()
+    _seen.clear()
 
 
 @functools.cache
@@ -198,16 +249,118 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
         names = ", ".join(repr(name) for name in REGISTRY)
         source = " from ADASPLASH2_BACKEND" if forced == FORCED else ""
         raise ValueError(f"backend must be None or one of {names}, got {forced!r}{source}")
-    answers = []
-    for name in REGISTRY if forced is None else (forced,):
+    names = tuple(REGISTRY) if forced is None else (forced,)
+    answers: list[Answer] = []
+    for name in names:
         answer = _ask(name, problem)
-        module, _ = _load(name)
-        if module is not None and not answer.reasons:
-            choice = Choice(module, module.configs(problem)[0])
-            logger.debug("%s: %s %s", describe(problem), name, dict(choice.config))
-            return choice
+        if not answer.reasons:
+            break
         answers.append(answer)
-    raise BackendRefused(problem, tuple(answers))
+    else:
+        raise BackendRefused(problem, tuple(answers))
+    if AUTOTUNE == "on":
+        _tune_once(problem, forced)
+    # The first that can holds its place until one behind it has been measured to be faster: what
+    # has no record is not even imported.
+    record = _record(problem, name)
+    if record is not None:
+        for other in names[len(answers) + 1 :]:
+            rival = _record(problem, other)
+            if rival is not None and rival.milliseconds < record.milliseconds:
+                if not _ask(other, problem).reasons:
+                    name, record = other, rival
+    module = cast(Backend, _load(name)[0])
+    configs = module.configs(problem)
+    tuned = record is not None and record.config in configs
+    choice = Choice(module, record.config if record is not None and tuned else configs[0])
+    if logger.isEnabledFor(logging.DEBUG):
+        why = _why(problem, choice, forced)
+        logger.debug("%s: %s %s, %s", describe(problem), name, dict(choice.config), why)
+    return choice
+
+
+def _why(problem: Problem | RowProblem, choice: Choice, forced: str | None) -> str:
+    record = _record(problem, choice.backend.name)
+    measured = f"measured {record.milliseconds:.3g} ms for its class" if record else ""
+    if forced:
+        return f"forced; {measured}" if measured else "forced"
+    return measured or "the first that can, nothing measured for its class"
+
+
+# Records, as this process first saw them
+
+_seen: dict[tuple[torch.device, str], dict[str, Record | None]] = {}
+"""By device and class, then backend: what was known when first asked, and holds from then on."""
+
+_seen_lock = threading.RLock()
+
+
+@functools.cache
+def _store(device: torch.device) -> Store:
+    return Store(device)
+
+
+def _record(problem: Problem | RowProblem, name: str) -> Record | None:
+    """The record of a backend for the class of ``problem``, the same throughout a process."""
+    if AUTOTUNE == "off":
+        return None
+    label = problem_class(problem)
+    with _seen_lock:
+        seen = _seen.setdefault((problem.device, label), {})
+        if name not in seen:
+            store = _store(problem.device)
+            known = name in store.names(label)
+            module = _load(name)[0] if known else None
+            seen[name] = None if module is None else store.find(label, module)
+        return seen[name]
+
+
+def _tune_once(problem: Problem | RowProblem, forced: str | None) -> None:
+    """Measure what can run ``problem`` and has no record yet, before anyone has asked for it."""
+    label = problem_class(problem)
+    with _seen_lock:
+        seen = _seen.setdefault((problem.device, label), {})
+        missing = {
+            name: module
+            for name, module in able(problem, forced).items()
+            if name not in seen and _record(problem, name) is None
+        }
+        if not missing or _is_capturing(problem.device):
+            return
+        logger.info("measuring %s for %s", ", ".join(missing), label)
+        found = _in_a_thread(functools.partial(_measure, problem, missing))
+        _store(problem.device).add(found)
+        for record in found:
+            seen[record.backend] = record
+
+
+def _measure(problem: Problem | RowProblem, backends: dict[str, Backend]) -> list[Record]:
+    from adasplash2 import tuning
+
+    outcomes = tuning.tune([(problem, backends)], seconds=AUTOTUNE_SECONDS)
+    return [record for outcome in outcomes for record in outcome.records]
+
+
+def _in_a_thread(work: Callable[[], list[Record]]) -> list[Record]:
+    """Run ``work`` where none of the caller's modes hold: fake tensors of a trace, autocast,
+    inference mode, streams. Whatever goes wrong is a warning: the call itself can still run."""
+    found: list[Record] = []
+
+    def run() -> None:
+        try:
+            found.extend(work())
+        except Exception as error:
+            logger.warning("measuring failed: %s", error, exc_info=True)
+
+    thread = threading.Thread(target=run, name="adasplash2-tuning")
+    thread.start()
+    thread.join()
+    return found
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be measured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _log_to_stderr(level: str) -> None:

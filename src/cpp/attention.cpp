@@ -154,7 +154,7 @@ class KeptLists final : public Kept {
 template <class T>
 std::unique_ptr<Kept> forward(const ForwardArguments& a) {
   const AttentionProblem& p = a.problem;
-  const Kernels<T>& k = kernels_for<T>(kernels(), p.dtype);
+  const Kernels<T>& k = kernels_for<T>(*a.kernels, p.dtype);
   const int64_t element = size_of(p.dtype), blocks = p.blocks_per_head();
   const int64_t key_tiles = (p.length_k + kBlockRows - 1) / kBlockRows;
 
@@ -266,7 +266,7 @@ struct Columns {
 template <class T>
 void backward(const BackwardArguments& a) {
   const AttentionProblem& p = a.problem;
-  const Kernels<T>& k = kernels_for<T>(kernels(), p.dtype);
+  const Kernels<T>& k = kernels_for<T>(*a.kernels, p.dtype);
   const int64_t element = size_of(p.dtype), rows = p.rows(), blocks = p.blocks_per_head();
 
   const int64_t entries =

@@ -9,6 +9,7 @@ namespace adasplash2 {
 
 struct ForwardArguments {
   AttentionProblem problem;
+  const KernelTable* kernels;
   TensorRef query, key, value, out;
   void* tau;            // (batch, heads_q, length_q), compute dtype
   int32_t* iterations;  // likewise, or null
@@ -31,6 +32,7 @@ std::unique_ptr<Kept> attention_forward(const ForwardArguments& arguments);
 
 struct BackwardArguments {
   AttentionProblem problem;
+  const KernelTable* kernels;
   TensorRef query, key, value, grad_out, grad_query, grad_key, grad_value;
   const void* saved;
   int64_t saved_bytes;

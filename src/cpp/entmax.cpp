@@ -17,7 +17,7 @@ int64_t rows_per_task(int64_t rows, int64_t length) {
 
 template <class T, class F>
 void for_rows(const EntmaxArguments& a, F run) {
-  const Kernels<T>& k = kernels_for<T>(kernels(), a.dtype);
+  const Kernels<T>& k = kernels_for<T>(*a.kernels, a.dtype);
   const int64_t step = rows_per_task(a.rows, a.length);
   std::vector<Buffer<char>> workspaces;
   for (int t = 0; t < (a.threads < 1 ? 1 : a.threads); ++t)

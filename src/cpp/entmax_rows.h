@@ -10,6 +10,7 @@ struct EntmaxArguments {
   Alpha alpha;
   Dtype dtype;
   int threads;
+  const KernelTable* kernels;
 };
 
 // y (dense) = entmax(x), row by row; strides count elements between rows.

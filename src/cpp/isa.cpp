@@ -43,17 +43,22 @@ std::vector<const KernelTable*> usable_tables() {
   return tables;
 }
 
-const KernelTable& choose() {
-  const auto tables = usable_tables();
-  const char* forced = std::getenv("ADASPLASH2_ISA");
-  if (forced == nullptr || *forced == '\0') return *tables.front();
+// `what` names the source of `isa` in the error.
+const KernelTable& table_of(const std::string& isa, const char* what) {
+  static const auto tables = usable_tables();
   std::string allowed;
   for (const KernelTable* table : tables) {
-    if (table->isa == std::string(forced)) return *table;
+    if (table->isa == isa) return *table;
     allowed += (allowed.empty() ? "" : ", ") + std::string(table->isa);
   }
-  throw std::invalid_argument("ADASPLASH2_ISA must be one of " + allowed +
-                              " on this processor, got '" + forced + "'");
+  throw std::invalid_argument(std::string(what) + " must be one of " + allowed +
+                              " on this processor, got '" + isa + "'");
+}
+
+const KernelTable& choose() {
+  const char* forced = std::getenv("ADASPLASH2_ISA");
+  if (forced == nullptr || *forced == '\0') return *usable_tables().front();
+  return table_of(forced, "ADASPLASH2_ISA");
 }
 
 }  // namespace
@@ -68,5 +73,7 @@ const KernelTable& kernels() {
   static const KernelTable& table = choose();
   return table;
 }
+
+const KernelTable& kernels(const std::string& isa) { return table_of(isa, "isa"); }
 
 }  // namespace adasplash2

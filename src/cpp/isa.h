@@ -15,6 +15,9 @@ std::vector<std::string> usable_isas();
 // std::invalid_argument where that one is unknown or this processor cannot run it.
 const KernelTable& kernels();
 
+// The table of one of `usable_isas()`. Throws std::invalid_argument for any other name.
+const KernelTable& kernels(const std::string& isa);
+
 template <class T>
 const Kernels<T>& kernels_for(const KernelTable& table, Dtype dtype);
 

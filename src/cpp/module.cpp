@@ -90,9 +90,10 @@ PYBIND11_MODULE(_core, m) {
       "attention_forward",
       [](const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
          double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
-         const Tensor& out, Address tau, bool keep, int threads, Address support,
-         Address iterations, Address tiles) {
+         const Tensor& out, Address tau, bool keep, int threads, const std::string& isa,
+         Address support, Address iterations, Address tiles) {
         ForwardArguments a = {};
+        a.kernels = &kernels(isa);
         a.problem = problem_of(dims, dtype, alpha, scale, is_causal);
         a.query = tensor_ref(query);
         a.key = tensor_ref(key);
@@ -109,16 +110,18 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("tau"),
-      py::arg("keep"), py::arg("threads"), py::arg("support") = 0, py::arg("iterations") = 0,
-      py::arg("tiles") = 0);
+      py::arg("keep"), py::arg("threads"), py::arg("isa"), py::arg("support") = 0,
+      py::arg("iterations") = 0, py::arg("tiles") = 0);
 
   m.def(
       "attention_backward",
       [](const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
          double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
          const Tensor& grad_out, const Tensor& grad_query, const Tensor& grad_key,
-         const Tensor& grad_value, Address saved, std::int64_t saved_bytes, int threads) {
+         const Tensor& grad_value, Address saved, std::int64_t saved_bytes, int threads,
+         const std::string& isa) {
         BackwardArguments a = {};
+        a.kernels = &kernels(isa);
         a.problem = problem_of(dims, dtype, alpha, scale, is_causal);
         a.query = tensor_ref(query);
         a.key = tensor_ref(key);
@@ -136,28 +139,31 @@ PYBIND11_MODULE(_core, m) {
       py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("grad_out"),
       py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"), py::arg("saved"),
-      py::arg("saved_bytes"), py::arg("threads"));
+      py::arg("saved_bytes"), py::arg("threads"), py::arg("isa"));
 
   m.def(
       "entmax_forward",
       [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address x,
-         std::int64_t stride_x, Address y, int threads) {
-        const EntmaxArguments a = {rows, length, alpha_of(alpha), dtype_of(dtype), threads};
+         std::int64_t stride_x, Address y, int threads, const std::string& isa) {
+        const EntmaxArguments a = {rows, length, alpha_of(alpha), dtype_of(dtype), threads,
+                                   &kernels(isa)};
         const py::gil_scoped_release release;
         entmax_forward(a, pointer<void>(x), stride_x, pointer<void>(y));
       },
       py::arg("rows"), py::arg("length"), py::arg("dtype"), py::arg("alpha"), py::arg("x"),
-      py::arg("stride_x"), py::arg("y"), py::arg("threads"));
+      py::arg("stride_x"), py::arg("y"), py::arg("threads"), py::arg("isa"));
 
   m.def(
       "entmax_backward",
       [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address y,
-         Address grad_y, std::int64_t stride_grad_y, Address grad_x, int threads) {
-        const EntmaxArguments a = {rows, length, alpha_of(alpha), dtype_of(dtype), threads};
+         Address grad_y, std::int64_t stride_grad_y, Address grad_x, int threads,
+         const std::string& isa) {
+        const EntmaxArguments a = {rows, length, alpha_of(alpha), dtype_of(dtype), threads,
+                                   &kernels(isa)};
         const py::gil_scoped_release release;
         entmax_backward(a, pointer<void>(y), pointer<void>(grad_y), stride_grad_y,
                         pointer<void>(grad_x));
       },
       py::arg("rows"), py::arg("length"), py::arg("dtype"), py::arg("alpha"), py::arg("y"),
-      py::arg("grad_y"), py::arg("stride_grad_y"), py::arg("grad_x"), py::arg("threads"));
+      py::arg("grad_y"), py::arg("stride_grad_y"), py::arg("grad_x"), py::arg("threads"), py::arg("isa"));
 }

@@ -1,0 +1,578 @@
+"""The command ``adasplash2``: what works here, what would run, measure, look into the cache.
+
+Exit codes: 0 for success; 1 where the answer is no (nothing can run the call, nothing could be
+measured); 2 for a wrong command line; 3 where the cache could not be written or deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from adasplash2 import cache, dispatch, records, tuning
+from adasplash2.functional import entmax_attention
+from adasplash2.problem import DTYPES, Inputs, Problem, RowProblem, attention_problem, check_alpha
+
+NO, CACHE_FAILED = 1, 3
+"""Exit codes beside 0 and click's 2."""
+
+PACKAGES = ("torch", "cupy", "triton", "numpy", "filelock", "platformdirs")
+"""Whose versions ``info`` tells where they are installed."""
+
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+SECONDS = {"cpu": 300, "cuda": 900}
+QUICK_SECONDS = {"cpu": 40, "cuda": 90}
+"""Budgets of ``tune`` by device. Starting takes seconds beside: a quick run ends within a minute on
+a CPU and two on a GPU."""
+
+BENCH_LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384)}
+BENCH_ROUNDS = 5
+
+WIDE = 160
+"""Columns of tables that go to a file or a pipe."""
+
+console = Console(highlight=False, markup=False)
+errors = Console(stderr=True, highlight=False, markup=False)
+
+
+def alpha_option(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    try:
+        return check_alpha(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+class Shape(click.ParamType):
+    """``batch,heads,length,head_dim``."""
+
+    name = "B,H,L,D"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        try:
+            sizes = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            sizes = ()
+        if len(sizes) != 4 or min(sizes) < 1:
+            self.fail(f"must be four sizes above 0 such as 1,8,4096,64, got {value!r}", param, ctx)
+        return sizes
+
+
+class Device(click.ParamType):
+    """A torch device of type cpu or cuda."""
+
+    name = "cpu|cuda[:N]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> torch.device:
+        try:
+            device = torch.device(value)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            self.fail(f"must be cpu, cuda or cuda:N, got {value!r}", param, ctx)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", 0)
+        return device
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def present(device: torch.device | None) -> torch.device:
+    """The device to measure on."""
+    device = device or default_device()
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= count):
+        raise click.BadParameter(f"{device} is not here: torch sees {count} CUDA devices")
+    return device
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+device_option = click.option("--device", type=Device(), help="Default: a GPU if there is one.")
+
+
+def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that make up one call of ``entmax_attention``."""
+    options = (
+        click.option("--heads-kv", type=click.IntRange(1), help="Default: as many as heads."),
+        click.option("--length-k", type=click.IntRange(1), help="Default: the length."),
+        click.option(
+            "--dtype", type=click.Choice(list(DTYPE_NAMES)), default="float32", show_default=True
+        ),
+        click.option("--causal/--no-causal", default=False, show_default=True),
+        click.option(
+            "--alpha", type=float, default=1.5, show_default=True, callback=alpha_option
+        ),
+        click.option("--grad/--no-grad", default=True, show_default=True, help="With backward."),
+        device_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of ``entmax_attention`` as the command line has it."""
+
+    shape: tuple[int, ...]
+    heads_kv: int | None
+    length_k: int | None
+    dtype: str
+    causal: bool
+    alpha: float
+    grad: bool
+    device: torch.device
+
+    def problem(self) -> Problem:
+        batch, heads, length, width = self.shape
+        keys = (batch, self.heads_kv or heads, self.length_k or length, width)
+        dtype = DTYPE_NAMES[self.dtype]
+        query = torch.empty(self.shape, dtype=dtype, device="meta")
+        key = torch.empty(keys, dtype=dtype, device="meta")
+        try:
+            problem = attention_problem(
+                Inputs(query, key, key),
+                alpha=self.alpha,
+                scale=None,
+                is_causal=self.causal,
+                enable_gqa=True,
+                needs_grad=self.grad,
+            )
+        except (TypeError, ValueError) as error:
+            raise click.UsageError(str(error)) from None
+        return dataclasses.replace(problem, device=self.device)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(importlib.metadata.version("adasplash2"), prog_name="adasplash2")
+def main() -> None:
+    """Exact sparse attention: what runs here, how fast, and what is remembered of it."""
+    if not console.is_terminal:
+        console.width = WIDE
+
+
+@main.command()
+@json_option
+def info(as_json: bool) -> None:
+    """Versions, devices, backends and why each is or is not usable, the cache.
+
+    Exits with 1 if no backend is usable.
+    """
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    backends = dispatch.available_backends()
+    found = {
+        "adasplash2": importlib.metadata.version("adasplash2"),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": [
+            {"device": str(device), **records.identity(device)} for device in devices
+        ],
+        "threads": torch.get_num_threads(),
+        "backends": [dataclasses.asdict(status) for status in backends],
+        "backend_versions": {
+            name: dict(module.versions()) for name, module in dispatch.usable().items()
+        },
+        "forced_backend": dispatch.FORCED,
+        "autotune": dispatch.AUTOTUNE,
+        "cache": str(cache.directory()),
+    }
+    if as_json:
+        _print_json(found)
+    else:
+        table = _table("", "")
+        table.add_row("adasplash2", f"{found['adasplash2']} on Python {found['python']}")
+        for name in PACKAGES:
+            table.add_row(name, _version(name) or "not installed")
+        for device in devices:
+            words = ", ".join(records.identity(device).values())
+            table.add_row(str(device), words)
+        table.add_row("threads", str(found["threads"]))
+        for status in backends:
+            versions = found["backend_versions"].get(status.name, {})  # type: ignore[attr-defined]
+            words = ", ".join(f"{name} {value}" for name, value in versions.items())
+            usable = "usable" if status.usable else "not usable"
+            table.add_row(
+                f"backend {status.name}", f"{usable}: {status.reason}" + (words and f" ({words})")
+            )
+        table.add_row("autotune", dispatch.AUTOTUNE)
+        table.add_row("cache", str(cache.directory()))
+        console.print(table)
+    if not any(status.usable for status in backends):
+        sys.exit(NO)
+
+
+@main.command()
+@click.option("--shape", type=Shape(), required=True, help="Of the query.")
+@call_options
+@click.option("--backend", help="Ask this one alone.")
+@json_option
+def explain(backend: str | None, as_json: bool, device: torch.device | None, **call: Any) -> None:
+    """Which backend would run a call, with which configuration, and why not the others.
+
+    Exits with 1 if none can.
+    """
+    problem = Call(device=device or default_device(), **call).problem()
+    if problem.alpha == 1.0:
+        raise click.UsageError("alpha = 1 is softmax and goes to torch: no backend is asked")
+    try:
+        told = dispatch.explain(problem, backend)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if as_json:
+        _print_json({"problem_class": records.problem_class(problem), **dataclasses.asdict(told)})
+    else:
+        console.print(str(told), soft_wrap=True)
+    if told.chosen is None:
+        sys.exit(NO)
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="A few common shapes: a minute on a CPU, two on a GPU.")
+@click.option("--shape", "shapes", type=Shape(), multiple=True, help="This query; repeatable.")
+@call_options
+@click.option("--backend", help="Measure this one alone.")
+@click.option("--seconds", type=click.FloatRange(1), help="Budget; default: by device.")
+@json_option
+def tune(
+    quick: bool,
+    shapes: tuple[tuple[int, ...], ...],
+    backend: str | None,
+    seconds: float | None,
+    device: torch.device | None,
+    as_json: bool,
+    **call: Any,
+) -> None:
+    """Measure the backends and their configurations here and remember the fastest.
+
+    Without --shape it takes common shapes, whose dtype, alpha and masks are its own. Exits with 1
+    if some class of problems found no time or no backend, with 3 if the cache cannot be written.
+    """
+    device = present(device)
+    budget = seconds or (QUICK_SECONDS if quick else SECONDS)[device.type]
+    problems: list[Problem | RowProblem] = [
+        Call(shape=shape, device=device, **call).problem() for shape in shapes
+    ] or list(common_problems(device, quick))
+    if backend is not None and backend not in dispatch.REGISTRY:
+        names = ", ".join(dispatch.REGISTRY)
+        raise click.BadParameter(f"--backend must be one of {names}, got {backend!r}")
+    able = [(problem, dispatch.able(problem, backend)) for problem in problems]
+    with _progress(as_json) as progress:
+        outcomes = list(tuning.tune(able, seconds=budget, progress=progress))
+    found = [record for outcome in outcomes for record in outcome.records]
+    kept = records.Store(device).add(found)
+    if as_json:
+        _print_json({"outcomes": [_outcome(o) for o in outcomes], "kept": kept})
+    else:
+        _print_outcomes(outcomes)
+        console.print(f"{len(found)} records " + (f"in {records.Store(device).path}" if kept else ""))
+    if not kept:
+        _fail("the records could not be kept: see the warning above", CACHE_FAILED)
+    missing = [outcome.problem_class for outcome in outcomes if not outcome.records]
+    if missing:
+        _fail(f"nothing was measured for: {'; '.join(missing)}", NO)
+
+
+def common_problems(device: torch.device, quick: bool) -> Iterator[Problem | RowProblem]:
+    """What ``tune`` measures where it is given no shapes."""
+    gpu = device.type == "cuda"
+    dtypes = ("bfloat16",) if gpu and quick else ("bfloat16", "float32")
+    lengths = (4096, 16384) if gpu else (1024, 4096)
+    widths = (64, 128) if gpu or not quick else (64,)
+    alphas = (1.5,) if quick else (1.5, 2.0)
+    for dtype in dtypes:
+        for width in widths:
+            for length in lengths:
+                for alpha in alphas:
+                    for causal in (True,) if quick else (True, False):
+                        for grad in (True, False):
+                            shape = (1, 16 if gpu else 4, length, width)
+                            yield Call(
+                                shape, None, None, dtype, causal, alpha, grad, device
+                            ).problem()
+        yield RowProblem(4096, 4096, DTYPE_NAMES[dtype], device, 1.5, needs_grad=True)
+
+
+@main.group("cache")
+def cache_group() -> None:
+    """The folder with measured speeds and compiled kernels."""
+
+
+@cache_group.command()
+def path() -> None:
+    """Print the folder; it need not exist."""
+    click.echo(cache.directory())
+
+
+@cache_group.command()
+@json_option
+def show(as_json: bool) -> None:
+    """The records of this machine's devices, and the size of everything kept."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    found = [(device, record) for device in devices for record in records.Store(device)]
+    valid = dispatch.usable()
+    rows = [
+        (device, record, _is_valid(record, valid.get(record.backend))) for device, record in found
+    ]
+    files = [file for file in cache.directory().rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    if as_json:
+        listed = [
+            {"device": str(device), "valid": ok, **dataclasses.asdict(record)}
+            for device, record, ok in rows
+        ]
+        _print_json(
+            {
+                "path": str(cache.directory()),
+                "files": len(files),
+                "bytes": size,
+                "records": listed,
+            }
+        )
+        return
+    table = _table("device", "class", "backend", "ms", "default ms", "config", "")
+    for device, record, ok in rows:
+        table.add_row(
+            str(device),
+            record.problem_class,
+            record.backend,
+            f"{record.milliseconds:.3g}",
+            f"{record.default_milliseconds:.3g}",
+            _words(record.config),
+            "" if ok else "other versions",
+        )
+    console.print(table)
+    console.print(f"{len(files)} files, {size / 2**20:.1f} MiB in {cache.directory()}", soft_wrap=True)
+
+
+@cache_group.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def clear(yes: bool) -> None:
+    """Delete everything kept. Exits with 3 if that fails."""
+    folder = cache.directory()
+    if not folder.exists():
+        click.echo(f"{folder} does not exist: nothing to delete")
+        return
+    parts = [part for part in cache.PARTS if (folder / part).exists()]
+    if not yes:
+        click.confirm(f"Delete {', '.join(parts) or 'nothing'} in {folder}?", abort=True)
+    try:
+        for part in parts:
+            shutil.rmtree(folder / part)
+    except OSError as error:
+        _fail(f"{folder} cannot be deleted: {error}", CACHE_FAILED)
+    click.echo(f"deleted {', '.join(parts) or 'nothing'} in {folder}")
+
+
+@main.command()
+@click.option("--length", "lengths", type=click.IntRange(1), multiple=True, help="Repeatable.")
+@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Default: by device.")
+@click.option("--causal/--no-causal", default=True, show_default=True)
+@click.option("--alpha", type=float, default=1.5, show_default=True, callback=alpha_option)
+@click.option("--sharpness", type=float, default=4.0, show_default=True, help="Queries times this.")
+@device_option
+@json_option
+def bench(
+    lengths: tuple[int, ...],
+    heads: int,
+    head_dim: int,
+    dtype: str | None,
+    causal: bool,
+    alpha: float,
+    sharpness: float,
+    device: torch.device | None,
+    as_json: bool,
+) -> None:
+    """A quick table beside torch's scaled_dot_product_attention (SDPA).
+
+    Gaussian inputs, batch 1, medians in milliseconds. The programs in benchmarks/ measure with
+    more care.
+    """
+    device = present(device)
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    rows: list[dict[str, Any]] = []
+    chosen = lengths or BENCH_LENGTHS[device.type]
+    with _progress(as_json) as progress:
+        for done, length in enumerate(chosen):
+            progress(f"length {length}", done, len(chosen))
+            shape = (1, heads, length, head_dim)
+            rows.append(
+                {"length": length, **_compare(shape, dtype, causal, alpha, sharpness, device)}
+            )
+    if as_json:
+        head = {"device": dict(records.identity(device)), "dtype": dtype, "heads": heads}
+        _print_json({**head, "head_dim": head_dim, "rows": rows})
+        return
+    name = records.identity(device).get("name", str(device))
+    console.print(
+        f"{name}: {dtype}, {heads} heads, head_dim {head_dim}, "
+        f"{'causal' if causal else 'full'}, alpha {alpha:g}, queries times {sharpness:g}; ms"
+    )
+    table = _table("length", "backend", "forward", "sdpa", "ratio", "fwd+bwd", "sdpa", "ratio")
+    for row in rows:
+        cells = [str(row["length"]), row["backend"]]
+        for mode in ("forward", "forward+backward"):
+            ours, sdpa = row[mode]["adasplash2"], row[mode]["sdpa"]
+            cells += [f"{ours:.3g}", f"{sdpa:.3g}", f"{ours / sdpa:.2f}"]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def _compare(
+    shape: tuple[int, ...],
+    dtype: str,
+    causal: bool,
+    alpha: float,
+    sharpness: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Medians of both, in turn."""
+    generator = torch.Generator(device).manual_seed(1)
+    query, key, value, grad = (
+        torch.randn(shape, generator=generator, device=device).to(DTYPE_NAMES[dtype])
+        for _ in range(4)
+    )
+    query *= sharpness
+    calls = {
+        "adasplash2": functools.partial(entmax_attention, alpha=alpha, is_causal=causal),
+        "sdpa": functools.partial(F.scaled_dot_product_attention, is_causal=causal),
+    }
+    problem = attention_problem(
+        Inputs(query, key, value),
+        alpha=alpha,
+        scale=None,
+        is_causal=causal,
+        enable_gqa=False,
+        needs_grad=True,
+    )
+    told = dispatch.explain(problem)
+    if told.chosen is None:
+        _fail(str(told), NO)
+    found: dict[str, Any] = {"backend": told.chosen}
+    for mode in ("forward", "forward+backward"):
+        leaves = [t.detach().requires_grad_(mode != "forward") for t in (query, key, value)]
+
+        def step(call: Callable[..., Tensor], leaves: Sequence[Tensor] = leaves) -> None:
+            out = call(*leaves)
+            if out.requires_grad:
+                torch.autograd.grad(out, leaves, grad)
+
+        found[mode] = tuning.side_by_side(
+            {name: functools.partial(step, call) for name, call in calls.items()},
+            device,
+            BENCH_ROUNDS,
+        )
+    return found
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[tuning.Progress]:
+    """A bar on standard error; nothing where that is no terminal or ``quiet``."""
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(
+        *columns, console=errors, transient=True, disable=quiet or not errors.is_terminal
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def advance(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield advance
+
+
+def _print_outcomes(outcomes: Sequence[tuning.Outcome]) -> None:
+    table = _table("class", "backend", "default ms", "tuned ms", "gain", "candidates", "config")
+    for outcome in outcomes:
+        for record in outcome.records:
+            candidates = [t for t in outcome.trials if t.backend == record.backend]
+            table.add_row(
+                outcome.problem_class,
+                record.backend,
+                f"{record.default_milliseconds:.3g}",
+                f"{record.milliseconds:.3g}",
+                f"{record.default_milliseconds / record.milliseconds:.2f}x",
+                str(len(candidates)),
+                _words(record.config),
+            )
+        if not outcome.records:
+            table.add_row(outcome.problem_class, "none", "", "", "", "", "")
+    console.print(table)
+    gains = [r.default_milliseconds / r.milliseconds for o in outcomes for r in o.records]
+    if gains:
+        mean = math.exp(sum(map(math.log, gains)) / len(gains))
+        console.print(f"gained {mean:.2f}x in the geometric mean, {max(gains):.2f}x at most")
+
+
+def _outcome(outcome: tuning.Outcome) -> dict[str, Any]:
+    return {
+        "problem_class": outcome.problem_class,
+        "trials": [
+            {
+                "backend": trial.backend,
+                "config": dict(trial.config),
+                "milliseconds": trial.milliseconds,
+                "rounds": min(map(len, trial.times)),
+                "pruned": trial.pruned,
+                "error": trial.error,
+            }
+            for trial in outcome.trials
+        ],
+        "records": [dataclasses.asdict(record) for record in outcome.records],
+    }
+
+
+def _is_valid(record: records.Record, backend: Any) -> bool:
+    return backend is not None and dict(record.versions) == records.versions(backend)
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=None, show_header=any(heads), pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    return table
+
+
+def _words(config: Any) -> str:
+    return ", ".join(f"{name}={value}" for name, value in config.items()) or "-"
+
+
+def _version(package: str) -> str | None:
+    """Of what is installed as ``package``; CuPy's wheels are named after the CUDA release."""
+    found = importlib.metadata.packages_distributions().get(package)
+    return importlib.metadata.version(found[0]) if found else None
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1))
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    errors.print(text, soft_wrap=True)
+    sys.exit(code)

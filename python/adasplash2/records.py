@@ -1,0 +1,279 @@
+"""Measured speeds: what a record says, the class of problems it is about, the file it is in.
+
+One JSON file a device, with the device's identity in it; a record is valid for the versions it
+was measured with and for no others. Reading and writing never raise: see
+:mod:`adasplash2.cache`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import json
+import math
+import platform
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adasplash2 import cache
+from adasplash2.contract import Backend, Config
+from adasplash2.problem import Problem, RowProblem
+
+FORMAT = "adasplash2 measured speeds"
+SCHEMA = 1
+"""Raise it when the meaning of a field changes; files of a higher one are left alone."""
+
+KEPT_VERSIONS = 8
+"""Sets of versions whose records stay for one class and backend: a few environments of one user,
+without growing for ever."""
+
+FOLDER = "speeds"
+"""Of :data:`adasplash2.cache.PARTS`."""
+
+
+def problem_class(problem: Problem | RowProblem) -> str:
+    """What a record is about: problems that differ in batch, heads and little in length alike.
+
+    Lengths count as the nearest power of 4. How sparse the rows will be is not known before a call
+    has run: records are measured on several sparsities (:data:`adasplash2.tuning.SHARPNESS`).
+    """
+    dtype = str(problem.dtype).removeprefix("torch.")
+    alpha = problem.alpha if problem.alpha in (1.5, 2.0) else "general"
+    tail = f"alpha {alpha} {'training' if problem.needs_grad else 'inference'}"
+    if isinstance(problem, RowProblem):
+        return f"rows {dtype} length {_bucket(problem.length)} {tail}"
+    p = problem
+    return (
+        f"attention {dtype} head_dim {p.head_dim},{p.head_dim_v} "
+        f"lengths {_bucket(p.length_q)},{_bucket(p.length_k)} "
+        f"{'causal' if p.scores.is_causal else 'full'} group {p.group_size} {tail}"
+    )
+
+
+def _bucket(length: int) -> int:
+    return 4 ** round(math.log(length, 4)) if length > 1 else 1
+
+
+def versions(backend: Backend) -> dict[str, str]:
+    """What a record of ``backend`` depends on beside the device."""
+    return {"adasplash2": version("adasplash2"), "torch": torch.__version__, **backend.versions()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """The fastest configuration of one backend for one class of problems.
+
+    Attributes:
+        problem_class: of :func:`problem_class`.
+        backend: name of the backend.
+        versions: what the measurement depends on, of :func:`versions`.
+        config: the fastest configuration.
+        milliseconds: of a call with it, geometric mean of the medians over sparsities.
+        default_milliseconds: the same for the configuration without tuning.
+        measured: when, in UTC.
+    """
+
+    problem_class: str
+    backend: str
+    versions: Mapping[str, str]
+    config: Config
+    milliseconds: float
+    default_milliseconds: float
+    measured: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Records of one key replace each other."""
+        return self.problem_class, self.backend, json.dumps(dict(self.versions), sort_keys=True)
+
+    @staticmethod
+    def parse(data: Any) -> Record:
+        """A record as JSON has it.
+
+        Raises:
+            ValueError: it is none.
+        """
+        expected = {field.name for field in fields(Record)}
+        if not isinstance(data, dict) or set(data) != expected:
+            raise ValueError(f"a record has the fields {', '.join(sorted(expected))}")
+        record = Record(**data)
+        for name in ("problem_class", "backend", "measured"):
+            if not isinstance(data[name], str):
+                raise ValueError(f"{name} is no text: {data[name]!r}")
+        for name in ("milliseconds", "default_milliseconds"):
+            if type(data[name]) not in (int, float) or not 0 < data[name] < math.inf:
+                raise ValueError(f"{name} is no time: {data[name]!r}")
+        for name, types in (("versions", (str,)), ("config", (str, int))):
+            mapping = data[name]
+            if not isinstance(mapping, dict) or any(type(v) not in types for v in mapping.values()):
+                raise ValueError(f"{name} is no table: {mapping!r}")
+        return record
+
+
+def now() -> str:
+    """For :attr:`Record.measured`."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@functools.cache
+def identity(device: torch.device) -> Mapping[str, str]:
+    """What tells a device from others, and is the same for its equals in one machine."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "type": "cuda",
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": str(properties.multi_processor_count),
+        }
+    if device.type == "cpu":
+        return {"type": "cpu", "name": _processor(), "architecture": platform.machine()}
+    return {"type": device.type}
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+class _NotOurs(ValueError):
+    """The file holds something else than records of this device."""
+
+
+class _Newer(ValueError):
+    """The file belongs to a later release."""
+
+
+class Store:
+    """The records of one device: those of its file, and those added in this process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.identity = identity(device)
+        name = "-".join(
+            self.identity[part] for part in ("type", "name", "capability") if part in self.identity
+        )
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
+        tag = hashlib.sha256(json.dumps(dict(self.identity), sort_keys=True).encode()).hexdigest()
+        self.path = cache.directory() / FOLDER / f"{slug}-{tag[:8]}.json"
+        self._records = {record.key: record for record in self._read()}
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records.values())
+
+    def names(self, problem_class: str) -> set[str]:
+        """Backends with a record of this class, of whatever versions."""
+        return {r.backend for r in self._records.values() if r.problem_class == problem_class}
+
+    def find(self, problem_class: str, backend: Backend) -> Record | None:
+        """The record of this class that holds for ``backend`` as it is here and now."""
+        if backend.name not in self.names(problem_class):
+            return None
+        key = problem_class, backend.name, json.dumps(versions(backend), sort_keys=True)
+        return self._records.get(key)
+
+    def add(self, records: Iterable[Record]) -> bool:
+        """Know ``records`` from now on, and keep them on disk beside what other processes wrote
+        there meanwhile; False where the disk would not have them."""
+        new = {record.key: record for record in records}
+        self._records |= new
+        try:
+            with cache.locked(self.path):
+                for path in cache.leftovers(self.path):
+                    path.unlink(missing_ok=True)
+                merged = {record.key: record for record in self._parse_or_set_aside()} | new
+                cache.write(self.path, self._text(merged.values()))
+        except _Newer as error:
+            cache.warn(f"adasplash2 keeps no measured speeds in {self.path}: {error}")
+            return False
+        except OSError as error:
+            cache.warn(f"adasplash2 cannot keep measured speeds in {self.path} ({error})")
+            return False
+        return True
+
+    def _text(self, records: Iterable[Record]) -> bytes:
+        kept: list[Record] = []
+        count: dict[tuple[str, str], int] = {}
+        for record in sorted(records, key=lambda r: r.measured, reverse=True):
+            about = record.problem_class, record.backend
+            count[about] = count.get(about, 0) + 1
+            if count[about] <= KEPT_VERSIONS:
+                kept.append(record)
+        content = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "device": dict(self.identity),
+            "records": [asdict(record) for record in sorted(kept, key=lambda r: r.key)],
+        }
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+    def _read(self) -> list[Record]:
+        try:
+            try:
+                return self._parse()
+            except _NotOurs:
+                with cache.locked(self.path):  # so that nobody has put a good one there meanwhile
+                    return self._parse_or_set_aside()
+        except _Newer as error:
+            cache.warn(f"adasplash2 ignores the measured speeds in {self.path}: {error}")
+        except OSError as error:
+            cache.warn(f"adasplash2 cannot read measured speeds from {self.path} ({error})")
+        return []
+
+    def _parse_or_set_aside(self) -> list[Record]:
+        """Under the lock: as :meth:`_parse`, and out of the way with a file that is not ours."""
+        try:
+            return self._parse()
+        except _NotOurs as error:
+            aside = self.path.with_name(f"{self.path.name}.broken")
+            self.path.replace(aside)
+            cache.warn(f"adasplash2 set {self.path} aside as {aside.name}: {error}")
+            return []
+
+    def _parse(self) -> list[Record]:
+        """What the file holds; single records that are broken are left out.
+
+        Raises:
+            OSError, _Newer, _NotOurs: it cannot be read, or not by us.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        records = []
+        for data in self._check(content):
+            try:
+                records.append(Record.parse(data))
+            except ValueError as error:
+                cache.warn(f"adasplash2 leaves out a record of {self.path}: {error}")
+        return records
+
+    def _check(self, content: bytes) -> list[Any]:
+        try:
+            data = json.loads(content)
+        except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+            raise _NotOurs(f"it is not JSON ({error})") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise _NotOurs(f"its format is not {FORMAT!r}")
+        schema = data.get("schema")
+        if type(schema) is int and schema > SCHEMA:
+            raise _Newer(f"they have schema {schema}, this release reads {SCHEMA}")
+        if schema != SCHEMA:
+            raise _NotOurs(f"its schema is {schema!r}, not {SCHEMA}")
+        if data.get("device") != self.identity:
+            raise _NotOurs(f"it is about another device, {data.get('device')!r}")
+        found = data.get("records")
+        if not isinstance(found, list):
+            raise _NotOurs("it has no list of records")
+        return found

@@ -1,0 +1,356 @@
+"""Which configuration is fastest here: candidates timed side by side, once, for the records.
+
+Backends are measured through their own functions, without autograd and the dispatcher, on
+Gaussian inputs of several sparsities. Slow candidates drop out after a round or two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adasplash2 import records
+from adasplash2.contract import Backend, Config
+from adasplash2.problem import Inputs, Problem, RowProblem
+from adasplash2.records import Record
+
+logger = logging.getLogger("adasplash2")
+
+AnyProblem = Problem | RowProblem
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how many steps are behind and how many there are."""
+
+SHARPNESS = (1.0, 4.0)
+"""Factors of the queries (of the scores, for rows): about 28 and 4 keys a row at 16,384. A record
+has the geometric mean, since nobody knows before a call how sparse its rows will be."""
+
+ROUNDS = 7
+WARM_UPS = {"cuda": 3}
+"""Untimed calls of a candidate by device; 1 where nothing is said."""
+
+PRUNE_ABOVE = 1.25
+"""A candidate whose best time is this far above the leader's median is out."""
+
+WORTH = 1.03
+"""The default stays unless another is faster by this factor: less is noise."""
+
+MAX_PAIRS = {"cpu": 2**25, "cuda": 2**32}
+"""(query, key) pairs of a measured problem; heads and batch are cut to it. Some 50 ms on two
+cores, some 15 ms on an H100, which needs more heads to be filled."""
+
+MAX_COMPILERS = 8
+FLUSH_BYTES = 256 * 2**20
+"""Written before a timed call on a GPU: calls find no inputs in the L2 cache, and the host is
+ahead of the device when the call begins."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """One candidate. ``times`` has a list of milliseconds for each of :data:`SHARPNESS`."""
+
+    backend: str
+    config: Config
+    is_default: bool
+    times: tuple[list[float], ...] = field(default_factory=lambda: tuple([] for _ in SHARPNESS))
+    error: str | None = None
+    pruned: bool = False
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Geometric mean of the medians; None before the first round."""
+        return _mean([statistics.median(times) for times in self.times if times])
+
+    @property
+    def lowest(self) -> float | None:
+        return _mean([min(times) for times in self.times if times])
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What tuning found for one problem."""
+
+    problem_class: str
+    problem: AnyProblem
+    trials: tuple[Trial, ...]
+    records: tuple[Record, ...]
+
+
+def tune(
+    problems: Sequence[tuple[AnyProblem, Mapping[str, Backend]]],
+    *,
+    seconds: float,
+    progress: Progress | None = None,
+) -> Iterator[Outcome]:
+    """Measure the configurations of backends on problems.
+
+    Args:
+        problems: each with the backends, by name, that do not refuse it.
+        seconds: for everything. Candidates that find no time are not measured; a call that has
+            begun is not interrupted.
+        progress: told of every step.
+
+    Yields:
+        an outcome a problem as it is found, without records where time was up.
+    """
+    end = time.perf_counter() + seconds
+    cut = [(representative(problem), backends) for problem, backends in problems]
+    jobs = [
+        (module.__name__, problem, dict(config))
+        for problem, backends in cut
+        for module in backends.values()
+        for config in module.configs(problem)
+        if problem.device.type != "cpu"  # where nothing is compiled at run time
+    ]
+    if jobs:
+        compile_all(jobs, seconds / 2, progress)
+    for done, (problem, backends) in enumerate(cut):
+        share = (end - time.perf_counter()) / (len(cut) - done)
+        label = records.problem_class(problem)
+        if progress is not None:
+            progress(label, done, len(cut))
+        trials = measure(problem, backends, share) if share > 0 else []
+        yield Outcome(label, problem, tuple(trials), tuple(_records(label, backends, trials)))
+    if progress is not None:
+        progress("", len(cut), len(cut))
+
+
+@torch.no_grad()
+def measure(problem: AnyProblem, backends: Mapping[str, Backend], seconds: float) -> list[Trial]:
+    """Time every configuration of every backend in turn, round after round: what slows the machine
+    for a while then slows all of them."""
+    end = time.perf_counter() + seconds
+    trials = [
+        Trial(name, config, is_default=index == 0)
+        for name, module in backends.items()
+        for index, config in enumerate(module.configs(problem))
+    ]
+    data = [_Data.draw(problem, sharpness) for sharpness in SHARPNESS]
+
+    def attempt(trial: Trial, calls: int) -> None:
+        """One time for each of ``data``, after ``calls - 1`` that are not counted."""
+        module = backends[trial.backend]
+        try:
+            for drawn, times in zip(data, trial.times, strict=True):
+                for _ in range(calls):
+                    took = clock(
+                        functools.partial(_run, problem, module, trial.config, drawn),
+                        problem.device,
+                    )
+                times.append(took)
+        except Exception as error:  # whatever a compiler or a driver says
+            trial.error = f"{type(error).__name__}: {error}"
+            logger.debug("tuning drops %s %s: %s", trial.backend, trial.config, trial.error)
+
+    # Defaults of all backends first: they must have a time even if no other gets one.
+    for trial in sorted(trials, key=lambda trial: not trial.is_default):
+        if trial.is_default or time.perf_counter() < end:
+            attempt(trial, 1 + WARM_UPS.get(problem.device.type, 1))
+    for _ in range(ROUNDS - 1):
+        _prune(trials)
+        for trial in trials:
+            if trial.error or trial.pruned or not trial.times[-1]:
+                continue
+            if time.perf_counter() >= end:
+                return trials
+            attempt(trial, 1)
+    return trials
+
+
+def representative(problem: AnyProblem) -> AnyProblem:
+    """A problem of the same class and of a size that can be measured several times."""
+    limit = MAX_PAIRS.get(problem.device.type, MAX_PAIRS["cpu"])
+    if isinstance(problem, RowProblem):
+        rows = max(1, min(problem.rows, limit // max(1, problem.length)))
+        return dataclasses.replace(problem, rows=rows)
+    group = problem.group_size
+    while problem.allowed_pairs > limit and problem.batch * problem.heads_kv > 1:
+        if problem.batch > 1:
+            problem = dataclasses.replace(problem, batch=problem.batch // 2)
+        else:
+            heads = problem.heads_kv // 2
+            problem = dataclasses.replace(problem, heads_q=heads * group, heads_kv=heads)
+    return problem
+
+
+def compile_all(
+    jobs: Sequence[tuple[str, AnyProblem, dict[str, int | str]]],
+    seconds: float,
+    progress: Progress | None = None,
+) -> None:
+    """Let other processes compile into the disk caches; ``jobs``: module, problem, config.
+
+    A compilation that fails, or takes too long, is left to whoever needs it. The processes are
+    started as ``python -c``, not by :mod:`multiprocessing`, which would run the caller's main
+    module again.
+    """
+    end = time.perf_counter() + seconds
+    count = max(1, min(len(jobs), (os.cpu_count() or 2) - 1, MAX_COMPILERS))
+    workers = []
+    for index in range(count):
+        worker = subprocess.Popen(
+            [sys.executable, "-c", _WORKER], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        workers.append(worker)
+        assert worker.stdin is not None
+        with contextlib.suppress(OSError), worker.stdin as stdin:  # it may have died at once
+            pickle.dump(sys.path, stdin)
+            pickle.dump(list(jobs[index::count]), stdin)
+    for done, worker in enumerate(workers):
+        if progress is not None:
+            progress(f"compiling {len(jobs)} variants in {count} processes", done, count)
+        try:
+            worker.wait(timeout=max(0.0, end - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        if worker.returncode:
+            logger.debug("a compiling process ended with exit code %d", worker.returncode)
+
+
+_WORKER = """
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from adasplash2.tuning import compile_here
+compile_here(pickle.load(sys.stdin.buffer))
+"""
+
+
+def compile_here(jobs: Sequence[tuple[str, AnyProblem, Config]]) -> None:
+    """What a process of :func:`compile_all` does; exits with 1 if a job failed."""
+    import importlib
+
+    failed = False
+    for module, problem, config in jobs:
+        try:
+            importlib.import_module(module).precompile(problem, config)
+        except Exception:
+            logger.warning("cannot compile %s %s", module, config, exc_info=True)
+            failed = True
+    if failed:
+        raise SystemExit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """Random tensors of one problem."""
+
+    inputs: tuple[Tensor, ...]  # query, key, value, or the rows
+    grad: Tensor
+
+    @staticmethod
+    def draw(problem: AnyProblem, sharpness: float) -> _Data:
+        generator = torch.Generator(problem.device).manual_seed(1)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=problem.device).to(problem.dtype)
+
+        if isinstance(problem, RowProblem):
+            shape = problem.rows, problem.length
+            return _Data((normal(*shape) * sharpness,), normal(*shape))
+        p = problem
+        queries, keys = (p.batch, p.heads_q, p.length_q), (p.batch, p.heads_kv, p.length_k)
+        # Scores of a standard deviation of `sharpness`, whatever the scale.
+        factor = sharpness / (abs(p.scores.scale) * math.sqrt(p.head_dim) or 1.0)
+        query = normal(*queries, p.head_dim) * factor
+        inputs = query, normal(*keys, p.head_dim), normal(*keys, p.head_dim_v)
+        return _Data(inputs, normal(*queries, p.head_dim_v))
+
+
+def _run(problem: AnyProblem, backend: Backend, config: Config, data: _Data) -> None:
+    if isinstance(problem, RowProblem):
+        y = backend.rows_forward(problem, data.inputs[0], config)
+        if problem.needs_grad:
+            backend.rows_backward(problem, y, data.grad, config)
+        return
+    inputs = Inputs(*data.inputs)
+    result = backend.forward(problem, inputs, config)
+    if problem.needs_grad:
+        backend.backward(problem, inputs, result, data.grad, config)
+
+
+def side_by_side(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """Median milliseconds of calls, each made once a round after its warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(WARM_UPS.get(device.type, 1)):
+            clock(call, device)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(clock(call, device))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def clock(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    with torch.cuda.device(device):
+        torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+
+def _prune(trials: Sequence[Trial]) -> None:
+    """Drop what is clearly slower than the leader of its backend, but no default."""
+    leaders: dict[str, float] = {}
+    for trial in trials:
+        median = trial.milliseconds
+        if median is not None and not trial.error:
+            leaders[trial.backend] = min(median, leaders.get(trial.backend, math.inf))
+    for trial in trials:
+        lowest = trial.lowest
+        if lowest is not None and not trial.is_default and trial.backend in leaders:
+            trial.pruned |= lowest > PRUNE_ABOVE * leaders[trial.backend]
+
+
+def _records(
+    label: str, backends: Mapping[str, Backend], trials: Sequence[Trial]
+) -> Iterator[Record]:
+    for name, module in backends.items():
+        measured = [
+            (trial.milliseconds, trial)
+            for trial in trials
+            if trial.backend == name and not trial.error
+        ]
+        timed = [(ms, trial) for ms, trial in measured if ms is not None]
+        default = next((ms for ms, trial in timed if trial.is_default), None)
+        if default is None:
+            continue
+        best, winner = min(timed, key=lambda pair: (pair[0], not pair[1].is_default))
+        if best * WORTH > default:
+            best, winner = next(pair for pair in timed if pair[1].is_default)
+        yield Record(
+            problem_class=label,
+            backend=name,
+            versions=records.versions(module),
+            config=dict(winner.config),
+            milliseconds=round(best, 6),
+            default_milliseconds=round(default, 6),
+            measured=records.now(),
+        )
+
+
+def _mean(times: Sequence[float]) -> float | None:
+    return statistics.geometric_mean(times) if times else None
