@@ -217,9 +217,7 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         return
     widths = problem.head_dim, problem.head_dim_v
     aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
-    compiler.cubin_path(
-        "scan.cu", launch.defines(problem, aligned, int(config["capacity"])), arch
-    )
+    compiler.cubin_path("scan.cu", launch.defines(problem, aligned, int(config["capacity"])), arch)
     shared = launch.defines(problem, aligned, 0)
     compiler.cubin_path("elements.cu", shared | {"CAUSAL": 0}, arch)
     compiler.cubin_path("dense.cu", shared, arch)

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from adasplash2 import cache, dispatch, records, tuning
+from adasplash2.backends import REGISTRY
 from adasplash2.functional import entmax_attention
 from adasplash2.problem import DTYPES, Inputs, Problem, RowProblem, attention_problem, check_alpha
 
@@ -47,7 +48,7 @@ a CPU and two on a GPU."""
 BENCH_LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384)}
 BENCH_ROUNDS = 5
 
-WIDE = 160
+WIDE = 200
 """Columns of tables that go to a file or a pipe."""
 
 console = Console(highlight=False, markup=False)
@@ -61,7 +62,7 @@ def alpha_option(context: click.Context, parameter: click.Parameter, value: floa
         raise click.BadParameter(str(error)) from None
 
 
-class Shape(click.ParamType):
+class Shape(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """``batch,heads,length,head_dim``."""
 
     name = "B,H,L,D"
@@ -78,7 +79,7 @@ class Shape(click.ParamType):
         return sizes
 
 
-class Device(click.ParamType):
+class Device(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """A torch device of type cpu or cuda."""
 
     name = "cpu|cuda[:N]"
@@ -123,9 +124,7 @@ def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--dtype", type=click.Choice(list(DTYPE_NAMES)), default="float32", show_default=True
         ),
         click.option("--causal/--no-causal", default=False, show_default=True),
-        click.option(
-            "--alpha", type=float, default=1.5, show_default=True, callback=alpha_option
-        ),
+        click.option("--alpha", type=float, default=1.5, show_default=True, callback=alpha_option),
         click.option("--grad/--no-grad", default=True, show_default=True, help="With backward."),
         device_option,
     )
@@ -189,9 +188,7 @@ def info(as_json: bool) -> None:
         "adasplash2": importlib.metadata.version("adasplash2"),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "devices": [
-            {"device": str(device), **records.identity(device)} for device in devices
-        ],
+        "devices": [{"device": str(device), **records.identity(device)} for device in devices],
         "threads": torch.get_num_threads(),
         "backends": [dataclasses.asdict(status) for status in backends],
         "backend_versions": {
@@ -277,8 +274,8 @@ def tune(
     problems: list[Problem | RowProblem] = [
         Call(shape=shape, device=device, **call).problem() for shape in shapes
     ] or list(common_problems(device, quick))
-    if backend is not None and backend not in dispatch.REGISTRY:
-        names = ", ".join(dispatch.REGISTRY)
+    if backend is not None and backend not in REGISTRY:
+        names = ", ".join(REGISTRY)
         raise click.BadParameter(f"--backend must be one of {names}, got {backend!r}")
     able = [(problem, dispatch.able(problem, backend)) for problem in problems]
     with _progress(as_json) as progress:
@@ -289,7 +286,9 @@ def tune(
         _print_json({"outcomes": [_outcome(o) for o in outcomes], "kept": kept})
     else:
         _print_outcomes(outcomes)
-        console.print(f"{len(found)} records " + (f"in {records.Store(device).path}" if kept else ""))
+        console.print(
+            f"{len(found)} records " + (f"in {records.Store(device).path}" if kept else "")
+        )
     if not kept:
         _fail("the records could not be kept: see the warning above", CACHE_FAILED)
     missing = [outcome.problem_class for outcome in outcomes if not outcome.records]
@@ -367,7 +366,9 @@ def show(as_json: bool) -> None:
             "" if ok else "other versions",
         )
     console.print(table)
-    console.print(f"{len(files)} files, {size / 2**20:.1f} MiB in {cache.directory()}", soft_wrap=True)
+    console.print(
+        f"{len(files)} files, {size / 2**20:.1f} MiB in {cache.directory()}", soft_wrap=True
+    )
 
 
 @cache_group.command()

@@ -168,7 +168,7 @@ def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explan
             reasons = _ask(name, problem).reasons
             if forced:
                 could = f"not asked, {forced!r} is forced"
-            elif (record := _record(problem, name)) is not None and not reasons:
+            elif not reasons and (record := _record(problem, name)) is not None:
                 could = f"could, measured {record.milliseconds:.3g} ms"
             else:
                 could = f"could, but {chosen!r} is first"
@@ -246,9 +246,9 @@ def _ask(name: str, problem: Problem | RowProblem) -> Answer:
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
 def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     if forced is not None and forced not in REGISTRY:
-        names = ", ".join(repr(name) for name in REGISTRY)
+        known = ", ".join(repr(name) for name in REGISTRY)
         source = " from ADASPLASH2_BACKEND" if forced == FORCED else ""
-        raise ValueError(f"backend must be None or one of {names}, got {forced!r}{source}")
+        raise ValueError(f"backend must be None or one of {known}, got {forced!r}{source}")
     names = tuple(REGISTRY) if forced is None else (forced,)
     answers: list[Answer] = []
     for name in names:
@@ -266,9 +266,10 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     if record is not None:
         for other in names[len(answers) + 1 :]:
             rival = _record(problem, other)
-            if rival is not None and rival.milliseconds < record.milliseconds:
-                if not _ask(other, problem).reasons:
-                    name, record = other, rival
+            if rival is None or rival.milliseconds >= record.milliseconds:
+                continue
+            if not _ask(other, problem).reasons:
+                name, record = other, rival
     module = cast(Backend, _load(name)[0])
     configs = module.configs(problem)
     tuned = record is not None and record.config in configs

@@ -269,7 +269,7 @@ class Store:
         schema = data.get("schema")
         if type(schema) is int and schema > SCHEMA:
             raise _Newer(f"they have schema {schema}, this release reads {SCHEMA}")
-        if schema != SCHEMA:
+        if type(schema) is not int or schema != SCHEMA:  # True equals 1
             raise _NotOurs(f"its schema is {schema!r}, not {SCHEMA}")
         if data.get("device") != self.identity:
             raise _NotOurs(f"it is about another device, {data.get('device')!r}")

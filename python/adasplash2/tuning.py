@@ -19,6 +19,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -109,7 +111,7 @@ def tune(
     end = time.perf_counter() + seconds
     cut = [(representative(problem), backends) for problem, backends in problems]
     jobs = [
-        (module.__name__, problem, dict(config))
+        (cast(ModuleType, module).__name__, problem, dict(config))
         for problem, backends in cut
         for module in backends.values()
         for config in module.configs(problem)
@@ -309,7 +311,7 @@ def clock(call: Callable[[], object], device: torch.device) -> float:
         call()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end)
+        return float(begin.elapsed_time(end))
 
 
 def _prune(trials: Sequence[Trial]) -> None:
@@ -329,27 +331,32 @@ def _records(
     label: str, backends: Mapping[str, Backend], trials: Sequence[Trial]
 ) -> Iterator[Record]:
     for name, module in backends.items():
-        measured = [
-            (trial.milliseconds, trial)
-            for trial in trials
-            if trial.backend == name and not trial.error
-        ]
-        timed = [(ms, trial) for ms, trial in measured if ms is not None]
-        default = next((ms for ms, trial in timed if trial.is_default), None)
+        timed = [t for t in trials if t.backend == name and not t.error and t.milliseconds]
+        default = next((trial for trial in timed if trial.is_default), None)
         if default is None:
             continue
-        best, winner = min(timed, key=lambda pair: (pair[0], not pair[1].is_default))
-        if best * WORTH > default:
-            best, winner = next(pair for pair in timed if pair[1].is_default)
+        winner = min(
+            (trial for trial in timed if _is_worth_it(trial, default)),
+            key=lambda trial: trial.milliseconds or math.inf,
+            default=default,
+        )
         yield Record(
             problem_class=label,
             backend=name,
             versions=records.versions(module),
             config=dict(winner.config),
-            milliseconds=round(best, 6),
-            default_milliseconds=round(default, 6),
+            milliseconds=round(winner.milliseconds or math.inf, 6),
+            default_milliseconds=round(default.milliseconds or math.inf, 6),
             measured=records.now(),
         )
+
+
+def _is_worth_it(trial: Trial, default: Trial) -> bool:
+    """Whether ``trial`` is faster in its medians and in its best times: noise seldom does both."""
+    pairs = (trial.milliseconds, default.milliseconds), (trial.lowest, default.lowest)
+    return all(
+        ours is not None and theirs is not None and ours * WORTH < theirs for ours, theirs in pairs
+    )
 
 
 def _mean(times: Sequence[float]) -> float | None:

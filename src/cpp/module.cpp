@@ -145,8 +145,8 @@ PYBIND11_MODULE(_core, m) {
       "entmax_forward",
       [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address x,
          std::int64_t stride_x, Address y, int threads, const std::string& isa) {
-        const EntmaxArguments a = {rows, length, alpha_of(alpha), dtype_of(dtype), threads,
-                                   &kernels(isa)};
+        const EntmaxArguments a = {rows,    length,       alpha_of(alpha), dtype_of(dtype),
+                                   threads, &kernels(isa)};
         const py::gil_scoped_release release;
         entmax_forward(a, pointer<void>(x), stride_x, pointer<void>(y));
       },
@@ -158,12 +158,13 @@ PYBIND11_MODULE(_core, m) {
       [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address y,
          Address grad_y, std::int64_t stride_grad_y, Address grad_x, int threads,
          const std::string& isa) {
-        const EntmaxArguments a = {rows, length, alpha_of(alpha), dtype_of(dtype), threads,
-                                   &kernels(isa)};
+        const EntmaxArguments a = {rows,    length,       alpha_of(alpha), dtype_of(dtype),
+                                   threads, &kernels(isa)};
         const py::gil_scoped_release release;
         entmax_backward(a, pointer<void>(y), pointer<void>(grad_y), stride_grad_y,
                         pointer<void>(grad_x));
       },
       py::arg("rows"), py::arg("length"), py::arg("dtype"), py::arg("alpha"), py::arg("y"),
-      py::arg("grad_y"), py::arg("stride_grad_y"), py::arg("grad_x"), py::arg("threads"), py::arg("isa"));
+      py::arg("grad_y"), py::arg("stride_grad_y"), py::arg("grad_x"), py::arg("threads"),
+      py::arg("isa"));
 }
