@@ -6,16 +6,19 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from types import ModuleType
+import timeit
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import adasplash2
-from adasplash2 import dispatch
+from adasplash2 import dispatch, records, tuning
 from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem, row_problem
+from adasplash2.records import Record
 
 Register = Any
 
@@ -44,6 +47,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Register]:
 
         module.unavailable = lambda: unavailable
         module.refusals = refuse
+        module.versions = lambda: {"kernels": "abc"}
         module.configs = lambda problem: [{"block": 64}, {"block": 128}]
         monkeypatch.setitem(sys.modules, module.__name__, module)
         dispatch.REGISTRY[name] = module.__name__
@@ -209,6 +213,7 @@ def test_explain_tells_the_choice_and_why_not_the_others(register: Register) -> 
     register("fourth")
     told = dispatch.explain(problem(is_causal=True))
     assert told.chosen == "third"
+    assert told.why == "the first that can, nothing measured for its class"
     assert told.config == {"block": 64}
     assert told.others == (
         ("first", ("there is no such device",)),
@@ -219,6 +224,7 @@ def test_explain_tells_the_choice_and_why_not_the_others(register: Register) -> 
         "call        attention of query (1, 2, 5, 4), key (1, 2, 5, 4), value (1, 2, 5, 4), "
         "causal, float32 on cpu, alpha=1.5, without gradient",
         "chosen      third",
+        "because     the first that can, nothing measured for its class",
         "config      block=64",
         "not first   there is no such device",
         "not second  it is Tuesday",
@@ -268,7 +274,276 @@ def test_decisions_are_logged_once(register: Register, caplog: pytest.LogCapture
         dispatch.choose(problem())
         dispatch.choose(problem())
     [record] = caplog.records
-    assert record.getMessage().endswith("without gradient: first {'block': 64}")
+    assert record.getMessage().endswith(
+        "without gradient: first {'block': 64}, the first that can, nothing measured for its class"
+    )
+
+
+# Measured speeds
+
+
+@pytest.fixture
+def measured(register: Register, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Write records of made-up backends for the class of :func:`problem`."""
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(dispatch, "AUTOTUNE", "cached")
+
+    def write(module: Any, milliseconds: float, block: int = 128, **changes: Any) -> Record:
+        fields = {
+            "problem_class": records.problem_class(problem()),
+            "backend": module.name,
+            "versions": records.versions(module),
+            "config": {"block": block},
+            "milliseconds": milliseconds,
+            "default_milliseconds": 9.0,
+            "measured": "2026-01-01T00:00:00+00:00",
+        }
+        record = Record(**{**fields, **changes})
+        assert records.Store(torch.device("cpu")).add([record])
+        return record
+
+    return write
+
+
+def test_the_faster_by_record_wins(register: Register, measured: Any) -> None:
+    first, second = register("first"), register("second")
+    measured(first, 2.0)
+    measured(second, 1.0, block=64)
+    choice = dispatch.choose(problem())
+    assert choice.backend is second
+    assert choice.config == {"block": 64}
+    assert dispatch.choose(problem(length=7)).backend is second
+    told = dispatch.explain(problem())
+    assert told.why == "measured 1 ms for its class"
+    assert told.others == (("first", ("could, measured 2 ms",)),)
+
+
+def test_the_first_stays_first_where_it_is_faster(register: Register, measured: Any) -> None:
+    first, second = register("first"), register("second")
+    measured(first, 1.0)
+    measured(second, 2.0)
+    choice = dispatch.choose(problem())
+    assert choice.backend is first
+    assert choice.config == {"block": 128}
+
+
+def test_the_order_decides_where_the_first_was_not_measured(
+    register: Register, measured: Any
+) -> None:
+    first, second = register("first"), register("second")
+    measured(second, 1.0)
+    choice = dispatch.choose(problem())
+    assert choice.backend is first
+    assert choice.config == {"block": 64}
+
+
+def test_one_without_a_record_is_not_even_imported(register: Register, measured: Any) -> None:
+    measured(register("first"), 1.0)
+    dispatch.REGISTRY["broken"] = "made_up_broken"
+    dispatch.choose(problem())
+    assert dispatch._load.cache_info().currsize == 1
+
+
+def test_a_faster_one_that_refuses_is_passed_over(register: Register, measured: Any) -> None:
+    first, second = register("first"), register("second", refusals=("it is Tuesday",))
+    measured(first, 2.0)
+    measured(second, 1.0)
+    assert dispatch.choose(problem()).backend is first
+
+
+def test_records_of_another_class_decide_nothing(register: Register, measured: Any) -> None:
+    first, second = register("first"), register("second")
+    measured(first, 2.0)
+    measured(second, 1.0)
+    assert dispatch.choose(problem(length=4096)).backend is first
+    assert dispatch.choose(problem(is_causal=True)).config == {"block": 64}
+
+
+def test_records_of_other_versions_decide_nothing(register: Register, measured: Any) -> None:
+    first, second = register("first"), register("second")
+    measured(first, 2.0)
+    measured(second, 1.0)
+    second.versions = lambda: {"kernels": "def"}
+    assert dispatch.choose(problem()).backend is first
+
+
+def test_a_config_that_is_no_longer_offered_is_not_used(register: Register, measured: Any) -> None:
+    measured(register("first"), 2.0, block=999)
+    assert dispatch.choose(problem()).config == {"block": 64}
+
+
+def test_a_forced_one_runs_as_recorded(register: Register, measured: Any) -> None:
+    first, second = register("first"), register("second")
+    measured(first, 1.0)
+    measured(second, 2.0)
+    choice = dispatch.choose(problem(), "second")
+    assert choice.backend is second
+    assert choice.config == {"block": 128}
+    assert dispatch.explain(problem(), "second").why == "forced; measured 2 ms for its class"
+    assert dispatch.explain(problem(length=99), "second").why == "forced"
+
+
+def test_off_ignores_records(
+    register: Register, measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = register("first"), register("second")
+    measured(first, 2.0)
+    measured(second, 1.0)
+    monkeypatch.setattr(dispatch, "AUTOTUNE", "off")
+    choice = dispatch.choose(problem())
+    assert choice.backend is first
+    assert choice.config == {"block": 64}
+
+
+def test_a_cache_that_is_broken_changes_no_decision(
+    register: Register, measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = register("first")
+    measured(first, 1.0)
+    records.Store(torch.device("cpu")).path.write_text("{")
+    monkeypatch.setattr(records.cache, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="aside"):
+        choice = dispatch.choose(problem())
+    assert choice.backend is first
+    assert choice.config == {"block": 64}
+
+
+def test_what_is_measured_meanwhile_changes_no_decision_of_this_process(
+    register: Register, measured: Any
+) -> None:
+    """A backward must meet in the backend and configuration of its forward, whose lists it reads:
+    also where the decision itself has long been dropped from memory."""
+    first, second = register("first"), register("second")
+    before = dispatch.choose(problem(needs_grad=True))
+    label = records.problem_class(problem(needs_grad=True))
+    measured(first, 2.0, problem_class=label)
+    measured(second, 1.0, problem_class=label)
+    dispatch._store(torch.device("cpu")).add(
+        [measured(second, 1.0, problem_class=label)]  # known to this process too
+    )
+    dispatch._decide.cache_clear()
+    assert dispatch.choose(problem(needs_grad=True)) == before
+    assert dispatch.choose(problem(length=7, needs_grad=True)) == before
+    dispatch.forget()
+    assert dispatch.choose(problem(needs_grad=True)).backend is second
+
+
+@pytest.fixture
+def tuned(register: Register, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """``ADASPLASH2_AUTOTUNE=on`` with a tuner that finds the second config and counts."""
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(dispatch, "AUTOTUNE", "on")
+    asked = []
+
+    def tune(problems: Any, *, seconds: float) -> Any:
+        [(asked_problem, backends)] = problems
+        asked.append((asked_problem, tuple(backends)))
+        assert not torch.is_inference_mode_enabled()
+        for name, module in backends.items():
+            record = Record(
+                problem_class=records.problem_class(asked_problem),
+                backend=name,
+                versions=records.versions(module),
+                config={"block": 128},
+                milliseconds=5.0 - len(name),
+                default_milliseconds=9.0,
+                measured=records.now(),
+            )
+            yield SimpleNamespace(records=(record,))
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    return asked
+
+
+def test_on_measures_a_class_when_it_is_first_met(register: Register, tuned: list[Any]) -> None:
+    register("one")
+    two = register("fast")
+    register("refuses", refusals=("it is Tuesday",))
+    with torch.inference_mode():
+        choice = dispatch.choose(problem())
+    assert choice.backend is two
+    assert choice.config == {"block": 128}
+    assert tuned == [(problem(), ("one", "fast"))]
+    dispatch.choose(problem(length=7))
+    assert len(tuned) == 1
+    dispatch.choose(problem(length=4096))
+    assert len(tuned) == 2
+    dispatch.forget()  # as a new process
+    assert dispatch.choose(problem()).backend is two
+    assert len(tuned) == 2
+
+
+def test_on_measures_what_is_missing_only(register: Register, tuned: list[Any]) -> None:
+    register("one")
+    dispatch.choose(problem())
+    register("fast")
+    dispatch.forget()
+    dispatch.choose(problem())
+    assert [names for _, names in tuned] == [("one",), ("fast",)]
+
+
+def test_on_measures_a_forced_one_alone(register: Register, tuned: list[Any]) -> None:
+    register("one")
+    register("fast")
+    assert dispatch.choose(problem(), "one").config == {"block": 128}
+    assert tuned == [(problem(), ("one",))]
+
+
+def test_measuring_that_fails_decides_as_without(
+    register: Register, tuned: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    first = register("one")
+
+    def fail(problems: Any, *, seconds: float) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tuning, "tune", fail)
+    assert dispatch.choose(problem()) == (first, {"block": 64})
+    assert "measuring failed: out of memory" in caplog.text
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(
+    register: Register, tuned: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = register("one")
+    monkeypatch.setattr(dispatch, "_is_capturing", lambda device: True)
+    assert dispatch.choose(problem()) == (first, {"block": 64})
+    monkeypatch.setattr(dispatch, "_is_capturing", lambda device: False)
+    dispatch._decide.cache_clear()
+    assert dispatch.choose(problem()) == (first, {"block": 64})
+    assert not tuned
+
+
+def test_on_measures_for_a_traced_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real tuner on the real backend, met first by a fake tensor."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(dispatch, "AUTOTUNE", "on")
+    monkeypatch.setattr(dispatch, "FORCED", "cpu")
+    dispatch.forget()
+    with FakeTensorMode():
+        q = torch.empty(1, 1, 33, 8, requires_grad=True)
+        assert adasplash2.entmax_attention(q, q, q).shape == q.shape
+    [record] = records.Store(torch.device("cpu"))
+    assert record.problem_class.endswith("training")
+    dispatch.forget()
+
+
+# Costs
+
+
+def microseconds(call: Callable[[], object], number: int) -> float:
+    return 1e6 * min(timeit.repeat(call, number=number, repeat=7)) / number
+
+
+def test_a_decision_that_was_made_costs_little(register: Register) -> None:
+    """Below 5 microseconds on a quiet machine (benchmarks/overhead.py); tests share theirs."""
+    register("first")
+    asked = problem()
+    dispatch.choose(asked)
+    equal = problem()  # as each call makes its own
+    assert microseconds(lambda: dispatch.choose(equal), 10_000) < 50
 
 
 def test_available_backends_print_a_sentence(register: Register) -> None:
@@ -302,6 +577,12 @@ def test_the_environment_is_read() -> None:
     done = run(CALL, ADASPLASH2_BACKEND="nowhere")
     assert done.returncode == 1
     assert "got 'nowhere' from ADASPLASH2_BACKEND" in done.stderr
+
+
+def test_a_mode_of_tuning_that_is_none_is_warned_about() -> None:
+    done = run("import adasplash2", ADASPLASH2_AUTOTUNE="always")
+    assert done.returncode == 0, done.stderr
+    assert "ADASPLASH2_AUTOTUNE must be off, cached or on, got 'always'" in done.stderr
 
 
 def test_a_log_level_that_is_none_is_warned_about() -> None:
