@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 pytest.importorskip("cupy", reason="CuPy is not installed: nothing to compile with")
 
+from adasplash2 import cache
+from adasplash2.backends import cuda
 from adasplash2.backends.cuda import compile as compiler
 from adasplash2.backends.cuda import sizes
+from adasplash2.problem import Inputs, RowProblem, attention_problem
 
 HOT = {
     "scan.cu": {"scan"},
@@ -91,3 +97,99 @@ def test_an_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "sources", lambda: broken)
     with pytest.raises(compiler.CompileError, match=r"rows\.cu\(1\): error"):
         compiler.compile_unit("rows.cu", {}, "sm_90")
+
+
+# The disk cache
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counter[str]:
+    """A cache folder of its own and a compiler that counts what it is asked for."""
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_warned", set())
+    asked: Counter[str] = Counter()
+
+    def compile_unit(unit: str, defines: dict[str, int], arch: str) -> compiler.Compiled:
+        asked[unit] += 1
+        return compiler.Compiled(f"{unit} {defines} {arch}".encode(), "")
+
+    monkeypatch.setattr(compiler, "compile_unit", compile_unit)
+    return asked
+
+
+def test_a_unit_is_compiled_once(compiled: Counter[str]) -> None:
+    path = compiler.cubin_path("rows.cu", {"DTYPE": 0}, "sm_90")
+    assert path.read_bytes() == b"rows.cu {'DTYPE': 0} sm_90"
+    assert compiler.cubin_path("rows.cu", {"DTYPE": 0}, "sm_90") == path
+    assert compiled == {"rows.cu": 1}
+    others = [({"DTYPE": 1}, "sm_90"), ({"DTYPE": 0}, "sm_80")]
+    assert path not in {compiler.cubin_path("rows.cu", *other) for other in others}
+    assert compiled == {"rows.cu": 3}
+
+
+def test_changed_sources_are_compiled_anew(
+    compiled: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = compiler.cubin_path("rows.cu", {}, "sm_90")
+    monkeypatch.setattr(compiler, "sources_hash", lambda: "another")
+    assert compiler.cubin_path("rows.cu", {}, "sm_90") != before
+    assert compiled == {"rows.cu": 2}
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_a_cut_off_cubin_is_compiled_anew(compiled: Counter[str], keep: int) -> None:
+    path = compiler.cubin_path("rows.cu", {}, "sm_90")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        again = compiler.cubin_path("rows.cu", {}, "sm_90")
+    assert again.read_bytes() == whole
+    assert compiled == {"rows.cu": 2}
+
+
+def test_a_cache_that_takes_no_cubin_costs_a_warning(
+    compiled: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="cannot keep compiled kernels") as told:
+        paths = [compiler.cubin_path("rows.cu", {}, arch) for arch in ("sm_80", "sm_90")]
+    assert len(told) == 1
+    assert [path.read_bytes() for path in paths] == [b"rows.cu {} sm_80", b"rows.cu {} sm_90"]
+    assert compiled == {"rows.cu": 2}
+
+
+def test_versions_hold_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dict(cuda.versions())
+    assert set(found) == {"cupy", "nvrtc", "kernels"}
+    monkeypatch.setattr(compiler, "sources_hash", lambda: "another" * 5)
+    assert cuda.versions()["kernels"] != found["kernels"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_precompile_leaves_nothing_to_compile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, needs_grad: bool
+) -> None:
+    """In a width that no other test uses, so that nothing is loaded yet in this process."""
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path))
+    query, key, value, grad = torch.randn(
+        (4, 1, 2, 200, 72 if needs_grad else 88), device="cuda", dtype=torch.bfloat16
+    )
+    inputs = Inputs(query, key, value)
+    options = {"alpha": 1.5, "scale": None, "is_causal": True, "enable_gqa": False}
+    problem = attention_problem(inputs, **options, needs_grad=needs_grad)
+    rows = RowProblem(4, 50, torch.bfloat16, query.device, 1.7, needs_grad)
+    config = cuda.configs(problem)[0]
+    cuda.precompile(problem, config)
+    cuda.precompile(rows, cuda.configs(rows)[0])
+
+    def refuse(unit: str, defines: dict[str, int], arch: str) -> compiler.Compiled:
+        raise AssertionError(f"{unit} is compiled with {defines}")
+
+    monkeypatch.setattr(compiler, "compile_unit", refuse)
+    result = cuda.forward(problem, inputs, config)
+    if needs_grad:
+        cuda.backward(problem, inputs, result, grad, config)
+    cuda.rows_forward(rows, torch.randn(4, 50, device="cuda", dtype=torch.bfloat16), {})
+    assert result.out.isfinite().all()

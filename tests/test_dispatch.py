@@ -517,12 +517,13 @@ def test_nothing_is_measured_while_a_graph_is_captured(
 def test_on_measures_for_a_traced_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real tuner on the real backend, met first by a fake tensor."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(dispatch, "AUTOTUNE", "on")
     monkeypatch.setattr(dispatch, "FORCED", "cpu")
     dispatch.forget()
-    with FakeTensorMode():
+    with FakeTensorMode(shape_env=ShapeEnv()):
         q = torch.empty(1, 1, 33, 8, requires_grad=True)
         assert adasplash2.entmax_attention(q, q, q).shape == q.shape
     [record] = records.Store(torch.device("cpu"))

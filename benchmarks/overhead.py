@@ -1,0 +1,115 @@
+"""What the library costs around the kernels: imports, a decision, a call beside its backend's.
+
+On tiny tensors, so that the backend's own work is small. ``direct`` calls the backend's function
+with a ready problem; ``call`` is the public function, which validates and decides first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import timeit
+from collections.abc import Callable
+
+import harness
+import torch
+
+import adasplash2
+from adasplash2 import dispatch
+from adasplash2.problem import Inputs, attention_problem
+
+DECISION_US, CALL_US, IMPORT_S = 5.0, 20.0, 0.15
+"""The limits."""
+
+IMPORT = (
+    "import time, torch; began = time.perf_counter(); import adasplash2; "
+    "print(time.perf_counter() - began)"
+)
+
+
+def microseconds(calls: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
+    """Each call's median over blocks made in turn; on a GPU, of what the host waits for."""
+    number, blocks = 200, 30
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(blocks):
+        for name, call in calls.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1e6 * timeit.timeit(call, number=number) / number)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def import_seconds() -> float:
+    command = [sys.executable, "-c", IMPORT]
+    return min(
+        float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in "12345"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
+    add("--threads", type=harness.positive_int, default=1, help="on the CPU; default %(default)s")
+    add("--json", type=harness.writable, metavar="PATH", help="write the measurements there")
+    add("--targets", action="store_true", help="exit with 1 if one is missed")
+    options = parser.parse_args()
+    harness.check_device(parser, options)
+    device = options.device
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tensors = [torch.randn(1, 1, 16, 16, device=device, dtype=dtype) for _ in "qkv"]
+    inputs = Inputs(*tensors)
+
+    def problem() -> object:
+        return attention_problem(
+            inputs, alpha=1.5, scale=None, is_causal=True, enable_gqa=False, needs_grad=False
+        )
+
+    asked, equal = problem(), problem()
+    chosen, config = dispatch.choose(asked)
+    calls = {
+        "decision": lambda: dispatch.choose(equal),
+        "validation": problem,
+        "direct": lambda: chosen.forward(asked, inputs, config),
+        "call": lambda: adasplash2.entmax_attention(*tensors, is_causal=True),
+    }
+    with torch.no_grad():
+        for call in calls.values():
+            call()
+        times = microseconds(calls, device)
+    began = time.perf_counter()
+    seconds = import_seconds()
+    harness.progress(f"imports took {time.perf_counter() - began:.0f} s")
+    targets = [
+        harness.Target("a decision made before", "us", times["decision"], DECISION_US),
+        harness.Target(
+            "a call above its backend's", "us", times["call"] - times["direct"], CALL_US
+        ),
+        harness.Target("import above torch's", "s", seconds, IMPORT_S),
+    ]
+    environment = harness.environment(device)
+    print(harness.describe(environment))
+    print(f"backend {chosen.name}, median microseconds\n")
+    print(harness.table(("what", "us"), [(name, f"{us:.2f}") for name, us in times.items()]))
+    print()
+    for target in targets:
+        print(target)
+    if options.json:
+        record = {
+            "program": "overhead",
+            "environment": environment,
+            "microseconds": times,
+            "import_seconds": seconds,
+            "targets": [target.record() for target in targets],
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    if options.targets and not all(target.met for target in targets):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
