@@ -91,10 +91,7 @@ def entmax_attention(
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    out: Tensor = ops.attention_forward(
-        query, key, value, alpha, scale, is_causal, enable_gqa, backend or "", False
-    )[0]
-    return out
+    return ops.attention(query, key, value, alpha, scale, is_causal, enable_gqa, backend or "")
 
 
 def attention_stats(
@@ -199,7 +196,7 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
         row_problem(x, alpha=alpha, needs_grad=False)
         return torch.softmax(x, dim)
     last = dim in (-1, x.dim() - 1)
-    y: Tensor = ops.entmax_forward(x if last else x.movedim(dim, -1), alpha, backend or "", False)
+    y = ops.rows(x if last else x.movedim(dim, -1), alpha, backend or "")
     return y if last else y.movedim(-1, dim)
 
 

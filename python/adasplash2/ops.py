@@ -10,7 +10,9 @@ whose wrappers add 4 microseconds to a call without and 19 to a call with gradie
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from operator import or_
 from typing import Any
 
 import torch
@@ -262,6 +264,62 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
     """``x`` as ``(rows, length)`` with a last stride of 1; a copy only where strides demand it."""
     x = x.reshape(problem.rows, problem.length)
     return x if x.stride(1) == 1 or problem.length == 1 else x.contiguous()
+
+
+# Calls
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    """Output of :data:`attention_forward`; ``options`` from ``alpha`` to ``backend``."""
+    call = _attention_forward if _unwatched(query, key, value) else attention_forward
+    out: Tensor = call(query, key, value, *options, False)[0]
+    return out
+
+
+def rows(x: Tensor, alpha: float, backend: str) -> Tensor:
+    """Output of :data:`entmax_forward`."""
+    call = _entmax_forward if _unwatched(x) else entmax_forward
+    y: Tensor = call(x, alpha, backend, False)
+    return y
+
+
+def _unwatched(*tensors: Tensor) -> bool:
+    """Whether an operator's body may be called as it is: two passes through torch's dispatcher
+    cost 30 microseconds, and here nothing on their way (gradients, modes, transforms, tracers,
+    profilers, kinds of tensors) would do anything."""
+    if (
+        torch.compiler.is_compiling()  # first: the rest is not for tracing
+        or _differentiated(*tensors)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:  # a loop, not all(): a third of the time
+        if type(tensor) not in _PLAIN_TYPES or _keys(tensor).raw_repr() not in _PLAIN_KEYS:
+            return False
+    return True
+
+
+_keys = torch._C._dispatch_keys
+_PLAIN_TYPES = Tensor, torch.nn.Parameter
+
+
+def _key_set(*names: str) -> int:
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    united: int = functools.reduce(or_, keys).raw_repr()
+    return united
+
+
+_PLAIN_KEYS = {
+    _key_set(device, f"Autocast{device}", *autograd)
+    for device in ("CPU", "CUDA")
+    for autograd in (("ADInplaceOrView", f"Autograd{device}"), ())
+}
+"""Dispatch keys of strided tensors in memory that are nothing beside (not negated lazily, wrapped,
+batched or without data), made outside and inside inference mode."""
 
 
 # Registration

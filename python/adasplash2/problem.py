@@ -6,6 +6,7 @@ or a :class:`RowProblem` and never looks at raw arguments again.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -114,37 +115,69 @@ def attention_problem(
         ValueError: rank, shape, device, head counts, ``alpha`` or ``scale`` do not fit. The
             message names the argument, what came and what is allowed.
     """
-    for name, tensor in zip(Inputs._fields, inputs, strict=True):
-        check_tensor(name, tensor)
-        if tensor.dim() != 4:
+    query, key, value = inputs
+    check_tensor("query", query)
+    check_tensor("key", key)
+    check_tensor("value", value)
+    # A loop asks the same again and again: what has been validated is looked up.
+    asked = (
+        (query.shape, query.dtype, query.device, query.stride()[-1:] == (1,)),
+        (key.shape, key.dtype, key.device, key.stride()[-1:] == (1,)),
+        (value.shape, value.dtype, value.device, value.stride()[-1:] == (1,)),
+        alpha,
+        scale,
+        is_causal,
+        enable_gqa,
+        needs_grad,
+    )
+    try:
+        return _validated(*asked)
+    except TypeError:  # sizes that are symbols have no hash; anything else is raised again
+        pass
+    return _validate(*asked)
+
+
+_Described = tuple[torch.Size, torch.dtype, torch.device, bool]
+"""A tensor without its data: shape, dtype, device, whether its last stride is 1."""
+
+
+def _validate(
+    query: _Described,
+    key: _Described,
+    value: _Described,
+    alpha: float,
+    scale: float | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    needs_grad: bool,
+) -> Problem:
+    """:func:`attention_problem` without the data."""
+    shapes = {name: t[0] for name, t in zip(Inputs._fields, (query, key, value), strict=True)}
+    for name, shape in shapes.items():
+        if len(shape) != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim), "
-                f"got {tensor.dim()} with shape {tuple(tensor.shape)}"
+                f"got {len(shape)} with shape {tuple(shape)}"
             )
-    query, key, value = inputs
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of query ({query.dtype}), got {tensor.dtype}"
-            )
-        if tensor.device != query.device:
-            raise ValueError(
-                f"{name} must be on the device of query ({query.device}), got {tensor.device}"
-            )
-        if tensor.shape[0] != query.shape[0]:
-            raise ValueError(
-                f"{name} must have the batch of query ({query.shape[0]}), got {tensor.shape[0]}"
-            )
-    batch, heads_q, length_q, head_dim = query.shape
-    heads_kv, length_k = key.shape[1], key.shape[2]
-    if key.shape[3] != head_dim:
-        raise ValueError(f"key must have the head_dim of query ({head_dim}), got {key.shape[3]}")
-    if value.shape[1] != heads_kv or value.shape[2] != length_k:
+    batch, heads_q, length_q, head_dim = shapes["query"]
+    _, dtype, device, _ = query
+    for name, (shape, its_dtype, its_device, _) in (("key", key), ("value", value)):
+        if its_dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of query ({dtype}), got {its_dtype}")
+        if its_device != device:
+            raise ValueError(f"{name} must be on the device of query ({device}), got {its_device}")
+        if shape[0] != batch:
+            raise ValueError(f"{name} must have the batch of query ({batch}), got {shape[0]}")
+    _, heads_kv, length_k, key_dim = shapes["key"]
+    _, value_heads, value_length, head_dim_v = shapes["value"]
+    if key_dim != head_dim:
+        raise ValueError(f"key must have the head_dim of query ({head_dim}), got {key_dim}")
+    if value_heads != heads_kv or value_length != length_k:
         raise ValueError(
             f"value must have the heads and length of key ({heads_kv}, {length_k}), "
-            f"got ({value.shape[1]}, {value.shape[2]})"
+            f"got ({value_heads}, {value_length})"
         )
-    for name, width in (("query", head_dim), ("value", value.shape[3])):
+    for name, width in (("query", head_dim), ("value", head_dim_v)):
         if not 1 <= width <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim of 1 to {MAX_HEAD_DIM}, got {width}")
     if heads_kv != heads_q:
@@ -164,18 +197,22 @@ def attention_problem(
         length_q=length_q,
         length_k=length_k,
         head_dim=head_dim,
-        head_dim_v=value.shape[3],
-        dtype=query.dtype,
-        device=query.device,
+        head_dim_v=head_dim_v,
+        dtype=dtype,
+        device=device,
         alpha=check_alpha(alpha),
         scores=ScoreTransform(scale=check_scale(scale, head_dim), is_causal=bool(is_causal)),
         needs_grad=needs_grad,
         strided=tuple(
             name
-            for name, tensor in zip(Inputs._fields, inputs, strict=True)
-            if tensor.shape[3] > 1 and tensor.stride(3) != 1
+            for name, t in zip(Inputs._fields, (query, key, value), strict=True)
+            if t[0][3] > 1 and not t[3]
         ),
     )
+
+
+# Types count: True equals 1.0 and is no number here.
+_validated = functools.lru_cache(maxsize=1024, typed=True)(_validate)
 
 
 def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
