@@ -536,3 +536,87 @@ def test_transformers_padding_is_refused_not_ignored() -> None:
     several = model(tokens, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="several new"):
         model(tokens[:, :2], past_key_values=several, use_cache=True)
+
+
+# Calls that skip torch's dispatcher
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the operators that calls went through."""
+    names: list[str] = []
+
+    def watch(name: str) -> None:
+        operator = getattr(ops, name)
+
+        def call(*args: Any) -> Any:
+            names.append(name)
+            return operator(*args)
+
+        monkeypatch.setattr(ops, name, call)
+
+    watch("attention_forward")
+    watch("entmax_forward")
+    return names
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_plain_call_skips_torchs_dispatcher(
+    dispatched: list[str], device: str, inference: bool
+) -> None:
+    with torch.inference_mode(inference):
+        q, k, v = inputs(device, requires_grad=False)
+        attend(q, k, v)
+        adasplash2.entmax15(q)
+        attend(torch.nn.Parameter(q, requires_grad=False), k, v)
+    assert not dispatched
+    with torch.no_grad():
+        attend(*inputs(device))
+    assert not dispatched
+    attend(*inputs(device))
+    assert "attention_forward" in dispatched
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: torch._neg_view(t),
+        lambda t: t.as_subclass(Subclass),
+        lambda t: torch._efficientzerotensor(t.shape),
+    ],
+    ids=["negated lazily", "subclass", "zeros without memory"],
+)
+def test_tensors_of_special_kinds_go_through_it(
+    dispatched: list[str], change: Callable[[Tensor], Tensor]
+) -> None:
+    q, k, v = (change(t) for t in inputs(requires_grad=False))
+    out = attend(q, k, v)
+    assert "attention_forward" in dispatched
+    copies = [torch.empty(t.shape).copy_(t) for t in (q, k, v)]
+    assert_equal([out.as_subclass(Tensor)], [attend(*copies)])
+
+
+def test_whoever_watches_operators_sees_them(dispatched: list[str]) -> None:
+    from torch.overrides import TorchFunctionMode
+    from torch.profiler import profile
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            return func(*args, **(kwargs or {}))
+
+    class Dispatches(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            return func(*args, **(kwargs or {}))
+
+    tensors = inputs(requires_grad=False)
+    for watcher in (Functions(), Dispatches(), profile()):
+        dispatched.clear()
+        with watcher:
+            attend(*tensors)
+        assert "attention_forward" in dispatched

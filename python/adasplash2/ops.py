@@ -269,10 +269,19 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
 # Calls
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    """Output of :data:`attention_forward`; ``options`` from ``alpha`` to ``backend``."""
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float,
+    scale: float | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    backend: str,
+) -> Tensor:
+    """Output of :data:`attention_forward`."""
     call = _attention_forward if _unwatched(query, key, value) else attention_forward
-    out: Tensor = call(query, key, value, *options, False)[0]
+    out: Tensor = call(query, key, value, alpha, scale, is_causal, enable_gqa, backend, False)[0]
     return out
 
 
@@ -288,13 +297,13 @@ def _unwatched(*tensors: Tensor) -> bool:
     cost 30 microseconds, and here nothing on their way (gradients, modes, transforms, tracers,
     profilers, kinds of tensors) would do anything."""
     if (
-        torch.compiler.is_compiling()  # first: the rest is not for tracing
+        _is_compiling()  # first: the rest is not for tracing
         or _differentiated(*tensors)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
-        or torch.autograd._profiler_enabled()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     ):
         return False
     for tensor in tensors:  # a loop, not all(): a third of the time
@@ -303,7 +312,13 @@ def _unwatched(*tensors: Tensor) -> bool:
     return True
 
 
+_is_compiling = torch.compiler.is_compiling
 _keys = torch._C._dispatch_keys
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_len_torch_function_stack = torch._C._len_torch_function_stack
+_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+_get_tracing_state = torch._C._get_tracing_state
+_profiler_enabled = torch._C._autograd._profiler_enabled
 _PLAIN_TYPES = Tensor, torch.nn.Parameter
 
 

@@ -116,25 +116,25 @@ def attention_problem(
             message names the argument, what came and what is allowed.
     """
     query, key, value = inputs
-    check_tensor("query", query)
-    check_tensor("key", key)
-    check_tensor("value", value)
     # A loop asks the same again and again: what has been validated is looked up.
-    asked = (
-        (query.shape, query.dtype, query.device, query.stride()[-1:] == (1,)),
-        (key.shape, key.dtype, key.device, key.stride()[-1:] == (1,)),
-        (value.shape, value.dtype, value.device, value.stride()[-1:] == (1,)),
-        alpha,
-        scale,
-        is_causal,
-        enable_gqa,
-        needs_grad,
-    )
     try:
-        return _validated(*asked)
-    except TypeError:  # sizes that are symbols have no hash; anything else is raised again
-        pass
-    return _validate(*asked)
+        return _validated(
+            (query.shape, query.dtype, query.device, query.stride()[-1:] == (1,)),
+            (key.shape, key.dtype, key.device, key.stride()[-1:] == (1,)),
+            (value.shape, value.dtype, value.device, value.stride()[-1:] == (1,)),
+            alpha,
+            scale,
+            is_causal,
+            enable_gqa,
+            needs_grad,
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        pass  # no strided tensors, or sizes that are symbols, or an error that comes again below
+    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+        check_tensor(name, tensor)
+    described = ((t.shape, t.dtype, t.device, t.stride()[-1:] == (1,)) for t in inputs)
+    q, k, v = described
+    return _validate(q, k, v, alpha, scale, is_causal, enable_gqa, needs_grad)
 
 
 _Described = tuple[torch.Size, torch.dtype, torch.device, bool]
@@ -153,6 +153,7 @@ def _validate(
 ) -> Problem:
     """:func:`attention_problem` without the data."""
     shapes = {name: t[0] for name, t in zip(Inputs._fields, (query, key, value), strict=True)}
+    _check_dtype("query", query[1])
     for name, shape in shapes.items():
         if len(shape) != 4:
             raise ValueError(
@@ -285,8 +286,12 @@ def check_tensor(name: str, tensor: object) -> None:
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
+    _check_dtype(name, tensor.dtype)
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        allowed = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {dtype}")
