@@ -231,8 +231,11 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "compiled"
 
 
-def jobs(*blocks: str) -> list[tuple[str, tuning.AnyProblem, dict[str, int | str]]]:
-    return [("made_up_compiler", problem(), {"block": block}) for block in blocks]
+def jobs(*blocks: str) -> list[tuning.Job]:
+    return [
+        tuning.Job("made_up_compiler", problem(), {"block": block}, is_default=index == 0)
+        for index, block in enumerate(blocks)
+    ]
 
 
 def test_compilation_runs_in_other_processes(
@@ -240,16 +243,18 @@ def test_compilation_runs_in_other_processes(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     told: list[tuple[str, int, int]] = []
-    tuning.compile_all(jobs("a", "b", "c"), 60, lambda *step: told.append(step))
+    done = tuning.compile_all(jobs("a", "b", "c"), 60, lambda *step: told.append(step))
+    assert all(job in done for job in jobs("a", "b", "c"))
+    assert len(done) == 3
     assert {path.name for path in compiler.iterdir()} == {"a 8", "b 8", "c 8"}
     pids = {path.read_text() for path in compiler.iterdir()}
     assert len(pids) == 2
     assert str(os.getpid()) not in pids
-    assert told[0] == ("compiling 3 variants in 2 processes", 0, 2)
+    assert told[0] == ("compiling 3 variants", 0, 2)
 
 
 def test_a_variant_that_does_not_compile_stops_no_other(compiler: Path, capfd: Any) -> None:
-    tuning.compile_all(jobs("broken", "a"), 60)
+    assert [job.config for job in tuning.compile_all(jobs("broken", "a"), 60)] == [{"block": "a"}]
     assert {path.name for path in compiler.iterdir()} == {"a 8"}
     assert "does not compile" in capfd.readouterr().err
 
@@ -259,9 +264,34 @@ def test_compilation_that_takes_too_long_is_given_up(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     began = time.perf_counter()
-    tuning.compile_all(jobs("endless"), 0.5)
-    assert time.perf_counter() - began < 20
-    assert not list(compiler.iterdir())
+    assert tuning.compile_all(jobs("a", "endless", "b"), 20) == jobs("a")
+    assert time.perf_counter() - began < 50
+    assert [path.name for path in compiler.iterdir()] == ["a 8"]
+
+
+def test_problems_that_differ_in_length_share_a_process(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    asked = [
+        tuning.Job("made_up_compiler", problem(length=length), {"block": block}, is_default=True)
+        for length in (4, 16)
+        for block in ("a", "b")
+    ]
+    tuning.compile_all(asked, 60)
+    pids = {path.name: path.read_text() for path in compiler.iterdir()}
+    assert pids["a 4"] == pids["a 16"] != pids["b 4"] == pids["b 16"]
+
+
+def test_what_is_not_compiled_in_time_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But a default is: it will run in any case."""
+    backend = sleeper(default=1, late=1, ready=1)
+    asked = dataclasses.replace(problem(), device=torch.device("meta"))
+    monkeypatch.setattr(tuning, "compile_all", lambda jobs, *_: [jobs[2]])
+    data = tuning._Data((torch.ones(1), torch.ones(1), torch.ones(1)), torch.ones(1))
+    monkeypatch.setattr(tuning._Data, "draw", lambda *_: data)
+    list(tuning.tune([(asked, {"sleeper": backend})], seconds=60))
+    assert set(backend.calls) == {"default", "ready"}
 
 
 def test_problems_off_the_cpu_are_compiled_before_they_are_measured(
@@ -273,7 +303,7 @@ def test_problems_off_the_cpu_are_compiled_before_they_are_measured(
     module: Any = sleeper("made_up_compiler", one=0, two=0)
     module.precompile = made_up_compiler.precompile
     asked = dataclasses.replace(problem(), device=torch.device("meta"))
-    monkeypatch.setattr(tuning, "measure", lambda problem, backends, seconds: [])
+    monkeypatch.setattr(tuning, "measure", lambda *_: [])
     list(tuning.tune([(asked, {"made_up_compiler": module})], seconds=60))
     assert {path.name for path in compiler.iterdir()} == {"one 8", "two 8"}
 

@@ -41,7 +41,7 @@ PACKAGES = ("torch", "cupy", "triton", "numpy", "filelock", "platformdirs")
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 SECONDS = {"cpu": 300, "cuda": 900}
-QUICK_SECONDS = {"cpu": 40, "cuda": 90}
+QUICK_SECONDS = {"cpu": 40, "cuda": 80}
 """Budgets of ``tune`` by device. Starting takes seconds beside: a quick run ends within a minute on
 a CPU and two on a GPU."""
 

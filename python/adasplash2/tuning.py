@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import cast
+from typing import NamedTuple, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ MAX_PAIRS = {"cpu": 2**25, "cuda": 2**32}
 """(query, key) pairs of a measured problem; heads and batch are cut to it. Some 50 ms on two
 cores, some 15 ms on an H100, which needs more heads to be filled."""
 
-MAX_COMPILERS = 8
+MAX_COMPILERS = 12
 FLUSH_BYTES = 256 * 2**20
 """Written before a timed call on a GPU: calls find no inputs in the L2 cache, and the host is
 ahead of the device when the call begins."""
@@ -111,34 +112,42 @@ def tune(
     end = time.perf_counter() + seconds
     cut = [(representative(problem), backends) for problem, backends in problems]
     jobs = [
-        (cast(ModuleType, module).__name__, problem, dict(config))
+        Job(cast(ModuleType, module).__name__, problem, config, is_default=index == 0)
         for problem, backends in cut
         for module in backends.values()
-        for config in module.configs(problem)
+        for index, config in enumerate(module.configs(problem))
         if problem.device.type != "cpu"  # where nothing is compiled at run time
     ]
-    if jobs:
-        compile_all(jobs, seconds / 2, progress)
+    ready = compile_all(jobs, seconds / 2, progress) if jobs else []
+    late = [job for job in jobs if job not in ready and not job.is_default]
     for done, (problem, backends) in enumerate(cut):
         share = (end - time.perf_counter()) / (len(cut) - done)
         label = records.problem_class(problem)
         if progress is not None:
             progress(label, done, len(cut))
-        trials = measure(problem, backends, share) if share > 0 else []
+        without = [(job.module, job.config) for job in late if job.problem == problem]
+        trials = measure(problem, backends, share, without) if share > 0 else []
         yield Outcome(label, problem, tuple(trials), tuple(_records(label, backends, trials)))
     if progress is not None:
         progress("", len(cut), len(cut))
 
 
 @torch.no_grad()
-def measure(problem: AnyProblem, backends: Mapping[str, Backend], seconds: float) -> list[Trial]:
+def measure(
+    problem: AnyProblem,
+    backends: Mapping[str, Backend],
+    seconds: float,
+    without: Sequence[tuple[str, Config]] = (),
+) -> list[Trial]:
     """Time every configuration of every backend in turn, round after round: what slows the machine
-    for a while then slows all of them."""
+    for a while then slows all of them. ``without``: modules and configurations that are left out.
+    """
     end = time.perf_counter() + seconds
     trials = [
         Trial(name, config, is_default=index == 0)
         for name, module in backends.items()
         for index, config in enumerate(module.configs(problem))
+        if (cast(ModuleType, module).__name__, config) not in without
     ]
     data = [_Data.draw(problem, sharpness) for sharpness in SHARPNESS]
 
@@ -188,62 +197,88 @@ def representative(problem: AnyProblem) -> AnyProblem:
     return problem
 
 
-def compile_all(
-    jobs: Sequence[tuple[str, AnyProblem, dict[str, int | str]]],
-    seconds: float,
-    progress: Progress | None = None,
-) -> None:
-    """Let other processes compile into the disk caches; ``jobs``: module, problem, config.
+class Job(NamedTuple):
+    """Something to compile."""
 
-    A compilation that fails, or takes too long, is left to whoever needs it. The processes are
-    started as ``python -c``, not by :mod:`multiprocessing`, which would run the caller's main
-    module again.
+    module: str
+    problem: AnyProblem
+    config: Config
+    is_default: bool
+
+    @property
+    def variant(self) -> str:
+        """Equal for jobs that are likely to compile the same: lengths seldom matter."""
+        same: AnyProblem
+        if isinstance(self.problem, RowProblem):
+            same = dataclasses.replace(self.problem, rows=1, length=1)
+        else:
+            same = dataclasses.replace(self.problem, length_q=1, length_k=1)
+        return repr((self.module, same, sorted(self.config.items())))
+
+
+def compile_all(jobs: Sequence[Job], seconds: float, progress: Progress | None = None) -> list[Job]:
+    """Let other processes compile into the disk caches, defaults first.
+
+    The processes are started as ``python -c``, not by :mod:`multiprocessing`, which would run the
+    caller's main module again.
+
+    Returns:
+        the jobs that were done in time. A default that was not is left to whoever needs it.
     """
     end = time.perf_counter() + seconds
     count = max(1, min(len(jobs), (os.cpu_count() or 2) - 1, MAX_COMPILERS))
+    # One process compiles a variant, the same one each time: the others find it in the cache.
+    owners: dict[str, int] = {}
+    for job in sorted(jobs, key=lambda job: not job.is_default):
+        owners.setdefault(job.variant, len(owners) % count)
+    shares = [[job for job in jobs if owners[job.variant] == index] for index in range(count)]
     workers = []
-    for index in range(count):
+    for share in filter(None, shares):
+        share.sort(key=lambda job: not job.is_default)
         worker = subprocess.Popen(
-            [sys.executable, "-c", _WORKER], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+            [sys.executable, "-c", _WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        workers.append(worker)
+        workers.append((worker, share))
         assert worker.stdin is not None
         with contextlib.suppress(OSError), worker.stdin as stdin:  # it may have died at once
             pickle.dump(sys.path, stdin)
-            pickle.dump(list(jobs[index::count]), stdin)
-    for done, worker in enumerate(workers):
+            pickle.dump([tuple(job) for job in share], stdin)
+    done: list[Job] = []
+    for index, (worker, share) in enumerate(workers):
         if progress is not None:
-            progress(f"compiling {len(jobs)} variants in {count} processes", done, count)
+            progress(f"compiling {len(jobs)} variants", index, len(workers))
         try:
             worker.wait(timeout=max(0.0, end - time.perf_counter()))
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
-        if worker.returncode:
-            logger.debug("a compiling process ended with exit code %d", worker.returncode)
+        assert worker.stdout is not None
+        with worker.stdout as stdout:  # a few bytes a job, which fit in the pipe
+            done += [share[int(line)] for line in stdout.read().split()]
+    logger.debug("%d of %d variants are compiled", len(done), len(jobs))
+    return done
 
 
 _WORKER = """
-import pickle, sys
+import os, pickle, sys
 sys.path[:] = pickle.load(sys.stdin.buffer)
+output = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 from adasplash2.tuning import compile_here
-compile_here(pickle.load(sys.stdin.buffer))
+compile_here(pickle.load(sys.stdin.buffer), output)
 """
+"""What compilers print goes to standard error: standard output says what is done."""
 
 
-def compile_here(jobs: Sequence[tuple[str, AnyProblem, Config]]) -> None:
-    """What a process of :func:`compile_all` does; exits with 1 if a job failed."""
-    import importlib
-
-    failed = False
-    for module, problem, config in jobs:
+def compile_here(jobs: Sequence[tuple[str, AnyProblem, Config, bool]], output: TextIO) -> None:
+    """What a process of :func:`compile_all` does: writes the number of each job that is done."""
+    for index, (module, problem, config, _) in enumerate(jobs):
         try:
             importlib.import_module(module).precompile(problem, config)
         except Exception:
             logger.warning("cannot compile %s %s", module, config, exc_info=True)
-            failed = True
-    if failed:
-        raise SystemExit(1)
+        else:
+            print(index, file=output, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
