@@ -298,7 +298,7 @@ def _unwatched(*tensors: Tensor) -> bool:
     profilers, kinds of tensors) would do anything."""
     if (
         _is_compiling()  # first: the rest is not for tracing
-        or _differentiated(*tensors)
+        or forward_ad._current_level >= 0
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or _peek_interpreter_stack() is not None
@@ -306,8 +306,13 @@ def _unwatched(*tensors: Tensor) -> bool:
         or _profiler_enabled()
     ):
         return False
+    grad = torch.is_grad_enabled()
     for tensor in tensors:  # a loop, not all(): a third of the time
-        if type(tensor) not in _PLAIN_TYPES or _keys(tensor).raw_repr() not in _PLAIN_KEYS:
+        if (
+            (grad and tensor.requires_grad)
+            or type(tensor) not in _PLAIN_TYPES
+            or _keys(tensor).raw_repr() not in _PLAIN_KEYS
+        ):
             return False
     return True
 
