@@ -556,6 +556,18 @@ def test_available_backends_print_a_sentence(register: Register) -> None:
     ]
 
 
+def test_a_call_costs_little_above_its_backends() -> None:
+    """20 microseconds are the aim (benchmarks/overhead.py); tests share their machine."""
+    tensors = Inputs(*torch.randn(3, 1, 1, 4, 8))
+    asked = attention_problem(
+        tensors, alpha=1.5, scale=None, is_causal=False, enable_gqa=False, needs_grad=False
+    )
+    chosen, config = dispatch.choose(asked, "cpu")
+    direct = microseconds(lambda: chosen.forward(asked, tensors, config), 300)
+    call = microseconds(lambda: adasplash2.entmax_attention(*tensors, backend="cpu"), 300)
+    assert call - direct < 200
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],

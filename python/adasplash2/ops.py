@@ -269,19 +269,10 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
 # Calls
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    backend: str,
-) -> Tensor:
-    """Output of :data:`attention_forward`."""
+def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    """Output of :data:`attention_forward`; ``options`` from ``alpha`` to ``backend``."""
     call = _attention_forward if _unwatched(query, key, value) else attention_forward
-    out: Tensor = call(query, key, value, alpha, scale, is_causal, enable_gqa, backend, False)[0]
+    out: Tensor = call(query, key, value, *options, False)[0]
     return out
 
 
