@@ -271,7 +271,8 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     """Output of :data:`attention_forward`; ``options`` from ``alpha`` to ``backend``."""
-    call = _attention_forward if _unwatched(query, key, value) else attention_forward
+    plain = _unwatched(query, key, value)
+    call: Callable[..., Any] = _attention_forward if plain else attention_forward
     out: Tensor = call(query, key, value, *options, False)[0]
     return out
 
