@@ -28,9 +28,16 @@ name = "cuda"
 MIN_CAPABILITY = (8, 0)
 """``cp.async`` and bfloat16 matrix fragments."""
 
-
 MAX_ALPHA = 2.0
 """Above it p has infinite slopes at the edge of the support, and the refinement stalls."""
+
+
+HOPPER_SHAPES = ((3, 4), (2, 4))
+"""Warpgroups and stages of ``scan90.cu``: three groups keep the tensor cores busy while two
+filter, two have longer lists."""
+
+HOPPER_SHAPES_WIDE = ((2, 3), (3, 3), (2, 4))
+"""The same for head_dim above 64."""
 
 
 def unavailable() -> str | None:
@@ -77,17 +84,12 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         )
     if isinstance(problem, RowProblem):
         return reasons + rows.refusals(problem)
-    if problem.length_k > sizes.MAX_LENGTH_K:
-        reasons.append(
-            f"{problem.length_k} keys are more than the {sizes.MAX_LENGTH_K} "
-            "that the scan's column codes reach"
-        )
     if sizes.Counts.of(problem).rows > 2**31 - 1:
         reasons.append("the query rows of all heads together exceed 2^31 - 1")
     itemsize = problem.dtype.itemsize
     dense = max(sizes.dense_shared(problem.head_dim, problem.head_dim_v, itemsize).values())
-    optin, _ = _shared_memory(problem.device)
-    if _capacity(problem) is None or dense > optin:
+    optin = _shared_memory(problem.device)
+    if not configs(problem) or dense > optin:
         reasons.append(
             f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs "
             f"more shared memory than the {optin} bytes a block has on {problem.device}"
@@ -96,11 +98,17 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
-    """The list capacity that suits the device's shared memory."""
+    """The shapes of the scan that the device has room for."""
     if isinstance(problem, RowProblem):
         return [{}]
-    capacity = _capacity(problem)
-    return [] if capacity is None else [{"capacity": capacity}]
+    portable: Config = {"scan": "portable"}
+    shapes: list[Config] = [portable]
+    if _has_wgmma(problem):
+        choices = HOPPER_SHAPES if problem.head_dim <= 64 else HOPPER_SHAPES_WIDE
+        shapes = [{"scan": "hopper", "warpgroups": w, "stages": s} for w, s in choices]
+        shapes.append(portable)
+    available = _shared_memory(problem.device)
+    return [c for c in shapes if _scan(problem, c).capacity(available) is not None]
 
 
 def saved_bytes(problem: Problem, config: Config) -> int | None:
@@ -205,7 +213,7 @@ class _Call:
         self.tensors = tuple(
             x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous() for x in tensors
         )
-        self.capacity = int(config["capacity"])
+        self.config = config
         self.aligned = launch.is_aligned(*self.tensors) and all(
             width * problem.dtype.itemsize % 16 == 0
             for width in (problem.head_dim, problem.head_dim_v)
@@ -245,22 +253,25 @@ class _Call:
 
     def scan(self, block: Any) -> None:
         problem = self.problem
-        shared = sizes.scan_shared(problem.head_dim, problem.dtype.itemsize, self.capacity)
-        options = launch.defines(problem, self.aligned, self.capacity)
-        blocks = self.counts.heads * -(-problem.length_q // sizes.SCAN_ROWS)
-        self._run("scan.cu", "scan", options, shared, (blocks,), sizes.SCAN_THREADS, block)
+        scan = _scan(problem, self.config if self.aligned else {"scan": "portable"})
+        capacity = scan.capacity(_shared_memory(problem.device))
+        options = launch.defines(problem, self.aligned) | dict(scan.defines)
+        options["CAPACITY"] = capacity
+        blocks = self.counts.heads * -(-problem.length_q // scan.rows)
+        shared = scan.shared(capacity)
+        self._run(scan.unit, "scan", options, shared, (blocks,), scan.threads, block)
 
     def elements(
         self, kernel: str, blocks: int, block: Any, threads: int = sizes.ELEMENT_THREADS
     ) -> None:
         # The gathers depend on neither the masks nor the lists: one variant serves all.
-        options = launch.defines(self.problem, self.aligned, 0) | {"CAUSAL": 0}
+        options = launch.defines(self.problem, self.aligned) | {"CAUSAL": 0}
         self._run("elements.cu", kernel, options, 0, (blocks,), threads, block)
 
     def dense(self, kernel: str, blocks: tuple[int, ...], block: Any) -> None:
         problem = self.problem
         shared = sizes.dense_shared(problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
-        options = launch.defines(problem, self.aligned, 0)
+        options = launch.defines(problem, self.aligned)
         self._run("dense.cu", kernel, options, shared[kernel], blocks, sizes.DENSE_THREADS, block)
 
     def _run(
@@ -313,13 +324,22 @@ def _tiles(length: int) -> int:
     return -(-length // sizes.DENSE_ROWS)
 
 
-def _capacity(problem: Problem) -> int | None:
-    per_block, per_unit = _shared_memory(problem.device)
-    itemsize = problem.dtype.itemsize
-    return sizes.scan_capacity(problem.head_dim, itemsize, per_block, per_unit)
+def _scan(problem: Problem, config: Config) -> sizes.Scan:
+    if config["scan"] == "hopper":
+        return sizes.hopper_scan(
+            problem.head_dim, int(config["warpgroups"]), int(config["stages"])
+        )
+    return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize)
 
 
-def _shared_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of shared memory that a block may ask for, and that a multiprocessor has."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
+def _has_wgmma(problem: Problem) -> bool:
+    return (
+        torch.cuda.get_device_capability(problem.device) == (9, 0)
+        and problem.dtype.itemsize == 2
+        and problem.head_dim <= sizes.HOPPER_MAX_HEAD_DIM
+    )
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)

@@ -67,7 +67,7 @@ def alpha_code(alpha: float) -> int:
     return {1.5: 0, 2.0: 1}.get(alpha, 2)
 
 
-def defines(problem: Problem, aligned: bool, capacity: int) -> dict[str, int]:
+def defines(problem: Problem, aligned: bool) -> dict[str, int]:
     """What ``kernels/common.cuh`` expects to be defined."""
     return {
         "DTYPE": DTYPE_CODES[problem.dtype],
@@ -76,7 +76,6 @@ def defines(problem: Problem, aligned: bool, capacity: int) -> dict[str, int]:
         "ALPHA": alpha_code(problem.alpha),
         "CAUSAL": int(problem.scores.is_causal),
         "ALIGNED": int(aligned),
-        "CAPACITY": capacity,
     }
 
 
@@ -89,7 +88,6 @@ def row_defines(problem: RowProblem) -> dict[str, int]:
         "ALPHA": alpha_code(problem.alpha),
         "CAUSAL": 0,
         "ALIGNED": 0,
-        "CAPACITY": 0,
     }
 
 

@@ -10,9 +10,9 @@ namespace adasplash2 {
 
 constexpr int kThreads = 256;
 constexpr int kBatch = 4;     // gathers in flight per lane
-constexpr int kMaxRow = 128;  // survivors of one row at most: four lists of the scan
+constexpr int kMaxRow = 160;  // survivors of one row at most: four lists of the scan
 
-// A row in the order of the arena: groups of kWarpRows rows, head by head.
+// A row in the order of the arena: groups of kGroupRows rows, head by head.
 struct Row {
   int at, head_row, row, batch, head, kv_head;
   bool inside;
@@ -20,7 +20,7 @@ struct Row {
 
 __device__ __forceinline__ Row row_at(const Params& p, int at) {
   Row r;
-  const int per_head = p.groups_q * kWarpRows;
+  const int per_head = p.groups_q * kGroupRows;
   r.at = at;
   r.head_row = at / per_head;
   r.row = at % per_head;
@@ -31,8 +31,6 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
   return r;
 }
 
-__device__ __forceinline__ i64 arena_of(int group) { return i64(group) * kWarpRows * kArenaRow; }
-
 // Entries of one (batch, key head) in the arena of records.
 __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
   return arena_of(kv_row * p.group * p.groups_q);
@@ -41,14 +39,14 @@ __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
 extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
   constexpr int kLanes = lanes_per_row<kHeadDimV>;
   const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
-  if (!r.inside || p.flat[r.at / kWarpRows]) return;
+  if (!r.inside || p.flat[r.at / kGroupRows]) return;
   const int count = p.row_count[r.at];
-  const Entry* entries = p.entries + arena_of(r.at / kWarpRows) + p.row_start[r.at];
+  const Entry* entries = p.entries + arena_of(r.at / kGroupRows) + p.row_start[r.at];
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
   const int at = threadIdx.x % kLanes * 8;
   float out[8];
 #pragma unroll
-  for (float& x : out) x = count < 0 ? __int_as_float(0x7fffffff) : 0.f;
+  for (float& x : out) x = count < 0 ? kNaN : 0.f;
   float mass = 0.f;
   for (int first = 0; first < count; first += kBatch) {
     Entry entry[kBatch];
@@ -82,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     count_columns(const __grid_constant__ Params p) {
   const int group = blockIdx.x;
   if (p.flat[group]) return;
-  const int last = group * kWarpRows + kWarpRows - 1;
+  const int last = group * kGroupRows + kGroupRows - 1;
   const int total = p.row_start[last] + max(p.row_count[last], 0);
   const int head_row = group / p.groups_q;
   const int kv_row = head_row / p.heads_q * p.heads_kv + head_row % p.heads_q / p.group;
@@ -143,14 +141,14 @@ constexpr int kRowLanes = lanes_per_row<(kHeadDim > kHeadDimV ? kHeadDim : kHead
 extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_constant__ Params p) {
   __shared__ float products[kThreads / kRowLanes][kMaxRow];
   const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
-  const bool active = r.inside && !p.flat[r.at / kWarpRows];
+  const bool active = r.inside && !p.flat[r.at / kGroupRows];
   const int kept = active ? p.row_count[r.at] : 0;
   const int count = max(kept, 0);
   int longest = count;  // the lanes of a warp stay together for the shuffles
 #pragma unroll
   for (int step = 1; step < 32; step *= 2)
     longest = max(longest, __shfl_xor_sync(kAllLanes, longest, step));
-  const i64 first_entry = active ? arena_of(r.at / kWarpRows) + p.row_start[r.at] : 0;
+  const i64 first_entry = active ? arena_of(r.at / kGroupRows) + p.row_start[r.at] : 0;
   const Entry* entries = p.entries + first_entry;
   const int lane = threadIdx.x % kRowLanes, at = lane * 8;
   float (&dp)[kMaxRow] = products[threadIdx.x / kRowLanes];
@@ -192,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_co
   Record* records = p.records + records_of(p, kv_row);
   float grad_q[8];
 #pragma unroll
-  for (float& x : grad_q) x = kept < 0 ? __int_as_float(0x7fffffff) : 0.f;
+  for (float& x : grad_q) x = kept < 0 ? kNaN : 0.f;
   for (int first = 0; first < count; first += kBatch) {
     Entry entry[kBatch];
     float key[kBatch][8] = {};
@@ -260,7 +258,7 @@ struct Column {
     for (float& x : k) x *= p.scale;
     if (column < p.poison[batch * p.heads_kv + kv_head])
 #pragma unroll
-      for (int j = 0; j < 8; ++j) k[j] = v[j] = __int_as_float(0x7fffffff);
+      for (int j = 0; j < 8; ++j) k[j] = v[j] = kNaN;
     store8<kHeadDim>(row_of(p.grad_k, batch, kv_head, column), at, k);
     store8<kHeadDimV>(row_of(p.grad_v, batch, kv_head, column), at, v);
   }
