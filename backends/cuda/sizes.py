@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +140,15 @@ class Counts:
         )
 
 
+def parts(nbytes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Offsets of parts of one allocation, each on 256 bytes, and the whole size; in bytes."""
+    offsets, at = {}, 0
+    for name, size in nbytes.items():
+        offsets[name] = at
+        at += -(-size // 256) * 256
+    return offsets, at
+
+
 class Saved:
     """The parts of ``Forward.saved``: where each row's survivors are, and the survivors.
 
@@ -147,21 +156,16 @@ class Saved:
     """
 
     def __init__(self, counts: Counts) -> None:
-        sizes = {
+        self._sizes = {
             "row_start": counts.rows * 4,
             "row_count": counts.rows * 4,
             "flat": counts.groups,
             "poison": counts.kv_heads * 4,
             "entries": counts.rows * ARENA_ROW * ENTRY_BYTES,
         }
-        self._ranges: dict[str, tuple[int, int]] = {}
-        at = 0
-        for name, size in sizes.items():
-            self._ranges[name] = (at, size)
-            at += math.ceil(size / 256) * 256
-        self.total = at
+        self.offsets, self.total = parts(self._sizes)
 
     def part(self, saved: torch.Tensor, name: str) -> torch.Tensor:
         """One part as bytes."""
-        at, size = self._ranges[name]
-        return saved[at : at + size]
+        at = self.offsets[name]
+        return saved[at : at + self._sizes[name]]

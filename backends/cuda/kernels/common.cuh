@@ -57,9 +57,9 @@ struct Entry {  // a survivor of one query row
 };
 
 struct Record {  // a survivor of one key column
-  int row;       // query row, counted over the group's heads: member * length_q + i
+  int row;  // query row, counted over the group's heads: member * length_q + i
   float ds, p;
-  int unused;
+  int member;  // which of the group's heads
 };
 
 struct Params {

@@ -24,7 +24,11 @@ constexpr int kFilterKeys = 32;
 constexpr int kGroupAppend = kFilterKeys / 4;
 // A list is refreshed when it has grown by this many entries since. Fewer refresh more often than
 // a tighter bound saves, more append what a fresh bound would have dropped.
+#ifdef ADASPLASH2_GROW
+constexpr int kGrow = ADASPLASH2_GROW;
+#else
 constexpr int kGrow = 8;
+#endif
 constexpr int kLastResorts = 4;  // Newton steps before a full list sends its rows to dense tiles
 
 // setp.gtu is true for NaN too, so that it is kept and poisons its row in the end.
@@ -138,15 +142,19 @@ struct Lists {
     return __any_sync(kAllLanes, furthest() > address);
   }
 
-  // Raise the bounds to what the kept scores prove; drop what lies below the bounds that stood.
+  // Raise the bounds to what the kept scores prove, drop what lies below the bounds that stood,
+  // and deal the rest out evenly to the four lanes of each row, so that no list fills before its
+  // row has too many.
   __device__ __forceinline__ void refresh(float c, float inv_c, float r) {
     float s1[kSlots], s2[kSlots];
-    u32 keep[kSlots];
+    int kept_of_row[kSlots];
+    const int quad = lane_id() & ~3;
+    const u32 quad_base = base - lane_id() % 4 * sizeof(Survivor);
     const u32 stop = __reduce_max_sync(kAllLanes, furthest() - base) + base;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       s1[slot] = s2[slot] = 0.f;
-      keep[slot] = base;
+      kept_of_row[slot] = 0;
       top[slot] = max_or_nan_over<4>(top[slot]);
       if (!(top[slot] < kInf)) poisoned |= 1u << slot;
       if (poisoned >> slot & 1u)
@@ -154,7 +162,7 @@ struct Lists {
       else
         bound[slot] = fmaxf(bound[slot], under(top[slot], inv_c));
     }
-#pragma unroll 2
+#pragma unroll 1
     for (u32 at = base; at < stop; at += kEntryBytes) {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
@@ -172,15 +180,20 @@ struct Lists {
           s1[slot] += kept ? 1.f : 0.f;
           s2[slot] += x;
         }
-        if (kept) {
-          store_survivor(keep[slot] + slot * kSlotBytes, s);
-          keep[slot] += kEntryBytes;
-        }
+        // Entries move to places that all lanes have read already.
+        const u32 mine = __ballot_sync(kAllLanes, kept) >> quad & 15u;
+        const int place = kept_of_row[slot] + __popc(mine & ((1u << lane_id() % 4) - 1u));
+        kept_of_row[slot] += __popc(mine);
+        if (kept)
+          store_survivor(quad_base + slot * kSlotBytes + place / 4 * kEntryBytes +
+                             place % 4 * u32(sizeof(Survivor)),
+                         s);
       }
     }
+    __syncwarp();
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      end[slot] = keep[slot];
+      end[slot] = base + (kept_of_row[slot] + 3 - lane_id() % 4) / 4 * kEntryBytes;
       const float slope = r * sum_over<4>(s1[slot]), f = sum_over<4>(s2[slot]) - 1.f;
       if (f > 0.f) {  // never where nothing is kept
         const float rise = (f / slope - kBoundSlack) * inv_c;

@@ -2,9 +2,9 @@
 // survivors of each query row (lists.cuh). 16-bit types whose rows start on 16 bytes, head_dim up
 // to 128.
 //
-// A block owns kBlockRows queries of one head. One warp copies tiles of keys into a ring of
-// stages; kGroups warpgroups of 64 rows each multiply and filter them. While one group filters,
-// the tensor cores work for another: the ring lets them drift apart.
+// A block owns kBlockRows queries of one head. One thread has tiles of keys copied into a ring of
+// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. While one group
+// filters, the tensor cores work for another: the ring lets them drift apart.
 #include "lists.cuh"
 
 namespace adasplash2 {
@@ -19,7 +19,6 @@ constexpr int kRows = 64;  // of a warpgroup: M of wgmma
 constexpr int kBlockRows = kGroups * kRows;
 constexpr int kTileKeys = 128;  // N of wgmma
 constexpr int kSlots = 2;
-constexpr int kAhead = kStages - 2;  // tiles whose copies are under way at a time
 
 // A tile stands in panels of 64 columns (128 bytes, the width of the swizzle), keys one below
 // another: the 16-byte unit u of key n lies at unit u ^ (n % 8) of its line.
@@ -93,39 +92,36 @@ __device__ __forceinline__ void products(Scores& s, const Left (&q)[kDim / 16], 
   for (float& x : s) asm volatile("" : "+f"(x)::"memory");
 }
 
-// --- keys ----------------------------------------------------------------------------------
+// --- loads ---------------------------------------------------------------------------------
 
-// One warp copies the tiles, last one first.
-__device__ __forceinline__ void copy_tiles(const Params& p, const Scalar* keys, int tiles,
-                                           u32 stages, u32 full, u32 empty) {
-  constexpr int kUnits = kDim / 8;  // 16-byte units of a key
-  const auto announce = [&](int tile) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    arrive(full + tile % kStages * 8);
-  };
+// What the copy engine knows of the keys, as the driver encodes it: dimensions (head_dim, length,
+// heads, batch), boxes of 64 columns by kTileKeys keys.
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+
+// One thread has the tiles copied, last one first. Keys and columns out of bounds become zeros.
+__device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map, int batch,
+                                           int kv_head, int tiles, u32 stages, u32 full,
+                                           u32 empty) {
+  // A dimension that was expanded with stride 0 has one entry in the map.
+  const int head_at = p.k.head ? kv_head : 0, batch_at = p.k.batch ? batch : 0;
   for (int i = 0; i < tiles; ++i) {
     const int stage = i % kStages;
     if (i >= kStages) await(empty + stage * 8, (i / kStages - 1) & 1);
-    const int first = (tiles - 1 - i) * kTileKeys;
-    const u32 to = stages + stage * kStageBytes;
-#pragma unroll 8
-    for (int at = lane_id(); at < kTileKeys * kUnits; at += 32) {
-      const int key = at / kUnits, unit = at % kUnits;
-      const bool inside = first + key < p.length_k && unit * 8 < kHeadDim;
-      const Scalar* from = keys + i64(inside ? first + key : 0) * p.k.row + (inside ? unit * 8 : 0);
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                       to + unit / 8 * kPanelBytes + key * 128 + ((unit % 8) ^ (key % 8)) * 16),
-                   "l"(from), "r"(inside ? 16 : 0)
-                   : "memory");
-    }
-    copy_commit();
-    if (i >= kAhead) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(kAhead) : "memory");
-      announce(i - kAhead);
-    }
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + stage * 8),
+                 "r"(kStageBytes)
+                 : "memory");
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      asm volatile(
+          "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+          " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(stages + stage * kStageBytes +
+                                                       panel * kPanelBytes),
+          "l"(&map), "r"(panel * 64), "r"((tiles - 1 - i) * kTileKeys), "r"(head_at),
+          "r"(batch_at), "r"(full + stage * 8)
+          : "memory");
   }
-  copy_wait();
-  for (int i = max(tiles - kAhead, 0); i < tiles; ++i) announce(i);
 }
 
 // A warp's queries as left operands; those with NaN or infinity become zeros and are returned as
@@ -162,7 +158,8 @@ __device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& 
 
 // --- the scan ------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ __align__(8) unsigned long long barriers[2 * kStages];
   const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
@@ -174,12 +171,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   const u32 stages = (shared_address(shared) + 1023) & ~1023u;
   const u32 full = shared_address(barriers), empty = full + kStages * 8;
   if (threadIdx.x < kStages) {
-    init_barrier(full + threadIdx.x * 8, 32);
+    init_barrier(full + threadIdx.x * 8, 1);
     init_barrier(empty + threadIdx.x * 8, kGroups);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();
   if (warp_id() == kConsumers / 32) {
-    copy_tiles(p, row_of(p.k, batch, head / p.group, 0), tiles, stages, full, empty);
+    if (lane_id() == 0) copy_tiles(p, map, batch, head / p.group, tiles, stages, full, empty);
     return;
   }
 
