@@ -17,11 +17,11 @@ from adasplash2.problem import Problem
 
 PORTABLE: Config = {"scan": "portable"}
 
-HOPPER_SHAPES = ((3, 4), (2, 4))
+HOPPER_SHAPES = ((3, 3), (2, 4))
 """Warpgroups and stages of ``scan90.cu``: three groups keep the tensor cores busy while two
 filter, two have longer lists."""
 
-HOPPER_SHAPES_WIDE = ((2, 3), (3, 3), (2, 4))
+HOPPER_SHAPES_WIDE = ((2, 3), (3, 3))
 """The same for head_dim above 64."""
 
 CACHED_PLANS = 1024

@@ -106,12 +106,12 @@ def portable_scan(head_dim: int, itemsize: int) -> Scan:
 
 
 def hopper_scan(head_dim: int, warpgroups: int, stages: int) -> Scan:
-    """``scan90.cu``: ``stages`` tiles of 128 keys, ``warpgroups`` of 64 rows and a warp that
+    """``scan90.cu``: ``stages`` tiles of 128 keys, ``warpgroups`` of 64 rows and one that
     copies."""
     panels = -(-padded(head_dim) // 64)
     fixed = HOPPER_RESERVED + stages * panels * HOPPER_KEYS * 128
     defines = (("WARPGROUPS", warpgroups), ("STAGES", stages))
-    return Scan("scan90.cu", warpgroups * 64, warpgroups * 128 + 32, fixed, defines)
+    return Scan("scan90.cu", warpgroups * 64, warpgroups * 128 + 128, fixed, defines)
 
 
 @dataclass(frozen=True, slots=True)

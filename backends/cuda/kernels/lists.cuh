@@ -55,20 +55,6 @@ struct Survivor {
   int column;
 };
 
-__device__ __forceinline__ Survivor load_survivor(u32 address) {
-  Survivor s;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
-               : "=f"(s.score), "=r"(s.column)
-               : "r"(address)
-               : "memory");
-  return s;
-}
-
-__device__ __forceinline__ void store_survivor(u32 address, const Survivor& s) {
-  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "f"(s.score), "r"(s.column)
-               : "memory");
-}
-
 // What a refresh or the solver finds of one row.
 struct Solution {
   float top;  // largest score
@@ -81,8 +67,10 @@ struct Solution {
 // The lists of one warp, `kSlots` rows a lane: slot s is row 8 s + lane / 4 of the warp.
 template <int kSlots>
 struct Lists {
-  static constexpr u32 kSlotBytes = 32 * sizeof(Survivor);
-  static constexpr u32 kEntryBytes = kSlots * kSlotBytes;  // one entry of all lists of the warp
+  // One entry of all lists of the warp: its scores, slot by slot and lane by lane, then the columns.
+  static constexpr u32 kSlotBytes = 32 * 4;
+  static constexpr u32 kColumns = kSlots * kSlotBytes;
+  static constexpr u32 kEntryBytes = 2 * kColumns;
   static constexpr int kBytes = kCapacity * int(kEntryBytes);
 
   u32 base;           // the lane's first entry of slot 0
@@ -91,11 +79,13 @@ struct Lists {
   float bound[kSlots];
   float top[kSlots];  // largest score this lane has met
   u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
+  bool flat;          // some row keeps more than its lists hold: the warp's go to dense tiles
 
   __device__ __forceinline__ void start(u32 memory, u32 dead) {
-    base = memory + lane_id() * sizeof(Survivor);
+    base = memory + lane_id() * 4;
     limit = base + kGrow * kEntryBytes;
     poisoned = dead;
+    flat = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       end[slot] = base;
@@ -125,11 +115,21 @@ struct Lists {
   __device__ __forceinline__ void append(float score, int column) {
     asm volatile(
         "{.reg .pred kept; setp.gtu.f32 kept, %1, %3;"
-        "@kept st.shared.v2.b32 [%0+%4], {%1, %2};"
-        "@kept add.u32 %0, %0, %5;}"
+        "@kept st.shared.b32 [%0+%4], %1;"
+        "@kept st.shared.b32 [%0+%5], %2;"
+        "@kept add.u32 %0, %0, %6;}"
         : "+r"(end[slot])
-        : "f"(score), "r"(column), "f"(bound[slot]), "n"(slot * kSlotBytes), "n"(kEntryBytes)
+        : "f"(score), "r"(column), "f"(bound[slot]), "n"(slot * kSlotBytes),
+          "n"(kColumns + slot * kSlotBytes), "n"(kEntryBytes)
         : "memory");
+  }
+
+  static __device__ __forceinline__ Survivor load(u32 address) {
+    return {load_shared(address), __float_as_int(load_shared(address + kColumns))};
+  }
+  static __device__ __forceinline__ void store(u32 address, const Survivor& s) {
+    store_shared(address, s.score);
+    store_shared(address + kColumns, __int_as_float(s.column));
   }
 
   __device__ __forceinline__ u32 furthest() const {
@@ -149,7 +149,7 @@ struct Lists {
     float s1[kSlots], s2[kSlots];
     int kept_of_row[kSlots];
     const int quad = lane_id() & ~3;
-    const u32 quad_base = base - lane_id() % 4 * sizeof(Survivor);
+    const u32 quad_base = base - lane_id() % 4 * 4;
     const u32 stop = __reduce_max_sync(kAllLanes, furthest() - base) + base;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -166,7 +166,7 @@ struct Lists {
     for (u32 at = base; at < stop; at += kEntryBytes) {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
-        const Survivor s = load_survivor(at + slot * kSlotBytes);
+        const Survivor s = load(at + slot * kSlotBytes);
         const bool kept = at < end[slot] && s.score > bound[slot];
         const float x = kept ? c * (s.score - bound[slot]) : 0.f;
         if constexpr (kAlpha == AlphaKind::kGeneral) {
@@ -185,9 +185,7 @@ struct Lists {
         const int place = kept_of_row[slot] + __popc(mine & ((1u << lane_id() % 4) - 1u));
         kept_of_row[slot] += __popc(mine);
         if (kept)
-          store_survivor(quad_base + slot * kSlotBytes + place / 4 * kEntryBytes +
-                             place % 4 * u32(sizeof(Survivor)),
-                         s);
+          store(quad_base + slot * kSlotBytes + place / 4 * kEntryBytes + place % 4 * 4, s);
       }
     }
     __syncwarp();
@@ -304,7 +302,7 @@ struct Lists {
         int to = before[i];
         if (!s.poisoned)
           for (u32 at = base; at < end[slot]; at += kEntryBytes) {
-            const Survivor kept = load_survivor(at + slot * kSlotBytes);
+            const Survivor kept = load(at + slot * kSlotBytes);
             const float x = fmaf(p.c, kept.score - s.top, -s.tau);
             if (x > 0.f) {
               p.entries[arena + to++] = {kept.column, x};
@@ -340,43 +338,51 @@ struct Lists {
     }
   }
 
-  // Filter the scores of kFilterKeys keys: `first_column` is the lane's first, and score (slot,
-  // n, j) belongs to column first_column + 8 n + j. False where a list has no room left.
-  template <class Score>
-  __device__ __forceinline__ bool filter(const Score& score, int first_column, const Params& p) {
-    bool any = false;
+  // Filter the scores of `groups` times kFilterKeys keys: `first_column` is the lane's first, and
+  // score (slot, n, j) belongs to column first_column + 8 n + j. The maxima of a flat warp go on
+  // being kept; it turns flat where a list has no room left.
+  template <int groups, class Score>
+  __device__ __forceinline__ void filter(const Score& score, int first_column, const Params& p) {
+    constexpr int kParts = kFilterKeys / 8;
+    bool any[groups];
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      float seen = score(slot, 0, 0);
+    for (int group = 0; group < groups; ++group) {
+      any[group] = false;
 #pragma unroll
-      for (int i = 1; i < kFilterKeys / 4; ++i)
-        seen = max_or_nan(seen, score(slot, i / 2, i % 2));
-      top[slot] = max_or_nan(top[slot], seen);
-      any |= survives(seen, bound[slot]);
-    }
-    if (!__any_sync(kAllLanes, any)) return true;
-    set_first_bounds(p.inv_c);
+      for (int slot = 0; slot < kSlots; ++slot) {
+        float seen = score(slot, group * kParts, 0);
 #pragma unroll
-    for (int i = 0; i < kFilterKeys / 4; ++i) {
-      const int column = first_column + i / 2 * 8 + i % 2;
-      append<0>(score(0, i / 2, i % 2), column);
-      append<1>(score(1, i / 2, i % 2), column);
-      if constexpr (kSlots == 4) {
-        append<2>(score(2, i / 2, i % 2), column);
-        append<3>(score(3, i / 2, i % 2), column);
+        for (int i = 1; i < 2 * kParts; ++i)
+          seen = max_or_nan(seen, score(slot, group * kParts + i / 2, i % 2));
+        top[slot] = max_or_nan(top[slot], seen);
+        any[group] |= survives(seen, bound[slot]);
       }
     }
-    return make_room(p.c, p.inv_c, p.r);
-  }
-
-  // The same for a warp whose rows go to dense tiles: only the maxima are of use.
-  template <class Score>
-  __device__ __forceinline__ void watch(const Score& score) {
+    bool some = false;
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot)
+    for (int group = 0; group < groups; ++group) some |= any[group];
+    if (!__any_sync(kAllLanes, some) || flat) return;
+    set_first_bounds(p.inv_c);
+#pragma unroll 1  // one copy of the refresh
+    for (int group = 0; group < groups; ++group) {
 #pragma unroll
-      for (int i = 0; i < kFilterKeys / 4; ++i)
-        top[slot] = max_or_nan(top[slot], score(slot, i / 2, i % 2));
+      for (int here = 0; here < groups; ++here) {
+        if (here != group || !__any_sync(kAllLanes, any[here])) continue;
+#pragma unroll
+        for (int i = 0; i < 2 * kParts; ++i) {
+          const int n = here * kParts + i / 2, j = i % 2;
+          const int column = first_column + n * 8 + j;
+          append<0>(score(0, n, j), column);
+          append<1>(score(1, n, j), column);
+          if constexpr (kSlots == 4) {
+            append<2>(score(2, n, j), column);
+            append<3>(score(3, n, j), column);
+          }
+        }
+      }
+      flat = !make_room(p.c, p.inv_c, p.r);
+      if (flat) return;
+    }
   }
 };
 

@@ -187,7 +187,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
   const int seen = kCausal ? min(p.length_k, block * kBlockRows + kBlockRows) : p.length_k;
   const bool outside = first_row >= p.length_q;
-  bool flat = false;
 
   const int tiles = (seen + kTileKeys - 1) / kTileKeys;
   load_tile<kTileKeys, kHeadDim, kThreads>(shared, keys, p.k.row, (tiles - 1) * kTileKeys,
@@ -214,15 +213,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       products(s, queries, stage_at + part * kChunk * tile_stride<kDim>);
       if (edge) mask_scores(s, first_row, first_key, p.length_k);
       const auto score = [&](int slot, int n, int j) { return s[slot / 2][n][slot % 2 * 2 + j]; };
-      if (flat)
-        lists.watch(score);
-      else
-        flat = !lists.filter(score, first_key + lane_id() % 4 * 2, p);
+      lists.filter<1>(score, first_key + lane_id() % 4 * 2, p);
     }
   }
   if (outside) return;
   __syncwarp();
-  const u32 overfull = flat ? 3u : lists.write(p, head_row, group, first_row);
+  const u32 overfull = lists.flat ? 3u : lists.write(p, head_row, group, first_row);
   if (overfull) lists.hand_over(p, group, overfull);
 #pragma unroll
   for (int part = 0; part < kSlots / 2; ++part)

@@ -3,8 +3,8 @@
 // to 128.
 //
 // A block owns kBlockRows queries of one head. One thread has tiles of keys copied into a ring of
-// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. While one group
-// filters, the tensor cores work for another: the ring lets them drift apart.
+// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. They take turns at
+// the tensor cores: while one multiplies, the others filter.
 #include "lists.cuh"
 
 namespace adasplash2 {
@@ -14,7 +14,11 @@ static_assert(kHalf && kAligned && kDim <= 128);
 constexpr int kGroups = ADASPLASH2_WARPGROUPS;
 constexpr int kStages = ADASPLASH2_STAGES;
 constexpr int kConsumers = kGroups * 128;
-constexpr int kThreads = kConsumers + 32;
+constexpr int kThreads = kConsumers + 128;
+// Registers move from the warpgroup that copies to those that hold scores; by eights, together at
+// most what the block was launched with.
+constexpr int kCopierRegisters = 24;
+constexpr int kConsumerRegisters = kGroups == 2 ? 240 : 160;
 constexpr int kRows = 64;  // of a warpgroup: M of wgmma
 constexpr int kBlockRows = kGroups * kRows;
 constexpr int kTileKeys = 128;  // N of wgmma
@@ -80,16 +84,30 @@ __device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned
 #undef ADASPLASH2_S4
 }
 
-// q k^T of a warpgroup's 64 rows and one tile.
-__device__ __forceinline__ void products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
+// Start q k^T of a warpgroup's 64 rows and one tile.
+__device__ __forceinline__ void start_products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
     multiply_tile(s, q[k], descriptor(tile + k / 4 * kPanelBytes + k % 4 * 32), k > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void finish_products(Scores& s) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-  for (float& x : s) asm volatile("" : "+f"(x)::"memory");
+  for (float& x : s) asm volatile("" : "+f"(x)::"memory");  // reads stay behind
+}
+
+// Named barriers for the turns: number 1 + g opens when group g - 1 has started its products.
+// Without them the products of all groups are dealt out evenly, end together, and leave the
+// tensor cores idle while all groups filter.
+__device__ __forceinline__ void wait_for_turn(int group) {
+  if constexpr (kGroups > 1) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
+}
+__device__ __forceinline__ void pass_turn(int group) {
+  if constexpr (kGroups > 1)
+    asm volatile("bar.arrive %0, 256;" ::"r"(1 + (group + 1) % kGroups) : "memory");
 }
 
 // --- loads ---------------------------------------------------------------------------------
@@ -158,6 +176,55 @@ __device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& 
 
 // --- the scan ------------------------------------------------------------------------------
 
+// The scan of one warpgroup.
+__device__ __forceinline__ void consume(const Params& p, int head_row, int block, int tiles,
+                                        u32 stages, u32 full, u32 empty) {
+  const int batch = head_row / p.heads_q, head = head_row % p.heads_q;
+  const int first_of_group = block * kBlockRows + warp_id() / 4 * kRows;
+  const int first_row = block * kBlockRows + warp_id() * 16;
+  const int group = head_row * p.groups_q + first_row / kGroupRows;
+  Left q[kDim / 16];
+  const u32 dead = load_queries(q, p, row_of(p.q, batch, head, 0), first_row);
+  Lists<kSlots> lists;
+  lists.start(stages + kStages * kStageBytes + warp_id() * Lists<kSlots>::kBytes, dead);
+
+  const int turn = warp_id() / 4;
+  if (turn == kGroups - 1) pass_turn(turn);
+  for (int i = 0; i < tiles; ++i) {
+    const int first_key = (tiles - 1 - i) * kTileKeys, stage = i % kStages;
+    const bool needed =
+        first_of_group < p.length_q && (!kCausal || first_key < first_of_group + kRows);
+    await(full + stage * 8, i / kStages & 1);
+    wait_for_turn(turn);
+    const bool last = i + 1 == tiles && turn + 1 == kGroups;  // nobody waits for a next turn
+    Scores s;
+    if (needed) {
+      start_products(s, q, stages + stage * kStageBytes);
+      if (!last) pass_turn(turn);
+      finish_products(s);
+    } else if (!last) {
+      pass_turn(turn);
+    }
+    if (lane_id() == 0) arrive(empty + stage * 8);
+    if (!needed || first_row >= p.length_q) continue;
+    if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1)) {
+#pragma unroll
+      for (int at = 0; at < kTileKeys / 2; ++at) {
+        const int key = first_key + at / 4 * 8 + lane_id() % 4 * 2 + at % 2;
+        const int row = first_row + at / 2 % 2 * 8 + lane_id() / 4;
+        if (key >= p.length_k || (kCausal && key > row)) s[at] = -kInf;
+      }
+    }
+    const auto score = [&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; };
+    lists.filter<kTileKeys / kFilterKeys>(score, first_key + lane_id() % 4 * 2, p);
+  }
+  if (first_row >= p.length_q) return;
+  __syncwarp();
+  const u32 overfull = lists.flat ? 1u : lists.write(p, head_row, group, first_row);
+  if (overfull) lists.hand_over(p, group, overfull);
+  if (lane_id() == 0) p.flat[group] = overfull;
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
   extern __shared__ __align__(1024) char shared[];
@@ -172,61 +239,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const u32 full = shared_address(barriers), empty = full + kStages * 8;
   if (threadIdx.x < kStages) {
     init_barrier(full + threadIdx.x * 8, 1);
-    init_barrier(empty + threadIdx.x * 8, kGroups);
+    init_barrier(empty + threadIdx.x * 8, kGroups * 4);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();
-  if (warp_id() == kConsumers / 32) {
-    if (lane_id() == 0) copy_tiles(p, map, batch, head / p.group, tiles, stages, full, empty);
-    return;
+  if (threadIdx.x >= kConsumers) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopierRegisters));
+    if (threadIdx.x == kConsumers)
+      copy_tiles(p, map, batch, head / p.group, tiles, stages, full, empty);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+    consume(p, head_row, block, tiles, stages, full, empty);
   }
-
-  const int first_of_group = block * kBlockRows + warp_id() / 4 * kRows;
-  const int first_row = block * kBlockRows + warp_id() * 16;
-  const int group = head_row * p.groups_q + first_row / kGroupRows;
-  Left q[kDim / 16];
-  const u32 dead = load_queries(q, p, row_of(p.q, batch, head, 0), first_row);
-  Lists<kSlots> lists;
-  lists.start(stages + kStages * kStageBytes + warp_id() * Lists<kSlots>::kBytes, dead);
-  const bool outside = first_row >= p.length_q;
-  bool flat = false;
-
-  for (int i = 0; i < tiles; ++i) {
-    const int first_key = (tiles - 1 - i) * kTileKeys, stage = i % kStages;
-    await(full + stage * 8, i / kStages & 1);
-    const bool needed =
-        first_of_group < p.length_q && (!kCausal || first_key < first_of_group + kRows);
-    Scores s;
-    if (needed) products(s, q, stages + stage * kStageBytes);
-    // Every warp of the group has read the tile when its products are done.
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + warp_id() / 4) : "memory");
-    if (threadIdx.x % 128 == 0) arrive(empty + stage * 8);
-    if (!needed || outside) continue;
-    if (first_key + kTileKeys > p.length_k ||
-        (kCausal && first_key + kTileKeys > first_row + 1)) {
-#pragma unroll
-      for (int at = 0; at < kTileKeys / 2; ++at) {
-        const int key = first_key + at / 4 * 8 + lane_id() % 4 * 2 + at % 2;
-        const int row = first_row + at / 2 % 2 * 8 + lane_id() / 4;
-        if (key >= p.length_k || (kCausal && key > row)) s[at] = -kInf;
-      }
-    }
-#pragma unroll
-    for (int part = kTileKeys / kFilterKeys - 1; part >= 0; --part) {
-      const auto score = [&](int slot, int n, int j) {
-        return s[(part * (kFilterKeys / 8) + n) * 4 + slot * 2 + j];
-      };
-      if (flat)
-        lists.watch(score);
-      else
-        flat = !lists.filter(score, first_key + part * kFilterKeys + lane_id() % 4 * 2, p);
-    }
-  }
-  if (outside) return;
-  __syncwarp();
-  const u32 overfull = flat ? 1u : lists.write(p, head_row, group, first_row);
-  if (overfull) lists.hand_over(p, group, overfull);
-  if (lane_id() == 0) p.flat[group] = overfull;
 }
 
 }  // namespace adasplash2
