@@ -201,8 +201,8 @@ def _forward(
         }
     )
     with torch.cuda.device(device):
-        if plan.maps_keys:
-            plan.scan(block, launch.tensor_map(tensors[1], sizes.HOPPER_KEYS))
+        if plan.mapped_keys:
+            plan.scan(block, launch.tensor_map(tensors[1], plan.mapped_keys))
         else:
             plan.scan(block)
         for step in plan.forward:

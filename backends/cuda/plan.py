@@ -17,11 +17,11 @@ from adasplash2.problem import Problem
 
 PORTABLE: Config = {"scan": "portable"}
 
-HOPPER_SHAPES = ((3, 3), (2, 4))
-"""Warpgroups and stages of ``scan90.cu``: three groups keep the tensor cores busy while two
-filter, two have longer lists."""
+HOPPER_SHAPES = ((3, 128, 3), (4, 64, 3), (2, 128, 4))
+"""Warpgroups, keys of a tile and stages of ``scan90.cu``: more groups keep the machine busy while
+others wait, fewer have longer lists."""
 
-HOPPER_SHAPES_WIDE = ((2, 3), (3, 3))
+HOPPER_SHAPES_WIDE = ((3, 128, 2), (2, 128, 3))
 """The same for head_dim above 64."""
 
 CACHED_PLANS = 1024
@@ -32,7 +32,9 @@ def configs(problem: Problem) -> list[Config]:
     shapes = [PORTABLE]
     if _has_wgmma(problem):
         choices = HOPPER_SHAPES if problem.head_dim <= 64 else HOPPER_SHAPES_WIDE
-        shapes = [{"scan": "hopper", "warpgroups": w, "stages": s} for w, s in choices]
+        shapes = [
+            {"scan": "hopper", "warpgroups": w, "keys": k, "stages": s} for w, k, s in choices
+        ]
         shapes.append(PORTABLE)
     available = shared_memory(problem.device)
     return [c for c in shapes if _scan(problem, c).capacity(available) is not None]
@@ -57,7 +59,7 @@ class Plan:
         )
         # Copies by the engine, and wgmma's operands, need rows that start on 16 bytes.
         self._scan = _scan(problem, config if aligned else PORTABLE)
-        self.maps_keys = self._scan.unit == "scan90.cu"
+        self.mapped_keys = dict(self._scan.defines).get("KEYS")  # of a box of the copy engine
         factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
         c = factor if factor > 0.0 else 1.0
         self.constants = launch.params(
@@ -157,7 +159,8 @@ def _plan(problem: Problem, config: tuple[tuple[str, int | str], ...], aligned: 
 
 def _scan(problem: Problem, config: Config) -> sizes.Scan:
     if config["scan"] == "hopper":
-        return sizes.hopper_scan(problem.head_dim, int(config["warpgroups"]), int(config["stages"]))
+        shape = (int(config[key]) for key in ("warpgroups", "keys", "stages"))
+        return sizes.hopper_scan(problem.head_dim, *shape)
     return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize)
 
 

@@ -40,9 +40,6 @@ RESERVED_SHARED = 1024
 """Shared memory that the driver takes from each block."""
 
 
-HOPPER_KEYS = 128
-"""``kTileKeys`` of ``scan90.cu``."""
-
 HOPPER_RESERVED = 1280
 """What the start of its stages may lose to alignment, and its barriers."""
 
@@ -105,12 +102,12 @@ def portable_scan(head_dim: int, itemsize: int) -> Scan:
     return Scan("scan.cu", rows, rows, stages + queries)
 
 
-def hopper_scan(head_dim: int, warpgroups: int, stages: int) -> Scan:
-    """``scan90.cu``: ``stages`` tiles of 128 keys, ``warpgroups`` of 64 rows and one that
+def hopper_scan(head_dim: int, warpgroups: int, keys: int, stages: int) -> Scan:
+    """``scan90.cu``: ``stages`` tiles of ``keys`` keys, ``warpgroups`` of 64 rows and one that
     copies."""
     panels = -(-padded(head_dim) // 64)
-    fixed = HOPPER_RESERVED + stages * panels * HOPPER_KEYS * 128
-    defines = (("WARPGROUPS", warpgroups), ("STAGES", stages))
+    fixed = HOPPER_RESERVED + stages * panels * keys * 128
+    defines = (("WARPGROUPS", warpgroups), ("KEYS", keys), ("STAGES", stages))
     return Scan("scan90.cu", warpgroups * 64, warpgroups * 128 + 128, fixed, defines)
 
 

@@ -3,8 +3,9 @@
 // to 128.
 //
 // A block owns kBlockRows queries of one head. One thread has tiles of keys copied into a ring of
-// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. They take turns at
-// the tensor cores: while one multiplies, the others filter.
+// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. While one group
+// filters, the tensor cores work for another: the ring lets them drift apart. (Taking turns at the
+// tensor cores, as FlashAttention-3 does, was a third slower: the slowest filter held up the rest.)
 #include "lists.cuh"
 
 namespace adasplash2 {
@@ -15,13 +16,15 @@ constexpr int kGroups = ADASPLASH2_WARPGROUPS;
 constexpr int kStages = ADASPLASH2_STAGES;
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;
-// Registers move from the warpgroup that copies to those that hold scores; by eights, together at
-// most what the block was launched with.
+// Registers move from the warpgroup that copies to those that hold scores: by eights, and together
+// no more than the block was launched with.
 constexpr int kCopierRegisters = 24;
-constexpr int kConsumerRegisters = kGroups == 2 ? 240 : 160;
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+constexpr int kConsumerRegisters =
+    (kLaunchRegisters * kThreads - kCopierRegisters * 128) / kConsumers / 8 * 8;
 constexpr int kRows = 64;  // of a warpgroup: M of wgmma
 constexpr int kBlockRows = kGroups * kRows;
-constexpr int kTileKeys = 128;  // N of wgmma
+constexpr int kTileKeys = ADASPLASH2_KEYS;  // N of wgmma, 64 or 128
 constexpr int kSlots = 2;
 
 // A tile stands in panels of 64 columns (128 bytes, the width of the swizzle), keys one below
@@ -61,53 +64,51 @@ __device__ __forceinline__ unsigned long long descriptor(u32 address) {
 __device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned long long keys,
                                               int accumulate) {
 #define ADASPLASH2_S4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
-#define ADASPLASH2_S16(i) \
-  ADASPLASH2_S4(i), ADASPLASH2_S4(i + 4), ADASPLASH2_S4(i + 8), ADASPLASH2_S4(i + 12)
-#define ADASPLASH2_WGMMA(type)                                                                  \
-  asm volatile(                                                                                 \
-      "{.reg .pred p; setp.ne.b32 p, %69, 0;"                                                   \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                              \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "   \
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "   \
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, "  \
-      "1, 1, 0;}"                                                                               \
-      : ADASPLASH2_S16(0), ADASPLASH2_S16(16), ADASPLASH2_S16(32), ADASPLASH2_S16(48)           \
-      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(keys), "r"(accumulate))
-#if ADASPLASH2_DTYPE == 1
-  ADASPLASH2_WGMMA("f16");
+#define ADASPLASH2_S32(i)                                                                     \
+  ADASPLASH2_S4(i), ADASPLASH2_S4(i + 4), ADASPLASH2_S4(i + 8), ADASPLASH2_S4(i + 12),        \
+      ADASPLASH2_S4(i + 16), ADASPLASH2_S4(i + 20), ADASPLASH2_S4(i + 24), ADASPLASH2_S4(i + 28)
+#if ADASPLASH2_KEYS == 64
+#define ADASPLASH2_SCORES ADASPLASH2_S32(0)
+#define ADASPLASH2_SHAPE "m64n64k16"
+#define ADASPLASH2_OPERANDS                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, "  \
+  "%36, p, 1, 1, 0;}"
+#define ADASPLASH2_FLAG "%37"
 #else
-  ADASPLASH2_WGMMA("bf16");
+#define ADASPLASH2_SCORES ADASPLASH2_S32(0), ADASPLASH2_S32(32)
+#define ADASPLASH2_SHAPE "m64n128k16"
+#define ADASPLASH2_OPERANDS                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, "    \
+  "1, 1, 0;}"
+#define ADASPLASH2_FLAG "%69"
 #endif
-#undef ADASPLASH2_WGMMA
-#undef ADASPLASH2_S16
-#undef ADASPLASH2_S4
+#if ADASPLASH2_DTYPE == 1
+#define ADASPLASH2_TYPES ".f32.f16.f16 "
+#else
+#define ADASPLASH2_TYPES ".f32.bf16.bf16 "
+#endif
+
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " ADASPLASH2_FLAG
+               ", 0;"
+               "wgmma.mma_async.sync.aligned." ADASPLASH2_SHAPE ADASPLASH2_TYPES ADASPLASH2_OPERANDS
+               : ADASPLASH2_SCORES
+               : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(keys), "r"(accumulate));
 }
 
-// Start q k^T of a warpgroup's 64 rows and one tile.
-__device__ __forceinline__ void start_products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
+// q k^T of a warpgroup's 64 rows and one tile.
+__device__ __forceinline__ void products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
     multiply_tile(s, q[k], descriptor(tile + k / 4 * kPanelBytes + k % 4 * 32), k > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void finish_products(Scores& s) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
   for (float& x : s) asm volatile("" : "+f"(x)::"memory");  // reads stay behind
-}
-
-// Named barriers for the turns: number 1 + g opens when group g - 1 has started its products.
-// Without them the products of all groups are dealt out evenly, end together, and leave the
-// tensor cores idle while all groups filter.
-__device__ __forceinline__ void wait_for_turn(int group) {
-  if constexpr (kGroups > 1) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
-}
-__device__ __forceinline__ void pass_turn(int group) {
-  if constexpr (kGroups > 1)
-    asm volatile("bar.arrive %0, 256;" ::"r"(1 + (group + 1) % kGroups) : "memory");
 }
 
 // --- loads ---------------------------------------------------------------------------------
@@ -188,23 +189,13 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
   Lists<kSlots> lists;
   lists.start(stages + kStages * kStageBytes + warp_id() * Lists<kSlots>::kBytes, dead);
 
-  const int turn = warp_id() / 4;
-  if (turn == kGroups - 1) pass_turn(turn);
   for (int i = 0; i < tiles; ++i) {
     const int first_key = (tiles - 1 - i) * kTileKeys, stage = i % kStages;
     const bool needed =
         first_of_group < p.length_q && (!kCausal || first_key < first_of_group + kRows);
     await(full + stage * 8, i / kStages & 1);
-    wait_for_turn(turn);
-    const bool last = i + 1 == tiles && turn + 1 == kGroups;  // nobody waits for a next turn
     Scores s;
-    if (needed) {
-      start_products(s, q, stages + stage * kStageBytes);
-      if (!last) pass_turn(turn);
-      finish_products(s);
-    } else if (!last) {
-      pass_turn(turn);
-    }
+    if (needed) products(s, q, stages + stage * kStageBytes);
     if (lane_id() == 0) arrive(empty + stage * 8);
     if (!needed || first_row >= p.length_q) continue;
     if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1)) {
