@@ -31,11 +31,6 @@ constexpr int kGrow = 8;
 #endif
 constexpr int kLastResorts = 4;  // Newton steps before a full list sends its rows to dense tiles
 
-// setp.gtu is true for NaN too, so that it is kept and poisons its row in the end.
-__device__ __forceinline__ bool survives(float score, float bound) {
-  return !(score <= bound);
-}
-
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float out;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
@@ -111,15 +106,16 @@ struct Lists {
     }
   }
 
+  // NaN is not kept: the row's maximum is NaN, which poisons it.
   template <int slot>
-  __device__ __forceinline__ void append(float score, int column) {
+  __device__ __forceinline__ void append(float score, int column, float above) {
     asm volatile(
-        "{.reg .pred kept; setp.gtu.f32 kept, %1, %3;"
+        "{.reg .pred kept; setp.gt.f32 kept, %1, %3;"
         "@kept st.shared.b32 [%0+%4], %1;"
         "@kept st.shared.b32 [%0+%5], %2;"
         "@kept add.u32 %0, %0, %6;}"
         : "+r"(end[slot])
-        : "f"(score), "r"(column), "f"(bound[slot]), "n"(slot * kSlotBytes),
+        : "f"(score), "r"(column), "f"(above), "n"(slot * kSlotBytes),
           "n"(kColumns + slot * kSlotBytes), "n"(kEntryBytes)
         : "memory");
   }
@@ -338,50 +334,77 @@ struct Lists {
     }
   }
 
+  // Append what survives of the group of kFilterKeys keys number `group`; false where a list of
+  // this lane had no room for all that may come.
+  template <class Score>
+  __device__ __forceinline__ bool append_group(const Score& score, int group, int first_column) {
+    bool fits = true;
+    float above[kSlots];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const bool room = end[slot] <= base + (kCapacity - kGroupAppend) * kEntryBytes;
+      above[slot] = room ? bound[slot] : kInf;
+      fits &= room;
+    }
+#pragma unroll
+    for (int i = 0; i < kGroupAppend; ++i) {
+      const int n = group * (kFilterKeys / 8) + i / 2, j = i % 2;
+      const int column = first_column + n * 8 + j;
+      append<0>(score(0, n, j), column, above[0]);
+      append<1>(score(1, n, j), column, above[1]);
+      if constexpr (kSlots == 4) {
+        append<2>(score(2, n, j), column, above[2]);
+        append<3>(score(3, n, j), column, above[3]);
+      }
+    }
+    return fits;
+  }
+
   // Filter the scores of `groups` times kFilterKeys keys: `first_column` is the lane's first, and
   // score (slot, n, j) belongs to column first_column + 8 n + j. The maxima of a flat warp go on
-  // being kept; it turns flat where a list has no room left.
+  // being kept; it turns flat where a row keeps more than its lists hold.
   template <int groups, class Score>
   __device__ __forceinline__ void filter(const Score& score, int first_column, const Params& p) {
-    constexpr int kParts = kFilterKeys / 8;
-    bool any[groups];
+    bool any[groups], some = false;
 #pragma unroll
     for (int group = 0; group < groups; ++group) {
       any[group] = false;
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
-        float seen = score(slot, group * kParts, 0);
+        const int n = group * (kFilterKeys / 8);
+        float seen = score(slot, n, 0);
 #pragma unroll
-        for (int i = 1; i < 2 * kParts; ++i)
-          seen = max_or_nan(seen, score(slot, group * kParts + i / 2, i % 2));
+        for (int i = 1; i < kGroupAppend; ++i)
+          seen = max_or_nan(seen, score(slot, n + i / 2, i % 2));
         top[slot] = max_or_nan(top[slot], seen);
-        any[group] |= survives(seen, bound[slot]);
+        any[group] |= seen > bound[slot];
       }
+      some |= any[group];
     }
-    bool some = false;
-#pragma unroll
-    for (int group = 0; group < groups; ++group) some |= any[group];
     if (!__any_sync(kAllLanes, some) || flat) return;
     set_first_bounds(p.inv_c);
+    u32 before[kSlots];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) before[slot] = end[slot];
+    bool fits = true;
+#pragma unroll
+    for (int group = 0; group < groups; ++group)
+      if (__any_sync(kAllLanes, any[group])) fits &= append_group(score, group, first_column);
+    if (!__any_sync(kAllLanes, !fits || furthest() > limit)) return;
+
+    // Too many at a time: once more, with a look at the room after each group.
+    int group = groups;
+    if (__any_sync(kAllLanes, !fits)) {
+      group = 0;
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) end[slot] = before[slot];
+    }
 #pragma unroll 1  // one copy of the refresh
-    for (int group = 0; group < groups; ++group) {
+    for (; group <= groups && !flat; ++group) {
 #pragma unroll
-      for (int here = 0; here < groups; ++here) {
-        if (here != group || !__any_sync(kAllLanes, any[here])) continue;
-#pragma unroll
-        for (int i = 0; i < 2 * kParts; ++i) {
-          const int n = here * kParts + i / 2, j = i % 2;
-          const int column = first_column + n * 8 + j;
-          append<0>(score(0, n, j), column);
-          append<1>(score(1, n, j), column);
-          if constexpr (kSlots == 4) {
-            append<2>(score(2, n, j), column);
-            append<3>(score(3, n, j), column);
-          }
-        }
-      }
+      for (int here = 0; here < groups; ++here)
+        if (here == group) append_group(score, here, first_column);
       flat = !make_room(p.c, p.inv_c, p.r);
-      if (flat) return;
     }
   }
 };

@@ -51,6 +51,15 @@ __device__ __forceinline__ void await(u32 barrier, u32 parity) {
       : "memory");
 }
 
+// Where a walk through the ring is: a stage, and the parity of its round.
+struct Ring {
+  int stage = 0;
+  u32 parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
 // --- products ------------------------------------------------------------------------------
 
 using Scores = float[kTileKeys / 2];  // 4 n + 2 s + j: column 8 n + j of the lane's slot s
@@ -125,20 +134,20 @@ __device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map
                                            u32 empty) {
   // A dimension that was expanded with stride 0 has one entry in the map.
   const int head_at = p.k.head ? kv_head : 0, batch_at = p.k.batch ? batch : 0;
-  for (int i = 0; i < tiles; ++i) {
-    const int stage = i % kStages;
-    if (i >= kStages) await(empty + stage * 8, (i / kStages - 1) & 1);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + stage * 8),
+  Ring at;
+  for (int i = 0; i < tiles; ++i, at.advance()) {
+    if (i >= kStages) await(empty + at.stage * 8, at.parity ^ 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + at.stage * 8),
                  "r"(kStageBytes)
                  : "memory");
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
       asm volatile(
           "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-          " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(stages + stage * kStageBytes +
+          " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(stages + at.stage * kStageBytes +
                                                        panel * kPanelBytes),
           "l"(&map), "r"(panel * 64), "r"((tiles - 1 - i) * kTileKeys), "r"(head_at),
-          "r"(batch_at), "r"(full + stage * 8)
+          "r"(batch_at), "r"(full + at.stage * 8)
           : "memory");
   }
 }
@@ -189,14 +198,15 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
   Lists<kSlots> lists;
   lists.start(stages + kStages * kStageBytes + warp_id() * Lists<kSlots>::kBytes, dead);
 
-  for (int i = 0; i < tiles; ++i) {
-    const int first_key = (tiles - 1 - i) * kTileKeys, stage = i % kStages;
+  Ring at;
+  for (int first_key = (tiles - 1) * kTileKeys; first_key >= 0; first_key -= kTileKeys) {
     const bool needed =
         first_of_group < p.length_q && (!kCausal || first_key < first_of_group + kRows);
-    await(full + stage * 8, i / kStages & 1);
+    await(full + at.stage * 8, at.parity);
     Scores s;
-    if (needed) products(s, q, stages + stage * kStageBytes);
-    if (lane_id() == 0) arrive(empty + stage * 8);
+    if (needed) products(s, q, stages + at.stage * kStageBytes);
+    if (lane_id() == 0) arrive(empty + at.stage * 8);
+    at.advance();
     if (!needed || first_row >= p.length_q) continue;
     if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1)) {
 #pragma unroll
