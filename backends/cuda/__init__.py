@@ -14,13 +14,13 @@ Needs CuPy, which brings NVRTC, and neither Triton nor a compiler.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import compile as compiler
 from adasplash2.backends.cuda import launch, rows, sizes
+from adasplash2.backends.cuda import plan as plans
 from adasplash2.contract import AttentionStats, Config, Forward
 from adasplash2.problem import Inputs, Problem, RowProblem
 
@@ -28,7 +28,6 @@ name = "cuda"
 
 MIN_CAPABILITY = (8, 0)
 """``cp.async`` and bfloat16 matrix fragments."""
-
 
 MAX_ALPHA = 2.0
 """Above it p has infinite slopes at the edge of the support, and the refinement stalls."""
@@ -78,17 +77,12 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         )
     if isinstance(problem, RowProblem):
         return reasons + rows.refusals(problem)
-    if problem.length_k > sizes.MAX_LENGTH_K:
-        reasons.append(
-            f"{problem.length_k} keys are more than the {sizes.MAX_LENGTH_K} "
-            "that the scan's column codes reach"
-        )
     if sizes.Counts.of(problem).rows > 2**31 - 1:
         reasons.append("the query rows of all heads together exceed 2^31 - 1")
     itemsize = problem.dtype.itemsize
     dense = max(sizes.dense_shared(problem.head_dim, problem.head_dim_v, itemsize).values())
-    optin, _ = _shared_memory(problem.device)
-    if _capacity(problem) is None or dense > optin:
+    optin = plans.shared_memory(problem.device)
+    if not configs(problem) or dense > optin:
         reasons.append(
             f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs "
             f"more shared memory than the {optin} bytes a block has on {problem.device}"
@@ -97,11 +91,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
-    """The list capacity that suits the device's shared memory."""
-    if isinstance(problem, RowProblem):
-        return [{}]
-    capacity = _capacity(problem)
-    return [] if capacity is None else [{"capacity": capacity}]
+    """The shapes of the scan that the device has room for."""
+    return [{}] if isinstance(problem, RowProblem) else plans.configs(problem)
 
 
 def saved_bytes(problem: Problem, config: Config) -> int | None:
@@ -118,51 +109,40 @@ def backward(
     problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    call = _Call(problem, (*inputs, grad_out), config)
-    grad_out = call.tensors[3]
+    *tensors, grad_out = (_unit_stride(x) for x in (*inputs, grad_out))
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     grad_query, grad_key, grad_value = grads
-    if not problem.length_q or not problem.length_k or not call.counts.rows:
-        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    counts = call.counts
+    plan = plans.plan(problem, config, _aligned(problem, *tensors, grad_out))
+    counts = plan.counts
     entries = counts.rows * sizes.ARENA_ROW
     long_room = 1 + entries // sizes.SHORT_COLUMN
-    zeroed = torch.zeros(counts.columns + long_room, dtype=torch.int32, device=problem.device)
-    scratch = {
-        "rank": torch.empty(entries, dtype=torch.int32, device=problem.device),
-        "records": torch.empty(
-            entries * sizes.RECORD_BYTES, dtype=torch.uint8, device=problem.device
-        ),
-        "column_count": zeroed[: counts.columns],
-        "column_start": torch.empty(counts.columns, dtype=torch.int32, device=problem.device),
-        "long_columns": zeroed[counts.columns :],
-        "delta": torch.empty_like(forward.tau),
-    }
-    block = call.params(
-        **call.saved_parts(forward.saved),
-        **scratch,
-        tau=forward.tau,
-        grad_o=launch.view(grad_out),
-        grad_q=launch.view(grad_query),
-        grad_k=launch.view(grad_key),
-        grad_v=launch.view(grad_value),
-        long_limit=sizes.SHORT_COLUMN,
+    scratch, total = sizes.parts(
+        {
+            "column_count": 4 * counts.columns,
+            "long_columns": 4 * long_room,
+            "column_start": 4 * counts.columns,
+            "rank": 4 * entries,
+            "delta": 4 * forward.tau.numel(),
+            "records": sizes.RECORD_BYTES * entries,
+        }
+    )
+    memory = torch.empty(total, dtype=torch.uint8, device=problem.device)
+    memory[: scratch["column_start"]].zero_()  # the counts, and the number of long columns
+    block = plan.params(
+        {
+            **_addresses(memory, scratch),
+            **_addresses(forward.saved, plan.saved.offsets),
+            **_views(*tensors),
+            "tau": forward.tau,
+            "grad_o": launch.view(grad_out),
+            "grad_q": launch.view(grad_query),
+            "grad_k": launch.view(grad_key),
+            "grad_v": launch.view(grad_value),
+        }
     )
     with torch.cuda.device(problem.device):
-        lanes = sizes.lanes_per_row(max(problem.head_dim, problem.head_dim_v))
-        call.elements("count_columns", counts.groups, block)
-        call.elements("prefix_columns", counts.kv_heads, block, threads=sizes.PREFIX_THREADS)
-        call.elements("grad_rows", -(-counts.rows * lanes // sizes.ELEMENT_THREADS), block)
-        call.elements("grad_columns", -(-counts.columns * 32 // sizes.ELEMENT_THREADS), block)
-        call.elements(
-            "grad_long_columns",
-            torch.cuda.get_device_properties(problem.device).multi_processor_count,
-            block,
-            threads=sizes.LONG_THREADS,
-        )
-        call.dense("dense_grad_rows", (counts.heads * _tiles(problem.length_q),), block)
-        split = 2 if sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v) > 256 else 1
-        call.dense("dense_grad_columns", (counts.kv_heads * _tiles(problem.length_k), split), block)
+        for step in plan.backward:
+            step(block)
     return grad_query, grad_key, grad_value
 
 
@@ -209,99 +189,17 @@ def versions() -> Mapping[str, str]:
 
 
 def precompile(problem: Problem | RowProblem, config: Config) -> None:
-    """See :meth:`adasplash2.contract.Backend.precompile`; for tensors whose rows lie next to each
-    other. Others may take a variant more."""
-    arch = compiler.architecture(torch.cuda.get_device_capability(problem.device))
-    if isinstance(problem, RowProblem):
-        compiler.cubin_path("rows.cu", launch.row_defines(problem), arch)
-        return
-    widths = problem.head_dim, problem.head_dim_v
-    aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
-    compiler.cubin_path("scan.cu", launch.defines(problem, aligned, int(config["capacity"])), arch)
-    shared = launch.defines(problem, aligned, 0)
-    compiler.cubin_path("elements.cu", shared | {"CAUSAL": 0}, arch)
-    compiler.cubin_path("dense.cu", shared, arch)
-
-
-class _Call:
-    """One attention call: its tensors as the kernels take them, and its compiled variant."""
-
-    def __init__(self, problem: Problem, tensors: tuple[Tensor, ...], config: Config) -> None:
-        self.problem = problem
-        self.counts = sizes.Counts.of(problem)
-        self.tensors = tuple(
-            x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous() for x in tensors
-        )
-        self.capacity = int(config["capacity"])
-        self.aligned = launch.is_aligned(*self.tensors) and all(
-            width * problem.dtype.itemsize % 16 == 0
-            for width in (problem.head_dim, problem.head_dim_v)
-        )
-        self.layout = sizes.Saved(self.counts)
-
-    def params(self, **fields: Any) -> Any:
-        """The argument block with what every kernel reads, and ``fields``."""
-        problem, query, key, value = self.problem, *self.tensors[:3]
-        factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
-        c = factor if factor > 0.0 else 1.0
-        sign = (problem.scores.scale > 0.0) - (problem.scores.scale < 0.0)
-        return launch.params(
-            {
-                "q": launch.view(query),
-                "k": launch.view(key),
-                "v": launch.view(value),
-                "batch": problem.batch,
-                "heads_q": problem.heads_q,
-                "heads_kv": problem.heads_kv,
-                "group": problem.group_size,
-                "length_q": problem.length_q,
-                "length_k": problem.length_k,
-                "groups_q": self.counts.groups_per_head,
-                "c": c,
-                "inv_c": min(1.0 / c, 1e30),
-                "scale": problem.scores.scale,
-                "q_sign": sign,
-                "r": 1.0 / (problem.alpha - 1.0),
-                **fields,
-            }
-        )
-
-    def saved_parts(self, saved: Tensor) -> dict[str, Tensor]:
-        names = ("row_start", "row_count", "flat", "poison", "entries")
-        return {part: self.layout.part(saved, part) for part in names}
-
-    def scan(self, block: Any) -> None:
-        problem = self.problem
-        shared = sizes.scan_shared(problem.head_dim, problem.dtype.itemsize, self.capacity)
-        options = launch.defines(problem, self.aligned, self.capacity)
-        blocks = self.counts.heads * -(-problem.length_q // sizes.SCAN_ROWS)
-        self._run("scan.cu", "scan", options, shared, (blocks,), sizes.SCAN_THREADS, block)
-
-    def elements(
-        self, kernel: str, blocks: int, block: Any, threads: int = sizes.ELEMENT_THREADS
-    ) -> None:
-        # The gathers depend on neither the masks nor the lists: one variant serves all.
-        options = launch.defines(self.problem, self.aligned, 0) | {"CAUSAL": 0}
-        self._run("elements.cu", kernel, options, 0, (blocks,), threads, block)
-
-    def dense(self, kernel: str, blocks: tuple[int, ...], block: Any) -> None:
-        problem = self.problem
-        shared = sizes.dense_shared(problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
-        options = launch.defines(problem, self.aligned, 0)
-        self._run("dense.cu", kernel, options, shared[kernel], blocks, sizes.DENSE_THREADS, block)
-
-    def _run(
-        self,
-        unit: str,
-        kernel: str,
-        options: dict[str, int],
-        shared: int,
-        blocks: tuple[int, ...],
-        threads: int,
-        block: Any,
-    ) -> None:
-        device = torch.cuda.current_device()
-        launch.kernel(device, unit, kernel, tuple(options.items()), shared)(blocks, threads, block)
+    """See :meth:`adasplash2.contract.Backend.precompile`; for tensors whose rows lie on 16 bytes
+    where their width allows it. Others may take a variant more."""
+    with torch.cuda.device(problem.device):
+        if isinstance(problem, RowProblem):
+            arch = compiler.architecture(torch.cuda.get_device_capability())
+            compiler.cubin_path("rows.cu", launch.row_defines(problem), arch)
+            return
+        widths = problem.head_dim, problem.head_dim_v
+        aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
+        plan = plans.plan(problem, config, aligned)
+        _ = plan.scan, plan.forward, plan.backward if problem.needs_grad else ()
 
 
 def _forward(
@@ -311,42 +209,51 @@ def _forward(
     recorded: dict[str, Tensor],
     support: Tensor | None = None,
 ) -> Forward:
-    call = _Call(problem, tuple(inputs), config)
+    tensors = [_unit_stride(x) for x in inputs]
+    plan = plans.plan(problem, config, _aligned(problem, *tensors))
     shape = (problem.batch, problem.heads_q, problem.length_q)
-    out = torch.empty((*shape, problem.head_dim_v), dtype=problem.dtype, device=problem.device)
-    tau = torch.empty(shape, dtype=torch.float32, device=problem.device)
-    saved = torch.empty(call.layout.total, dtype=torch.uint8, device=problem.device)
-    empty = saved.new_empty(0)
-    if not call.counts.rows or not problem.length_k:
-        saved.zero_()
-        out.zero_()
-        tau.fill_(float("inf"))
-        return Forward(out, tau, saved if problem.needs_grad else empty)
-    parts = call.saved_parts(saved)
-    parts["poison"].zero_()
-    block = call.params(**parts, **recorded, tau=tau, o=launch.view(out))
-    with torch.cuda.device(problem.device):
-        call.scan(block)
-        lanes = sizes.lanes_per_row(problem.head_dim_v)
-        call.elements("output", -(-call.counts.rows * lanes // sizes.ELEMENT_THREADS), block)
-        call.dense("dense_output", (call.counts.heads * _tiles(problem.length_q),), block)
+    device = problem.device
+    out = torch.empty((*shape, problem.head_dim_v), dtype=problem.dtype, device=device)
+    tau = torch.empty(shape, dtype=torch.float32, device=device)
+    saved = torch.empty(plan.saved.total, dtype=torch.uint8, device=device)
+    plan.saved.part(saved, "poison").zero_()
+    block = plan.params(
+        {
+            **_addresses(saved, plan.saved.offsets),
+            **_views(*tensors),
+            **recorded,
+            "tau": tau,
+            "o": launch.view(out),
+        }
+    )
+    with torch.cuda.device(device):
+        if plan.mapped_keys:
+            plan.scan(block, launch.tensor_map(tensors[1], plan.mapped_keys))
+        else:
+            plan.scan(block)
+        for step in plan.forward:
+            step(block)
     if support is not None:
-        counted = parts["row_count"].view(torch.int32).view(*shape[:2], -1)
+        counted = plan.saved.part(saved, "row_count").view(torch.int32).view(*shape[:2], -1)
         support.copy_(counted[..., : problem.length_q].clamp(min=0))
-    return Forward(out, tau, saved if problem.needs_grad else empty)
+    return Forward(out, tau, saved if problem.needs_grad else saved.new_empty(0))
 
 
-def _tiles(length: int) -> int:
-    return -(-length // sizes.DENSE_ROWS)
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _capacity(problem: Problem) -> int | None:
-    per_block, per_unit = _shared_memory(problem.device)
+def _aligned(problem: Problem, *tensors: Tensor) -> bool:
+    """Whether every row of the tensors, and of what is made like them, starts on 16 bytes."""
     itemsize = problem.dtype.itemsize
-    return sizes.scan_capacity(problem.head_dim, itemsize, per_block, per_unit)
+    widths = (problem.head_dim, problem.head_dim_v)
+    return not any(w * itemsize % 16 for w in widths) and launch.is_aligned(*tensors)
 
 
-def _shared_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of shared memory that a block may ask for, and that a multiprocessor has."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
+def _views(query: Tensor, key: Tensor, value: Tensor) -> dict[str, tuple[int, int, int, int]]:
+    return {"q": launch.view(query), "k": launch.view(key), "v": launch.view(value)}
+
+
+def _addresses(memory: Tensor, offsets: Mapping[str, int]) -> dict[str, int]:
+    base = memory.data_ptr()
+    return {name: base + offset for name, offset in offsets.items()}

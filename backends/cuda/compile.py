@@ -56,7 +56,7 @@ def nvrtc_version() -> tuple[int, int]:
 def architecture(capability: tuple[int, int]) -> str:
     """NVRTC's name of the target for a device's compute capability."""
     major, minor = capability
-    return f"sm_{major}{minor}"
+    return "sm_90a" if capability == (9, 0) else f"sm_{major}{minor}"  # 90a has wgmma
 
 
 class Compiled(NamedTuple):

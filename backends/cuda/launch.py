@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -67,7 +68,7 @@ def alpha_code(alpha: float) -> int:
     return {1.5: 0, 2.0: 1}.get(alpha, 2)
 
 
-def defines(problem: Problem, aligned: bool, capacity: int) -> dict[str, int]:
+def defines(problem: Problem, aligned: bool) -> dict[str, int]:
     """What ``kernels/common.cuh`` expects to be defined."""
     return {
         "DTYPE": DTYPE_CODES[problem.dtype],
@@ -76,7 +77,6 @@ def defines(problem: Problem, aligned: bool, capacity: int) -> dict[str, int]:
         "ALPHA": alpha_code(problem.alpha),
         "CAUSAL": int(problem.scores.is_causal),
         "ALIGNED": int(aligned),
-        "CAPACITY": capacity,
     }
 
 
@@ -89,7 +89,6 @@ def row_defines(problem: RowProblem) -> dict[str, int]:
         "ALPHA": alpha_code(problem.alpha),
         "CAUSAL": 0,
         "ALIGNED": 0,
-        "CAPACITY": 0,
     }
 
 
@@ -112,12 +111,16 @@ def view(tensor: Tensor) -> tuple[int, int, int, int]:
     return (tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
-def params(fields: Mapping[str, Any], layout: np.dtype[Any] = PARAMS) -> Any:
-    """The argument block; fields that are not named are zero."""
-    block = np.zeros((), dtype=layout)
+def params(fields: Mapping[str, Any], constants: Any = None) -> Any:
+    """The argument block of ``constants`` and ``fields``; what neither names is zero."""
+    block = np.zeros((), dtype=PARAMS) if constants is None else constants.copy()
     for name, value in fields.items():
         block[name] = value.data_ptr() if isinstance(value, Tensor) else value
     return block
+
+
+Launch = Callable[..., None]
+"""A kernel with its grid: takes the kernel's arguments."""
 
 
 class Kernel:
@@ -133,6 +136,59 @@ class Kernel:
         """Launch on torch's current stream of the current device."""
         stream = _cupy_stream(torch.cuda.current_stream().cuda_stream)
         self._function(blocks, (threads,), arguments, shared_mem=self._shared_bytes, stream=stream)
+
+
+_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+_MAP = np.dtype([("opaque", np.uint64, 16)])
+_MAP_SWIZZLE_128B, _MAP_L2_PROMOTION_256B = 3, 3
+
+
+def tensor_map(keys: Tensor, rows: int) -> Any:
+    """The driver's description of ``keys`` for the copy engine: boxes of 64 columns by ``rows``.
+
+    Raises:
+        RuntimeError: the driver refuses; the message has its error code.
+    """
+    batch, heads, length, width = keys.shape
+    # A dimension expanded with stride 0 has one entry; the kernel stays at it.
+    sizes = [width, length]
+    strides = [keys.stride(2) if length > 1 else width]
+    for size, stride in ((heads, keys.stride(1)), (batch, keys.stride(0))):
+        single = size == 1 or stride == 0
+        sizes.append(1 if single else size)
+        strides.append(strides[-1] * sizes[-2] if single else stride)
+    room = np.zeros(24, dtype=np.uint64)  # the driver writes to 64 aligned bytes
+    encoded = np.ndarray((), _MAP, room, offset=-room.ctypes.data % 64)
+    itemsize = keys.element_size()
+    status = _encoder()(
+        encoded.ctypes.data,
+        _MAP_TYPES[keys.dtype],
+        4,
+        keys.data_ptr(),
+        (ctypes.c_uint64 * 4)(*sizes),
+        (ctypes.c_uint64 * 3)(*(stride * itemsize for stride in strides)),
+        (ctypes.c_uint32 * 4)(64, rows, 1, 1),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        0,
+        _MAP_SWIZZLE_128B,
+        _MAP_L2_PROMOTION_256B,
+        0,
+    )
+    if status:
+        raise RuntimeError(
+            f"the CUDA driver cannot describe keys of shape {tuple(keys.shape)} and strides "
+            f"{keys.stride()} to the copy engine (CUresult {status})"
+        )
+    return encoded
+
+
+@cache
+def _encoder() -> Any:
+    encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    encode.argtypes = [pointer, number, ctypes.c_uint32, *[pointer] * 5, *[number] * 4]
+    encode.restype = number
+    return encode
 
 
 @cache

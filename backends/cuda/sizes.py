@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from adasplash2.problem import Problem
 
-WARP_ROWS = 32
-"""``kWarpRows``: query rows of one group, which is an element group or a flat one."""
+GROUP_ROWS = 16
+"""``kGroupRows``: query rows that are an element group or a flat one together."""
 
 ARENA_ROW = 64
 """``kArenaRow``: survivors that a group may keep, per row, before it turns flat."""
 
 ENTRY_BYTES = 8
 RECORD_BYTES = 16
-LIST_ENTRY_BYTES = 768
-"""``kEntryBytes``: one entry of all survivor lists of a warp of the scan."""
+LIST_ENTRY_BYTES = 32
+"""One entry of the four lists of a query row in the scans."""
 
-SCAN_ROWS = 128
-"""``kBlockRows`` of ``scan.cu``."""
-
-SCAN_THREADS = 128
 DENSE_ROWS = 64
 """``kRows`` and ``kTile`` of ``dense.cu``."""
 
@@ -34,17 +30,21 @@ LONG_THREADS = 512
 SHORT_COLUMN = 256
 """``kShortColumn``: survivors of a key that one warp sums; more take a block."""
 
-MAX_CAPACITY = 32
+MAX_CAPACITY = 40
 """Entries of a lane's list that ``kMaxRow`` (four lists) of ``elements.cu`` allows."""
 
-MIN_CAPACITY = 20
-"""Fewer overflow too often: a row of support 28 puts up to 20 into one of its four lists."""
-
-MAX_LENGTH_K = 2**18
-"""Keys that the 16-bit column codes of ``scan.cu`` reach."""
+MIN_CAPACITY = 16
+"""Twice what a lane may add before it looks at its room again (``kGroupAppend``)."""
 
 RESERVED_SHARED = 1024
 """Shared memory that the driver takes from each block."""
+
+
+HOPPER_RESERVED = 1280
+"""What the start of its stages may lose to alignment, and its barriers."""
+
+HOPPER_MAX_HEAD_DIM = 128
+"""Wider queries leave ``scan90.cu`` too few registers."""
 
 
 def padded(width: int) -> int:
@@ -62,13 +62,6 @@ def lanes_per_row(width: int) -> int:
     return 8 if width <= 64 else 16 if width <= 128 else 32
 
 
-def scan_shared(head_dim: int, itemsize: int, capacity: int) -> int:
-    """Dynamic shared memory of ``scan``: two stages of 64 keys, the lists, float32 queries."""
-    stages = 2 * tile_bytes(64, head_dim, itemsize)
-    queries = 0 if itemsize == 2 else tile_bytes(SCAN_ROWS, head_dim, itemsize)
-    return stages + queries + SCAN_ROWS // WARP_ROWS * capacity * LIST_ENTRY_BYTES
-
-
 def dense_shared(head_dim: int, head_dim_v: int, itemsize: int) -> dict[str, int]:
     """Dynamic shared memory of the kernels of ``dense.cu``: tiles of 64 rows."""
     keys = tile_bytes(DENSE_ROWS, head_dim, itemsize)
@@ -80,15 +73,42 @@ def dense_shared(head_dim: int, head_dim_v: int, itemsize: int) -> dict[str, int
     }
 
 
-def scan_capacity(head_dim: int, itemsize: int, per_block: int, per_unit: int) -> int | None:
-    """Entries of a lane's list that fit: with two blocks a multiprocessor if enough do, else
-    with one; None where too few fit even then."""
-    for limit in (min(per_block, per_unit // 2 - RESERVED_SHARED), per_block):
-        left = limit - scan_shared(head_dim, itemsize, 0)
-        fit = left // (SCAN_ROWS // WARP_ROWS * LIST_ENTRY_BYTES)
-        if fit >= MIN_CAPACITY:
-            return min(fit, MAX_CAPACITY)
-    return None
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One of the two scans: how many rows a block has, and what of its shared memory is taken."""
+
+    unit: str
+    rows: int
+    threads: int
+    fixed_shared: int
+    defines: tuple[tuple[str, int], ...] = ()
+
+    def shared(self, capacity: int) -> int:
+        """Dynamic shared memory with lists of ``capacity`` entries."""
+        return self.fixed_shared + self.rows * capacity * LIST_ENTRY_BYTES
+
+    def capacity(self, per_block: int) -> int | None:
+        """Entries of a lane's list that fit; None where too few do."""
+        fit = (per_block - self.fixed_shared) // (self.rows * LIST_ENTRY_BYTES)
+        return min(fit, MAX_CAPACITY) if fit >= MIN_CAPACITY else None
+
+
+def portable_scan(head_dim: int, itemsize: int) -> Scan:
+    """``scan.cu``: two stages of keys, and float32 queries."""
+    wide = itemsize == 4 and padded(head_dim) > 128
+    rows, keys = (64, 32) if wide else (128, 64)
+    stages = 2 * tile_bytes(keys, head_dim, itemsize)
+    queries = 0 if itemsize == 2 else tile_bytes(rows, head_dim, itemsize)
+    return Scan("scan.cu", rows, rows, stages + queries)
+
+
+def hopper_scan(head_dim: int, warpgroups: int, keys: int, stages: int) -> Scan:
+    """``scan90.cu``: ``stages`` tiles of ``keys`` keys, ``warpgroups`` of 64 rows and one that
+    copies."""
+    panels = -(-padded(head_dim) // 64)
+    fixed = HOPPER_RESERVED + stages * panels * keys * 128
+    defines = (("WARPGROUPS", warpgroups), ("KEYS", keys), ("STAGES", stages))
+    return Scan("scan90.cu", warpgroups * 64, warpgroups * 128 + 128, fixed, defines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +126,24 @@ class Counts:
     def of(problem: Problem) -> Counts:
         heads = problem.batch * problem.heads_q
         kv_heads = problem.batch * problem.heads_kv
-        per_head = -(-problem.length_q // WARP_ROWS)
+        per_head = -(-problem.length_q // GROUP_ROWS)
         return Counts(
             groups_per_head=per_head,
             groups=heads * per_head,
-            rows=heads * per_head * WARP_ROWS,
+            rows=heads * per_head * GROUP_ROWS,
             heads=heads,
             kv_heads=kv_heads,
             columns=kv_heads * problem.length_k,
         )
+
+
+def parts(nbytes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Offsets of parts of one allocation, each on 256 bytes, and the whole size; in bytes."""
+    offsets, at = {}, 0
+    for name, size in nbytes.items():
+        offsets[name] = at
+        at += -(-size // 256) * 256
+    return offsets, at
 
 
 class Saved:
@@ -124,21 +153,16 @@ class Saved:
     """
 
     def __init__(self, counts: Counts) -> None:
-        sizes = {
+        self._sizes = {
             "row_start": counts.rows * 4,
             "row_count": counts.rows * 4,
             "flat": counts.groups,
             "poison": counts.kv_heads * 4,
             "entries": counts.rows * ARENA_ROW * ENTRY_BYTES,
         }
-        self._ranges: dict[str, tuple[int, int]] = {}
-        at = 0
-        for name, size in sizes.items():
-            self._ranges[name] = (at, size)
-            at += math.ceil(size / 256) * 256
-        self.total = at
+        self.offsets, self.total = parts(self._sizes)
 
     def part(self, saved: torch.Tensor, name: str) -> torch.Tensor:
         """One part as bytes."""
-        at, size = self._ranges[name]
-        return saved[at : at + size]
+        at = self.offsets[name]
+        return saved[at : at + self._sizes[name]]

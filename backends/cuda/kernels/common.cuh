@@ -8,7 +8,11 @@
 //   ADASPLASH2_ALPHA        an AlphaKind
 //   ADASPLASH2_CAUSAL       0 or 1
 //   ADASPLASH2_ALIGNED      1 where every row of every tensor starts on 16 bytes
-//   ADASPLASH2_CAPACITY     entries of a lane's survivor list (scan.cu)
+// and for the scans, which keep lists,
+//   ADASPLASH2_CAPACITY     entries of a lane's survivor list
+//   ADASPLASH2_WARPGROUPS   warpgroups of a block (scan90.cu)
+//   ADASPLASH2_KEYS         keys of a tile (scan90.cu)
+//   ADASPLASH2_STAGES       tiles of keys in shared memory (scan90.cu)
 // No header but threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
 #pragma once
 
@@ -36,11 +40,11 @@ constexpr u32 kAllLanes = 0xffffffffu;
 constexpr float kInf = __builtin_bit_cast(float, 0x7f800000);
 constexpr float kHuge = 1e30f;  // a bound that no score passes, and that stays finite in sums
 
-// Rows that one warp of the scan owns: two 16-row fragments share every key fragment, which
-// halves the shared-memory reads that would otherwise bound the products.
-constexpr int kWarpRows = 32;
-// Entries of the survivor arena per query row; a group of kWarpRows rows shares
-// kWarpRows * kArenaRow of them, so single rows may keep more.
+constexpr float kNaN = __builtin_bit_cast(float, 0x7fffffff);
+// Query rows that are an element group or a flat one together: one matrix fragment.
+constexpr int kGroupRows = 16;
+// Entries of the survivor arena per query row; a group shares kGroupRows * kArenaRow of them, so
+// single rows may keep more.
 constexpr int kArenaRow = 64;
 
 struct View {  // (batch, heads, length, head_dim) with unit stride in head_dim
@@ -54,9 +58,9 @@ struct Entry {  // a survivor of one query row
 };
 
 struct Record {  // a survivor of one key column
-  int row;       // query row, counted over the group's heads: member * length_q + i
+  int row;  // query row, counted over the group's heads: member * length_q + i
   float ds, p;
-  int unused;
+  int member;  // which of the group's heads
 };
 
 struct Params {
@@ -64,10 +68,12 @@ struct Params {
   float* tau;       // (batch * heads_q, length_q)
   int* iterations;  // likewise, or null
   u8* tiles;        // (batch * heads_q, tiles_q, tiles_k) 64x64 tiles with support, or null
-  int* row_start;   // first arena entry of a row; rows are numbered tile by tile. Flat rows:
-                    // the bits of the factor that makes their probabilities sum to one
-  int* row_count;   // survivors of a row
-  u8* flat;         // per group of kWarpRows rows: 1 where the dense kernels take over
+  int* row_start;   // first arena entry of a row; rows are numbered head by head, each head's
+                    // padded to whole groups. Flat rows: the bits of the largest score, then of
+                    // the factor that makes their probabilities sum to one
+  int* row_count;   // survivors of a row, -1 for a poisoned one. Flat rows: at first the bits of
+                    // a lower bound of tau / c
+  u8* flat;         // per group of kGroupRows rows: 1 where the dense kernels take over
   int* poison;      // per (batch, key head): keys before it are seen by a poisoned row
   Entry* entries;   // the arena
   int* rank;        // arrival of an arena entry in its column
@@ -258,10 +264,14 @@ __device__ __forceinline__ Moments<float> sum_over(Moments<float> m) {
 // One guarded step on f(t): narrows [lo, hi] around the root by the moments at t and moves t
 // inside it. True when t is final: f is zero to its round-off, or t can move no closer and f
 // says so too (above alpha = 2, where f has infinite slopes, a short step alone proves nothing).
+// `least` is the smallest x above zero: a step of a closed form that stays below it keeps the
+// support it was solved on, so it ends at the root and nothing is left to prove. It must be short
+// too, since the rounding of f grows with its distance from the root.
 constexpr float kEpsilon = 0x1p-23f;
+constexpr float kSureStep = 1.f / 32.f;
 
 __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& lo, float& hi,
-                                       float& t) {
+                                       float& t, float least) {
   const float f = excess<kAlpha>(m);
   const float step = refinement_step<kAlpha>(m, r);
   if (f >= 0.f)
@@ -273,7 +283,9 @@ __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& 
   const float next = t + step;
   const bool inside = next >= lo && next <= hi;
   const bool still = fabsf(step) <= 0.25f * kEpsilon * fabsf(t);
-  const bool done = fabsf(f) <= roundoff || (still && fabsf(f) <= roundoff + slack);
+  const bool solved =
+      kAlpha != AlphaKind::kGeneral && step >= 0.f && step < fminf(least, kSureStep);
+  const bool done = solved || fabsf(f) <= roundoff || (still && fabsf(f) <= roundoff + slack);
   if (done) {
     if (inside) t = next;
     return true;
@@ -282,6 +294,15 @@ __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& 
   t = inside && !still ? next : 0.5f * (lo + hi);
   // Where the bracket is as narrow as float32 allows, its middle is its end.
   return hi - lo <= 2.f * kEpsilon * fabsf(old) && (t == old || t == lo || t == hi);
+}
+
+// --- where rows, survivors and tiles are kept ----------------------------------------------
+
+__device__ __forceinline__ i64 arena_of(int group) { return i64(group) * kGroupRows * kArenaRow; }
+
+__device__ __forceinline__ void mark_tile(const Params& p, int head_row, int row, int column) {
+  p.tiles[(i64(head_row) * ((p.length_q + 63) / 64) + row / 64) * ((p.length_k + 63) / 64) +
+          column / 64] = 1;
 }
 
 // The rows that a poisoned row's NaN reaches: every key it may see.

@@ -1,4 +1,4 @@
-// Rows whose support is too large for lists: the scan marked their groups of kWarpRows rows
+// Rows whose support is too large for lists: the scan marked their groups of kGroupRows rows
 // flat, and these kernels serve them with dense tiles, recomputing the scores in each pass.
 // Blocks without a flat group return at once, so the launch needs no word from the host.
 //
@@ -157,7 +157,7 @@ struct Block {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const int row = row_of_slot(slot);
-      flat[slot] = row < p.length_q && p.flat[head_row * p.groups_q + row / kWarpRows];
+      flat[slot] = row < p.length_q && p.flat[head_row * p.groups_q + row / kGroupRows];
     }
   }
   __device__ int row_of_slot(int slot) const { return first_row + slot * 8 + lane_id() / 4; }
@@ -209,36 +209,24 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
   const float c = p.c * p.q_sign;
 
-  float top[2] = {-kInf, -kInf};
-  bool poisoned[2] = {};
-  b.for_tiles<false>(stages, [&](int tile, u32 keys, u32) {
-    Scores s;
-    dot_products<kParts, kDim>(s, queries, keys);
-    const bool edge = b.edge(tile);
-#pragma unroll
-    for (int n = 0; n < kParts; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float z = c * s[n][i];
-        if (edge && !b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2)) continue;
-        top[i / 2] = fmaxf(top[i / 2], z);
-        poisoned[i / 2] |= !(z < kInf);
-      }
-  });
-
-  float lo[2] = {-1.f, -1.f}, hi[2] = {0.f, 0.f}, t[2] = {-1.f, -1.f};
-  bool done[2], empty[2];
+  // The scan left each row's largest score and a lower bound of its threshold.
+  float top[2], lo[2], hi[2] = {0.f, 0.f}, t[2];
+  bool poisoned[2], done[2], empty[2];
   int steps[2] = {0, 0};
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
-    top[slot] = max_over<4>(top[slot]);
-    poisoned[slot] = __ballot_sync(kAllLanes, poisoned[slot]) >> (lane_id() & ~3) & 15u;
-    empty[slot] = !poisoned[slot] && top[slot] == -kInf;  // no key scores above minus infinity
-    if (empty[slot]) top[slot] = 0.f;
-    done[slot] = poisoned[slot] || empty[slot] || !b.flat[slot];
+    const i64 at = i64(b.head_row) * p.groups_q * kGroupRows + b.row_of_slot(slot);
+    const float seen = b.flat[slot] ? __int_as_float(p.row_start[at]) : -kInf;
+    const float bound = b.flat[slot] ? __int_as_float(p.row_count[at]) : -kInf;
+    poisoned[slot] = !(seen < kInf);
+    empty[slot] = seen == -kInf;  // no key scores above minus infinity
+    done[slot] = poisoned[slot] || empty[slot];
+    top[slot] = done[slot] ? 0.f : p.c * seen;
+    lo[slot] = t[slot] = done[slot] ? -1.f : fmaxf(-1.f, p.c * (bound - seen));
   }
   for (int step = 0; step < kSolveSteps && __syncthreads_or(!(done[0] && done[1])); ++step) {
     Moments<float> m[2] = {};
+    float least[2] = {kInf, kInf};
     b.for_tiles<false>(stages, [&](int tile, u32 keys, u32) {
       Scores s;
       dot_products<kParts, kDim>(s, queries, keys);
@@ -250,13 +238,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
           float x = fmaf(c, s[n][i], -top[i / 2]) - t[i / 2];
           if (edge && !b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2)) x = 0.f;
           accumulate(m[i / 2], x, p.r);
+          least[i / 2] = fminf(least[i / 2], x > 0.f ? x : kInf);
         }
     });
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       m[slot] = sum_over<4>(m[slot]);
+      least[slot] = -max_over<4>(-least[slot]);
       if (done[slot]) continue;
-      done[slot] = refine(m[slot], p.r, lo[slot], hi[slot], t[slot]);
+      done[slot] = refine(m[slot], p.r, lo[slot], hi[slot], t[slot], least[slot]);
       ++steps[slot];
     }
   }
@@ -298,14 +288,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (poisoned[slot])
 #pragma unroll
       for (int n = 0; n < kDimV / 8; ++n)
-        out[n][2 * slot] = out[n][2 * slot + 1] = __int_as_float(0x7fffffff);
+        out[n][2 * slot] = out[n][2 * slot + 1] = kNaN;
     if (!b.flat[slot] || lane_id() % 4) continue;
     const int row = b.row_of_slot(slot);
     const i64 at = i64(b.head_row) * p.length_q + row;
-    p.tau[at] = poisoned[slot] ? __int_as_float(0x7fffffff)
+    p.tau[at] = poisoned[slot] ? kNaN
                 : empty[slot]  ? kInf
                                : top[slot] + t[slot];
-    const i64 at_row = i64(b.head_row) * p.groups_q * kWarpRows + row;
+    const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + row;
     p.row_count[at_row] = poisoned[slot] ? -1 : kept;
     p.row_start[at_row] = __float_as_int(factor);
     if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, row);
@@ -414,7 +404,7 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
 
   bool any = false;
   for (int i = threadIdx.x; i < p.group * p.groups_q; i += kThreads)
-    any |= i % p.groups_q * kWarpRows + kWarpRows > start &&
+    any |= i % p.groups_q * kGroupRows + kGroupRows > start &&
            p.flat[i64(first_head_row) * p.groups_q + i];
   if (!__syncthreads_or(any)) return;
 
@@ -435,8 +425,10 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
     const int head_row = first_head_row + member, head = kv_head * p.group + member;
     const u8* flat = p.flat + i64(head_row) * p.groups_q;
     for (int first_row = start; first_row < p.length_q; first_row += kTile) {
-      const int group = first_row / kWarpRows;
-      if (!flat[group] && !(group + 1 < p.groups_q && flat[group + 1])) continue;
+      bool wanted = false;
+      for (int i = first_row / kGroupRows; i < min(p.groups_q, (first_row + kTile) / kGroupRows); ++i)
+        wanted |= flat[i];
+      if (!wanted) continue;
       __syncthreads();  // the tile before is read
       load_tile<kTile, kHeadDim, kThreads>(queries_at, row_of(p.q, batch, head, 0), p.q.row,
                                            first_row, p.length_q);
@@ -445,12 +437,12 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
       copy_commit();
       for (int i = threadIdx.x; i < kTile; i += kThreads) {
         const int row = first_row + i;
-        const bool used = row < p.length_q && flat[row / kWarpRows];
+        const bool used = row < p.length_q && flat[row / kGroupRows];
         const i64 at = i64(head_row) * p.length_q + row;
         row_tau[i] = used ? p.tau[at] : kInf;
         row_delta[i] = used ? p.delta[at] : 0.f;
         row_factor[i] =
-            used ? __int_as_float(p.row_start[i64(head_row) * p.groups_q * kWarpRows + row]) : 0.f;
+            used ? __int_as_float(p.row_start[i64(head_row) * p.groups_q * kGroupRows + row]) : 0.f;
       }
       copy_wait();
       __syncthreads();

@@ -10,9 +10,9 @@ namespace adasplash2 {
 
 constexpr int kThreads = 256;
 constexpr int kBatch = 4;     // gathers in flight per lane
-constexpr int kMaxRow = 128;  // survivors of one row at most: four lists of the scan
+constexpr int kMaxRow = 160;  // survivors of one row at most: four lists of the scan
 
-// A row in the order of the arena: groups of kWarpRows rows, head by head.
+// A row in the order of the arena: groups of kGroupRows rows, head by head.
 struct Row {
   int at, head_row, row, batch, head, kv_head;
   bool inside;
@@ -20,7 +20,7 @@ struct Row {
 
 __device__ __forceinline__ Row row_at(const Params& p, int at) {
   Row r;
-  const int per_head = p.groups_q * kWarpRows;
+  const int per_head = p.groups_q * kGroupRows;
   r.at = at;
   r.head_row = at / per_head;
   r.row = at % per_head;
@@ -31,8 +31,6 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
   return r;
 }
 
-__device__ __forceinline__ i64 arena_of(int group) { return i64(group) * kWarpRows * kArenaRow; }
-
 // Entries of one (batch, key head) in the arena of records.
 __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
   return arena_of(kv_row * p.group * p.groups_q);
@@ -41,14 +39,14 @@ __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
 extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
   constexpr int kLanes = lanes_per_row<kHeadDimV>;
   const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
-  if (!r.inside || p.flat[r.at / kWarpRows]) return;
+  if (!r.inside || p.flat[r.at / kGroupRows]) return;
   const int count = p.row_count[r.at];
-  const Entry* entries = p.entries + arena_of(r.at / kWarpRows) + p.row_start[r.at];
+  const Entry* entries = p.entries + arena_of(r.at / kGroupRows) + p.row_start[r.at];
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
   const int at = threadIdx.x % kLanes * 8;
   float out[8];
 #pragma unroll
-  for (float& x : out) x = count < 0 ? __int_as_float(0x7fffffff) : 0.f;
+  for (float& x : out) x = count < 0 ? kNaN : 0.f;
   float mass = 0.f;
   for (int first = 0; first < count; first += kBatch) {
     Entry entry[kBatch];
@@ -82,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     count_columns(const __grid_constant__ Params p) {
   const int group = blockIdx.x;
   if (p.flat[group]) return;
-  const int last = group * kWarpRows + kWarpRows - 1;
+  const int last = group * kGroupRows + kGroupRows - 1;
   const int total = p.row_start[last] + max(p.row_count[last], 0);
   const int head_row = group / p.groups_q;
   const int kv_row = head_row / p.heads_q * p.heads_kv + head_row % p.heads_q / p.group;
@@ -143,14 +141,14 @@ constexpr int kRowLanes = lanes_per_row<(kHeadDim > kHeadDimV ? kHeadDim : kHead
 extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_constant__ Params p) {
   __shared__ float products[kThreads / kRowLanes][kMaxRow];
   const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
-  const bool active = r.inside && !p.flat[r.at / kWarpRows];
+  const bool active = r.inside && !p.flat[r.at / kGroupRows];
   const int kept = active ? p.row_count[r.at] : 0;
   const int count = max(kept, 0);
   int longest = count;  // the lanes of a warp stay together for the shuffles
 #pragma unroll
   for (int step = 1; step < 32; step *= 2)
     longest = max(longest, __shfl_xor_sync(kAllLanes, longest, step));
-  const i64 first_entry = active ? arena_of(r.at / kWarpRows) + p.row_start[r.at] : 0;
+  const i64 first_entry = active ? arena_of(r.at / kGroupRows) + p.row_start[r.at] : 0;
   const Entry* entries = p.entries + first_entry;
   const int lane = threadIdx.x % kRowLanes, at = lane * 8;
   float (&dp)[kMaxRow] = products[threadIdx.x / kRowLanes];
@@ -192,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_co
   Record* records = p.records + records_of(p, kv_row);
   float grad_q[8];
 #pragma unroll
-  for (float& x : grad_q) x = kept < 0 ? __int_as_float(0x7fffffff) : 0.f;
+  for (float& x : grad_q) x = kept < 0 ? kNaN : 0.f;
   for (int first = 0; first < count; first += kBatch) {
     Entry entry[kBatch];
     float key[kBatch][8] = {};
@@ -211,7 +209,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_co
       for (int j = 0; j < 8; ++j) grad_q[j] = fmaf(ds, key[i][j], grad_q[j]);
       if (lane == i)
         records[starts[entry[i].column] + p.rank[first_entry + first + i]] = {
-            r.head % p.group * p.length_q + r.row, ds, factor * probability(entry[i].x, p.r), 0};
+            r.head % p.group * p.length_q + r.row, ds, factor * probability(entry[i].x, p.r),
+            r.head % p.group};
     }
   }
   if (!active) return;
@@ -230,8 +229,8 @@ struct Column {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
       if (record[i].row >= 0) {
-        const int head = kv_head * p.group + record[i].row / p.length_q;
-        const int row = record[i].row % p.length_q;
+        const int head = kv_head * p.group + record[i].member;
+        const int row = record[i].row - record[i].member * p.length_q;
         load8<kHeadDim>(row_of(p.q, batch, head, row), at, q[i]);
         load8<kHeadDimV>(row_of(p.grad_o, batch, head, row), at, grad_o[i]);
       }
@@ -244,9 +243,10 @@ struct Column {
       }
   }
 
+  template <int parts>
   __device__ __forceinline__ void sum_over_parts() {  // lanes that hold the same elements
 #pragma unroll
-    for (int step = kRowLanes; step < 32; step *= 2)
+    for (int step = kRowLanes; step < kRowLanes * parts; step *= 2)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         k[j] += __shfl_xor_sync(kAllLanes, k[j], step);
@@ -260,7 +260,7 @@ struct Column {
     for (float& x : k) x *= p.scale;
     if (column < p.poison[batch * p.heads_kv + kv_head])
 #pragma unroll
-      for (int j = 0; j < 8; ++j) k[j] = v[j] = __int_as_float(0x7fffffff);
+      for (int j = 0; j < 8; ++j) k[j] = v[j] = kNaN;
     store8<kHeadDim>(row_of(p.grad_k, batch, kv_head, column), at, k);
     store8<kHeadDimV>(row_of(p.grad_v, batch, kv_head, column), at, v);
   }
@@ -269,27 +269,26 @@ struct Column {
 constexpr int kParts = 32 / kRowLanes;  // records that a warp gathers side by side
 constexpr Record kNoRecord = {-1, 0.f, 0.f, 0};
 
-// dK and dV of columns of at most kShortColumn survivors, a warp each: sort by row, gather.
+// dK and dV of columns of at most kShortColumn survivors: sort by row, gather. A group of
+// kRowLanes lanes sums a column of up to kGroupColumn, a warp the others.
 constexpr int kShortColumn = 256;
+constexpr int kColumns = kThreads / kRowLanes;  // of a block
+constexpr int kGroupColumn = kShortColumn / kParts;
 
-extern "C" __global__ void __launch_bounds__(kThreads)
-    grad_columns(const __grid_constant__ Params p) {
-  __shared__ __align__(16) int rows_of_warp[kThreads / 32][kShortColumn];
-  __shared__ u8 order_of_warp[kThreads / 32][kShortColumn];
-  int (&rows)[kShortColumn] = rows_of_warp[warp_id()];
-  u8(&order)[kShortColumn] = order_of_warp[warp_id()];
-  const int column_at = blockIdx.x * (kThreads / 32) + warp_id();
-  if (column_at >= p.batch * p.heads_kv * p.length_k) return;
-  const int count = p.column_count[column_at];
-  if (count > p.long_limit) return;
+template <int parts>
+__device__ __forceinline__ void sum_column(const Params& p, int column_at, int count, int* rows,
+                                           u8* order) {
+  constexpr int kLanes = parts * kRowLanes;
+  const int lane = lane_id() % kLanes;
   const int kv_row = column_at / p.length_k, column = column_at % p.length_k;
   const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-  const Record* records = p.records + records_of(p, kv_row) + p.column_start[column_at];
+  const Record* records =
+      p.records + records_of(p, kv_row) + (count > 0 ? p.column_start[column_at] : 0);
 
   const int rounded = (count + 3) / 4 * 4;
-  for (int i = lane_id(); i < rounded; i += 32) rows[i] = i < count ? records[i].row : 0x7fffffff;
+  for (int i = lane; i < rounded; i += kLanes) rows[i] = i < count ? records[i].row : 0x7fffffff;
   __syncwarp();
-  for (int i = lane_id(); i < count; i += 32) {
+  for (int i = lane; i < count; i += kLanes) {
     const int row = rows[i];
     int rank = 0;
     for (int j = 0; j < rounded; j += 4) {
@@ -301,17 +300,41 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __syncwarp();
 
   Column sums;
-  const int at = lane_id() % kRowLanes * 8;
-  for (int first = lane_id() / kRowLanes; first < count; first += kParts * kBatch) {
+  const int at = lane % kRowLanes * 8;
+  for (int first = lane / kRowLanes; first < count; first += parts * kBatch) {
     Record record[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      record[i] = first + i * kParts < count ? records[order[first + i * kParts]] : kNoRecord;
+      record[i] = first + i * parts < count ? records[order[first + i * parts]] : kNoRecord;
     sums.add(p, batch, kv_head, record, at);
   }
   __syncwarp();
-  sums.sum_over_parts();
-  if (lane_id() < kRowLanes) sums.write(p, batch, kv_head, column, at);
+  sums.sum_over_parts<parts>();
+  if (count >= 0 && lane < kRowLanes) sums.write(p, batch, kv_head, column, at);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    grad_columns(const __grid_constant__ Params p) {
+  __shared__ __align__(16) int rows[kThreads / 32 * kShortColumn];
+  __shared__ u8 order[kThreads / 32 * kShortColumn];
+  __shared__ int later[kColumns], later_count;
+  if (threadIdx.x == 0) later_count = 0;
+  __syncthreads();
+  const int mine = threadIdx.x / kRowLanes;
+  const int column_at = blockIdx.x * kColumns + mine;
+  const bool inside = column_at < p.batch * p.heads_kv * p.length_k;
+  const int count = inside ? p.column_count[column_at] : -1;
+  const bool fits = count <= kGroupColumn;
+  if (!fits && count <= p.long_limit && threadIdx.x % kRowLanes == 0)
+    later[atomicAdd(&later_count, 1)] = mine;  // in any order: each column is summed alone
+  sum_column<1>(p, inside && fits ? column_at : 0, fits ? count : -1, rows + mine * kGroupColumn,
+                order + mine * kGroupColumn);
+  __syncthreads();
+  for (int i = warp_id(); i < later_count; i += kThreads / 32) {
+    const int at = blockIdx.x * kColumns + later[i];
+    sum_column<kParts>(p, at, p.column_count[at], rows + warp_id() * kShortColumn,
+                       order + warp_id() * kShortColumn);
+  }
 }
 
 // dK and dV of long columns (a sink that every query keeps), a block each. Records are found
@@ -353,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(kLongThreads)
         sums.add(p, batch, kv_head, record, at);
       }
     }
-    sums.sum_over_parts();
+    sums.sum_over_parts<kParts>();
     __syncthreads();
     // The map's memory now holds each warp's sums.
     using Part = float[2][8][kRowLanes];

@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for_scores([&](float shifted) { accumulate(m, shifted - t, p.r); });
     m = {over_block(m.s0, floats, add), over_block(m.s1, floats, add),
          over_block(m.s2, floats, add)};
-    done = refine(m, p.r, lo, hi, t);
+    done = refine(m, p.r, lo, hi, t, 0.f);
   }
   float mass = 0.f;
   for_scores([&](float shifted) {

@@ -1,0 +1,257 @@
+// Forward, element path, on wgmma (Hopper, sm_90a): scan every allowed key once and keep the
+// survivors of each query row (lists.cuh). 16-bit types whose rows start on 16 bytes, head_dim up
+// to 128.
+//
+// A block owns kBlockRows queries of one head. One thread has tiles of keys copied into a ring of
+// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. While one group
+// filters, the tensor cores work for another: the ring lets them drift apart. (Taking turns at the
+// tensor cores, as FlashAttention-3 does, was a third slower: the slowest filter held up the rest.)
+#include "lists.cuh"
+
+namespace adasplash2 {
+
+static_assert(kHalf && kAligned && kDim <= 128);
+
+constexpr int kGroups = ADASPLASH2_WARPGROUPS;
+constexpr int kStages = ADASPLASH2_STAGES;
+constexpr int kConsumers = kGroups * 128;
+constexpr int kThreads = kConsumers + 128;
+// Registers move from the warpgroup that copies to those that hold scores: by eights, and together
+// no more than the block was launched with.
+constexpr int kCopierRegisters = 24;
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+constexpr int kConsumerRegisters =
+    (kLaunchRegisters * kThreads - kCopierRegisters * 128) / kConsumers / 8 * 8;
+constexpr int kRows = 64;  // of a warpgroup: M of wgmma
+constexpr int kBlockRows = kGroups * kRows;
+constexpr int kTileKeys = ADASPLASH2_KEYS;  // N of wgmma, 64 or 128
+constexpr int kSlots = 2;
+
+// A tile stands in panels of 64 columns (128 bytes, the width of the swizzle), keys one below
+// another: the 16-byte unit u of key n lies at unit u ^ (n % 8) of its line.
+constexpr int kPanelBytes = kTileKeys * 128;
+constexpr int kPanels = (kDim + 63) / 64;
+constexpr int kStageBytes = kPanels * kPanelBytes;
+
+// --- barriers in shared memory -------------------------------------------------------------
+
+__device__ __forceinline__ void init_barrier(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Wait until the barrier's phase of this parity is complete.
+__device__ __forceinline__ void await(u32 barrier, u32 parity) {
+  asm volatile(
+      "{.reg .pred done;"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;"
+      "@!done bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Where a walk through the ring is: a stage, and the parity of its round.
+struct Ring {
+  int stage = 0;
+  u32 parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// --- products ------------------------------------------------------------------------------
+
+using Scores = float[kTileKeys / 2];  // 4 n + 2 s + j: column 8 n + j of the lane's slot s
+
+// What wgmma needs to know of a tile: where it starts, 1,024 bytes from one group of eight keys
+// to the next, 128-byte swizzle.
+__device__ __forceinline__ unsigned long long descriptor(u32 address) {
+  return (unsigned long long)(address >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned long long keys,
+                                              int accumulate) {
+#define ADASPLASH2_S4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
+#define ADASPLASH2_S32(i)                                                                     \
+  ADASPLASH2_S4(i), ADASPLASH2_S4(i + 4), ADASPLASH2_S4(i + 8), ADASPLASH2_S4(i + 12),        \
+      ADASPLASH2_S4(i + 16), ADASPLASH2_S4(i + 20), ADASPLASH2_S4(i + 24), ADASPLASH2_S4(i + 28)
+#if ADASPLASH2_KEYS == 64
+#define ADASPLASH2_SCORES ADASPLASH2_S32(0)
+#define ADASPLASH2_SHAPE "m64n64k16"
+#define ADASPLASH2_OPERANDS                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, "  \
+  "%36, p, 1, 1, 0;}"
+#define ADASPLASH2_FLAG "%37"
+#else
+#define ADASPLASH2_SCORES ADASPLASH2_S32(0), ADASPLASH2_S32(32)
+#define ADASPLASH2_SHAPE "m64n128k16"
+#define ADASPLASH2_OPERANDS                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, "    \
+  "1, 1, 0;}"
+#define ADASPLASH2_FLAG "%69"
+#endif
+#if ADASPLASH2_DTYPE == 1
+#define ADASPLASH2_TYPES ".f32.f16.f16 "
+#else
+#define ADASPLASH2_TYPES ".f32.bf16.bf16 "
+#endif
+
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " ADASPLASH2_FLAG
+               ", 0;"
+               "wgmma.mma_async.sync.aligned." ADASPLASH2_SHAPE ADASPLASH2_TYPES ADASPLASH2_OPERANDS
+               : ADASPLASH2_SCORES
+               : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(keys), "r"(accumulate));
+}
+
+// q k^T of a warpgroup's 64 rows and one tile.
+__device__ __forceinline__ void products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k)
+    multiply_tile(s, q[k], descriptor(tile + k / 4 * kPanelBytes + k % 4 * 32), k > 0);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (float& x : s) asm volatile("" : "+f"(x)::"memory");  // reads stay behind
+}
+
+// --- loads ---------------------------------------------------------------------------------
+
+// What the copy engine knows of the keys, as the driver encodes it: dimensions (head_dim, length,
+// heads, batch), boxes of 64 columns by kTileKeys keys.
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+
+// One thread has the tiles copied, last one first. Keys and columns out of bounds become zeros.
+__device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map, int batch,
+                                           int kv_head, int tiles, u32 stages, u32 full,
+                                           u32 empty) {
+  // A dimension that was expanded with stride 0 has one entry in the map.
+  const int head_at = p.k.head ? kv_head : 0, batch_at = p.k.batch ? batch : 0;
+  Ring at;
+  for (int i = 0; i < tiles; ++i, at.advance()) {
+    if (i >= kStages) await(empty + at.stage * 8, at.parity ^ 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + at.stage * 8),
+                 "r"(kStageBytes)
+                 : "memory");
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      asm volatile(
+          "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+          " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(stages + at.stage * kStageBytes +
+                                                       panel * kPanelBytes),
+          "l"(&map), "r"(panel * 64), "r"((tiles - 1 - i) * kTileKeys), "r"(head_at),
+          "r"(batch_at), "r"(full + at.stage * 8)
+          : "memory");
+  }
+}
+
+// A warp's queries as left operands; those with NaN or infinity become zeros and are returned as
+// a mask of slots, so that they do not flood the lists.
+__device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& p,
+                                            const Scalar* head, int first) {
+  const u32 flip = p.q_sign < 0.f ? 0x80008000u : 0u, mask = p.q_sign == 0.f ? 0u : ~0u;
+  u32 dead = 0;
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const int row = first + slot * 8 + lane_id() / 4;
+    const bool inside = row < p.length_q;
+    const Scalar* from = head + i64(inside ? row : 0) * p.q.row + lane_id() % 4 * 2;
+    bool bad = false;
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = k * 16 + half * 8;
+        const u32 raw = inside && at < kHeadDim ? *reinterpret_cast<const u32*>(from + at) : 0u;
+        const float2 pair = Scalar::unpack(raw);
+        bad |= !is_finite(pair.x) || !is_finite(pair.y);
+        q[k].r[slot + half * 2] = (raw ^ flip) & mask;
+      }
+    if (__ballot_sync(kAllLanes, bad) >> (lane_id() & ~3) & 15u) {
+      dead |= 1u << slot;
+#pragma unroll
+      for (int k = 0; k < kDim / 16; ++k) q[k].r[slot] = q[k].r[slot + 2] = 0;
+    }
+    if (!inside) dead |= 1u << slot;
+  }
+  return dead;
+}
+
+// --- the scan ------------------------------------------------------------------------------
+
+// The scan of one warpgroup.
+__device__ __forceinline__ void consume(const Params& p, int head_row, int block, int tiles,
+                                        u32 stages, u32 full, u32 empty) {
+  const int batch = head_row / p.heads_q, head = head_row % p.heads_q;
+  const int first_of_group = block * kBlockRows + warp_id() / 4 * kRows;
+  const int first_row = block * kBlockRows + warp_id() * 16;
+  const int group = head_row * p.groups_q + first_row / kGroupRows;
+  Left q[kDim / 16];
+  const u32 dead = load_queries(q, p, row_of(p.q, batch, head, 0), first_row);
+  Lists<kSlots> lists;
+  lists.start(stages + kStages * kStageBytes + warp_id() * Lists<kSlots>::kBytes, dead);
+
+  Ring at;
+  for (int first_key = (tiles - 1) * kTileKeys; first_key >= 0; first_key -= kTileKeys) {
+    const bool needed =
+        first_of_group < p.length_q && (!kCausal || first_key < first_of_group + kRows);
+    await(full + at.stage * 8, at.parity);
+    Scores s;
+    if (needed) products(s, q, stages + at.stage * kStageBytes);
+    if (lane_id() == 0) arrive(empty + at.stage * 8);
+    at.advance();
+    if (!needed || first_row >= p.length_q) continue;
+    if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1)) {
+#pragma unroll
+      for (int at = 0; at < kTileKeys / 2; ++at) {
+        const int key = first_key + at / 4 * 8 + lane_id() % 4 * 2 + at % 2;
+        const int row = first_row + at / 2 % 2 * 8 + lane_id() / 4;
+        if (key >= p.length_k || (kCausal && key > row)) s[at] = -kInf;
+      }
+    }
+    const auto score = [&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; };
+    lists.filter<kTileKeys / kFilterKeys>(score, first_key + lane_id() % 4 * 2, p);
+  }
+  if (first_row >= p.length_q) return;
+  __syncwarp();
+  const u32 overfull = lists.flat ? 1u : lists.write(p, head_row, group, first_row);
+  if (overfull) lists.hand_over(p, group, overfull);
+  if (lane_id() == 0) p.flat[group] = overfull;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
+  extern __shared__ __align__(1024) char shared[];
+  __shared__ __align__(8) unsigned long long barriers[2 * kStages];
+  const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
+  const int head_row = blockIdx.x / blocks;            // head-major: K of one head stays in the L2
+  const int block = blocks - 1 - blockIdx.x % blocks;  // longest rows first
+  const int batch = head_row / p.heads_q, head = head_row % p.heads_q;
+  const int seen = kCausal ? min(p.length_k, block * kBlockRows + kBlockRows) : p.length_k;
+  const int tiles = (seen + kTileKeys - 1) / kTileKeys;
+  const u32 stages = (shared_address(shared) + 1023) & ~1023u;
+  const u32 full = shared_address(barriers), empty = full + kStages * 8;
+  if (threadIdx.x < kStages) {
+    init_barrier(full + threadIdx.x * 8, 1);
+    init_barrier(empty + threadIdx.x * 8, kGroups * 4);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x >= kConsumers) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopierRegisters));
+    if (threadIdx.x == kConsumers)
+      copy_tiles(p, map, batch, head / p.group, tiles, stages, full, empty);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+    consume(p, head_row, block, tiles, stages, full, empty);
+  }
+}
+
+}  // namespace adasplash2

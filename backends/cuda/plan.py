@@ -1,0 +1,178 @@
+"""What a kind of attention call needs besides its tensors: sizes, kernels, constants.
+
+Made once per problem, configuration and alignment, so that a call fills in pointers and launches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from adasplash2.backends.cuda import launch, sizes
+from adasplash2.contract import Config
+from adasplash2.problem import Problem
+
+PORTABLE: Config = {"scan": "portable"}
+
+HOPPER_SHAPES = ((3, 128, 3), (4, 64, 3), (2, 128, 4))
+"""Warpgroups, keys of a tile and stages of ``scan90.cu``: more groups keep the machine busy while
+others wait, fewer have longer lists."""
+
+HOPPER_SHAPES_WIDE = ((3, 128, 2), (2, 128, 3))
+"""The same for head_dim above 64."""
+
+CACHED_PLANS = 1024
+
+
+def configs(problem: Problem) -> list[Config]:
+    """The shapes of the scan that the device has room for."""
+    shapes = [PORTABLE]
+    if _has_wgmma(problem):
+        choices = HOPPER_SHAPES if problem.head_dim <= 64 else HOPPER_SHAPES_WIDE
+        shapes = [
+            {"scan": "hopper", "warpgroups": w, "keys": k, "stages": s} for w, k, s in choices
+        ]
+        shapes.append(PORTABLE)
+    available = shared_memory(problem.device)
+    return [c for c in shapes if _scan(problem, c).capacity(available) is not None]
+
+
+def plan(problem: Problem, config: Config, aligned: bool) -> Plan:
+    """The plan for these, made at the first call. Forward and backward share it."""
+    return _plan(problem, tuple(config.items()), aligned)
+
+
+class Plan:
+    """One kind of attention call on one device."""
+
+    def __init__(self, problem: Problem, config: Config, aligned: bool) -> None:
+        self.problem = problem
+        self.counts = sizes.Counts.of(problem)
+        self.saved = sizes.Saved(self.counts)
+        self.device = problem.device.index
+        self._options = launch.defines(problem, aligned)
+        self._dense_shared = sizes.dense_shared(
+            problem.head_dim, problem.head_dim_v, problem.dtype.itemsize
+        )
+        # Copies by the engine, and wgmma's operands, need rows that start on 16 bytes.
+        self._scan = _scan(problem, config if aligned else PORTABLE)
+        self.mapped_keys = dict(self._scan.defines).get("KEYS")  # of a box of the copy engine
+        factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
+        c = factor if factor > 0.0 else 1.0
+        self.constants = launch.params(
+            {
+                "batch": problem.batch,
+                "heads_q": problem.heads_q,
+                "heads_kv": problem.heads_kv,
+                "group": problem.group_size,
+                "length_q": problem.length_q,
+                "length_k": problem.length_k,
+                "groups_q": self.counts.groups_per_head,
+                "long_limit": sizes.SHORT_COLUMN,
+                "c": c,
+                "inv_c": min(1.0 / c, 1e30),
+                "scale": problem.scores.scale,
+                "q_sign": (problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
+                "r": 1.0 / (problem.alpha - 1.0),
+            }
+        )
+
+    def params(self, fields: Mapping[str, Any]) -> Any:
+        """The argument block with ``fields``."""
+        return launch.params(fields, self.constants)
+
+    @functools.cached_property
+    def scan(self) -> launch.Launch:
+        problem, scan = self.problem, self._scan
+        capacity = scan.capacity(shared_memory(problem.device))
+        if capacity is None:
+            raise RuntimeError(f"{scan.unit} has no room for lists on {problem.device}")
+        options = self._options | dict(scan.defines) | {"CAPACITY": capacity}
+        blocks = self.counts.heads * -(-problem.length_q // scan.rows)
+        return self._launch(
+            scan.unit, "scan", options, (blocks,), scan.threads, scan.shared(capacity)
+        )
+
+    @functools.cached_property
+    def forward(self) -> tuple[launch.Launch, ...]:
+        """What follows the scan."""
+        lanes = sizes.lanes_per_row(self.problem.head_dim_v)
+        return (
+            self._elements("output", -(-self.counts.rows * lanes // sizes.ELEMENT_THREADS)),
+            self._dense("dense_output", (self._query_tiles,)),
+        )
+
+    @functools.cached_property
+    def backward(self) -> tuple[launch.Launch, ...]:
+        problem, counts = self.problem, self.counts
+        widest = max(problem.head_dim, problem.head_dim_v)
+        lanes = sizes.lanes_per_row(widest)
+        units = torch.cuda.get_device_properties(problem.device).multi_processor_count
+        split = 2 if sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v) > 256 else 1
+        key_tiles = counts.kv_heads * -(-problem.length_k // sizes.DENSE_ROWS)
+        return (
+            self._elements("count_columns", counts.groups),
+            self._elements("prefix_columns", counts.kv_heads, sizes.PREFIX_THREADS),
+            self._elements("grad_rows", -(-counts.rows * lanes // sizes.ELEMENT_THREADS)),
+            self._elements("grad_columns", -(-counts.columns * lanes // sizes.ELEMENT_THREADS)),
+            self._elements("grad_long_columns", units, sizes.LONG_THREADS),
+            self._dense("dense_grad_rows", (self._query_tiles,)),
+            self._dense("dense_grad_columns", (key_tiles, split)),
+        )
+
+    @property
+    def _query_tiles(self) -> int:
+        return self.counts.heads * -(-self.problem.length_q // sizes.DENSE_ROWS)
+
+    def _elements(
+        self, kernel: str, blocks: int, threads: int = sizes.ELEMENT_THREADS
+    ) -> launch.Launch:
+        # The gathers depend on neither the masks nor the lists: one variant serves all.
+        options = self._options | {"CAUSAL": 0}
+        return self._launch("elements.cu", kernel, options, (blocks,), threads, 0)
+
+    def _dense(self, kernel: str, blocks: tuple[int, ...]) -> launch.Launch:
+        shared = self._dense_shared[kernel]
+        return self._launch("dense.cu", kernel, self._options, blocks, sizes.DENSE_THREADS, shared)
+
+    def _launch(
+        self,
+        unit: str,
+        kernel: str,
+        options: Mapping[str, int],
+        blocks: tuple[int, ...],
+        threads: int,
+        shared: int,
+    ) -> launch.Launch:
+        device = torch.cuda.current_device()
+        found = launch.kernel(device, unit, kernel, tuple(options.items()), shared)
+        return functools.partial(found, blocks, threads)
+
+
+@functools.lru_cache(CACHED_PLANS)
+def _plan(problem: Problem, config: tuple[tuple[str, int | str], ...], aligned: bool) -> Plan:
+    return Plan(problem, dict(config), aligned)
+
+
+def _scan(problem: Problem, config: Config) -> sizes.Scan:
+    if config["scan"] == "hopper":
+        shape = (int(config[key]) for key in ("warpgroups", "keys", "stages"))
+        return sizes.hopper_scan(problem.head_dim, *shape)
+    return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize)
+
+
+def _has_wgmma(problem: Problem) -> bool:
+    return (
+        torch.cuda.get_device_capability(problem.device) == (9, 0)
+        and problem.dtype.itemsize == 2
+        and problem.head_dim <= sizes.HOPPER_MAX_HEAD_DIM
+    )
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
