@@ -17,7 +17,7 @@ from pathlib import Path
 VARIABLE = "ADASPLASH2_CACHE_DIR"
 """Environment variable that names the folder; without it the user's cache folder holds it."""
 
-PARTS = ("speeds", "cuda", "triton")
+PARTS = ("speeds", "cuda")
 """Folders in it, one an owner: measured speeds, and what each backend compiled. Only these are
 deleted: the variable may name a folder with other things in it."""
 
