@@ -3,9 +3,12 @@
 // to 128.
 //
 // A block owns kBlockRows queries of one head. One thread has tiles of keys copied into a ring of
-// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. While one group
-// filters, the tensor cores work for another: the ring lets them drift apart. (Taking turns at the
-// tensor cores, as FlashAttention-3 does, was a third slower: the slowest filter held up the rest.)
+// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. Groups of one block
+// keep in step, since they wait for the same tiles: all multiply, then all filter. So two blocks
+// share a multiprocessor, and the tensor cores work for one while the other filters. (What was
+// tried instead: taking turns at the tensor cores, as FlashAttention-3 does, was a third slower,
+// since the slowest filter held up the rest; and ptxas makes wgmma wait where the next tile's
+// products are to run across the filter.)
 #include "lists.cuh"
 
 namespace adasplash2 {
@@ -14,12 +17,13 @@ static_assert(kHalf && kAligned && kDim <= 128);
 
 constexpr int kGroups = ADASPLASH2_WARPGROUPS;
 constexpr int kStages = ADASPLASH2_STAGES;
+constexpr int kBlocks = ADASPLASH2_BLOCKS;  // of a multiprocessor
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;
 // Registers move from the warpgroup that copies to those that hold scores: by eights, and together
 // no more than the block was launched with.
 constexpr int kCopierRegisters = 24;
-constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
 constexpr int kConsumerRegisters =
     (kLaunchRegisters * kThreads - kCopierRegisters * 128) / kConsumers / 8 * 8;
 constexpr int kRows = 64;  // of a warpgroup: M of wgmma
@@ -186,18 +190,24 @@ __device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& 
 
 // --- the scan ------------------------------------------------------------------------------
 
+// Tells the compiler that all lanes hold the same: products under way across a branch that it takes
+// for divergent would be waited for.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
+
 // The scan of one warpgroup.
 __device__ __forceinline__ void consume(const Params& p, int head_row, int block, int tiles,
                                         u32 stages, u32 full, u32 empty) {
   const int batch = head_row / p.heads_q, head = head_row % p.heads_q;
-  const int first_of_group = block * kBlockRows + warp_id() / 4 * kRows;
-  const int first_row = block * kBlockRows + warp_id() * 16;
+  const int warp = uniform(warp_id());
+  const int first_of_group = block * kBlockRows + warp / 4 * kRows;
+  const int first_row = block * kBlockRows + warp * 16;
   const int group = head_row * p.groups_q + first_row / kGroupRows;
   Left q[kDim / 16];
   const u32 dead = load_queries(q, p, row_of(p.q, batch, head, 0), first_row);
   Lists<kSlots> lists;
-  lists.start(stages + kStages * kStageBytes + warp_id() * Lists<kSlots>::kBytes, dead);
+  lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
 
+  constexpr int kParts = kTileKeys / kFilterKeys;
   Ring at;
   for (int first_key = (tiles - 1) * kTileKeys; first_key >= 0; first_key -= kTileKeys) {
     const bool needed =
@@ -217,7 +227,9 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
       }
     }
     const auto score = [&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; };
-    lists.filter<kTileKeys / kFilterKeys>(score, first_key + lane_id() % 4 * 2, p);
+    const int column = first_key + lane_id() % 4 * 2;
+    lists.filter<kParts>(score, column, p.inv_c);
+    lists.settle<kParts>(score, column, p);
   }
   if (first_row >= p.length_q) return;
   __syncwarp();
@@ -226,7 +238,7 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
   if (lane_id() == 0) p.flat[group] = overfull;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ __align__(8) unsigned long long barriers[2 * kStages];
@@ -244,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();
-  if (threadIdx.x >= kConsumers) {
+  if (uniform(warp_id()) >= kConsumers / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopierRegisters));
     if (threadIdx.x == kConsumers)
       copy_tiles(p, map, batch, head / p.group, tiles, stages, full, empty);
