@@ -17,11 +17,11 @@ from adasplash2.problem import Problem
 
 PORTABLE: Config = {"scan": "portable"}
 
-HOPPER_SHAPES = ((2, 64, 2, 2), (3, 128, 3, 1), (2, 128, 4, 1))
+HOPPER_SHAPES = ((3, 64, 4, 1), (3, 64, 3, 1), (2, 64, 4, 1))
 """Warpgroups, keys of a tile, stages and blocks a multiprocessor of ``scan90.cu``: two blocks
 overlap best, one with few groups has the longest lists."""
 
-HOPPER_SHAPES_WIDE = ((2, 64, 2, 2), (3, 128, 2, 1), (2, 128, 3, 1))
+HOPPER_SHAPES_WIDE = ((3, 64, 4, 1), (3, 64, 3, 1), (2, 64, 4, 1))
 """The same for head_dim above 64."""
 
 CACHED_PLANS = 1024

@@ -205,6 +205,9 @@ constexpr int lanes_per_row = width <= 64    ? 8
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
 
+// Tells the compiler that all lanes of the warp hold the same.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
+
 template <int lanes, class T>
 __device__ __forceinline__ T sum_over(T x) {  // over aligned groups of `lanes` lanes
 #pragma unroll

@@ -20,7 +20,7 @@ constexpr int kSolveSteps = 64;  // enough for bisection alone
 // rounding of f and of z near the root.
 constexpr float kBoundSlack = 2e-6f;
 // Keys of which a lane adds at most kGroupAppend scores to one list between two looks at its room.
-constexpr int kFilterKeys = 16;
+constexpr int kFilterKeys = 32;
 constexpr int kGroupAppend = kFilterKeys / 4;
 // A list is refreshed when it has grown by this many entries since. Fewer refresh more often than
 // a tighter bound saves, more append what a fresh bound would have dropped.
@@ -135,6 +135,11 @@ struct Lists {
     for (int slot = 1; slot < kSlots; ++slot) out = max(out, end[slot]);
     return out;
   }
+  // Entries of the warp's longest list. wgmma must not be under way across a loop that the compiler
+  // takes for divergent, hence uniform().
+  __device__ __forceinline__ int entries() const {
+    return uniform(int(__reduce_max_sync(kAllLanes, furthest() - base) / kEntryBytes));
+  }
   __device__ __forceinline__ bool past(u32 address) const {
     return __any_sync(kAllLanes, furthest() > address);
   }
@@ -147,7 +152,7 @@ struct Lists {
     int kept_of_row[kSlots];
     const int quad = lane_id() & ~3;
     const u32 quad_base = base - lane_id() % 4 * 4;
-    const u32 stop = __reduce_max_sync(kAllLanes, furthest() - base) + base;
+    const int longest_before = entries();
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       s1[slot] = s2[slot] = 0.f;
@@ -160,7 +165,8 @@ struct Lists {
         bound[slot] = fmaxf(bound[slot], under(top[slot], inv_c));
     }
 #pragma unroll 1
-    for (u32 at = base; at < stop; at += kEntryBytes) {
+    for (int i = 0; i < longest_before; ++i) {
+      const u32 at = base + i * kEntryBytes;
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
         const Survivor s = load(at + slot * kSlotBytes);
@@ -195,8 +201,7 @@ struct Lists {
         bound[slot] = fmaxf(bound[slot], bound[slot] + rise - kBoundSlack * fabsf(bound[slot]));
       }
     }
-    const u32 longest = __reduce_max_sync(kAllLanes, furthest() - base);
-    limit = base + min(longest + kGrow * kEntryBytes, (kCapacity - kGroupAppend) * kEntryBytes);
+    limit = base + min(entries() + kGrow, kCapacity - kGroupAppend) * kEntryBytes;
   }
 
   // Room for kGroupAppend more entries in every list; false where refreshing does not make it.
@@ -212,7 +217,7 @@ struct Lists {
   __device__ __forceinline__ void solve(Solution (&out)[kSlots], float c, float r) const {
     float lo[kSlots], hi[kSlots];
     bool done[kSlots];
-    const u32 stop = __reduce_max_sync(kAllLanes, furthest() - base) + base;
+    const u32 stop = base + entries() * kEntryBytes;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       Solution& s = out[slot];

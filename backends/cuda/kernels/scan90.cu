@@ -3,12 +3,11 @@
 // to 128.
 //
 // A block owns kBlockRows queries of one head. One thread has tiles of keys copied into a ring of
-// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. Groups of one block
-// keep in step, since they wait for the same tiles: all multiply, then all filter. So two blocks
-// share a multiprocessor, and the tensor cores work for one while the other filters. (What was
-// tried instead: taking turns at the tensor cores, as FlashAttention-3 does, was a third slower,
-// since the slowest filter held up the rest; and ptxas makes wgmma wait where the next tile's
-// products are to run across the filter.)
+// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. A group filters the
+// scores of one tile while the tensor cores work on its next: groups of one block keep in step,
+// since they wait for the same tiles, so without this all would multiply, then all filter. (Taking
+// turns at the tensor cores, as FlashAttention-3 does, was a third slower: the slowest filter held
+// up the rest.)
 #include "lists.cuh"
 
 namespace adasplash2 {
@@ -112,13 +111,16 @@ __device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned
                : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(keys), "r"(accumulate));
 }
 
-// q k^T of a warpgroup's 64 rows and one tile.
-__device__ __forceinline__ void products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
+// Start q k^T of a warpgroup's 64 rows and one tile.
+__device__ __forceinline__ void start_products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
     multiply_tile(s, q[k], descriptor(tile + k / 4 * kPanelBytes + k % 4 * 32), k > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void finish_products(Scores& s) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
   for (float& x : s) asm volatile("" : "+f"(x)::"memory");  // reads stay behind
@@ -190,10 +192,6 @@ __device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& 
 
 // --- the scan ------------------------------------------------------------------------------
 
-// Tells the compiler that all lanes hold the same: products under way across a branch that it takes
-// for divergent would be waited for.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
-
 // The scan of one warpgroup.
 __device__ __forceinline__ void consume(const Params& p, int head_row, int block, int tiles,
                                         u32 stages, u32 full, u32 empty) {
@@ -209,27 +207,69 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
 
   constexpr int kParts = kTileKeys / kFilterKeys;
   Ring at;
-  for (int first_key = (tiles - 1) * kTileKeys; first_key >= 0; first_key -= kTileKeys) {
-    const bool needed =
-        first_of_group < p.length_q && (!kCausal || first_key < first_of_group + kRows);
+  const auto take = [&] {
     await(full + at.stage * 8, at.parity);
-    Scores s;
-    if (needed) products(s, q, stages + at.stage * kStageBytes);
+    return stages + at.stage * kStageBytes;
+  };
+  const auto give_back = [&] {
     if (lane_id() == 0) arrive(empty + at.stage * 8);
     at.advance();
-    if (!needed || first_row >= p.length_q) continue;
-    if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1)) {
-#pragma unroll
-      for (int at = 0; at < kTileKeys / 2; ++at) {
-        const int key = first_key + at / 4 * 8 + lane_id() % 4 * 2 + at % 2;
-        const int row = first_row + at / 2 % 2 * 8 + lane_id() / 4;
-        if (key >= p.length_k || (kCausal && key > row)) s[at] = -kInf;
+  };
+  const auto plain = [](const Scores& s) {
+    return [&s](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; };
+  };
+  const auto masked = [&](const Scores& s, int first_key) {
+    return [&s, &p, first_key, first_row](int slot, int n, int j) {
+      const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
+      const int row = first_row + slot * 8 + lane_id() / 4;
+      return key < p.length_k && (!kCausal || key <= row) ? s[n * 4 + slot * 2 + j] : -kInf;
+    };
+  };
+
+  // Tiles beyond this group's rows; all of them for a group without rows.
+  int first_key = (tiles - 1) * kTileKeys;
+  const int nearest = first_of_group >= p.length_q ? -1
+                      : kCausal                    ? first_of_group + kRows - 1
+                                                   : first_key;
+  for (; first_key > nearest; first_key -= kTileKeys) {
+    take();
+    give_back();
+  }
+  // Finish a tile's products and start the next one's, which run while this tile is filtered. The
+  // lists of the tile before, `other`, are settled between products: wgmma would be made to wait
+  // where a refresh runs beside it.
+  const auto settle = [&](const Scores& s, int first_key) {
+    lists.template settle<kParts>(masked(s, first_key), first_key + lane_id() % 4 * 2, p);
+  };
+  const auto step = [&](Scores& now, Scores& other) {
+    finish_products(now);
+    give_back();
+    settle(other, first_key + kTileKeys);
+    start_products(other, q, first_key > 0 ? take() : stages);  // a last one is for nothing
+    const int column = first_key + lane_id() % 4 * 2;
+    if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1))
+      lists.template filter<kParts>(masked(now, first_key), column, p.inv_c);
+    else
+      lists.template filter<kParts>(plain(now), column, p.inv_c);
+    first_key -= kTileKeys;
+  };
+  if (first_key >= 0) {
+    Scores even, odd;
+    start_products(even, q, take());
+    while (true) {
+      step(even, odd);
+      if (first_key < 0) {
+        finish_products(odd);
+        settle(even, 0);
+        break;
+      }
+      step(odd, even);
+      if (first_key < 0) {
+        finish_products(even);
+        settle(odd, 0);
+        break;
       }
     }
-    const auto score = [&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; };
-    const int column = first_key + lane_id() % 4 * 2;
-    lists.filter<kParts>(score, column, p.inv_c);
-    lists.settle<kParts>(score, column, p);
   }
   if (first_row >= p.length_q) return;
   __syncwarp();
