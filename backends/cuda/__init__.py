@@ -81,7 +81,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         reasons.append("the query rows of all heads together exceed 2^31 - 1")
     itemsize = problem.dtype.itemsize
     dense = max(sizes.dense_shared(problem.head_dim, problem.head_dim_v, itemsize).values())
-    optin = plans.shared_memory(problem.device)
+    optin = plans.shared_memory(problem.device).per_block
     if not configs(problem) or dense > optin:
         reasons.append(
             f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs "

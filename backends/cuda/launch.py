@@ -111,12 +111,20 @@ def view(tensor: Tensor) -> tuple[int, int, int, int]:
     return (tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
-def params(fields: Mapping[str, Any], constants: Any = None) -> Any:
+def params(
+    fields: Mapping[str, Any], constants: Any = None, layout: np.dtype[Any] = PARAMS
+) -> Any:
     """The argument block of ``constants`` and ``fields``; what neither names is zero."""
-    block = np.zeros((), dtype=PARAMS) if constants is None else constants.copy()
+    block = np.zeros((), layout) if constants is None else constants.copy()
     for name, value in fields.items():
         block[name] = value.data_ptr() if isinstance(value, Tensor) else value
     return block
+
+
+def argument(block: Any) -> Any:
+    """``block`` as a kernel takes it: its bytes. CuPy would describe a structured array field by
+    field at every launch, which takes ten times as long as the launch."""
+    return block.view(f"V{block.nbytes}")
 
 
 Launch = Callable[..., None]
@@ -139,7 +147,6 @@ class Kernel:
 
 
 _MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
-_MAP = np.dtype([("opaque", np.uint64, 16)])
 _MAP_SWIZZLE_128B, _MAP_L2_PROMOTION_256B = 3, 3
 
 
@@ -158,7 +165,7 @@ def tensor_map(keys: Tensor, rows: int) -> Any:
         sizes.append(1 if single else size)
         strides.append(strides[-1] * sizes[-2] if single else stride)
     room = np.zeros(24, dtype=np.uint64)  # the driver writes to 64 aligned bytes
-    encoded = np.ndarray((), _MAP, room, offset=-room.ctypes.data % 64)
+    encoded = room[-room.ctypes.data % 64 // 8 :][:16]
     itemsize = keys.element_size()
     status = _encoder()(
         encoded.ctypes.data,
@@ -179,7 +186,7 @@ def tensor_map(keys: Tensor, rows: int) -> Any:
             f"the CUDA driver cannot describe keys of shape {tuple(keys.shape)} and strides "
             f"{keys.stride()} to the copy engine (CUresult {status})"
         )
-    return encoded
+    return encoded.view("V128")
 
 
 @cache

@@ -17,11 +17,11 @@ from adasplash2.problem import Problem
 
 PORTABLE: Config = {"scan": "portable"}
 
-HOPPER_SHAPES = ((3, 128, 3), (4, 64, 3), (2, 128, 4))
-"""Warpgroups, keys of a tile and stages of ``scan90.cu``: more groups keep the machine busy while
-others wait, fewer have longer lists."""
+HOPPER_SHAPES = ((3, 64, 4, 1), (3, 64, 3, 1), (2, 64, 4, 1))
+"""Warpgroups, keys of a tile, stages and blocks a multiprocessor of ``scan90.cu``: two blocks
+overlap best, one with few groups has the longest lists."""
 
-HOPPER_SHAPES_WIDE = ((3, 128, 2), (2, 128, 3))
+HOPPER_SHAPES_WIDE = ((3, 64, 4, 1), (3, 64, 3, 1), (2, 64, 4, 1))
 """The same for head_dim above 64."""
 
 CACHED_PLANS = 1024
@@ -33,7 +33,8 @@ def configs(problem: Problem) -> list[Config]:
     if _has_wgmma(problem):
         choices = HOPPER_SHAPES if problem.head_dim <= 64 else HOPPER_SHAPES_WIDE
         shapes = [
-            {"scan": "hopper", "warpgroups": w, "keys": k, "stages": s} for w, k, s in choices
+            {"scan": "hopper", "warpgroups": w, "keys": k, "stages": s, "blocks": b}
+            for w, k, s, b in choices
         ]
         shapes.append(PORTABLE)
     available = shared_memory(problem.device)
@@ -82,7 +83,7 @@ class Plan:
 
     def params(self, fields: Mapping[str, Any]) -> Any:
         """The argument block with ``fields``."""
-        return launch.params(fields, self.constants)
+        return launch.argument(launch.params(fields, self.constants))
 
     @functools.cached_property
     def scan(self) -> launch.Launch:
@@ -159,7 +160,7 @@ def _plan(problem: Problem, config: tuple[tuple[str, int | str], ...], aligned: 
 
 def _scan(problem: Problem, config: Config) -> sizes.Scan:
     if config["scan"] == "hopper":
-        shape = (int(config[key]) for key in ("warpgroups", "keys", "stages"))
+        shape = (int(config[key]) for key in ("warpgroups", "keys", "stages", "blocks"))
         return sizes.hopper_scan(problem.head_dim, *shape)
     return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize)
 
@@ -173,6 +174,9 @@ def _has_wgmma(problem: Problem) -> bool:
 
 
 @functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may ask for."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+def shared_memory(device: torch.device) -> sizes.SharedMemory:
+    """What a block and a multiprocessor of ``device`` have."""
+    found: Any = torch.cuda.get_device_properties(device)
+    return sizes.SharedMemory(
+        found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor
+    )

@@ -65,7 +65,7 @@ def _run(problem: RowProblem, kernel: str, **fields: Any) -> None:
         return
     shape = {"rows": problem.rows, "length": problem.length}
     numbers = {"c": problem.alpha - 1.0, "r": 1.0 / (problem.alpha - 1.0)}
-    block = launch.params({**fields, **shape, **numbers}, PARAMS)
+    block = launch.argument(launch.params({**fields, **shape, **numbers}, layout=PARAMS))
     options = tuple(launch.row_defines(problem).items())
     with torch.cuda.device(problem.device):
         device = torch.cuda.current_device()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -33,8 +34,8 @@ SHORT_COLUMN = 256
 MAX_CAPACITY = 40
 """Entries of a lane's list that ``kMaxRow`` (four lists) of ``elements.cu`` allows."""
 
-MIN_CAPACITY = 16
-"""Twice what a lane may add before it looks at its room again (``kGroupAppend``)."""
+MIN_CAPACITY = 12
+"""Three times what a lane may add before it looks at its room again (``kGroupAppend``)."""
 
 RESERVED_SHARED = 1024
 """Shared memory that the driver takes from each block."""
@@ -73,6 +74,13 @@ def dense_shared(head_dim: int, head_dim_v: int, itemsize: int) -> dict[str, int
     }
 
 
+class SharedMemory(NamedTuple):
+    """Bytes of shared memory that a block may ask for, and that a multiprocessor has."""
+
+    per_block: int
+    per_unit: int
+
+
 @dataclass(frozen=True, slots=True)
 class Scan:
     """One of the two scans: how many rows a block has, and what of its shared memory is taken."""
@@ -81,15 +89,18 @@ class Scan:
     rows: int
     threads: int
     fixed_shared: int
+    blocks: int = 1  # that share a multiprocessor
     defines: tuple[tuple[str, int], ...] = ()
 
     def shared(self, capacity: int) -> int:
         """Dynamic shared memory with lists of ``capacity`` entries."""
         return self.fixed_shared + self.rows * capacity * LIST_ENTRY_BYTES
 
-    def capacity(self, per_block: int) -> int | None:
+    def capacity(self, memory: SharedMemory) -> int | None:
         """Entries of a lane's list that fit; None where too few do."""
-        fit = (per_block - self.fixed_shared) // (self.rows * LIST_ENTRY_BYTES)
+        share = memory.per_unit // self.blocks - RESERVED_SHARED
+        left = min(memory.per_block, share) - self.fixed_shared
+        fit = left // (self.rows * LIST_ENTRY_BYTES)
         return min(fit, MAX_CAPACITY) if fit >= MIN_CAPACITY else None
 
 
@@ -102,13 +113,18 @@ def portable_scan(head_dim: int, itemsize: int) -> Scan:
     return Scan("scan.cu", rows, rows, stages + queries)
 
 
-def hopper_scan(head_dim: int, warpgroups: int, keys: int, stages: int) -> Scan:
+def hopper_scan(head_dim: int, warpgroups: int, keys: int, stages: int, blocks: int) -> Scan:
     """``scan90.cu``: ``stages`` tiles of ``keys`` keys, ``warpgroups`` of 64 rows and one that
-    copies."""
+    copies, ``blocks`` to a multiprocessor."""
     panels = -(-padded(head_dim) // 64)
     fixed = HOPPER_RESERVED + stages * panels * keys * 128
-    defines = (("WARPGROUPS", warpgroups), ("KEYS", keys), ("STAGES", stages))
-    return Scan("scan90.cu", warpgroups * 64, warpgroups * 128 + 128, fixed, defines)
+    defines = (
+        ("WARPGROUPS", warpgroups),
+        ("KEYS", keys),
+        ("STAGES", stages),
+        ("BLOCKS", blocks),
+    )
+    return Scan("scan90.cu", warpgroups * 64, warpgroups * 128 + 128, fixed, blocks, defines)
 
 
 @dataclass(frozen=True, slots=True)

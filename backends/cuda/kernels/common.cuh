@@ -11,6 +11,7 @@
 // and for the scans, which keep lists,
 //   ADASPLASH2_CAPACITY     entries of a lane's survivor list
 //   ADASPLASH2_WARPGROUPS   warpgroups of a block (scan90.cu)
+//   ADASPLASH2_BLOCKS       blocks that share a multiprocessor (scan90.cu)
 //   ADASPLASH2_KEYS         keys of a tile (scan90.cu)
 //   ADASPLASH2_STAGES       tiles of keys in shared memory (scan90.cu)
 // No header but threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
@@ -203,6 +204,9 @@ constexpr int lanes_per_row = width <= 64    ? 8
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+
+// Tells the compiler that all lanes of the warp hold the same.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 
 template <int lanes, class T>
 __device__ __forceinline__ T sum_over(T x) {  // over aligned groups of `lanes` lanes

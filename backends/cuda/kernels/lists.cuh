@@ -24,11 +24,7 @@ constexpr int kFilterKeys = 32;
 constexpr int kGroupAppend = kFilterKeys / 4;
 // A list is refreshed when it has grown by this many entries since. Fewer refresh more often than
 // a tighter bound saves, more append what a fresh bound would have dropped.
-#ifdef ADASPLASH2_GROW
-constexpr int kGrow = ADASPLASH2_GROW;
-#else
 constexpr int kGrow = 8;
-#endif
 constexpr int kLastResorts = 4;  // Newton steps before a full list sends its rows to dense tiles
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -75,12 +71,17 @@ struct Lists {
   float top[kSlots];  // largest score this lane has met
   u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
   bool flat;          // some row keeps more than its lists hold: the warp's go to dense tiles
+  // What the last tile left to settle(): nothing, lists that have grown, or scores that found no
+  // room; and where the lists ended before it.
+  enum class Pending { kNothing, kGrown, kLost } pending;
+  u32 before[kSlots];
 
   __device__ __forceinline__ void start(u32 memory, u32 dead) {
     base = memory + lane_id() * 4;
     limit = base + kGrow * kEntryBytes;
     poisoned = dead;
     flat = false;
+    pending = Pending::kNothing;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       end[slot] = base;
@@ -134,6 +135,11 @@ struct Lists {
     for (int slot = 1; slot < kSlots; ++slot) out = max(out, end[slot]);
     return out;
   }
+  // Entries of the warp's longest list. wgmma must not be under way across a loop that the compiler
+  // takes for divergent, hence uniform().
+  __device__ __forceinline__ int entries() const {
+    return uniform(int(__reduce_max_sync(kAllLanes, furthest() - base) / kEntryBytes));
+  }
   __device__ __forceinline__ bool past(u32 address) const {
     return __any_sync(kAllLanes, furthest() > address);
   }
@@ -146,7 +152,7 @@ struct Lists {
     int kept_of_row[kSlots];
     const int quad = lane_id() & ~3;
     const u32 quad_base = base - lane_id() % 4 * 4;
-    const u32 stop = __reduce_max_sync(kAllLanes, furthest() - base) + base;
+    const int longest_before = entries();
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       s1[slot] = s2[slot] = 0.f;
@@ -159,7 +165,8 @@ struct Lists {
         bound[slot] = fmaxf(bound[slot], under(top[slot], inv_c));
     }
 #pragma unroll 1
-    for (u32 at = base; at < stop; at += kEntryBytes) {
+    for (int i = 0; i < longest_before; ++i) {
+      const u32 at = base + i * kEntryBytes;
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
         const Survivor s = load(at + slot * kSlotBytes);
@@ -194,8 +201,7 @@ struct Lists {
         bound[slot] = fmaxf(bound[slot], bound[slot] + rise - kBoundSlack * fabsf(bound[slot]));
       }
     }
-    const u32 longest = __reduce_max_sync(kAllLanes, furthest() - base);
-    limit = base + min(longest + kGrow * kEntryBytes, (kCapacity - kGroupAppend) * kEntryBytes);
+    limit = base + min(entries() + kGrow, kCapacity - kGroupAppend) * kEntryBytes;
   }
 
   // Room for kGroupAppend more entries in every list; false where refreshing does not make it.
@@ -211,7 +217,7 @@ struct Lists {
   __device__ __forceinline__ void solve(Solution (&out)[kSlots], float c, float r) const {
     float lo[kSlots], hi[kSlots];
     bool done[kSlots];
-    const u32 stop = __reduce_max_sync(kAllLanes, furthest() - base) + base;
+    const u32 stop = base + entries() * kEntryBytes;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       Solution& s = out[slot];
@@ -346,6 +352,7 @@ struct Lists {
       above[slot] = room ? bound[slot] : kInf;
       fits &= room;
     }
+    asm volatile("" : "+r"(first_column));  // columns are formed here, not for every tile
 #pragma unroll
     for (int i = 0; i < kGroupAppend; ++i) {
       const int n = group * (kFilterKeys / 8) + i / 2, j = i % 2;
@@ -360,11 +367,12 @@ struct Lists {
     return fits;
   }
 
-  // Filter the scores of `groups` times kFilterKeys keys: `first_column` is the lane's first, and
-  // score (slot, n, j) belongs to column first_column + 8 n + j. The maxima of a flat warp go on
-  // being kept; it turns flat where a row keeps more than its lists hold.
+  // Filter the scores of a tile of `groups` times kFilterKeys keys: `first_column` is the lane's
+  // first, and score (slot, n, j) belongs to column first_column + 8 n + j. Only predicates and
+  // branches that the whole warp takes, so that products may be under way. The maxima of a flat
+  // warp go on being kept.
   template <int groups, class Score>
-  __device__ __forceinline__ void filter(const Score& score, int first_column, const Params& p) {
+  __device__ __forceinline__ void filter(const Score& score, int first_column, float inv_c) {
     bool any[groups], some = false;
 #pragma unroll
     for (int group = 0; group < groups; ++group) {
@@ -381,20 +389,26 @@ struct Lists {
       }
       some |= any[group];
     }
-    if (!__any_sync(kAllLanes, some) || flat) return;
-    set_first_bounds(p.inv_c);
-    u32 before[kSlots];
+    if (!__any_sync(kAllLanes, some && !flat)) return;
+    set_first_bounds(inv_c);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) before[slot] = end[slot];
     bool fits = true;
 #pragma unroll
     for (int group = 0; group < groups; ++group)
       if (__any_sync(kAllLanes, any[group])) fits &= append_group(score, group, first_column);
-    if (!__any_sync(kAllLanes, !fits || furthest() > limit)) return;
+    pending = __any_sync(kAllLanes, !fits)                ? Pending::kLost
+              : __any_sync(kAllLanes, furthest() > limit) ? Pending::kGrown
+                                                          : Pending::kNothing;
+  }
 
-    // Too many at a time: once more, with a look at the room after each group.
+  // Refresh after filter() where it is due; scores that found no room are appended once more, with
+  // a look at the room after each group. The warp turns flat where that is in vain.
+  template <int groups, class Score>
+  __device__ __forceinline__ void settle(const Score& score, int first_column, const Params& p) {
+    if (pending == Pending::kNothing) return;
     int group = groups;
-    if (__any_sync(kAllLanes, !fits)) {
+    if (pending == Pending::kLost) {
       group = 0;
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) end[slot] = before[slot];
@@ -406,6 +420,7 @@ struct Lists {
         if (here == group) append_group(score, here, first_column);
       flat = !make_room(p.c, p.inv_c, p.r);
     }
+    pending = Pending::kNothing;
   }
 };
 

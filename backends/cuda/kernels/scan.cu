@@ -18,7 +18,7 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kBlockRows = kWarps * kWarpRows;
 constexpr int kTileKeys = kWide ? 32 : 64;  // keys that are copied to shared memory at a time
 constexpr int kStages = 2;
-constexpr int kChunk = kFilterKeys;  // keys whose scores a warp holds at a time
+constexpr int kChunk = 32;  // keys whose scores a warp holds at a time
 
 constexpr int kQuarters = kChunk / 8;   // n8 fragments of a chunk
 using Scores = float[2][kQuarters][4];  // [m16 fragment][n8 fragment][accumulator]
@@ -213,7 +213,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       products(s, queries, stage_at + part * kChunk * tile_stride<kDim>);
       if (edge) mask_scores(s, first_row, first_key, p.length_k);
       const auto score = [&](int slot, int n, int j) { return s[slot / 2][n][slot % 2 * 2 + j]; };
-      lists.filter<1>(score, first_key + lane_id() % 4 * 2, p);
+      const int column = first_key + lane_id() % 4 * 2;
+      lists.filter<kChunk / kFilterKeys>(score, column, p.inv_c);
+      lists.settle<kChunk / kFilterKeys>(score, column, p);
     }
   }
   if (outside) return;

@@ -3,9 +3,11 @@
 // to 128.
 //
 // A block owns kBlockRows queries of one head. One thread has tiles of keys copied into a ring of
-// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. While one group
-// filters, the tensor cores work for another: the ring lets them drift apart. (Taking turns at the
-// tensor cores, as FlashAttention-3 does, was a third slower: the slowest filter held up the rest.)
+// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. A group filters the
+// scores of one tile while the tensor cores work on its next: groups of one block keep in step,
+// since they wait for the same tiles, so without this all would multiply, then all filter. (Taking
+// turns at the tensor cores, as FlashAttention-3 does, was a third slower: the slowest filter held
+// up the rest.)
 #include "lists.cuh"
 
 namespace adasplash2 {
@@ -14,12 +16,13 @@ static_assert(kHalf && kAligned && kDim <= 128);
 
 constexpr int kGroups = ADASPLASH2_WARPGROUPS;
 constexpr int kStages = ADASPLASH2_STAGES;
+constexpr int kBlocks = ADASPLASH2_BLOCKS;  // of a multiprocessor
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;
 // Registers move from the warpgroup that copies to those that hold scores: by eights, and together
 // no more than the block was launched with.
 constexpr int kCopierRegisters = 24;
-constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
 constexpr int kConsumerRegisters =
     (kLaunchRegisters * kThreads - kCopierRegisters * 128) / kConsumers / 8 * 8;
 constexpr int kRows = 64;  // of a warpgroup: M of wgmma
@@ -108,13 +111,16 @@ __device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned
                : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(keys), "r"(accumulate));
 }
 
-// q k^T of a warpgroup's 64 rows and one tile.
-__device__ __forceinline__ void products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
+// Start q k^T of a warpgroup's 64 rows and one tile.
+__device__ __forceinline__ void start_products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
     multiply_tile(s, q[k], descriptor(tile + k / 4 * kPanelBytes + k % 4 * 32), k > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void finish_products(Scores& s) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
   for (float& x : s) asm volatile("" : "+f"(x)::"memory");  // reads stay behind
@@ -190,34 +196,80 @@ __device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& 
 __device__ __forceinline__ void consume(const Params& p, int head_row, int block, int tiles,
                                         u32 stages, u32 full, u32 empty) {
   const int batch = head_row / p.heads_q, head = head_row % p.heads_q;
-  const int first_of_group = block * kBlockRows + warp_id() / 4 * kRows;
-  const int first_row = block * kBlockRows + warp_id() * 16;
+  const int warp = uniform(warp_id());
+  const int first_of_group = block * kBlockRows + warp / 4 * kRows;
+  const int first_row = block * kBlockRows + warp * 16;
   const int group = head_row * p.groups_q + first_row / kGroupRows;
   Left q[kDim / 16];
   const u32 dead = load_queries(q, p, row_of(p.q, batch, head, 0), first_row);
   Lists<kSlots> lists;
-  lists.start(stages + kStages * kStageBytes + warp_id() * Lists<kSlots>::kBytes, dead);
+  lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
 
+  constexpr int kParts = kTileKeys / kFilterKeys;
   Ring at;
-  for (int first_key = (tiles - 1) * kTileKeys; first_key >= 0; first_key -= kTileKeys) {
-    const bool needed =
-        first_of_group < p.length_q && (!kCausal || first_key < first_of_group + kRows);
+  const auto take = [&] {
     await(full + at.stage * 8, at.parity);
-    Scores s;
-    if (needed) products(s, q, stages + at.stage * kStageBytes);
+    return stages + at.stage * kStageBytes;
+  };
+  const auto give_back = [&] {
     if (lane_id() == 0) arrive(empty + at.stage * 8);
     at.advance();
-    if (!needed || first_row >= p.length_q) continue;
-    if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1)) {
-#pragma unroll
-      for (int at = 0; at < kTileKeys / 2; ++at) {
-        const int key = first_key + at / 4 * 8 + lane_id() % 4 * 2 + at % 2;
-        const int row = first_row + at / 2 % 2 * 8 + lane_id() / 4;
-        if (key >= p.length_k || (kCausal && key > row)) s[at] = -kInf;
+  };
+  const auto plain = [](const Scores& s) {
+    return [&s](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; };
+  };
+  const auto masked = [&](const Scores& s, int first_key) {
+    return [&s, &p, first_key, first_row](int slot, int n, int j) {
+      const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
+      const int row = first_row + slot * 8 + lane_id() / 4;
+      return key < p.length_k && (!kCausal || key <= row) ? s[n * 4 + slot * 2 + j] : -kInf;
+    };
+  };
+
+  // Tiles beyond this group's rows; all of them for a group without rows.
+  int first_key = (tiles - 1) * kTileKeys;
+  const int nearest = first_of_group >= p.length_q ? -1
+                      : kCausal                    ? first_of_group + kRows - 1
+                                                   : first_key;
+  for (; first_key > nearest; first_key -= kTileKeys) {
+    take();
+    give_back();
+  }
+  // Finish a tile's products and start the next one's, which run while this tile is filtered. The
+  // lists of the tile before, `other`, are settled between products: wgmma would be made to wait
+  // where a refresh runs beside it.
+  const auto settle = [&](const Scores& s, int first_key) {
+    lists.template settle<kParts>(masked(s, first_key), first_key + lane_id() % 4 * 2, p);
+  };
+  const auto step = [&](Scores& now, Scores& other) {
+    finish_products(now);
+    give_back();
+    settle(other, first_key + kTileKeys);
+    start_products(other, q, first_key > 0 ? take() : stages);  // a last one is for nothing
+    const int column = first_key + lane_id() % 4 * 2;
+    if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1))
+      lists.template filter<kParts>(masked(now, first_key), column, p.inv_c);
+    else
+      lists.template filter<kParts>(plain(now), column, p.inv_c);
+    first_key -= kTileKeys;
+  };
+  if (first_key >= 0) {
+    Scores even, odd;
+    start_products(even, q, take());
+    while (true) {
+      step(even, odd);
+      if (first_key < 0) {
+        finish_products(odd);
+        settle(even, 0);
+        break;
+      }
+      step(odd, even);
+      if (first_key < 0) {
+        finish_products(even);
+        settle(odd, 0);
+        break;
       }
     }
-    const auto score = [&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; };
-    lists.filter<kTileKeys / kFilterKeys>(score, first_key + lane_id() % 4 * 2, p);
   }
   if (first_row >= p.length_q) return;
   __syncwarp();
@@ -226,7 +278,7 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
   if (lane_id() == 0) p.flat[group] = overfull;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ __align__(8) unsigned long long barriers[2 * kStages];
@@ -244,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();
-  if (threadIdx.x >= kConsumers) {
+  if (uniform(warp_id()) >= kConsumers / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopierRegisters));
     if (threadIdx.x == kConsumers)
       copy_tiles(p, map, batch, head / p.group, tiles, stages, full, empty);
