@@ -15,7 +15,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed: nothing to compile wi
 from adasplash2 import cache
 from adasplash2.backends import cuda
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.backends.cuda import sizes
+from adasplash2.backends.cuda import plan, sizes
 from adasplash2.problem import Inputs, RowProblem, attention_problem
 
 HOT = {
@@ -32,12 +32,11 @@ an alpha without a closed form."""
 GENERAL_ALPHA = 2
 
 SHARED = {
-    "sm_80": (166_912, 167_936),
-    "sm_90": (232_448, 233_472),
-    "sm_100": (232_448, 233_472),
-    "sm_120": (101_376, 102_400),
+    "sm_80": sizes.SharedMemory(166_912, 167_936),
+    "sm_90": sizes.SharedMemory(232_448, 233_472),
+    "sm_100": sizes.SharedMemory(232_448, 233_472),
+    "sm_120": sizes.SharedMemory(101_376, 102_400),
 }
-"""Shared memory that a block may ask for, and that a multiprocessor has."""
 
 
 class Usage(NamedTuple):
@@ -71,7 +70,7 @@ def variants() -> list[tuple[str, int, int, int]]:
 def test_compiles_without_spills(
     unit: str, arch: str, dtype: int, head_dim: int, alpha: int
 ) -> None:
-    capacity = sizes.scan_capacity(head_dim, 4 if dtype == 2 else 2, *SHARED[arch])
+    capacity = sizes.portable_scan(head_dim, 4 if dtype == 2 else 2).capacity(SHARED[arch])
     if capacity is None:
         pytest.skip("refused: too little shared memory for such queries and keys")
     defines = {
@@ -90,6 +89,34 @@ def test_compiles_without_spills(
     assert set(found) == KERNELS[unit]
     limit = 0 if unit in HOT and alpha != GENERAL_ALPHA else FEW_SPILLS
     assert {k: u.spilled for k, u in found.items() if u.spilled > limit} == {}
+
+
+@pytest.mark.parametrize("alpha", range(3))
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("shape", plan.HOPPER_SHAPES)
+def test_the_hopper_scan_overlaps_and_spills_nothing(
+    shape: tuple[int, int, int, int], head_dim: int, alpha: int
+) -> None:
+    scan = sizes.hopper_scan(head_dim, *shape)
+    capacity = scan.capacity(SHARED["sm_90"])
+    assert capacity is not None
+    assert capacity >= 24  # rows of support 64 stay in the lists
+    defines = {
+        "DTYPE": alpha % 2,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim,
+        "ALPHA": alpha,
+        "CAUSAL": int(head_dim != 16),
+        "ALIGNED": 1,
+        "CAPACITY": capacity,
+        **dict(scan.defines),
+    }
+    log = compiler.compile_unit("scan90.cu", defines, "sm_90a").log
+    found = usage(log)
+    print(f"\nscan90.cu {defines}: {found}")
+    assert set(found) == {"scan"}
+    assert found["scan"].spilled <= (FEW_SPILLS if alpha == GENERAL_ALPHA else 0)
+    assert "serialized" not in log  # ptxas made wgmma wait: no overlap is left
 
 
 def test_an_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> None:

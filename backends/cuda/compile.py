@@ -86,7 +86,9 @@ def compile_unit(unit: str, defines: dict[str, int], arch: str) -> Compiled:
     )
     try:
         nvrtc.compileProgram(program, options)
-        return Compiled(bytes(nvrtc.getCUBIN(program)), nvrtc.getProgramLog(program))
+        # CuPy cuts off the last byte, a zero: drivers do not mind, disassemblers do.
+        cubin = bytes(nvrtc.getCUBIN(program)) + b"\0"
+        return Compiled(cubin, nvrtc.getProgramLog(program))
     except nvrtc.NVRTCError as error:
         raise CompileError(nvrtc.getProgramLog(program)) from error
     finally:

@@ -111,9 +111,7 @@ def view(tensor: Tensor) -> tuple[int, int, int, int]:
     return (tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
-def params(
-    fields: Mapping[str, Any], constants: Any = None, layout: np.dtype[Any] = PARAMS
-) -> Any:
+def params(fields: Mapping[str, Any], constants: Any = None, layout: np.dtype[Any] = PARAMS) -> Any:
     """The argument block of ``constants`` and ``fields``; what neither names is zero."""
     block = np.zeros((), layout) if constants is None else constants.copy()
     for name, value in fields.items():

@@ -15,26 +15,24 @@ from adasplash2.backends.cuda import launch, sizes
 from adasplash2.contract import Config
 from adasplash2.problem import Problem
 
-PORTABLE: Config = {"scan": "portable"}
+PORTABLE: Config = {"scan": "portable", "blocks": 1}
+PORTABLE_TWO: Config = {"scan": "portable", "blocks": 2}
 
 HOPPER_SHAPES = ((3, 64, 4, 1), (3, 64, 3, 1), (2, 64, 4, 1))
-"""Warpgroups, keys of a tile, stages and blocks a multiprocessor of ``scan90.cu``: two blocks
-overlap best, one with few groups has the longest lists."""
-
-HOPPER_SHAPES_WIDE = ((3, 64, 4, 1), (3, 64, 3, 1), (2, 64, 4, 1))
-"""The same for head_dim above 64."""
+"""Warpgroups, keys of a tile, stages and blocks a multiprocessor of ``scan90.cu``, for head_dim up
+to 128. The first was the fastest or within 5 % of it wherever measured; fewer groups or stages
+leave room for longer lists."""
 
 CACHED_PLANS = 1024
 
 
 def configs(problem: Problem) -> list[Config]:
     """The shapes of the scan that the device has room for."""
-    shapes = [PORTABLE]
+    shapes = [PORTABLE, PORTABLE_TWO]
     if _has_wgmma(problem):
-        choices = HOPPER_SHAPES if problem.head_dim <= 64 else HOPPER_SHAPES_WIDE
         shapes = [
             {"scan": "hopper", "warpgroups": w, "keys": k, "stages": s, "blocks": b}
-            for w, k, s, b in choices
+            for w, k, s, b in HOPPER_SHAPES
         ]
         shapes.append(PORTABLE)
     available = shared_memory(problem.device)
@@ -55,9 +53,9 @@ class Plan:
         self.saved = sizes.Saved(self.counts)
         self.device = problem.device.index
         self._options = launch.defines(problem, aligned)
-        self._dense_shared = sizes.dense_shared(
-            problem.head_dim, problem.head_dim_v, problem.dtype.itemsize
-        )
+        widths = (problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
+        self._dense_shared = sizes.dense_shared(*widths)
+        self._dense_rows = sizes.dense_rows(*widths)
         # Copies by the engine, and wgmma's operands, need rows that start on 16 bytes.
         self._scan = _scan(problem, config if aligned else PORTABLE)
         self.mapped_keys = dict(self._scan.defines).get("KEYS")  # of a box of the copy engine
@@ -113,7 +111,7 @@ class Plan:
         lanes = sizes.lanes_per_row(widest)
         units = torch.cuda.get_device_properties(problem.device).multi_processor_count
         split = 2 if sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v) > 256 else 1
-        key_tiles = counts.kv_heads * -(-problem.length_k // sizes.DENSE_ROWS)
+        key_tiles = counts.kv_heads * -(-problem.length_k // self._dense_rows)
         return (
             self._elements("count_columns", counts.groups),
             self._elements("prefix_columns", counts.kv_heads, sizes.PREFIX_THREADS),
@@ -126,7 +124,7 @@ class Plan:
 
     @property
     def _query_tiles(self) -> int:
-        return self.counts.heads * -(-self.problem.length_q // sizes.DENSE_ROWS)
+        return self.counts.heads * -(-self.problem.length_q // self._dense_rows)
 
     def _elements(
         self, kernel: str, blocks: int, threads: int = sizes.ELEMENT_THREADS
@@ -137,7 +135,7 @@ class Plan:
 
     def _dense(self, kernel: str, blocks: tuple[int, ...]) -> launch.Launch:
         shared = self._dense_shared[kernel]
-        return self._launch("dense.cu", kernel, self._options, blocks, sizes.DENSE_THREADS, shared)
+        return self._launch("dense.cu", kernel, self._options, blocks, 2 * self._dense_rows, shared)
 
     def _launch(
         self,
@@ -162,7 +160,7 @@ def _scan(problem: Problem, config: Config) -> sizes.Scan:
     if config["scan"] == "hopper":
         shape = (int(config[key]) for key in ("warpgroups", "keys", "stages", "blocks"))
         return sizes.hopper_scan(problem.head_dim, *shape)
-    return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize)
+    return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize, int(config["blocks"]))
 
 
 def _has_wgmma(problem: Problem) -> bool:

@@ -21,10 +21,6 @@ RECORD_BYTES = 16
 LIST_ENTRY_BYTES = 32
 """One entry of the four lists of a query row in the scans."""
 
-DENSE_ROWS = 64
-"""``kRows`` and ``kTile`` of ``dense.cu``."""
-
-DENSE_THREADS = 128
 ELEMENT_THREADS = 256
 PREFIX_THREADS = 1024
 LONG_THREADS = 512
@@ -63,10 +59,16 @@ def lanes_per_row(width: int) -> int:
     return 8 if width <= 64 else 16 if width <= 128 else 32
 
 
+def dense_rows(head_dim: int, head_dim_v: int, itemsize: int) -> int:
+    """``kRows`` and ``kTile`` of ``dense.cu``; a block has two threads a row."""
+    return 32 if itemsize == 4 and max(padded(head_dim), padded(head_dim_v)) > 128 else 64
+
+
 def dense_shared(head_dim: int, head_dim_v: int, itemsize: int) -> dict[str, int]:
-    """Dynamic shared memory of the kernels of ``dense.cu``: tiles of 64 rows."""
-    keys = tile_bytes(DENSE_ROWS, head_dim, itemsize)
-    values = tile_bytes(DENSE_ROWS, head_dim_v, itemsize)
+    """Dynamic shared memory of the kernels of ``dense.cu``."""
+    rows = dense_rows(head_dim, head_dim_v, itemsize)
+    keys = tile_bytes(rows, head_dim, itemsize)
+    values = tile_bytes(rows, head_dim_v, itemsize)
     return {
         "dense_output": 3 * keys + 2 * values,
         "dense_grad_rows": 3 * keys + 3 * values,
@@ -104,13 +106,13 @@ class Scan:
         return min(fit, MAX_CAPACITY) if fit >= MIN_CAPACITY else None
 
 
-def portable_scan(head_dim: int, itemsize: int) -> Scan:
-    """``scan.cu``: two stages of keys, and float32 queries."""
+def portable_scan(head_dim: int, itemsize: int, blocks: int = 1) -> Scan:
+    """``scan.cu``: two stages of keys, and float32 queries; ``blocks`` to a multiprocessor."""
     wide = itemsize == 4 and padded(head_dim) > 128
     rows, keys = (64, 32) if wide else (128, 64)
     stages = 2 * tile_bytes(keys, head_dim, itemsize)
     queries = 0 if itemsize == 2 else tile_bytes(rows, head_dim, itemsize)
-    return Scan("scan.cu", rows, rows, stages + queries)
+    return Scan("scan.cu", rows, rows, stages + queries, blocks)
 
 
 def hopper_scan(head_dim: int, warpgroups: int, keys: int, stages: int, blocks: int) -> Scan:

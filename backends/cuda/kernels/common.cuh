@@ -59,7 +59,7 @@ struct Entry {  // a survivor of one query row
 };
 
 struct Record {  // a survivor of one key column
-  int row;  // query row, counted over the group's heads: member * length_q + i
+  int row;       // query row, counted over the group's heads: member * length_q + i
   float ds, p;
   int member;  // which of the group's heads
 };

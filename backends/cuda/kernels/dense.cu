@@ -7,10 +7,12 @@
 
 namespace adasplash2 {
 
-constexpr int kWarps = 4;
+// Wide float32 tiles fill the shared memory at half the rows.
+constexpr bool kWide = !kHalf && (kDim > 128 || kDimV > 128);
+constexpr int kWarps = kWide ? 2 : 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kRows = kWarps * 16;  // rows of a block, 16 a warp
-constexpr int kTile = 64;           // rows of the tiles it walks over
+constexpr int kTile = kRows;        // rows of the tiles it walks over
 constexpr int kSolveSteps = 64;     // enough for bisection alone
 // float16 loses probabilities below 6e-8; rows of many keys come near. Scaled, none does.
 constexpr float kProbScale = ADASPLASH2_DTYPE == 1 ? 1024.f : 1.f;
@@ -273,10 +275,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         support[i / 2] += kept;
         live |= kept && b.flat[i / 2];
       }
-    if (p.tiles && live)
-      p.tiles[(i64(b.head_row) * ((p.length_q + 63) / 64) + b.first_row / 64) *
-                  ((p.length_k + 63) / 64) +
-              tile] = 1;
+    if (p.tiles && live) mark_tile(p, b.head_row, b.first_row, tile * kTile);
     add_weighted<kParts, kDimV>(out, s, values);
   });
 #pragma unroll
@@ -287,14 +286,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int n = 0; n < kDimV / 8; ++n) out[n][2 * slot] *= factor, out[n][2 * slot + 1] *= factor;
     if (poisoned[slot])
 #pragma unroll
-      for (int n = 0; n < kDimV / 8; ++n)
-        out[n][2 * slot] = out[n][2 * slot + 1] = kNaN;
+      for (int n = 0; n < kDimV / 8; ++n) out[n][2 * slot] = out[n][2 * slot + 1] = kNaN;
     if (!b.flat[slot] || lane_id() % 4) continue;
     const int row = b.row_of_slot(slot);
     const i64 at = i64(b.head_row) * p.length_q + row;
-    p.tau[at] = poisoned[slot] ? kNaN
-                : empty[slot]  ? kInf
-                               : top[slot] + t[slot];
+    p.tau[at] = poisoned[slot] ? kNaN : empty[slot] ? kInf : top[slot] + t[slot];
     const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + row;
     p.row_count[at_row] = poisoned[slot] ? -1 : kept;
     p.row_start[at_row] = __float_as_int(factor);
@@ -426,7 +422,8 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
     const u8* flat = p.flat + i64(head_row) * p.groups_q;
     for (int first_row = start; first_row < p.length_q; first_row += kTile) {
       bool wanted = false;
-      for (int i = first_row / kGroupRows; i < min(p.groups_q, (first_row + kTile) / kGroupRows); ++i)
+      for (int i = first_row / kGroupRows; i < min(p.groups_q, (first_row + kTile) / kGroupRows);
+           ++i)
         wanted |= flat[i];
       if (!wanted) continue;
       __syncthreads();  // the tile before is read

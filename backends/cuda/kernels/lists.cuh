@@ -58,15 +58,16 @@ struct Solution {
 // The lists of one warp, `kSlots` rows a lane: slot s is row 8 s + lane / 4 of the warp.
 template <int kSlots>
 struct Lists {
-  // One entry of all lists of the warp: its scores, slot by slot and lane by lane, then the columns.
+  // One entry of all lists of the warp: its scores, slot by slot and lane by lane, then the
+  // columns.
   static constexpr u32 kSlotBytes = 32 * 4;
   static constexpr u32 kColumns = kSlots * kSlotBytes;
   static constexpr u32 kEntryBytes = 2 * kColumns;
   static constexpr int kBytes = kCapacity * int(kEntryBytes);
 
-  u32 base;           // the lane's first entry of slot 0
-  u32 end[kSlots];    // first free entry, counted without the slot's own offset
-  u32 limit;          // the same for all lanes: refresh when an end passes it
+  u32 base;         // the lane's first entry of slot 0
+  u32 end[kSlots];  // first free entry, counted without the slot's own offset
+  u32 limit;        // the same for all lanes: refresh when an end passes it
   float bound[kSlots];
   float top[kSlots];  // largest score this lane has met
   u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
@@ -187,8 +188,7 @@ struct Lists {
         const u32 mine = __ballot_sync(kAllLanes, kept) >> quad & 15u;
         const int place = kept_of_row[slot] + __popc(mine & ((1u << lane_id() % 4) - 1u));
         kept_of_row[slot] += __popc(mine);
-        if (kept)
-          store(quad_base + slot * kSlotBytes + place / 4 * kEntryBytes + place % 4 * 4, s);
+        if (kept) store(quad_base + slot * kSlotBytes + place / 4 * kEntryBytes + place % 4 * 4, s);
       }
     }
     __syncwarp();
@@ -318,7 +318,8 @@ struct Lists {
           if (row < p.length_q) {
             const i64 at_tau = i64(head_row) * p.length_q + row;
             p.tau[at_tau] = s.poisoned ? kNaN : s.empty ? kInf : fmaf(p.c, s.top, s.tau);
-            if (s.poisoned) poison_keys(p, head_row / p.heads_q, head_row % p.heads_q / p.group, row);
+            if (s.poisoned)
+              poison_keys(p, head_row / p.heads_q, head_row % p.heads_q / p.group, row);
             if (p.iterations) p.iterations[at_tau] = s.steps;
           }
         }

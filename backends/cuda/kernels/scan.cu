@@ -163,8 +163,7 @@ __device__ __forceinline__ void mask_scores(Scores& s, int first_row, int first_
 constexpr int kStageBytes = kTileKeys * tile_stride<kDim>;
 constexpr int kQueryBytes = kHalf ? 0 : kBlockRows * tile_stride<kDim>;
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    scan(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char shared[];
   const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
   const int head_row = blockIdx.x / blocks;            // head-major: K of one head stays in the L2

@@ -76,25 +76,25 @@ __device__ __forceinline__ unsigned long long descriptor(u32 address) {
 __device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned long long keys,
                                               int accumulate) {
 #define ADASPLASH2_S4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
-#define ADASPLASH2_S32(i)                                                                     \
-  ADASPLASH2_S4(i), ADASPLASH2_S4(i + 4), ADASPLASH2_S4(i + 8), ADASPLASH2_S4(i + 12),        \
+#define ADASPLASH2_S32(i)                                                              \
+  ADASPLASH2_S4(i), ADASPLASH2_S4(i + 4), ADASPLASH2_S4(i + 8), ADASPLASH2_S4(i + 12), \
       ADASPLASH2_S4(i + 16), ADASPLASH2_S4(i + 20), ADASPLASH2_S4(i + 24), ADASPLASH2_S4(i + 28)
 #if ADASPLASH2_KEYS == 64
 #define ADASPLASH2_SCORES ADASPLASH2_S32(0)
 #define ADASPLASH2_SHAPE "m64n64k16"
-#define ADASPLASH2_OPERANDS                                                                   \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, "  \
+#define ADASPLASH2_OPERANDS                                                                  \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, " \
   "%36, p, 1, 1, 0;}"
 #define ADASPLASH2_FLAG "%37"
 #else
 #define ADASPLASH2_SCORES ADASPLASH2_S32(0), ADASPLASH2_S32(32)
 #define ADASPLASH2_SHAPE "m64n128k16"
-#define ADASPLASH2_OPERANDS                                                                   \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
-  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
-  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, "    \
+#define ADASPLASH2_OPERANDS                                                                \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "  \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "  \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, " \
   "1, 1, 0;}"
 #define ADASPLASH2_FLAG "%69"
 #endif
@@ -143,17 +143,18 @@ __device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map
   Ring at;
   for (int i = 0; i < tiles; ++i, at.advance()) {
     if (i >= kStages) await(empty + at.stage * 8, at.parity ^ 1);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + at.stage * 8),
-                 "r"(kStageBytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + at.stage * 8),
+        "r"(kStageBytes)
+        : "memory");
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
       asm volatile(
           "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
           " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(stages + at.stage * kStageBytes +
                                                        panel * kPanelBytes),
-          "l"(&map), "r"(panel * 64), "r"((tiles - 1 - i) * kTileKeys), "r"(head_at),
-          "r"(batch_at), "r"(full + at.stage * 8)
+          "l"(&map), "r"(panel * 64), "r"((tiles - 1 - i) * kTileKeys), "r"(head_at), "r"(batch_at),
+          "r"(full + at.stage * 8)
           : "memory");
   }
 }
