@@ -27,6 +27,7 @@ from adasplash2.problem import (
     RowProblem,
     attention_problem,
     check_alpha_above_one,
+    check_tensor,
     row_problem,
 )
 
@@ -44,7 +45,7 @@ def attention_stats(
 ) -> AttentionStats:
     """Run one attention forward that records what it did; no operator, no gradient."""
     problem = _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, False)
-    if not problem.allowed_pairs:
+    if problem.is_empty:
         tau = _nothing_forward(problem, inputs.query).tau
         counts = torch.zeros_like(tau, dtype=torch.int32)
         empty_tiles = tau.new_zeros(tau.shape[:2], dtype=torch.float64)
@@ -76,7 +77,7 @@ def _attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value)
     problem = _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, needs_grad)
-    if not problem.allowed_pairs:
+    if problem.is_empty:
         return _nothing_forward(problem, query)
     chosen, config = choose(problem, backend or None)
     return chosen.forward(problem, inputs, config)
@@ -123,7 +124,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value)
     problem = _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, True)
-    if not problem.allowed_pairs:
+    if problem.is_empty:
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     chosen, config = choose(problem, backend or None)
     return chosen.backward(problem, inputs, Forward(out, tau, saved), grad_out, config)
@@ -200,7 +201,7 @@ def _saved_bytes(problem: Problem, backend: str) -> int | None:
     lengths = (problem.batch, problem.heads_q, problem.heads_kv)
     if not all(isinstance(n, int) for n in (*lengths, problem.length_q, problem.length_k)):
         return None
-    if not problem.allowed_pairs:
+    if problem.is_empty:
         return 0
     chosen, config = choose(problem, backend or None)
     return chosen.saved_bytes(problem, config)
@@ -271,8 +272,11 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     """Output of :data:`attention_forward`; ``options`` from ``alpha`` to ``backend``."""
-    plain = _unwatched(query, key, value)
-    call: Callable[..., Any] = _attention_forward if plain else attention_forward
+    call: Callable[..., Any] = _attention_forward
+    if not _unwatched(query, key, value):
+        call = attention_forward
+        for name, tensor in zip(Inputs._fields, (query, key, value), strict=True):
+            check_tensor(name, tensor)  # torch's dispatcher would say it in other words
     out: Tensor = call(query, key, value, *options, False)[0]
     return out
 
@@ -301,8 +305,8 @@ def _unwatched(*tensors: Tensor) -> bool:
     grad = torch.is_grad_enabled()
     for tensor in tensors:  # a loop, not all(): a third of the time
         if (
-            (grad and tensor.requires_grad)
-            or type(tensor) not in _PLAIN_TYPES
+            type(tensor) not in _PLAIN_TYPES
+            or (grad and tensor.requires_grad)
             or _keys(tensor).raw_repr() not in _PLAIN_KEYS
         ):
             return False

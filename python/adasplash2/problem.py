@@ -77,6 +77,11 @@ class Problem:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no query may see any key: with ``is_causal`` too the first sees the first."""
+        return not (self.length_k and self.length_q and self.heads_q and self.batch)
+
+    @property
     def allowed_pairs(self) -> int:
         """(query, key) pairs that the masks allow, summed over batch and query heads."""
         per_head = self.length_q * self.length_k
