@@ -186,9 +186,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         help="measure it too, of a forward and backward; default on cuda alone",
     )
     options = parser.parse_args()
-    for name, value in DEFAULTS[options.device].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    harness.set_defaults(options, DEFAULTS)
     options.heads_kv = options.heads_kv or options.heads
     if options.peak_memory is None:
         options.peak_memory = options.device == "cuda"

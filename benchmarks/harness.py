@@ -145,7 +145,8 @@ class AttentionCase(Case):
     layer: int = 0
 
     def __str__(self) -> str:
-        return f"{self.dtype}, length {self.length}, {self.data_words()}"
+        shape = f"length {self.length}, {self.heads} heads of {self.head_dim}"
+        return f"{self.dtype}, {shape}, {self.data_words()}"
 
     def data_words(self) -> str:
         """Its data, in words."""
@@ -660,6 +661,15 @@ def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     torch.set_num_threads(options.threads)
 
 
+def set_defaults(
+    options: argparse.Namespace, by_device: Mapping[str, Mapping[str, object]]
+) -> None:
+    """Gives options that were not given their default on the device."""
+    for name, value in by_device[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
 def positive_int(text: str) -> int:
     return int(_number(text, lambda n: n == int(n) > 0, "an integer of at least 1"))
 
@@ -944,13 +954,20 @@ class Line(NamedTuple):
 
 
 @contextlib.contextmanager
-def canvas(path: Path, title: str, footer: str, columns: int, width: float = 4.8) -> Iterator[Any]:
+def canvas(
+    path: Path,
+    title: str,
+    footer: str,
+    columns: int,
+    width: float = 4.8,
+    share_y: bool = True,
+) -> Iterator[Any]:
     """Gives a figure and its axes side by side; saves it in the format of the path's suffix, with
     one legend for all axes below them, where it covers nothing."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.2 + width * columns, 5.0), layout="constrained")
-    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, columns, sharey=share_y, squeeze=False)[0]
     yield figure, axes
     entries: dict[str, Any] = {}
     for axis in axes:
@@ -959,16 +976,15 @@ def canvas(path: Path, title: str, footer: str, columns: int, width: float = 4.8
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     figure.suptitle(title, fontweight="bold")
-    if entries:
-        across = min(len(entries), 3 * columns)
-        figure.legend(
-            entries.values(),
-            entries.keys(),
-            loc="outside lower center",
-            ncols=across,
-            frameon=False,
-        )
-    figure.supxlabel(footer, fontsize=7, color="0.35")
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=min(len(entries), 3 * columns) or 1,
+        title=footer,
+        title_fontsize=7,
+        frameon=False,
+    )
     figure.savefig(path, dpi=130)
     progress(f"wrote {path}")
 
