@@ -202,7 +202,7 @@ def draw(run: harness.Run, points: Sequence[Point], times: dict, names: Sequence
                     x = [100 * s if sweep == TILES else 1 - s for s, _ in line]
                     y = [ms for _, ms in line]
                     axis.plot(x, y, "o-", color=colour[name], markersize=4, label=name)
-            axis.set(title=mode, yscale="log", xlabel=f"{sweep}, %")
+            axis.set(title=f"{mode}\nby {sweep}", yscale="log", xlabel=f"{sweep}, %")
             if sweep == ELEMENTS and at:
                 axis.set_xscale("log")
                 lowest = math.floor(math.log10(max(1e-6, 1 - at[-1].share)))

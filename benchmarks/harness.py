@@ -290,8 +290,9 @@ class Measurement:
 
     @property
     def backward(self) -> float:
-        """What a backward adds to a forward, with what the forward keeps for it."""
-        return max(0.0, self.both - self.forward)
+        """What a backward adds to a forward, with what the forward keeps for it: a difference of
+        medians, which noise can make negative."""
+        return self.both - self.forward
 
     def record(self) -> dict[str, object]:
         """As it stands in JSON."""
@@ -961,13 +962,15 @@ def canvas(
     columns: int,
     width: float = 4.8,
     share_y: bool = True,
+    rows: int = 1,
 ) -> Iterator[Any]:
-    """Gives a figure and its axes side by side; saves it in the format of the path's suffix, with
+    """Gives a figure and its axes, row by row; saves it in the format of the path's suffix, with
     one legend for all axes below them, where it covers nothing."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.2 + width * columns, 5.0), layout="constrained")
-    axes = figure.subplots(1, columns, sharey=share_y, squeeze=False)[0]
+    size = max(9.0, 1.2 + width * columns), 1.2 + 3.8 * rows
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=share_y, squeeze=False).flatten()
     yield figure, axes
     entries: dict[str, Any] = {}
     for axis in axes:
@@ -980,7 +983,7 @@ def canvas(
         entries.values(),
         entries.keys(),
         loc="outside lower center",
-        ncols=min(len(entries), 3 * columns) or 1,
+        ncols=min(len(entries), max(3, int(size[0] // 2.2))) or 1,
         title=footer,
         title_fontsize=7,
         frameon=False,
@@ -997,12 +1000,20 @@ def draw(
     y_label: str,
     footer: str = "",
     x_log: bool = True,
-    y_log: bool = True,
+    palette: Mapping[str, str] | None = None,
+    mark: float | None = None,
+    rows: int = 1,
 ) -> None:
-    """Panels of lines side by side with one vertical scale."""
-    colour = colours(line.name for lines in panels.values() for line in lines)
-    with canvas(path, title, footer, len(panels)) as (_, axes):
-        for axis, (heading, lines) in zip(axes, panels.items(), strict=True):
+    """Panels of lines with one logarithmic vertical scale; ``mark`` is a height to show dotted."""
+    names = dict.fromkeys(line.name for lines in panels.values() for line in lines)
+    colour = colours(names) | dict(palette or {})
+    columns = -(-len(panels) // rows)
+    with canvas(path, title, footer, columns, rows=rows) as (_, axes):
+        for spare in axes[len(panels) :]:
+            spare.set_axis_off()
+        for axis, (heading, lines) in zip(axes, panels.items(), strict=False):
+            if mark is not None:
+                axis.axhline(mark, color="0.5", linestyle=":")
             for line in lines:
                 axis.plot(
                     line.x,
@@ -1013,15 +1024,14 @@ def draw(
                     markersize=4,
                     label=None if line.dashed and _has_solid(line, lines) else line.name,
                 )
-            axis.set(title=heading, xlabel=x_label)
-            if y_log:
-                axis.set_yscale("log")
+            axis.set(title=heading, xlabel=x_label, yscale="log")
             if x_log:
                 axis.set_xscale("log")
                 ticks = sorted({x for line in lines for x in line.x})
                 axis.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], rotation=30)
                 axis.set_xticks([], minor=True)
-        axes[0].set_ylabel(y_label)
+        for axis in axes[::columns]:
+            axis.set_ylabel(y_label)
 
 
 def _has_solid(line: Line, lines: Sequence[Line]) -> bool:

@@ -34,7 +34,7 @@ PAPER = {
 }
 """Goncalves et al. 2026, AdaSplash-2: run time by length, forward and backward."""
 
-PAPER_NAME = "AdaSplash-2 / FlashAttention-2 as the paper prints them (other device)"
+PAPER_NAME = "the paper's AdaSplash-2 / FlashAttention-2 (its device)"
 
 DEFAULTS = {
     "cpu": {"lengths": [1024, 2048, 4096, 8192, 16384], "heads": 2, "dtype": "float32"},
@@ -143,7 +143,7 @@ def draw(run: harness.Run, sparsity: dict[int, dict[str, float]]) -> None:
     colour = harness.colours(names)
     slots = len(names) + 1
     width = 0.86 / slots
-    title = f"Forward and backward relative to {baseline}: {run.options.heads} heads, "
+    title = f"Forward and backward relative to {baseline}\n{run.options.heads} heads, "
     title += f"head_dim {run.options.head_dim}, {run.options.dtype}, causal"
     most = max([2.0, *(m.both / base[m.case.length] for m in found if m.contender.name in colour)])
     top = min(most, 4.0)
@@ -169,7 +169,7 @@ def draw(run: harness.Run, sparsity: dict[int, dict[str, float]]) -> None:
         for m in found:
             length, name = m.case.length, m.contender.name
             x = lengths.index(length) + (names.index(name) - (slots - 1) / 2) * width
-            forward, backward = (ms / base[length] for ms in (m.forward, m.backward))
+            forward, backward = (max(0.0, ms) / base[length] for ms in (m.forward, m.backward))
             first = length == lengths[0]
             axis.bar(x, forward, 0.92 * width, color=colour[name], label=name if first else None)
             axis.bar(x, backward, 0.92 * width, bottom=forward, color=colour[name], alpha=0.45)

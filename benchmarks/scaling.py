@@ -141,7 +141,7 @@ def series(
 def fit(points: Sequence[tuple[int, float]]) -> float | None:
     """The exponent of ``y = c x^e``, by least squares of logarithms over the last points."""
     logs = [(math.log(x), math.log(y)) for x, y in points[-FITTED:] if y > 0]
-    if len(logs) < 2:
+    if len(logs) < FITTED:
         return None
     mean_x, mean_y = (sum(v) / len(logs) for v in zip(*logs, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in logs)
@@ -219,6 +219,7 @@ def draw(
             labels = [f"{t // 1024}k" if t >= 1024 else str(t) for t in sorted(ticks)]
             axis.set_xticks(sorted(ticks), labels, fontsize=8)
             axis.set_xticks([], minor=True)
+            axis.yaxis.set_minor_formatter("")
             if notes:
                 # In the margin below the axis label, where no line passes.
                 axis.set_xlabel(f"{swept}\n" + "\n".join(notes), fontsize=8)

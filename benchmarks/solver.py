@@ -27,8 +27,11 @@ TOLERANCE = 2.0**-22
 PASSES = 30
 """Passes that are simulated; bisection needs 22 to halve its bracket below the tolerance."""
 
-SHOWN = 12
+SHOWN = 10
 """Passes that the picture shows."""
+
+FLOOR = 1e-12
+"""Smaller errors are drawn there."""
 
 
 class Bracket(NamedTuple):
@@ -170,6 +173,15 @@ def in_window(z: Tensor) -> Tensor:
     return z.topk(int(above), dim=-1).values
 
 
+def palette(bins: Sequence[int]) -> dict[str, str]:
+    """Histograms in reds, the finer the darker; what starts from the maximum in other colours."""
+    reds = ["#f4a582", "#e0685a", "#c1272d", "#6b0f1a"]
+    names = [f"histogram, {b} bins" for b in sorted(bins)]
+    fixed = {"bisection": "#777777", "Newton from max - 1": "#1f4e8c"}
+    fixed |= {"Halley from max - 1": "#2a9d8f", "our step from max - 1": "#e8871e"}
+    return fixed | {n: reds[round(3 * i / max(1, len(names) - 1))] for i, n in enumerate(names)}
+
+
 def errors(method: Method, z: Tensor, tau: Tensor, alpha: float, length: int) -> Tensor:
     """``(1 + PASSES, rows)``: distance of the guess from ``tau`` after so many passes."""
     highest = z.amax(-1, keepdim=True)
@@ -285,8 +297,7 @@ def main() -> int:
                     "max_error": history.max(1).values.tolist(),
                 }
             )
-            floor = torch.finfo(harness.DTYPES[case.dtype]).eps
-            shown = median[: SHOWN + 1].clamp(min=floor).tolist()
+            shown = median[: SHOWN + 1].clamp(min=FLOOR).tolist()
             curves.setdefault(str(case), []).append(
                 harness.Line(method.name, range(len(shown)), shown)
             )
@@ -316,9 +327,12 @@ def main() -> int:
             f"Threshold of entmax, alpha {options.alpha:g}: error by passes over the row",
             curves,
             "passes",
-            f"median error of the threshold ({options.dtype})",
-            f"{run.footer()}; {options.rows} rows each; converged below {TOLERANCE:.0e}",
+            f"median error, {options.dtype}",
+            f"{run.footer()}; {options.rows} rows each; dotted: float32 has converged",
             x_log=False,
+            palette=palette(options.bins),
+            mark=TOLERANCE,
+            rows=1 if len(curves) <= 3 else 2,
         )
     return 0
 
