@@ -146,7 +146,7 @@ def halley(found: Sums, alpha: float) -> Tensor:
 def exact(found: Sums, alpha: float) -> Tensor:
     """As ``refinement_step`` of threshold.h: alpha 1.5 and 2 solve on the present support."""
     if alpha == 2.0:
-        return found.f / found.s0
+        return newton(found, alpha)  # s1 counts the support
     if alpha != 1.5:
         return halley(found, alpha)
     root = (found.s1**2 - found.s0 * found.f).clamp(min=0.0).sqrt()
