@@ -978,12 +978,13 @@ def canvas(
         axis.spines[["top", "right"]].set_visible(False)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    widest = max(map(len, entries), default=0)
     figure.suptitle(title, fontweight="bold")
     figure.legend(
         entries.values(),
         entries.keys(),
         loc="outside lower center",
-        ncols=min(len(entries), max(3, int(size[0] // 2.2))) or 1,
+        ncols=max(1, min(len(entries), int(size[0] / (0.7 + 0.1 * widest)))),
         title=footer,
         title_fontsize=7,
         frameon=False,

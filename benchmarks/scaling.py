@@ -180,13 +180,13 @@ def draw(
     """Four panels, each with its own scale; dashed lines: with backward."""
     options = run.options
     panels = (
-        ("length", ("forward ms", "fwd+bwd ms"), f"{options.length_heads} heads, head_dim 64"),
-        ("length", ("peak MiB",), f"{options.length_heads} heads, head_dim 64"),
+        ("length", ("forward ms", "fwd+bwd ms"), f"heads {options.length_heads}, head_dim 64"),
+        ("length", ("peak MiB",), f"heads {options.length_heads}, head_dim 64"),
         ("heads", ("forward ms", "fwd+bwd ms"), f"length {options.length:,}, head_dim 64"),
         (
             "head_dim",
             ("forward ms", "fwd+bwd ms"),
-            f"length {options.length:,}, {options.middle_heads} heads",
+            f"length {options.length:,}, heads {options.middle_heads}",
         ),
     )
     colour = harness.colours(m.contender.name for ms in found.values() for m in ms)
@@ -219,7 +219,6 @@ def draw(
             labels = [f"{t // 1024}k" if t >= 1024 else str(t) for t in sorted(ticks)]
             axis.set_xticks(sorted(ticks), labels, fontsize=8)
             axis.set_xticks([], minor=True)
-            axis.yaxis.set_minor_formatter("")
             if notes:
                 # In the margin below the axis label, where no line passes.
                 axis.set_xlabel(f"{swept}\n" + "\n".join(notes), fontsize=8)
