@@ -112,6 +112,9 @@ def judge(measurements: Sequence[Measurement]) -> list[Target]:
     """All targets; measures the memory of the long case."""
     times = {(m.case, m.contender.name): m.times for m in measurements}
     targets = []
+    for entry in {e for target in RATIO_TARGETS for e in (target.over, target.under)}:
+        if (entry.case, entry.contender) not in times:
+            raise SystemExit(f"error: --targets: {entry.contender} was left out, see above")
     for text, over, under, limits, at_least in RATIO_TARGETS:
         for mode, limit in zip(MODES, limits, strict=True):
             ratio = (
@@ -254,7 +257,7 @@ def main() -> int:
         check_targets(parser, *harness.admit([c for group in cases for c in group], taking_part))
     sparsity: dict[str, dict[str, float]] = {}
     for group in cases:
-        if not (reason := data.missing(group[0])):
+        if not (reason := run.budget.over() or data.missing(group[0])):
             sparsity[str(group[0])] = contenders.sparsity(group[0])
             run.results["sparsity"] = sparsity
             run.measure(group, taking_part, options.peak_memory)

@@ -69,15 +69,7 @@ def main() -> int:
     options = parse()
     taking_part = contenders.on(options.device, options.rivals, RIVALS)
     run = harness.Run(options)
-    base = AttentionCase(
-        device=options.device,
-        dtype=options.dtype,
-        alpha=options.alpha,
-        heads=options.heads,
-        heads_kv=options.heads,
-        length=options.length,
-        head_dim=options.head_dim,
-    )
+    base = harness.attention_case(options, length=options.length)
     # Sparse ones first: they are quick, and the budget is for where the crossing is.
     wanted = [
         (TILES, dataclasses.replace(base, data="blocks", block_sparsity=share))
@@ -88,11 +80,8 @@ def main() -> int:
     ]
     points: list[Point] = []
     for sweep, case in wanted:
-        if reason := data.missing(case):
+        if reason := run.budget.over() or data.missing(case):
             run.leave_out([case], reason)
-            continue
-        if run.budget.left() == 0.0:
-            run.leave_out([case], f"the {options.budget:g} s of --budget are over")
             continue
         found = contenders.sparsity(case)
         share = found["empty_tiles" if sweep == TILES else "zeros"]

@@ -60,7 +60,7 @@ ROUNDS_SHARE = 0.25
 BUDGET_SECONDS = 240
 """What a program may take by default: it ends within five minutes, imports and pictures counted."""
 
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = {"cpu": 20, "cuda": 60}
 """What a contender may take for the warm-up of one case, compiling and tuning counted."""
 
 WARM_UPS = {"cpu": 1, "cuda": 3}
@@ -175,6 +175,13 @@ class AttentionCase(Case):
 
     def work(self) -> float:
         return float(self.batch * self.heads * self.length**2 * self.head_dim)
+
+
+def attention_case(options: argparse.Namespace, **fields: Any) -> AttentionCase:
+    """A case with what programs have options for, and ``fields``."""
+    shared = {"heads": options.heads, "heads_kv": options.heads, "head_dim": options.head_dim}
+    base = {"device": options.device, "dtype": options.dtype, "alpha": options.alpha}
+    return AttentionCase(**{**base, **shared, **fields})
 
 
 DATA: dict[str, Callable[[AttentionCase], tuple[Tensor, Tensor, Tensor]]] = {
@@ -347,23 +354,26 @@ class Budget:
     def left(self) -> float:
         return max(0.0, self._end - time.monotonic())
 
+    def over(self) -> str | None:
+        return None if self.left() else f"the {self.seconds:g} s of --budget are over"
+
     def saw(self, case: Case, contender: Contender, seconds: float) -> None:
         self._seen[contender.name] = case.work(), seconds
 
     def why_not(self, case: Case, contender: Contender) -> str | None:
         """The reason where a case does not fit in what is left, reckoned from the last one."""
         left = self.left()
-        if left == 0.0:
-            return f"the {self.seconds:g} s of --budget are over"
+        if reason := self.over():
+            return reason
         if contender.name in self._seen:
             work, seconds = self._seen[contender.name]
             needed = seconds * max(1.0, case.work() / work)
             if needed > BUDGET_MS / 1e3:
                 needed /= 1 + WARM_UPS[case.device]  # it is timed once
-            if needed > left / 2:
+            if needed > left / 2 or needed >= self.limit:
                 return (
-                    f"would take about {needed:.0f} s, and {left:.0f} s of --budget "
-                    f"{self.seconds:g} are left"
+                    f"would take about {needed:.0f} s; left are {left:.0f} s of --budget "
+                    f"{self.seconds:g}, --limit is {self.limit:g} s"
                 )
         return None
 
@@ -461,6 +471,7 @@ def _warm_up(
     case: Case, contender: Contender, inputs: Inputs, budget: Budget
 ) -> tuple[float, dict[str, list[float]]]:
     """Its error, and the milliseconds of the untimed calls of each mode."""
+    began = time.monotonic()
     with warnings.catch_warnings(record=True) as said, time_limit(min(budget.limit, budget.left())):
         warnings.simplefilter("always")
         try:
@@ -474,6 +485,8 @@ def _warm_up(
                         break
         except Exception as failed:
             # SDPA says in warnings why an implementation does not run.
+            if isinstance(failed, TimeoutError):
+                budget.saw(case, contender, time.monotonic() - began)
             words = dict.fromkeys(str(w.message).partition(" (Triggered")[0] for w in said)
             raise _Failed(" ".join([_words(failed), *words])) from failed
     budget.saw(
@@ -638,9 +651,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add(
         "--limit",
         type=positive,
-        default=LIMIT_SECONDS,
         metavar="SECONDS",
-        help="for a contender to compile, tune and warm up for one case; default %(default)s",
+        help="for a contender to compile, tune and warm up for one case; default 60, on the CPU 20",
     )
     add("--json", type=writable, metavar="PATH", help="write environment and measurements there")
     add("--plot", type=picture, metavar="PATH", help="draw a picture (.png, .svg, .pdf) there")
@@ -660,6 +672,7 @@ def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA device here; allowed: cpu")
     torch.set_num_threads(options.threads)
+    options.limit = options.limit or LIMIT_SECONDS[options.device]
 
 
 def set_defaults(
@@ -834,6 +847,9 @@ class Run:
         self, cases: Sequence[Case], contenders: Iterable[Contender], peak_memory: bool = False
     ) -> list[Measurement]:
         """Measures who takes part and notes who does not; keeps what was found in the JSON file."""
+        if reason := self.budget.over():
+            self.leave_out(cases, reason)
+            return []
         entrants, left_out = admit(cases, contenders)
         self.left_out += left_out
         found = measure(entrants, self.options.repeats, peak_memory, self.budget, self.left_out)
@@ -919,9 +935,14 @@ def absences(left_out: Sequence[LeftOut]) -> list[str]:
     everywhere = {str(entry.case) for entry in left_out}
     return [
         f"left out: {contender}: {reason}"
-        + ("" if len(where) == len(everywhere) > 1 else f" (at {'; '.join(where)})")
+        + ("" if len(where) == len(everywhere) > 1 else f" (at {_listed(where)})")
         for (contender, reason), where in absent.items()
     ]
+
+
+def _listed(where: Sequence[str], most: int = 3) -> str:
+    more = [f"{len(where) - most} more"] if len(where) > most else []
+    return "; ".join([*where[:most], *more])
 
 
 COLOURS = {

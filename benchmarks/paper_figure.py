@@ -13,7 +13,7 @@ import contenders
 import data
 import harness
 from contenders import BASELINE
-from harness import DTYPES, AttentionCase, Measurement
+from harness import DTYPES, Measurement
 
 
 class Paper(NamedTuple):
@@ -88,19 +88,10 @@ def main() -> int:
     run = harness.Run(options)
     sparsity: dict[int, dict[str, float]] = {}
     for length, share in zip(options.lengths, options.block_sparsity, strict=True):
-        case = AttentionCase(
-            device=options.device,
-            dtype=options.dtype,
-            alpha=options.alpha,
-            heads=options.heads,
-            heads_kv=options.heads,
-            length=length,
-            head_dim=options.head_dim,
-            data="blocks",
-            block_sparsity=share,
-            block=options.block,
+        case = harness.attention_case(
+            options, length=length, data="blocks", block_sparsity=share, block=options.block
         )
-        if reason := data.missing(case):
+        if reason := run.budget.over() or data.missing(case):
             run.leave_out([case], reason)
             continue
         sparsity[length] = contenders.sparsity(case)

@@ -217,6 +217,8 @@ def draw(run: harness.Run) -> None:
 def judge(measurements: Sequence[Measurement]) -> list[Target]:
     """Targets of the forward."""
     at = {m.contender.name: m.forward for m in measurements if m.case == TARGET_CASE}
+    if missing := {OURS, SOFTMAX, PACKAGE} - at.keys():
+        raise SystemExit(f"error: --targets: {', '.join(missing)} was left out, see above")
     ours, softmax, package = (at[name] for name in (OURS, SOFTMAX, PACKAGE))
     return [
         Target("forward time", "x torch.softmax", ours / softmax, SOFTMAX_LIMIT),

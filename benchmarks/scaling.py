@@ -79,13 +79,11 @@ def main() -> int:
     run = harness.Run(options)
 
     def case(length: int, heads: int, head_dim: int) -> AttentionCase:
-        return AttentionCase(
-            device=options.device,
-            dtype=options.dtype,
-            alpha=options.alpha,
+        return harness.attention_case(
+            options,
+            length=length,
             heads=heads,
             heads_kv=heads,
-            length=length,
             head_dim=head_dim,
             sharpness=options.sharpness,
         )

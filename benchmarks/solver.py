@@ -277,8 +277,8 @@ def main() -> int:
     table: list[dict[str, object]] = []
     curves: dict[str, list[harness.Line]] = {}
     for case in cases:
-        if run.budget.left() == 0.0:
-            run.leave_out([case], f"the {options.budget:g} s of --budget are over")
+        if reason := run.budget.over():
+            run.leave_out([case], reason)
             continue
         z = in_window(case.z().to(harness.DTYPES[case.dtype]))
         tau = harness.reference.probabilities_and_tau(z.double(), case.alpha)[1]
