@@ -179,9 +179,9 @@ class AttentionCase(Case):
 
 def attention_case(options: argparse.Namespace, **fields: Any) -> AttentionCase:
     """A case with what programs have options for, and ``fields``."""
-    shared = {"heads": options.heads, "heads_kv": options.heads, "head_dim": options.head_dim}
-    base = {"device": options.device, "dtype": options.dtype, "alpha": options.alpha}
-    return AttentionCase(**{**base, **shared, **fields})
+    names = ("device", "dtype", "alpha", "heads", "head_dim")
+    shared = {name: getattr(options, name) for name in names if name not in fields}
+    return AttentionCase(**{"heads_kv": fields.get("heads") or options.heads, **shared, **fields})
 
 
 DATA: dict[str, Callable[[AttentionCase], tuple[Tensor, Tensor, Tensor]]] = {

@@ -83,7 +83,6 @@ def main() -> int:
             options,
             length=length,
             heads=heads,
-            heads_kv=heads,
             head_dim=head_dim,
             sharpness=options.sharpness,
         )
