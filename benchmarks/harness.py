@@ -39,8 +39,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import reference  # noqa: E402  (the float64 reference of the tests)
 
-FORWARD, BOTH = "forward", "forward+backward"
+FORWARD, BOTH, BACKWARD = "forward", "forward+backward", "backward"
 MODES = (FORWARD, BOTH)
+"""How a contender is called; the backward's own time is taken within :data:`BOTH`."""
+
+TIMED = {FORWARD: (FORWARD,), BOTH: (BOTH, BACKWARD)}
+"""What a call of a mode gives times of."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -297,9 +301,7 @@ class Measurement:
 
     @property
     def backward(self) -> float:
-        """What a backward adds to a forward, with what the forward keeps for it: a difference of
-        medians, which noise can make negative."""
-        return self.both - self.forward
+        return self.times[BACKWARD].median
 
     def record(self) -> dict[str, object]:
         """As it stands in JSON."""
@@ -429,13 +431,19 @@ def measure(
             progress(f"{contender.name}, {case}: left out, {reason}")
             left_out.append(LeftOut(case, contender.name, reason))
             continue
-        last = {mode: times[-1] for mode, times in warm.items()}
+        last = {mode: warm[mode][-1] for mode in MODES}
         took = ", ".join(f"{digits(last[mode])} ms {mode}" for mode in MODES)
         progress(f"{contender.name}, {case}: warm-up {took}")
         present.append((case, contender))
         errors.append(error)
         lasts.append(last)
-        samples.append({m: warm[m] if last[m] > BUDGET_MS else [] for m in MODES})
+        samples.append(
+            {
+                timed: warm[timed] if last[mode] > BUDGET_MS else []
+                for mode in MODES
+                for timed in TIMED[mode]
+            }
+        )
 
     turns = 1e3 * ROUNDS_SHARE * budget.left() / max(1e-9, sum(sum(t.values()) for t in lasts))
     repeats = max(1, int(min(repeats, turns)))
@@ -444,13 +452,14 @@ def measure(
         for (case, contender), times, most in zip(present, samples, wanted, strict=True):
             for mode in MODES:
                 if len(times[mode]) < most[mode]:
-                    times[mode].append(clock(case, contender, inputs[case], mode))
+                    for timed, ms in parts(case, contender, inputs[case], mode).items():
+                        times[timed].append(ms)
     return [
         Measurement(
             case,
             contender,
             error,
-            {mode: summary(times[mode]) for mode in MODES},
+            {timed: summary(taken) for timed, taken in times.items()},
             peak_bytes(case, contender) if peak_memory and budget.left() else None,
         )
         for (case, contender), error, times in zip(present, errors, samples, strict=True)
@@ -470,18 +479,18 @@ def _words(failed: Exception) -> str:
 def _warm_up(
     case: Case, contender: Contender, inputs: Inputs, budget: Budget
 ) -> tuple[float, dict[str, list[float]]]:
-    """Its error, and the milliseconds of the untimed calls of each mode."""
+    """Its error, and the milliseconds of the last untimed call of each mode."""
     began = time.monotonic()
     with warnings.catch_warnings(record=True) as said, time_limit(min(budget.limit, budget.left())):
         warnings.simplefilter("always")
         try:
             error = contender.error(case, inputs)
-            warm: dict[str, list[float]] = {mode: [] for mode in MODES}
+            warm: dict[str, list[float]] = {}
             for mode in MODES:
                 for _ in range(WARM_UPS[case.device]):
-                    warm[mode].append(clock(case, contender, inputs, mode))
-                    if warm[mode][-1] > BUDGET_MS:
-                        warm[mode] = warm[mode][-1:]
+                    took = parts(case, contender, inputs, mode)
+                    warm |= {timed: [ms] for timed, ms in took.items()}
+                    if took[mode] > BUDGET_MS:
                         break
         except Exception as failed:
             # SDPA says in warnings why an implementation does not run.
@@ -489,9 +498,8 @@ def _warm_up(
                 budget.saw(case, contender, time.monotonic() - began)
             words = dict.fromkeys(str(w.message).partition(" (Triggered")[0] for w in said)
             raise _Failed(" ".join([_words(failed), *words])) from failed
-    budget.saw(
-        case, contender, (1 + WARM_UPS[case.device]) * sum(t[-1] for t in warm.values()) / 1e3
-    )
+    seconds = sum(warm[mode][-1] for mode in MODES) / 1e3
+    budget.saw(case, contender, (1 + WARM_UPS[case.device]) * seconds)
     return error, warm
 
 
@@ -501,28 +509,50 @@ def summary(times: Sequence[float]) -> Timing:
 
 def clock(case: Case, contender: Contender, inputs: Inputs, mode: str) -> float:
     """Milliseconds of one call; freeing its results is not counted."""
+    return parts(case, contender, inputs, mode)[mode]
+
+
+def parts(case: Case, contender: Contender, inputs: Inputs, mode: str) -> dict[str, float]:
+    """Milliseconds of one call, and of the backward in it if there is one."""
     if case.device == "cpu":
-        start = time.perf_counter()
-        results = run(case, contender, inputs, mode)
-        elapsed = 1e3 * (time.perf_counter() - start)
+        marks = [time.perf_counter()]
+        results = run(case, contender, inputs, mode, lambda: marks.append(time.perf_counter()))
+        marks.append(time.perf_counter())
         del results
-        return elapsed
-    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=case.device).zero_()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run(case, contender, inputs, mode)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+        spans = [1e3 * (end - marks[0]) for end in marks[1:]]
+    else:
+        torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=case.device).zero_()
+        events: list[Any] = []
+
+        def mark() -> None:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+
+        mark()
+        run(case, contender, inputs, mode, mark)
+        mark()
+        torch.cuda.synchronize()
+        spans = [events[0].elapsed_time(end) for end in events[1:]]
+    if mode == FORWARD:
+        return {FORWARD: spans[0]}
+    return {BOTH: spans[1], BACKWARD: spans[1] - spans[0]}
 
 
-def run(case: Case, contender: Contender, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
-    """One call: the output without gradients, or the output and all gradients."""
+def run(
+    case: Case,
+    contender: Contender,
+    inputs: Inputs,
+    mode: str,
+    mark: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, ...]:
+    """One call: the output without gradients, or the output and all gradients; ``mark`` is called
+    between forward and backward."""
     if mode == FORWARD:
         with torch.no_grad():
             return (contender.call(case, *inputs.tensors),)
     leaves = [t.detach().requires_grad_() for t in inputs.tensors]
     out = contender.call(case, *leaves)
+    mark()
     return (out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out))
 
 

@@ -160,7 +160,8 @@ def draw(run: harness.Run, sparsity: dict[int, dict[str, float]]) -> None:
         for m in found:
             length, name = m.case.length, m.contender.name
             x = lengths.index(length) + (names.index(name) - (slots - 1) / 2) * width
-            forward, backward = (max(0.0, ms) / base[length] for ms in (m.forward, m.backward))
+            backward = m.backward / base[length]
+            forward = m.both / base[length] - backward  # with what it keeps for the backward
             first = length == lengths[0]
             axis.bar(x, forward, 0.92 * width, color=colour[name], label=name if first else None)
             axis.bar(x, backward, 0.92 * width, bottom=forward, color=colour[name], alpha=0.45)

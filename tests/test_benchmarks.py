@@ -149,6 +149,7 @@ def slow(case: harness.Case, *tensors: torch.Tensor) -> torch.Tensor:
 
 def test_a_contender_that_fails_or_hangs_is_left_out_with_its_reason() -> None:
     case = blocks(128, 0.0)
+    harness.run(case, contenders.on("cpu", [])[0], case.inputs(), harness.BOTH)  # lazy imports
     rivals = [harness.Contender("failing", failing), harness.Contender("slow", slow)]
     entrants, left_out = harness.admit([case], [*contenders.on("cpu", []), *rivals])
     found = harness.measure(entrants, 1, False, harness.Budget(60, 0.5), left_out)
@@ -156,6 +157,13 @@ def test_a_contender_that_fails_or_hangs_is_left_out_with_its_reason() -> None:
     reasons = {entry.contender: entry.reason for entry in left_out}
     assert reasons["failing"] == "RuntimeError: does not run"
     assert "--limit" in reasons["slow"]
+
+
+def test_backward_is_a_part_of_both() -> None:
+    (contender,) = contenders.on("cpu", [])
+    (m,) = harness.measure([(blocks(512, 0.0), contender)], 3)
+    assert 0 < m.backward < m.both
+    assert m.times[harness.BACKWARD].rounds == m.times[harness.BOTH].rounds == 3
 
 
 def test_a_budget_leaves_out_what_does_not_fit() -> None:
@@ -250,7 +258,7 @@ def test_tiny_run(name: str, tmp_path: Path) -> None:
         for measurement in record["measurements"]:
             assert measurement["relative_error"] < 1e-2
             times = [t["median"] for t in measurement["milliseconds"].values()]
-            assert len(times) == 2
+            assert len(times) == 3
             assert all(math.isfinite(t) and t > 0 for t in times)
     if harness.missing("matplotlib") is None:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
