@@ -23,7 +23,8 @@ PROGRAMS = {
     "entmax": "rows.py",
 }
 TINY = {
-    "attention": "--lengths 256 --heads 2 --real-length 256 --sharpness 1",
+    "attention": "--lengths 256 --heads 2 --real-layers 6 --real-length 256 --sharpness 1 "
+    "--dtypes float32",
     "paper_figure": "--lengths 1024 4096 --heads 2",
     "crossover": "--length 1024 --heads 2 --block-sparsity 0 0.7 --sharpness 0.05 1 4",
     "solver": "--lengths 512 --rows 18 --real-length 512",

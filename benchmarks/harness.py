@@ -61,6 +61,10 @@ timed once and not warmed up."""
 ROUNDS_SHARE = 0.25
 """Part of what is left of the budget that the rounds of one group of cases may take."""
 
+CONTENDER_SHARE = 0.3
+"""Part of the budget after which a contender takes part in no further case: a slow rival must not
+keep all others from the later ones."""
+
 BUDGET_SECONDS = 240
 """What a program may take by default: it ends within five minutes, imports and pictures counted."""
 
@@ -351,7 +355,8 @@ class Budget:
     def __init__(self, seconds: float = math.inf, limit: float = math.inf) -> None:
         self.seconds, self.limit = seconds, limit
         self._end = time.monotonic() + seconds
-        self._seen: dict[str, tuple[float, float]] = {}  # contender: work, seconds of one round
+        self._seen: dict[str, tuple[float, float]] = {}  # contender: work, seconds of a case
+        self._used: dict[str, float] = {}
 
     def left(self) -> float:
         return max(0.0, self._end - time.monotonic())
@@ -362,11 +367,16 @@ class Budget:
     def saw(self, case: Case, contender: Contender, seconds: float) -> None:
         self._seen[contender.name] = case.work(), seconds
 
+    def used(self, contender: Contender, seconds: float) -> None:
+        self._used[contender.name] = self._used.get(contender.name, 0.0) + seconds
+
     def why_not(self, case: Case, contender: Contender) -> str | None:
         """The reason where a case does not fit in what is left, reckoned from the last one."""
         left = self.left()
         if reason := self.over():
             return reason
+        if (used := self._used.get(contender.name, 0.0)) > CONTENDER_SHARE * self.seconds:
+            return f"has used its share, {used:.0f} s of --budget {self.seconds:g}"
         if contender.name in self._seen:
             work, seconds = self._seen[contender.name]
             needed = seconds * max(1.0, case.work() / work)
@@ -422,11 +432,13 @@ def measure(
     lasts: list[dict[str, float]] = []
     for case, contender in entrants:
         reason = budget.why_not(case, contender)
+        began = time.monotonic()
         if reason is None:
             try:
                 error, warm = _warm_up(case, contender, inputs[case], budget)
             except Exception as failed:  # whatever it is, it is this contender's reason
                 reason = str(failed) if isinstance(failed, _Failed) else _words(failed)
+        budget.used(contender, time.monotonic() - began)
         if reason is not None:
             progress(f"{contender.name}, {case}: left out, {reason}")
             left_out.append(LeftOut(case, contender.name, reason))
@@ -450,10 +462,12 @@ def measure(
     wanted = [{m: max(1, min(repeats, int(BUDGET_MS / last[m]))) for m in MODES} for last in lasts]
     for _ in range(repeats):
         for (case, contender), times, most in zip(present, samples, wanted, strict=True):
+            began = time.monotonic()
             for mode in MODES:
                 if len(times[mode]) < most[mode]:
                     for timed, ms in parts(case, contender, inputs[case], mode).items():
                         times[timed].append(ms)
+            budget.used(contender, time.monotonic() - began)
     return [
         Measurement(
             case,

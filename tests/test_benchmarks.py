@@ -152,7 +152,7 @@ def test_a_contender_that_fails_or_hangs_is_left_out_with_its_reason() -> None:
     harness.run(case, contenders.on("cpu", [])[0], case.inputs(), harness.BOTH)  # lazy imports
     rivals = [harness.Contender("failing", failing), harness.Contender("slow", slow)]
     entrants, left_out = harness.admit([case], [*contenders.on("cpu", []), *rivals])
-    found = harness.measure(entrants, 1, False, harness.Budget(60, 0.5), left_out)
+    found = harness.measure(entrants, 1, False, harness.Budget(60, 3.0), left_out)
     assert [m.contender.name for m in found] == ["adasplash2-cpu"]
     reasons = {entry.contender: entry.reason for entry in left_out}
     assert reasons["failing"] == "RuntimeError: does not run"
@@ -171,6 +171,8 @@ def test_a_budget_leaves_out_what_does_not_fit() -> None:
     budget.saw(blocks(128, 0.0), contender, 1.0)
     assert budget.why_not(blocks(256, 0.0), contender) is None
     assert "would take about" in (budget.why_not(blocks(4096, 0.0), contender) or "")
+    budget.used(contender, 60.0)
+    assert "its share" in (budget.why_not(blocks(128, 0.0), contender) or "")
     assert "are over" in (harness.Budget(0.0).why_not(blocks(128, 0.0), contender) or "")
 
 
