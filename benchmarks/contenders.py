@@ -146,7 +146,7 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def flex_mask(case: AttentionCase):
     """The BlockMask of a case; made once, as a model does, and not timed."""
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask

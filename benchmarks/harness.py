@@ -355,7 +355,8 @@ class Budget:
     def __init__(self, seconds: float = math.inf, limit: float = math.inf) -> None:
         self.seconds, self.limit = seconds, limit
         self._end = time.monotonic() + seconds
-        self._seen: dict[str, tuple[float, float]] = {}  # contender: work, seconds of a case
+        # Of a contender and dtype: work and seconds of the last case.
+        self._seen: dict[tuple[str, str], tuple[float, float]] = {}
         self._used: dict[str, float] = {}
 
     def left(self) -> float:
@@ -365,7 +366,7 @@ class Budget:
         return None if self.left() else f"the {self.seconds:g} s of --budget are over"
 
     def saw(self, case: Case, contender: Contender, seconds: float) -> None:
-        self._seen[contender.name] = case.work(), seconds
+        self._seen[contender.name, case.dtype] = case.work(), seconds
 
     def used(self, contender: Contender, seconds: float) -> None:
         self._used[contender.name] = self._used.get(contender.name, 0.0) + seconds
@@ -377,8 +378,8 @@ class Budget:
             return reason
         if (used := self._used.get(contender.name, 0.0)) > CONTENDER_SHARE * self.seconds:
             return f"has used its share, {used:.0f} s of --budget {self.seconds:g}"
-        if contender.name in self._seen:
-            work, seconds = self._seen[contender.name]
+        if seen := self._seen.get((contender.name, case.dtype)):
+            work, seconds = seen
             needed = seconds * max(1.0, case.work() / work)
             if needed > BUDGET_MS / 1e3:
                 needed /= 1 + WARM_UPS[case.device]  # it is timed once
