@@ -717,7 +717,6 @@ def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA device here; allowed: cpu")
     torch.set_num_threads(options.threads)
-    options.limit = options.limit or LIMIT_SECONDS[options.device]
 
 
 def set_defaults(
@@ -881,6 +880,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        options.limit = options.limit or LIMIT_SECONDS[options.device]
         self.budget = Budget(options.budget, options.limit)
         self.environment = environment(options.device)
         self.measurements: list[Measurement] = []
