@@ -15,6 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from harness import AttentionCase
 
+PLANNED_GROUPS = 4
+"""Key heads whose blocks are planned; more heads repeat them. Planning goes block by block."""
+
 TOLERANCE = 0.01
 """Most that the planned share of empty tiles may miss the one that was asked for."""
 
@@ -103,6 +106,10 @@ def plan_blocks(case: AttentionCase) -> Plan:
 @functools.lru_cache(maxsize=4)
 def _plan(heads: int, group: int, count: int, sparsity: float, is_causal: bool) -> Plan:
     generator = torch.Generator().manual_seed(7)
+    if heads > (distinct := PLANNED_GROUPS * group):
+        planned = _plan(distinct, group, count, sparsity, is_causal)
+        again = torch.arange(heads) % distinct
+        return Plan(*(t[:, again] for t in planned))
     has = torch.zeros(1, heads, count, 2 * CODES)
     asks = torch.zeros_like(has)
     live = torch.zeros(1, heads, count, count, dtype=torch.bool)

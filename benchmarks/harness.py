@@ -61,7 +61,7 @@ timed once and not warmed up."""
 ROUNDS_SHARE = 0.25
 """Part of what is left of the budget that the rounds of one group of cases may take."""
 
-CONTENDER_SHARE = 0.3
+CONTENDER_SHARE = 0.5
 """Part of the budget after which a contender takes part in no further case: a slow rival must not
 keep all others from the later ones."""
 
@@ -366,7 +366,9 @@ class Budget:
         return None if self.left() else f"the {self.seconds:g} s of --budget are over"
 
     def saw(self, case: Case, contender: Contender, seconds: float) -> None:
+        """Notes what the calls of a warm-up took; compiling and tuning do not count."""
         self._seen[contender.name, case.dtype] = case.work(), seconds
+        self.used(contender, seconds)
 
     def used(self, contender: Contender, seconds: float) -> None:
         self._used[contender.name] = self._used.get(contender.name, 0.0) + seconds
@@ -433,13 +435,11 @@ def measure(
     lasts: list[dict[str, float]] = []
     for case, contender in entrants:
         reason = budget.why_not(case, contender)
-        began = time.monotonic()
         if reason is None:
             try:
                 error, warm = _warm_up(case, contender, inputs[case], budget)
             except Exception as failed:  # whatever it is, it is this contender's reason
                 reason = str(failed) if isinstance(failed, _Failed) else _words(failed)
-        budget.used(contender, time.monotonic() - began)
         if reason is not None:
             progress(f"{contender.name}, {case}: left out, {reason}")
             left_out.append(LeftOut(case, contender.name, reason))

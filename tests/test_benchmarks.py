@@ -72,6 +72,13 @@ def test_blocks_of_other_sides() -> None:
     assert plan.empty(is_causal=True) == pytest.approx(0.7, abs=data.TOLERANCE)
 
 
+def test_many_heads_repeat_planned_ones() -> None:
+    live = data.plan_blocks(blocks(1024, 0.6, heads=20, heads_kv=10)).live
+    assert live.shape[1] == 20
+    assert torch.equal(live[:, :8], live[:, 8:16])
+    assert not torch.equal(live[:, 0], live[:, 2])
+
+
 def test_support_spreads_over_all_live_blocks() -> None:
     gaussian = dataclasses.replace(blocks(2048, 0.0), data="gaussian")
     assert contenders.sparsity(blocks(2048, 0.0))["support"] == pytest.approx(
