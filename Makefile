@@ -9,7 +9,7 @@ CPP   := $(wildcard src/cpp/*.h src/cpp/*.cpp python/adasplash2/include/adasplas
 CUDA  := $(wildcard backends/cuda/kernels/*.cu backends/cuda/kernels/*.cuh)
 PY    := python backends tests benchmarks examples
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench targets clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -32,9 +32,15 @@ format: $(VENV)/.tested ## format everything
 	$(BIN)/ruff format $(PY)
 	$(BIN)/clang-format -i $(CPP) $(CUDA)
 
-bench: $(VENV)/.examples $(VENV)/.built ## the CPU benchmark against SDPA and dense entmax
-	$(BIN)/python benchmarks/attention.py --device cpu --targets
-	$(BIN)/python benchmarks/rows.py
+bench: $(VENV)/.examples $(VENV)/.built output/smollm2.pt ## all benchmarks, on the GPU if there is one; BENCH="--only solver"
+	$(BIN)/python benchmarks/all.py --output $(OUTPUT)/benchmarks $(BENCH)
+
+targets: $(VENV)/.examples $(VENV)/.built ## judge the speed targets on the CPU
+	$(BIN)/python benchmarks/attention.py --device cpu --data gaussian --targets --limit 120 --budget 600
+	$(BIN)/python benchmarks/rows.py --device cpu --targets
+
+output/smollm2.pt: benchmarks/capture.py | $(VENV)/.examples $(VENV)/.built
+	$(BIN)/python benchmarks/capture.py --output $@
 
 clean: ## remove the environment, builds and outputs
 	rm -rf $(VENV) build dist $(OUTPUT)

@@ -1,165 +1,41 @@
-"""Attention against its rivals: time of a forward, of a forward and backward, and peak memory."""
+"""Attention against its rivals: forward, backward, both, and peak memory.
+
+Data: Gaussian with a sharpness, tensors made to a share of empty tiles (``blocks``), and the
+queries, keys and values of a real model (``real``; ``capture.py`` makes them).
+"""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import warnings
-from collections.abc import Callable, Sequence
-from itertools import product
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import contenders
+import data
 import harness
-import torch
-import torch.nn.functional as F
-from harness import BOTH, DTYPES, MODES, AttentionCase, Contender, Measurement, Target
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from contenders import BASELINE, DENSE
+from harness import BOTH, DTYPES, FORWARD, MODES, AttentionCase, Contender, Measurement, Target
 
-import adasplash2
+OURS = contenders.name_of("cpu")
+"""Whom the targets are for."""
 
-OURS, DENSE = "adasplash2", "dense"
-BASELINE = {"cpu": "sdpa", "cuda": "sdpa-flash"}
-"""Whose time the table's ratios are relative to, beside dense entmax."""
-
-DENSE_COPIES = 14
-"""Buffers of the size of the scores at the peak of dense entmax15 attention, forward and backward:
-measured with entmax 1.3 at 8 heads and 1,024 positions."""
-
-
-# Contenders
-
-
-def ours(case: AttentionCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return adasplash2.entmax_attention(
-        query,
-        key,
-        value,
-        alpha=case.alpha,
-        is_causal=case.is_causal,
-        enable_gqa=case.heads != case.heads_kv,
-    )
-
-
-def ours_refusal(case: AttentionCase) -> str | None:
-    entry = torch.zeros((), dtype=DTYPES[case.dtype], device=case.device)
-
-    def shaped(heads: int) -> Tensor:
-        return entry.expand(case.batch, heads, case.length, case.head_dim)
-
-    try:
-        explanation = adasplash2.explain(
-            shaped(case.heads),
-            shaped(case.heads_kv),
-            shaped(case.heads_kv),
-            alpha=case.alpha,
-            is_causal=case.is_causal,
-            enable_gqa=case.heads != case.heads_kv,
-        )
-    except ValueError as error:
-        return str(error)
-    if explanation.chosen is not None:
-        return None
-    return "; ".join(
-        f"backend {name}: {reason}" for name, reasons in explanation.others for reason in reasons
-    )
-
-
-def sdpa(case: AttentionCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=case.is_causal, enable_gqa=case.heads != case.heads_kv
-    )
-
-
-def sdpa_by(
-    backend: SDPBackend, case: AttentionCase, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
-    with sdpa_kernel(backend):
-        return sdpa(case, query, key, value)
-
-
-def dense(case: AttentionCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Materialised scores through the package ``entmax``; 16-bit inputs in float32."""
-    dtype = query.dtype
-    if dtype.itemsize == 2:
-        query, key, value = query.float(), key.float(), value.float()
-    group = case.heads // case.heads_kv
-    if group > 1:
-        key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    scores = (query @ key.mT) * case.head_dim**-0.5
-    if case.is_causal:
-        hidden = torch.ones(case.length, case.length, dtype=torch.bool, device=case.device).triu(1)
-        scores = scores.masked_fill(hidden, -torch.inf)
-    return (harness.entmax_package(scores, case.alpha) @ value).to(dtype)
-
-
-def dense_refusal(case: AttentionCase) -> str | None:
-    itemsize = max(4, DTYPES[case.dtype].itemsize)
-    needed = case.batch * case.heads * case.length**2 * itemsize * DENSE_COPIES
-    allowed = harness.free_bytes(case.device) // 2
-    if needed > allowed:
-        gib = 2**30
-        return f"needs {needed / gib:.1f} GiB, half of the free memory is {allowed / gib:.1f} GiB"
-    return harness.missing("entmax")
-
-
-def adasplash(
-    version: str, case: AttentionCase, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
-    import adasplash
-
-    if version == "v2":
-        return adasplash.adasplash_v2(query, key, value)
-    return adasplash.adasplash_v1(query, key, value, alpha=case.alpha, is_causal=case.is_causal)
-
-
-def adasplash_refusal(version: str, case: AttentionCase) -> str | None:
-    if reason := harness.missing("adasplash"):
-        return reason
-    if case.length & (case.length - 1):
-        return "takes lengths that are powers of two"
-    if version == "v2" and (case.alpha != 1.5 or not case.is_causal):
-        return "is causal with alpha 1.5 alone"
-    if version == "v1" and case.heads != case.heads_kv:
-        return "has no grouped queries"
-    return failure(f"adasplash-{version}", functools.partial(adasplash, version), case)
-
-
-def failure(name: str, call: Callable[..., Tensor], case: AttentionCase) -> str | None:
-    """What a rival that cannot be asked says when it tries the short case; None if it works."""
-    short = case.short()
-    harness.progress(f"{name}, {case}: trying {short.length} positions")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            harness.run(short, Contender(name, call), short.inputs(), BOTH)
-        except Exception as error:  # whatever it is, it is this rival's reason
-            words = [str(warning.message).partition(" (Triggered")[0] for warning in said]
-            return " ".join([f"{type(error).__name__}: {error}", *words])
-    return None
-
-
-def _sdpa_contender(name: str, backend: SDPBackend) -> Contender:
-    call = functools.partial(sdpa_by, backend)
-    return Contender(name, call, ("cuda",), functools.partial(failure, name, call), softmax=True)
-
-
-def _adasplash_contender(version: str) -> Contender:
-    call = functools.partial(adasplash, version)
-    refusal = functools.partial(adasplash_refusal, version)
-    return Contender(f"adasplash-{version}", call, ("cuda",), refusal)
-
-
-US = Contender(OURS, ours, refusal=ours_refusal)
-RIVALS = (
-    Contender("sdpa", sdpa, ("cpu",), softmax=True),
-    _sdpa_contender("sdpa-flash", SDPBackend.FLASH_ATTENTION),
-    _sdpa_contender("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
-    _sdpa_contender("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION),
-    _adasplash_contender("v1"),
-    _adasplash_contender("v2"),
-    Contender(DENSE, dense, refusal=dense_refusal),
-)
+DEFAULTS = {
+    "cpu": {
+        "lengths": [2048, 4096],
+        "dtypes": ["float32", "bfloat16"],
+        "heads": 8,
+        "sharpness": [1.0],
+        "real_length": 2048,
+    },
+    "cuda": {
+        "lengths": [4096, 16384],
+        "dtypes": ["bfloat16"],
+        "heads": 16,
+        "sharpness": [1.0, 4.0],
+        "real_length": 8192,
+    },
+}
 
 
 # Targets on the CPU
@@ -236,6 +112,9 @@ def judge(measurements: Sequence[Measurement]) -> list[Target]:
     """All targets; measures the memory of the long case."""
     times = {(m.case, m.contender.name): m.times for m in measurements}
     targets = []
+    for entry in {e for target in RATIO_TARGETS for e in (target.over, target.under)}:
+        if (entry.case, entry.contender) not in times:
+            raise SystemExit(f"error: --targets: {entry.contender} was left out, see above")
     for text, over, under, limits, at_least in RATIO_TARGETS:
         for mode, limit in zip(MODES, limits, strict=True):
             ratio = (
@@ -244,7 +123,10 @@ def judge(measurements: Sequence[Measurement]) -> list[Target]:
             )
             unit = f"x {under.contender} {under.dtype}"
             targets.append(Target(f"{mode} {text}", unit, ratio, limit, at_least))
-    peak = harness.peak_bytes(MEMORY_ENTRY.case, US) / 2**30
+    peak = (
+        harness.peak_bytes(MEMORY_ENTRY.case, next(c for c in contenders.OURS if c.name == OURS))
+        / 2**30
+    )
     text = "memory of forward+backward above the tensors, 32,768 positions"
     return [*targets, Target(text, "GiB", peak, MEMORY_LIMIT_GIB)]
 
@@ -254,23 +136,22 @@ def judge(measurements: Sequence[Measurement]) -> list[Target]:
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = harness.parser(__doc__)
+    harness.add_targets(parser)
+    contenders.add_rivals(parser)
     add = parser.add_argument
     count = harness.positive_int
-    names = [rival.name for rival in RIVALS]
-    dtypes = ["float32", "bfloat16"]
     add(
         "--lengths",
         type=count,
         nargs="+",
-        default=[2048, 4096],
         metavar="N",
-        help="queries and keys; default 2048 4096",
+        help="queries and keys of gaussian and blocks; default 2048 4096, on cuda 4096 16384",
     )
     add("--batch", type=count, default=1, help="default %(default)s")
-    add("--heads", type=count, default=8, help="of the queries; default %(default)s")
+    add("--heads", type=count, help="of the queries; default 8, on cuda 16")
     add("--heads-kv", type=count, help="of keys and values; default: as --heads")
     add("--head-dim", type=count, default=64, help="default %(default)s")
-    add("--dtypes", nargs="+", choices=DTYPES, default=dtypes, help="default float32 bfloat16")
+    add("--dtypes", nargs="+", choices=DTYPES, help="default float32 bfloat16, on cuda bfloat16")
     add(
         "--causal",
         action=argparse.BooleanOptionalAction,
@@ -278,77 +159,118 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         help="whether queries see no later keys; default --causal",
     )
     add(
+        "--data",
+        nargs="+",
+        choices=harness.DATA,
+        default=list(harness.DATA),
+        help="default: all; real needs what capture.py writes",
+    )
+    add(
         "--sharpness",
         type=harness.positive,
         nargs="+",
-        default=[1.0],
         metavar="FACTOR",
-        help="factors of the queries, higher is sparser; default 1",
+        help="factors of gaussian queries, higher is sparser; default 1, on cuda 1 4",
     )
-    add("--rivals", nargs="*", choices=names, help="default: all that run on the device")
-    add("--peak-memory", action="store_true", help="measure it too, of a forward and backward")
-    add("--plot", type=harness.picture, metavar="PATH", help="draw time against length")
+    add(
+        "--block-sparsity",
+        type=harness.share,
+        nargs="+",
+        default=[0.75],
+        metavar="SHARE",
+        help="shares of empty tiles of blocks; default 0.75",
+    )
+    add("--block", type=count, default=64, help="side of these tiles; default %(default)s")
+    add("--real-layers", type=int, nargs="+", default=[0, 6, 18], help="default 0 6 18")
+    add("--real-length", type=count, help="default 2048, on cuda 8192")
+    add(
+        "--peak-memory",
+        action=argparse.BooleanOptionalAction,
+        help="measure it too, of a forward and backward; default on cuda alone",
+    )
     options = parser.parse_args()
+    harness.set_defaults(options, DEFAULTS)
     options.heads_kv = options.heads_kv or options.heads
+    if options.peak_memory is None:
+        options.peak_memory = options.device == "cuda"
     harness.check_device(parser, options)
     if options.heads % options.heads_kv:
         parser.error(f"argument --heads-kv: must divide --heads {options.heads}")
     if options.peak_memory and (reason := harness.no_peak_memory(options.device)):
         parser.error(f"argument --peak-memory: {reason}")
-    if options.rivals is None:
-        options.rivals = [rival.name for rival in RIVALS if options.device in rival.devices]
     return parser, options
+
+
+def groups(options: argparse.Namespace) -> list[list[AttentionCase]]:
+    """Cases that are measured in turn: the dtypes of one problem, since a target compares two of
+    them. Short ones first: they tell how long the others will take."""
+    base = AttentionCase(
+        device=options.device,
+        dtype="float32",
+        alpha=options.alpha,
+        batch=options.batch,
+        heads=options.heads,
+        heads_kv=options.heads_kv,
+        length=1,
+        head_dim=options.head_dim,
+        is_causal=options.causal,
+        block=options.block,
+    )
+    kinds: list[AttentionCase] = []
+    for length in options.lengths:
+        sized = dataclasses.replace(base, length=length)
+        if "gaussian" in options.data:
+            kinds += [dataclasses.replace(sized, sharpness=c) for c in options.sharpness]
+        if "blocks" in options.data:
+            kinds += [
+                dataclasses.replace(sized, data="blocks", block_sparsity=share)
+                for share in options.block_sparsity
+            ]
+    if "real" in options.data:
+        kinds += [
+            dataclasses.replace(
+                base,
+                data="real",
+                layer=layer,
+                batch=1,
+                heads=data.REAL_HEADS,
+                heads_kv=data.REAL_HEADS_KV,
+                head_dim=data.REAL_HEAD_DIM,
+                length=options.real_length,
+                is_causal=True,
+            )
+            for layer in options.real_layers
+        ]
+    kinds = sorted(dict.fromkeys(kinds), key=lambda case: case.work())
+    return [
+        [dataclasses.replace(case, dtype=dtype) for dtype in dict.fromkeys(options.dtypes)]
+        for case in kinds
+    ]
 
 
 def main() -> int:
     parser, options = parse()
-    contenders = [US, *(rival for rival in RIVALS if rival.name in options.rivals)]
-    # Dtypes are measured in turn, since one target compares two of them.
-    groups = [
-        [
-            AttentionCase(
-                device=options.device,
-                dtype=dtype,
-                alpha=options.alpha,
-                batch=options.batch,
-                heads=options.heads,
-                heads_kv=options.heads_kv,
-                length=length,
-                head_dim=options.head_dim,
-                is_causal=options.causal,
-                sharpness=sharpness,
-            )
-            for dtype in dict.fromkeys(options.dtypes)
-        ]
-        for length, sharpness in product(
-            dict.fromkeys(options.lengths), dict.fromkeys(options.sharpness)
-        )
-    ]
-    found = harness.environment(options.device)
-    print(harness.describe(found), flush=True)
-    cases = [case for group in groups for case in group]
-    entrants, left_out = harness.admit(cases, contenders)
+    taking_part = contenders.on(options.device, options.rivals)
+    run = harness.Run(options)
+    cases = groups(options)
     if options.targets:
-        check_targets(parser, entrants, left_out)
-
-    measurements: list[Measurement] = []
-    for group in groups:
-        taking_part = [entrant for entrant in entrants if entrant[0] in group]
-        measurements += harness.measure(taking_part, options.repeats, options.peak_memory)
-    print(f"\n{table(measurements, options.device)}")
-    for line in harness.absences(left_out, cases):
-        print(line)
-
-    targets = judge(measurements) if options.targets else []
+        check_targets(parser, *harness.admit([c for group in cases for c in group], taking_part))
+    sparsity: dict[str, dict[str, float]] = {}
+    for group in cases:
+        if not (reason := run.budget.over() or data.missing(group[0])):
+            sparsity[str(group[0])] = contenders.sparsity(group[0])
+            run.results["sparsity"] = sparsity
+            run.measure(group, taking_part, options.peak_memory)
+        else:
+            run.leave_out(group, reason)
+    run.report(table(run.measurements, options.device))
+    print(f"\n{sparsity_table(sparsity)}")
+    targets = judge(run.measurements) if options.targets else []
     if targets:
         print("", *targets, sep="\n")
-    if options.json:
-        harness.save(options.json, options, found, measurements, left_out, targets)
+    run.save(targets)
     if options.plot:
-        title = f"{found['device']}, {found['threads']} threads"
-        harness.draw(
-            options.plot, title, panels(measurements), "length", "ms (dashed: with backward)"
-        )
+        draw(run)
     return 0 if all(target.met for target in targets) else 1
 
 
@@ -356,40 +278,56 @@ def table(measurements: Sequence[Measurement], device: str) -> str:
     """A line a measurement; ``/ name`` columns are times in units of that contender's."""
     times = {(m.case, m.contender.name): m.times for m in measurements}
     bases = (BASELINE[device], DENSE)
-    head = ["dtype", "length", "sharpness", "contender", "fwd ms", "fwd+bwd ms"]
+    head = ["dtype", "length", "data", "contender", "fwd ms", "bwd ms", "fwd+bwd ms"]
     head += [f"{mode} / {base}" for base in bases for mode in ("fwd", "fwd+bwd")]
     rows = []
     for m in measurements:
         case = m.case
-        row = [case.dtype, str(case.length), f"{case.sharpness:g}", m.contender.name]
-        row += [harness.digits(m.times[mode].median) for mode in MODES]
+        row = [case.dtype, str(case.length), case.data_words(), m.contender.name]
+        row += [harness.digits(ms) for ms in (m.forward, m.backward, m.both)]
         for base in bases:
             row += harness.ratios(m.times, times.get((case, base)))
         row.append(f"{m.error:.0e}")
-        if m.peak_bytes is not None:
-            row.append(harness.digits(m.peak_bytes / harness.MEBIBYTE))
+        row.append(harness.digits(m.peak_bytes and m.peak_bytes / harness.MEBIBYTE))
         rows.append(row)
-    head.append("error")
-    if measurements and measurements[0].peak_bytes is not None:
-        head.append("peak MiB")
-    return harness.table(head, rows)
+    return harness.table([*head, "error", "peak MiB"], rows)
 
 
-def panels(measurements: Sequence[Measurement]) -> dict[str, list[harness.Line]]:
-    """Lines of time against length, a panel a dtype and sharpness."""
-    series: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {}
-    for m in measurements:
-        panel = series.setdefault(f"{m.case.dtype}, sharpness {m.case.sharpness:g}", {})
-        for mode in MODES:
-            point = m.case.length, m.times[mode].median
-            panel.setdefault((m.contender.name, mode), []).append(point)
-    return {
-        heading: [
-            harness.Line(name, *zip(*sorted(points), strict=True), dashed=mode == BOTH)
-            for (name, mode), points in panel.items()
-        ]
-        for heading, panel in series.items()
-    }
+def sparsity_table(found: dict[str, dict[str, float]]) -> str:
+    return harness.table(
+        ["measured on", "empty 64x64 tiles", "zeros", "keys a row", "solver steps"],
+        (
+            [
+                case,
+                f"{100 * s['empty_tiles']:.1f} %",
+                f"{100 * s['zeros']:.2f} %",
+                f"{s['support']:.1f}",
+                f"{s['iterations']:.2f}",
+            ]
+            for case, s in found.items()
+        ),
+    )
+
+
+def draw(run: harness.Run) -> None:
+    """Bars: a panel a mode, a group of bars a case of the first dtype."""
+    dtype = run.options.dtypes[0]
+    found = [m for m in run.measurements if m.case.dtype == dtype]
+    cases = list(dict.fromkeys(m.case for m in found))
+    names = list(dict.fromkeys(m.contender.name for m in found))
+    colour = harness.colours(names)
+    title = f"Attention, {dtype}, head_dim {run.options.head_dim}"
+    width = 0.84 / max(1, len(names))
+    with harness.canvas(run.options.plot, title, run.footer(), 2, 6.0) as (_, axes):
+        for axis, mode in zip(axes, (FORWARD, BOTH), strict=True):
+            for i, name in enumerate(names):
+                at = {m.case: m.times[mode].median for m in found if m.contender.name == name}
+                places = [cases.index(c) + (i - (len(names) - 1) / 2) * width for c in at]
+                axis.bar(places, at.values(), 0.92 * width, color=colour[name], label=name)
+            labels = [f"{c.data_words()}\n{c.length:,}" for c in cases]
+            axis.set_xticks(range(len(cases)), labels, fontsize=8)
+            axis.set(title=mode, yscale="log", xlabel="data, and length")
+        axes[0].set_ylabel("time, ms (log scale)")
 
 
 if __name__ == "__main__":

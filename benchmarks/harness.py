@@ -1,12 +1,14 @@
 """What every benchmark shares: cases, contenders, timing, memory, records, tables and plots.
 
-A *case* is one problem with its seeded tensors; a *contender* is one way to solve it. Programs list
-both, hand the pairs to :func:`measure` and print, save or draw the measurements.
+A *case* is one problem with its seeded tensors; a *contender* is one way to solve it. A program
+lists both and lets a :class:`Run` measure them within its budget of seconds; then it prints, saves
+and draws the measurements.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -16,15 +18,18 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import data
 import torch
 from torch import Tensor
 
@@ -34,8 +39,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import reference  # noqa: E402  (the float64 reference of the tests)
 
-FORWARD, BOTH = "forward", "forward+backward"
+FORWARD, BOTH, BACKWARD = "forward", "forward+backward", "backward"
 MODES = (FORWARD, BOTH)
+"""How a contender is called; the backward's own time is taken within :data:`BOTH`."""
+
+TIMED = {FORWARD: (FORWARD,), BOTH: (BOTH, BACKWARD)}
+"""What a call of a mode gives times of."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -44,9 +53,23 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-BUDGET_MS = 10_000.0
+BUDGET_MS = 3_000.0
 """Time that the rounds of one contender and mode may take: dense attention needs seconds a call,
-and all others would wait for as many of its rounds as of their own."""
+and all others would wait for as many of its rounds as of their own. A call that takes longer is
+timed once and not warmed up."""
+
+ROUNDS_SHARE = 0.25
+"""Part of what is left of the budget that the rounds of one group of cases may take."""
+
+CONTENDER_SHARE = 0.5
+"""Part of the budget after which a contender takes part in no further case: a slow rival must not
+keep all others from the later ones."""
+
+BUDGET_SECONDS = 240
+"""What a program may take by default: it ends within five minutes, imports and pictures counted."""
+
+LIMIT_SECONDS = {"cpu": 20, "cuda": 60}
+"""What a contender may take for the warm-up of one case, compiling and tuning counted."""
 
 WARM_UPS = {"cpu": 1, "cuda": 3}
 """Untimed calls before the rounds; on CUDA the first ones compile and tune."""
@@ -98,13 +121,24 @@ class Case:
         """The exact output in float64."""
         raise NotImplementedError
 
-    def generator(self) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(1)
+    def work(self) -> float:
+        """Grows as the time of a dense solution does."""
+        raise NotImplementedError
+
+    def generator(self, seed: int = 1) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(seed)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase(Case):
-    """Self-attention; ``sharpness`` is a factor of the queries, and with it of the scores."""
+    """Self-attention; ``sharpness`` is a factor of the queries, and with it of the scores.
+
+    ``block_sparsity`` and ``block`` are read by the data ``blocks``, ``layer`` by ``real``.
+    """
 
     batch: int = 1
     heads: int = 8
@@ -114,12 +148,31 @@ class AttentionCase(Case):
     is_causal: bool = True
     sharpness: float = 1.0
     data: str = "gaussian"  # of DATA
+    block_sparsity: float = 0.0
+    block: int = 64
+    layer: int = 0
 
     def __str__(self) -> str:
-        return f"{self.dtype}, length {self.length}, sharpness {self.sharpness:g}"
+        shape = f"length {self.length}, {self.heads} heads of {self.head_dim}"
+        return f"{self.dtype}, {shape}, {self.data_words()}"
+
+    def data_words(self) -> str:
+        """Its data, in words."""
+        words = self.data
+        if self.data == "real":
+            words += f" layer {self.layer}"
+        if self.data == "blocks":
+            words += f" {100 * self.block_sparsity:g} %"
+        return words + (f" x {self.sharpness:g}" if self.sharpness != 1.0 else "")
 
     def inputs(self) -> Inputs:
-        return DATA[self.data](self)
+        tensors = DATA[self.data](self)
+        shape = (*tensors[0].shape[:3], tensors[2].shape[3])
+        generator = self.generator(2)
+        grad_out = torch.randn(
+            shape, generator=generator, device=self.device, dtype=self.torch_dtype
+        )
+        return Inputs(tensors, grad_out)
 
     def short(self) -> AttentionCase:
         return dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH))
@@ -128,22 +181,22 @@ class AttentionCase(Case):
         tensors = [t.cpu() for t in tensors]
         return reference.attention(*tensors, alpha=alpha, is_causal=self.is_causal).out
 
-
-def gaussian(case: AttentionCase) -> Inputs:
-    """Independent standard normal entries."""
-    generator, dtype = case.generator(), DTYPES[case.dtype]
-
-    def draw(heads: int) -> Tensor:
-        shape = (case.batch, heads, case.length, case.head_dim)
-        return torch.randn(shape, generator=generator, device=case.device, dtype=dtype)
-
-    query, key, value, grad_out = (
-        draw(heads) for heads in (case.heads, case.heads_kv, case.heads_kv, case.heads)
-    )
-    return Inputs((query.mul_(case.sharpness), key, value), grad_out)
+    def work(self) -> float:
+        return float(self.batch * self.heads * self.length**2 * self.head_dim)
 
 
-DATA: dict[str, Callable[[AttentionCase], Inputs]] = {"gaussian": gaussian}
+def attention_case(options: argparse.Namespace, **fields: Any) -> AttentionCase:
+    """A case with what programs have options for, and ``fields``."""
+    names = ("device", "dtype", "alpha", "heads", "head_dim")
+    shared = {name: getattr(options, name) for name in names if name not in fields}
+    return AttentionCase(**{"heads_kv": fields.get("heads") or options.heads, **shared, **fields})
+
+
+DATA: dict[str, Callable[[AttentionCase], tuple[Tensor, Tensor, Tensor]]] = {
+    "gaussian": data.gaussian,
+    "blocks": data.blocks,
+    "real": data.real,
+}
 """Where an attention case takes its tensors from. A new kind of data is one function more."""
 
 
@@ -165,6 +218,10 @@ class Contender:
         devices: where it runs at all.
         refusal: takes a case on one of them, says in a sentence what is against it, or None.
         softmax: whether it computes softmax instead of entmax.
+        tunes: whether it compiles or tunes anew for each shape. It is then checked on the shape
+            that is timed, not on the short case.
+        reference: what it computes, of a case and the tensors of its first positions, in float64;
+            None where that is the case's softmax or entmax.
     """
 
     name: str
@@ -172,20 +229,28 @@ class Contender:
     devices: tuple[str, ...] = ("cpu", "cuda")
     refusal: Callable[..., str | None] = never
     softmax: bool = False
+    tunes: bool = False
+    reference: Callable[..., Tensor] | None = None
 
     def why_not(self, case: Case) -> str | None:
         if case.device not in self.devices:
             return f"runs on {' or '.join(self.devices)}, not on {case.device}"
         return self.refusal(case)
 
-    def error(self, case: Case) -> float:
-        """Relative error of the output on the short case, against float64."""
-        short = case.short()
-        inputs = short.inputs()
-        out = run(short, self, inputs, BOTH)[0]
-        return reference.relative_error(
-            out, short.expected(inputs.tensors, 1.0 if self.softmax else case.alpha)
-        )
+    def error(self, case: Case, inputs: Inputs) -> float:
+        """Relative error of the output on a short case, against float64."""
+        if self.tunes and isinstance(case, AttentionCase) and case.is_causal:
+            # The first rows of causal attention see the first keys alone: a short case in itself.
+            out = run(case, self, inputs, FORWARD)[0][:, :, :CHECKED_LENGTH]
+            tensors = tuple(t[:, :, :CHECKED_LENGTH] for t in inputs.tensors)
+        else:
+            case = case.short()
+            tensors, grad_out = case.inputs()
+            out = run(case, self, Inputs(tensors, grad_out), BOTH)[0]
+        if self.reference is not None:
+            return reference.relative_error(out, self.reference(case, tensors))
+        alpha = 1.0 if self.softmax else case.alpha
+        return reference.relative_error(out, case.expected(tensors, alpha))
 
 
 def missing(package: str) -> str | None:
@@ -229,6 +294,19 @@ class Measurement:
     times: dict[str, Timing]
     peak_bytes: int | None = None
 
+    @property
+    def forward(self) -> float:
+        """Milliseconds, median."""
+        return self.times[FORWARD].median
+
+    @property
+    def both(self) -> float:
+        return self.times[BOTH].median
+
+    @property
+    def backward(self) -> float:
+        return self.times[BACKWARD].median
+
     def record(self) -> dict[str, object]:
         """As it stands in JSON."""
         return {
@@ -268,43 +346,176 @@ def admit(
     return entrants, left_out
 
 
+class Budget:
+    """Seconds that a program may take, and what is known of who takes how long.
+
+    ``limit``: seconds that a contender may take for the warm-up of one case.
+    """
+
+    def __init__(self, seconds: float = math.inf, limit: float = math.inf) -> None:
+        self.seconds, self.limit = seconds, limit
+        self._end = time.monotonic() + seconds
+        # Of a contender and dtype: work and seconds of the last case.
+        self._seen: dict[tuple[str, str], tuple[float, float]] = {}
+        self._used: dict[str, float] = {}
+
+    def left(self) -> float:
+        return max(0.0, self._end - time.monotonic())
+
+    def over(self) -> str | None:
+        return None if self.left() else f"the {self.seconds:g} s of --budget are over"
+
+    def saw(self, case: Case, contender: Contender, seconds: float) -> None:
+        """Notes what the calls of a warm-up took; compiling and tuning do not count."""
+        self._seen[contender.name, case.dtype] = case.work(), seconds
+        self.used(contender, seconds)
+
+    def used(self, contender: Contender, seconds: float) -> None:
+        self._used[contender.name] = self._used.get(contender.name, 0.0) + seconds
+
+    def why_not(self, case: Case, contender: Contender) -> str | None:
+        """The reason where a case does not fit in what is left, reckoned from the last one."""
+        left = self.left()
+        if reason := self.over():
+            return reason
+        if (used := self._used.get(contender.name, 0.0)) > CONTENDER_SHARE * self.seconds:
+            return f"has used its share, {used:.0f} s of --budget {self.seconds:g}"
+        if seen := self._seen.get((contender.name, case.dtype)):
+            work, seconds = seen
+            needed = seconds * max(1.0, case.work() / work)
+            if needed > BUDGET_MS / 1e3:
+                needed /= 1 + WARM_UPS[case.device]  # it is timed once
+            if needed > left / 2 or needed >= self.limit:
+                return (
+                    f"would take about {needed:.0f} s; left are {left:.0f} s of --budget "
+                    f"{self.seconds:g}, --limit is {self.limit:g} s"
+                )
+        return None
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the body once its time is over: between two Python instructions, so
+    that a call into a library ends first. Does nothing where there is no SIGALRM (Windows)."""
+    if not hasattr(signal, "SIGALRM") or math.isinf(seconds):
+        yield
+        return
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeoutError(f"took more than the {seconds:.0f} s that --limit and --budget allow")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def measure(
-    entrants: Sequence[tuple[Case, Contender]], repeats: int, peak_memory: bool = False
+    entrants: Sequence[tuple[Case, Contender]],
+    repeats: int,
+    peak_memory: bool = False,
+    budget: Budget | None = None,
+    left_out: list[LeftOut] | None = None,
 ) -> list[Measurement]:
     """Times all entrants in turn: each round calls every one once a mode.
 
     What slows the machine for a while then slows all of them, and their ratios stay right. An
-    entrant takes part in ``repeats`` rounds, or in as many as fit in :data:`BUDGET_MS`, or in one.
+    entrant takes part in ``repeats`` rounds, or in as many as fit in :data:`BUDGET_MS` and in the
+    budget, or in one. One that fails, or does not fit in the budget, goes to ``left_out``.
     """
-    inputs = {case: case.inputs() for case, _ in entrants}
-    samples: list[dict[str, list[float]]] = []
-    rounds: list[dict[str, int]] = []
+    budget = Budget() if budget is None else budget
+    left_out = [] if left_out is None else left_out
+    inputs = {case: case.inputs() for case in dict.fromkeys(case for case, _ in entrants)}
+    present: list[tuple[Case, Contender]] = []
     errors: list[float] = []
+    samples: list[dict[str, list[float]]] = []
+    lasts: list[dict[str, float]] = []
     for case, contender in entrants:
-        errors.append(contender.error(case))
-        last = {}
-        for mode in MODES:
-            for _ in range(WARM_UPS[case.device]):
-                last[mode] = clock(case, contender, inputs[case], mode)
-        rounds.append({mode: max(1, min(repeats, int(BUDGET_MS / last[mode]))) for mode in MODES})
-        samples.append({mode: [] for mode in MODES})
+        reason = budget.why_not(case, contender)
+        if reason is None:
+            try:
+                error, warm = _warm_up(case, contender, inputs[case], budget)
+            except Exception as failed:  # whatever it is, it is this contender's reason
+                reason = str(failed) if isinstance(failed, _Failed) else _words(failed)
+        if reason is not None:
+            progress(f"{contender.name}, {case}: left out, {reason}")
+            left_out.append(LeftOut(case, contender.name, reason))
+            continue
+        last = {mode: warm[mode][-1] for mode in MODES}
         took = ", ".join(f"{digits(last[mode])} ms {mode}" for mode in MODES)
         progress(f"{contender.name}, {case}: warm-up {took}")
-    for turn in range(repeats):
-        for (case, contender), times, wanted in zip(entrants, samples, rounds, strict=True):
+        present.append((case, contender))
+        errors.append(error)
+        lasts.append(last)
+        samples.append(
+            {
+                timed: warm[timed] if last[mode] > BUDGET_MS else []
+                for mode in MODES
+                for timed in TIMED[mode]
+            }
+        )
+
+    turns = 1e3 * ROUNDS_SHARE * budget.left() / max(1e-9, sum(sum(t.values()) for t in lasts))
+    repeats = max(1, int(min(repeats, turns)))
+    wanted = [{m: max(1, min(repeats, int(BUDGET_MS / last[m]))) for m in MODES} for last in lasts]
+    for _ in range(repeats):
+        for (case, contender), times, most in zip(present, samples, wanted, strict=True):
+            began = time.monotonic()
             for mode in MODES:
-                if turn < wanted[mode]:
-                    times[mode].append(clock(case, contender, inputs[case], mode))
+                if len(times[mode]) < most[mode]:
+                    for timed, ms in parts(case, contender, inputs[case], mode).items():
+                        times[timed].append(ms)
+            budget.used(contender, time.monotonic() - began)
     return [
         Measurement(
             case,
             contender,
             error,
-            {mode: summary(times[mode]) for mode in MODES},
-            peak_bytes(case, contender) if peak_memory else None,
+            {timed: summary(taken) for timed, taken in times.items()},
+            peak_bytes(case, contender) if peak_memory and budget.left() else None,
         )
-        for (case, contender), error, times in zip(entrants, errors, samples, strict=True)
+        for (case, contender), error, times in zip(present, errors, samples, strict=True)
     ]
+
+
+class _Failed(Exception):
+    """A contender failed; in words."""
+
+
+def _words(failed: Exception) -> str:
+    """An exception in a line."""
+    lines = str(failed).strip().splitlines()
+    return f"{type(failed).__name__}: {lines[0]}" if lines else type(failed).__name__
+
+
+def _warm_up(
+    case: Case, contender: Contender, inputs: Inputs, budget: Budget
+) -> tuple[float, dict[str, list[float]]]:
+    """Its error, and the milliseconds of the last untimed call of each mode."""
+    began = time.monotonic()
+    with warnings.catch_warnings(record=True) as said, time_limit(min(budget.limit, budget.left())):
+        warnings.simplefilter("always")
+        try:
+            error = contender.error(case, inputs)
+            warm: dict[str, list[float]] = {}
+            for mode in MODES:
+                for _ in range(WARM_UPS[case.device]):
+                    took = parts(case, contender, inputs, mode)
+                    warm |= {timed: [ms] for timed, ms in took.items()}
+                    if took[mode] > BUDGET_MS:
+                        break
+        except Exception as failed:
+            # SDPA says in warnings why an implementation does not run.
+            if isinstance(failed, TimeoutError):
+                budget.saw(case, contender, time.monotonic() - began)
+            words = dict.fromkeys(str(w.message).partition(" (Triggered")[0] for w in said)
+            raise _Failed(" ".join([_words(failed), *words])) from failed
+    seconds = sum(warm[mode][-1] for mode in MODES) / 1e3
+    budget.saw(case, contender, (1 + WARM_UPS[case.device]) * seconds)
+    return error, warm
 
 
 def summary(times: Sequence[float]) -> Timing:
@@ -313,28 +524,50 @@ def summary(times: Sequence[float]) -> Timing:
 
 def clock(case: Case, contender: Contender, inputs: Inputs, mode: str) -> float:
     """Milliseconds of one call; freeing its results is not counted."""
+    return parts(case, contender, inputs, mode)[mode]
+
+
+def parts(case: Case, contender: Contender, inputs: Inputs, mode: str) -> dict[str, float]:
+    """Milliseconds of one call, and of the backward in it if there is one."""
     if case.device == "cpu":
-        start = time.perf_counter()
-        results = run(case, contender, inputs, mode)
-        elapsed = 1e3 * (time.perf_counter() - start)
+        marks = [time.perf_counter()]
+        results = run(case, contender, inputs, mode, lambda: marks.append(time.perf_counter()))
+        marks.append(time.perf_counter())
         del results
-        return elapsed
-    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=case.device).zero_()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run(case, contender, inputs, mode)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+        spans = [1e3 * (end - marks[0]) for end in marks[1:]]
+    else:
+        torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=case.device).zero_()
+        events: list[Any] = []
+
+        def mark() -> None:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+
+        mark()
+        run(case, contender, inputs, mode, mark)
+        mark()
+        torch.cuda.synchronize()
+        spans = [events[0].elapsed_time(end) for end in events[1:]]
+    if mode == FORWARD:
+        return {FORWARD: spans[0]}
+    return {BOTH: spans[1], BACKWARD: spans[1] - spans[0]}
 
 
-def run(case: Case, contender: Contender, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
-    """One call: the output without gradients, or the output and all gradients."""
+def run(
+    case: Case,
+    contender: Contender,
+    inputs: Inputs,
+    mode: str,
+    mark: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, ...]:
+    """One call: the output without gradients, or the output and all gradients; ``mark`` is called
+    between forward and backward."""
     if mode == FORWARD:
         with torch.no_grad():
             return (contender.call(case, *inputs.tensors),)
     leaves = [t.detach().requires_grad_() for t in inputs.tensors]
     out = contender.call(case, *leaves)
+    mark()
     return (out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out))
 
 
@@ -364,8 +597,8 @@ def peak_bytes(case: Case, contender: Contender) -> int:
         peak: int = receiver.recv()
     except EOFError:
         child.join()
-        raise SystemExit(
-            f"error: measuring the memory of {contender.name} ended with exit code "
+        raise RuntimeError(
+            f"measuring the memory of {contender.name} ended with exit code "
             f"{child.exitcode} (-9: too little memory)"
         ) from None
     child.join()
@@ -439,11 +672,12 @@ class Target:
 # The command line
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every program has."""
     result = argparse.ArgumentParser(description=description)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add = result.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
+    add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
     add("--alpha", type=above_one, default=1.5, help="of entmax, above 1; default %(default)s")
     add("--threads", type=positive_int, default=2, help="on the CPU; default %(default)s")
     add(
@@ -452,13 +686,30 @@ def parser(description: str) -> argparse.ArgumentParser:
         default=10,
         help="rounds; slow contenders get fewer; default %(default)s",
     )
-    add("--json", type=writable, metavar="PATH", help="write environment and measurements there")
     add(
+        "--budget",
+        type=positive,
+        default=BUDGET_SECONDS,
+        metavar="SECONDS",
+        help="what does not fit is left out and named; default %(default)s",
+    )
+    add(
+        "--limit",
+        type=positive,
+        metavar="SECONDS",
+        help="for a contender to compile, tune and warm up for one case; default 60, on the CPU 20",
+    )
+    add("--json", type=writable, metavar="PATH", help="write environment and measurements there")
+    add("--plot", type=picture, metavar="PATH", help="draw a picture (.png, .svg, .pdf) there")
+    return result
+
+
+def add_targets(result: argparse.ArgumentParser) -> None:
+    result.add_argument(
         "--targets",
         action="store_true",
         help="judge the CPU targets; exit with 1 if one is missed",
     )
-    return result
 
 
 def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -468,12 +719,25 @@ def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     torch.set_num_threads(options.threads)
 
 
+def set_defaults(
+    options: argparse.Namespace, by_device: Mapping[str, Mapping[str, object]]
+) -> None:
+    """Gives options that were not given their default on the device."""
+    for name, value in by_device[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
 def positive_int(text: str) -> int:
     return int(_number(text, lambda n: n == int(n) > 0, "an integer of at least 1"))
 
 
 def positive(text: str) -> float:
     return _number(text, lambda x: x > 0, "a number above 0")
+
+
+def share(text: str) -> float:
+    return _number(text, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 def above_one(text: str) -> float:
@@ -517,7 +781,7 @@ def progress(text: str) -> None:
 
 def environment(device: str) -> dict[str, object]:
     """When, on what and with which versions."""
-    packages = ("adasplash2", "torch", "entmax", "adasplash", "triton")
+    packages = ("adasplash2", "torch", "entmax", "adasplash", "triton", "numpy")
     found: dict[str, object] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -591,9 +855,10 @@ def save(
     found: dict[str, object],
     measurements: Iterable[Measurement],
     left_out: Iterable[LeftOut],
-    targets: Iterable[Target],
+    targets: Iterable[Target] = (),
+    results: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes one run as JSON."""
+    """Writes one run as JSON; ``results`` are what a program found beside measurements."""
     run_record = {
         "program": Path(sys.argv[0]).stem,
         "arguments": vars(options),
@@ -601,9 +866,76 @@ def save(
         "measurements": [measurement.record() for measurement in measurements],
         "left_out": [entry.record() for entry in left_out],
         "targets": [target.record() for target in targets],
+        "results": dict(results or {}),
     }
     path.write_text(json.dumps(run_record, indent=1, default=str) + "\n")
     progress(f"wrote {path}")
+
+
+class Run:
+    """One run of a program: its budget, and what it has found so far.
+
+    ``results``: what there is beside measurements; a program puts it there before :meth:`save`.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        options.limit = options.limit or LIMIT_SECONDS[options.device]
+        self.budget = Budget(options.budget, options.limit)
+        self.environment = environment(options.device)
+        self.measurements: list[Measurement] = []
+        self.left_out: list[LeftOut] = []
+        self.results: dict[str, object] = {}
+        print(describe(self.environment), flush=True)
+
+    def measure(
+        self, cases: Sequence[Case], contenders: Iterable[Contender], peak_memory: bool = False
+    ) -> list[Measurement]:
+        """Measures who takes part and notes who does not; keeps what was found in the JSON file."""
+        if reason := self.budget.over():
+            self.leave_out(cases, reason)
+            return []
+        entrants, left_out = admit(cases, contenders)
+        self.left_out += left_out
+        found = measure(entrants, self.options.repeats, peak_memory, self.budget, self.left_out)
+        self.measurements += found
+        self.save()
+        if self.options.device == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def leave_out(self, cases: Iterable[Case], reason: str) -> None:
+        """Notes cases that nobody can take part in."""
+        self.left_out += [LeftOut(case, "all", reason) for case in cases]
+
+    def save(self, targets: Iterable[Target] = ()) -> None:
+        """Writes ``--json`` if it was asked for."""
+        if self.options.json:
+            save(
+                self.options.json,
+                self.options,
+                self.environment,
+                self.measurements,
+                self.left_out,
+                targets,
+                self.results,
+            )
+
+    def report(self, text: str) -> None:
+        """Prints a table and, below it, who was left out and why."""
+        print(f"\n{text}")
+        for line in absences(self.left_out):
+            print(line)
+
+    def footer(self) -> str:
+        """Where and when, for below a picture."""
+        found = self.environment
+        threads = f", {found['threads']} threads" if self.options.device == "cpu" else ""
+        return (
+            f"{found['device']}{threads}, {str(found['date'])[:10]}, torch {found['torch']}, "
+            f"adasplash2 {found['adasplash2']} ({str(found['commit'])[:7]}), "
+            f"alpha {self.options.alpha:g}"
+        )
 
 
 # Tables and plots
@@ -640,20 +972,47 @@ def ratios(times: dict[str, Timing], base: dict[str, Timing] | None) -> list[str
     return [digits(times[mode].median / base[mode].median if base else None) for mode in MODES]
 
 
-def absences(left_out: Sequence[LeftOut], cases: Sequence[Case]) -> list[str]:
+def absences(left_out: Sequence[LeftOut]) -> list[str]:
     """Who was left out, where and why: a line a contender and reason."""
-    absent: dict[tuple[str, str], list[Case]] = {}
+    absent: dict[tuple[str, str], list[str]] = {}
     for case, contender, reason in left_out:
-        absent.setdefault((contender, reason), []).append(case)
+        absent.setdefault((contender, reason), []).append(str(case))
+    everywhere = {str(entry.case) for entry in left_out}
     return [
         f"left out: {contender}: {reason}"
-        + ("" if len(where) == len(cases) else f" (at {'; '.join(map(str, where))})")
+        + ("" if len(where) == len(everywhere) > 1 else f" (at {_listed(where)})")
         for (contender, reason), where in absent.items()
     ]
 
 
+def _listed(where: Sequence[str], most: int = 3) -> str:
+    more = [f"{len(where) - most} more"] if len(where) > most else []
+    return "; ".join([*where[:most], *more])
+
+
+COLOURS = {
+    "adasplash2-cuda": "#c1272d",
+    "adasplash2-triton": "#e8871e",
+    "adasplash2-cpu": "#c1272d",
+    "sdpa": "#1f4e8c",
+    "sdpa-flash": "#1f4e8c",
+    "sdpa-cudnn": "#2a9d8f",
+    "sdpa-efficient": "#7fb2e5",
+    "flex": "#8e5ea2",
+    "adasplash-v1": "#9a9a3c",
+    "adasplash-v2": "#5c5c1c",
+    "dense": "#777777",
+}
+"""A contender has one colour in all pictures; others take those of the cycle."""
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    spare = (f"C{i}" for i in range(100))
+    return {name: COLOURS.get(name) or next(spare) for name in dict.fromkeys(names)}
+
+
 class Line(NamedTuple):
-    """One line of a panel; lines of one ``name`` share a colour."""
+    """One line of a panel; lines of one ``name`` share a colour and a place in the legend."""
 
     name: str
     x: Sequence[float]
@@ -661,31 +1020,86 @@ class Line(NamedTuple):
     dashed: bool = False
 
 
-def draw(path: Path, title: str, panels: dict[str, list[Line]], x_label: str, y_label: str) -> None:
-    """Panels side by side with both axes logarithmic, as a file in the format of its suffix."""
+@contextlib.contextmanager
+def canvas(
+    path: Path,
+    title: str,
+    footer: str,
+    columns: int,
+    width: float = 4.8,
+    share_y: bool = True,
+    rows: int = 1,
+) -> Iterator[Any]:
+    """Gives a figure and its axes, row by row; saves it in the format of the path's suffix, with
+    one legend for all axes below them, where it covers nothing."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 4.5 * len(panels), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    names = dict.fromkeys(line.name for lines in panels.values() for line in lines)
-    colour = {name: f"C{i}" for i, name in enumerate(names)}
-    for axis, (heading, lines) in zip(axes, panels.items(), strict=True):
-        for line in lines:
-            axis.plot(
-                line.x,
-                line.y,
-                color=colour[line.name],
-                linestyle="--" if line.dashed else "-",
-                marker="o",
-                label=None if line.dashed else line.name,
-            )
-        axis.set(title=heading, xlabel=x_label, xscale="log", yscale="log")
-        ticks = sorted({x for line in lines for x in line.x})
-        axis.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-        axis.set_xticks([], minor=True)
+    size = max(9.0, 1.2 + width * columns), 1.2 + 3.8 * rows
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=share_y, squeeze=False).flatten()
+    yield figure, axes
+    entries: dict[str, Any] = {}
+    for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(y_label)
-    axes[0].legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+        axis.spines[["top", "right"]].set_visible(False)
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    widest = max(map(len, entries), default=0)
+    figure.suptitle(title, fontweight="bold")
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=max(1, min(len(entries), int(size[0] / (0.7 + 0.1 * widest)))),
+        title=footer,
+        title_fontsize=7,
+        frameon=False,
+    )
+    figure.savefig(path, dpi=130)
     progress(f"wrote {path}")
+
+
+def draw(
+    path: Path,
+    title: str,
+    panels: dict[str, list[Line]],
+    x_label: str,
+    y_label: str,
+    footer: str = "",
+    x_log: bool = True,
+    palette: Mapping[str, str] | None = None,
+    mark: float | None = None,
+    rows: int = 1,
+) -> None:
+    """Panels of lines with one logarithmic vertical scale; ``mark`` is a height to show dotted."""
+    names = dict.fromkeys(line.name for lines in panels.values() for line in lines)
+    colour = colours(names) | dict(palette or {})
+    columns = -(-len(panels) // rows)
+    with canvas(path, title, footer, columns, rows=rows) as (_, axes):
+        for spare in axes[len(panels) :]:
+            spare.set_axis_off()
+        for axis, (heading, lines) in zip(axes, panels.items(), strict=False):
+            if mark is not None:
+                axis.axhline(mark, color="0.5", linestyle=":")
+            for line in lines:
+                axis.plot(
+                    line.x,
+                    line.y,
+                    color=colour[line.name],
+                    linestyle="--" if line.dashed else "-",
+                    marker="o",
+                    markersize=4,
+                    label=None if line.dashed and _has_solid(line, lines) else line.name,
+                )
+            axis.set(title=heading, xlabel=x_label, yscale="log")
+            if x_log:
+                axis.set_xscale("log")
+                ticks = sorted({x for line in lines for x in line.x})
+                axis.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], rotation=30)
+                axis.set_xticks([], minor=True)
+        for axis in axes[::columns]:
+            axis.set_ylabel(y_label)
+
+
+def _has_solid(line: Line, lines: Sequence[Line]) -> bool:
+    return any(other.name == line.name and not other.dashed for other in lines)

@@ -1,4 +1,7 @@
-"""Entmax of the rows of a matrix against softmax and the package entmax."""
+"""Entmax of the rows of a matrix against softmax and the packages entmax and adasplash.
+
+It is the benchmark ``entmax``; a file of that name would hide the package.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from dataclasses import dataclass
 
 import harness
 import torch
-from harness import DTYPES, FORWARD, MODES, Case, Contender, Inputs, Measurement, Target
+from harness import DTYPES, MODES, Case, Contender, Inputs, Measurement, Target
 from torch import Tensor
 
 import adasplash2
+from adasplash2.backends import REGISTRY
 
-OURS, SOFTMAX, PACKAGE = "adasplash2", "softmax", "entmax"
+OURS, SOFTMAX, PACKAGE = "adasplash2-cpu", "softmax", "entmax"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,9 @@ class RowCase(Case):
     def short(self) -> RowCase:
         return dataclasses.replace(self, rows=min(self.rows, harness.CHECKED_LENGTH))
 
+    def work(self) -> float:
+        return float(self.rows * self.columns)
+
     def expected(self, tensors: Sequence[Tensor], alpha: float) -> Tensor:
         return harness.reference.entmax(tensors[0].cpu().double(), alpha)
 
@@ -48,13 +55,15 @@ class RowCase(Case):
 # Contenders
 
 
-def ours(case: RowCase, x: Tensor) -> Tensor:
-    return adasplash2.entmax(x, case.alpha)
+def ours(backend: str, case: RowCase, x: Tensor) -> Tensor:
+    return adasplash2.entmax(x, case.alpha, backend=backend)
 
 
-def ours_refusal(case: RowCase) -> str | None:
+def ours_refusal(backend: str, case: RowCase) -> str | None:
     try:
-        ours(case, torch.zeros(1, 1, dtype=DTYPES[case.dtype], device=case.device))
+        ours(
+            backend, case, torch.zeros(1, case.columns, dtype=case.torch_dtype, device=case.device)
+        )
     except adasplash2.BackendRefused as refused:
         return "; ".join(reason for answer in refused.answers for reason in answer.reasons)
     return None
@@ -70,6 +79,14 @@ def package(case: RowCase, x: Tensor) -> Tensor:
     return harness.entmax_package(scores, case.alpha).to(x.dtype)
 
 
+def bisect(case: RowCase, x: Tensor) -> Tensor:
+    """The package ``entmax`` by bisection, which it has for every alpha."""
+    import entmax
+
+    scores = x.float() if x.dtype.itemsize == 2 else x
+    return entmax.entmax_bisect(scores, case.alpha).to(x.dtype)
+
+
 def adasplash(case: RowCase, x: Tensor) -> Tensor:
     import adasplash
 
@@ -80,10 +97,20 @@ def needs(name: str, case: RowCase) -> str | None:
     return harness.missing(name)
 
 
+def _ours(backend: str) -> Contender:
+    return Contender(
+        f"adasplash2-{backend}",
+        functools.partial(ours, backend),
+        ("cpu",) if backend == "cpu" else ("cuda",),
+        functools.partial(ours_refusal, backend),
+    )
+
+
 CONTENDERS = (
-    Contender(OURS, ours, refusal=ours_refusal),
+    *map(_ours, REGISTRY),
     Contender(SOFTMAX, softmax, softmax=True),
     Contender(PACKAGE, package, refusal=functools.partial(needs, "entmax")),
+    Contender("entmax-bisect", bisect, refusal=functools.partial(needs, "entmax")),
     Contender("adasplash", adasplash, ("cuda",), functools.partial(needs, "adasplash")),
 )
 
@@ -94,67 +121,77 @@ PACKAGE_LIMIT = 10.0
 
 # The program
 
+DEFAULTS = {
+    "cpu": {"rows": 4096, "columns": [512, 4096], "dtype": "float32"},
+    "cuda": {"rows": 16384, "columns": [512, 4096, 32768], "dtype": "float32"},
+}
+
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = harness.parser(__doc__)
+    harness.add_targets(parser)
     add = parser.add_argument
-    add("--rows", type=harness.positive_int, default=TARGET_CASE.rows, help="default %(default)s")
-    add(
-        "--columns",
-        type=harness.positive_int,
-        default=TARGET_CASE.columns,
-        help="default %(default)s",
-    )
-    add("--dtype", choices=DTYPES, default=TARGET_CASE.dtype, help="default %(default)s")
+    count = harness.positive_int
+    add("--rows", type=count, help="default 4096, on cuda 16384")
+    add("--columns", type=count, nargs="+", help="default 512 4096, on cuda 512 4096 32768")
+    add("--dtype", choices=DTYPES, help="default float32")
     options = parser.parse_args()
+    harness.set_defaults(options, DEFAULTS)
     harness.check_device(parser, options)
     return parser, options
 
 
 def main() -> int:
     parser, options = parse()
-    case = RowCase(
-        device=options.device,
-        dtype=options.dtype,
-        alpha=options.alpha,
-        rows=options.rows,
-        columns=options.columns,
-    )
-    contenders = [c for c in CONTENDERS if case.device in c.devices]
-    entrants, left_out = harness.admit([case], contenders)
+    cases = [
+        RowCase(
+            device=options.device,
+            dtype=options.dtype,
+            alpha=options.alpha,
+            rows=options.rows,
+            columns=columns,
+        )
+        for columns in sorted(set(options.columns))
+    ]
+    contenders = [c for c in CONTENDERS if options.device in c.devices]
     if options.targets:
-        if case != TARGET_CASE:
-            parser.error("argument --targets: needs the default of every option of the case")
+        _, left_out = harness.admit([TARGET_CASE], contenders)
+        if TARGET_CASE not in cases:
+            parser.error(f"argument --targets: needs the case {TARGET_CASE} on the CPU")
         if left_out:
             parser.error(f"argument --targets: {left_out[0].contender}: {left_out[0].reason}")
-    found = harness.environment(options.device)
-    print(harness.describe(found))
-
-    measurements = harness.measure(entrants, options.repeats)
-    print(f"\n{table(measurements)}")
-    for line in harness.absences(left_out, [case]):
-        print(line)
-    targets = judge(measurements) if options.targets else []
+    run = harness.Run(options)
+    for case in cases:
+        run.measure([case], contenders)
+    run.report(table(run.measurements))
+    targets = judge(run.measurements) if options.targets else []
     if targets:
         print("", *targets, sep="\n")
-    if options.json:
-        harness.save(options.json, options, found, measurements, left_out, targets)
+    run.save(targets)
+    if options.plot:
+        draw(run)
     return 0 if all(target.met for target in targets) else 1
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """A line a contender; ``/ name`` columns are times in units of that contender's."""
-    times = {m.contender.name: m.times for m in measurements}
+    """A line a contender and case; ``/ name`` columns are times in units of that contender's."""
+    times = {(m.case, m.contender.name): m.times for m in measurements}
     bases = (SOFTMAX, PACKAGE)
-    head = ["contender", "fwd ms", "fwd+bwd ms"]
+    head = ["rows", "columns", "contender", "fwd ms", "bwd ms", "fwd+bwd ms"]
     head += [f"{mode} / {base}" for base in bases for mode in ("fwd", "fwd+bwd")]
     return harness.table(
         [*head, "error"],
         (
             [
+                str(m.case.rows),
+                str(m.case.columns),
                 m.contender.name,
-                *(harness.digits(m.times[mode].median) for mode in MODES),
-                *(cell for base in bases for cell in harness.ratios(m.times, times.get(base))),
+                *(harness.digits(ms) for ms in (m.forward, m.backward, m.both)),
+                *(
+                    cell
+                    for base in bases
+                    for cell in harness.ratios(m.times, times.get((m.case, base)))
+                ),
                 f"{m.error:.0e}",
             ]
             for m in measurements
@@ -162,12 +199,27 @@ def table(measurements: Sequence[Measurement]) -> str:
     )
 
 
+def draw(run: harness.Run) -> None:
+    panels: dict[str, list[harness.Line]] = {}
+    for mode in MODES:
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for m in run.measurements:
+            point = m.case.columns, m.times[mode].median
+            lines.setdefault(m.contender.name, []).append(point)
+        panels[mode] = [
+            harness.Line(name, *zip(*points, strict=True)) for name, points in lines.items()
+        ]
+    options = run.options
+    title = f"Entmax of {options.rows:,} rows, {options.dtype}"
+    harness.draw(options.plot, title, panels, "columns", "time, ms", run.footer())
+
+
 def judge(measurements: Sequence[Measurement]) -> list[Target]:
     """Targets of the forward."""
-    ours, softmax, package = (
-        next(m for m in measurements if m.contender.name == name).times[FORWARD].median
-        for name in (OURS, SOFTMAX, PACKAGE)
-    )
+    at = {m.contender.name: m.forward for m in measurements if m.case == TARGET_CASE}
+    if missing := {OURS, SOFTMAX, PACKAGE} - at.keys():
+        raise SystemExit(f"error: --targets: {', '.join(missing)} was left out, see above")
+    ours, softmax, package = (at[name] for name in (OURS, SOFTMAX, PACKAGE))
     return [
         Target("forward time", "x torch.softmax", ours / softmax, SOFTMAX_LIMIT),
         Target(

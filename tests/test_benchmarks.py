@@ -1,0 +1,280 @@
+"""The benchmark programs: each one's --help and a tiny run; the data they make; their harness."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+import all as driver  # noqa: E402
+import contenders  # noqa: E402
+import crossover  # noqa: E402
+import data  # noqa: E402
+import harness  # noqa: E402
+import scaling  # noqa: E402
+import solver  # noqa: E402
+
+PROGRAMS = sorted(set(driver.PROGRAMS.values()) | {"all.py", "capture.py"})
+
+
+def blocks(length: int, sparsity: float, **fields: object) -> harness.AttentionCase:
+    return harness.AttentionCase(
+        **{
+            "device": "cpu",
+            "dtype": "float32",
+            "alpha": 1.5,
+            "heads": 4,
+            "heads_kv": 2,
+            "length": length,
+            "data": "blocks",
+            "block_sparsity": sparsity,
+            **fields,
+        }
+    )
+
+
+# Data
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.51, 0.75, 0.85])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_blocks_have_the_sparsity_asked_for(sparsity: float, is_causal: bool) -> None:
+    case = blocks(2048, sparsity, is_causal=is_causal)
+    assert data.missing(case) is None
+    measured = contenders.sparsity(case)["empty_tiles"]
+    assert measured == pytest.approx(sparsity, abs=data.TOLERANCE)
+
+
+def test_blocks_have_the_live_tiles_that_were_planned() -> None:
+    case = blocks(512, 0.6, dtype="float64")
+    query, key, value = data.blocks(case)
+    p = reference.attention(query, key, value, alpha=1.5, is_causal=True).probabilities
+    tiles = p.unflatten(3, (-1, 64)).unflatten(2, (-1, 64)).gt(0).any(3).any(-1)
+    planned = data.plan_blocks(case).live & torch.ones(8, 8, dtype=torch.bool).tril()
+    assert torch.equal(tiles, planned)
+    assert p.sum(-1).allclose(torch.ones((), dtype=p.dtype))
+
+
+def test_blocks_of_other_sides() -> None:
+    case = blocks(2048, 0.7, block=128)
+    plan = data.plan_blocks(case)
+    assert plan.live.shape == (1, 4, 16, 16)
+    assert plan.empty(is_causal=True) == pytest.approx(0.7, abs=data.TOLERANCE)
+
+
+def test_many_heads_repeat_planned_ones() -> None:
+    live = data.plan_blocks(blocks(1024, 0.6, heads=20, heads_kv=10)).live
+    assert live.shape[1] == 20
+    assert torch.equal(live[:, :8], live[:, 8:16])
+    assert not torch.equal(live[:, 0], live[:, 2])
+
+
+def test_support_spreads_over_all_live_blocks() -> None:
+    gaussian = dataclasses.replace(blocks(2048, 0.0), data="gaussian")
+    assert contenders.sparsity(blocks(2048, 0.0))["support"] == pytest.approx(
+        contenders.sparsity(gaussian)["support"], rel=0.2
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (blocks(512, 0.99), "nearest"),
+        (blocks(500, 0.5), "no multiple"),
+        (blocks(512, 0.5, head_dim=32), "head_dim"),
+        (dataclasses.replace(blocks(512, 0.0), data="real", layer=99), "capture.py|layers"),
+    ],
+)
+def test_data_that_cannot_be_made_is_refused_with_a_reason(
+    case: harness.AttentionCase, reason: str
+) -> None:
+    assert re.search(reason, data.missing(case) or "")
+
+
+def test_data_are_the_same_at_every_call() -> None:
+    case = blocks(512, 0.5, dtype="bfloat16")
+    first, second = case.inputs(), case.inputs()
+    assert all(map(torch.equal, first.tensors, second.tensors))
+    assert torch.equal(first.grad_out, second.grad_out)
+
+
+# Contenders
+
+
+def test_every_backend_is_a_contender() -> None:
+    from adasplash2.backends import REGISTRY
+
+    assert [c.name for c in contenders.OURS] == [f"adasplash2-{name}" for name in REGISTRY]
+
+
+def test_flex_mask_has_the_live_tiles() -> None:
+    case = blocks(512, 0.5, heads_kv=4)
+    dense = contenders.flex_mask(case).to_dense()
+    planned = data.plan_blocks(case).live & torch.ones(8, 8, dtype=torch.bool).tril()
+    assert torch.equal(dense.bool(), planned)
+
+
+def test_flex_computes_its_reference() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    case = blocks(256, 0.3, heads_kv=4)
+    tensors = data.blocks(case)
+    out = flex_attention(*tensors, block_mask=contenders.flex_mask(case))  # not compiled
+    expected = contenders.flex_expected(case, tensors)
+    assert reference.relative_error(out, expected) < 1e-4
+
+
+def test_what_must_be_asked_for_says_so() -> None:
+    case = blocks(512, 0.5)
+    by_default = {c.name: c for c in contenders.on("cuda", None)}
+    assert "--rivals" in (by_default["adasplash-v2"].refusal(case) or "")
+    asked = {c.name: c for c in contenders.on("cuda", ["adasplash-v2"])}
+    assert "--rivals" not in (asked["adasplash-v2"].refusal(case) or "")
+
+
+# Harness
+
+
+def failing(case: harness.Case, *tensors: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("does not run\nhere")
+
+
+def slow(case: harness.Case, *tensors: torch.Tensor) -> torch.Tensor:
+    while True:
+        pass
+
+
+def test_a_contender_that_fails_or_hangs_is_left_out_with_its_reason() -> None:
+    case = blocks(128, 0.0)
+    harness.run(case, contenders.on("cpu", [])[0], case.inputs(), harness.BOTH)  # lazy imports
+    rivals = [harness.Contender("failing", failing), harness.Contender("slow", slow)]
+    entrants, left_out = harness.admit([case], [*contenders.on("cpu", []), *rivals])
+    found = harness.measure(entrants, 1, False, harness.Budget(60, 3.0), left_out)
+    assert [m.contender.name for m in found] == ["adasplash2-cpu"]
+    reasons = {entry.contender: entry.reason for entry in left_out}
+    assert reasons["failing"] == "RuntimeError: does not run"
+    assert "--limit" in reasons["slow"]
+
+
+def test_backward_is_a_part_of_both() -> None:
+    (contender,) = contenders.on("cpu", [])
+    (m,) = harness.measure([(blocks(512, 0.0), contender)], 3)
+    assert 0 < m.backward < m.both
+    assert m.times[harness.BACKWARD].rounds == m.times[harness.BOTH].rounds == 3
+
+
+def test_a_budget_leaves_out_what_does_not_fit() -> None:
+    budget, (contender,) = harness.Budget(100.0), contenders.on("cpu", [])
+    budget.saw(blocks(128, 0.0), contender, 1.0)
+    assert budget.why_not(blocks(256, 0.0), contender) is None
+    assert "would take about" in (budget.why_not(blocks(4096, 0.0), contender) or "")
+    budget.used(contender, 60.0)
+    assert "its share" in (budget.why_not(blocks(128, 0.0), contender) or "")
+    assert "are over" in (harness.Budget(0.0).why_not(blocks(128, 0.0), contender) or "")
+
+
+def test_fitted_exponent() -> None:
+    points = [(1, 50.0), (2, 3 * 2.0**1.7), (4, 3 * 4.0**1.7), (8, 3 * 8.0**1.7)]
+    assert scaling.fit(points) == pytest.approx(1.7)
+    assert scaling.fit(points[:2]) is None
+
+
+def test_crossing() -> None:
+    assert crossover.crossing([(0.0, 2.0), (0.5, 1.5), (0.9, 0.5)]) == pytest.approx(0.7)
+    assert crossover.crossing([(0.0, 0.9), (0.5, 1.1), (0.9, 0.8)]) == pytest.approx(0.5 + 0.4 / 3)
+    assert crossover.crossing([(0.1, 0.9), (0.5, 0.5)]) == 0.1
+    assert crossover.crossing([(0.0, 0.5), (0.9, 1.1)]) is None
+
+
+# Solver
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
+@pytest.mark.parametrize("bins", [4, 16])
+def test_histogram_brackets_hold_the_threshold(alpha: float, bins: int) -> None:
+    z = (alpha - 1.0) * torch.randn(200, 300, dtype=torch.float64) * torch.rand(200, 1) * 4
+    tau = reference.probabilities_and_tau(z, alpha)[1].unsqueeze(-1)
+    y, shift = z - z.amax(-1, keepdim=True), z.amax(-1, keepdim=True)
+    lo, hi, start = solver.from_histogram(bins, y, alpha, z.shape[-1])
+    assert bool(((lo <= tau - shift + 1e-12) & (tau - shift <= hi + 1e-12)).all())
+    assert bool(((lo <= start) & (start <= hi)).all())
+    assert (hi - lo).max() <= 2 / bins + 1e-12
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
+def test_every_method_converges(alpha: float) -> None:
+    z = (alpha - 1.0) * torch.randn(50, 400, dtype=torch.float64)
+    tau = reference.probabilities_and_tau(z, alpha)[1]
+    for method in solver.methods([8]):
+        history = solver.errors(method, solver.in_window(z), tau, alpha, 400)
+        assert history[-1].max() < solver.TOLERANCE, method.name
+
+
+def test_passes_count_to_the_last_one_above_the_tolerance() -> None:
+    history = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert solver.passes(history).tolist() == [3, 2, 0]
+
+
+def test_simulation_takes_the_steps_of_the_library() -> None:
+    """Scores of one-entry heads with a key of each score: the library's own count of passes."""
+    length = 512
+    scores = torch.randn(1, 1, length, 1, dtype=torch.float64)
+    query = torch.rand(1, 1, 200, 1, dtype=torch.float64) * 3 + 0.3
+    import adasplash2
+
+    stats = adasplash2.attention_stats(query, scores, scores, scale=1.0, backend="cpu")
+    z = 0.5 * (query[0, 0] @ scores[0, 0].T)
+    method = next(m for m in solver.methods([16]) if m.name == "histogram, 16 bins")
+    counted = solver.passes(solver.errors(method, z, stats.tau[0, 0], 1.5, length))
+    # The library stops once it knows that no score changes sides, seldom a pass later.
+    assert (counted.clamp(min=1) == stats.iterations[0, 0]).double().mean() > 0.9
+
+
+# Programs
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help(program: str) -> None:
+    done = run(program, "--help")
+    assert "usage:" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", driver.PROGRAMS)
+def test_tiny_run(name: str, tmp_path: Path) -> None:
+    run(
+        "all.py", "--tiny", "--only", name, "--seconds", "100", "--output", str(tmp_path),
+        "--", "--repeats", "1",
+    )  # fmt: skip
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {"program", "arguments", "environment", "left_out", "results"} <= record.keys()
+    assert record["environment"]["torch"] == torch.__version__
+    if name == "solver":
+        passes = {e["method"]: e["mean_passes"] for e in record["results"]["passes"]}
+        assert passes["histogram, 16 bins"] <= 2 < passes["bisection"]
+    else:
+        assert "adasplash2-cpu" in {m["contender"] for m in record["measurements"]}
+        for measurement in record["measurements"]:
+            assert measurement["relative_error"] < 1e-2
+            times = [t["median"] for t in measurement["milliseconds"].values()]
+            assert len(times) == 3
+            assert all(math.isfinite(t) and t > 0 for t in times)
+    if harness.missing("matplotlib") is None:
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
