@@ -393,5 +393,5 @@ def usable_backends() -> list[str]:
 
 
 def device_of(backend: str) -> str:
-    """Where a backend's tensors live."""
-    return "cpu" if backend == "cpu" else "cuda"
+    """Where a backend's tensors live; Triton's interpreter takes those of the CPU."""
+    return "cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu"

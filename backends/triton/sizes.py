@@ -1,0 +1,138 @@
+"""Block sizes, buffer layouts and what follows from them. Nothing here imports Triton."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adasplash2.contract import Config
+from adasplash2.problem import Problem
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether the kernels run in Triton's interpreter, on CPU tensors."""
+
+ALIGNMENT = 16
+"""Bytes: Triton compiles a faster variant for pointers that are multiples of it."""
+
+MAX_STAGES = 3
+"""Tiles in flight in a loop; more showed no gain for the memory they take."""
+
+BLOCKS = ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
+"""``block_q`` and ``block_k``, best first; the first that fits is the default."""
+
+ACCUMULATORS = 128 * 128
+"""float32 sums of a block that registers hold beside its scores."""
+
+FLOAT32_BLOCK = 64 * 32
+"""Scores of a block in float32, whose products are no tensor-core work: larger blocks take
+minutes to compile."""
+
+
+def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors are handed to the kernels as: the interpreter cannot compute in bfloat16."""
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
+def padded(width: int) -> int:
+    """Width of a tile: a power of two, and at least what a matrix product takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How a problem falls into row blocks and key tiles."""
+
+    heads: int
+    heads_kv: int
+    group: int
+    rows: int
+    blocks: int
+    tiles: int
+
+    @classmethod
+    def of(cls, problem: Problem, config: Config) -> Grid:
+        heads = problem.batch * problem.heads_q
+        return cls(
+            heads=heads,
+            heads_kv=problem.batch * problem.heads_kv,
+            group=problem.group_size,
+            rows=heads * problem.length_q,
+            blocks=-(-problem.length_q // int(config["block_q"])),
+            tiles=-(-problem.length_k // int(config["block_k"])),
+        )
+
+
+class Saved:
+    """What the forward leaves for the backward, as parts of one buffer.
+
+    ``out_u`` ``(rows, head_dim_v)`` float32: means of the values weighted by ``u``. ``top`` and
+    ``t`` ``(rows,)`` float32: ``tau = c top + t``. ``counts`` ``(heads, blocks, 2)`` int32: how many
+    entries of a list need no mask, and how many it has. ``lists`` ``(heads, blocks, tiles)`` int32.
+    ``live`` likewise, int8 flags. ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a
+    poisoned row sees.
+    """
+
+    def __init__(self, problem: Problem, config: Config) -> None:
+        grid = Grid.of(problem, config)
+        pairs = grid.heads * grid.blocks * grid.tiles
+        lengths = {
+            "out_u": (torch.float32, grid.rows * problem.head_dim_v * problem.needs_grad),
+            "top": (torch.float32, grid.rows),
+            "t": (torch.float32, grid.rows),
+            "counts": (torch.int32, grid.heads * grid.blocks * 2),
+            "lists": (torch.int32, pairs),
+            "poison": (torch.int32, grid.heads_kv),
+            "live": (torch.int8, pairs),
+        }
+        self.parts: dict[str, tuple[torch.dtype, int, int]] = {}
+        end = 0
+        for part, (dtype, count) in lengths.items():
+            self.parts[part] = (dtype, end, end + count * dtype.itemsize)
+            end += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.total = end
+
+    def split(self, saved: Tensor) -> dict[str, Tensor]:
+        return {
+            part: saved[start:end].view(dtype) for part, (dtype, start, end) in self.parts.items()
+        }
+
+
+def configs(problem: Problem, shared: int) -> Iterator[Config]:
+    """Configurations that fit ``shared`` bytes of shared memory a block, the default first."""
+    found = 0
+    for block_q, block_k in BLOCKS:
+        stages = _stages(problem, block_q, block_k, shared)
+        wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
+        if not stages or block_q * wide > ACCUMULATORS:
+            continue
+        if problem.dtype == torch.float32 and block_q * block_k * wide > FLOAT32_BLOCK * 64:
+            continue
+        for warps in (8, 4) if block_q * wide > 64 * 64 else (4,):
+            yield {
+                "block_q": block_q,
+                "block_k": block_k,
+                "warps": warps,
+                "stages": stages,
+                "scan_warps": min(warps, 4) if problem.head_dim <= 64 else warps,
+                "scan_stages": stages,
+            }
+        found += 1
+        if found == 3:
+            return
+
+
+def _stages(problem: Problem, block_q: int, block_k: int, shared: int) -> int:
+    """Tiles in flight for which the kernels' operands fit; 0 where not even one does."""
+    itemsize = problem.dtype.itemsize
+    wide = (padded(problem.head_dim) + padded(problem.head_dim_v)) * itemsize
+    products = block_q * block_k * itemsize
+    for stages in range(MAX_STAGES, 0, -1):
+        by_query = wide * (block_q + stages * block_k)
+        by_key = wide * (block_k + stages * block_q)
+        if max(by_query, by_key) + products <= shared:
+            return stages
+    return 0
