@@ -230,6 +230,7 @@ def backward(call: Call, saved: Tensor, grad_out: Tensor) -> tuple[Tensor, Tenso
                 grad_k=grads[1],
                 grad_v=grads[2],
                 unsafe=unsafe[row_blocks:],
+                PARTS=int(call.config["parts"]),
                 SAFE=safe,
             )
     grad_query, grad_key, grad_value = (grad.to(problem.dtype) for grad in grads)

@@ -117,6 +117,7 @@ def configs(problem: Problem, shared: int) -> Iterator[Config]:
                 "block_k": block_k,
                 "warps": warps,
                 "stages": stages,
+                "parts": max(1, block_q // 64),
                 "scan_warps": min(warps, 4) if problem.head_dim <= 64 else warps,
                 "scan_stages": stages,
             }

@@ -261,7 +261,8 @@ def grad_key_tiles(
     blocks,
     c,
     r,
-    BLOCK_Q: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -274,16 +275,18 @@ def grad_key_tiles(
     SAFE: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Add ``ds^T Q`` and ``p^T dO`` of list entries [start, stop); the EDGE is causal."""
-    for index in range(start, stop):
-        entry = tl.load(numbers + index)
+    """Add ``ds^T Q`` and ``p^T dO`` of list entries [start, stop); the EDGE is causal.
+
+    A row block is taken in PARTS of PART rows: more do not fit the registers beside two sums."""
+    for index in range(start * PARTS, stop * PARTS):
+        entry = tl.load(numbers + index // PARTS)
         member = (entry // blocks).to(tl.int64)
-        first_row = entry % blocks * BLOCK_Q
+        first_row = (entry % blocks * PARTS + index % PARTS) * PART
         q_head = queries + member * stride_qh
         g_head = grads + member * stride_gh
-        q = load_tile(q_head, stride_q, first_row, length_q, BLOCK_Q, HEAD_DIM, PADDED, True)
-        grad = load_tile(g_head, stride_g, first_row, length_q, BLOCK_Q, HEAD_DIM_V, PADDED_V, True)
-        rows = first_row + tl.arange(0, BLOCK_Q)
+        q = load_tile(q_head, stride_q, first_row, length_q, PART, HEAD_DIM, PADDED, True)
+        grad = load_tile(g_head, stride_g, first_row, length_q, PART, HEAD_DIM_V, PADDED_V, True)
+        rows = first_row + tl.arange(0, PART)
         at_row = first_row_of_heads + member * length_q + rows
         inside = rows < length_q
         top = tl.load(top_in + at_row, mask=inside, other=0.0)
@@ -349,6 +352,7 @@ def grad_key_value(
     r,
     scale,
     BLOCK_Q: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -407,7 +411,8 @@ def grad_key_value(
             blocks,
             c,
             r,
-            BLOCK_Q,
+            BLOCK_Q // PARTS,
+            PARTS,
             BLOCK_K,
             HEAD_DIM,
             PADDED,

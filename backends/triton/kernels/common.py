@@ -11,7 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from adasplash2.backends.triton import sizes
+
 INFINITY = tl.constexpr(float("inf"))
+INTERPRETED = tl.constexpr(sizes.INTERPRETED)
 
 PROB_SCALE = tl.constexpr(1024.0)
 """Factor of probabilities that are rounded to float16, whose smallest normal number is 6e-5."""
@@ -24,8 +27,13 @@ def larger(a, b):
 
 
 @triton.jit
-def either(a, b):
-    return a | b
+def largest(x, AXIS: tl.constexpr):
+    """The maximum along an axis, NaN where one is in it."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        spoiled = tl.max((x != x).to(tl.int32), AXIS) > 0
+        return tl.where(spoiled, float("nan"), tl.max(tl.where(x != x, -INFINITY, x), AXIS))
+    else:
+        return tl.reduce(x, AXIS, larger)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from adasplash2.backends.triton.kernels.common import (
     head_of,
     is_finite,
     larger,
+    largest,
     load_tile,
     matmul,
     open_tiles,
@@ -64,7 +65,7 @@ def scan_tiles(
             columns = first + tl.arange(0, BLOCK_K)
             mask = allowed((first_row + rows)[:, None], columns[None, :], length_k, CAUSAL)
             s = tl.where(mask, s, -INFINITY)
-        highest = tl.reduce(s, 1, larger)
+        highest = largest(s, 1)
         tl.store(maxima + tile * BLOCK_Q + rows, highest)
         top = larger(top, highest)
     return top

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adasplash2.backends.triton.kernels.common import INFINITY, larger, rise, weights
+from adasplash2.backends.triton.kernels.common import INFINITY, larger, largest, rise, weights
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def entmax_rows(
     highest = tl.full((CHUNK,), -INFINITY, tl.float32)
     for start in range(0, length, CHUNK):
         highest = larger(highest, load_chunk(row, start, length, CHUNK))
-    top = tl.reduce(highest, 0, larger)
+    top = largest(highest, 0)
     poisoned = (top != top) | (top == INFINITY)
     pending = (top > -INFINITY) & (poisoned == 0)
     top = tl.where(pending, top, 0.0)
