@@ -387,6 +387,31 @@ def _table() -> Iterator[Case]:
 CASES: tuple[Case, ...] = tuple(_table())
 
 
+INTERPRETED = (
+    *("grid-float32-alpha1.5-causal", "grid-float32-alpha2-full", "grid-float16-alpha1.5-causal"),
+    *("grid-float32-alpha1.25-causal", "grid-bfloat16-alpha1.5-full", "lengths-1x200-full"),
+    *("lengths-200x1-causal", "lengths-65x63-causal", "gqa-6to2-causal", "gqa-4to2-full-bfloat16"),
+    *("head_dim-1-float32", "head_dim-17-value-33-float32", "scale-negative", "scale-zero"),
+    *("layout-sliced-float32", "layout-inner_stride-bfloat16", "layout-columns_first-float32"),
+    *("one_huge-alpha1.5", "ties-alpha2", "minus_infinity-alpha1.5", "nan_query-alpha1.5"),
+    *("nan_key-alpha1.5", "nan_value-alpha2", "sharpness-1000-alpha1.5-float32"),
+    *("local-alpha1.5", "flat-nan-value", "local-causal-alpha1.5-dtype1"),
+    *("1-1.5-dtype0", "200-2.0-dtype2", "65-1.25-dtype3", "1023-1.75-dtype0", "700-1000.0-1.5"),
+    *("5000-0.05-1.5", "1.5-dtype0", "1.25-dtype1", "1.5", "1.75", "2.0", "-1-dtype2", "transposed"),
+    *("inner_stride", "columns", "slice", "query"),
+)
+"""Parameters, as test names have them, for which Triton's interpreter runs a test."""
+
+
+def is_interpreted(test: str) -> bool:
+    """Whether the test, by its name, is run in Triton's interpreter."""
+    function, _, parameters = test.rstrip("]").partition("[")
+    if "triton" not in parameters.split("-") or "probabilities" in function:
+        return False
+    rest = "-".join(part for part in parameters.split("-") if part != "triton")
+    return rest in INTERPRETED
+
+
 def usable_backends() -> list[str]:
     """Names of the backends that run here."""
     return [status.name for status in adasplash2.available_backends() if status.usable]

@@ -1,9 +1,16 @@
-"""What every test shares: one seed, and GPU tests skipped where there is no GPU."""
+"""What every test shares: one seed, and GPU tests skipped where there is no GPU.
+
+With TRITON_INTERPRET=1, the second run of ``make test``, only the Triton backend is tested, in its
+interpreter, on the cases of ``cases.INTERPRETED``: a case takes seconds there.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cases import is_interpreted
+
+from adasplash2.backends.triton.sizes import INTERPRETED
 
 
 @pytest.fixture(autouse=True)
@@ -11,7 +18,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INTERPRETED:
+        chosen = [item for item in items if is_interpreted(item.name)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+        return
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="torch sees no CUDA device")
