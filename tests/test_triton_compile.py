@@ -48,8 +48,9 @@ def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
-        one = isinstance(value, int) and value == 1
+        whole = isinstance(value, int) and not parameter.do_not_specialize
+        aligned = isinstance(value, Tensor) or (whole and value % 16 == 0)
+        one = whole and value == 1
         if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value

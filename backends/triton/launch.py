@@ -128,7 +128,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     parts["poison"].zero_()
     block_q = int(call.config["block_q"])
     maxima = call.empty(call.programs * call.grid.tiles * block_q, dtype=torch.float32)
-    unsafe = call.empty(row_blocks, dtype=torch.int8)
+    unsafe = call.empty(call.grid.rows, dtype=torch.int8)
     strides = _strides(q=query, k=key, v=value, o=out)
     known = {"query": query, "key": key, "value": value, **strides}
     known |= {"top_in": parts["top"], "t_in": parts["t"], "lists": parts["lists"]}
@@ -187,7 +187,7 @@ def backward(call: Call, saved: Tensor, grad_out: Tensor) -> tuple[Tensor, Tenso
     delta = call.empty(grid.rows, dtype=torch.float32)
     lists = call.empty(key_tiles * grid.group * grid.blocks, dtype=torch.int32)
     counts = call.empty(key_tiles * 2, dtype=torch.int32)
-    unsafe = call.empty(row_blocks + key_tiles, dtype=torch.int8)
+    unsafe = call.empty(max(grid.rows, grid.heads_kv * problem.length_k), dtype=torch.int8)
     known = {"query": query, "key": key, "value": value, "grad_out": grad_out}
     known |= {"top_in": parts["top"], "t_in": parts["t"], "scale": problem.scores.scale}
     known |= _strides(q=query, k=key, v=value, g=grad_out)
@@ -204,7 +204,7 @@ def backward(call: Call, saved: Tensor, grad_out: Tensor) -> tuple[Tensor, Tenso
                 counts=parts["counts"],
                 grad_q=grads[0],
                 delta_out=delta,
-                unsafe=unsafe[:row_blocks],
+                unsafe=unsafe,
                 SAFE=safe,
             )
         call(
@@ -229,7 +229,7 @@ def backward(call: Call, saved: Tensor, grad_out: Tensor) -> tuple[Tensor, Tenso
                 poison=parts["poison"],
                 grad_k=grads[1],
                 grad_v=grads[2],
-                unsafe=unsafe[row_blocks:],
+                unsafe=unsafe,
                 PARTS=int(call.config["parts"]),
                 SAFE=safe,
             )

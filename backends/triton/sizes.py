@@ -27,9 +27,9 @@ BLOCKS = ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 ACCUMULATORS = 128 * 128
 """float32 sums of a block that registers hold beside its scores."""
 
-FLOAT32_BLOCK = 64 * 32
-"""Scores of a block in float32, whose products are no tensor-core work: larger blocks take
-minutes to compile."""
+FLOAT32_PRODUCTS = 32 * 32 * 128
+"""Multiplications of a block in float32, which no tensor core does: larger ones take minutes to
+compile."""
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,16 +109,17 @@ def configs(problem: Problem, shared: int) -> Iterator[Config]:
         wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
         if not stages or block_q * wide > ACCUMULATORS:
             continue
-        if problem.dtype == torch.float32 and block_q * block_k * wide > FLOAT32_BLOCK * 64:
+        unrolled = problem.dtype == torch.float32
+        if unrolled and (block_q * block_k * wide > FLOAT32_PRODUCTS or block_q > 32):
             continue
-        for warps in (8, 4) if block_q * wide > 64 * 64 else (4,):
+        for warps in (8, 4) if unrolled or block_q * wide > 64 * 64 else (4,):
             yield {
                 "block_q": block_q,
                 "block_k": block_k,
                 "warps": warps,
                 "stages": stages,
                 "parts": max(1, block_q // 64),
-                "scan_warps": min(warps, 4) if problem.head_dim <= 64 else warps,
+                "scan_warps": 4 if wide <= 64 and not unrolled else warps,
                 "scan_stages": stages,
             }
         found += 1

@@ -14,11 +14,14 @@ import triton.language as tl
 from adasplash2.backends.triton.kernels.common import (
     INFINITY,
     PROB_SCALE,
+    SIZES,
     allowed,
     finite_part,
     head_of,
     is_finite,
     load_tile,
+    is_marked,
+    mark_rows,
     matmul,
     open_tiles,
     signed,
@@ -79,7 +82,7 @@ def grad_query_tiles(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_query(
     query,
     key,
@@ -132,12 +135,15 @@ def grad_query(
     head_row = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks
     at_block = head_row * blocks + block
-    if SAFE:
-        if tl.load(unsafe + at_block) == 0:
-            return
     batch = head_row // heads_q
     head = head_row % heads_q
     first_row = block * BLOCK_Q
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    inside = rows < length_q
+    at_row = head_row.to(tl.int64) * length_q + rows
+    if SAFE:
+        if not is_marked(unsafe + at_row, inside):
+            return
     q_head = head_of(query, stride_qb, stride_qh, batch, head)
     q = load_tile(q_head, stride_qn, first_row, length_q, BLOCK_Q, HEAD_DIM, PADDED, True)
     g_head = head_of(grad_out, stride_gb, stride_gh, batch, head)
@@ -150,9 +156,6 @@ def grad_query(
     numbers = lists + at_block.to(tl.int64) * tiles
     open_end = tl.load(counts + 2 * at_block)
     end = tl.load(counts + 2 * at_block + 1)
-    rows = first_row + tl.arange(0, BLOCK_Q)
-    inside = rows < length_q
-    at_row = head_row.to(tl.int64) * length_q + rows
     top = tl.load(top_in + at_row, mask=inside, other=0.0)
     t = tl.load(t_in + at_row, mask=inside, other=INFINITY)
     acc = tl.zeros((BLOCK_Q, PADDED), tl.float32)
@@ -192,11 +195,10 @@ def grad_query(
     store_tile(o_head, stride_on, first_row, length_q, result, BLOCK_Q, HEAD_DIM, PADDED)
     tl.store(delta_out + at_row, delta, mask=inside)
     if not SAFE:
-        bad = tl.max((is_finite(result) == 0).to(tl.int32), 1)
-        tl.store(unsafe + at_block, tl.max(bad, 0).to(tl.int8))
+        mark_rows(unsafe + at_row, result, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def transpose_lists(
     live,
     lists,
@@ -309,7 +311,7 @@ def grad_key_tiles(
     return acc_k, acc_v, spoiled
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_key_value(
     query,
     key,
@@ -364,11 +366,14 @@ def grad_key_value(
     SAFE: tl.constexpr,
 ):
     """``dK`` and ``dV`` of a key tile."""
-    if SAFE:
-        if tl.load(unsafe + tl.program_id(0)) == 0:
-            return
     kv_row = tl.program_id(0) // tiles
     first_key = tl.program_id(0) % tiles * BLOCK_K
+    keys = first_key + tl.arange(0, BLOCK_K)
+    inside = keys < length_k
+    at_key = kv_row.to(tl.int64) * length_k + keys
+    if SAFE:
+        if not is_marked(unsafe + at_key, inside):
+            return
     heads_kv = heads_q // group
     batch = kv_row // heads_kv
     kv_head = kv_row % heads_kv
@@ -429,7 +434,7 @@ def grad_key_value(
     result_v = acc_v * (1.0 / prob_scale)
     if SAFE:
         result_v = tl.where(spoiled > 0.0, float("nan"), result_v)
-    poisoned = (first_key + tl.arange(0, BLOCK_K) < tl.load(poison + kv_row))[:, None]
+    poisoned = (keys < tl.load(poison + kv_row))[:, None]
     result_k = tl.where(poisoned, float("nan"), result_k)
     result_v = tl.where(poisoned, float("nan"), result_v)
     o_head = head_of(grad_k, stride_ob, stride_oh, batch, kv_head)
@@ -437,6 +442,5 @@ def grad_key_value(
     w_head = head_of(grad_v, stride_wb, stride_wh, batch, kv_head)
     store_tile(w_head, stride_wn, first_key, length_k, result_v, BLOCK_K, HEAD_DIM_V, PADDED_V)
     if not SAFE:
-        bad_k = tl.max((is_finite(result_k) == 0).to(tl.int32), 1)
-        bad_v = tl.max((is_finite(result_v) == 0).to(tl.int32), 1)
-        tl.store(unsafe + tl.program_id(0), tl.max(bad_k | bad_v, 0).to(tl.int8))
+        # One mark for both: a sum that overflows costs time alone.
+        mark_rows(unsafe + at_key, result_k + tl.sum(result_v, 1)[:, None], inside)

@@ -16,6 +16,9 @@ from adasplash2.backends.triton import sizes
 INFINITY = tl.constexpr(float("inf"))
 INTERPRETED = tl.constexpr(sizes.INTERPRETED)
 
+SIZES = ["heads_q", "group", "length_q", "length_k", "blocks", "tiles", "work_items", "length"]
+"""Arguments whose values compile nothing new."""
+
 PROB_SCALE = tl.constexpr(1024.0)
 """Factor of probabilities that are rounded to float16, whose smallest normal number is 6e-5."""
 
@@ -45,6 +48,20 @@ def any_of(flags):
 @triton.jit
 def is_finite(x):
     return tl.abs(x) < INFINITY
+
+
+@triton.jit
+def mark_rows(unsafe, tile, inside):
+    """Store for each row of a tile whether it has an entry that is not finite.
+
+    By rows and not as one number: Triton 3.7.1 compiles no scalar of a product for sm_100.
+    """
+    tl.store(unsafe, tl.max(tl.where(is_finite(tile), 0, 1), 1).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def is_marked(unsafe, inside):
+    return tl.max(tl.load(unsafe, mask=inside, other=0).to(tl.int32), 0) > 0
 
 
 @triton.jit

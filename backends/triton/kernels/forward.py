@@ -11,6 +11,7 @@ import triton.language as tl
 from adasplash2.backends.triton.kernels.common import (
     INFINITY,
     PROB_SCALE,
+    SIZES,
     allowed,
     any_of,
     finite_part,
@@ -19,6 +20,8 @@ from adasplash2.backends.triton.kernels.common import (
     larger,
     largest,
     load_tile,
+    is_marked,
+    mark_rows,
     matmul,
     open_tiles,
     rise,
@@ -78,7 +81,7 @@ def tile_maxima(maxima, first_tile, tiles, BLOCK_Q: tl.constexpr, CHUNK: tl.cons
     return tl.load(pointers, mask=(numbers < tiles)[None, :], other=-INFINITY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan(
     query,
     key,
@@ -250,7 +253,7 @@ def sum_tiles(
     return mass, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def solve(
     query,
     key,
@@ -425,7 +428,7 @@ def weigh_tiles(
     return acc, acc_u, spoiled, mass, slope, kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def output(
     query,
     key,
@@ -482,12 +485,15 @@ def output(
     head_row = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks
     at_block = head_row * blocks + block
-    if SAFE:
-        if tl.load(unsafe + at_block) == 0:
-            return
     batch = head_row // heads_q
     head = head_row % heads_q
     first_row = block * BLOCK_Q
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    inside = rows < length_q
+    at_row = head_row.to(tl.int64) * length_q + rows
+    if SAFE:
+        if not is_marked(unsafe + at_row, inside):
+            return
     scale: tl.constexpr = PROB_SCALE if value.dtype.element_ty == tl.float16 else 1.0
     q = load_tile(
         head_of(query, stride_qb, stride_qh, batch, head),
@@ -504,9 +510,6 @@ def output(
     numbers = lists + at_block.to(tl.int64) * tiles
     open_end = tl.load(counts + 2 * at_block)
     end = tl.load(counts + 2 * at_block + 1)
-    rows = first_row + tl.arange(0, BLOCK_Q)
-    inside = rows < length_q
-    at_row = head_row.to(tl.int64) * length_q + rows
     top = tl.load(top_in + at_row, mask=inside, other=0.0)
     t = tl.load(t_in + at_row, mask=inside, other=INFINITY)
     acc = tl.zeros((BLOCK_Q, PADDED_V), tl.float32)
@@ -580,5 +583,4 @@ def output(
     if COUNT:
         tl.store(support + at_row, kept, mask=inside)
     if not SAFE:
-        bad = tl.max((is_finite(result) == 0).to(tl.int32), 1)
-        tl.store(unsafe + at_block, tl.max(bad, 0).to(tl.int8))
+        mark_rows(unsafe + at_row, result, inside)

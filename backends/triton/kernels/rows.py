@@ -5,7 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adasplash2.backends.triton.kernels.common import INFINITY, larger, largest, rise, weights
+from adasplash2.backends.triton.kernels.common import (
+    INFINITY,
+    SIZES,
+    larger,
+    largest,
+    rise,
+    weights,
+)
 
 
 @triton.jit
@@ -20,7 +27,7 @@ def store_chunk(row, start, length, values, CHUNK: tl.constexpr):
     tl.store(row + at, values.to(row.dtype.element_ty), mask=at < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def entmax_rows(
     x,
     y,
@@ -78,7 +85,7 @@ def load_sensitivity(row, start, length, exponent, ALPHA: tl.constexpr, CHUNK: t
     return u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def entmax_rows_grad(
     y,
     grad_y,
