@@ -397,7 +397,16 @@ INTERPRETED = (
     *("nan_key-alpha1.5", "nan_value-alpha2", "sharpness-1000-alpha1.5-float32"),
     *("local-alpha1.5", "flat-nan-value", "local-causal-alpha1.5-dtype1"),
     *("1-1.5-dtype0", "200-2.0-dtype2", "65-1.25-dtype3", "1023-1.75-dtype0", "700-1000.0-1.5"),
-    *("5000-0.05-1.5", "1.5-dtype0", "1.25-dtype1", "1.5", "1.75", "2.0", "-1-dtype2", "transposed"),
+    *(
+        "5000-0.05-1.5",
+        "1.5-dtype0",
+        "1.25-dtype1",
+        "1.5",
+        "1.75",
+        "2.0",
+        "-1-dtype2",
+        "transposed",
+    ),
     *("inner_stride", "columns", "slice", "query"),
 )
 """Parameters, as test names have them, for which Triton's interpreter runs a test."""

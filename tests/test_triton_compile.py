@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 from adasplash2.backends import triton as backend
 from adasplash2.backends.triton import sizes
-from adasplash2.problem import Inputs, Problem, RowProblem, ScoreTransform
+from adasplash2.problem import Problem, RowProblem, ScoreTransform
 
 if sizes.INTERPRETED:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
@@ -42,25 +42,32 @@ TYPES = {
 Launch = tuple[Any, dict[str, Any], dict[str, int]]
 
 
+def specialise(value: Any, place: tuple[int, ...], constants: Any, attributes: Any) -> Any:
+    """The type of an argument as Triton specialises it: 1 and None are constants, pointers and
+    multiples of 16 are said to be such; members of a tuple one by one."""
+    if isinstance(value, tuple):
+        members = (specialise(x, (*place, i), constants, attributes) for i, x in enumerate(value))
+        return type(value)(*members)
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[place] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        attributes[place] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
 def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options: Any) -> Any:
-    """As Triton specialises a launch: None and 1 are constants, pointers and multiples of 16 are
-    said to be such."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        whole = isinstance(value, int) and not parameter.do_not_specialize
-        aligned = isinstance(value, Tensor) or (whole and value % 16 == 0)
-        one = whole and value == 1
-        if parameter.is_constexpr or value is None or one:
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-            continue
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        if isinstance(value, Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = specialise(value, (index,), constants, attributes)
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -111,7 +118,7 @@ def test_attention_compiles(
     config = next(sizes.configs(asked, SHARED[capability]))
     backend.precompile(asked, config)
     assert [kernel.__name__ for kernel, *_ in launches] == [
-        *("scan", "solve", "output", "output", "grad_query", "grad_query"),
+        *("solve", "output", "output", "grad_query", "grad_query"),
         *("transpose_lists", "grad_key_value", "grad_key_value"),
     ]
     for kernel, arguments, options in launches:

@@ -1,7 +1,7 @@
 """GPUs that Triton compiles for: one dense pass, then live tiles only.
 
-The scan (``kernels/forward.py``) computes every score once and keeps maxima of rows and tiles,
-from which it bounds each row's threshold and lists the tiles that can hold support. Thresholds,
+``solve`` (``kernels/forward.py``) computes every score once and keeps maxima of rows and tiles,
+from which it bounds each row's threshold and lists the tiles that can hold support. Newton's steps,
 outputs and gradients visit listed tiles only. Nothing waits for the host, so CUDA graphs can
 capture forward and backward, and there are no floating-point atomics: equal calls give equal bits.
 
@@ -129,7 +129,7 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
     call = launch.Call(problem, inputs, config, launch.compile_only)
     result = launch.forward(call)
     if problem.needs_grad:
-        launch.backward(call, result.saved, result.out)
+        launch.backward(call, result, result.out)
 
 
 def saved_bytes(problem: Problem, config: Config) -> int | None:
@@ -151,7 +151,7 @@ def backward(
     from adasplash2.backends.triton import launch
 
     call = launch.Call(problem, inputs, config, launch.launch)
-    return launch.backward(call, forward.saved, grad_out)
+    return launch.backward(call, forward, grad_out)
 
 
 def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:

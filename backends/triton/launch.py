@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import MockTensor
 
 from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.kernels import backward as backward_kernels
@@ -47,9 +48,14 @@ def launch(kernel: Any, grid: int, arguments: dict[str, Any], **options: int) ->
 
 def compile_only(kernel: Any, grid: int, arguments: dict[str, Any], **options: int) -> None:
     """Compile ``kernel`` into Triton's cache; tensors stand for their dtypes."""
-    values = (arguments[name] for name in kernel.arg_names)
-    dtypes = (x.dtype if isinstance(x, Tensor) else x for x in values)
-    kernel.warmup(*dtypes, grid=(grid,), **options)
+    values = (_without_data(arguments[name]) for name in kernel.arg_names)
+    kernel.warmup(*values, grid=(grid,), **options)
+
+
+def _without_data(value: Any) -> Any:
+    if isinstance(value, sizes.Heads):
+        return value._replace(base=_without_data(value.base))
+    return MockTensor.wrap_dtype(value.dtype) if isinstance(value, Tensor) else value
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -68,27 +74,10 @@ class Call:
         self.grid = sizes.Grid.of(problem, config)
         self.layout = sizes.Saved(problem, config)
         self.programs = min(_scan_programs(problem.device), self.grid.heads * self.grid.blocks)
-        factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
-        self.numbers: dict[str, Any] = {
-            "heads_q": problem.heads_q,
-            "group": problem.group_size,
-            "length_q": problem.length_q,
-            "length_k": problem.length_k,
-            "blocks": self.grid.blocks,
-            "tiles": self.grid.tiles,
-            "c": factor if factor > 0.0 else 1.0,
-            "r": 1.0 / (problem.alpha - 1.0),
-        }
-        self.constants: dict[str, Any] = {
-            "BLOCK_Q": int(config["block_q"]),
-            "BLOCK_K": int(config["block_k"]),
-            "HEAD_DIM": problem.head_dim,
-            "PADDED": sizes.padded(problem.head_dim),
-            "HEAD_DIM_V": problem.head_dim_v,
-            "PADDED_V": sizes.padded(problem.head_dim_v),
-            "CAUSAL": problem.scores.is_causal,
-            "SIGN": (problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
-            "ALPHA": problem.alpha if problem.alpha in (1.5, 2.0) else 0.0,
+        self.known: dict[str, Any] = {
+            "shape": sizes.Shape.of(problem),
+            "opt": sizes.Options.of(problem, config),
+            **dict(zip(Inputs._fields, map(sizes.Heads.of, self.inputs), strict=True)),
         }
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -102,9 +91,19 @@ class Call:
         return tensor if unit and short else tensor.contiguous()
 
     def __call__(self, kernel: Any, grid: int, options: dict[str, int], **arguments: Any) -> None:
-        """Launch ``kernel``; what it takes of a call's numbers and constants is added."""
-        known = self.numbers | self.constants | arguments
+        """Launch ``kernel``; inputs, shape and options are added."""
+        known = self.known | arguments
         self.run(kernel, grid, {name: known[name] for name in kernel.arg_names}, **options)
+
+    def means(self, out_u: Tensor) -> sizes.Heads:
+        """The saved means as a tensor with heads; nothing is behind them without a gradient."""
+        row = self.problem.head_dim_v
+        head = row * self.problem.length_q
+        return sizes.Heads(out_u, head * self.problem.heads_q, head, row)
+
+    def threshold(self, t: Tensor, tau: Tensor) -> Tensor:
+        """What ``distance`` in ``kernels/common.py`` subtracts."""
+        return t if self.known["opt"].exact else tau
 
     def options(self, prefix: str = "") -> dict[str, int]:
         config = self.config
@@ -118,7 +117,6 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     """Output, thresholds and saved parts; ``counted`` receives ``iterations``, ``support`` and
     ``marks`` of tiles with support."""
     problem = call.problem
-    query, key, value = call.inputs
     shape = (problem.batch, problem.heads_q, problem.length_q)
     row_blocks = call.grid.heads * call.grid.blocks
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
@@ -127,36 +125,29 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     parts = call.layout.split(saved)
     parts["poison"].zero_()
     block_q = int(call.config["block_q"])
-    maxima = call.empty(call.programs * call.grid.tiles * block_q, dtype=torch.float32)
-    unsafe = call.empty(call.grid.rows, dtype=torch.int8)
-    strides = _strides(q=query, k=key, v=value, o=out)
-    known = {"query": query, "key": key, "value": value, **strides}
-    known |= {"top_in": parts["top"], "t_in": parts["t"], "lists": parts["lists"]}
-    known |= {"counts": parts["counts"], "COUNT": counted is not None}
-    known |= {"iterations": None, "support": None, "marks": None, "MARK": STATS_TILE}
-    known |= counted or {}
+    known: dict[str, Any] = {
+        **{part: parts[part] for part in ("live", "lists", "counts", "poison")},
+        **(counted or dict.fromkeys(("iterations", "support", "marks"))),
+        "top_in": parts["top"],
+        "t_in": call.threshold(parts["t"], tau),
+        "spread": parts["spread"],
+        "unsafe": call.empty(call.grid.rows, dtype=torch.int8),
+        "COUNT": counted is not None,
+        "MARK": STATS_TILE,
+    }
     with on_device(problem.device):
         call(
-            forward_kernels.scan,
+            forward_kernels.solve,
             call.programs,
             call.options("scan_"),
             **known,
-            maxima=maxima,
+            maxima=call.empty(call.programs * call.grid.tiles * block_q, dtype=torch.float32),
             top_out=parts["top"],
             t_out=parts["t"],
-            live=parts["live"],
-            poison=parts["poison"],
-            work_items=row_blocks,
-            CHUNK=MAXIMA_CHUNK // block_q,
-        )
-        call(
-            forward_kernels.solve,
-            row_blocks,
-            call.options("scan_"),
-            **known,
-            t_io=parts["t"],
             tau_out=tau,
+            work_items=row_blocks,
             tolerance=tolerance(problem.alpha),
+            CHUNK=MAXIMA_CHUNK // block_q,
             MAX_STEPS=MAX_STEPS,
         )
         for safe in (False, True):
@@ -165,9 +156,8 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
                 row_blocks,
                 call.options(),
                 **known,
-                out=out,
-                out_u=parts["out_u"],
-                unsafe=unsafe,
+                out=sizes.Heads.of(out),
+                out_u=call.means(parts["out_u"]),
                 GRADIENT=problem.needs_grad,
                 SAFE=safe,
             )
@@ -176,44 +166,46 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     return Forward(out.to(problem.dtype), tau, saved)
 
 
-def backward(call: Call, saved: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     problem, grid = call.problem, call.grid
-    query, key, value = call.inputs
-    grad_out = call.prepared(grad_out)
     grads = [call.empty(*x.shape, dtype=call.dtype) for x in call.inputs]
-    parts = call.layout.split(saved)
-    row_blocks, key_tiles = grid.heads * grid.blocks, grid.heads_kv * grid.tiles
+    parts = call.layout.split(forward.saved)
+    key_tiles = grid.heads_kv * grid.tiles
     delta = call.empty(grid.rows, dtype=torch.float32)
-    lists = call.empty(key_tiles * grid.group * grid.blocks, dtype=torch.int32)
-    counts = call.empty(key_tiles * 2, dtype=torch.int32)
-    unsafe = call.empty(max(grid.rows, grid.heads_kv * problem.length_k), dtype=torch.int8)
-    known = {"query": query, "key": key, "value": value, "grad_out": grad_out}
-    known |= {"top_in": parts["top"], "t_in": parts["t"], "scale": problem.scores.scale}
-    known |= _strides(q=query, k=key, v=value, g=grad_out)
+    by_key = {
+        "lists": call.empty(key_tiles * grid.group * grid.blocks, dtype=torch.int32),
+        "counts": call.empty(key_tiles * 2, dtype=torch.int32),
+    }
+    most = max(grid.rows, grid.heads_kv * problem.length_k)
+    known: dict[str, Any] = {
+        "grad_out": sizes.Heads.of(call.prepared(grad_out)),
+        "top_in": parts["top"],
+        "t_in": call.threshold(parts["t"], forward.tau),
+        "spread_in": parts["spread"],
+        "scale": problem.scores.scale,
+        "unsafe": call.empty(most, dtype=torch.int8),
+    }
     with on_device(problem.device):
         for safe in (False, True):
             call(
                 backward_kernels.grad_query,
-                row_blocks,
+                grid.heads * grid.blocks,
                 call.options(),
                 **known,
-                **_strides(o=grads[0]),
-                out_u=parts["out_u"],
+                out_u=call.means(parts["out_u"]),
                 lists=parts["lists"],
                 counts=parts["counts"],
-                grad_q=grads[0],
+                grad_q=sizes.Heads.of(grads[0]),
                 delta_out=delta,
-                unsafe=unsafe,
                 SAFE=safe,
             )
         call(
             backward_kernels.transpose_lists,
             key_tiles,
             {"num_warps": 4},
+            **by_key,
             live=parts["live"],
-            lists=lists,
-            counts=counts,
             CHUNK=LIST_CHUNK,
         )
         for safe in (False, True):
@@ -222,14 +214,11 @@ def backward(call: Call, saved: Tensor, grad_out: Tensor) -> tuple[Tensor, Tenso
                 key_tiles,
                 call.options(),
                 **known,
-                **_strides(o=grads[1], w=grads[2]),
+                **by_key,
                 delta_in=delta,
-                lists=lists,
-                counts=counts,
                 poison=parts["poison"],
-                grad_k=grads[1],
-                grad_v=grads[2],
-                unsafe=unsafe,
+                grad_k=sizes.Heads.of(grads[1]),
+                grad_v=sizes.Heads.of(grads[2]),
                 PARTS=int(call.config["parts"]),
                 SAFE=safe,
             )
@@ -243,15 +232,7 @@ def tolerance(alpha: float) -> float:
     That step leaves an error of the order of its square, far below round-off, where ``p`` has a
     slope of zero at the edge of the support (alpha up to 1.5); else it must be small itself.
     """
-    return 1e-4 if alpha <= 1.5 else 2.0**-21
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    return {
-        f"stride_{letter}{axis}": tensor.stride(dim)
-        for letter, tensor in tensors.items()
-        for dim, axis in enumerate("bhn")
-    }
+    return 1e-3 if alpha <= 1.5 else 2.0**-21
 
 
 def _scan_programs(device: torch.device) -> int:

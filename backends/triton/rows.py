@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adasplash2.backends.triton.kernels import rows as kernels
 from adasplash2.backends.triton.launch import MAX_STEPS, Run, on_device
-from adasplash2.backends.triton.sizes import kernel_dtype
+from adasplash2.backends.triton.sizes import RowOptions, compiled_alpha, kernel_dtype
 from adasplash2.contract import Config
 from adasplash2.problem import RowProblem
 
@@ -44,7 +44,7 @@ def _run(
 ) -> None:
     arguments |= {
         "length": problem.length,
-        "ALPHA": problem.alpha if problem.alpha in (1.5, 2.0) else 0.0,
+        "opt": RowOptions(compiled_alpha(problem.alpha)),
         "CHUNK": int(config["chunk"]),
     }
     with on_device(problem.device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 ALIGNMENT = 16
 """Bytes: Triton compiles a faster variant for pointers that are multiples of it."""
 
-MAX_STAGES = 3
-"""Tiles in flight in a loop; more showed no gain for the memory they take."""
+MAX_STAGES = 4
+"""Stages of a loop: numbers of tiles in the list, tiles from memory, products."""
 
 BLOCKS = ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 """``block_q`` and ``block_k``, best first; the first that fits is the default."""
@@ -35,6 +36,86 @@ compile."""
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     """What tensors are handed to the kernels as: the interpreter cannot compute in bfloat16."""
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
+class Heads(NamedTuple):
+    """A ``(batch, heads, length, head_dim)`` tensor with unit stride in head_dim, and its other
+    strides, as kernels take it."""
+
+    base: Tensor
+    batch: int
+    head: int
+    row: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Heads:
+        return cls(tensor, *tensor.stride()[:3])
+
+
+class Shape(NamedTuple):
+    """What kernels read of a problem at run time."""
+
+    heads_q: int
+    group: int
+    length_q: int
+    length_k: int
+    c: float
+    r: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> Shape:
+        factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
+        return cls(
+            heads_q=problem.heads_q,
+            group=problem.group_size,
+            length_q=problem.length_q,
+            length_k=problem.length_k,
+            c=factor if factor > 0.0 else 1.0,
+            r=1.0 / (problem.alpha - 1.0),
+        )
+
+
+class Options(NamedTuple):
+    """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
+    closed form; ``exact`` asks for scores relative to their row's maximum, to float32's round-off
+    also where they are large."""
+
+    block_q: int
+    block_k: int
+    head_dim: int
+    padded: int
+    head_dim_v: int
+    padded_v: int
+    causal: bool
+    sign: int
+    alpha: float
+    exact: bool
+
+    @classmethod
+    def of(cls, problem: Problem, config: Config) -> Options:
+        return cls(
+            block_q=int(config["block_q"]),
+            block_k=int(config["block_k"]),
+            head_dim=problem.head_dim,
+            padded=padded(problem.head_dim),
+            head_dim_v=problem.head_dim_v,
+            padded_v=padded(problem.head_dim_v),
+            causal=problem.scores.is_causal,
+            sign=(problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
+            alpha=compiled_alpha(problem.alpha),
+            exact=problem.dtype == torch.float32,
+        )
+
+
+class RowOptions(NamedTuple):
+    """What the kernels of dense rows are compiled for."""
+
+    alpha: float
+
+
+def compiled_alpha(alpha: float) -> float:
+    """``alpha`` where kernels have a closed form for it, else 0."""
+    return alpha if alpha in (1.5, 2.0) else 0.0
 
 
 def padded(width: int) -> int:
@@ -69,11 +150,13 @@ class Grid:
 class Saved:
     """What the forward leaves for the backward, as parts of one buffer.
 
-    ``out_u`` ``(rows, head_dim_v)`` float32: means of the values weighted by ``u``. ``top`` and
-    ``t`` ``(rows,)`` float32: ``tau = c top + t``. ``counts`` ``(heads, blocks, 2)`` int32: how many
-    entries of a list need no mask, and how many it has. ``lists`` ``(heads, blocks, tiles)`` int32.
-    ``live`` likewise, int8 flags. ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a
-    poisoned row sees.
+    ``out_u`` ``(rows, head_dim_v)`` float32: means of the values weighted by ``u``.
+    ``top``, ``t`` ``(rows,)`` float32: ``tau = c top + t``.
+    ``spread`` ``(rows,)`` float32: 0 where one key has all probability, else 1; float32 alone.
+    ``counts`` ``(heads, blocks, 2)`` int32: entries of a list that need no mask, and all of them.
+    ``lists`` ``(heads, blocks, tiles)`` int32: numbers of the live tiles, ascending.
+    ``live`` ``(heads, blocks, tiles)`` int8: the same as flags.
+    ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a poisoned row sees.
     """
 
     def __init__(self, problem: Problem, config: Config) -> None:
@@ -83,6 +166,7 @@ class Saved:
             "out_u": (torch.float32, grid.rows * problem.head_dim_v * problem.needs_grad),
             "top": (torch.float32, grid.rows),
             "t": (torch.float32, grid.rows),
+            "spread": (torch.float32, grid.rows),
             "counts": (torch.int32, grid.heads * grid.blocks * 2),
             "lists": (torch.int32, pairs),
             "poison": (torch.int32, grid.heads_kv),

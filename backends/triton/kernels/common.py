@@ -4,6 +4,11 @@ Notation: ``s = q . k`` (times the sign of the scale), ``top`` the largest ``s``
 ``c = (alpha - 1) |scale|``, ``x = c (s - top) - t`` the distance of a key above the threshold
 ``tau = c top + t``, and ``r = 1 / (alpha - 1)``. Then ``p = [x]_+^r`` with ``sum p = 1`` and
 ``u = p^(2 - alpha) = [x]_+^(r - 1)``.
+
+Arguments: ``query``, ``key`` and other tensors with heads are ``sizes.Heads``, ``shape`` is a
+``sizes.Shape``, ``opt`` the compile-time ``sizes.Options``. A *head* ``(address, row stride)`` is
+one head of a tensor; a *row block* ``(q, top, t, first_row)`` what belongs to ``opt.block_q``
+queries; *entries* ``(numbers, open, end)`` are a list of which the first ``open`` need no mask.
 """
 
 from __future__ import annotations
@@ -16,11 +21,11 @@ from adasplash2.backends.triton import sizes
 INFINITY = tl.constexpr(float("inf"))
 INTERPRETED = tl.constexpr(sizes.INTERPRETED)
 
-SIZES = ["heads_q", "group", "length_q", "length_k", "blocks", "tiles", "work_items", "length"]
-"""Arguments whose values compile nothing new."""
-
 PROB_SCALE = tl.constexpr(1024.0)
 """Factor of probabilities that are rounded to float16, whose smallest normal number is 6e-5."""
+
+
+# Reductions that keep NaN
 
 
 @triton.jit
@@ -41,13 +46,76 @@ def largest(x, AXIS: tl.constexpr):
 
 @triton.jit
 def any_of(flags):
-    """Whether one of a block's booleans is set."""
+    """Whether one of a vector's booleans is set."""
     return tl.max(flags.to(tl.int32), 0) > 0
+
+
+# Tiles
+
+
+@triton.jit
+def head_of(tensor, batch, head):
+    base = tensor.base + batch.to(tl.int64) * tensor.batch + head.to(tl.int64) * tensor.head
+    return base, tensor.row
+
+
+@triton.jit
+def tile_pointers(head, first, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    base, stride = head
+    rows = tl.arange(0, BLOCK)[:, None] * stride
+    return base + first.to(tl.int64) * stride + rows + tl.arange(0, PADDED)[None, :]
+
+
+@triton.jit
+def tile_mask(first, length, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    rows = first + tl.arange(0, BLOCK)[:, None]
+    return (rows < length) & (tl.arange(0, PADDED)[None, :] < WIDTH)
+
+
+@triton.jit
+def load_tile(
+    head, first, length, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first`` and following of a head; zeros from ``length`` (where EDGE) and WIDTH on."""
+    pointers = tile_pointers(head, first, BLOCK, PADDED)
+    if EDGE:
+        mask = tile_mask(first, length, BLOCK, WIDTH, PADDED)
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif WIDTH != PADDED:
+        tile = tl.load(pointers, mask=tl.arange(0, PADDED)[None, :] < WIDTH, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    head, first, length, tile, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    mask = tile_mask(first, length, BLOCK, WIDTH, PADDED)
+    element = head[0].dtype.element_ty
+    tl.store(tile_pointers(head, first, BLOCK, PADDED), tile.to(element), mask=mask)
 
 
 @triton.jit
 def is_finite(x):
     return tl.abs(x) < INFINITY
+
+
+@triton.jit
+def finite_part(tile, SAFE: tl.constexpr):
+    """The tile, with zeros for what is not finite where SAFE, so that ``0 * inf`` adds nothing."""
+    if SAFE:
+        tile = tl.where(is_finite(tile), tile, tl.zeros_like(tile))
+    return tile
+
+
+@triton.jit
+def count_bad(weights, tile):
+    """How many entries with a weight are not finite, by row of weights and column of the tile."""
+    kept = tl.where(weights > 0.0, 1.0, 0.0).to(tile.dtype)
+    return matmul(kept, tl.where(is_finite(tile), 0.0, 1.0).to(tile.dtype))
 
 
 @triton.jit
@@ -61,66 +129,63 @@ def mark_rows(unsafe, tile, inside):
 
 @triton.jit
 def is_marked(unsafe, inside):
-    return tl.max(tl.load(unsafe, mask=inside, other=0).to(tl.int32), 0) > 0
+    return any_of(tl.load(unsafe, mask=inside, other=0))
+
+
+# Rows and lists
 
 
 @triton.jit
-def head_of(base, stride_batch, stride_head, batch, head):
-    """Address of one head of a ``(batch, heads, length, head_dim)`` tensor."""
-    return base + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+def row_block_at(number, shape, opt: tl.constexpr):
+    """``(head_row, block, batch, head, kv_head)`` of the row block that is ``number`` in launch
+    order: head by head, so that keys and values stay in the L2, and longest rows first."""
+    blocks = tl.cdiv(shape.length_q, opt.block_q)
+    head_row = number // blocks
+    head = head_row % shape.heads_q
+    block = blocks - 1 - number % blocks
+    return head_row, block, head_row // shape.heads_q, head, head // shape.group
 
 
 @triton.jit
-def tile_pointers(base, stride, first, BLOCK: tl.constexpr, PADDED: tl.constexpr):
-    rows = tl.arange(0, BLOCK)[:, None] * stride
-    return base + first.to(tl.int64) * stride + rows + tl.arange(0, PADDED)[None, :]
+def rows_at(head_row, first, length, BLOCK: tl.constexpr):
+    """Offsets of BLOCK rows of a head in a ``(heads, length)`` array, and which of them exist."""
+    rows = first + tl.arange(0, BLOCK)
+    return head_row.to(tl.int64) * length + rows, rows < length
 
 
 @triton.jit
-def tile_mask(
-    first, length, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
-):
-    rows = first + tl.arange(0, BLOCK)[:, None]
-    return (rows < length) & (tl.arange(0, PADDED)[None, :] < WIDTH)
+def entries_at(lists, counts, number, capacity):
+    """The entries of list ``number``."""
+    numbers = lists + number.to(tl.int64) * capacity
+    return numbers, tl.load(counts + 2 * number), tl.load(counts + 2 * number + 1)
 
 
 @triton.jit
-def load_tile(
-    base,
-    stride,
-    first,
-    length,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """Rows ``first`` and following of a head; zeros from ``length`` (where EDGE) and WIDTH on."""
-    pointers = tile_pointers(base, stride, first, BLOCK, PADDED)
-    if EDGE:
-        mask = tile_mask(first, length, BLOCK, WIDTH, PADDED)
-        tile = tl.load(pointers, mask=mask, other=0.0)
-    elif WIDTH != PADDED:
-        tile = tl.load(pointers, mask=tl.arange(0, PADDED)[None, :] < WIDTH, other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
+def load_thresholds(top, t, at_row, inside, opt: tl.constexpr):
+    """``top`` and ``t`` where ``opt.exact``, else zero and ``tau``; see :func:`distance`."""
+    top = tl.load(top + at_row, mask=inside, other=0.0) if opt.exact else 0.0
+    return top, tl.load(t + at_row, mask=inside, other=INFINITY)
 
 
 @triton.jit
-def store_tile(
-    base,
-    stride,
-    first,
-    length,
-    tile,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    pointers = tile_pointers(base, stride, first, BLOCK, PADDED)
-    mask = tile_mask(first, length, BLOCK, WIDTH, PADDED)
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+def open_tiles(first_row, length_k, opt: tl.constexpr):
+    """How many leading key tiles every row from ``first_row`` on sees in full."""
+    tiles = length_k // opt.block_k
+    if opt.causal:
+        tiles = tl.minimum(tiles, (first_row + 1) // opt.block_k)
+    return tiles
+
+
+@triton.jit
+def seen_tiles(first_row, length_k, opt: tl.constexpr):
+    """How many leading key tiles some row of the block from ``first_row`` on sees."""
+    keys = length_k
+    if opt.causal:
+        keys = tl.minimum(keys, first_row + opt.block_q)
+    return tl.cdiv(keys, opt.block_k)
+
+
+# Scores and probabilities
 
 
 @triton.jit
@@ -130,57 +195,70 @@ def matmul(a, b):
 
 
 @triton.jit
-def finite_part(tile, SAFE: tl.constexpr):
-    """The tile, with zeros for what is not finite where SAFE, so that ``0 * inf`` adds nothing."""
-    if SAFE:
-        tile = tl.where(is_finite(tile), tile, tl.zeros_like(tile))
-    return tile
-
-
-@triton.jit
-def signed(s, SIGN: tl.constexpr):
-    """Scores with the sign of the scale: -1, 0 or 1."""
-    if SIGN != 1:
-        s = s * SIGN
+def scores(a, b, opt: tl.constexpr):
+    """``a b^T`` with the sign of the scale."""
+    s = matmul(a, tl.trans(b))
+    if opt.sign != 1:
+        s = s * opt.sign
     return s
 
 
 @triton.jit
-def allowed(rows, keys, length_k, CAUSAL: tl.constexpr):
+def allowed(rows, keys, length_k, opt: tl.constexpr):
     """Which of ``keys`` each of ``rows`` may see; both are broadcast against each other."""
     mask = (keys < length_k) & (rows >= 0)
-    if CAUSAL:
+    if opt.causal:
         mask = mask & (keys <= rows)
     return mask
 
 
 @triton.jit
-def open_tiles(first_row, length_k, CAUSAL: tl.constexpr, TILE: tl.constexpr):
-    """How many leading key tiles every row from ``first_row`` on sees in full."""
-    tiles = length_k // TILE
-    if CAUSAL:
-        tiles = tl.minimum(tiles, (first_row + 1) // TILE)
-    return tiles
+def distance(s, top, t, c, opt: tl.constexpr):
+    """``x = c (s - top) - t``; where not ``opt.exact``, ``x = c s - tau``, which rounds as ``tau``
+    does but costs one operation less."""
+    if opt.exact:
+        return c * (s - top) - t
+    else:
+        return c * s - t
 
 
 @triton.jit
-def seen_tiles(first_row, length_k, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """How many leading key tiles some of BLOCK rows from ``first_row`` on sees."""
-    keys = length_k
-    if CAUSAL:
-        keys = tl.minimum(keys, first_row + BLOCK)
-    return tl.cdiv(keys, TILE)
+def column(top, opt: tl.constexpr):
+    """``top`` against the keys; nothing where it is not used."""
+    if opt.exact:
+        top = top[:, None]
+    return top
 
 
 @triton.jit
-def weights(x, r, ALPHA: tl.constexpr):
+def distances(row_block, k, first_key, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+    """``x`` of a row block and a key tile; below zero where a key may not be seen."""
+    q, top, t, first_row = row_block
+    x = distance(scores(q, k, opt), column(top, opt), t[:, None], shape.c, opt)
+    if EDGE:
+        rows = first_row + tl.arange(0, opt.block_q)
+        keys = first_key + tl.arange(0, opt.block_k)
+        x = tl.where(allowed(rows[:, None], keys[None, :], shape.length_k, opt), x, -1.0)
+    return x
+
+
+@triton.jit
+def positive(x):
+    """``x`` where it is above zero, else zero, also for NaN."""
+    if INTERPRETED:  # whose maximum keeps NaN, against the definition
+        return tl.where(x > 0.0, x, 0.0)
+    else:
+        return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def weights(x, r, opt: tl.constexpr):
     """``p`` and ``u`` of distances ``x``; zeros where ``x`` is not above zero, also for NaN."""
-    inside = tl.where(x > 0.0, x, 0.0)
-    if ALPHA == 1.5:
-        p = inside * inside
-        u = inside
-    elif ALPHA == 2.0:
-        p = inside
+    if opt.alpha == 1.5:
+        u = positive(x)
+        p = u * u
+    elif opt.alpha == 2.0:
+        p = positive(x)
         u = tl.where(x > 0.0, 1.0, 0.0)
     else:
         logarithm = tl.log2(tl.where(x > 0.0, x, 1.0))
@@ -190,16 +268,16 @@ def weights(x, r, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def rise(mass, slope, r, ALPHA: tl.constexpr):
+def rise(mass, slope, r, opt: tl.constexpr):
     """Newton's step for ``g(t) = (sum p)^(1/r) - 1`` from ``mass = sum p``, ``slope = sum u``.
 
     ``g`` is a norm of ``[z - t]_+`` less one: convex and falling for ``r >= 1``, so that steps
     from below the root never pass it; and linear where few keys hold the mass, so that two or
     three steps suffice.
     """
-    if ALPHA == 1.5:
+    if opt.alpha == 1.5:
         gap = mass - tl.sqrt(mass)
-    elif ALPHA == 2.0:
+    elif opt.alpha == 2.0:
         gap = mass - 1.0
     else:
         safe = tl.where(mass > 0.0, mass, 1.0)

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from adasplash2.backends.triton.kernels.common import (
     INFINITY,
-    SIZES,
     larger,
     largest,
     rise,
@@ -27,7 +26,7 @@ def store_chunk(row, start, length, values, CHUNK: tl.constexpr):
     tl.store(row + at, values.to(row.dtype.element_ty), mask=at < length)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["length"])
 def entmax_rows(
     x,
     y,
@@ -36,7 +35,7 @@ def entmax_rows(
     c,
     r,
     tolerance,
-    ALPHA: tl.constexpr,
+    opt: tl.constexpr,
     CHUNK: tl.constexpr,
     MAX_STEPS: tl.constexpr,
 ):
@@ -55,29 +54,29 @@ def entmax_rows(
     mass = 1.0
     step = 0
     while pending:
-        sum_p = tl.zeros((CHUNK,), tl.float32)
-        sum_u = tl.zeros((CHUNK,), tl.float32)
+        sum_p = tl.full((CHUNK,), 0.0, tl.float32)
+        sum_u = tl.full((CHUNK,), 0.0, tl.float32)
         for start in range(0, length, CHUNK):
-            p, u = weights(c * (load_chunk(row, start, length, CHUNK) - top) - t, r, ALPHA)
+            p, u = weights(c * (load_chunk(row, start, length, CHUNK) - top) - t, r, opt)
             sum_p += p
             sum_u += u
         mass = tl.sum(sum_p, 0)
-        moved = t + rise(mass, tl.sum(sum_u, 0), r, ALPHA)
+        moved = t + rise(mass, tl.sum(sum_u, 0), r, opt)
         step += 1
         pending = (mass > 1.0 + tolerance) & (moved != t) & (step < MAX_STEPS)
         # The last mass is that of `t`, so the row is written for the `t` before the last step.
         t = tl.where(pending, moved, t)
     for start in range(0, length, CHUNK):
-        p, _ = weights(c * (load_chunk(row, start, length, CHUNK) - top) - t, r, ALPHA)
+        p, _ = weights(c * (load_chunk(row, start, length, CHUNK) - top) - t, r, opt)
         store_chunk(written, start, length, tl.where(poisoned, float("nan"), p / mass), CHUNK)
 
 
 @triton.jit
-def load_sensitivity(row, start, length, exponent, ALPHA: tl.constexpr, CHUNK: tl.constexpr):
+def load_sensitivity(row, start, length, exponent, opt: tl.constexpr, CHUNK: tl.constexpr):
     """``u = y^(2 - alpha)`` on the support, 0 off it, NaN where ``y`` is."""
     at = start + tl.arange(0, CHUNK)
     y = tl.load(row + at, mask=at < length, other=0.0).to(tl.float32)
-    if ALPHA == 1.5:
+    if opt.alpha == 1.5:
         u = tl.sqrt(y)
     else:
         u = tl.exp2(exponent * tl.log2(tl.where(y > 0.0, y, 1.0)))
@@ -85,7 +84,7 @@ def load_sensitivity(row, start, length, exponent, ALPHA: tl.constexpr, CHUNK: t
     return u
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["length"])
 def entmax_rows_grad(
     y,
     grad_y,
@@ -93,22 +92,22 @@ def entmax_rows_grad(
     stride_grad_y,
     length,
     exponent,
-    ALPHA: tl.constexpr,
+    opt: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """``dx = u (dy - sum u dy / sum u)``; off the support nothing is felt, not even a NaN."""
     row = y + tl.program_id(0).to(tl.int64) * length
     grads = grad_y + tl.program_id(0).to(tl.int64) * stride_grad_y
     written = grad_x + tl.program_id(0).to(tl.int64) * length
-    sum_u = tl.zeros((CHUNK,), tl.float32)
-    weighted = tl.zeros((CHUNK,), tl.float32)
+    sum_u = tl.full((CHUNK,), 0.0, tl.float32)
+    weighted = tl.full((CHUNK,), 0.0, tl.float32)
     for start in range(0, length, CHUNK):
-        u = load_sensitivity(row, start, length, exponent, ALPHA, CHUNK)
+        u = load_sensitivity(row, start, length, exponent, opt, CHUNK)
         sum_u += u
         weighted += tl.where(u == 0.0, 0.0, u * load_chunk(grads, start, length, CHUNK))
     total = tl.sum(sum_u, 0)
     delta = tl.sum(weighted, 0) / tl.where(total == 0.0, 1.0, total)
     for start in range(0, length, CHUNK):
-        u = load_sensitivity(row, start, length, exponent, ALPHA, CHUNK)
+        u = load_sensitivity(row, start, length, exponent, opt, CHUNK)
         dx = tl.where(u == 0.0, 0.0, u * (load_chunk(grads, start, length, CHUNK) - delta))
         store_chunk(written, start, length, dx, CHUNK)
