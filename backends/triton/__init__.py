@@ -55,20 +55,19 @@ def unavailable() -> str | None:
 
 def refusals(problem: Problem | RowProblem) -> list[str]:
     """All reasons why this problem cannot run here; empty: it can."""
-    reasons = []
     wanted = "cpu" if INTERPRETED else "cuda"
-    if problem.device.type != wanted:
-        runs = "Triton's interpreter runs on" if INTERPRETED else "this backend needs"
-        reasons.append(f"tensors are on {problem.device}, {runs} {wanted}")
-    if problem.dtype not in DTYPES:
-        reasons.append(f"dtype {problem.dtype} is computed by other backends only")
-    if problem.alpha == 1.0:
-        reasons.append("alpha = 1 is softmax, which these kernels do not compute")
-    if problem.alpha > MAX_ALPHA:
-        reasons.append(
+    runs = "Triton's interpreter runs on" if INTERPRETED else "this backend needs"
+    against = (
+        (problem.device.type != wanted, f"tensors are on {problem.device}, {runs} {wanted}"),
+        (problem.dtype not in DTYPES, f"dtype {problem.dtype} is computed by other backends only"),
+        (problem.alpha == 1.0, "alpha = 1 is softmax, which these kernels do not compute"),
+        (
+            problem.alpha > MAX_ALPHA,
             f"alpha = {problem.alpha:g} is above {MAX_ALPHA:g}, where these kernels do not solve "
-            "the threshold to float32 round-off"
-        )
+            "the threshold to float32 round-off",
+        ),
+    )
+    reasons = [reason for holds, reason in against if holds]
     if reasons:
         return reasons
     if not INTERPRETED and torch.version.hip is None:

@@ -95,6 +95,12 @@ class Call:
         known = self.known | arguments
         self.run(kernel, grid, {name: known[name] for name in kernel.arg_names}, **options)
 
+    def twice(self, kernel: Any, grid: int, **arguments: Any) -> None:
+        """For all blocks, and in the way that keeps what is not finite apart for those that need
+        it."""
+        for safe in (False, True):
+            self(kernel, grid, self.options(), **arguments, SAFE=safe)
+
     def means(self, out_u: Tensor) -> sizes.Heads:
         """The saved means as a tensor with heads; nothing is behind them without a gradient."""
         row = self.problem.head_dim_v
@@ -150,17 +156,8 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
             CHUNK=MAXIMA_CHUNK // block_q,
             MAX_STEPS=MAX_STEPS,
         )
-        for safe in (False, True):
-            call(
-                forward_kernels.output,
-                row_blocks,
-                call.options(),
-                **known,
-                out=sizes.Heads.of(out),
-                out_u=call.means(parts["out_u"]),
-                GRADIENT=problem.needs_grad,
-                SAFE=safe,
-            )
+        known |= {"out": sizes.Heads.of(out), "out_u": call.means(parts["out_u"])}
+        call.twice(forward_kernels.output, row_blocks, **known, GRADIENT=problem.needs_grad)
     if not problem.needs_grad:
         saved = saved.new_empty(0)
     return Forward(out.to(problem.dtype), tau, saved)
@@ -187,19 +184,16 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
         "unsafe": call.empty(most, dtype=torch.int8),
     }
     with on_device(problem.device):
-        for safe in (False, True):
-            call(
-                backward_kernels.grad_query,
-                grid.heads * grid.blocks,
-                call.options(),
-                **known,
-                out_u=call.means(parts["out_u"]),
-                lists=parts["lists"],
-                counts=parts["counts"],
-                grad_q=sizes.Heads.of(grads[0]),
-                delta_out=delta,
-                SAFE=safe,
-            )
+        call.twice(
+            backward_kernels.grad_query,
+            grid.heads * grid.blocks,
+            **known,
+            out_u=call.means(parts["out_u"]),
+            lists=parts["lists"],
+            counts=parts["counts"],
+            grad_q=sizes.Heads.of(grads[0]),
+            delta_out=delta,
+        )
         call(
             backward_kernels.transpose_lists,
             key_tiles,
@@ -208,20 +202,10 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
             live=parts["live"],
             CHUNK=LIST_CHUNK,
         )
-        for safe in (False, True):
-            call(
-                backward_kernels.grad_key_value,
-                key_tiles,
-                call.options(),
-                **known,
-                **by_key,
-                delta_in=delta,
-                poison=parts["poison"],
-                grad_k=sizes.Heads.of(grads[1]),
-                grad_v=sizes.Heads.of(grads[2]),
-                PARTS=int(call.config["parts"]),
-                SAFE=safe,
-            )
+        known |= by_key | {"delta_in": delta, "poison": parts["poison"]}
+        known |= {"grad_k": sizes.Heads.of(grads[1]), "grad_v": sizes.Heads.of(grads[2])}
+        parts_of_block = int(call.config["parts"])
+        call.twice(backward_kernels.grad_key_value, key_tiles, **known, PARTS=parts_of_block)
     grad_query, grad_key, grad_value = (grad.to(problem.dtype) for grad in grads)
     return grad_query, grad_key, grad_value
 

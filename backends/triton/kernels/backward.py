@@ -21,6 +21,7 @@ from adasplash2.backends.triton.kernels.common import (
     finite_part,
     head_of,
     is_marked,
+    load_pair,
     load_thresholds,
     load_tile,
     mark_rows,
@@ -60,11 +61,7 @@ def grad_query_tiles(acc, row_block, grad, delta, spread, keys, values, entries,
     """Add ``ds K`` over the entries that need no mask, or the others where EDGE."""
     numbers, open_end, end = entries
     for index in range(open_end if EDGE else 0, end if EDGE else open_end):
-        first = tl.load(numbers + index) * opt.block_k
-        k = load_tile(keys, first, shape.length_k, opt.block_k, opt.head_dim, opt.padded, EDGE)
-        v = load_tile(
-            values, first, shape.length_k, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE
-        )
+        first, k, v = load_pair(numbers, index, keys, values, shape, opt, EDGE)
         x = distances(row_block, k, first, shape, opt, EDGE)
         _, u = weights(x, shape.r, opt)
         dp = matmul(grad, tl.trans(v))
@@ -77,11 +74,9 @@ def grad_query_tiles(acc, row_block, grad, delta, spread, keys, values, entries,
 def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
                delta_out, unsafe, shape, scale, opt: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """``delta`` and ``dQ`` of a row block."""
-    blocks = tl.cdiv(shape.length_q, opt.block_q)
     tiles = tl.cdiv(shape.length_k, opt.block_k)
-    head_row, block, batch, head, kv_head = row_block_at(tl.program_id(0), shape, opt)
-    first_row = block * opt.block_q
-    at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
+    at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
+    batch, head, kv_head = at_head
     if SAFE and not is_marked(unsafe + at_row, inside):
         return
     length = shape.length_q
@@ -95,7 +90,7 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     delta = spread * tl.sum(grad.to(tl.float32) * mean, 1)
     keys = head_of(key, batch, kv_head)
     values = head_of(value, batch, kv_head)
-    entries = entries_at(lists, counts, head_row * blocks + block, tiles)
+    entries = entries_at(lists, counts, at_block, tiles)
     top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
     row_block = (q, top, t, first_row)
     acc = tl.full((opt.block_q, opt.padded), 0.0, tl.float32)
@@ -122,8 +117,8 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
 def transpose_lists(live, lists, counts, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
     """Per key tile, the row blocks of its group's heads for which it is live, as ``member *
     blocks + block``: first those that see all of it, then those that need the mask."""
-    blocks = tl.cdiv(shape.length_q, opt.block_q)
     tiles = tl.cdiv(shape.length_k, opt.block_k)
+    blocks = tl.cdiv(shape.length_q, opt.block_q)
     number = tl.program_id(0)
     tile = number % tiles
     capacity = shape.group * blocks

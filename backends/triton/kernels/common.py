@@ -136,17 +136,6 @@ def is_marked(unsafe, inside):
 
 
 @triton.jit
-def row_block_at(number, shape, opt: tl.constexpr):
-    """``(head_row, block, batch, head, kv_head)`` of the row block that is ``number`` in launch
-    order: head by head, so that keys and values stay in the L2, and longest rows first."""
-    blocks = tl.cdiv(shape.length_q, opt.block_q)
-    head_row = number // blocks
-    head = head_row % shape.heads_q
-    block = blocks - 1 - number % blocks
-    return head_row, block, head_row // shape.heads_q, head, head // shape.group
-
-
-@triton.jit
 def rows_at(head_row, first, length, BLOCK: tl.constexpr):
     """Offsets of BLOCK rows of a head in a ``(heads, length)`` array, and which of them exist."""
     rows = first + tl.arange(0, BLOCK)
@@ -154,10 +143,35 @@ def rows_at(head_row, first, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def row_block_at(number, shape, opt: tl.constexpr):
+    """The row block that is ``number`` in launch order (head by head, so that keys and values stay
+    in the L2, and longest rows first): its place among all, ``(batch, head, kv_head)``, its first
+    row, and :func:`rows_at`."""
+    blocks = tl.cdiv(shape.length_q, opt.block_q)
+    head_row = number // blocks
+    block = blocks - 1 - number % blocks
+    head = head_row % shape.heads_q
+    at_head = (head_row // shape.heads_q, head, head // shape.group)
+    first_row = block * opt.block_q
+    at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
+    return head_row * blocks + block, at_head, first_row, at_row, inside
+
+
+@triton.jit
 def entries_at(lists, counts, number, capacity):
     """The entries of list ``number``."""
     numbers = lists + number.to(tl.int64) * capacity
     return numbers, tl.load(counts + 2 * number), tl.load(counts + 2 * number + 1)
+
+
+@triton.jit
+def load_pair(numbers, index, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+    """``(first_key, k, v)`` of a list's entry."""
+    first = tl.load(numbers + index) * opt.block_k
+    length = shape.length_k
+    k = load_tile(keys, first, length, opt.block_k, opt.head_dim, opt.padded, EDGE)
+    v = load_tile(values, first, length, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE)
+    return first, k, v
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from adasplash2.backends.triton.kernels.common import (
     is_marked,
     larger,
     largest,
+    load_pair,
     load_thresholds,
     load_tile,
     mark_rows,
@@ -28,7 +29,6 @@ from adasplash2.backends.triton.kernels.common import (
     open_tiles,
     rise,
     row_block_at,
-    rows_at,
     scores,
     seen_tiles,
     store_tile,
@@ -130,13 +130,11 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
 
     ``maxima`` has one slice a program, reused by its row blocks.
     """
-    blocks = tl.cdiv(shape.length_q, opt.block_q)
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     maxima += tl.program_id(0).to(tl.int64) * tiles * opt.block_q
     for item in range(tl.program_id(0), work_items, tl.num_programs(0)):
-        head_row, block, batch, head, kv_head = row_block_at(item, shape, opt)
-        first_row = block * opt.block_q
-        at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
+        at_block, at_head, first_row, at_row, inside = row_block_at(item, shape, opt)
+        batch, head, kv_head = at_head
         q = load_tile(head_of(query, batch, head), first_row, shape.length_q, opt.block_q,
                       opt.head_dim, opt.padded, True)  # fmt: skip
         keys = head_of(key, batch, kv_head)
@@ -151,7 +149,6 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
         pending = inside & (poisoned == 0) & (top > -INFINITY)
         top = tl.where(pending, top, 0.0)
         t = tl.where(pending, bound_of(maxima, top, end, shape, opt, CHUNK), INFINITY)
-        at_block = head_row * blocks + block
         numbers = lists + at_block.to(tl.int64) * tiles
         flags = live + at_block.to(tl.int64) * tiles
         found_open, found = list_live(
@@ -197,7 +194,8 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
         if opt.causal:
             reach = tl.minimum(first_row + tl.arange(0, opt.block_q) + 1, reach)
         reach = tl.max(tl.where(poisoned, reach, 0), 0)
-        tl.atomic_max(poison + head_row // shape.group, reach, mask=reach > 0)
+        kv_row = batch * (shape.heads_q // shape.group) + kv_head
+        tl.atomic_max(poison + kv_row, reach, mask=reach > 0)
         tl.debug_barrier()  # the maxima are free for the next block
 
 
@@ -210,11 +208,7 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, opt: tl.co
     acc, acc_u, spoiled, mass, slope, kept = sums
     numbers, open_end, end = entries
     for index in range(open_end if EDGE else 0, end if EDGE else open_end):
-        first = tl.load(numbers + index) * opt.block_k
-        k = load_tile(keys, first, shape.length_k, opt.block_k, opt.head_dim, opt.padded, EDGE)
-        v = load_tile(
-            values, first, shape.length_k, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE
-        )
+        first, k, v = load_pair(numbers, index, keys, values, shape, opt, EDGE)
         x = distances(row_block, k, first, shape, opt, EDGE)
         p, u = weights(x, shape.r, opt)
         mass += tl.sum(p, 1)
@@ -244,23 +238,22 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     are done again where SAFE, by a loop in which values that are not finite reach the rows alone
     whose support holds them. ``spread``: 0 where one key has it all, whose ``ds`` is zero.
     """
-    blocks = tl.cdiv(shape.length_q, opt.block_q)
     tiles = tl.cdiv(shape.length_k, opt.block_k)
-    head_row, block, batch, head, kv_head = row_block_at(tl.program_id(0), shape, opt)
-    first_row = block * opt.block_q
-    at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
+    at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
+    batch, head, kv_head = at_head
     if SAFE and not is_marked(unsafe + at_row, inside):
         return
     queries = head_of(query, batch, head)
     q = load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded, True)
     keys = head_of(key, batch, kv_head)
     values = head_of(value, batch, kv_head)
-    entries = entries_at(lists, counts, head_row * blocks + block, tiles)
+    entries = entries_at(lists, counts, at_block, tiles)
     top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
     scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     if COUNT:
+        across = tl.cdiv(shape.length_k, MARK)
         marks += (
-            head_row.to(tl.int64) * tl.cdiv(shape.length_q, MARK) * tl.cdiv(shape.length_k, MARK)
+            (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_q, MARK) * across
         )
     sums = (
         tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32),
