@@ -193,7 +193,7 @@ def configs(problem: Problem, shared: int) -> Iterator[Config]:
         wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
         if not stages or block_q * wide > ACCUMULATORS:
             continue
-        unrolled = problem.dtype == torch.float32
+        unrolled = problem.dtype == torch.float32 and not INTERPRETED
         if unrolled and (block_q * block_k * wide > FLOAT32_PRODUCTS or block_q > 32):
             continue
         for warps in (8, 4) if unrolled or block_q * wide > 64 * 64 else (4,):
