@@ -131,6 +131,8 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     parts = call.layout.split(saved)
     parts["poison"].zero_()
     block_q = int(call.config["block_q"])
+    span = int(call.config["span"])
+    maxima = call.programs * -(-call.grid.tiles // span) * span * block_q
     known: dict[str, Any] = {
         **{part: parts[part] for part in ("live", "lists", "counts", "poison")},
         **(counted or dict.fromkeys(("iterations", "support", "marks"))),
@@ -147,7 +149,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
             call.programs,
             call.options("scan_"),
             **known,
-            maxima=call.empty(call.programs * call.grid.tiles * block_q, dtype=torch.float32),
+            maxima=call.empty(maxima, dtype=torch.float32),
             top_out=parts["top"],
             t_out=parts["t"],
             tau_out=tau,
@@ -155,6 +157,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
             tolerance=tolerance(problem.alpha),
             CHUNK=MAXIMA_CHUNK // block_q,
             MAX_STEPS=MAX_STEPS,
+            SPAN=span,
         )
         known |= {"out": sizes.Heads.of(out), "out_u": call.means(parts["out_u"])}
         call.twice(forward_kernels.output, row_blocks, **known, GRADIENT=problem.needs_grad)

@@ -22,6 +22,9 @@ ALIGNMENT = 16
 MAX_STAGES = 4
 """Stages of a loop: numbers of tiles in the list, tiles from memory, products."""
 
+SPAN = 2
+"""Tiles whose scores the scan computes at a time: wider products, and half as many stores."""
+
 BLOCKS = ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 """``block_q`` and ``block_k``, best first; the first that fits is the default."""
 
@@ -205,6 +208,7 @@ def configs(problem: Problem, shared: int) -> Iterator[Config]:
                 "parts": max(1, block_q // 64),
                 "scan_warps": 4 if wide <= 64 and not unrolled else warps,
                 "scan_stages": stages,
+                "span": 1 if unrolled else SPAN,
             }
         found += 1
         if found == 3:
@@ -219,6 +223,7 @@ def _stages(problem: Problem, block_q: int, block_k: int, shared: int) -> int:
     for stages in range(MAX_STAGES, 0, -1):
         by_query = wide * (block_q + stages * block_k)
         by_key = wide * (block_k + stages * block_q)
-        if max(by_query, by_key) + products <= shared:
+        by_scan = padded(problem.head_dim) * itemsize * (block_q + stages * SPAN * block_k)
+        if max(by_query, by_key, by_scan) + products <= shared:
             return stages
     return 0

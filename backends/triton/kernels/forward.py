@@ -45,20 +45,22 @@ BOUND_SLACK = tl.constexpr(1e-6)
 
 @triton.jit
 def scan_tiles(top, maxima, q, keys, first_row, start, stop, shape, opt: tl.constexpr,
-               EDGE: tl.constexpr):  # fmt: skip
-    """Store the row maxima of tiles [start, stop) and return the maxima so far."""
+               SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """Store the row maxima of tiles, SPAN of them at a time, and return the maxima so far."""
     rows = tl.arange(0, opt.block_q)
-    for tile in range(start, stop):
-        first = tile * opt.block_k
-        k = load_tile(keys, first, shape.length_k, opt.block_k, opt.head_dim, opt.padded, EDGE)
+    width: tl.constexpr = SPAN * opt.block_k
+    for span in range(start, stop):
+        first = span * width
+        k = load_tile(keys, first, shape.length_k, width, opt.head_dim, opt.padded, EDGE)
         s = scores(q, k, opt)
         if EDGE:
-            columns = first + tl.arange(0, opt.block_k)
+            columns = first + tl.arange(0, width)
             mask = allowed((first_row + rows)[:, None], columns[None, :], shape.length_k, opt)
             s = tl.where(mask, s, -INFINITY)
-        highest = largest(s, 1)
-        tl.store(maxima + tile * opt.block_q + rows, highest)
-        top = larger(top, highest)
+        highest = largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
+        numbers = span * SPAN + tl.arange(0, SPAN)
+        tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
+        top = larger(top, largest(highest, 1))
     return top
 
 
@@ -120,7 +122,7 @@ def sum_tiles(mass, slope, row_block, keys, entries, shape, opt: tl.constexpr, E
 @triton.jit
 def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, poison, iterations,
           shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
-          MAX_STEPS: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+          MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
     One dense pass keeps the maxima of rows and tiles. The threshold of a subset of a row's scores
@@ -131,7 +133,7 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
     ``maxima`` has one slice a program, reused by its row blocks.
     """
     tiles = tl.cdiv(shape.length_k, opt.block_k)
-    maxima += tl.program_id(0).to(tl.int64) * tiles * opt.block_q
+    maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
     for item in range(tl.program_id(0), work_items, tl.num_programs(0)):
         at_block, at_head, first_row, at_row, inside = row_block_at(item, shape, opt)
         batch, head, kv_head = at_head
@@ -141,8 +143,10 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
         open_end = open_tiles(first_row, shape.length_k, opt)
         end = seen_tiles(first_row, shape.length_k, opt)
         top = tl.full((opt.block_q,), -INFINITY, tl.float32)
-        top = scan_tiles(top, maxima, q, keys, first_row, 0, open_end, shape, opt, False)
-        top = scan_tiles(top, maxima, q, keys, first_row, open_end, end, shape, opt, True)
+        whole = open_end // SPAN
+        last = tl.cdiv(end, SPAN)
+        top = scan_tiles(top, maxima, q, keys, first_row, 0, whole, shape, opt, SPAN, False)
+        top = scan_tiles(top, maxima, q, keys, first_row, whole, last, shape, opt, SPAN, True)
         tl.debug_barrier()  # the maxima are read back by other threads
 
         poisoned = ((top != top) | (top == INFINITY)) & inside
