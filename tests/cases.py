@@ -398,6 +398,7 @@ INTERPRETED: dict[str, set[str]] = {
         *("nan_key-alpha1.5", "nan_value-alpha2", "local-alpha1.5"),
         *("1-1.5-dtype0", "200-2.0-dtype2", "65-1.25-dtype3", "1023-1.75-dtype0"),
     },
+    "test_every_configuration_agrees": {"causal-1", "causal-2", "gqa-1", "gqa-3"},
     "test_stats_agree_with_the_reference": {"local-causal-alpha1.5-dtype1"},
     "test_gradient_of_one_input_alone": {"query"},
     "test_strided_output_gradient": {"transposed", "inner_stride"},

@@ -19,17 +19,29 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 ALIGNMENT = 16
 """Bytes: Triton compiles a faster variant for pointers that are multiples of it."""
 
-MAX_STAGES = 4
-"""Stages of a loop: numbers of tiles in the list, tiles from memory, products."""
+MAX_STAGES = 3
+"""Stages of a loop: numbers of tiles in the list, tiles from memory, products. A fourth gained
+nothing on an H100."""
 
-SPAN = 2
-"""Tiles whose scores the scan computes at a time: wider products, and half as many stores."""
+MIN_STAGES = 2
+"""With fewer no load overlaps a product."""
 
-BLOCKS = ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
-"""``block_q`` and ``block_k``, best first; the first that fits is the default."""
+SPANS = (1, 2)
+"""Tiles whose scores the scan computes at a time: more make wider products and fewer stores."""
+
+BLOCKS = ((64, 64), (128, 128), (128, 64), (64, 32), (32, 32), (32, 16), (16, 16))
+"""``block_q`` and ``block_k``, best first; the first that fits is the default. On an H100 with
+head_dim 64, 64 x 64 is a quarter faster where rows keep 2 keys, 128 x 128 an eighth where they
+keep 28."""
+
+MAX_ALTERNATIVES = 3
+"""Pairs of ``BLOCKS`` that a tuner is offered."""
 
 ACCUMULATORS = 128 * 128
 """float32 sums of a block that registers hold beside its scores."""
+
+FEW_SUMS = 64 * 128
+"""float32 sums that four warps hold; more take eight."""
 
 FLOAT32_PRODUCTS = 32 * 32 * 128
 """Multiplications of a block in float32, which no tensor core does: larger ones take minutes to
@@ -190,40 +202,45 @@ class Saved:
 
 def configs(problem: Problem, shared: int) -> Iterator[Config]:
     """Configurations that fit ``shared`` bytes of shared memory a block, the default first."""
+    wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
+    unrolled = problem.dtype == torch.float32 and not INTERPRETED
     found = 0
     for block_q, block_k in BLOCKS:
-        stages = _stages(problem, block_q, block_k, shared)
-        wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
-        if not stages or block_q * wide > ACCUMULATORS:
+        longest = max(block_q, block_k)
+        if longest * wide > ACCUMULATORS:
             continue
-        unrolled = problem.dtype == torch.float32 and not INTERPRETED
-        if unrolled and (block_q * block_k * wide > FLOAT32_PRODUCTS or block_q > 32):
+        if unrolled and (block_q * block_k * wide > FLOAT32_PRODUCTS or longest > 32):
             continue
-        for warps in (8, 4) if unrolled or block_q * wide > 64 * 64 else (4,):
+        few = block_k * wide <= FEW_SUMS and longest * block_k <= FEW_SUMS
+        warps = 4 if few and not unrolled else 8
+        for span in SPANS[:1] if found or unrolled else SPANS:
+            stages = _stages(problem, block_q, block_k, span, shared)
+            if not stages:
+                continue
+            found += span == SPANS[0]
             yield {
                 "block_q": block_q,
                 "block_k": block_k,
                 "warps": warps,
                 "stages": stages,
                 "parts": max(1, block_q // 64),
-                "scan_warps": 4 if wide <= 64 and not unrolled else warps,
+                "scan_warps": warps if unrolled or wide > 128 else 4,
                 "scan_stages": stages,
-                "span": 1 if unrolled else SPAN,
+                "span": span,
             }
-        found += 1
-        if found == 3:
+        if found == MAX_ALTERNATIVES:
             return
 
 
-def _stages(problem: Problem, block_q: int, block_k: int, shared: int) -> int:
-    """Tiles in flight for which the kernels' operands fit; 0 where not even one does."""
+def _stages(problem: Problem, block_q: int, block_k: int, span: int, shared: int) -> int:
+    """Tiles in flight for which the kernels' operands fit; 0 where they never do."""
     itemsize = problem.dtype.itemsize
     wide = (padded(problem.head_dim) + padded(problem.head_dim_v)) * itemsize
     products = block_q * block_k * itemsize
-    for stages in range(MAX_STAGES, 0, -1):
+    for stages in range(MAX_STAGES, MIN_STAGES - 1, -1):
         by_query = wide * (block_q + stages * block_k)
         by_key = wide * (block_k + stages * block_q)
-        by_scan = padded(problem.head_dim) * itemsize * (block_q + stages * SPAN * block_k)
+        by_scan = padded(problem.head_dim) * itemsize * (block_q + stages * span * block_k)
         if max(by_query, by_key, by_scan) + products <= shared:
             return stages
     return 0
