@@ -1,4 +1,8 @@
-"""What every test shares: one seed, and GPU tests skipped where there is no GPU."""
+"""What every test shares: one seed, and GPU tests skipped where there is no GPU.
+
+With TRITON_INTERPRET=1, the second run of ``make test``, only the Triton backend is tested, in its
+interpreter, on the cases of ``cases.INTERPRETED``: a case takes seconds there.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import os
 
 import pytest
 import torch
+from cases import is_interpreted
+
+from adasplash2.backends.triton.sizes import INTERPRETED
 
 # Read when the package is imported: what was measured on this machine must decide no test.
 os.environ["ADASPLASH2_AUTOTUNE"] = "off"
@@ -16,7 +23,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INTERPRETED:
+        chosen = [item for item in items if is_interpreted(item.name)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+        return
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="torch sees no CUDA device")

@@ -1,0 +1,210 @@
+"""GPUs that Triton compiles for: one dense pass, then live tiles only.
+
+``solve`` (``kernels/forward.py``) computes every score once and keeps maxima of rows and tiles,
+from which it bounds each row's threshold and lists the tiles that can hold support. Newton's steps,
+outputs and gradients visit listed tiles only. Nothing waits for the host, so CUDA graphs can
+capture forward and backward, and there are no floating-point atomics: equal calls give equal bits.
+
+With ``TRITON_INTERPRET=1`` set before Triton is imported, its interpreter runs the same kernels
+on CPU tensors, slowly. ``import adasplash2`` does not import Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adasplash2.backends.triton import sizes
+from adasplash2.backends.triton.sizes import INTERPRETED
+from adasplash2.contract import AttentionStats, Config, Forward
+from adasplash2.problem import Inputs, Problem, RowProblem
+
+name = "triton"
+
+MIN_CAPABILITY = (8, 0)
+"""Tensor cores for bfloat16, and what Triton itself is made for."""
+
+MAX_ALPHA = 2.0
+"""Above it ``sum p`` is not convex in the threshold, and Newton's steps may pass the root."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+INTERPRETER_SHARED = 232_448
+"""Bytes of shared memory to assume where there is no device: those of compute capability 9.0."""
+
+MAX_ROW_CHUNK = 8192
+"""Scores of a dense row that a program holds at a time."""
+
+
+def unavailable() -> str | None:
+    """Why nothing can run here, in a sentence; None where it can."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+def refusals(problem: Problem | RowProblem) -> list[str]:
+    """All reasons why this problem cannot run here; empty: it can."""
+    wanted = "cpu" if INTERPRETED else "cuda"
+    runs = "Triton's interpreter runs on" if INTERPRETED else "this backend needs"
+    against = (
+        (problem.device.type != wanted, f"tensors are on {problem.device}, {runs} {wanted}"),
+        (problem.dtype not in DTYPES, f"dtype {problem.dtype} is computed by other backends only"),
+        (problem.alpha == 1.0, "alpha = 1 is softmax, which these kernels do not compute"),
+        (
+            problem.alpha > MAX_ALPHA,
+            f"alpha = {problem.alpha:g} is above {MAX_ALPHA:g}, where these kernels do not solve "
+            "the threshold to float32 round-off",
+        ),
+    )
+    reasons = [reason for holds, reason in against if holds]
+    if reasons:
+        return reasons
+    if not INTERPRETED and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(problem.device)
+        if (major, minor) < MIN_CAPABILITY:
+            least = f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+            reasons.append(
+                f"{problem.device} has compute capability {major}.{minor}, Triton needs {least}"
+            )
+    limit = 2**31 - 1
+    if isinstance(problem, RowProblem):
+        if max(problem.rows, problem.length) > limit:
+            reasons.append(f"{problem.rows} rows of {problem.length} exceed 2^31 - 1 either way")
+    elif max(problem.length_q, problem.length_k) * problem.batch * problem.heads_q > limit:
+        reasons.append("the rows of all heads together exceed 2^31 - 1")
+    elif next(sizes.configs(problem, _shared_memory(problem.device)), None) is None:
+        reasons.append(
+            f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs more "
+            f"shared memory than a block has on {problem.device}"
+        )
+    return reasons
+
+
+def configs(problem: Problem | RowProblem) -> Sequence[Config]:
+    """Block sizes, warps and pipeline stages that fit the device; the default first."""
+    if isinstance(problem, RowProblem):
+        chunk = min(MAX_ROW_CHUNK, max(16, 1 << (problem.length - 1).bit_length()))
+        return [{"chunk": chunk, "warps": max(1, min(8, chunk // 512))}]
+    return list(sizes.configs(problem, _shared_memory(problem.device)))
+
+
+def versions() -> Mapping[str, str]:
+    """What compiled and measured results depend on, besides the device."""
+    return {"triton": importlib.metadata.version("triton"), "kernels": _source_digest()}
+
+
+def precompile(problem: Problem | RowProblem, config: Config) -> None:
+    """Compile what forward, and backward where ``problem.needs_grad``, launch for inputs of
+    contiguous layout, into Triton's cache. Launches nothing and touches no data."""
+    if INTERPRETED:
+        return
+    from adasplash2.backends.triton import launch, rows
+
+    meta: dict[str, Any] = {"dtype": problem.dtype, "device": "meta"}
+    if isinstance(problem, RowProblem):
+        x = torch.empty((problem.rows, problem.length), **meta)
+        rows.forward(problem, x, config, launch.compile_only)
+        if problem.needs_grad:
+            rows.backward(problem, x, x, config, launch.compile_only)
+        return
+    p = problem
+    key_heads = (p.batch, p.heads_kv, p.length_k)
+    inputs = Inputs(
+        torch.empty((p.batch, p.heads_q, p.length_q, p.head_dim), **meta),
+        torch.empty((*key_heads, p.head_dim), **meta),
+        torch.empty((*key_heads, p.head_dim_v), **meta),
+    )
+    call = launch.Call(problem, inputs, config, launch.compile_only)
+    result = launch.forward(call)
+    if problem.needs_grad:
+        launch.backward(call, result, result.out)
+
+
+def saved_bytes(problem: Problem, config: Config) -> int | None:
+    """Length of ``Forward.saved``."""
+    return sizes.Saved(problem, config).total if problem.needs_grad else 0
+
+
+def forward(problem: Problem, inputs: Inputs, config: Config) -> Forward:
+    """Attention output, thresholds and the lists for the backward."""
+    from adasplash2.backends.triton import launch
+
+    return launch.forward(launch.Call(problem, inputs, config, launch.launch))
+
+
+def backward(
+    problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    from adasplash2.backends.triton import launch
+
+    call = launch.Call(problem, inputs, config, launch.launch)
+    return launch.backward(call, forward, grad_out)
+
+
+def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
+    """A forward that records what it did."""
+    from adasplash2.backends.triton import launch
+
+    shape = (problem.batch, problem.heads_q, problem.length_q)
+    side = launch.STATS_TILE
+    tiles_q, tiles_k = -(-problem.length_q // side), -(-problem.length_k // side)
+    integers: dict[str, Any] = {"dtype": torch.int32, "device": problem.device}
+    marks = torch.zeros((*shape[:2], tiles_q, tiles_k), dtype=torch.int8, device=problem.device)
+    counted = {
+        "iterations": torch.zeros(shape, **integers),
+        "support": torch.zeros(shape, **integers),
+        "marks": marks,
+    }
+    call = launch.Call(problem, inputs, config, launch.launch)
+    tau = launch.forward(call, counted).tau
+    allowed = tiles_q * tiles_k
+    if problem.scores.is_causal:  # tile (i, j) holds an allowed pair where j <= i
+        allowed = sum(min(i + 1, tiles_k) for i in range(tiles_q))
+    empty = 1.0 - marks.sum((2, 3), dtype=torch.float64) / allowed
+    return AttentionStats(tau, counted["support"], counted["iterations"], empty, backend=name)
+
+
+def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
+    """Entmax of each row of ``x``."""
+    from adasplash2.backends.triton import launch, rows
+
+    return rows.forward(problem, x, config, launch.launch)
+
+
+def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
+    """Gradient of ``x`` from the output ``y`` and its gradient."""
+    from adasplash2.backends.triton import launch, rows
+
+    return rows.backward(problem, y, grad_y, config, launch.launch)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    if INTERPRETED:
+        return INTERPRETER_SHARED
+    properties: Any = torch.cuda.get_device_properties(device)
+    optin = getattr(properties, "shared_memory_per_block_optin", None)  # not on ROCm
+    return int(properties.shared_memory_per_block if optin is None else optin)
+
+
+@functools.cache
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    package = resources.files("adasplash2.backends.triton")
+    for folder in (package, package / "kernels"):
+        for source in sorted(folder.iterdir(), key=lambda file: file.name):
+            if source.name.endswith(".py"):
+                digest.update(source.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,242 @@
+"""Backward: gradients over the lists of live tiles, without atomics.
+
+With ``dp = dO v`` and ``delta = dO . out_u`` it is ``ds = u (dp - delta)``, ``dQ = scale ds K``,
+``dK = scale ds^T Q`` and ``dV = p^T dO``. Like ``output``, both gradient kernels are launched
+twice: what is not finite is marked ``unsafe`` and done again where SAFE, with zeros off the
+support whatever queries, keys, values and output gradients hold there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash2.backends.triton.kernels.common import (
+    PROB_SCALE,
+    allowed,
+    count_bad,
+    distance,
+    distances,
+    entries_at,
+    finite_part,
+    head_of,
+    is_marked,
+    load_pair,
+    load_thresholds,
+    load_tile,
+    mark_rows,
+    matmul,
+    open_tiles,
+    row_block_at,
+    rows_at,
+    scores,
+    store_tile,
+    weights,
+)
+
+
+@triton.jit
+def load_spread(spread, at_row, inside, opt: tl.constexpr):
+    """0 for rows with one key, whose ``dp - delta`` is zero but for rounding; 1 else."""
+    if opt.exact:
+        return tl.load(spread + at_row, mask=inside, other=0.0)
+    else:
+        return tl.full(at_row.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def score_gradient(x, u, dp, delta, spread, opt: tl.constexpr, SAFE: tl.constexpr):
+    """``ds``, exactly zero off the support where SAFE; ``delta`` is already times ``spread``."""
+    if opt.exact:
+        dp = dp * spread
+    ds = u * (dp - delta)
+    if SAFE:
+        ds = tl.where(x > 0.0, ds, 0.0)
+    return ds
+
+
+@triton.jit
+def grad_query_tiles(acc, row_block, grad, delta, spread, keys, values, entries, shape,
+                     opt: tl.constexpr, SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """Add ``ds K`` over the entries that need no mask, or the others where EDGE."""
+    numbers, open_end, end = entries
+    for index in range(open_end if EDGE else 0, end if EDGE else open_end):
+        first, k, v = load_pair(numbers, index, keys, values, shape, opt, EDGE)
+        x = distances(row_block, k, first, shape, opt, EDGE)
+        _, u = weights(x, shape.r, opt)
+        dp = matmul(grad, tl.trans(v))
+        ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], opt, SAFE)
+        acc += matmul(ds.to(k.dtype), finite_part(k, SAFE))
+    return acc
+
+
+@triton.jit
+def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
+               delta_out, unsafe, shape, scale, opt: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+    """``delta`` and ``dQ`` of a row block."""
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
+    batch, head, kv_head = at_head
+    if SAFE and not is_marked(unsafe + at_row, inside):
+        return
+    length = shape.length_q
+    queries = head_of(query, batch, head)
+    q = load_tile(queries, first_row, length, opt.block_q, opt.head_dim, opt.padded, True)
+    grads = head_of(grad_out, batch, head)
+    grad = load_tile(grads, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
+    means = head_of(out_u, batch, head)
+    mean = load_tile(means, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
+    spread = load_spread(spread_in, at_row, inside, opt)
+    delta = spread * tl.sum(grad.to(tl.float32) * mean, 1)
+    keys = head_of(key, batch, kv_head)
+    values = head_of(value, batch, kv_head)
+    entries = entries_at(lists, counts, at_block, tiles)
+    top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
+    row_block = (q, top, t, first_row)
+    acc = tl.full((opt.block_q, opt.padded), 0.0, tl.float32)
+    for edge in tl.static_range(2):
+        acc = grad_query_tiles(
+            acc, row_block, grad, delta, spread, keys, values, entries, shape, opt, SAFE, edge == 1
+        )
+    result = tl.where((t != t)[:, None], float("nan"), acc * scale)
+    store_tile(
+        head_of(grad_q, batch, head),
+        first_row,
+        length,
+        result,
+        opt.block_q,
+        opt.head_dim,
+        opt.padded,
+    )
+    tl.store(delta_out + at_row, delta, mask=inside)
+    if not SAFE:
+        mark_rows(unsafe + at_row, result, inside)
+
+
+@triton.jit
+def transpose_lists(live, lists, counts, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """Per key tile, the row blocks of its group's heads for which it is live, as ``member *
+    blocks + block``: first those that see all of it, then those that need the mask."""
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    blocks = tl.cdiv(shape.length_q, opt.block_q)
+    number = tl.program_id(0)
+    tile = number % tiles
+    capacity = shape.group * blocks
+    # Query heads of one key head are neighbours, also across the batch.
+    first_block = (number // tiles).to(tl.int64) * capacity
+    numbers = lists + number.to(tl.int64) * capacity
+    found = 0
+    for edge in tl.static_range(2):
+        for chunk in range(0, capacity, CHUNK):
+            entry = chunk + tl.arange(0, CHUNK)
+            flags = live + (first_block + entry) * tiles + tile
+            alive = tl.load(flags, mask=entry < capacity, other=0)
+            # The end of the keys needs no mask: what lies beyond it is not stored.
+            whole = open_tiles(entry % blocks * opt.block_q, tiles * opt.block_k, opt) > tile
+            chosen = ((alive != 0) & (whole == (edge == 0))).to(tl.int32)
+            tl.store(numbers + found + tl.cumsum(chosen, 0) - chosen, entry, mask=chosen > 0)
+            found += tl.sum(chosen, 0)
+        tl.store(counts + 2 * number + edge, found)
+
+
+@triton.jit
+def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, shape,
+                   opt: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
+                   SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """Add ``ds^T Q`` and ``p^T dO`` over the entries that need no mask, or the others where EDGE.
+
+    A row block is taken in PARTS: all of its rows do not fit the registers beside two sums.
+    """
+    acc_k, acc_v, spoiled = sums
+    q_base, q_member, q_row = queries
+    g_base, g_member, g_row = grads
+    top_in, t_in, delta_in, spread_in, first_head = thresholds
+    numbers, open_end, end = entries
+    part: tl.constexpr = opt.block_q // PARTS
+    blocks = tl.cdiv(shape.length_q, opt.block_q)
+    length = shape.length_q
+    for index in range(open_end * PARTS if EDGE else 0, end * PARTS if EDGE else open_end * PARTS):
+        entry = tl.load(numbers + index // PARTS)
+        member = (entry // blocks).to(tl.int64)
+        first_row = (entry % blocks * PARTS + index % PARTS) * part
+        q_head = (q_base + member * q_member, q_row)
+        q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, True)
+        g_head = (g_base + member * g_member, g_row)
+        grad = load_tile(g_head, first_row, length, part, opt.head_dim_v, opt.padded_v, True)
+        at_row, inside = rows_at(first_head + member, first_row, length, part)
+        top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
+        delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
+        spread = load_spread(spread_in, at_row, inside, opt)
+        s = scores(k, q, opt)
+        dp = matmul(v, tl.trans(grad))
+        x = distance(s, top[None, :] if opt.exact else top, t[None, :], shape.c, opt)
+        if EDGE:
+            rows = first_row + tl.arange(0, part)
+            keys = first_key + tl.arange(0, opt.block_k)
+            x = tl.where(allowed(rows[None, :], keys[:, None], shape.length_k, opt), x, -1.0)
+        p, u = weights(x, shape.r, opt)
+        acc_v += matmul((p * SCALE).to(grad.dtype), finite_part(grad, SAFE))
+        ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], opt, SAFE)
+        acc_k += matmul(ds.to(q.dtype), finite_part(q, SAFE))
+        if SAFE:
+            spoiled += count_bad(x, grad)
+    return acc_k, acc_v, spoiled
+
+
+@triton.jit
+def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in, lists, counts,
+                   poison, grad_k, grad_v, unsafe, shape, scale, opt: tl.constexpr,
+                   PARTS: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+    """``dK`` and ``dV`` of a key tile."""
+    number = tl.program_id(0)
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    kv_row = number // tiles
+    first_key = number % tiles * opt.block_k
+    at_key, inside = rows_at(kv_row, first_key, shape.length_k, opt.block_k)
+    if SAFE and not is_marked(unsafe + at_key, inside):
+        return
+    heads_kv = shape.heads_q // shape.group
+    batch = kv_row // heads_kv
+    kv_head = kv_row % heads_kv
+    first_head = kv_head * shape.group
+    prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
+    length = shape.length_k
+    keys = head_of(key, batch, kv_head)
+    k = load_tile(keys, first_key, length, opt.block_k, opt.head_dim, opt.padded, True)
+    values = head_of(value, batch, kv_head)
+    v = load_tile(values, first_key, length, opt.block_k, opt.head_dim_v, opt.padded_v, True)
+    capacity = shape.group * tl.cdiv(shape.length_q, opt.block_q)
+    entries = entries_at(lists, counts, number, capacity)
+    q_base, q_row = head_of(query, batch, first_head)
+    g_base, g_row = head_of(grad_out, batch, first_head)
+    thresholds = (top_in, t_in, delta_in, spread_in, kv_row * shape.group)
+    sums = (
+        tl.full((opt.block_k, opt.padded), 0.0, tl.float32),
+        tl.full((opt.block_k, opt.padded_v), 0.0, tl.float32),
+        tl.full((opt.block_k, opt.padded_v if SAFE else 1), 0.0, tl.float32),
+    )
+    for edge in tl.static_range(2):
+        sums = grad_key_tiles(
+            sums, k, v, first_key, (q_base, query.head, q_row), (g_base, grad_out.head, g_row),
+            thresholds, entries, shape, opt, prob_scale, PARTS, SAFE, edge == 1,
+        )  # fmt: skip
+    acc_k, acc_v, spoiled = sums
+    poisoned = (at_key - kv_row.to(tl.int64) * length < tl.load(poison + kv_row))[:, None]
+    result_k = tl.where(poisoned, float("nan"), acc_k * scale)
+    result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
+    if SAFE:
+        result_v = tl.where(spoiled > 0.0, float("nan"), result_v)
+    store_tile(
+        head_of(grad_k, batch, kv_head),
+        first_key,
+        length,
+        result_k,
+        opt.block_k,
+        opt.head_dim,
+        opt.padded,
+    )
+    w_head = head_of(grad_v, batch, kv_head)
+    store_tile(w_head, first_key, length, result_v, opt.block_k, opt.head_dim_v, opt.padded_v)
+    if not SAFE:
+        # One mark for both: a sum that overflows costs time alone.
+        mark_rows(unsafe + at_key, result_k + tl.sum(result_v, 1)[:, None], inside)

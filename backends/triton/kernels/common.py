@@ -1,0 +1,299 @@
+"""What every kernel shares: tiles, scores, masks, and the mathematics of the threshold.
+
+Notation: ``s = q . k`` (times the sign of the scale), ``top`` the largest ``s`` of a row,
+``c = (alpha - 1) |scale|``, ``x = c (s - top) - t`` the distance of a key above the threshold
+``tau = c top + t``, and ``r = 1 / (alpha - 1)``. Then ``p = [x]_+^r`` with ``sum p = 1`` and
+``u = p^(2 - alpha) = [x]_+^(r - 1)``.
+
+Arguments: ``query``, ``key`` and other tensors with heads are ``sizes.Heads``, ``shape`` is a
+``sizes.Shape``, ``opt`` the compile-time ``sizes.Options``. A *head* ``(address, row stride)`` is
+one head of a tensor; a *row block* ``(q, top, t, first_row)`` what belongs to ``opt.block_q``
+queries; *entries* ``(numbers, open, end)`` are a list of which the first ``open`` need no mask.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash2.backends.triton import sizes
+
+INFINITY = tl.constexpr(float("inf"))
+INTERPRETED = tl.constexpr(sizes.INTERPRETED)
+
+PROB_SCALE = tl.constexpr(1024.0)
+"""Factor of probabilities that are rounded to float16, whose smallest normal number is 6e-5."""
+
+
+# Reductions that keep NaN
+
+
+@triton.jit
+def larger(a, b):
+    """The maximum, NaN where either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(x, AXIS: tl.constexpr):
+    """The maximum along an axis, NaN where one is in it."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        spoiled = tl.max((x != x).to(tl.int32), AXIS) > 0
+        return tl.where(spoiled, float("nan"), tl.max(tl.where(x != x, -INFINITY, x), AXIS))
+    else:
+        return tl.reduce(x, AXIS, larger)
+
+
+@triton.jit
+def any_of(flags):
+    """Whether one of a vector's booleans is set."""
+    return tl.max(flags.to(tl.int32), 0) > 0
+
+
+# Tiles
+
+
+@triton.jit
+def head_of(tensor, batch, head):
+    base = tensor.base + batch.to(tl.int64) * tensor.batch + head.to(tl.int64) * tensor.head
+    return base, tensor.row
+
+
+@triton.jit
+def tile_pointers(head, first, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    base, stride = head
+    rows = tl.arange(0, BLOCK)[:, None] * stride
+    return base + first.to(tl.int64) * stride + rows + tl.arange(0, PADDED)[None, :]
+
+
+@triton.jit
+def tile_mask(first, length, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    rows = first + tl.arange(0, BLOCK)[:, None]
+    return (rows < length) & (tl.arange(0, PADDED)[None, :] < WIDTH)
+
+
+@triton.jit
+def load_tile(
+    head, first, length, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first`` and following of a head; zeros from ``length`` (where EDGE) and WIDTH on."""
+    pointers = tile_pointers(head, first, BLOCK, PADDED)
+    if EDGE:
+        mask = tile_mask(first, length, BLOCK, WIDTH, PADDED)
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif WIDTH != PADDED:
+        tile = tl.load(pointers, mask=tl.arange(0, PADDED)[None, :] < WIDTH, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    head, first, length, tile, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    mask = tile_mask(first, length, BLOCK, WIDTH, PADDED)
+    element = head[0].dtype.element_ty
+    tl.store(tile_pointers(head, first, BLOCK, PADDED), tile.to(element), mask=mask)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < INFINITY
+
+
+@triton.jit
+def finite_part(tile, SAFE: tl.constexpr):
+    """The tile, with zeros for what is not finite where SAFE, so that ``0 * inf`` adds nothing."""
+    if SAFE:
+        tile = tl.where(is_finite(tile), tile, tl.zeros_like(tile))
+    return tile
+
+
+@triton.jit
+def count_bad(weights, tile):
+    """How many entries with a weight are not finite, by row of weights and column of the tile."""
+    kept = tl.where(weights > 0.0, 1.0, 0.0).to(tile.dtype)
+    return matmul(kept, tl.where(is_finite(tile), 0.0, 1.0).to(tile.dtype))
+
+
+@triton.jit
+def mark_rows(unsafe, tile, inside):
+    """Store for each row of a tile whether it has an entry that is not finite.
+
+    By rows and not as one number: Triton 3.7.1 compiles no scalar of a product for sm_100.
+    """
+    tl.store(unsafe, tl.max(tl.where(is_finite(tile), 0, 1), 1).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def is_marked(unsafe, inside):
+    return any_of(tl.load(unsafe, mask=inside, other=0))
+
+
+# Rows and lists
+
+
+@triton.jit
+def rows_at(head_row, first, length, BLOCK: tl.constexpr):
+    """Offsets of BLOCK rows of a head in a ``(heads, length)`` array, and which of them exist."""
+    rows = first + tl.arange(0, BLOCK)
+    return head_row.to(tl.int64) * length + rows, rows < length
+
+
+@triton.jit
+def row_block_at(number, shape, opt: tl.constexpr):
+    """The row block that is ``number`` in launch order (head by head, so that keys and values stay
+    in the L2, and longest rows first): its place among all, ``(batch, head, kv_head)``, its first
+    row, and :func:`rows_at`."""
+    blocks = tl.cdiv(shape.length_q, opt.block_q)
+    head_row = number // blocks
+    block = blocks - 1 - number % blocks
+    head = head_row % shape.heads_q
+    at_head = (head_row // shape.heads_q, head, head // shape.group)
+    first_row = block * opt.block_q
+    at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
+    return head_row * blocks + block, at_head, first_row, at_row, inside
+
+
+@triton.jit
+def entries_at(lists, counts, number, capacity):
+    """The entries of list ``number``."""
+    numbers = lists + number.to(tl.int64) * capacity
+    return numbers, tl.load(counts + 2 * number), tl.load(counts + 2 * number + 1)
+
+
+@triton.jit
+def load_pair(numbers, index, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+    """``(first_key, k, v)`` of a list's entry."""
+    first = tl.load(numbers + index) * opt.block_k
+    length = shape.length_k
+    k = load_tile(keys, first, length, opt.block_k, opt.head_dim, opt.padded, EDGE)
+    v = load_tile(values, first, length, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE)
+    return first, k, v
+
+
+@triton.jit
+def load_thresholds(top, t, at_row, inside, opt: tl.constexpr):
+    """``top`` and ``t`` where ``opt.exact``, else zero and ``tau``; see :func:`distance`."""
+    top = tl.load(top + at_row, mask=inside, other=0.0) if opt.exact else 0.0
+    return top, tl.load(t + at_row, mask=inside, other=INFINITY)
+
+
+@triton.jit
+def open_tiles(first_row, length_k, opt: tl.constexpr):
+    """How many leading key tiles every row from ``first_row`` on sees in full."""
+    tiles = length_k // opt.block_k
+    if opt.causal:
+        tiles = tl.minimum(tiles, (first_row + 1) // opt.block_k)
+    return tiles
+
+
+@triton.jit
+def seen_tiles(first_row, length_k, opt: tl.constexpr):
+    """How many leading key tiles some row of the block from ``first_row`` on sees."""
+    keys = length_k
+    if opt.causal:
+        keys = tl.minimum(keys, first_row + opt.block_q)
+    return tl.cdiv(keys, opt.block_k)
+
+
+# Scores and probabilities
+
+
+@triton.jit
+def matmul(a, b):
+    """``a b`` in float32; float32 operands are not cut to TensorFloat-32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def scores(a, b, opt: tl.constexpr):
+    """``a b^T`` with the sign of the scale."""
+    s = matmul(a, tl.trans(b))
+    if opt.sign != 1:
+        s = s * opt.sign
+    return s
+
+
+@triton.jit
+def allowed(rows, keys, length_k, opt: tl.constexpr):
+    """Which of ``keys`` each of ``rows`` may see; both are broadcast against each other."""
+    mask = (keys < length_k) & (rows >= 0)
+    if opt.causal:
+        mask = mask & (keys <= rows)
+    return mask
+
+
+@triton.jit
+def distance(s, top, t, c, opt: tl.constexpr):
+    """``x = c (s - top) - t``; where not ``opt.exact``, ``x = c s - tau``, which rounds as ``tau``
+    does but costs one operation less."""
+    if opt.exact:
+        return c * (s - top) - t
+    else:
+        return c * s - t
+
+
+@triton.jit
+def column(top, opt: tl.constexpr):
+    """``top`` against the keys; nothing where it is not used."""
+    if opt.exact:
+        top = top[:, None]
+    return top
+
+
+@triton.jit
+def distances(row_block, k, first_key, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+    """``x`` of a row block and a key tile; below zero where a key may not be seen."""
+    q, top, t, first_row = row_block
+    x = distance(scores(q, k, opt), column(top, opt), t[:, None], shape.c, opt)
+    if EDGE:
+        rows = first_row + tl.arange(0, opt.block_q)
+        keys = first_key + tl.arange(0, opt.block_k)
+        x = tl.where(allowed(rows[:, None], keys[None, :], shape.length_k, opt), x, -1.0)
+    return x
+
+
+@triton.jit
+def positive(x):
+    """``x`` where it is above zero, else zero, also for NaN."""
+    if INTERPRETED:  # whose maximum keeps NaN, against the definition
+        return tl.where(x > 0.0, x, 0.0)
+    else:
+        return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def weights(x, r, opt: tl.constexpr):
+    """``p`` and ``u`` of distances ``x``; zeros where ``x`` is not above zero, also for NaN."""
+    if opt.alpha == 1.5:
+        u = positive(x)
+        p = u * u
+    elif opt.alpha == 2.0:
+        p = positive(x)
+        u = tl.where(x > 0.0, 1.0, 0.0)
+    else:
+        logarithm = tl.log2(tl.where(x > 0.0, x, 1.0))
+        p = tl.where(x > 0.0, tl.exp2(r * logarithm), 0.0)
+        u = tl.where(x > 0.0, tl.exp2((r - 1.0) * logarithm), 0.0)
+    return p, u
+
+
+@triton.jit
+def rise(mass, slope, r, opt: tl.constexpr):
+    """Newton's step for ``g(t) = (sum p)^(1/r) - 1`` from ``mass = sum p``, ``slope = sum u``.
+
+    ``g`` is a norm of ``[z - t]_+`` less one: convex and falling for ``r >= 1``, so that steps
+    from below the root never pass it; and linear where few keys hold the mass, so that two or
+    three steps suffice.
+    """
+    if opt.alpha == 1.5:
+        gap = mass - tl.sqrt(mass)
+    elif opt.alpha == 2.0:
+        gap = mass - 1.0
+    else:
+        safe = tl.where(mass > 0.0, mass, 1.0)
+        gap = mass - tl.exp2((1.0 - 1.0 / r) * tl.log2(safe))
+    return gap / tl.where(slope > 0.0, slope, 1.0)

@@ -1,0 +1,295 @@
+"""Forward: thresholds from one dense pass and few over live tiles, then the output.
+
+A row block is ``opt.block_q`` queries of one head, a tile ``opt.block_k`` keys.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash2.backends.triton.kernels.common import (
+    INFINITY,
+    PROB_SCALE,
+    allowed,
+    any_of,
+    count_bad,
+    distances,
+    entries_at,
+    finite_part,
+    head_of,
+    is_marked,
+    larger,
+    largest,
+    load_pair,
+    load_thresholds,
+    load_tile,
+    mark_rows,
+    matmul,
+    open_tiles,
+    rise,
+    row_block_at,
+    scores,
+    seen_tiles,
+    store_tile,
+    weights,
+)
+
+BOUND_STEPS = tl.constexpr(3)
+"""Newton steps on the maxima of a row's tiles. On Gaussian scores the bound then keeps a
+twentieth more keys than the threshold itself; more steps change nothing."""
+
+BOUND_SLACK = tl.constexpr(1e-6)
+"""What rounding may add to a bound."""
+
+
+@triton.jit
+def scan_tiles(top, maxima, q, keys, first_row, start, stop, shape, opt: tl.constexpr,
+               SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """Store the row maxima of tiles, SPAN of them at a time, and return the maxima so far."""
+    rows = tl.arange(0, opt.block_q)
+    width: tl.constexpr = SPAN * opt.block_k
+    for span in range(start, stop):
+        first = span * width
+        k = load_tile(keys, first, shape.length_k, width, opt.head_dim, opt.padded, EDGE)
+        s = scores(q, k, opt)
+        if EDGE:
+            columns = first + tl.arange(0, width)
+            mask = allowed((first_row + rows)[:, None], columns[None, :], shape.length_k, opt)
+            s = tl.where(mask, s, -INFINITY)
+        highest = largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
+        numbers = span * SPAN + tl.arange(0, SPAN)
+        tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
+        top = larger(top, largest(highest, 1))
+    return top
+
+
+@triton.jit
+def load_maxima(maxima, first_tile, tiles, opt: tl.constexpr, CHUNK: tl.constexpr):
+    numbers = first_tile + tl.arange(0, CHUNK)
+    pointers = maxima + numbers[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
+    return tl.load(pointers, mask=(numbers < tiles)[None, :], other=-INFINITY)
+
+
+@triton.jit
+def bound_of(maxima, top, tiles, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """A lower bound of ``t``: Newton's steps on the tiles' maxima, from ``tau >= max z - 1``."""
+    t = tl.full((opt.block_q,), -1.0, tl.float32)
+    for _ in range(BOUND_STEPS):
+        mass = tl.full((opt.block_q,), 0.0, tl.float32)
+        slope = tl.full((opt.block_q,), 0.0, tl.float32)
+        for chunk in range(0, tiles, CHUNK):
+            highest = load_maxima(maxima, chunk, tiles, opt, CHUNK)
+            p, u = weights(shape.c * (highest - top[:, None]) - t[:, None], shape.r, opt)
+            mass += tl.sum(p, 1)
+            slope += tl.sum(u, 1)
+        t += tl.where(mass > 1.0, rise(mass, slope, shape.r, opt), 0.0)
+    return t - BOUND_SLACK
+
+
+@triton.jit
+def list_live(lists, live, maxima, top, t, open_end, end, tiles, shape, opt: tl.constexpr,
+              CHUNK: tl.constexpr):  # fmt: skip
+    """Write the numbers of the tiles with a maximum above some row's bound, and flags of all;
+    return how many are listed, of those before ``open_end`` and of all."""
+    found_open = 0
+    found = 0
+    for chunk in range(0, tiles, CHUNK):
+        highest = load_maxima(maxima, chunk, end, opt, CHUNK)
+        above = shape.c * (highest - top[:, None]) - t[:, None] > 0.0
+        alive = tl.max(above.to(tl.int32), 0)
+        numbers = chunk + tl.arange(0, CHUNK)
+        tl.store(live + numbers, alive.to(tl.int8), mask=numbers < tiles)
+        tl.store(lists + found + tl.cumsum(alive, 0) - alive, numbers, mask=alive > 0)
+        found_open += tl.sum(tl.where(numbers < open_end, alive, 0), 0)
+        found += tl.sum(alive, 0)
+    return found_open, found
+
+
+@triton.jit
+def sum_tiles(mass, slope, row_block, keys, entries, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+    """Add ``sum p`` and ``sum u`` over the entries that need no mask, or the others where EDGE."""
+    numbers, open_end, end = entries
+    for index in range(open_end if EDGE else 0, end if EDGE else open_end):
+        first = tl.load(numbers + index) * opt.block_k
+        k = load_tile(keys, first, shape.length_k, opt.block_k, opt.head_dim, opt.padded, EDGE)
+        p, u = weights(distances(row_block, k, first, shape, opt, EDGE), shape.r, opt)
+        mass += tl.sum(p, 1)
+        slope += tl.sum(u, 1)
+    return mass, slope
+
+
+@triton.jit
+def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, poison, iterations,
+          shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
+          MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+    """Thresholds of all rows, and per row block the list of the tiles that hold support.
+
+    One dense pass keeps the maxima of rows and tiles. The threshold of a subset of a row's scores
+    is a lower bound of the row's, so the maxima bound it; tiles without a key above some row's
+    bound are dead. Newton's steps follow, over live tiles; after each the tiles are listed anew,
+    for the rows that are not done.
+
+    ``maxima`` has one slice a program, reused by its row blocks.
+    """
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
+    for item in range(tl.program_id(0), work_items, tl.num_programs(0)):
+        at_block, at_head, first_row, at_row, inside = row_block_at(item, shape, opt)
+        batch, head, kv_head = at_head
+        q = load_tile(head_of(query, batch, head), first_row, shape.length_q, opt.block_q,
+                      opt.head_dim, opt.padded, True)  # fmt: skip
+        keys = head_of(key, batch, kv_head)
+        open_end = open_tiles(first_row, shape.length_k, opt)
+        end = seen_tiles(first_row, shape.length_k, opt)
+        top = tl.full((opt.block_q,), -INFINITY, tl.float32)
+        whole = open_end // SPAN
+        last = tl.cdiv(end, SPAN)
+        top = scan_tiles(top, maxima, q, keys, first_row, 0, whole, shape, opt, SPAN, False)
+        top = scan_tiles(top, maxima, q, keys, first_row, whole, last, shape, opt, SPAN, True)
+        tl.debug_barrier()  # the maxima are read back by other threads
+
+        poisoned = ((top != top) | (top == INFINITY)) & inside
+        pending = inside & (poisoned == 0) & (top > -INFINITY)
+        top = tl.where(pending, top, 0.0)
+        t = tl.where(pending, bound_of(maxima, top, end, shape, opt, CHUNK), INFINITY)
+        numbers = lists + at_block.to(tl.int64) * tiles
+        flags = live + at_block.to(tl.int64) * tiles
+        found_open, found = list_live(
+            numbers, flags, maxima, top, t, open_end, end, tiles, shape, opt, CHUNK
+        )
+        steps = tl.full((opt.block_q,), 0, tl.int32)
+        step = 0
+        waiting = any_of(pending)
+        while waiting:
+            tl.debug_barrier()  # the list is written
+            threshold = t
+            if not opt.exact:
+                threshold = shape.c * top + t
+            row_block = (q, top, threshold, first_row)
+            entries = (numbers, found_open, found)
+            mass = tl.full((opt.block_q,), 0.0, tl.float32)
+            slope = tl.full((opt.block_q,), 0.0, tl.float32)
+            mass, slope = sum_tiles(mass, slope, row_block, keys, entries, shape, opt, False)
+            mass, slope = sum_tiles(mass, slope, row_block, keys, entries, shape, opt, True)
+            moved = t + rise(mass, slope, shape.r, opt)
+            steps += pending.to(tl.int32)
+            final = (mass <= 1.0 + tolerance) | (moved == t)
+            t = tl.where(pending, moved, t)
+            pending = pending & (final == 0)
+            step += 1
+            waiting = any_of(pending) & (step < MAX_STEPS)
+            tl.debug_barrier()  # the list is read
+            bound = tl.where(pending | (waiting == 0), t - BOUND_SLACK, INFINITY)
+            found_open, found = list_live(
+                numbers, flags, maxima, top, bound, open_end, end, tiles, shape, opt, CHUNK
+            )
+        tl.store(counts + 2 * at_block, found_open)
+        tl.store(counts + 2 * at_block + 1, found)
+        t = tl.where(poisoned, float("nan"), t)
+        tl.store(top_out + at_row, top, mask=inside)
+        tl.store(t_out + at_row, t, mask=inside)
+        tl.store(tau_out + at_row, shape.c * top + t, mask=inside)
+        if COUNT:
+            tl.store(iterations + at_row, steps, mask=inside)
+
+        # A poisoned row poisons every key that it may see.
+        reach = tl.full((opt.block_q,), 0, tl.int32) + shape.length_k
+        if opt.causal:
+            reach = tl.minimum(first_row + tl.arange(0, opt.block_q) + 1, reach)
+        reach = tl.max(tl.where(poisoned, reach, 0), 0)
+        kv_row = batch * (shape.heads_q // shape.group) + kv_head
+        tl.atomic_max(poison + kv_row, reach, mask=reach > 0)
+        tl.debug_barrier()  # the maxima are free for the next block
+
+
+@triton.jit
+def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, opt: tl.constexpr,
+                SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
+                COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """Add values weighted by ``p``, and by ``u`` where GRADIENT, over the entries that need no
+    mask, or the others where EDGE."""
+    acc, acc_u, spoiled, mass, slope, kept = sums
+    numbers, open_end, end = entries
+    for index in range(open_end if EDGE else 0, end if EDGE else open_end):
+        first, k, v = load_pair(numbers, index, keys, values, shape, opt, EDGE)
+        x = distances(row_block, k, first, shape, opt, EDGE)
+        p, u = weights(x, shape.r, opt)
+        mass += tl.sum(p, 1)
+        acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
+        if GRADIENT:
+            slope += tl.sum(u, 1)
+            acc_u += matmul((u * SCALE).to(v.dtype), finite_part(v, SAFE))
+        if SAFE:
+            spoiled += count_bad(x, v)
+        if COUNT:
+            kept += tl.sum((x > 0.0).to(tl.int32), 1)
+            rows = row_block[3] + tl.arange(0, opt.block_q)
+            columns = first + tl.arange(0, opt.block_k)
+            places = marks + (rows // MARK)[:, None] * tl.cdiv(shape.length_k, MARK)
+            places += (columns // MARK)[None, :]
+            tl.store(places, tl.full(x.shape, 1, tl.int8), mask=x > 0.0)
+    return acc, acc_u, spoiled, mass, slope, kept
+
+
+@triton.jit
+def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, unsafe, support,
+           marks, shape, opt: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
+           COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+    """``out = sum p v / sum p`` and, where GRADIENT, ``out_u = sum u v / sum u`` for the backward.
+
+    Launched twice: rows whose result is not finite are marked ``unsafe``, and only their blocks
+    are done again where SAFE, by a loop in which values that are not finite reach the rows alone
+    whose support holds them. ``spread``: 0 where one key has it all, whose ``ds`` is zero.
+    """
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
+    batch, head, kv_head = at_head
+    if SAFE and not is_marked(unsafe + at_row, inside):
+        return
+    queries = head_of(query, batch, head)
+    q = load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded, True)
+    keys = head_of(key, batch, kv_head)
+    values = head_of(value, batch, kv_head)
+    entries = entries_at(lists, counts, at_block, tiles)
+    top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
+    scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
+    if COUNT:
+        across = tl.cdiv(shape.length_k, MARK)
+        marks += (
+            (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_q, MARK) * across
+        )
+    sums = (
+        tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32),
+        tl.full((opt.block_q, opt.padded_v if GRADIENT else 1), 0.0, tl.float32),
+        tl.full((opt.block_q, opt.padded_v if SAFE else 1), 0.0, tl.float32),
+        tl.full((opt.block_q,), 0.0, tl.float32),
+        tl.full((opt.block_q,), 0.0, tl.float32),
+        tl.full((opt.block_q,), 0, tl.int32),
+    )
+    row_block = (q, top, t, first_row)
+    for edge in tl.static_range(2):
+        sums = weigh_tiles(sums, row_block, keys, values, entries, marks, shape, opt, scale,
+                           GRADIENT, SAFE, COUNT, MARK, edge == 1)  # fmt: skip
+    acc, acc_u, spoiled, mass, slope, kept = sums
+    result = acc / tl.where(mass > 0.0, mass * scale, 1.0)[:, None]
+    if SAFE:
+        result = tl.where(spoiled > 0.0, float("nan"), result)
+    result = tl.where((t != t)[:, None], float("nan"), result)
+    outs = head_of(out, batch, head)
+    store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
+    if GRADIENT:
+        mean = acc_u / tl.where(slope > 0.0, slope * scale, 1.0)[:, None]
+        if SAFE:  # a bad value in the support spoils the whole row's gradient
+            mean = tl.where((tl.max(spoiled, 1) > 0.0)[:, None], float("nan"), mean)
+        if opt.exact:
+            _, largest_u = weights(-t, shape.r, opt)
+            tl.store(spread + at_row, tl.where(slope == largest_u, 0.0, 1.0), mask=inside)
+        means = head_of(out_u, batch, head)
+        store_tile(
+            means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v
+        )
+    if COUNT:
+        tl.store(support + at_row, kept, mask=inside)
+    if not SAFE:
+        mark_rows(unsafe + at_row, result, inside)

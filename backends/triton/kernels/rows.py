@@ -1,0 +1,113 @@
+"""Entmax of dense rows, and its gradient: a program owns a row and reads it in chunks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash2.backends.triton.kernels.common import (
+    INFINITY,
+    larger,
+    largest,
+    rise,
+    weights,
+)
+
+
+@triton.jit
+def load_chunk(row, start, length, CHUNK: tl.constexpr):
+    at = start + tl.arange(0, CHUNK)
+    return tl.load(row + at, mask=at < length, other=-INFINITY).to(tl.float32)
+
+
+@triton.jit
+def store_chunk(row, start, length, values, CHUNK: tl.constexpr):
+    at = start + tl.arange(0, CHUNK)
+    tl.store(row + at, values.to(row.dtype.element_ty), mask=at < length)
+
+
+@triton.jit(do_not_specialize=["length"])
+def entmax_rows(
+    x,
+    y,
+    stride_x,
+    length,
+    c,
+    r,
+    tolerance,
+    opt: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MAX_STEPS: tl.constexpr,
+):
+    """``y = [c (x - max x) - t]_+^r / sum``: one pass for the maximum, Newton's steps on ``t``
+    from the lower end of its window, one pass that writes."""
+    row = x + tl.program_id(0).to(tl.int64) * stride_x
+    written = y + tl.program_id(0).to(tl.int64) * length
+    highest = tl.full((CHUNK,), -INFINITY, tl.float32)
+    for start in range(0, length, CHUNK):
+        highest = larger(highest, load_chunk(row, start, length, CHUNK))
+    top = largest(highest, 0)
+    poisoned = (top != top) | (top == INFINITY)
+    pending = (top > -INFINITY) & (poisoned == 0)
+    top = tl.where(pending, top, 0.0)
+    t = tl.where(pending, -1.0, INFINITY)
+    mass = 1.0
+    step = 0
+    while pending:
+        sum_p = tl.full((CHUNK,), 0.0, tl.float32)
+        sum_u = tl.full((CHUNK,), 0.0, tl.float32)
+        for start in range(0, length, CHUNK):
+            p, u = weights(c * (load_chunk(row, start, length, CHUNK) - top) - t, r, opt)
+            sum_p += p
+            sum_u += u
+        mass = tl.sum(sum_p, 0)
+        moved = t + rise(mass, tl.sum(sum_u, 0), r, opt)
+        step += 1
+        pending = (mass > 1.0 + tolerance) & (moved != t) & (step < MAX_STEPS)
+        # The last mass is that of `t`, so the row is written for the `t` before the last step.
+        t = tl.where(pending, moved, t)
+    for start in range(0, length, CHUNK):
+        p, _ = weights(c * (load_chunk(row, start, length, CHUNK) - top) - t, r, opt)
+        store_chunk(written, start, length, tl.where(poisoned, float("nan"), p / mass), CHUNK)
+
+
+@triton.jit
+def load_sensitivity(row, start, length, exponent, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """``u = y^(2 - alpha)`` on the support, 0 off it, NaN where ``y`` is."""
+    at = start + tl.arange(0, CHUNK)
+    y = tl.load(row + at, mask=at < length, other=0.0).to(tl.float32)
+    if opt.alpha == 1.5:
+        u = tl.sqrt(y)
+    else:
+        u = tl.exp2(exponent * tl.log2(tl.where(y > 0.0, y, 1.0)))
+        u = tl.where(y > 0.0, u, y)
+    return u
+
+
+@triton.jit(do_not_specialize=["length"])
+def entmax_rows_grad(
+    y,
+    grad_y,
+    grad_x,
+    stride_grad_y,
+    length,
+    exponent,
+    opt: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``dx = u (dy - sum u dy / sum u)``; off the support nothing is felt, not even a NaN."""
+    row = y + tl.program_id(0).to(tl.int64) * length
+    grads = grad_y + tl.program_id(0).to(tl.int64) * stride_grad_y
+    written = grad_x + tl.program_id(0).to(tl.int64) * length
+    sum_u = tl.full((CHUNK,), 0.0, tl.float32)
+    weighted = tl.full((CHUNK,), 0.0, tl.float32)
+    for start in range(0, length, CHUNK):
+        u = load_sensitivity(row, start, length, exponent, opt, CHUNK)
+        sum_u += u
+        weighted += tl.where(u == 0.0, 0.0, u * load_chunk(grads, start, length, CHUNK))
+    total = tl.sum(sum_u, 0)
+    delta = tl.sum(weighted, 0) / tl.where(total == 0.0, 1.0, total)
+    for start in range(0, length, CHUNK):
+        u = load_sensitivity(row, start, length, exponent, opt, CHUNK)
+        dx = tl.where(u == 0.0, 0.0, u * (load_chunk(grads, start, length, CHUNK) - delta))
+        store_chunk(written, start, length, dx, CHUNK)

@@ -1,0 +1,228 @@
+"""The launches of attention, in order. Importing this imports Triton.
+
+``run`` is what is done with a launch: :func:`launch` it, or :func:`compile_only`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import MockTensor
+
+from adasplash2.backends.triton import sizes
+from adasplash2.backends.triton.kernels import backward as backward_kernels
+from adasplash2.backends.triton.kernels import forward as forward_kernels
+from adasplash2.contract import Config, Forward
+from adasplash2.problem import Inputs, Problem
+
+Run = Callable[..., None]
+
+MAX_STEPS = 64
+"""Newton's steps of one row; supports of Gaussian scores take one to four."""
+
+LONGEST_STRIDE = 1 << 23
+"""A larger stride from row to row times the rows of a tile would leave 32 bits."""
+
+STATS_TILE = 64
+"""Side of the tiles that ``AttentionStats.empty_tiles`` counts."""
+
+MAXIMA_CHUNK = 4096
+"""Tile maxima that a block holds at a time: 32 of 128 rows."""
+
+LIST_CHUNK = 256
+"""Row blocks that the transposition looks at together."""
+
+PROGRAMS_PER_SM = 2
+"""Blocks of the scan that a multiprocessor holds; each owns a slice of tile maxima, so that these
+take memory by the device and not by the square of the length."""
+
+
+def launch(kernel: Any, grid: int, arguments: dict[str, Any], **options: int) -> None:
+    """Launch ``kernel`` on the present stream."""
+    kernel[(grid,)](**arguments, **options)
+
+
+def compile_only(kernel: Any, grid: int, arguments: dict[str, Any], **options: int) -> None:
+    """Compile ``kernel`` into Triton's cache; tensors stand for their dtypes."""
+    values = (_without_data(arguments[name]) for name in kernel.arg_names)
+    kernel.warmup(*values, grid=(grid,), **options)
+
+
+def _without_data(value: Any) -> Any:
+    if isinstance(value, sizes.Heads):
+        return value._replace(base=_without_data(value.base))
+    return MockTensor.wrap_dtype(value.dtype) if isinstance(value, Tensor) else value
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the present device, whatever the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class Call:
+    """One attention call: its tensors as the kernels take them, and how it is launched."""
+
+    def __init__(self, problem: Problem, inputs: Inputs, config: Config, run: Run) -> None:
+        self.problem, self.config, self.run = problem, config, run
+        self.dtype = sizes.kernel_dtype(problem.dtype)
+        self.device = inputs.query.device
+        self.inputs = tuple(self.prepared(x) for x in inputs)
+        self.grid = sizes.Grid.of(problem, config)
+        self.layout = sizes.Saved(problem, config)
+        self.programs = min(_scan_programs(problem.device), self.grid.heads * self.grid.blocks)
+        self.known: dict[str, Any] = {
+            "shape": sizes.Shape.of(problem),
+            "opt": sizes.Options.of(problem, config),
+            **dict(zip(Inputs._fields, map(sizes.Heads.of, self.inputs), strict=True)),
+        }
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def prepared(self, tensor: Tensor) -> Tensor:
+        """With unit stride in head_dim, and in a dtype that can be computed with."""
+        tensor = tensor.to(self.dtype)
+        unit = tensor.shape[3] == 1 or tensor.stride(3) == 1
+        short = abs(tensor.stride(2)) <= LONGEST_STRIDE
+        return tensor if unit and short else tensor.contiguous()
+
+    def __call__(self, kernel: Any, grid: int, options: dict[str, int], **arguments: Any) -> None:
+        """Launch ``kernel``; inputs, shape and options are added."""
+        known = self.known | arguments
+        self.run(kernel, grid, {name: known[name] for name in kernel.arg_names}, **options)
+
+    def twice(self, kernel: Any, grid: int, **arguments: Any) -> None:
+        """For all blocks, and in the way that keeps what is not finite apart for those that need
+        it."""
+        for safe in (False, True):
+            self(kernel, grid, self.options(), **arguments, SAFE=safe)
+
+    def means(self, out_u: Tensor) -> sizes.Heads:
+        """The saved means as a tensor with heads; nothing is behind them without a gradient."""
+        row = self.problem.head_dim_v
+        head = row * self.problem.length_q
+        return sizes.Heads(out_u, head * self.problem.heads_q, head, row)
+
+    def threshold(self, t: Tensor, tau: Tensor) -> Tensor:
+        """What ``distance`` in ``kernels/common.py`` subtracts."""
+        return t if self.known["opt"].exact else tau
+
+    def options(self, prefix: str = "") -> dict[str, int]:
+        config = self.config
+        return {
+            "num_warps": int(config[f"{prefix}warps"]),
+            "num_stages": int(config[f"{prefix}stages"]),
+        }
+
+
+def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
+    """Output, thresholds and saved parts; ``counted`` receives ``iterations``, ``support`` and
+    ``marks`` of tiles with support."""
+    problem = call.problem
+    shape = (problem.batch, problem.heads_q, problem.length_q)
+    row_blocks = call.grid.heads * call.grid.blocks
+    out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
+    tau = call.empty(*shape, dtype=torch.float32)
+    saved = call.empty(call.layout.total, dtype=torch.uint8)
+    parts = call.layout.split(saved)
+    parts["poison"].zero_()
+    block_q = int(call.config["block_q"])
+    span = int(call.config["span"])
+    maxima = call.programs * -(-call.grid.tiles // span) * span * block_q
+    known: dict[str, Any] = {
+        **{part: parts[part] for part in ("live", "lists", "counts", "poison")},
+        **(counted or dict.fromkeys(("iterations", "support", "marks"))),
+        "top_in": parts["top"],
+        "t_in": call.threshold(parts["t"], tau),
+        "spread": parts["spread"],
+        "unsafe": call.empty(call.grid.rows, dtype=torch.int8),
+        "COUNT": counted is not None,
+        "MARK": STATS_TILE,
+    }
+    with on_device(problem.device):
+        call(
+            forward_kernels.solve,
+            call.programs,
+            call.options("scan_"),
+            **known,
+            maxima=call.empty(maxima, dtype=torch.float32),
+            top_out=parts["top"],
+            t_out=parts["t"],
+            tau_out=tau,
+            work_items=row_blocks,
+            tolerance=tolerance(problem.alpha),
+            CHUNK=MAXIMA_CHUNK // block_q,
+            MAX_STEPS=MAX_STEPS,
+            SPAN=span,
+        )
+        known |= {"out": sizes.Heads.of(out), "out_u": call.means(parts["out_u"])}
+        call.twice(forward_kernels.output, row_blocks, **known, GRADIENT=problem.needs_grad)
+    if not problem.needs_grad:
+        saved = saved.new_empty(0)
+    return Forward(out.to(problem.dtype), tau, saved)
+
+
+def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    problem, grid = call.problem, call.grid
+    grads = [call.empty(*x.shape, dtype=call.dtype) for x in call.inputs]
+    parts = call.layout.split(forward.saved)
+    key_tiles = grid.heads_kv * grid.tiles
+    delta = call.empty(grid.rows, dtype=torch.float32)
+    by_key = {
+        "lists": call.empty(key_tiles * grid.group * grid.blocks, dtype=torch.int32),
+        "counts": call.empty(key_tiles * 2, dtype=torch.int32),
+    }
+    most = max(grid.rows, grid.heads_kv * problem.length_k)
+    known: dict[str, Any] = {
+        "grad_out": sizes.Heads.of(call.prepared(grad_out)),
+        "top_in": parts["top"],
+        "t_in": call.threshold(parts["t"], forward.tau),
+        "spread_in": parts["spread"],
+        "scale": problem.scores.scale,
+        "unsafe": call.empty(most, dtype=torch.int8),
+    }
+    with on_device(problem.device):
+        call.twice(
+            backward_kernels.grad_query,
+            grid.heads * grid.blocks,
+            **known,
+            out_u=call.means(parts["out_u"]),
+            lists=parts["lists"],
+            counts=parts["counts"],
+            grad_q=sizes.Heads.of(grads[0]),
+            delta_out=delta,
+        )
+        call(
+            backward_kernels.transpose_lists,
+            key_tiles,
+            {"num_warps": 4},
+            **by_key,
+            live=parts["live"],
+            CHUNK=LIST_CHUNK,
+        )
+        known |= by_key | {"delta_in": delta, "poison": parts["poison"]}
+        known |= {"grad_k": sizes.Heads.of(grads[1]), "grad_v": sizes.Heads.of(grads[2])}
+        parts_of_block = int(call.config["parts"])
+        call.twice(backward_kernels.grad_key_value, key_tiles, **known, PARTS=parts_of_block)
+    grad_query, grad_key, grad_value = (grad.to(problem.dtype) for grad in grads)
+    return grad_query, grad_key, grad_value
+
+
+def tolerance(alpha: float) -> float:
+    """How far ``sum p`` may be above 1 before the last step.
+
+    That step leaves an error of the order of its square, far below round-off, where ``p`` has a
+    slope of zero at the edge of the support (alpha up to 1.5); else it must be small itself.
+    """
+    return 1e-3 if alpha <= 1.5 else 2.0**-21
+
+
+def _scan_programs(device: torch.device) -> int:
+    if sizes.INTERPRETED:
+        return 2
+    return PROGRAMS_PER_SM * int(torch.cuda.get_device_properties(device).multi_processor_count)

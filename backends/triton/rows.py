@@ -1,0 +1,51 @@
+"""The launches of ``entmax`` of dense rows. Importing this imports Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adasplash2.backends.triton.kernels import rows as kernels
+from adasplash2.backends.triton.launch import MAX_STEPS, Run, on_device
+from adasplash2.backends.triton.sizes import RowOptions, compiled_alpha, kernel_dtype
+from adasplash2.contract import Config
+from adasplash2.problem import RowProblem
+
+TOLERANCE = 2.0**-21
+"""How far ``sum p`` may be above 1: rows are written without a further step."""
+
+
+def forward(problem: RowProblem, x: Tensor, config: Config, run: Run) -> Tensor:
+    """Entmax of each row of ``x`` ``(rows, length)``."""
+    x = x.to(kernel_dtype(x.dtype))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    numbers = {"c": problem.alpha - 1.0, "r": 1.0 / (problem.alpha - 1.0), "tolerance": TOLERANCE}
+    arguments = {"x": x, "y": y, "stride_x": x.stride(0), **numbers, "MAX_STEPS": MAX_STEPS}
+    _run(kernels.entmax_rows, problem, config, run, arguments)
+    return y.to(problem.dtype)
+
+
+def backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config, run: Run) -> Tensor:
+    """Gradient of ``x`` from the output ``y`` and its gradient."""
+    y, grad_y = y.contiguous().to(kernel_dtype(y.dtype)), grad_y.to(kernel_dtype(y.dtype))
+    if problem.length > 1 and grad_y.stride(1) != 1:
+        grad_y = grad_y.contiguous()
+    grad_x = torch.empty_like(y)
+    arguments = {"y": y, "grad_y": grad_y, "grad_x": grad_x, "stride_grad_y": grad_y.stride(0)}
+    _run(kernels.entmax_rows_grad, problem, config, run,
+         {**arguments, "exponent": 2.0 - problem.alpha})  # fmt: skip
+    return grad_x.to(problem.dtype)
+
+
+def _run(
+    kernel: Any, problem: RowProblem, config: Config, run: Run, arguments: dict[str, Any]
+) -> None:
+    arguments |= {
+        "length": problem.length,
+        "opt": RowOptions(compiled_alpha(problem.alpha)),
+        "CHUNK": int(config["chunk"]),
+    }
+    with on_device(problem.device):
+        run(kernel, problem.rows, arguments, num_warps=int(config["warps"]))

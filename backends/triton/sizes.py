@@ -1,0 +1,246 @@
+"""Block sizes, buffer layouts and what follows from them. Nothing here imports Triton."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adasplash2.contract import Config
+from adasplash2.problem import Problem
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether the kernels run in Triton's interpreter, on CPU tensors."""
+
+ALIGNMENT = 16
+"""Bytes: Triton compiles a faster variant for pointers that are multiples of it."""
+
+MAX_STAGES = 3
+"""Stages of a loop: numbers of tiles in the list, tiles from memory, products. A fourth gained
+nothing on an H100."""
+
+MIN_STAGES = 2
+"""With fewer no load overlaps a product."""
+
+SPANS = (1, 2)
+"""Tiles whose scores the scan computes at a time: more make wider products and fewer stores."""
+
+BLOCKS = ((64, 64), (128, 128), (128, 64), (64, 32), (32, 32), (32, 16), (16, 16))
+"""``block_q`` and ``block_k``, best first; the first that fits is the default. On an H100 with
+head_dim 64, 64 x 64 is a quarter faster where rows keep 2 keys, 128 x 128 an eighth where they
+keep 28."""
+
+MAX_ALTERNATIVES = 3
+"""Pairs of ``BLOCKS`` that a tuner is offered."""
+
+ACCUMULATORS = 128 * 128
+"""float32 sums of a block that registers hold beside its scores."""
+
+FEW_SUMS = 64 * 128
+"""float32 sums that four warps hold; more take eight."""
+
+FLOAT32_PRODUCTS = 32 * 32 * 128
+"""Multiplications of a block in float32, which no tensor core does: larger ones take minutes to
+compile."""
+
+
+def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors are handed to the kernels as: the interpreter cannot compute in bfloat16."""
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
+class Heads(NamedTuple):
+    """A ``(batch, heads, length, head_dim)`` tensor with unit stride in head_dim, and its other
+    strides, as kernels take it."""
+
+    base: Tensor
+    batch: int
+    head: int
+    row: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Heads:
+        return cls(tensor, *tensor.stride()[:3])
+
+
+class Shape(NamedTuple):
+    """What kernels read of a problem at run time."""
+
+    heads_q: int
+    group: int
+    length_q: int
+    length_k: int
+    c: float
+    r: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> Shape:
+        factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
+        return cls(
+            heads_q=problem.heads_q,
+            group=problem.group_size,
+            length_q=problem.length_q,
+            length_k=problem.length_k,
+            c=factor if factor > 0.0 else 1.0,
+            r=1.0 / (problem.alpha - 1.0),
+        )
+
+
+class Options(NamedTuple):
+    """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
+    closed form; ``exact`` asks for scores relative to their row's maximum, to float32's round-off
+    also where they are large."""
+
+    block_q: int
+    block_k: int
+    head_dim: int
+    padded: int
+    head_dim_v: int
+    padded_v: int
+    causal: bool
+    sign: int
+    alpha: float
+    exact: bool
+
+    @classmethod
+    def of(cls, problem: Problem, config: Config) -> Options:
+        return cls(
+            block_q=int(config["block_q"]),
+            block_k=int(config["block_k"]),
+            head_dim=problem.head_dim,
+            padded=padded(problem.head_dim),
+            head_dim_v=problem.head_dim_v,
+            padded_v=padded(problem.head_dim_v),
+            causal=problem.scores.is_causal,
+            sign=(problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
+            alpha=compiled_alpha(problem.alpha),
+            exact=problem.dtype == torch.float32,
+        )
+
+
+class RowOptions(NamedTuple):
+    """What the kernels of dense rows are compiled for."""
+
+    alpha: float
+
+
+def compiled_alpha(alpha: float) -> float:
+    """``alpha`` where kernels have a closed form for it, else 0."""
+    return alpha if alpha in (1.5, 2.0) else 0.0
+
+
+def padded(width: int) -> int:
+    """Width of a tile: a power of two, and at least what a matrix product takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How a problem falls into row blocks and key tiles."""
+
+    heads: int
+    heads_kv: int
+    group: int
+    rows: int
+    blocks: int
+    tiles: int
+
+    @classmethod
+    def of(cls, problem: Problem, config: Config) -> Grid:
+        heads = problem.batch * problem.heads_q
+        return cls(
+            heads=heads,
+            heads_kv=problem.batch * problem.heads_kv,
+            group=problem.group_size,
+            rows=heads * problem.length_q,
+            blocks=-(-problem.length_q // int(config["block_q"])),
+            tiles=-(-problem.length_k // int(config["block_k"])),
+        )
+
+
+class Saved:
+    """What the forward leaves for the backward, as parts of one buffer.
+
+    ``out_u`` ``(rows, head_dim_v)`` float32: means of the values weighted by ``u``.
+    ``top``, ``t`` ``(rows,)`` float32: ``tau = c top + t``.
+    ``spread`` ``(rows,)`` float32: 0 where one key has all probability, else 1; float32 alone.
+    ``counts`` ``(heads, blocks, 2)`` int32: entries of a list that need no mask, and all of them.
+    ``lists`` ``(heads, blocks, tiles)`` int32: numbers of the live tiles, ascending.
+    ``live`` ``(heads, blocks, tiles)`` int8: the same as flags.
+    ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a poisoned row sees.
+    """
+
+    def __init__(self, problem: Problem, config: Config) -> None:
+        grid = Grid.of(problem, config)
+        pairs = grid.heads * grid.blocks * grid.tiles
+        lengths = {
+            "out_u": (torch.float32, grid.rows * problem.head_dim_v * problem.needs_grad),
+            "top": (torch.float32, grid.rows),
+            "t": (torch.float32, grid.rows),
+            "spread": (torch.float32, grid.rows),
+            "counts": (torch.int32, grid.heads * grid.blocks * 2),
+            "lists": (torch.int32, pairs),
+            "poison": (torch.int32, grid.heads_kv),
+            "live": (torch.int8, pairs),
+        }
+        self.parts: dict[str, tuple[torch.dtype, int, int]] = {}
+        end = 0
+        for part, (dtype, count) in lengths.items():
+            self.parts[part] = (dtype, end, end + count * dtype.itemsize)
+            end += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.total = end
+
+    def split(self, saved: Tensor) -> dict[str, Tensor]:
+        return {
+            part: saved[start:end].view(dtype) for part, (dtype, start, end) in self.parts.items()
+        }
+
+
+def configs(problem: Problem, shared: int) -> Iterator[Config]:
+    """Configurations that fit ``shared`` bytes of shared memory a block, the default first."""
+    wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
+    unrolled = problem.dtype == torch.float32 and not INTERPRETED
+    found = 0
+    for block_q, block_k in BLOCKS:
+        longest = max(block_q, block_k)
+        if longest * wide > ACCUMULATORS:
+            continue
+        if unrolled and (block_q * block_k * wide > FLOAT32_PRODUCTS or longest > 32):
+            continue
+        few = block_k * wide <= FEW_SUMS and longest * block_k <= FEW_SUMS
+        warps = 4 if few and not unrolled else 8
+        for span in SPANS[:1] if found or unrolled else SPANS:
+            stages = _stages(problem, block_q, block_k, span, shared)
+            if not stages:
+                continue
+            found += span == SPANS[0]
+            yield {
+                "block_q": block_q,
+                "block_k": block_k,
+                "warps": warps,
+                "stages": stages,
+                "parts": max(1, block_q // 64),
+                "scan_warps": warps if unrolled or wide > 128 else 4,
+                "scan_stages": stages,
+                "span": span,
+            }
+        if found == MAX_ALTERNATIVES:
+            return
+
+
+def _stages(problem: Problem, block_q: int, block_k: int, span: int, shared: int) -> int:
+    """Tiles in flight for which the kernels' operands fit; 0 where they never do."""
+    itemsize = problem.dtype.itemsize
+    wide = (padded(problem.head_dim) + padded(problem.head_dim_v)) * itemsize
+    products = block_q * block_k * itemsize
+    for stages in range(MAX_STAGES, MIN_STAGES - 1, -1):
+        by_query = wide * (block_q + stages * block_k)
+        by_key = wide * (block_k + stages * block_q)
+        by_scan = padded(problem.head_dim) * itemsize * (block_q + stages * span * block_k)
+        if max(by_query, by_key, by_scan) + products <= shared:
+            return stages
+    return 0

@@ -1,0 +1,70 @@
+"""What is the Triton backend's own: its configurations, and CUDA graphs over its launches."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from cases import BFLOAT16, FLOAT32, Case, Inputs, device_of, usable_backends
+
+from adasplash2 import problem as problems
+from adasplash2.backends import triton as backend
+from adasplash2.contract import Config
+
+if backend.name not in usable_backends():
+    pytest.skip(backend.unavailable() or "not usable", allow_module_level=True)
+
+CASES = [
+    Case("causal", length_q=200, length_k=200, is_causal=True, heads_q=1, data="local"),
+    Case("gqa", length_q=70, length_k=150, heads_q=2, heads_kv=1, dtype=BFLOAT16),
+]
+PRECISE = {FLOAT32: 1e-4, BFLOAT16: 1e-2}
+
+
+def problem_of(case: Case, inputs: Inputs) -> problems.Problem:
+    return problems.attention_problem(
+        problems.Inputs(*inputs[:3]),
+        **case.options,
+        enable_gqa=case.heads_kv is not None,
+        needs_grad=True,
+    )
+
+
+def forward_and_backward(case: Case, inputs: Inputs, config: Config) -> tuple[torch.Tensor, ...]:
+    asked, tensors = problem_of(case, inputs), problems.Inputs(*inputs[:3])
+    result = backend.forward(asked, tensors, config)
+    assert result.saved.numel() == backend.saved_bytes(asked, config)
+    return result.out, *backend.backward(asked, tensors, result, inputs.grad_out, config)
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_configuration_agrees(case: Case, number: int) -> None:
+    inputs = case.inputs(device_of(backend.name))
+    offered = backend.configs(problem_of(case, inputs))
+    if number >= len(offered):
+        pytest.skip(f"there are {len(offered)} configurations")
+    got = forward_and_backward(case, inputs, offered[number])
+    on_cpu = case.inputs()
+    exact = reference.attention(*on_cpu[:3], **case.options)
+    gradients = reference.attention_gradients(*on_cpu, **case.options, p=exact.probabilities)
+    for one, other in zip(got, (exact.out, *gradients), strict=True):
+        assert reference.relative_error(one, other) < PRECISE[case.dtype]
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_capture_forward_and_backward() -> None:
+    """Nothing waits for the host, and a replay serves new data."""
+    case = Case("graph", length_q=300, length_k=300, is_causal=True, dtype=BFLOAT16, head_dim=64)
+    inputs = case.inputs("cuda")
+    config = backend.configs(problem_of(case, inputs))[0]
+    forward_and_backward(case, inputs, config)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward_and_backward(case, inputs, config)
+    inputs.query.mul_(2.0)
+    inputs.value.neg_()
+    graph.replay()
+    for one, other in zip(captured, forward_and_backward(case, inputs, config), strict=True):
+        assert torch.equal(one, other)

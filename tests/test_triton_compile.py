@@ -1,0 +1,171 @@
+"""Every kernel of the Triton backend compiles, without a GPU, for every generation it is made for;
+and what the package promises without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed: nothing to compile with")
+
+from adasplash2.backends import triton as backend
+from adasplash2.backends.triton import sizes
+from adasplash2.problem import Problem, RowProblem, ScoreTransform
+
+if sizes.INTERPRETED:
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from adasplash2.backends.triton import launch, rows
+
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Shared memory that a block may ask for, by compute capability."""
+
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
+
+Launch = tuple[Any, dict[str, Any], dict[str, int]]
+
+
+def specialise(value: Any, place: tuple[int, ...], constants: Any, attributes: Any) -> Any:
+    """The type of an argument as Triton specialises it: 1 and None are constants, pointers and
+    multiples of 16 are said to be such; members of a tuple one by one."""
+    if isinstance(value, tuple):
+        members = (specialise(x, (*place, i), constants, attributes) for i, x in enumerate(value))
+        return type(value)(*members)
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[place] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        attributes[place] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options: Any) -> Any:
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        else:
+            signature[parameter.name] = specialise(value, (index,), constants, attributes)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def problem(head_dim: int, dtype: torch.dtype, alpha: float, is_causal: bool) -> Problem:
+    scores = ScoreTransform(scale=head_dim**-0.5, is_causal=is_causal)
+    return Problem(
+        batch=1, heads_q=4, heads_kv=2, length_q=1000, length_k=1000, head_dim=head_dim,
+        head_dim_v=head_dim, dtype=dtype, device=torch.device("cpu"), alpha=alpha, scores=scores,
+        needs_grad=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """What the backend asks to be compiled."""
+    asked: list[Launch] = []
+    monkeypatch.setattr(launch, "_scan_programs", lambda device: 264)
+    monkeypatch.setattr(
+        launch,
+        "compile_only",
+        lambda kernel, grid, arguments, **options: asked.append((kernel, arguments, options)),
+    )
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "alpha", "is_causal"),
+    [
+        (80, torch.bfloat16, 64, 1.5, True),
+        (90, torch.bfloat16, 64, 1.5, True),
+        (90, torch.float16, 128, 2.0, False),
+        (90, torch.bfloat16, 256, 1.5, True),
+        (90, torch.float32, 40, 1.25, True),
+        (100, torch.bfloat16, 64, 1.5, True),
+        (120, torch.bfloat16, 128, 1.5, True),
+    ],
+)
+def test_attention_compiles(
+    capability: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    alpha: float,
+    is_causal: bool,
+    launches: list[Launch],
+) -> None:
+    asked = problem(head_dim, dtype, alpha, is_causal)
+    config = next(sizes.configs(asked, SHARED[capability]))
+    backend.precompile(asked, config)
+    assert [kernel.__name__ for kernel, *_ in launches] == [
+        *("solve", "output", "output", "grad_query", "grad_query"),
+        *("transpose_lists", "grad_key_value", "grad_key_value"),
+    ]
+    for kernel, arguments, options in launches:
+        if arguments.get("SAFE") and capability != 90:
+            continue  # the same operations; one generation is enough
+        compiled = compile_for(capability, kernel, arguments, options)
+        assert compiled.asm["cubin"][:4] == b"\x7fELF"
+        assert compiled.metadata.shared <= SHARED[capability], kernel.__name__
+        if dtype != torch.float32 and kernel.__name__ != "transpose_lists":
+            assert TENSOR_CORES[capability] in compiled.asm["ptx"], kernel.__name__
+
+
+@pytest.mark.parametrize("alpha", [1.5, 1.25])
+def test_rows_compile(alpha: float, launches: list[Launch]) -> None:
+    asked = RowProblem(100, 5000, torch.bfloat16, torch.device("cpu"), alpha, needs_grad=True)
+    backend.precompile(asked, backend.configs(asked)[0])
+    assert len(launches) == 2
+    for kernel, arguments, options in launches:
+        compile_for(90, kernel, arguments, options)
+    assert rows.kernels.__name__.endswith("kernels.rows")
+
+
+def test_every_configuration_fits() -> None:
+    """Each problem that is not refused has a configuration, also with little shared memory."""
+    for dtype in backend.DTYPES:
+        for head_dim in (1, 16, 40, 64, 80, 128, 200, 256):
+            for shared in SHARED.values():
+                found = list(sizes.configs(problem(head_dim, dtype, 1.5, True), shared))
+                assert found, (dtype, head_dim, shared)
+                assert len({tuple(config.items()) for config in found}) == len(found)
+
+
+def test_versions_name_what_results_depend_on() -> None:
+    versions = backend.versions()
+    assert versions["triton"] == triton.__version__
+    assert len(versions["kernels"]) == 64
+
+
+def test_triton_is_imported_only_when_used() -> None:
+    """Neither the package nor asking a backend that cannot run here imports Triton."""
+    program = """
+import sys, torch
+assert "triton" not in sys.modules
+import adasplash2
+adasplash2.available_backends()
+query = torch.randn(1, 1, 8, 8)
+adasplash2.entmax_attention(query, query, query)
+sys.exit("triton" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
