@@ -20,7 +20,7 @@ demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; w
 
 test: $(VENV)/.built ## run the tests
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_attention.py tests/test_entmax.py tests/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_attention.py tests/test_entmax.py tests/test_configs.py
 
 lint: $(VENV)/.built ## check style, types and formatting
 	$(BIN)/ruff check $(PY)

@@ -1,6 +1,8 @@
-"""What is the Triton backend's own: its configurations, and CUDA graphs over its launches."""
+"""What a backend offers the tuner agrees with the reference, and CUDA graphs over its launches."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import reference
@@ -8,16 +10,15 @@ import torch
 from cases import BFLOAT16, FLOAT32, Case, Inputs, device_of, usable_backends
 
 from adasplash2 import problem as problems
-from adasplash2.backends import triton as backend
-from adasplash2.contract import Config
-
-if backend.name not in usable_backends():
-    pytest.skip(backend.unavailable() or "not usable", allow_module_level=True)
+from adasplash2.backends import REGISTRY
+from adasplash2.contract import Backend, Config
 
 CASES = [
     Case("causal", length_q=200, length_k=200, is_causal=True, heads_q=1, data="local"),
     Case("gqa", length_q=70, length_k=150, heads_q=2, heads_kv=1, dtype=BFLOAT16),
+    Case("flat", length_q=130, length_k=300, head_dim=64, dtype=BFLOAT16, sharpness=0.05),
 ]
+BACKENDS = pytest.mark.parametrize("name", usable_backends())
 PRECISE = {FLOAT32: 1e-4, BFLOAT16: 1e-2}
 
 
@@ -30,21 +31,29 @@ def problem_of(case: Case, inputs: Inputs) -> problems.Problem:
     )
 
 
-def forward_and_backward(case: Case, inputs: Inputs, config: Config) -> tuple[torch.Tensor, ...]:
+def forward_and_backward(
+    backend: Backend, case: Case, inputs: Inputs, config: Config
+) -> tuple[torch.Tensor, ...]:
     asked, tensors = problem_of(case, inputs), problems.Inputs(*inputs[:3])
     result = backend.forward(asked, tensors, config)
-    assert result.saved.numel() == backend.saved_bytes(asked, config)
+    assert backend.saved_bytes(asked, config) in (None, result.saved.numel())
     return result.out, *backend.backward(asked, tensors, result, inputs.grad_out, config)
 
 
+def module_of(name: str) -> Backend:
+    return importlib.import_module(REGISTRY[name])
+
+
+@BACKENDS
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_configuration_agrees(case: Case, number: int) -> None:
+def test_every_configuration_agrees(case: Case, number: int, name: str) -> None:
+    backend = module_of(name)
     inputs = case.inputs(device_of(backend.name))
     offered = backend.configs(problem_of(case, inputs))
     if number >= len(offered):
         pytest.skip(f"there are {len(offered)} configurations")
-    got = forward_and_backward(case, inputs, offered[number])
+    got = forward_and_backward(backend, case, inputs, offered[number])
     on_cpu = case.inputs()
     exact = reference.attention(*on_cpu[:3], **case.options)
     gradients = reference.attention_gradients(*on_cpu, **case.options, p=exact.probabilities)
@@ -53,18 +62,24 @@ def test_every_configuration_agrees(case: Case, number: int) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_capture_forward_and_backward() -> None:
+@BACKENDS
+def test_cuda_graphs_capture_forward_and_backward(name: str) -> None:
     """Nothing waits for the host, and a replay serves new data."""
+    backend = module_of(name)
+    if backend.name == "cpu":
+        pytest.skip("a graph holds kernels of the GPU")
     case = Case("graph", length_q=300, length_k=300, is_causal=True, dtype=BFLOAT16, head_dim=64)
     inputs = case.inputs("cuda")
     config = backend.configs(problem_of(case, inputs))[0]
-    forward_and_backward(case, inputs, config)  # compiles
+    forward_and_backward(backend, case, inputs, config)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = forward_and_backward(case, inputs, config)
+        captured = forward_and_backward(backend, case, inputs, config)
     inputs.query.mul_(2.0)
     inputs.value.neg_()
     graph.replay()
-    for one, other in zip(captured, forward_and_backward(case, inputs, config), strict=True):
+    for one, other in zip(
+        captured, forward_and_backward(backend, case, inputs, config), strict=True
+    ):
         assert torch.equal(one, other)
