@@ -18,12 +18,23 @@ from adasplash2.backends.triton.sizes import INTERPRETED
 os.environ["ADASPLASH2_AUTOTUNE"] = "off"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part",
+        metavar="I/N",
+        help="every N-th test from the I-th on, for N processes side by side",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if part := config.getoption("--part"):
+        first, step = map(int, part.split("/"))
+        items[:] = items[first::step]
     if INTERPRETED:
         chosen = [item for item in items if is_interpreted(item.name)]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

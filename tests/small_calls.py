@@ -1,0 +1,23 @@
+"""A few small calls of the cuda backend for compute-sanitizer: lists, dense tiles, both scans."""
+
+from __future__ import annotations
+
+import torch
+
+import adasplash2
+
+torch.manual_seed(0)
+for length, head_dim, sharpness, is_causal, dtype in (
+    (200, 64, 1.0, True, torch.bfloat16),
+    (160, 64, 0.05, False, torch.bfloat16),
+    (130, 33, 4.0, True, torch.float16),
+    (130, 32, 1.0, False, torch.float32),
+):
+    query, key, value = (
+        torch.randn(1, 2, length, head_dim, device="cuda", dtype=dtype) for _ in range(3)
+    )
+    inputs = [x.requires_grad_() for x in (query * sharpness, key, value)]
+    out = adasplash2.entmax_attention(*inputs, is_causal=is_causal, backend="cuda")
+    torch.autograd.grad(out, inputs, torch.randn_like(out))
+torch.cuda.synchronize()
+print("done")
