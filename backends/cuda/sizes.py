@@ -30,12 +30,11 @@ SHORT_COLUMN = 256
 MAX_CAPACITY = 40
 """Entries of a lane's list that ``kMaxRow`` (four lists) of ``elements.cu`` allows."""
 
-MIN_CAPACITY = 12
-"""Three times what a lane may add before it looks at its room again (``kGroupAppend``)."""
+MIN_CAPACITY = 16
+"""Twice what a lane may add before it looks at its room again (``kGroupAppend``)."""
 
 RESERVED_SHARED = 1024
 """Shared memory that the driver takes from each block."""
-
 
 HOPPER_RESERVED = 1280
 """What the start of its stages may lose to alignment, and its barriers."""

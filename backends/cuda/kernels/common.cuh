@@ -39,8 +39,6 @@ constexpr int kDimV = padded<kHeadDimV>;
 
 constexpr u32 kAllLanes = 0xffffffffu;
 constexpr float kInf = __builtin_bit_cast(float, 0x7f800000);
-constexpr float kHuge = 1e30f;  // a bound that no score passes, and that stays finite in sums
-
 constexpr float kNaN = __builtin_bit_cast(float, 0x7fffffff);
 // Query rows that are an element group or a flat one together: one matrix fragment.
 constexpr int kGroupRows = 16;
