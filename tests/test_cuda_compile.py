@@ -15,7 +15,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed: nothing to compile wi
 from adasplash2 import cache
 from adasplash2.backends import cuda
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.backends.cuda import plan, sizes
+from adasplash2.backends.cuda import launch, plan, sizes
 from adasplash2.problem import Inputs, RowProblem, attention_problem
 
 HOT = {
@@ -103,7 +103,7 @@ HOPPER = [
 
 @pytest.mark.parametrize(("shape", "head_dim", "alpha"), HOPPER)
 def test_the_hopper_scan_overlaps_and_spills_nothing(
-    shape: tuple[int, int, int, int], head_dim: int, alpha: int
+    shape: tuple[int, int], head_dim: int, alpha: int
 ) -> None:
     scan = sizes.hopper_scan(head_dim, *shape)
     capacity = scan.capacity(SHARED["sm_90"])
@@ -228,3 +228,11 @@ def test_precompile_leaves_nothing_to_compile(
         cuda.backward(problem, inputs, result, grad, config)
     cuda.rows_forward(rows, torch.randn(4, 50, device="cuda", dtype=torch.bfloat16), {})
     assert result.out.isfinite().all()
+
+
+def test_what_the_copy_engine_takes() -> None:
+    """Rows on 16 bytes; heads that are all the same one, but not rows."""
+    keys = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
+    assert launch.is_aligned(keys, keys[:, :1].expand(-1, 3, -1, -1), keys.transpose(1, 2))
+    assert not launch.is_aligned(keys[:, :, :1].expand(-1, -1, 8, -1))
+    assert not launch.is_aligned(keys[..., 1:33])

@@ -113,19 +113,7 @@ def backward(
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     grad_query, grad_key, grad_value = grads
     plan = plans.plan(problem, config, _aligned(problem, *tensors, grad_out))
-    counts = plan.counts
-    entries = counts.rows * sizes.ARENA_ROW
-    long_room = 1 + entries // sizes.SHORT_COLUMN
-    scratch, total = sizes.parts(
-        {
-            "column_count": 4 * counts.columns,
-            "long_columns": 4 * long_room,
-            "column_start": 4 * counts.columns,
-            "rank": 4 * entries,
-            "delta": 4 * forward.tau.numel(),
-            "records": sizes.RECORD_BYTES * entries,
-        }
-    )
+    scratch, total = plan.scratch
     memory = torch.empty(total, dtype=torch.uint8, device=problem.device)
     memory[: scratch["column_start"]].zero_()  # the counts, and the number of long columns
     block = plan.params(
@@ -227,8 +215,8 @@ def _forward(
         }
     )
     with torch.cuda.device(device):
-        if plan.mapped_keys:
-            plan.scan(block, launch.tensor_map(tensors[1], plan.mapped_keys))
+        if plan.maps_keys:
+            plan.scan(block, launch.tensor_map(tensors[1], sizes.HOPPER_KEYS))
         else:
             plan.scan(block)
         for step in plan.forward:

@@ -93,9 +93,11 @@ def row_defines(problem: RowProblem) -> dict[str, int]:
 
 
 def is_aligned(*tensors: Tensor) -> bool:
-    """Whether every row of the tensors starts on 16 bytes and is a multiple of them long."""
+    """Whether every row of the tensors starts on 16 bytes and is a multiple of them long. Rows
+    that are all the same one do not count: the copy engine takes no such stride."""
     return all(
         tensor.data_ptr() % 16 == 0
+        and (tensor.stride(-2) != 0 or tensor.shape[-2] == 1)
         and tensor.shape[-1] * tensor.element_size() % 16 == 0
         and all(
             stride * tensor.element_size() % 16 == 0

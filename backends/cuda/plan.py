@@ -18,10 +18,9 @@ from adasplash2.problem import Problem
 PORTABLE: Config = {"scan": "portable", "blocks": 1}
 PORTABLE_TWO: Config = {"scan": "portable", "blocks": 2}
 
-HOPPER_SHAPES = ((3, 64, 4, 1), (3, 64, 3, 1), (2, 64, 4, 1))
-"""Warpgroups, keys of a tile, stages and blocks a multiprocessor of ``scan90.cu``, for head_dim up
-to 128. The first was the fastest or within 5 % of it wherever measured; fewer groups or stages
-leave room for longer lists."""
+HOPPER_SHAPES = ((3, 4), (3, 3), (2, 4))
+"""Warpgroups and stages of ``scan90.cu``, for head_dim up to 128. The first was the fastest or
+within 5 % of it wherever measured; fewer groups or stages leave room for longer lists."""
 
 CACHED_PLANS = 1024
 
@@ -30,10 +29,7 @@ def configs(problem: Problem) -> list[Config]:
     """The shapes of the scan that the device has room for."""
     shapes = [PORTABLE, PORTABLE_TWO]
     if _has_wgmma(problem):
-        shapes = [
-            {"scan": "hopper", "warpgroups": w, "keys": k, "stages": s, "blocks": b}
-            for w, k, s, b in HOPPER_SHAPES
-        ]
+        shapes = [{"scan": "hopper", "warpgroups": w, "stages": s} for w, s in HOPPER_SHAPES]
         shapes.append(PORTABLE)
     available = shared_memory(problem.device)
     return [c for c in shapes if _scan(problem, c).capacity(available) is not None]
@@ -51,14 +47,13 @@ class Plan:
         self.problem = problem
         self.counts = sizes.Counts.of(problem)
         self.saved = sizes.Saved(self.counts)
-        self.device = problem.device.index
         self._options = launch.defines(problem, aligned)
         widths = (problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
         self._dense_shared = sizes.dense_shared(*widths)
         self._dense_rows = sizes.dense_rows(*widths)
         # Copies by the engine, and wgmma's operands, need rows that start on 16 bytes.
         self._scan = _scan(problem, config if aligned else PORTABLE)
-        self.mapped_keys = dict(self._scan.defines).get("KEYS")  # of a box of the copy engine
+        self.maps_keys = self._scan.maps_keys
         factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
         c = factor if factor > 0.0 else 1.0
         self.constants = launch.params(
@@ -82,6 +77,22 @@ class Plan:
     def params(self, fields: Mapping[str, Any]) -> Any:
         """The argument block with ``fields``."""
         return launch.argument(launch.params(fields, self.constants))
+
+    @functools.cached_property
+    def scratch(self) -> tuple[dict[str, int], int]:
+        """Offsets of the backward's own memory, and its size; what must start as zeros is first."""
+        counts = self.counts
+        entries = counts.rows * sizes.ARENA_ROW
+        return sizes.parts(
+            {
+                "column_count": 4 * counts.columns,
+                "long_columns": 4 * (1 + entries // sizes.SHORT_COLUMN),
+                "column_start": 4 * counts.columns,
+                "rank": 4 * entries,
+                "delta": 4 * counts.heads * self.problem.length_q,
+                "records": sizes.RECORD_BYTES * entries,
+            }
+        )
 
     @functools.cached_property
     def scan(self) -> launch.Launch:
@@ -158,8 +169,7 @@ def _plan(problem: Problem, config: tuple[tuple[str, int | str], ...], aligned: 
 
 def _scan(problem: Problem, config: Config) -> sizes.Scan:
     if config["scan"] == "hopper":
-        shape = (int(config[key]) for key in ("warpgroups", "keys", "stages", "blocks"))
-        return sizes.hopper_scan(problem.head_dim, *shape)
+        return sizes.hopper_scan(problem.head_dim, int(config["warpgroups"]), int(config["stages"]))
     return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize, int(config["blocks"]))
 
 

@@ -36,6 +36,9 @@ MIN_CAPACITY = 16
 RESERVED_SHARED = 1024
 """Shared memory that the driver takes from each block."""
 
+HOPPER_KEYS = 64
+"""``kTileKeys`` of ``scan90.cu``."""
+
 HOPPER_RESERVED = 1280
 """What the start of its stages may lose to alignment, and its barriers."""
 
@@ -92,6 +95,7 @@ class Scan:
     fixed_shared: int
     blocks: int = 1  # that share a multiprocessor
     defines: tuple[tuple[str, int], ...] = ()
+    maps_keys: bool = False  # whether its keys come by the copy engine
 
     def shared(self, capacity: int) -> int:
         """Dynamic shared memory with lists of ``capacity`` entries."""
@@ -114,18 +118,14 @@ def portable_scan(head_dim: int, itemsize: int, blocks: int = 1) -> Scan:
     return Scan("scan.cu", rows, rows, stages + queries, blocks)
 
 
-def hopper_scan(head_dim: int, warpgroups: int, keys: int, stages: int, blocks: int) -> Scan:
-    """``scan90.cu``: ``stages`` tiles of ``keys`` keys, ``warpgroups`` of 64 rows and one that
-    copies, ``blocks`` to a multiprocessor."""
+def hopper_scan(head_dim: int, warpgroups: int, stages: int) -> Scan:
+    """``scan90.cu``: ``stages`` tiles of keys, ``warpgroups`` of 64 rows and one that copies."""
     panels = -(-padded(head_dim) // 64)
-    fixed = HOPPER_RESERVED + stages * panels * keys * 128
-    defines = (
-        ("WARPGROUPS", warpgroups),
-        ("KEYS", keys),
-        ("STAGES", stages),
-        ("BLOCKS", blocks),
+    fixed = HOPPER_RESERVED + stages * panels * HOPPER_KEYS * 128
+    defines = (("WARPGROUPS", warpgroups), ("STAGES", stages))
+    return Scan(
+        "scan90.cu", warpgroups * 64, warpgroups * 128 + 128, fixed, defines=defines, maps_keys=True
     )
-    return Scan("scan90.cu", warpgroups * 64, warpgroups * 128 + 128, fixed, blocks, defines)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,6 @@
 // and for the scans, which keep lists,
 //   ADASPLASH2_CAPACITY     entries of a lane's survivor list
 //   ADASPLASH2_WARPGROUPS   warpgroups of a block (scan90.cu)
-//   ADASPLASH2_BLOCKS       blocks that share a multiprocessor (scan90.cu)
-//   ADASPLASH2_KEYS         keys of a tile (scan90.cu)
 //   ADASPLASH2_STAGES       tiles of keys in shared memory (scan90.cu)
 // No header but threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
 #pragma once

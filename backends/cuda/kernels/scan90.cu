@@ -16,18 +16,18 @@ static_assert(kHalf && kAligned && kDim <= 128);
 
 constexpr int kGroups = ADASPLASH2_WARPGROUPS;
 constexpr int kStages = ADASPLASH2_STAGES;
-constexpr int kBlocks = ADASPLASH2_BLOCKS;  // of a multiprocessor
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;
 // Registers move from the warpgroup that copies to those that hold scores: by eights, and together
 // no more than the block was launched with.
 constexpr int kCopierRegisters = 24;
-constexpr int kLaunchRegisters = 65536 / (kThreads * kBlocks) / 8 * 8;
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
 constexpr int kConsumerRegisters =
     (kLaunchRegisters * kThreads - kCopierRegisters * 128) / kConsumers / 8 * 8;
 constexpr int kRows = 64;  // of a warpgroup: M of wgmma
 constexpr int kBlockRows = kGroups * kRows;
-constexpr int kTileKeys = ADASPLASH2_KEYS;  // N of wgmma, 64 or 128
+constexpr int kTileKeys =
+    64;  // N of wgmma; the scores of two tiles of 128 do not fit the registers
 constexpr int kSlots = 2;
 
 // A tile stands in panels of 64 columns (128 bytes, the width of the swizzle), keys one below
@@ -76,39 +76,21 @@ __device__ __forceinline__ unsigned long long descriptor(u32 address) {
 __device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned long long keys,
                                               int accumulate) {
 #define ADASPLASH2_S4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
-#define ADASPLASH2_S32(i)                                                              \
-  ADASPLASH2_S4(i), ADASPLASH2_S4(i + 4), ADASPLASH2_S4(i + 8), ADASPLASH2_S4(i + 12), \
-      ADASPLASH2_S4(i + 16), ADASPLASH2_S4(i + 20), ADASPLASH2_S4(i + 24), ADASPLASH2_S4(i + 28)
-#if ADASPLASH2_KEYS == 64
-#define ADASPLASH2_SCORES ADASPLASH2_S32(0)
-#define ADASPLASH2_SHAPE "m64n64k16"
-#define ADASPLASH2_OPERANDS                                                                  \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, " \
-  "%36, p, 1, 1, 0;}"
-#define ADASPLASH2_FLAG "%37"
-#else
-#define ADASPLASH2_SCORES ADASPLASH2_S32(0), ADASPLASH2_S32(32)
-#define ADASPLASH2_SHAPE "m64n128k16"
-#define ADASPLASH2_OPERANDS                                                                \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "  \
-  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "  \
-  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, " \
-  "1, 1, 0;}"
-#define ADASPLASH2_FLAG "%69"
-#endif
 #if ADASPLASH2_DTYPE == 1
 #define ADASPLASH2_TYPES ".f32.f16.f16 "
 #else
 #define ADASPLASH2_TYPES ".f32.bf16.bf16 "
 #endif
 
-  asm volatile("{.reg .pred p; setp.ne.b32 p, " ADASPLASH2_FLAG
-               ", 0;"
-               "wgmma.mma_async.sync.aligned." ADASPLASH2_SHAPE ADASPLASH2_TYPES ADASPLASH2_OPERANDS
-               : ADASPLASH2_SCORES
-               : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(keys), "r"(accumulate));
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %37, 0;"
+      "wgmma.mma_async.sync.aligned.m64n64k16" ADASPLASH2_TYPES
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, "
+      "%36, p, 1, 1, 0;}"
+      : ADASPLASH2_S4(0), ADASPLASH2_S4(4), ADASPLASH2_S4(8), ADASPLASH2_S4(12), ADASPLASH2_S4(16),
+        ADASPLASH2_S4(20), ADASPLASH2_S4(24), ADASPLASH2_S4(28)
+      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(keys), "r"(accumulate));
 }
 
 // Start q k^T of a warpgroup's 64 rows and one tile.
@@ -279,7 +261,7 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
   if (lane_id() == 0) p.flat[group] = overfull;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ __align__(8) unsigned long long barriers[2 * kStages];
