@@ -168,9 +168,13 @@ struct Lists {
 #pragma unroll 1
     for (int i = 0; i < longest_before; ++i) {
       const u32 at = base + i * kEntryBytes;
+      Survivor found[kSlots];
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) found[slot] = load(at + slot * kSlotBytes);
+      __syncwarp();  // entries move to places that all lanes have read
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
-        const Survivor s = load(at + slot * kSlotBytes);
+        const Survivor& s = found[slot];
         const bool kept = at < end[slot] && s.score > bound[slot];
         const float x = kept ? c * (s.score - bound[slot]) : 0.f;
         if constexpr (kAlpha == AlphaKind::kGeneral) {
@@ -184,7 +188,6 @@ struct Lists {
           s1[slot] += kept ? 1.f : 0.f;
           s2[slot] += x;
         }
-        // Entries move to places that all lanes have read already.
         const u32 mine = __ballot_sync(kAllLanes, kept) >> quad & 15u;
         const int place = kept_of_row[slot] + __popc(mine & ((1u << lane_id() % 4) - 1u));
         kept_of_row[slot] += __popc(mine);
@@ -271,6 +274,7 @@ struct Lists {
     u32 overfull = 0;
 #pragma unroll
     for (int part = 0; part < kSlots / 2; ++part) {
+      if (first_row + part * kGroupRows >= p.length_q) break;  // the next group is another head's
       const i64 arena = arena_of(group + part);
       int start[2], count[2], before[2], used = 0;
 #pragma unroll
@@ -329,9 +333,11 @@ struct Lists {
   }
 
   // What the dense kernels start from: a row's largest score and its bound.
-  __device__ __forceinline__ void hand_over(const Params& p, int group, u32 overfull) const {
+  __device__ __forceinline__ void hand_over(const Params& p, int group, int first_row,
+                                            u32 overfull) const {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
+      if (first_row + slot / 2 * kGroupRows >= p.length_q) break;
       const float seen = max_or_nan_over<4>(top[slot]);
       if (lane_id() % 4 == 0 && (overfull >> slot / 2 & 1u)) {
         const int at = (group + slot / 2) * kGroupRows + slot % 2 * 8 + lane_id() / 4;

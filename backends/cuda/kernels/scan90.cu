@@ -257,7 +257,7 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
   if (first_row >= p.length_q) return;
   __syncwarp();
   const u32 overfull = lists.flat ? 1u : lists.write(p, head_row, group, first_row);
-  if (overfull) lists.hand_over(p, group, overfull);
+  if (overfull) lists.hand_over(p, group, first_row, overfull);
   if (lane_id() == 0) p.flat[group] = overfull;
 }
 
