@@ -187,7 +187,7 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         widths = problem.head_dim, problem.head_dim_v
         aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
         plan = plans.plan(problem, config, aligned)
-        _ = plan.scan, plan.forward, plan.backward if problem.needs_grad else ()
+        _ = plan.scans, plan.forward, plan.backward if problem.needs_grad else ()
 
 
 def _forward(
@@ -215,10 +215,9 @@ def _forward(
         }
     )
     with torch.cuda.device(device):
-        if plan.maps_keys:
-            plan.scan(block, launch.tensor_map(tensors[1], sizes.HOPPER_KEYS))
-        else:
-            plan.scan(block)
+        maps = (launch.tensor_map(tensors[1], sizes.HOPPER_KEYS),) if plan.maps_keys else ()
+        for scan in plan.scans:
+            scan(block, *maps)
         for step in plan.forward:
             step(block)
     if support is not None:

@@ -22,6 +22,9 @@ HOPPER_SHAPES = ((3, 4), (3, 3), (2, 4))
 """Warpgroups and stages of ``scan90.cu``, for head_dim up to 128. The first was the fastest or
 within 5 % of it wherever measured; fewer groups or stages leave room for longer lists."""
 
+RETRY_SHAPE = (1, 4)
+"""The same of the second look at rows that their lists could not hold."""
+
 CACHED_PLANS = 1024
 
 
@@ -95,16 +98,15 @@ class Plan:
         )
 
     @functools.cached_property
-    def scan(self) -> launch.Launch:
-        problem, scan = self.problem, self._scan
-        capacity = scan.capacity(shared_memory(problem.device))
-        if capacity is None:
-            raise RuntimeError(f"{scan.unit} has no room for lists on {problem.device}")
-        options = self._options | dict(scan.defines) | {"CAPACITY": capacity}
-        blocks = self.counts.heads * -(-problem.length_q // scan.rows)
-        return self._launch(
-            scan.unit, "scan", options, (blocks,), scan.threads, scan.shared(capacity)
-        )
+    def scans(self) -> tuple[launch.Launch, ...]:
+        """The scan and, where keys come by the copy engine, the second look at flat rows."""
+        scan = self._scan
+        blocks = self.counts.heads * -(-self.problem.length_q // scan.rows)
+        first = self._launch_scan(scan, blocks)
+        if not scan.maps_keys:
+            return (first,)
+        retry = sizes.hopper_scan(self.problem.head_dim, *RETRY_SHAPE, retry=True)
+        return (first, self._launch_scan(retry, self._units))
 
     @functools.cached_property
     def forward(self) -> tuple[launch.Launch, ...]:
@@ -120,7 +122,6 @@ class Plan:
         problem, counts = self.problem, self.counts
         widest = max(problem.head_dim, problem.head_dim_v)
         lanes = sizes.lanes_per_row(widest)
-        units = torch.cuda.get_device_properties(problem.device).multi_processor_count
         split = 2 if sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v) > 256 else 1
         key_tiles = counts.kv_heads * -(-problem.length_k // self._dense_rows)
         return (
@@ -128,14 +129,27 @@ class Plan:
             self._elements("prefix_columns", counts.kv_heads, sizes.PREFIX_THREADS),
             self._elements("grad_rows", -(-counts.rows * lanes // sizes.ELEMENT_THREADS)),
             self._elements("grad_columns", -(-counts.columns * lanes // sizes.ELEMENT_THREADS)),
-            self._elements("grad_long_columns", units, sizes.LONG_THREADS),
+            self._elements("grad_long_columns", self._units, sizes.LONG_THREADS),
             self._dense("dense_grad_rows", (self._query_tiles,)),
             self._dense("dense_grad_columns", (key_tiles, split)),
         )
 
     @property
+    def _units(self) -> int:
+        found: int = torch.cuda.get_device_properties(self.problem.device).multi_processor_count
+        return found
+
+    @property
     def _query_tiles(self) -> int:
         return self.counts.heads * -(-self.problem.length_q // self._dense_rows)
+
+    def _launch_scan(self, scan: sizes.Scan, blocks: int) -> launch.Launch:
+        capacity = scan.capacity(shared_memory(self.problem.device))
+        if capacity is None:
+            raise RuntimeError(f"{scan.unit} has no room for lists on {self.problem.device}")
+        options = self._options | dict(scan.defines) | {"CAPACITY": capacity, "STRIPS": scan.strips}
+        shared = scan.shared(capacity)
+        return self._launch(scan.unit, "scan", options, (blocks,), scan.threads, shared)
 
     def _elements(
         self, kernel: str, blocks: int, threads: int = sizes.ELEMENT_THREADS

@@ -10,8 +10,10 @@
 //   ADASPLASH2_ALIGNED      1 where every row of every tensor starts on 16 bytes
 // and for the scans, which keep lists,
 //   ADASPLASH2_CAPACITY     entries of a lane's survivor list
+//   ADASPLASH2_STRIPS       strips of scores that a lane puts aside
 //   ADASPLASH2_WARPGROUPS   warpgroups of a block (scan90.cu)
 //   ADASPLASH2_STAGES       tiles of keys in shared memory (scan90.cu)
+//   ADASPLASH2_RETRY        1 to look again at rows that lists could not hold (scan90.cu)
 // No header but threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
 #pragma once
 
@@ -320,6 +322,14 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
 __device__ __forceinline__ float load_shared(u32 address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_shared4(u32 address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
   return x;
 }
 __device__ __forceinline__ u32 load_shared_u16(u32 address) {

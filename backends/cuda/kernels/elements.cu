@@ -10,7 +10,7 @@ namespace adasplash2 {
 
 constexpr int kThreads = 256;
 constexpr int kBatch = 4;     // gathers in flight per lane
-constexpr int kMaxRow = 160;  // survivors of one row at most: four lists of the scan
+constexpr int kMaxRow = 256;  // survivors of one row at most: four lists of the scan
 
 // A row in the order of the arena: groups of kGroupRows rows, head by head.
 struct Row {

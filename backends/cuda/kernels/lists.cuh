@@ -2,10 +2,14 @@
 // the exact threshold at the end. Both scans (scan.cu, scan90.cu) keep theirs here.
 //
 // In the accumulator layout of mma.sync and wgmma four lanes share a row of 16, so each lane
-// keeps its own list of each of its rows ("slots") and appends without atomics: compare, store,
-// advance, all predicated. A row's bound is the threshold of scores kept so far, or less: f of a
-// subset lies below f of the row, and so does its root. One Newton step on the list from the
-// present bound stays below the root, since f falls and is convex.
+// keeps its own list of each of its rows ("slots") and appends without atomics. Hits are rare and
+// scattered: a warp that turned to them one by one would do little else. So a lane that meets a
+// score above a bound first stores the strip of scores it belongs to, as the accumulators stand,
+// without a branch; when a buffer of strips is full all lanes sift theirs into the lists together.
+//
+// A row's bound is the threshold of scores kept so far, or less: f of a subset lies below f of the
+// row, and so does its root. One Newton step on the list from the present bound stays below the
+// root, since f falls and is convex.
 //
 // Scores are those of the tensor cores, q.k; z = c * score. Bounds are in units of scores.
 #pragma once
@@ -19,13 +23,17 @@ constexpr int kSolveSteps = 64;  // enough for bisection alone
 // Bounds stay this much below what is proven, in windows and relative to the score: above the
 // rounding of f and of z near the root.
 constexpr float kBoundSlack = 2e-6f;
-// Keys of which a lane adds at most kGroupAppend scores to one list between two looks at its room.
-constexpr int kFilterKeys = 32;
-constexpr int kGroupAppend = kFilterKeys / 4;
-// A list is refreshed when it has grown by this many entries since. Fewer refresh more often than
-// a tighter bound saves, more append what a fresh bound would have dropped.
-constexpr int kGrow = 8;
-constexpr int kLastResorts = 4;  // Newton steps before a full list sends its rows to dense tiles
+constexpr int kStrips = ADASPLASH2_STRIPS;  // that a lane's buffer holds, of each pair of slots
+// A strip: a lane's scores of two rows (slots) and of kStripParts accumulator fragments of 8 keys.
+constexpr int kStripParts = 2;
+constexpr int kStripKeys = kStripParts * 8;
+constexpr int kStripAppend = kStripKeys / 4;  // entries that it may add to one list
+// Bounds are raised when a list has grown by this many entries since.
+#ifndef ADASPLASH2_GROW
+#define ADASPLASH2_GROW 4
+#endif
+constexpr int kGrow = ADASPLASH2_GROW;
+constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float out;
@@ -46,7 +54,7 @@ struct Survivor {
   int column;
 };
 
-// What a refresh or the solver finds of one row.
+// What the solver finds of one row.
 struct Solution {
   float top;  // largest score
   float tau;  // threshold of y = c (score - top)
@@ -63,32 +71,65 @@ struct Lists {
   static constexpr u32 kSlotBytes = 32 * 4;
   static constexpr u32 kColumns = kSlots * kSlotBytes;
   static constexpr u32 kEntryBytes = 2 * kColumns;
-  static constexpr int kBytes = kCapacity * int(kEntryBytes);
+  // A strip of all lanes: 16 bytes a lane for each fragment, then the columns.
+  static constexpr u32 kStripBytes = 32 * (kStripParts * 16 + 4);
+  static constexpr int kPairs = kSlots / 2;
+  static constexpr u32 kBufferBytes = kStrips * kStripBytes;  // of a pair
+  static constexpr int kBytes = kCapacity * int(kEntryBytes) + kPairs * int(kBufferBytes);
 
   u32 base;         // the lane's first entry of slot 0
   u32 end[kSlots];  // first free entry, counted without the slot's own offset
-  u32 limit;        // the same for all lanes: refresh when an end passes it
+  u32 limit;        // the same for all lanes: raise the bounds when an end passes it
   float bound[kSlots];
   float top[kSlots];  // largest score this lane has met
   u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
+  bool unset;         // some row of the warp has no bound yet
   bool flat;          // some row keeps more than its lists hold: the warp's go to dense tiles
-  // What the last tile left to settle(): nothing, lists that have grown, or scores that found no
-  // room; and where the lists ended before it.
-  enum class Pending { kNothing, kGrown, kLost } pending;
-  u32 before[kSlots];
+  u32 strips;         // the lane's first strip of pair 0
+  u32 caught[kPairs];  // its first free strip; beyond the buffer where strips found no room
+  u32 before[kPairs];  // the same before the last tile
+  bool due;            // the lane's buffer is about to run over
 
   __device__ __forceinline__ void start(u32 memory, u32 dead) {
-    base = memory + lane_id() * 4;
+    strips = memory + lane_id() * 16;
+    base = memory + kPairs * kBufferBytes + lane_id() * 4;
     limit = base + kGrow * kEntryBytes;
     poisoned = dead;
+    unset = true;
     flat = false;
-    pending = Pending::kNothing;
+    due = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       end[slot] = base;
       bound[slot] = dead >> slot & 1u ? kInf : -kInf;
       top[slot] = -kInf;
     }
+    empty_buffer();
+  }
+
+  // Start from what a scan before handed over of the group, whose rows are all of the warp's.
+  __device__ __forceinline__ void resume(const Params& p, int group) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int at = group * kGroupRows + slot * 8 + lane_id() / 4;
+      top[slot] = __int_as_float(p.row_start[at]);
+      if (!(top[slot] < kInf)) poisoned |= 1u << slot;
+      if (poisoned >> slot & 1u)
+        bound[slot] = kInf;
+      else if (is_finite(top[slot]))
+        bound[slot] = fmaxf(__int_as_float(p.row_count[at]), under(top[slot], p.inv_c));
+    }
+  }
+
+  __device__ __forceinline__ u32 first_strip(int pair) const { return strips + pair * kBufferBytes; }
+  __device__ __forceinline__ u32 after_strips(int pair) const {
+    return first_strip(pair) + kBufferBytes;
+  }
+  // From a lane's strip to its column.
+  static __device__ __forceinline__ u32 to_column() { return kStripParts * 512 - lane_id() * 12; }
+  __device__ __forceinline__ void empty_buffer() {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) caught[pair] = first_strip(pair);
   }
 
   static __device__ __forceinline__ float under(float seen, float inv_c) {
@@ -97,15 +138,14 @@ struct Lists {
 
   // The first bound of a row is its window's lower end under the first maximum it meets.
   __device__ __forceinline__ void set_first_bounds(float inv_c) {
-    bool unset = false;
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) unset |= bound[slot] == -kInf;
-    if (!__any_sync(kAllLanes, unset)) return;
+    bool still = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const float seen = max_or_nan_over<4>(top[slot]);
       if (bound[slot] == -kInf && is_finite(seen)) bound[slot] = under(seen, inv_c);
+      still |= bound[slot] == -kInf;
     }
+    unset = __any_sync(kAllLanes, still);
   }
 
   // NaN is not kept: the row's maximum is NaN, which poisons it.
@@ -121,7 +161,6 @@ struct Lists {
           "n"(kColumns + slot * kSlotBytes), "n"(kEntryBytes)
         : "memory");
   }
-
   static __device__ __forceinline__ Survivor load(u32 address) {
     return {load_shared(address), __float_as_int(load_shared(address + kColumns))};
   }
@@ -145,19 +184,12 @@ struct Lists {
     return __any_sync(kAllLanes, furthest() > address);
   }
 
-  // Raise the bounds to what the kept scores prove, drop what lies below the bounds that stood,
-  // and deal the rest out evenly to the four lanes of each row, so that no list fills before its
-  // row has too many.
-  __device__ __forceinline__ void refresh(float c, float inv_c, float r) {
+  // Raise the bounds to what the kept scores prove: one Newton step from where they stand.
+  __device__ __forceinline__ void raise(float c, float inv_c, float r) {
     float s1[kSlots], s2[kSlots];
-    int kept_of_row[kSlots];
-    const int quad = lane_id() & ~3;
-    const u32 quad_base = base - lane_id() % 4 * 4;
-    const int longest_before = entries();
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       s1[slot] = s2[slot] = 0.f;
-      kept_of_row[slot] = 0;
       top[slot] = max_or_nan_over<4>(top[slot]);
       if (!(top[slot] < kInf)) poisoned |= 1u << slot;
       if (poisoned >> slot & 1u)
@@ -165,18 +197,15 @@ struct Lists {
       else
         bound[slot] = fmaxf(bound[slot], under(top[slot], inv_c));
     }
-#pragma unroll 1
-    for (int i = 0; i < longest_before; ++i) {
+    const int longest = entries();
+#pragma unroll 2
+    for (int i = 0; i < longest; ++i) {
       const u32 at = base + i * kEntryBytes;
-      Survivor found[kSlots];
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) found[slot] = load(at + slot * kSlotBytes);
-      __syncwarp();  // entries move to places that all lanes have read
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
-        const Survivor& s = found[slot];
-        const bool kept = at < end[slot] && s.score > bound[slot];
-        const float x = kept ? c * (s.score - bound[slot]) : 0.f;
+        const float rise = c * (load_shared(at + slot * kSlotBytes) - bound[slot]);
+        const bool kept = at < end[slot] && rise > 0.f;  // what lies beyond an end may be NaN
+        const float x = kept ? rise : 0.f;
         if constexpr (kAlpha == AlphaKind::kGeneral) {
           const float u = kept ? power(x, r - 1.f) : 0.f;
           s1[slot] += u;
@@ -188,32 +217,65 @@ struct Lists {
           s1[slot] += kept ? 1.f : 0.f;
           s2[slot] += x;
         }
-        const u32 mine = __ballot_sync(kAllLanes, kept) >> quad & 15u;
-        const int place = kept_of_row[slot] + __popc(mine & ((1u << lane_id() % 4) - 1u));
-        kept_of_row[slot] += __popc(mine);
-        if (kept) store(quad_base + slot * kSlotBytes + place / 4 * kEntryBytes + place % 4 * 4, s);
       }
     }
-    __syncwarp();
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      end[slot] = base + (kept_of_row[slot] + 3 - lane_id() % 4) / 4 * kEntryBytes;
       const float slope = r * sum_over<4>(s1[slot]), f = sum_over<4>(s2[slot]) - 1.f;
       if (f > 0.f) {  // never where nothing is kept
         const float rise = (f / slope - kBoundSlack) * inv_c;
         bound[slot] = fmaxf(bound[slot], bound[slot] + rise - kBoundSlack * fabsf(bound[slot]));
       }
     }
-    limit = base + min(entries() + kGrow, kCapacity - kGroupAppend) * kEntryBytes;
+    limit = base + (longest + kGrow) * kEntryBytes;
   }
 
-  // Room for kGroupAppend more entries in every list; false where refreshing does not make it.
+  // Drop what lies below the bounds and deal the rest out evenly to the four lanes of each row, so
+  // that no list fills before its row has too many.
+  __device__ __forceinline__ void deal() {
+    int kept_of_row[kSlots];
+    const int quad = lane_id() & ~3;
+    const u32 quad_base = base - lane_id() % 4 * 4;
+    const int longest = entries();
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) kept_of_row[slot] = 0;
+#pragma unroll 1
+    for (int i = 0; i < longest; ++i) {
+      const u32 at = base + i * kEntryBytes;
+      Survivor found[kSlots];
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) found[slot] = load(at + slot * kSlotBytes);
+      __syncwarp();  // entries move to places that all lanes have read
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        const bool kept = at < end[slot] && found[slot].score > bound[slot];
+        const u32 mine = __ballot_sync(kAllLanes, kept) >> quad & 15u;
+        const int place = kept_of_row[slot] + __popc(mine & ((1u << lane_id() % 4) - 1u));
+        kept_of_row[slot] += __popc(mine);
+        if (kept)
+          store(quad_base + slot * kSlotBytes + place / 4 * kEntryBytes + place % 4 * 4,
+                found[slot]);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot)
+      end[slot] = base + (kept_of_row[slot] + 3 - lane_id() % 4) / 4 * kEntryBytes;
+    limit = base + (entries() + kGrow) * kEntryBytes;
+  }
+
+  // Whether every list has room for kStripAppend more entries.
+  __device__ __forceinline__ bool has_room() const {
+    return !past(base + (kCapacity - kStripAppend) * kEntryBytes);
+  }
+  // Make that room; false where the rows keep too many.
   __device__ __forceinline__ bool make_room(float c, float inv_c, float r) {
     for (int step = 0; step < kLastResorts; ++step) {
-      if (!past(limit)) return true;
-      refresh(c, inv_c, r);
+      raise(c, inv_c, r);
+      deal();
+      if (has_room()) return true;
     }
-    return !past(base + (kCapacity - kGroupAppend) * kEntryBytes);
+    return false;
   }
 
   // Thresholds of all slots at once, from the bounds on.
@@ -342,92 +404,137 @@ struct Lists {
       if (lane_id() % 4 == 0 && (overfull >> slot / 2 & 1u)) {
         const int at = (group + slot / 2) * kGroupRows + slot % 2 * 8 + lane_id() / 4;
         p.row_start[at] = __float_as_int(poisoned >> slot & 1u ? kNaN : seen);
-        p.row_count[at] = __float_as_int(bound[slot]);
+        const float proven = flat ? load_shared(base + slot * kSlotBytes) : bound[slot];
+        p.row_count[at] = __float_as_int(proven);
       }
     }
   }
 
-  // Append what survives of the group of kFilterKeys keys number `group`; false where a list of
-  // this lane had no room for all that may come.
-  template <class Score>
-  __device__ __forceinline__ bool append_group(const Score& score, int group, int first_column) {
-    bool fits = true;
-    float above[kSlots];
+  // Store a strip of two slots where one of its scores is above their bound. Where there is no
+  // room nothing is stored, but the end moves on all the same.
+  __device__ __forceinline__ void catch_strip(int pair, const float (&x)[kStripParts][4], float seen,
+                                              float seen_next, int column) {
+    static_assert(kStripParts == 2);
+    asm volatile(
+        "{.reg .pred hit, room; .reg .u32 at;"
+        "setp.gt.f32 hit, %1, %2;"
+        "setp.gt.or.f32 hit, %3, %4, hit;"
+        "setp.lt.and.u32 room, %0, %5, hit;"
+        "@room st.shared.v4.f32 [%0], {%8, %9, %10, %11};"
+        "@room st.shared.v4.f32 [%0+512], {%12, %13, %14, %15};"
+        "add.u32 at, %0, %6;"
+        "@room st.shared.b32 [at], %7;"
+        "@hit add.u32 %0, %0, %16;}"
+        : "+r"(caught[pair])
+        : "f"(seen), "f"(bound[2 * pair]), "f"(seen_next), "f"(bound[2 * pair + 1]),
+          "r"(after_strips(pair)), "r"(to_column()), "r"(column), "f"(x[0][0]), "f"(x[0][1]),
+          "f"(x[0][2]), "f"(x[0][3]), "f"(x[1][0]), "f"(x[1][1]), "f"(x[1][2]), "f"(x[1][3]),
+          "n"(kStripBytes)
+        : "memory");
+  }
+
+  template <int count, class Score>
+  __device__ __forceinline__ void catch_tile(const Score& score, int first_column) {
+#pragma unroll
+    for (int strip = 0; strip < count; ++strip)
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        float x[kStripParts][4], seen[2];
+#pragma unroll
+        for (int part = 0; part < kStripParts; ++part)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            x[part][i] = score(2 * pair + i / 2, strip * kStripParts + part, i % 2);
+            seen[i / 2] = part + i % 2 ? max_or_nan(seen[i / 2], x[part][i]) : x[part][i];
+          }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) top[2 * pair + i] = max_or_nan(top[2 * pair + i], seen[i]);
+        catch_strip(pair, x, seen[0], seen[1], first_column + strip * kStripKeys);
+      }
+  }
+
+  // Filter the scores of a tile of `count` strips: `first_column` is the lane's first, and score
+  // (slot, n, j) belongs to column first_column + 8 n + j. Straight code, so that products may be
+  // under way. The maxima of a flat warp go on being kept.
+  template <int count, class Score>
+  __device__ __forceinline__ void filter(const Score& score, int first_column, float inv_c) {
+    static_assert(kStrips >= count, "settle() empties the buffer for one tile");
+    if (unset) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot)
+#pragma unroll
+        for (int i = 0; i < count * kStripAppend; ++i)
+          top[slot] = max_or_nan(top[slot], score(slot, i / 2, i % 2));
+      set_first_bounds(inv_c);
+    }
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) before[pair] = caught[pair];
+    catch_tile<count>(score, first_column);
+    // As soon as another tile like this one would find no room.
+    due = false;
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair)
+      due |= 2 * caught[pair] - before[pair] > after_strips(pair);
+  }
+
+  // Sift after filter() where vote(due) says so, the same to all lanes of the warp; a tile that
+  // found no room is caught once more.
+  template <int count, class Score, class Vote>
+  __device__ __forceinline__ void settle(const Score& score, int first_column, const Params& p,
+                                         const Vote& vote) {
+    if (!vote(due)) return;
+    due = false;
+    bool lost = false;
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) lost |= caught[pair] > after_strips(pair);
+    lost = __any_sync(kAllLanes, lost);
+    if (lost)
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) caught[pair] = before[pair];
+    sift(p);
+    if (lost) catch_tile<count>(score, first_column);
+  }
+
+  // Empty the buffer: what is above the bounds goes to the lists. The warp turns flat, and keeps
+  // nothing from then on, where they cannot hold it.
+  __device__ __forceinline__ void sift(const Params& p) {
+    u32 most = 0;
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) most = max(most, caught[pair] - first_strip(pair));
+    const int rounds = uniform(int(__reduce_max_sync(kAllLanes, most) / kStripBytes));
+#pragma unroll 1
+    for (int i = 0; i < rounds && !flat; ++i) {
+      sift_strip<0>(i);
+      if constexpr (kPairs == 2) sift_strip<1>(i);
+      if (!has_room() && !make_room(p.c, p.inv_c, p.r)) turn_flat();
+    }
+    empty_buffer();
+    if (past(limit)) raise(p.c, p.inv_c, p.r);
+  }
+
+  template <int pair>
+  __device__ __forceinline__ void sift_strip(int i) {
+    const u32 at = first_strip(pair) + i * kStripBytes;
+    const bool mine = at < caught[pair];
+    const float above[2] = {mine ? bound[2 * pair] : kInf, mine ? bound[2 * pair + 1] : kInf};
+    const int column = __float_as_int(load_shared(at + to_column()));
+#pragma unroll
+    for (int part = 0; part < kStripParts; ++part) {
+      const float4 x = load_shared4(at + part * 512);
+      append<2 * pair>(x.x, column + part * 8, above[0]);
+      append<2 * pair>(x.y, column + part * 8 + 1, above[0]);
+      append<2 * pair + 1>(x.z, column + part * 8, above[1]);
+      append<2 * pair + 1>(x.w, column + part * 8 + 1, above[1]);
+    }
+  }
+
+  __device__ __forceinline__ void turn_flat() {
+    flat = true;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const bool room = end[slot] <= base + (kCapacity - kGroupAppend) * kEntryBytes;
-      above[slot] = room ? bound[slot] : kInf;
-      fits &= room;
+      store_shared(base + slot * kSlotBytes, bound[slot]);  // for hand_over()
+      bound[slot] = kInf;
     }
-    asm volatile("" : "+r"(first_column));  // columns are formed here, not for every tile
-#pragma unroll
-    for (int i = 0; i < kGroupAppend; ++i) {
-      const int n = group * (kFilterKeys / 8) + i / 2, j = i % 2;
-      const int column = first_column + n * 8 + j;
-      append<0>(score(0, n, j), column, above[0]);
-      append<1>(score(1, n, j), column, above[1]);
-      if constexpr (kSlots == 4) {
-        append<2>(score(2, n, j), column, above[2]);
-        append<3>(score(3, n, j), column, above[3]);
-      }
-    }
-    return fits;
-  }
-
-  // Filter the scores of a tile of `groups` times kFilterKeys keys: `first_column` is the lane's
-  // first, and score (slot, n, j) belongs to column first_column + 8 n + j. Only predicates and
-  // branches that the whole warp takes, so that products may be under way. The maxima of a flat
-  // warp go on being kept.
-  template <int groups, class Score>
-  __device__ __forceinline__ void filter(const Score& score, int first_column, float inv_c) {
-    bool any[groups], some = false;
-#pragma unroll
-    for (int group = 0; group < groups; ++group) {
-      any[group] = false;
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
-        const int n = group * (kFilterKeys / 8);
-        float seen = score(slot, n, 0);
-#pragma unroll
-        for (int i = 1; i < kGroupAppend; ++i)
-          seen = max_or_nan(seen, score(slot, n + i / 2, i % 2));
-        top[slot] = max_or_nan(top[slot], seen);
-        any[group] |= seen > bound[slot];
-      }
-      some |= any[group];
-    }
-    if (!__any_sync(kAllLanes, some && !flat)) return;
-    set_first_bounds(inv_c);
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) before[slot] = end[slot];
-    bool fits = true;
-#pragma unroll
-    for (int group = 0; group < groups; ++group)
-      if (__any_sync(kAllLanes, any[group])) fits &= append_group(score, group, first_column);
-    pending = __any_sync(kAllLanes, !fits)                ? Pending::kLost
-              : __any_sync(kAllLanes, furthest() > limit) ? Pending::kGrown
-                                                          : Pending::kNothing;
-  }
-
-  // Refresh after filter() where it is due; scores that found no room are appended once more, with
-  // a look at the room after each group. The warp turns flat where that is in vain.
-  template <int groups, class Score>
-  __device__ __forceinline__ void settle(const Score& score, int first_column, const Params& p) {
-    if (pending == Pending::kNothing) return;
-    int group = groups;
-    if (pending == Pending::kLost) {
-      group = 0;
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) end[slot] = before[slot];
-    }
-#pragma unroll 1  // one copy of the refresh
-    for (; group <= groups && !flat; ++group) {
-#pragma unroll
-      for (int here = 0; here < groups; ++here)
-        if (here == group) append_group(score, here, first_column);
-      flat = !make_room(p.c, p.inv_c, p.r);
-    }
-    pending = Pending::kNothing;
   }
 };
 

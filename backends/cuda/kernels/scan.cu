@@ -85,15 +85,6 @@ __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const S
   return poisoned;
 }
 
-__device__ __forceinline__ float4 load_shared4(u32 address) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
-}
-
 // q k^T for 32 rows and one chunk of keys.
 __device__ __forceinline__ void products(Scores& s, const Queries& q, u32 keys) {
   const int lane = lane_id();
@@ -213,11 +204,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
       if (edge) mask_scores(s, first_row, first_key, p.length_k);
       const auto score = [&](int slot, int n, int j) { return s[slot / 2][n][slot % 2 * 2 + j]; };
       const int column = first_key + lane_id() % 4 * 2;
-      lists.filter<kChunk / kFilterKeys>(score, column, p.inv_c);
-      lists.settle<kChunk / kFilterKeys>(score, column, p);
+      lists.filter<kChunk / kStripKeys>(score, column, p.inv_c);
+      lists.settle<kChunk / kStripKeys>(score, column, p,
+                                        [](bool due) { return __any_sync(kAllLanes, due); });
     }
   }
   if (outside) return;
+  lists.sift(p);
   __syncwarp();
   const u32 overfull = lists.flat ? 3u : lists.write(p, head_row, group, first_row);
   if (overfull) lists.hand_over(p, group, first_row, overfull);

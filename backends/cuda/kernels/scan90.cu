@@ -8,6 +8,10 @@
 // since they wait for the same tiles, so without this all would multiply, then all filter. (Taking
 // turns at the tensor cores, as FlashAttention-3 does, was a third slower: the slowest filter held
 // up the rest.)
+//
+// The same code has a second look at rows that their lists could not hold (ADASPLASH2_RETRY): one
+// warpgroup has the whole shared memory for its lists, and starts from the bounds that the first
+// look proved, so that nearly all it meets are survivors.
 #include "lists.cuh"
 
 namespace adasplash2 {
@@ -16,14 +20,16 @@ static_assert(kHalf && kAligned && kDim <= 128);
 
 constexpr int kGroups = ADASPLASH2_WARPGROUPS;
 constexpr int kStages = ADASPLASH2_STAGES;
+constexpr bool kRetry = ADASPLASH2_RETRY;
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;
 // Registers move from the warpgroup that copies to those that hold scores: by eights, and together
 // no more than the block was launched with.
 constexpr int kCopierRegisters = 24;
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-constexpr int kConsumerRegisters =
+constexpr int kShare =
     (kLaunchRegisters * kThreads - kCopierRegisters * 128) / kConsumers / 8 * 8;
+constexpr int kConsumerRegisters = kShare < 240 ? kShare : 240;
 constexpr int kRows = 64;  // of a warpgroup: M of wgmma
 constexpr int kBlockRows = kGroups * kRows;
 constexpr int kTileKeys =
@@ -68,9 +74,11 @@ struct Ring {
 using Scores = float[kTileKeys / 2];  // 4 n + 2 s + j: column 8 n + j of the lane's slot s
 
 // What wgmma needs to know of a tile: where it starts, 1,024 bytes from one group of eight keys
-// to the next, 128-byte swizzle.
+// to the next, 128-byte swizzle. Addresses are in units of 16 bytes and add without carry.
+constexpr int kDescriptorUnit = 16;
 __device__ __forceinline__ unsigned long long descriptor(u32 address) {
-  return (unsigned long long)(address >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+  return (unsigned long long)(address / kDescriptorUnit & 0x3fff) | 1ull << 16 | 64ull << 32 |
+         1ull << 62;
 }
 
 __device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned long long keys,
@@ -94,11 +102,12 @@ __device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned
 }
 
 // Start q k^T of a warpgroup's 64 rows and one tile.
-__device__ __forceinline__ void start_products(Scores& s, const Left (&q)[kDim / 16], u32 tile) {
+__device__ __forceinline__ void start_products(Scores& s, const Left (&q)[kDim / 16],
+                                               unsigned long long tile) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
-    multiply_tile(s, q[k], descriptor(tile + k / 4 * kPanelBytes + k % 4 * 32), k > 0);
+    multiply_tile(s, q[k], tile + (k / 4 * kPanelBytes + k % 4 * 32) / kDescriptorUnit, k > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
@@ -116,15 +125,47 @@ struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };
 
+// A block of queries: where it is, and how many tiles of keys it may see.
+struct Item {
+  int head_row, batch, head, block, tiles;
+
+  __device__ __forceinline__ Item(const Params& p, int number) {
+    const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
+    head_row = number / blocks;            // head-major: K of one head stays in the L2
+    block = blocks - 1 - number % blocks;  // longest rows first
+    batch = head_row / p.heads_q, head = head_row % p.heads_q;
+    const int seen = kCausal ? min(p.length_k, block * kBlockRows + kBlockRows) : p.length_k;
+    tiles = (seen + kTileKeys - 1) / kTileKeys;
+  }
+  __device__ __forceinline__ bool has_flat_rows(const Params& p) const {
+    const int first = block * (kBlockRows / kGroupRows);
+    bool any = false;
+    for (int i = first; i < min(p.groups_q, first + kBlockRows / kGroupRows); ++i)
+      any |= p.flat[i64(head_row) * p.groups_q + i] != 0;
+    return any;
+  }
+};
+
+// body(item) for what this block has to do: one item, or its share of those with flat rows.
+template <class Body>
+__device__ __forceinline__ void for_items(const Params& p, const Body& body) {
+  if constexpr (!kRetry) {
+    body(Item(p, blockIdx.x));
+  } else {
+    const int items = p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
+#pragma unroll 1
+    for (int number = blockIdx.x; number < items; number += gridDim.x)
+      if (const Item item(p, number); item.has_flat_rows(p)) body(item);
+  }
+}
+
 // One thread has the tiles copied, last one first. Keys and columns out of bounds become zeros.
-__device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map, int batch,
-                                           int kv_head, int tiles, u32 stages, u32 full,
-                                           u32 empty) {
+__device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map, const Item& item,
+                                           Ring& at, u32 stages, u32 full, u32 empty) {
   // A dimension that was expanded with stride 0 has one entry in the map.
-  const int head_at = p.k.head ? kv_head : 0, batch_at = p.k.batch ? batch : 0;
-  Ring at;
-  for (int i = 0; i < tiles; ++i, at.advance()) {
-    if (i >= kStages) await(empty + at.stage * 8, at.parity ^ 1);
+  const int head_at = p.k.head ? item.head / p.group : 0, batch_at = p.k.batch ? item.batch : 0;
+  for (int tile = item.tiles - 1; tile >= 0; --tile, at.advance()) {
+    await(empty + at.stage * 8, at.parity ^ 1);  // a new barrier counts as one of that parity
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + at.stage * 8),
         "r"(kStageBytes)
@@ -135,7 +176,7 @@ __device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map
           "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
           " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(stages + at.stage * kStageBytes +
                                                        panel * kPanelBytes),
-          "l"(&map), "r"(panel * 64), "r"((tiles - 1 - i) * kTileKeys), "r"(head_at), "r"(batch_at),
+          "l"(&map), "r"(panel * 64), "r"(tile * kTileKeys), "r"(head_at), "r"(batch_at),
           "r"(full + at.stage * 8)
           : "memory");
   }
@@ -176,23 +217,36 @@ __device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& 
 // --- the scan ------------------------------------------------------------------------------
 
 // The scan of one warpgroup.
-__device__ __forceinline__ void consume(const Params& p, int head_row, int block, int tiles,
-                                        u32 stages, u32 full, u32 empty) {
-  const int batch = head_row / p.heads_q, head = head_row % p.heads_q;
+__device__ __forceinline__ void consume(const Params& p, const Item& item, Ring& at, u32 stages,
+                                        u32 full, u32 empty) {
   const int warp = uniform(warp_id());
-  const int first_of_group = block * kBlockRows + warp / 4 * kRows;
-  const int first_row = block * kBlockRows + warp * 16;
-  const int group = head_row * p.groups_q + first_row / kGroupRows;
+  const int first_of_group = item.block * kBlockRows + warp / 4 * kRows;
+  const int first_row = item.block * kBlockRows + warp * 16;
+  const int group = item.head_row * p.groups_q + first_row / kGroupRows;
   Left q[kDim / 16];
-  const u32 dead = load_queries(q, p, row_of(p.q, batch, head, 0), first_row);
+  u32 dead = load_queries(q, p, row_of(p.q, item.batch, item.head, 0), first_row);
+  const bool wanted = first_row < p.length_q && (!kRetry || p.flat[group]);
+  if (!wanted) dead = ~0u;
   Lists<kSlots> lists;
   lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
+  if (kRetry && wanted) lists.resume(p, group);
 
-  constexpr int kParts = kTileKeys / kFilterKeys;
-  Ring at;
+  constexpr int kParts = kTileKeys / kStripKeys;
+  const unsigned long long first_tile = descriptor(stages);
   const auto take = [&] {
     await(full + at.stage * 8, at.parity);
-    return stages + at.stage * kStageBytes;
+    return first_tile + at.stage * (kStageBytes / kDescriptorUnit);
+  };
+  // All warps of a warpgroup sift together: each would hold up the others when its turn comes.
+  const auto vote = [warp](bool due) {
+    int any;
+    asm volatile(
+        "{.reg .pred mine, all; setp.ne.b32 mine, %1, 0;"
+        "barrier.cta.red.or.pred all, %2, 128, mine; selp.b32 %0, 1, 0, all;}"
+        : "=r"(any)
+        : "r"(int(due)), "r"(1 + warp / 4)
+        : "memory");
+    return uniform(any) != 0;
   };
   const auto give_back = [&] {
     if (lane_id() == 0) arrive(empty + at.stage * 8);
@@ -210,7 +264,7 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
   };
 
   // Tiles beyond this group's rows; all of them for a group without rows.
-  int first_key = (tiles - 1) * kTileKeys;
+  int first_key = (item.tiles - 1) * kTileKeys;
   const int nearest = first_of_group >= p.length_q ? -1
                       : kCausal                    ? first_of_group + kRows - 1
                                                    : first_key;
@@ -219,16 +273,16 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
     give_back();
   }
   // Finish a tile's products and start the next one's, which run while this tile is filtered. The
-  // lists of the tile before, `other`, are settled between products: wgmma would be made to wait
-  // where a refresh runs beside it.
+  // tile before, `other`, is settled between products: wgmma would be made to wait where lists are
+  // worked on beside it.
   const auto settle = [&](const Scores& s, int first_key) {
-    lists.template settle<kParts>(masked(s, first_key), first_key + lane_id() % 4 * 2, p);
+    lists.template settle<kParts>(masked(s, first_key), first_key + lane_id() % 4 * 2, p, vote);
   };
   const auto step = [&](Scores& now, Scores& other) {
     finish_products(now);
     give_back();
     settle(other, first_key + kTileKeys);
-    start_products(other, q, first_key > 0 ? take() : stages);  // a last one is for nothing
+    start_products(other, q, first_key > 0 ? take() : first_tile);  // a last one is for nothing
     const int column = first_key + lane_id() % 4 * 2;
     if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1))
       lists.template filter<kParts>(masked(now, first_key), column, p.inv_c);
@@ -254,23 +308,18 @@ __device__ __forceinline__ void consume(const Params& p, int head_row, int block
       }
     }
   }
-  if (first_row >= p.length_q) return;
+  if (!wanted) return;
+  lists.sift(p);
   __syncwarp();
-  const u32 overfull = lists.flat ? 1u : lists.write(p, head_row, group, first_row);
+  const u32 overfull = lists.flat ? 1u : lists.write(p, item.head_row, group, first_row);
   if (overfull) lists.hand_over(p, group, first_row, overfull);
   if (lane_id() == 0) p.flat[group] = overfull;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
-  extern __shared__ __align__(1024) char shared[];
+  extern __shared__ __align__(16) char shared[];  // 1,024 would count in full beside barriers[]
   __shared__ __align__(8) unsigned long long barriers[2 * kStages];
-  const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
-  const int head_row = blockIdx.x / blocks;            // head-major: K of one head stays in the L2
-  const int block = blocks - 1 - blockIdx.x % blocks;  // longest rows first
-  const int batch = head_row / p.heads_q, head = head_row % p.heads_q;
-  const int seen = kCausal ? min(p.length_k, block * kBlockRows + kBlockRows) : p.length_k;
-  const int tiles = (seen + kTileKeys - 1) / kTileKeys;
   const u32 stages = (shared_address(shared) + 1023) & ~1023u;
   const u32 full = shared_address(barriers), empty = full + kStages * 8;
   if (threadIdx.x < kStages) {
@@ -281,11 +330,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopierRegisters));
+    Ring at;
     if (threadIdx.x == kConsumers)
-      copy_tiles(p, map, batch, head / p.group, tiles, stages, full, empty);
+      for_items(p, [&](const Item& item) { copy_tiles(p, map, item, at, stages, full, empty); });
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
-    consume(p, head_row, block, tiles, stages, full, empty);
+    Ring at;
+    for_items(p, [&](const Item& item) { consume(p, item, at, stages, full, empty); });
   }
 }
 
