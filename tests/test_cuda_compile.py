@@ -82,7 +82,6 @@ def test_compiles_without_spills(
         "CAUSAL": int(head_dim != 16),
         "ALIGNED": int(head_dim != 16),
         "CAPACITY": capacity,
-        "STRIPS": scan.strips,
     }
     compiled = compiler.compile_unit(unit, defines, arch)
     found = usage(compiled.log)
@@ -111,7 +110,7 @@ def test_the_hopper_scan_overlaps_and_spills_nothing(
     scan = sizes.hopper_scan(head_dim, *shape, retry=shape == plan.RETRY_SHAPE)
     capacity = scan.capacity(SHARED["sm_90"])
     assert capacity is not None
-    assert capacity >= 12
+    assert capacity >= 20
     defines = {
         "DTYPE": alpha % 2,
         "HEAD_DIM": head_dim,
@@ -120,7 +119,6 @@ def test_the_hopper_scan_overlaps_and_spills_nothing(
         "CAUSAL": int(head_dim != 16),
         "ALIGNED": 1,
         "CAPACITY": capacity,
-        "STRIPS": scan.strips,
         **dict(scan.defines),
     }
     log = compiler.compile_unit("scan90.cu", defines, "sm_90a").log

@@ -18,11 +18,11 @@ from adasplash2.problem import Problem
 PORTABLE: Config = {"scan": "portable", "blocks": 1}
 PORTABLE_TWO: Config = {"scan": "portable", "blocks": 2}
 
-HOPPER_SHAPES = ((3, 4), (3, 3), (2, 4))
+HOPPER_SHAPES = ((3, 2), (3, 3), (2, 3))
 """Warpgroups and stages of ``scan90.cu``, for head_dim up to 128. The first was the fastest or
 within 5 % of it wherever measured; fewer groups or stages leave room for longer lists."""
 
-RETRY_SHAPE = (1, 4)
+RETRY_SHAPE = (1, 2)
 """The same of the second look at rows that their lists could not hold."""
 
 CACHED_PLANS = 1024
@@ -147,7 +147,7 @@ class Plan:
         capacity = scan.capacity(shared_memory(self.problem.device))
         if capacity is None:
             raise RuntimeError(f"{scan.unit} has no room for lists on {self.problem.device}")
-        options = self._options | dict(scan.defines) | {"CAPACITY": capacity, "STRIPS": scan.strips}
+        options = self._options | dict(scan.defines) | {"CAPACITY": capacity}
         shared = scan.shared(capacity)
         return self._launch(scan.unit, "scan", options, (blocks,), scan.threads, shared)
 

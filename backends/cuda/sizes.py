@@ -21,28 +21,22 @@ RECORD_BYTES = 16
 LIST_ENTRY_BYTES = 32
 """One entry of the four lists of a query row in the scans."""
 
-STRIP_BYTES = 72
-"""One strip of scores of the four lanes of a query row in the scans (``kStripBytes``)."""
-
 ELEMENT_THREADS = 256
 PREFIX_THREADS = 1024
 LONG_THREADS = 512
 SHORT_COLUMN = 256
 """``kShortColumn``: survivors of a key that one warp sums; more take a block."""
 
-MAX_CAPACITY = 64
-"""Entries of a lane's list that ``kMaxRow`` (four lists) of ``elements.cu`` allows."""
+MAX_CAPACITY = 92
+"""What ``kMaxList`` entries of a lane's list and some strips take (``lists.cuh``)."""
 
-MIN_CAPACITY = 8
-"""Twice what a lane may add before it looks at its room again (``kStripAppend``)."""
+MIN_CAPACITY = 13
+"""``kMinStrips`` strips, and entries for twice what one of them may add."""
 
 RESERVED_SHARED = 1024
 """Shared memory that the driver takes from each block."""
 
-PORTABLE_STRIPS, HOPPER_STRIPS, HOPPER_RETRY_STRIPS = 3, 6, 12
-"""Strips in the buffers of ``scan.cu`` and ``scan90.cu``: at least those of a tile of theirs."""
-
-HOPPER_KEYS = 64
+HOPPER_KEYS = 128
 """``kTileKeys`` of ``scan90.cu``."""
 
 HOPPER_RESERVED = 1280
@@ -99,20 +93,18 @@ class Scan:
     rows: int
     threads: int
     fixed_shared: int
-    strips: int  # that a lane's buffer holds
     blocks: int = 1  # that share a multiprocessor
     defines: tuple[tuple[str, int], ...] = ()
     maps_keys: bool = False  # whether its keys come by the copy engine
 
     def shared(self, capacity: int) -> int:
-        """Dynamic shared memory with lists of ``capacity`` entries."""
-        row = capacity * LIST_ENTRY_BYTES + self.strips * STRIP_BYTES
-        return self.fixed_shared + self.rows * row
+        """Dynamic shared memory where lists take that of ``capacity`` entries."""
+        return self.fixed_shared + self.rows * capacity * LIST_ENTRY_BYTES
 
     def capacity(self, memory: SharedMemory) -> int | None:
-        """Entries of a lane's list that fit; None where too few do."""
+        """Entries of a lane's list for which there is memory; None where too few."""
         share = memory.per_unit // self.blocks - RESERVED_SHARED
-        left = min(memory.per_block, share) - self.shared(0)
+        left = min(memory.per_block, share) - self.fixed_shared
         fit = left // (self.rows * LIST_ENTRY_BYTES)
         return min(fit, MAX_CAPACITY) if fit >= MIN_CAPACITY else None
 
@@ -123,7 +115,7 @@ def portable_scan(head_dim: int, itemsize: int, blocks: int = 1) -> Scan:
     rows, keys = (64, 32) if wide else (128, 64)
     stages = 2 * tile_bytes(keys, head_dim, itemsize)
     queries = 0 if itemsize == 2 else tile_bytes(rows, head_dim, itemsize)
-    return Scan("scan.cu", rows, rows, stages + queries, PORTABLE_STRIPS, blocks)
+    return Scan("scan.cu", rows, rows, stages + queries, blocks)
 
 
 def hopper_scan(head_dim: int, warpgroups: int, stages: int, retry: bool = False) -> Scan:
@@ -134,7 +126,6 @@ def hopper_scan(head_dim: int, warpgroups: int, stages: int, retry: bool = False
         rows=warpgroups * 64,
         threads=warpgroups * 128 + 128,
         fixed_shared=HOPPER_RESERVED + stages * panels * HOPPER_KEYS * 128,
-        strips=HOPPER_RETRY_STRIPS if retry else HOPPER_STRIPS,
         defines=(("WARPGROUPS", warpgroups), ("STAGES", stages), ("RETRY", int(retry))),
         maps_keys=True,
     )

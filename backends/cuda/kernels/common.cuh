@@ -9,8 +9,7 @@
 //   ADASPLASH2_CAUSAL       0 or 1
 //   ADASPLASH2_ALIGNED      1 where every row of every tensor starts on 16 bytes
 // and for the scans, which keep lists,
-//   ADASPLASH2_CAPACITY     entries of a lane's survivor list
-//   ADASPLASH2_STRIPS       strips of scores that a lane puts aside
+//   ADASPLASH2_CAPACITY     memory of a warp's lists, in entries of a lane
 //   ADASPLASH2_WARPGROUPS   warpgroups of a block (scan90.cu)
 //   ADASPLASH2_STAGES       tiles of keys in shared memory (scan90.cu)
 //   ADASPLASH2_RETRY        1 to look again at rows that lists could not hold (scan90.cu)

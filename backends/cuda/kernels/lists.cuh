@@ -23,16 +23,18 @@ constexpr int kSolveSteps = 64;  // enough for bisection alone
 // Bounds stay this much below what is proven, in windows and relative to the score: above the
 // rounding of f and of z near the root.
 constexpr float kBoundSlack = 2e-6f;
-constexpr int kStrips = ADASPLASH2_STRIPS;  // that a lane's buffer holds, of each pair of slots
 // A strip: a lane's scores of two rows (slots) and of kStripParts accumulator fragments of 8 keys.
 constexpr int kStripParts = 2;
 constexpr int kStripKeys = kStripParts * 8;
 constexpr int kStripAppend = kStripKeys / 4;  // entries that it may add to one list
+constexpr int kMinStrips = 2;                 // for which there is always room
+constexpr int kMaxList = 64;                  // entries: a quarter of kMaxRow of elements.cu
 // Bounds are raised when a list has grown by this many entries since.
 #ifndef ADASPLASH2_GROW
 #define ADASPLASH2_GROW 4
 #endif
 constexpr int kGrow = ADASPLASH2_GROW;
+constexpr int kSpare = 2;  // entries by which lists may grow before strips have to make way
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -72,28 +74,33 @@ struct Lists {
   static constexpr u32 kColumns = kSlots * kSlotBytes;
   static constexpr u32 kEntryBytes = 2 * kColumns;
   // A strip of all lanes: 16 bytes a lane for each fragment, then the columns.
-  static constexpr u32 kStripBytes = 32 * (kStripParts * 16 + 4);
   static constexpr int kPairs = kSlots / 2;
-  static constexpr u32 kBufferBytes = kStrips * kStripBytes;  // of a pair
-  static constexpr int kBytes = kCapacity * int(kEntryBytes) + kPairs * int(kBufferBytes);
+  static constexpr u32 kPairBytes = 32 * (kStripParts * 16 + 4);
+  static constexpr u32 kStripBytes = kPairs * kPairBytes;
+  // Lists grow from the start of the warp's memory, strips from its end: long lists leave room
+  // for few strips, short ones for many.
+  static constexpr u32 kBytes = kCapacity * kEntryBytes;
+  static constexpr u32 kAppendBytes = kStripAppend * kEntryBytes;
+  static_assert(kBytes >= kMinStrips * kStripBytes + 2 * kAppendBytes);
 
   u32 base;         // the lane's first entry of slot 0
   u32 end[kSlots];  // first free entry, counted without the slot's own offset
   u32 limit;        // the same for all lanes: raise the bounds when an end passes it
   float bound[kSlots];
-  float top[kSlots];  // largest score this lane has met
-  u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
-  bool unset;         // some row of the warp has no bound yet
-  bool flat;          // some row keeps more than its lists hold: the warp's go to dense tiles
-  u32 strips;         // the lane's first strip of pair 0
-  u32 caught[kPairs];  // its first free strip; beyond the buffer where strips found no room
+  float top[kSlots];   // largest score this lane has met
+  u32 poisoned;        // a bit a slot: rows that are NaN, or do not exist
+  bool unset;          // some row of the warp has no bound yet
+  bool flat;           // some row keeps more than its lists hold: the warp's go to dense tiles
+  u32 first_strip;     // the lane's, of pair 0; the next one is below
+  u32 last_strip;      // below it there is no room
+  u32 caught[kPairs];  // next free strip, without the pair's own offset; below last_strip by more
+                       // than one where strips found no room
   u32 before[kPairs];  // the same before the last tile
-  bool due;            // the lane's buffer is about to run over
+  bool due;            // the lane is about to run out of room for strips
 
   __device__ __forceinline__ void start(u32 memory, u32 dead) {
-    strips = memory + lane_id() * 16;
-    base = memory + kPairs * kBufferBytes + lane_id() * 4;
-    limit = base + kGrow * kEntryBytes;
+    base = memory + lane_id() * 4;
+    first_strip = memory + kBytes - kStripBytes + lane_id() * 16;
     poisoned = dead;
     unset = true;
     flat = false;
@@ -104,7 +111,8 @@ struct Lists {
       bound[slot] = dead >> slot & 1u ? kInf : -kInf;
       top[slot] = -kInf;
     }
-    empty_buffer();
+    limit = base + kGrow * kEntryBytes;
+    empty_strips(0);
   }
 
   // Start from what a scan before handed over of the group, whose rows are all of the warp's.
@@ -121,16 +129,16 @@ struct Lists {
     }
   }
 
-  __device__ __forceinline__ u32 first_strip(int pair) const { return strips + pair * kBufferBytes; }
-  __device__ __forceinline__ u32 after_strips(int pair) const {
-    return first_strip(pair) + kBufferBytes;
+  // Leave room for as many strips as the lists, `longest` entries now, may do without.
+  __device__ __forceinline__ void empty_strips(int longest) {
+    constexpr u32 most = kBytes - kMinStrips * kStripBytes;
+    const u32 lists = min(longest * kEntryBytes + kAppendBytes + kSpare * kEntryBytes, most);
+    last_strip = first_strip + kStripBytes - kBytes + lists;
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) caught[pair] = first_strip;
   }
   // From a lane's strip to its column.
   static __device__ __forceinline__ u32 to_column() { return kStripParts * 512 - lane_id() * 12; }
-  __device__ __forceinline__ void empty_buffer() {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) caught[pair] = first_strip(pair);
-  }
 
   static __device__ __forceinline__ float under(float seen, float inv_c) {
     return seen - (1.f + kBoundSlack) * inv_c - kBoundSlack * fabsf(seen);
@@ -264,16 +272,17 @@ struct Lists {
     limit = base + (entries() + kGrow) * kEntryBytes;
   }
 
-  // Whether every list has room for kStripAppend more entries.
-  __device__ __forceinline__ bool has_room() const {
-    return !past(base + (kCapacity - kStripAppend) * kEntryBytes);
+  // Whether every list has room for one more strip beside `strips` of them.
+  __device__ __forceinline__ bool has_room(int strips) const {
+    const u32 room = min(kBytes - strips * kStripBytes, kMaxList * kEntryBytes);
+    return !past(base + room - kAppendBytes);
   }
   // Make that room; false where the rows keep too many.
-  __device__ __forceinline__ bool make_room(float c, float inv_c, float r) {
+  __device__ __forceinline__ bool make_room(int strips, float c, float inv_c, float r) {
     for (int step = 0; step < kLastResorts; ++step) {
       raise(c, inv_c, r);
       deal();
-      if (has_room()) return true;
+      if (has_room(strips)) return true;
     }
     return false;
   }
@@ -412,45 +421,50 @@ struct Lists {
 
   // Store a strip of two slots where one of its scores is above their bound. Where there is no
   // room nothing is stored, but the end moves on all the same.
-  __device__ __forceinline__ void catch_strip(int pair, const float (&x)[kStripParts][4], float seen,
+  template <int pair>
+  __device__ __forceinline__ void catch_strip(const float (&x)[kStripParts][4], float seen,
                                               float seen_next, int column) {
     static_assert(kStripParts == 2);
     asm volatile(
         "{.reg .pred hit, room; .reg .u32 at;"
         "setp.gt.f32 hit, %1, %2;"
         "setp.gt.or.f32 hit, %3, %4, hit;"
-        "setp.lt.and.u32 room, %0, %5, hit;"
-        "@room st.shared.v4.f32 [%0], {%8, %9, %10, %11};"
-        "@room st.shared.v4.f32 [%0+512], {%12, %13, %14, %15};"
+        "setp.ge.and.u32 room, %0, %5, hit;"
+        "@room st.shared.v4.f32 [%0+%17], {%8, %9, %10, %11};"
+        "@room st.shared.v4.f32 [%0+%18], {%12, %13, %14, %15};"
         "add.u32 at, %0, %6;"
-        "@room st.shared.b32 [at], %7;"
-        "@hit add.u32 %0, %0, %16;}"
+        "@room st.shared.b32 [at+%17], %7;"
+        "@hit sub.u32 %0, %0, %16;}"
         : "+r"(caught[pair])
         : "f"(seen), "f"(bound[2 * pair]), "f"(seen_next), "f"(bound[2 * pair + 1]),
-          "r"(after_strips(pair)), "r"(to_column()), "r"(column), "f"(x[0][0]), "f"(x[0][1]),
+          "r"(last_strip), "r"(to_column()), "r"(column), "f"(x[0][0]), "f"(x[0][1]),
           "f"(x[0][2]), "f"(x[0][3]), "f"(x[1][0]), "f"(x[1][1]), "f"(x[1][2]), "f"(x[1][3]),
-          "n"(kStripBytes)
+          "n"(kStripBytes), "n"(pair * kPairBytes), "n"(pair * kPairBytes + 512)
         : "memory");
   }
 
-  template <int count, class Score>
-  __device__ __forceinline__ void catch_tile(const Score& score, int first_column) {
+  template <int pair, class Score>
+  __device__ __forceinline__ void look_at(const Score& score, int strip, int first_column) {
+    float x[kStripParts][4], seen[2];
 #pragma unroll
-    for (int strip = 0; strip < count; ++strip)
+    for (int part = 0; part < kStripParts; ++part)
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        float x[kStripParts][4], seen[2];
-#pragma unroll
-        for (int part = 0; part < kStripParts; ++part)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            x[part][i] = score(2 * pair + i / 2, strip * kStripParts + part, i % 2);
-            seen[i / 2] = part + i % 2 ? max_or_nan(seen[i / 2], x[part][i]) : x[part][i];
-          }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) top[2 * pair + i] = max_or_nan(top[2 * pair + i], seen[i]);
-        catch_strip(pair, x, seen[0], seen[1], first_column + strip * kStripKeys);
+      for (int i = 0; i < 4; ++i) {
+        x[part][i] = score(2 * pair + i / 2, strip * kStripParts + part, i % 2);
+        seen[i / 2] = part + i % 2 ? max_or_nan(seen[i / 2], x[part][i]) : x[part][i];
       }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) top[2 * pair + i] = max_or_nan(top[2 * pair + i], seen[i]);
+    catch_strip<pair>(x, seen[0], seen[1], first_column + strip * kStripKeys);
+  }
+  template <class Score>
+  __device__ __forceinline__ void catch_strips(const Score& score, int first, int count,
+                                               int first_column) {
+#pragma unroll
+    for (int strip = first; strip < first + count; ++strip) {
+      look_at<0>(score, strip, first_column);
+      if constexpr (kPairs == 2) look_at<1>(score, strip, first_column);
+    }
   }
 
   // Filter the scores of a tile of `count` strips: `first_column` is the lane's first, and score
@@ -458,7 +472,7 @@ struct Lists {
   // under way. The maxima of a flat warp go on being kept.
   template <int count, class Score>
   __device__ __forceinline__ void filter(const Score& score, int first_column, float inv_c) {
-    static_assert(kStrips >= count, "settle() empties the buffer for one tile");
+    static_assert(count % kMinStrips == 0, "settle() looks again at so many at a time");
     if (unset) {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot)
@@ -469,12 +483,12 @@ struct Lists {
     }
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) before[pair] = caught[pair];
-    catch_tile<count>(score, first_column);
+    catch_strips(score, 0, count, first_column);
     // As soon as another tile like this one would find no room.
     due = false;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair)
-      due |= 2 * caught[pair] - before[pair] > after_strips(pair);
+      due |= 2 * caught[pair] - before[pair] + kStripBytes < last_strip;
   }
 
   // Sift after filter() where vote(due) says so, the same to all lanes of the warp; a tile that
@@ -486,36 +500,44 @@ struct Lists {
     due = false;
     bool lost = false;
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) lost |= caught[pair] > after_strips(pair);
+    for (int pair = 0; pair < kPairs; ++pair) lost |= caught[pair] + kStripBytes < last_strip;
     lost = __any_sync(kAllLanes, lost);
     if (lost)
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) caught[pair] = before[pair];
-    sift(p);
-    if (lost) catch_tile<count>(score, first_column);
+#pragma unroll 1  // one copy of sift()
+    for (int strip = 0; strip < count; strip += kMinStrips) {
+      sift(p);
+      if (!lost) return;
+#pragma unroll
+      for (int here = 0; here < count; here += kMinStrips)
+        if (here == strip) catch_strips(score, here, kMinStrips, first_column);
+    }
   }
 
-  // Empty the buffer: what is above the bounds goes to the lists. The warp turns flat, and keeps
+  // Take what is above the bounds from the strips to the lists. The warp turns flat, and keeps
   // nothing from then on, where they cannot hold it.
   __device__ __forceinline__ void sift(const Params& p) {
-    u32 most = 0;
+    u32 lowest = caught[0];
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) most = max(most, caught[pair] - first_strip(pair));
-    const int rounds = uniform(int(__reduce_max_sync(kAllLanes, most) / kStripBytes));
+    for (int pair = 1; pair < kPairs; ++pair) lowest = min(lowest, caught[pair]);
+    // The last one first: lists may grow into its place.
+    int strip = uniform(int(__reduce_max_sync(kAllLanes, first_strip - lowest) / kStripBytes));
 #pragma unroll 1
-    for (int i = 0; i < rounds && !flat; ++i) {
-      sift_strip<0>(i);
-      if constexpr (kPairs == 2) sift_strip<1>(i);
-      if (!has_room() && !make_room(p.c, p.inv_c, p.r)) turn_flat();
+    while (--strip >= 0 && !flat) {
+      sift_strip<0>(strip);
+      if constexpr (kPairs == 2) sift_strip<1>(strip);
+      const int taken = max(strip, kMinStrips);
+      if (!has_room(taken) && !make_room(taken, p.c, p.inv_c, p.r)) turn_flat();
     }
-    empty_buffer();
     if (past(limit)) raise(p.c, p.inv_c, p.r);
+    empty_strips(entries());
   }
 
   template <int pair>
   __device__ __forceinline__ void sift_strip(int i) {
-    const u32 at = first_strip(pair) + i * kStripBytes;
-    const bool mine = at < caught[pair];
+    const u32 at = first_strip + pair * kPairBytes - i * kStripBytes;
+    const bool mine = at > caught[pair] + pair * kPairBytes;
     const float above[2] = {mine ? bound[2 * pair] : kInf, mine ? bound[2 * pair + 1] : kInf};
     const int column = __float_as_int(load_shared(at + to_column()));
 #pragma unroll

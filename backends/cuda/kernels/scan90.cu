@@ -3,11 +3,10 @@
 // to 128.
 //
 // A block owns kBlockRows queries of one head. One thread has tiles of keys copied into a ring of
-// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. A group filters the
-// scores of one tile while the tensor cores work on its next: groups of one block keep in step,
-// since they wait for the same tiles, so without this all would multiply, then all filter. (Taking
-// turns at the tensor cores, as FlashAttention-3 does, was a third slower: the slowest filter held
-// up the rest.)
+// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. While one filters, the
+// tensor cores work for others. (Taking turns at the tensor cores, as FlashAttention-3 does, was a
+// third slower, the slowest filter held up the rest; a group that multiplies its next tile while it
+// filters this one has registers for tiles of half the size only.)
 //
 // The same code has a second look at rows that their lists could not hold (ADASPLASH2_RETRY): one
 // warpgroup has the whole shared memory for its lists, and starts from the bounds that the first
@@ -32,8 +31,7 @@ constexpr int kShare =
 constexpr int kConsumerRegisters = kShare < 240 ? kShare : 240;
 constexpr int kRows = 64;  // of a warpgroup: M of wgmma
 constexpr int kBlockRows = kGroups * kRows;
-constexpr int kTileKeys =
-    64;  // N of wgmma; the scores of two tiles of 128 do not fit the registers
+constexpr int kTileKeys = 128;  // N of wgmma
 constexpr int kSlots = 2;
 
 // A tile stands in panels of 64 columns (128 bytes, the width of the swizzle), keys one below
@@ -91,27 +89,27 @@ __device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned
 #endif
 
   asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %37, 0;"
-      "wgmma.mma_async.sync.aligned.m64n64k16" ADASPLASH2_TYPES
+      "{.reg .pred p; setp.ne.b32 p, %69, 0;"
+      "wgmma.mma_async.sync.aligned.m64n128k16" ADASPLASH2_TYPES
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, "
-      "%36, p, 1, 1, 0;}"
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, "
+      "%37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, "
+      "%55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;}"
       : ADASPLASH2_S4(0), ADASPLASH2_S4(4), ADASPLASH2_S4(8), ADASPLASH2_S4(12), ADASPLASH2_S4(16),
-        ADASPLASH2_S4(20), ADASPLASH2_S4(24), ADASPLASH2_S4(28)
+        ADASPLASH2_S4(20), ADASPLASH2_S4(24), ADASPLASH2_S4(28), ADASPLASH2_S4(32),
+        ADASPLASH2_S4(36), ADASPLASH2_S4(40), ADASPLASH2_S4(44), ADASPLASH2_S4(48),
+        ADASPLASH2_S4(52), ADASPLASH2_S4(56), ADASPLASH2_S4(60)
       : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(keys), "r"(accumulate));
 }
 
-// Start q k^T of a warpgroup's 64 rows and one tile.
-__device__ __forceinline__ void start_products(Scores& s, const Left (&q)[kDim / 16],
-                                               unsigned long long tile) {
+// q k^T of a warpgroup's 64 rows and one tile.
+__device__ __forceinline__ void multiply(Scores& s, const Left (&q)[kDim / 16],
+                                         unsigned long long tile) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
     multiply_tile(s, q[k], tile + (k / 4 * kPanelBytes + k % 4 * 32) / kDescriptorUnit, k > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void finish_products(Scores& s) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
   for (float& x : s) asm volatile("" : "+f"(x)::"memory");  // reads stay behind
@@ -252,17 +250,6 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
     if (lane_id() == 0) arrive(empty + at.stage * 8);
     at.advance();
   };
-  const auto plain = [](const Scores& s) {
-    return [&s](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; };
-  };
-  const auto masked = [&](const Scores& s, int first_key) {
-    return [&s, &p, first_key, first_row](int slot, int n, int j) {
-      const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
-      const int row = first_row + slot * 8 + lane_id() / 4;
-      return key < p.length_k && (!kCausal || key <= row) ? s[n * 4 + slot * 2 + j] : -kInf;
-    };
-  };
-
   // Tiles beyond this group's rows; all of them for a group without rows.
   int first_key = (item.tiles - 1) * kTileKeys;
   const int nearest = first_of_group >= p.length_q ? -1
@@ -272,41 +259,23 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
     take();
     give_back();
   }
-  // Finish a tile's products and start the next one's, which run while this tile is filtered. The
-  // tile before, `other`, is settled between products: wgmma would be made to wait where lists are
-  // worked on beside it.
-  const auto settle = [&](const Scores& s, int first_key) {
-    lists.template settle<kParts>(masked(s, first_key), first_key + lane_id() % 4 * 2, p, vote);
-  };
-  const auto step = [&](Scores& now, Scores& other) {
-    finish_products(now);
-    give_back();
-    settle(other, first_key + kTileKeys);
-    start_products(other, q, first_key > 0 ? take() : first_tile);  // a last one is for nothing
+  const auto look = [&](const auto& score) {
     const int column = first_key + lane_id() % 4 * 2;
-    if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1))
-      lists.template filter<kParts>(masked(now, first_key), column, p.inv_c);
-    else
-      lists.template filter<kParts>(plain(now), column, p.inv_c);
-    first_key -= kTileKeys;
+    lists.template filter<kParts>(score, column, p.inv_c);
+    lists.template settle<kParts>(score, column, p, vote);
   };
-  if (first_key >= 0) {
-    Scores even, odd;
-    start_products(even, q, take());
-    while (true) {
-      step(even, odd);
-      if (first_key < 0) {
-        finish_products(odd);
-        settle(even, 0);
-        break;
-      }
-      step(odd, even);
-      if (first_key < 0) {
-        finish_products(even);
-        settle(odd, 0);
-        break;
-      }
-    }
+  Scores s;
+  for (; first_key >= 0; first_key -= kTileKeys) {
+    multiply(s, q, take());
+    give_back();
+    if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1))
+      look([&](int slot, int n, int j) {
+        const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
+        const int row = first_row + slot * 8 + lane_id() / 4;
+        return key < p.length_k && (!kCausal || key <= row) ? s[n * 4 + slot * 2 + j] : -kInf;
+      });
+    else
+      look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; });
   }
   if (!wanted) return;
   lists.sift(p);
