@@ -38,6 +38,8 @@ PARAMS = np.dtype(
                 "records",
                 "delta",
                 "long_columns",
+                "long_done",
+                "long_parts",
             )
         ),
         *(

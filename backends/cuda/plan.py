@@ -86,14 +86,17 @@ class Plan:
         """Offsets of the backward's own memory, and its size; what must start as zeros is first."""
         counts = self.counts
         entries = counts.rows * sizes.ARENA_ROW
+        long_parts = sizes.LONG_WAVES * self._units
         return sizes.parts(
             {
                 "column_count": 4 * counts.columns,
                 "long_columns": 4 * (1 + entries // sizes.SHORT_COLUMN),
+                "long_done": 4 * long_parts,
                 "column_start": 4 * counts.columns,
                 "rank": 4 * entries,
                 "delta": 4 * counts.heads * self.problem.length_q,
                 "records": sizes.RECORD_BYTES * entries,
+                "long_parts": sizes.LONG_PART_BYTES * long_parts,
             }
         )
 

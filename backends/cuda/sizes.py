@@ -24,6 +24,9 @@ LIST_ENTRY_BYTES = 32
 ELEMENT_THREADS = 256
 PREFIX_THREADS = 1024
 LONG_THREADS = 512
+LONG_WAVES, LONG_PART_BYTES = 2, 2048
+"""``kLongWaves`` and ``kLongPartBytes``."""
+
 SHORT_COLUMN = 256
 """``kShortColumn``: survivors of a key that one warp sums; more take a block."""
 

@@ -45,6 +45,11 @@ constexpr int kGroupRows = 16;
 // single rows may keep more.
 constexpr int kArenaRow = 64;
 
+// Where long columns are dealt out to several blocks they have at most kLongWaves parts for each
+// block of the launch, together.
+constexpr int kLongWaves = 2;
+constexpr int kLongPartBytes = 2048;
+
 struct View {  // (batch, heads, length, head_dim) with unit stride in head_dim
   void* data;
   i64 batch, head, row;  // strides in elements
@@ -80,6 +85,8 @@ struct Params {
   Record* records;
   float* delta;       // (batch * heads_q, length_q), flat rows only
   int* long_columns;  // [0] their number, then the columns
+  int* long_done;     // parts of a long column that are summed
+  void* long_parts;   // their sums, kLongPartBytes each
   int batch, heads_q, heads_kv, group, length_q, length_k, groups_q, long_limit;
   float c, inv_c;  // z = c * (q . k), c = (alpha-1) |scale| > 0; and its inverse
   float scale;     // as given; a negative one is carried by the sign of q

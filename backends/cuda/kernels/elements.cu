@@ -243,6 +243,18 @@ struct Column {
       }
   }
 
+  // To and from memory that other lanes read; volatile, since it may come from other blocks.
+  template <int lanes>
+  __device__ __forceinline__ void put(float (&to)[2][8][lanes], int lane) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) to[0][j][lane] = k[j], to[1][j][lane] = v[j];
+  }
+  template <int lanes>
+  __device__ __forceinline__ void add(const volatile float (&from)[2][8][lanes], int lane) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) k[j] += from[0][j][lane], v[j] += from[1][j][lane];
+  }
+
   template <int parts>
   __device__ __forceinline__ void sum_over_parts() {  // lanes that hold the same elements
 #pragma unroll
@@ -337,40 +349,55 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// dK and dV of long columns (a sink that every query keeps), a block each. Records are found
-// by row through a direct map of kMapRows rows at a time; every warp sums a fixed part of the
-// rows in order, and the parts are added in order.
+// dK and dV of long columns (a sink that every query keeps). Where they are few, each is dealt out
+// to several blocks by query rows, and the last block to finish adds the parts in order. Records
+// are found by row through a direct map of rows; every warp sums a fixed part of the rows in order.
 constexpr int kLongThreads = 512;
 constexpr int kLongWarps = kLongThreads / 32;
 constexpr int kMapRows = 8192;
+constexpr int kStepRows = kParts * kBatch;  // that a warp gathers at a time
+using LongSum = float[2][8][kRowLanes];     // of dK and dV
+static_assert(sizeof(LongSum) * kLongWarps <= kMapRows * sizeof(int), "sums take the map's place");
+static_assert(sizeof(LongSum) <= kLongPartBytes);
 
 extern "C" __global__ void __launch_bounds__(kLongThreads)
     grad_long_columns(const __grid_constant__ Params p) {
   __shared__ int map[kMapRows];
+  __shared__ bool last;
   const int at = lane_id() % kRowLanes * 8;
-  for (int item = blockIdx.x; item < p.long_columns[0]; item += gridDim.x) {
-    const int column_at = p.long_columns[1 + item];
+  const int columns = p.long_columns[0];
+  if (columns == 0) return;
+  const int rows = p.group * p.length_q;
+  constexpr int kLeast = kLongWarps * kStepRows;  // rows that busy all warps
+  const int wanted = max(1, min(int(gridDim.x) * kLongWaves / columns, rows / kLeast));
+  const int part_rows = ((rows + wanted - 1) / wanted + kLeast - 1) / kLeast * kLeast;
+  const int parts = (rows + part_rows - 1) / part_rows;
+  for (int item = blockIdx.x; item < columns * parts; item += gridDim.x) {
+    const int column_at = p.long_columns[1 + item / parts];
+    const int first = item % parts * part_rows, end = min(rows, first + part_rows);
     const int count = p.column_count[column_at];
     const int kv_row = column_at / p.length_k, column = column_at % p.length_k;
     const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
     const Record* records = p.records + records_of(p, kv_row) + p.column_start[column_at];
     Column sums;
-    for (int base = 0; base < p.group * p.length_q; base += kMapRows) {
+    for (int base = first; base < end; base += kMapRows) {
+      const int window = min(kMapRows, (end - base + kLeast - 1) / kLeast * kLeast);
       __syncthreads();
-      for (int i = threadIdx.x; i < kMapRows; i += kLongThreads) map[i] = -1;
+      for (int i = threadIdx.x; i < window; i += kLongThreads) map[i] = -1;
       __syncthreads();
       for (int i = threadIdx.x; i < count; i += kLongThreads) {
         const int row = records[i].row - base;
-        if (row >= 0 && row < kMapRows) map[row] = i;
+        if (row >= 0 && row < window) map[row] = i;
       }
       __syncthreads();
-      const int* mine = map + warp_id() * (kMapRows / kLongWarps) + lane_id() / kRowLanes;
+      const int share = window / kLongWarps;
+      const int* mine = map + warp_id() * share + lane_id() / kRowLanes;
 #pragma unroll 1
-      for (int first = 0; first < kMapRows / kLongWarps; first += kParts * kBatch) {
+      for (int step = 0; step < share; step += kStepRows) {
         Record record[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          const int found = mine[first + i * kParts];
+          const int found = mine[step + i * kParts];
           record[i] = found >= 0 ? records[found] : kNoRecord;
         }
         sums.add(p, batch, kv_head, record, at);
@@ -378,25 +405,25 @@ extern "C" __global__ void __launch_bounds__(kLongThreads)
     }
     sums.sum_over_parts<kParts>();
     __syncthreads();
-    // The map's memory now holds each warp's sums.
-    using Part = float[2][8][kRowLanes];
-    static_assert(sizeof(Part) * kLongWarps <= sizeof(map), "the sums take the map's place");
-    Part* parts = reinterpret_cast<Part*>(map);
-    if (lane_id() < kRowLanes)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        parts[warp_id()][0][j][lane_id()] = sums.k[j];
-        parts[warp_id()][1][j][lane_id()] = sums.v[j];
-      }
+    LongSum* of_warps = reinterpret_cast<LongSum*>(map);
+    if (lane_id() < kRowLanes) sums.put(of_warps[warp_id()], lane_id());
     __syncthreads();
     Column total;
     if (threadIdx.x < kRowLanes)
-      for (int warp = 0; warp < kLongWarps; ++warp)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          total.k[j] += parts[warp][0][j][threadIdx.x];
-          total.v[j] += parts[warp][1][j][threadIdx.x];
-        }
+      for (int warp = 0; warp < kLongWarps; ++warp) total.add(of_warps[warp], threadIdx.x);
+    if (parts > 1) {
+      LongSum* of_parts = reinterpret_cast<LongSum*>(p.long_parts) + item / parts * parts;
+      if (threadIdx.x < kRowLanes) total.put(of_parts[item % parts], threadIdx.x);
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) last = atomicAdd(p.long_done + item / parts, 1) == parts - 1;
+      __syncthreads();
+      if (!last) continue;
+      __threadfence();
+      total = Column();
+      if (threadIdx.x < kRowLanes)
+        for (int part = 0; part < parts; ++part) total.add(of_parts[part], threadIdx.x);
+    }
     if (threadIdx.x < kRowLanes) total.write(p, batch, kv_head, column, at);
   }
 }

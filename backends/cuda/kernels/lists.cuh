@@ -29,11 +29,13 @@ constexpr int kStripKeys = kStripParts * 8;
 constexpr int kStripAppend = kStripKeys / 4;  // entries that it may add to one list
 constexpr int kMinStrips = 2;                 // for which there is always room
 constexpr int kMaxList = 64;                  // entries: a quarter of kMaxRow of elements.cu
-// Bounds are raised when a list has grown by this many entries since.
+// Bounds are raised when a list has grown by so many entries since, and lists are dealt out anew.
 #ifndef ADASPLASH2_GROW
-#define ADASPLASH2_GROW 4
+#define ADASPLASH2_GROW 1
+#define ADASPLASH2_DEAL 6
 #endif
-constexpr int kGrow = ADASPLASH2_GROW;
+constexpr int kRaiseGrow = ADASPLASH2_GROW;
+constexpr int kDealGrow = ADASPLASH2_DEAL;
 constexpr int kSpare = 2;  // entries by which lists may grow before strips have to make way
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
@@ -50,6 +52,10 @@ __device__ __forceinline__ float max_or_nan_over(float x) {
     x = max_or_nan(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
+
+// The order of tiles: the first one, where models keep their attention sinks, then from the nearest
+// on. Both have high scores, which make high bounds.
+__device__ __forceinline__ int nth_tile(int i, int tiles) { return i == 0 ? 0 : tiles - i; }
 
 struct Survivor {
   float score;
@@ -85,7 +91,7 @@ struct Lists {
 
   u32 base;         // the lane's first entry of slot 0
   u32 end[kSlots];  // first free entry, counted without the slot's own offset
-  u32 limit;        // the same for all lanes: raise the bounds when an end passes it
+  u32 raise_at, deal_at;  // when an end passes them; the same for all lanes but for their offset
   float bound[kSlots];
   float top[kSlots];   // largest score this lane has met
   u32 poisoned;        // a bit a slot: rows that are NaN, or do not exist
@@ -111,7 +117,8 @@ struct Lists {
       bound[slot] = dead >> slot & 1u ? kInf : -kInf;
       top[slot] = -kInf;
     }
-    limit = base + kGrow * kEntryBytes;
+    raise_at = base;
+    deal_at = base + kDealGrow * kEntryBytes;
     empty_strips(0);
   }
 
@@ -235,7 +242,7 @@ struct Lists {
         bound[slot] = fmaxf(bound[slot], bound[slot] + rise - kBoundSlack * fabsf(bound[slot]));
       }
     }
-    limit = base + (longest + kGrow) * kEntryBytes;
+    raise_at = base + (longest + kRaiseGrow - 1) * kEntryBytes;
   }
 
   // Drop what lies below the bounds and deal the rest out evenly to the four lanes of each row, so
@@ -269,7 +276,9 @@ struct Lists {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
       end[slot] = base + (kept_of_row[slot] + 3 - lane_id() % 4) / 4 * kEntryBytes;
-    limit = base + (entries() + kGrow) * kEntryBytes;
+    const u32 longest_now = base + entries() * kEntryBytes;
+    raise_at = longest_now + (kRaiseGrow - 1) * kEntryBytes;
+    deal_at = longest_now + kDealGrow * kEntryBytes;
   }
 
   // Whether every list has room for one more strip beside `strips` of them.
@@ -530,7 +539,8 @@ struct Lists {
       const int taken = max(strip, kMinStrips);
       if (!has_room(taken) && !make_room(taken, p.c, p.inv_c, p.r)) turn_flat();
     }
-    if (past(limit)) raise(p.c, p.inv_c, p.r);
+    if (past(raise_at)) raise(p.c, p.inv_c, p.r);
+    if (past(deal_at)) deal();
     empty_strips(entries());
   }
 

@@ -179,18 +179,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   const bool outside = first_row >= p.length_q;
 
   const int tiles = (seen + kTileKeys - 1) / kTileKeys;
-  load_tile<kTileKeys, kHeadDim, kThreads>(shared, keys, p.k.row, (tiles - 1) * kTileKeys,
-                                           p.length_k);
-  copy_commit();
-  for (int tile = tiles - 1; tile >= 0; --tile) {
+  const auto load = [&](int i) {
+    load_tile<kTileKeys, kHeadDim, kThreads>(shared + i % kStages * kStageBytes, keys, p.k.row,
+                                             nth_tile(i, tiles) * kTileKeys, p.length_k);
+    copy_commit();
+  };
+  load(0);
+  for (int i = 0; i < tiles; ++i) {
+    const int tile = nth_tile(i, tiles), stage = i % kStages;
     copy_wait();
     __syncthreads();
-    const int stage = (tiles - 1 - tile) % kStages;
-    if (tile > 0) {
-      load_tile<kTileKeys, kHeadDim, kThreads>(shared + (1 - stage) * kStageBytes, keys, p.k.row,
-                                               (tile - 1) * kTileKeys, p.length_k);
-      copy_commit();
-    }
+    if (i + 1 < tiles) load(i + 1);
     const u32 stage_at = shared_address(shared + stage * kStageBytes);
 #pragma unroll 1
     for (int part = kTileKeys / kChunk - 1; part >= 0; --part) {

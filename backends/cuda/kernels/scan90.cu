@@ -157,12 +157,13 @@ __device__ __forceinline__ void for_items(const Params& p, const Body& body) {
   }
 }
 
-// One thread has the tiles copied, last one first. Keys and columns out of bounds become zeros.
+// One thread has the tiles copied. Keys and columns out of bounds become zeros.
 __device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map, const Item& item,
                                            Ring& at, u32 stages, u32 full, u32 empty) {
   // A dimension that was expanded with stride 0 has one entry in the map.
   const int head_at = p.k.head ? item.head / p.group : 0, batch_at = p.k.batch ? item.batch : 0;
-  for (int tile = item.tiles - 1; tile >= 0; --tile, at.advance()) {
+  for (int i = 0; i < item.tiles; ++i, at.advance()) {
+    const int tile = nth_tile(i, item.tiles);
     await(empty + at.stage * 8, at.parity ^ 1);  // a new barrier counts as one of that parity
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + at.stage * 8),
@@ -244,38 +245,41 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
         : "=r"(any)
         : "r"(int(due)), "r"(1 + warp / 4)
         : "memory");
-    return uniform(any) != 0;
+    return any != 0;
   };
   const auto give_back = [&] {
     if (lane_id() == 0) arrive(empty + at.stage * 8);
     at.advance();
   };
-  // Tiles beyond this group's rows; all of them for a group without rows.
-  int first_key = (item.tiles - 1) * kTileKeys;
-  const int nearest = first_of_group >= p.length_q ? -1
-                      : kCausal                    ? first_of_group + kRows - 1
-                                                   : first_key;
-  for (; first_key > nearest; first_key -= kTileKeys) {
-    take();
-    give_back();
-  }
-  const auto look = [&](const auto& score) {
+  // Keys beyond these are seen by none of the group's rows; none at all by a group without rows.
+  const int last_seen = first_of_group >= p.length_q ? -1
+                        : kCausal                    ? first_of_group + kRows - 1
+                                                     : p.length_k;
+  const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     lists.template filter<kParts>(score, column, p.inv_c);
     lists.template settle<kParts>(score, column, p, vote);
   };
-  Scores s;
-  for (; first_key >= 0; first_key -= kTileKeys) {
-    multiply(s, q, take());
+  for (int i = 0; i < item.tiles; ++i) {
+    const int first_key = nth_tile(i, item.tiles) * kTileKeys;
+    const unsigned long long tile = take();
+    if (first_key > last_seen) {
+      give_back();
+      continue;
+    }
+    Scores s;
+    multiply(s, q, tile);
     give_back();
     if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1))
-      look([&](int slot, int n, int j) {
-        const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
-        const int row = first_row + slot * 8 + lane_id() / 4;
-        return key < p.length_k && (!kCausal || key <= row) ? s[n * 4 + slot * 2 + j] : -kInf;
-      });
+      look(
+          [&](int slot, int n, int j) {
+            const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
+            const int row = first_row + slot * 8 + lane_id() / 4;
+            return key < p.length_k && (!kCausal || key <= row) ? s[n * 4 + slot * 2 + j] : -kInf;
+          },
+          first_key);
     else
-      look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; });
+      look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
   }
   if (!wanted) return;
   lists.sift(p);
