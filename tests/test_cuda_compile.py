@@ -104,7 +104,7 @@ HOPPER = [
 
 
 @pytest.mark.parametrize(("shape", "head_dim", "alpha"), HOPPER)
-def test_the_hopper_scan_overlaps_and_spills_nothing(
+def test_the_hopper_scan_spills_nothing(
     shape: tuple[int, int], head_dim: int, alpha: int
 ) -> None:
     scan = sizes.hopper_scan(head_dim, *shape, retry=shape == plan.RETRY_SHAPE)
@@ -126,7 +126,7 @@ def test_the_hopper_scan_overlaps_and_spills_nothing(
     print(f"\nscan90.cu {defines}: {found}")
     assert set(found) == {"scan"}
     assert found["scan"].spilled <= (FEW_SPILLS if alpha == GENERAL_ALPHA else 0)
-    assert "serialized" not in log  # ptxas made wgmma wait: no overlap is left
+    assert "serialized" not in log  # what ptxas says where it makes wgmma wait
 
 
 def test_an_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> None:

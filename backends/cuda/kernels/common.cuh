@@ -47,7 +47,7 @@ constexpr int kArenaRow = 64;
 
 // Where long columns are dealt out to several blocks they have at most kLongWaves parts for each
 // block of the launch, together.
-constexpr int kLongWaves = 2;
+constexpr int kLongWaves = 8;
 constexpr int kLongPartBytes = 2048;
 
 struct View {  // (batch, heads, length, head_dim) with unit stride in head_dim

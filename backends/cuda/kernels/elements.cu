@@ -355,7 +355,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 constexpr int kLongThreads = 512;
 constexpr int kLongWarps = kLongThreads / 32;
 constexpr int kMapRows = 8192;
-constexpr int kStepRows = kParts * kBatch;  // that a warp gathers at a time
 using LongSum = float[2][8][kRowLanes];     // of dK and dV
 static_assert(sizeof(LongSum) * kLongWarps <= kMapRows * sizeof(int), "sums take the map's place");
 static_assert(sizeof(LongSum) <= kLongPartBytes);
@@ -368,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(kLongThreads)
   const int columns = p.long_columns[0];
   if (columns == 0) return;
   const int rows = p.group * p.length_q;
-  constexpr int kLeast = kLongWarps * kStepRows;  // rows that busy all warps
+  constexpr int kLeast = kLongWarps * 32;  // rows that busy all warps
   const int wanted = max(1, min(int(gridDim.x) * kLongWaves / columns, rows / kLeast));
   const int part_rows = ((rows + wanted - 1) / wanted + kLeast - 1) / kLeast * kLeast;
   const int parts = (rows + part_rows - 1) / part_rows;
@@ -390,16 +389,24 @@ extern "C" __global__ void __launch_bounds__(kLongThreads)
         if (row >= 0 && row < window) map[row] = i;
       }
       __syncthreads();
+      // Each warp closes the gaps of its share of the rows, then gathers.
       const int share = window / kLongWarps;
-      const int* mine = map + warp_id() * share + lane_id() / kRowLanes;
+      int* mine = map + warp_id() * share;
+      int kept = 0;
+      for (int i = lane_id(); i - lane_id() < share; i += 32) {
+        const int found = i < share ? mine[i] : -1;
+        const u32 some = __ballot_sync(kAllLanes, found >= 0);
+        if (found >= 0) mine[kept + __popc(some & ((1u << lane_id()) - 1u))] = found;
+        kept += __popc(some);
+        __syncwarp();
+      }
 #pragma unroll 1
-      for (int step = 0; step < share; step += kStepRows) {
+      for (int step = lane_id() / kRowLanes; step - lane_id() / kRowLanes < kept;
+           step += kParts * kBatch) {
         Record record[kBatch];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int found = mine[step + i * kParts];
-          record[i] = found >= 0 ? records[found] : kNoRecord;
-        }
+        for (int i = 0; i < kBatch; ++i)
+          record[i] = step + i * kParts < kept ? records[mine[step + i * kParts]] : kNoRecord;
         sums.add(p, batch, kv_head, record, at);
       }
     }

@@ -30,12 +30,8 @@ constexpr int kStripAppend = kStripKeys / 4;  // entries that it may add to one 
 constexpr int kMinStrips = 2;                 // for which there is always room
 constexpr int kMaxList = 64;                  // entries: a quarter of kMaxRow of elements.cu
 // Bounds are raised when a list has grown by so many entries since, and lists are dealt out anew.
-#ifndef ADASPLASH2_GROW
-#define ADASPLASH2_GROW 1
-#define ADASPLASH2_DEAL 6
-#endif
-constexpr int kRaiseGrow = ADASPLASH2_GROW;
-constexpr int kDealGrow = ADASPLASH2_DEAL;
+constexpr int kRaiseGrow = 1;
+constexpr int kDealGrow = 3;
 constexpr int kSpare = 2;  // entries by which lists may grow before strips have to make way
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 

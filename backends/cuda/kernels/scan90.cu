@@ -252,7 +252,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
     at.advance();
   };
   // Keys beyond these are seen by none of the group's rows; none at all by a group without rows.
-  const int last_seen = first_of_group >= p.length_q ? -1
+  int last_seen = first_of_group >= p.length_q ? -1
                         : kCausal                    ? first_of_group + kRows - 1
                                                      : p.length_k;
   const auto look = [&](const auto& score, int first_key) {
@@ -280,6 +280,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
           first_key);
     else
       look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
+    // Where the second look is in vain, too, the largest scores are known already.
+    if (kRetry && !vote(wanted && !lists.flat)) last_seen = -1;
   }
   if (!wanted) return;
   lists.sift(p);
