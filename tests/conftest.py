@@ -31,6 +31,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(trylast=True)  # parts of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if part := config.getoption("--part"):
         first, step = map(int, part.split("/"))

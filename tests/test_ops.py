@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -70,6 +70,15 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 # Registration
 
 
+@pytest.fixture
+def filled_memory() -> Iterator[None]:
+    """opcheck compares outputs bit by bit, and of ``saved`` also what no backend writes."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("filled_memory")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("needs_grad", [True, False])
