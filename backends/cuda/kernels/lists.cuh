@@ -33,6 +33,7 @@ constexpr int kMaxList = 64;                  // entries: a quarter of kMaxRow o
 constexpr int kRaiseGrow = 1;
 constexpr int kDealGrow = 3;
 constexpr int kSpare = 2;  // entries by which lists may grow before strips have to make way
+constexpr int kFirstSteps = 3;  // Newton steps to the first bounds
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -147,13 +148,59 @@ struct Lists {
     return seen - (1.f + kBoundSlack) * inv_c - kBoundSlack * fabsf(seen);
   }
 
-  // The first bound of a row is its window's lower end under the first maximum it meets.
-  __device__ __forceinline__ void set_first_bounds(float inv_c) {
+  // What a score above a bound adds to a Newton step.
+  static __device__ __forceinline__ void add_above(float x, float r, float& s1, float& s2) {
+    const bool above = x > 0.f;
+    const float inside = above ? x : 0.f;  // NaN, too, is no score above
+    if constexpr (kAlpha == AlphaKind::kGeneral) {
+      const float u = above ? power(inside, r - 1.f) : 0.f;
+      s1 += u;
+      s2 = fmaf(u, inside, s2);
+    } else if constexpr (kAlpha == AlphaKind::k15) {
+      s1 += inside;
+      s2 = fmaf(inside, inside, s2);
+    } else {
+      s1 += above ? 1.f : 0.f;
+      s2 += inside;
+    }
+  }
+  // The bound after that step, of sums over the lanes of a row.
+  static __device__ __forceinline__ float raised(float bound, float s1, float s2, float inv_c,
+                                                 float r) {
+    const float slope = r * sum_over<4>(s1), f = sum_over<4>(s2) - 1.f;
+    if (!(f > 0.f)) return bound;  // never where nothing is kept
+    const float rise = (f / slope - kBoundSlack) * inv_c;
+    return fmaxf(bound, bound + rise - kBoundSlack * fabsf(bound));
+  }
+
+  // The first bounds of rows, from the largest scores of parts of their first tile: some scores of
+  // the row as good as any, and enough of them that few of the tile pass.
+  template <int count, class Score>
+  __device__ __forceinline__ void set_first_bounds(const Score& score, const Params& p) {
     bool still = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
+      constexpr int parts = 4, each = count * kStripAppend / parts;
+      float best[parts];
+#pragma unroll
+      for (int part = 0; part < parts; ++part) {
+#pragma unroll
+        for (int i = part * each; i < (part + 1) * each; ++i) {
+          const float x = score(slot, i / 2, i % 2);
+          best[part] = i == part * each ? x : max_or_nan(best[part], x);
+        }
+        top[slot] = max_or_nan(top[slot], best[part]);
+      }
       const float seen = max_or_nan_over<4>(top[slot]);
-      if (bound[slot] == -kInf && is_finite(seen)) bound[slot] = under(seen, inv_c);
+      float first = under(seen, p.inv_c);
+#pragma unroll 1
+      for (int step = 0; step < kFirstSteps; ++step) {
+        float s1 = 0.f, s2 = 0.f;
+#pragma unroll
+        for (float x : best) add_above(p.c * (x - first), p.r, s1, s2);
+        first = raised(first, s1, s2, p.inv_c, p.r);
+      }
+      if (bound[slot] == -kInf && is_finite(seen)) bound[slot] = first;
       still |= bound[slot] == -kInf;
     }
     unset = __any_sync(kAllLanes, still);
@@ -214,30 +261,13 @@ struct Lists {
       const u32 at = base + i * kEntryBytes;
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
-        const float rise = c * (load_shared(at + slot * kSlotBytes) - bound[slot]);
-        const bool kept = at < end[slot] && rise > 0.f;  // what lies beyond an end may be NaN
-        const float x = kept ? rise : 0.f;
-        if constexpr (kAlpha == AlphaKind::kGeneral) {
-          const float u = kept ? power(x, r - 1.f) : 0.f;
-          s1[slot] += u;
-          s2[slot] = fmaf(u, x, s2[slot]);
-        } else if constexpr (kAlpha == AlphaKind::k15) {
-          s1[slot] += x;
-          s2[slot] = fmaf(x, x, s2[slot]);
-        } else {
-          s1[slot] += kept ? 1.f : 0.f;
-          s2[slot] += x;
-        }
+        const float score = at < end[slot] ? load_shared(at + slot * kSlotBytes) : -kInf;
+        add_above(c * (score - bound[slot]), r, s1[slot], s2[slot]);
       }
     }
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      const float slope = r * sum_over<4>(s1[slot]), f = sum_over<4>(s2[slot]) - 1.f;
-      if (f > 0.f) {  // never where nothing is kept
-        const float rise = (f / slope - kBoundSlack) * inv_c;
-        bound[slot] = fmaxf(bound[slot], bound[slot] + rise - kBoundSlack * fabsf(bound[slot]));
-      }
-    }
+    for (int slot = 0; slot < kSlots; ++slot)
+      bound[slot] = raised(bound[slot], s1[slot], s2[slot], inv_c, r);
     raise_at = base + (longest + kRaiseGrow - 1) * kEntryBytes;
   }
 
@@ -476,16 +506,9 @@ struct Lists {
   // (slot, n, j) belongs to column first_column + 8 n + j. Straight code, so that products may be
   // under way. The maxima of a flat warp go on being kept.
   template <int count, class Score>
-  __device__ __forceinline__ void filter(const Score& score, int first_column, float inv_c) {
+  __device__ __forceinline__ void filter(const Score& score, int first_column, const Params& p) {
     static_assert(count % kMinStrips == 0, "settle() looks again at so many at a time");
-    if (unset) {
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot)
-#pragma unroll
-        for (int i = 0; i < count * kStripAppend; ++i)
-          top[slot] = max_or_nan(top[slot], score(slot, i / 2, i % 2));
-      set_first_bounds(inv_c);
-    }
+    if (unset) set_first_bounds<count>(score, p);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) before[pair] = caught[pair];
     catch_strips(score, 0, count, first_column);

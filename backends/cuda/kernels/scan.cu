@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
       if (edge) mask_scores(s, first_row, first_key, p.length_k);
       const auto score = [&](int slot, int n, int j) { return s[slot / 2][n][slot % 2 * 2 + j]; };
       const int column = first_key + lane_id() % 4 * 2;
-      lists.filter<kChunk / kStripKeys>(score, column, p.inv_c);
+      lists.filter<kChunk / kStripKeys>(score, column, p);
       lists.settle<kChunk / kStripKeys>(score, column, p,
                                         [](bool due) { return __any_sync(kAllLanes, due); });
     }

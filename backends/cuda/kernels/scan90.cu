@@ -257,7 +257,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
                                                      : p.length_k;
   const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
-    lists.template filter<kParts>(score, column, p.inv_c);
+    lists.template filter<kParts>(score, column, p);
     lists.template settle<kParts>(score, column, p, vote);
   };
   for (int i = 0; i < item.tiles; ++i) {
