@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,59 @@ def test_a_contender_that_fails_or_hangs_is_left_out_with_its_reason() -> None:
     reasons = {entry.contender: entry.reason for entry in left_out}
     assert reasons["failing"] == "RuntimeError: does not run"
     assert "--limit" in reasons["slow"]
+
+
+class Compiled:
+    """A contender's call whose first ones sleep, as if they compiled: one a mode and length."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.seen: set[object] = set()
+
+    def __call__(
+        self, case: harness.AttentionCase, query: torch.Tensor, *others: torch.Tensor
+    ) -> torch.Tensor:
+        variant = torch.is_grad_enabled(), query.shape
+        if variant not in self.seen:
+            self.seen.add(variant)
+            time.sleep(self.seconds)
+        return query + sum(t.sum() for t in others)
+
+
+def test_no_time_contains_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "BUDGET_MS", 50.0)  # which compiling takes longer than
+    monkeypatch.setattr(harness, "CHECKED_LENGTH", 64)
+    contender = harness.Contender("compiled", Compiled(0.2))
+    (m,) = harness.measure([(blocks(128, 0.0), contender)], 3)
+    assert all(t.rounds == 3 and t.highest < 100 for t in m.times.values())
+
+
+def test_who_has_no_time_for_a_round_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_warm_up", lambda *_: time.sleep(0.2) or 0.0)
+    entrants, left_out = [(blocks(128, 0.0), harness.Contender("warm", Compiled(0.0)))], []
+    assert harness.measure(entrants, 3, False, harness.Budget(0.1), left_out) == []
+    assert [e.reason for e in left_out] == ["the 0.1 s of --budget are over before a timed round"]
+
+
+def test_compiling_takes_at_most_half_of_what_is_left() -> None:
+    case, left_out = blocks(128, 0.0), []
+    budget = harness.Budget(4.0, limit=60.0)
+    rivals = [harness.Contender("slow", slow), harness.Contender("quick", Compiled(0.0))]
+    found = harness.measure([(case, r) for r in rivals], 1, False, budget, left_out)
+    assert [m.contender.name for m in found] == ["quick"]
+    assert [entry.contender for entry in left_out] == ["slow"]
+    assert budget.left() > 0
+    assert budget.why_not(case, rivals[0]) is not None
+
+
+@pytest.mark.parametrize("tunes", [True, False])
+def test_who_compiles_each_shape_is_charged_for_it(tunes: bool) -> None:
+    """Who compiles once takes part in later cases, whatever that took."""
+    budget = harness.Budget(4.0)
+    contender = harness.Contender("compiled", Compiled(0.9), tunes=tunes)
+    case, later = blocks(128, 0.0), blocks(256, 0.0)
+    harness.measure([(case, contender)], 1, False, budget)
+    assert (budget.why_not(later, contender) is not None) is tunes
 
 
 def test_backward_is_a_part_of_both() -> None:
