@@ -61,9 +61,9 @@ timed once."""
 ROUNDS_SHARE = 0.25
 """Part of what is left of the budget that the rounds of one group of cases may take."""
 
-CONTENDER_SHARE = 1 / 3
-"""Part of the budget after which a contender takes part in no further case: two slow rivals must
-leave time for all others. Compiling counts where it comes again with each shape."""
+CONTENDER_SHARE = 0.5
+"""Part of the budget after which a contender takes part in no further case: a slow rival must not
+keep all others from the later ones. Compiling counts where it comes again with each shape."""
 
 BUDGET_SECONDS = 240
 """What a program may take by default: it ends within five minutes, imports and pictures counted."""
@@ -358,12 +358,19 @@ class Budget:
         self._end = time.monotonic() + seconds
         self._seen: dict[tuple[str, str], _Seen] = {}  # by contender and dtype
         self._used: dict[str, float] = {}
+        self._stopped: str | None = None
 
     def left(self) -> float:
-        return max(0.0, self._end - time.monotonic())
+        return 0.0 if self._stopped else max(0.0, self._end - time.monotonic())
 
     def over(self) -> str | None:
-        return None if self.left() else f"the {self.seconds:g} s of --budget are over"
+        return (
+            None if self.left() else self._stopped or f"the {self.seconds:g} s of --budget are over"
+        )
+
+    def stop(self, reason: str) -> None:
+        """Nothing more can be measured."""
+        self._stopped = reason
 
     def for_warm_up(self) -> float:
         """What a contender may take to warm up now."""
@@ -447,6 +454,8 @@ def measure(
     def leave_out(case: Case, contender: Contender, reason: str) -> None:
         progress(f"{contender.name}, {case}: left out, {reason}")
         left_out.append(LeftOut(case, contender.name, reason))
+        if case.device == "cuda" and not budget.over() and not _gpu_works():
+            budget.stop(f"the GPU fails since {contender.name} ran {case}")
 
     for case, contender in entrants:
         reason = budget.why_not(case, contender)
@@ -470,7 +479,7 @@ def measure(
         for entrant in list(present):
             reason = None
             if not number and (over := budget.over()):
-                reason = f"{over} before a timed round"
+                reason = f"no timed round: {over}"
             else:
                 try:
                     entrant.take_part()
@@ -524,6 +533,15 @@ class _Entrant:
         budget.saw(self.case, self.contender, calls, again)
         warm_up = again or min(self.warm_up, WARM_UPS[self.case.device] * calls)
         budget.used(self.contender, warm_up + self.seconds)
+
+
+def _gpu_works() -> bool:
+    """Whether no call has spoilt it, by a wrong address say: all later ones would fail too."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _peak(entrant: _Entrant) -> int | None:
@@ -951,7 +969,7 @@ class Run:
         found = measure(entrants, self.options.repeats, peak_memory, self.budget, self.left_out)
         self.measurements += found
         self.save()
-        if self.options.device == "cuda":
+        if self.options.device == "cuda" and not self.budget.over():
             torch.cuda.empty_cache()
         return found
 
