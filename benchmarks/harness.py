@@ -56,23 +56,24 @@ DTYPES = {
 BUDGET_MS = 3_000.0
 """Time that the rounds of one contender and mode may take: dense attention needs seconds a call,
 and all others would wait for as many of its rounds as of their own. A call that takes longer is
-timed once and not warmed up."""
+timed once."""
 
 ROUNDS_SHARE = 0.25
 """Part of what is left of the budget that the rounds of one group of cases may take."""
 
 CONTENDER_SHARE = 0.5
 """Part of the budget after which a contender takes part in no further case: a slow rival must not
-keep all others from the later ones."""
+keep all others from the later ones. Compiling counts where it comes again with each shape."""
 
 BUDGET_SECONDS = 240
 """What a program may take by default: it ends within five minutes, imports and pictures counted."""
 
 LIMIT_SECONDS = {"cpu": 20, "cuda": 60}
-"""What a contender may take for the warm-up of one case, compiling and tuning counted."""
+"""What a contender may take for the warm-up of one case, compiling and tuning counted; never more
+than half of what is left, so that others and later cases have a half too."""
 
 WARM_UPS = {"cpu": 1, "cuda": 3}
-"""Untimed calls before the rounds; on CUDA the first ones compile and tune."""
+"""Untimed calls of each mode before the rounds; the first may compile and tune."""
 
 FLUSH_BYTES = 256 * 2**20
 """Written before each call timed on CUDA: more than any L2 cache holds, so that calls start from
@@ -219,7 +220,7 @@ class Contender:
         refusal: takes a case on one of them, says in a sentence what is against it, or None.
         softmax: whether it computes softmax instead of entmax.
         tunes: whether it compiles or tunes anew for each shape. It is then checked on the shape
-            that is timed, not on the short case.
+            that is timed, not on the short case, and each case is reckoned to cost that again.
         reference: what it computes, of a case and the tensors of its first positions, in float64;
             None where that is the case's softmax or entmax.
     """
@@ -355,20 +356,29 @@ class Budget:
     def __init__(self, seconds: float = math.inf, limit: float = math.inf) -> None:
         self.seconds, self.limit = seconds, limit
         self._end = time.monotonic() + seconds
-        # Of a contender and dtype: work and seconds of the last case.
-        self._seen: dict[tuple[str, str], tuple[float, float]] = {}
+        self._seen: dict[tuple[str, str], _Seen] = {}  # by contender and dtype
         self._used: dict[str, float] = {}
+        self._stopped: str | None = None
 
     def left(self) -> float:
-        return max(0.0, self._end - time.monotonic())
+        return 0.0 if self._stopped else max(0.0, self._end - time.monotonic())
 
     def over(self) -> str | None:
-        return None if self.left() else f"the {self.seconds:g} s of --budget are over"
+        return (
+            None if self.left() else self._stopped or f"the {self.seconds:g} s of --budget are over"
+        )
 
-    def saw(self, case: Case, contender: Contender, seconds: float) -> None:
-        """Notes what the calls of a warm-up took; compiling and tuning do not count."""
-        self._seen[contender.name, case.dtype] = case.work(), seconds
-        self.used(contender, seconds)
+    def stop(self, reason: str) -> None:
+        """Nothing more can be measured."""
+        self._stopped = reason
+
+    def for_warm_up(self) -> float:
+        """What a contender may take to warm up now."""
+        return min(self.limit, self.left() / 2)
+
+    def saw(self, case: Case, contender: Contender, seconds: float, compiling: float = 0.0) -> None:
+        """Notes what a call of each mode takes together, and what the next shape takes beside."""
+        self._seen[contender.name, case.dtype] = _Seen(case.work(), seconds, compiling)
 
     def used(self, contender: Contender, seconds: float) -> None:
         self._used[contender.name] = self._used.get(contender.name, 0.0) + seconds
@@ -381,16 +391,25 @@ class Budget:
         if (used := self._used.get(contender.name, 0.0)) > CONTENDER_SHARE * self.seconds:
             return f"has used its share, {used:.0f} s of --budget {self.seconds:g}"
         if seen := self._seen.get((contender.name, case.dtype)):
-            work, seconds = seen
-            needed = seconds * max(1.0, case.work() / work)
-            if needed > BUDGET_MS / 1e3:
-                needed /= 1 + WARM_UPS[case.device]  # it is timed once
-            if needed > left / 2 or needed >= self.limit:
+            call = seen.seconds * max(1.0, case.work() / seen.work)
+            calls = WARM_UPS[case.device]
+            if call > BUDGET_MS / 1e3:
+                calls = min(calls, 2)
+            warm_up = seen.compiling + calls * call
+            if warm_up >= self.for_warm_up():
                 return (
-                    f"would take about {needed:.0f} s; left are {left:.0f} s of --budget "
-                    f"{self.seconds:g}, --limit is {self.limit:g} s"
+                    f"would take about {warm_up:.0f} s to warm up; left are {left:.0f} s of "
+                    f"--budget {self.seconds:g}, --limit is {self.limit:g} s"
                 )
         return None
+
+
+class _Seen(NamedTuple):
+    """What a contender's last case took, in seconds."""
+
+    work: float
+    seconds: float
+    compiling: float
 
 
 @contextlib.contextmanager
@@ -424,61 +443,114 @@ def measure(
 
     What slows the machine for a while then slows all of them, and their ratios stay right. An
     entrant takes part in ``repeats`` rounds, or in as many as fit in :data:`BUDGET_MS` and in the
-    budget, or in one. One that fails, or does not fit in the budget, goes to ``left_out``.
+    budget, or in one. One that fails, or does not fit in the budget, goes to ``left_out``. Only
+    rounds give times: a warm-up may have compiled.
     """
     budget = Budget() if budget is None else budget
     left_out = [] if left_out is None else left_out
     inputs = {case: case.inputs() for case in dict.fromkeys(case for case, _ in entrants)}
-    present: list[tuple[Case, Contender]] = []
-    errors: list[float] = []
-    samples: list[dict[str, list[float]]] = []
-    lasts: list[dict[str, float]] = []
+    present: list[_Entrant] = []
+
+    def leave_out(case: Case, contender: Contender, reason: str) -> None:
+        progress(f"{contender.name}, {case}: left out, {reason}")
+        left_out.append(LeftOut(case, contender.name, reason))
+        if case.device == "cuda" and not budget.over() and not _gpu_works():
+            budget.stop(f"the GPU fails since {contender.name} ran {case}")
+
     for case, contender in entrants:
         reason = budget.why_not(case, contender)
         if reason is None:
-            try:
-                error, warm = _warm_up(case, contender, inputs[case], budget)
-            except Exception as failed:  # whatever it is, it is this contender's reason
-                reason = str(failed) if isinstance(failed, _Failed) else _words(failed)
-        if reason is not None:
-            progress(f"{contender.name}, {case}: left out, {reason}")
-            left_out.append(LeftOut(case, contender.name, reason))
-            continue
-        last = {mode: warm[mode][-1] for mode in MODES}
-        took = ", ".join(f"{digits(last[mode])} ms {mode}" for mode in MODES)
-        progress(f"{contender.name}, {case}: warm-up {took}")
-        present.append((case, contender))
-        errors.append(error)
-        lasts.append(last)
-        samples.append(
-            {
-                timed: warm[timed] if last[mode] > BUDGET_MS else []
-                for mode in MODES
-                for timed in TIMED[mode]
-            }
-        )
-
-    turns = 1e3 * ROUNDS_SHARE * budget.left() / max(1e-9, sum(sum(t.values()) for t in lasts))
-    repeats = max(1, int(min(repeats, turns)))
-    wanted = [{m: max(1, min(repeats, int(BUDGET_MS / last[m]))) for m in MODES} for last in lasts]
-    for _ in range(repeats):
-        for (case, contender), times, most in zip(present, samples, wanted, strict=True):
             began = time.monotonic()
-            for mode in MODES:
-                if len(times[mode]) < most[mode]:
-                    for timed, ms in parts(case, contender, inputs[case], mode).items():
-                        times[timed].append(ms)
-            budget.used(contender, time.monotonic() - began)
+            try:
+                error = _warm_up(case, contender, inputs[case], budget)
+            except _Failed as failed:
+                reason = str(failed)
+            else:
+                took = time.monotonic() - began
+                progress(f"{contender.name}, {case}: warm-up {took:.1f} s")
+                present.append(_Entrant(case, contender, inputs[case], error, took))
+        if reason is not None:
+            leave_out(case, contender, reason)
+
+    end = time.monotonic() + ROUNDS_SHARE * budget.left()
+    for number in range(repeats):
+        if number and time.monotonic() >= end:
+            break
+        for entrant in list(present):
+            reason = None
+            if not number and (over := budget.over()):
+                reason = f"no timed round: {over}"
+            else:
+                try:
+                    entrant.take_part()
+                except Exception as failed:  # memory, say, that others took meanwhile
+                    reason = _words(failed)
+            if reason is not None:
+                leave_out(entrant.case, entrant.contender, reason)
+                present.remove(entrant)
+    for entrant in present:
+        entrant.tell(budget)
     return [
         Measurement(
-            case,
-            contender,
-            error,
-            {timed: summary(taken) for timed, taken in times.items()},
-            peak_bytes(case, contender) if peak_memory and budget.left() else None,
+            entrant.case,
+            entrant.contender,
+            entrant.error,
+            {timed: summary(taken) for timed, taken in entrant.times.items()},
+            _peak(entrant) if peak_memory and budget.left() else None,
         )
-        for (case, contender), error, times in zip(present, errors, samples, strict=True)
+        for entrant in present
     ]
+
+
+@dataclass(eq=False)
+class _Entrant:
+    """A contender on a case that has warmed up, in ``warm_up`` seconds; ``times`` of its rounds."""
+
+    case: Case
+    contender: Contender
+    inputs: Inputs
+    error: float
+    warm_up: float
+    times: dict[str, list[float]] = dataclasses.field(
+        default_factory=lambda: {timed: [] for mode in MODES for timed in TIMED[mode]}
+    )
+    seconds: float = 0.0
+
+    def take_part(self) -> None:
+        """A round: one call of each mode that has time for another."""
+        began = time.monotonic()
+        for mode in MODES:
+            so_far = self.times[mode]
+            if not so_far or sum(so_far) + so_far[-1] <= BUDGET_MS:
+                for timed, ms in parts(self.case, self.contender, self.inputs, mode).items():
+                    self.times[timed].append(ms)
+        self.seconds += time.monotonic() - began
+
+    def tell(self, budget: Budget) -> None:
+        """What the rounds say of the next case; who compiles once is not charged for it."""
+        calls = sum(statistics.median(self.times[mode]) for mode in MODES) / 1e3
+        again = self.warm_up if self.contender.tunes else 0.0
+        budget.saw(self.case, self.contender, calls, again)
+        warm_up = again or min(self.warm_up, WARM_UPS[self.case.device] * calls)
+        budget.used(self.contender, warm_up + self.seconds)
+
+
+def _gpu_works() -> bool:
+    """Whether no call has spoilt it, by a wrong address say: all later ones would fail too."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _peak(entrant: _Entrant) -> int | None:
+    """Its peak memory; None where that needs more than there is."""
+    try:
+        return peak_bytes(entrant.case, entrant.contender)
+    except RuntimeError as failed:  # torch.OutOfMemoryError is one
+        progress(f"{entrant.contender.name}, {entrant.case}: no peak memory, {_words(failed)}")
+        return None
 
 
 class _Failed(Exception):
@@ -491,31 +563,27 @@ def _words(failed: Exception) -> str:
     return f"{type(failed).__name__}: {lines[0]}" if lines else type(failed).__name__
 
 
-def _warm_up(
-    case: Case, contender: Contender, inputs: Inputs, budget: Budget
-) -> tuple[float, dict[str, list[float]]]:
-    """Its error, and the milliseconds of the last untimed call of each mode."""
+def _warm_up(case: Case, contender: Contender, inputs: Inputs, budget: Budget) -> float:
+    """Its error. Calls each mode until it is warm: a first call, however long, may have compiled
+    and says nothing; a later one that is long is warm enough."""
     began = time.monotonic()
-    with warnings.catch_warnings(record=True) as said, time_limit(min(budget.limit, budget.left())):
+    with warnings.catch_warnings(record=True) as said, time_limit(budget.for_warm_up()):
         warnings.simplefilter("always")
         try:
             error = contender.error(case, inputs)
-            warm: dict[str, list[float]] = {}
             for mode in MODES:
-                for _ in range(WARM_UPS[case.device]):
-                    took = parts(case, contender, inputs, mode)
-                    warm |= {timed: [ms] for timed, ms in took.items()}
-                    if took[mode] > BUDGET_MS:
+                for number in range(WARM_UPS[case.device]):
+                    if clock(case, contender, inputs, mode) > BUDGET_MS and number:
                         break
-        except Exception as failed:
-            # SDPA says in warnings why an implementation does not run.
+        except Exception as failed:  # whatever it is, it is this contender's reason
+            took = time.monotonic() - began
+            budget.used(contender, took)
             if isinstance(failed, TimeoutError):
-                budget.saw(case, contender, time.monotonic() - began)
+                budget.saw(case, contender, 0.0, took)
+            # SDPA says in warnings why an implementation does not run.
             words = dict.fromkeys(str(w.message).partition(" (Triggered")[0] for w in said)
             raise _Failed(" ".join([_words(failed), *words])) from failed
-    seconds = sum(warm[mode][-1] for mode in MODES) / 1e3
-    budget.saw(case, contender, (1 + WARM_UPS[case.device]) * seconds)
-    return error, warm
+    return error
 
 
 def summary(times: Sequence[float]) -> Timing:
@@ -697,7 +765,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--limit",
         type=positive,
         metavar="SECONDS",
-        help="for a contender to compile, tune and warm up for one case; default 60, on the CPU 20",
+        help="for a contender to compile, tune and warm up for one case, half of what is left of "
+        "the budget at most; default 60, on the CPU 20",
     )
     add("--json", type=writable, metavar="PATH", help="write environment and measurements there")
     add("--plot", type=picture, metavar="PATH", help="draw a picture (.png, .svg, .pdf) there")
@@ -900,7 +969,7 @@ class Run:
         found = measure(entrants, self.options.repeats, peak_memory, self.budget, self.left_out)
         self.measurements += found
         self.save()
-        if self.options.device == "cuda":
+        if self.options.device == "cuda" and not self.budget.over():
             torch.cuda.empty_cache()
         return found
 

@@ -1,7 +1,8 @@
 """What the library costs around the kernels: imports, a decision, a call beside its backend's.
 
 On tiny tensors, so that the backend's own work is small. ``direct`` calls the backend's function
-with a ready problem; ``call`` is the public function, which validates and decides first.
+with a ready problem; ``call`` is the public function, which validates and decides first. With
+``backward`` it is a forward and backward, where torch's autograd takes its part too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 import adasplash2
 from adasplash2 import dispatch
-from adasplash2.problem import Inputs, attention_problem
+from adasplash2.problem import Inputs, Problem, attention_problem
 
 DECISION_US, CALL_US, IMPORT_S = 5.0, 20.0, 0.15
 """The limits."""
@@ -64,18 +65,33 @@ def main() -> None:
     tensors = [torch.randn(1, 1, 16, 16, device=device, dtype=dtype) for _ in "qkv"]
     inputs = Inputs(*tensors)
 
-    def problem() -> object:
+    def problem(needs_grad: bool = False) -> Problem:
         return attention_problem(
-            inputs, alpha=1.5, scale=None, is_causal=True, enable_gqa=False, needs_grad=False
+            inputs, alpha=1.5, scale=None, is_causal=True, enable_gqa=False, needs_grad=needs_grad
         )
 
-    asked, equal = problem(), problem()
+    asked, equal, trained = problem(), problem(), problem(needs_grad=True)
     chosen, config = dispatch.choose(asked)
+    to_train = dispatch.choose(trained)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    grad_out = torch.randn_like(tensors[0])
+
+    def direct_backward() -> None:
+        result = to_train.backend.forward(trained, inputs, to_train.config)
+        to_train.backend.backward(trained, inputs, result, grad_out, to_train.config)
+
+    @torch.enable_grad()
+    def call_backward() -> None:
+        out = adasplash2.entmax_attention(*leaves, is_causal=True)
+        torch.autograd.grad(out, leaves, grad_out)
+
     calls = {
         "decision": lambda: dispatch.choose(equal),
         "validation": problem,
         "direct": lambda: chosen.forward(asked, inputs, config),
         "call": lambda: adasplash2.entmax_attention(*tensors, is_causal=True),
+        "direct, backward": direct_backward,
+        "call, backward": call_backward,
     }
     with torch.no_grad():
         for call in calls.values():

@@ -162,22 +162,17 @@ def draw(run: harness.Run, sparsity: dict[int, dict[str, float]]) -> None:
             x = lengths.index(length) + (names.index(name) - (slots - 1) / 2) * width
             backward = m.backward / base[length]
             forward = m.both / base[length] - backward  # with what it keeps for the backward
-            first = length == lengths[0]
-            axis.bar(x, forward, 0.92 * width, color=colour[name], label=name if first else None)
+            axis.bar(x, forward, 0.92 * width, color=colour[name], label=name)
             axis.bar(x, backward, 0.92 * width, bottom=forward, color=colour[name], alpha=0.45)
             cut = " (cut off)" if forward + backward > top else ""
             written(x, forward + backward, f"{harness.digits(m.both)} ms{cut}")
-        labelled = False
         for length in lengths:
             if paper := PAPER.get(length):
                 x = lengths.index(length) + (slots - 1) / 2 * width
-                label = None if labelled else PAPER_NAME
                 height = paper.adasplash2 / paper.flash
-                axis.bar(
-                    x, height, 0.92 * width, fill=False, edgecolor="0.4", hatch="///", label=label
-                )
+                outline = {"fill": False, "edgecolor": "0.4", "hatch": "///", "label": PAPER_NAME}
+                axis.bar(x, height, 0.92 * width, **outline)
                 written(x, height, f"{paper.adasplash2:g} / {paper.flash:g} ms", "0.4")
-                labelled = True
         axis.bar(0, 0, color="0.3", label="forward (full colour)")
         axis.bar(0, 0, color="0.3", alpha=0.45, label="backward (pale)")
         labels = [f"{n:,}\n{100 * sparsity[n]['empty_tiles']:.0f} % empty" for n in lengths]

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,13 @@ def test_flex_computes_its_reference() -> None:
     assert reference.relative_error(out, expected) < 1e-4
 
 
+def test_references_are_as_small_as_what_is_compared() -> None:
+    """At 131,072 positions the live entries of all heads would be 275 GB."""
+    case = blocks(131072, 0.75, heads=4, heads_kv=4)
+    query, key, value = (torch.randn(1, 4, 512, 64) for _ in "qkv")
+    assert contenders.flex_expected(case, (query, key, value)).shape == query.shape
+
+
 def test_what_must_be_asked_for_says_so() -> None:
     case = blocks(512, 0.5)
     by_default = {c.name: c for c in contenders.on("cuda", None)}
@@ -164,6 +172,72 @@ def test_a_contender_that_fails_or_hangs_is_left_out_with_its_reason() -> None:
     reasons = {entry.contender: entry.reason for entry in left_out}
     assert reasons["failing"] == "RuntimeError: does not run"
     assert "--limit" in reasons["slow"]
+
+
+class Compiled:
+    """A contender's call whose first ones sleep, as if they compiled: one a mode and length."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.seen: set[object] = set()
+
+    def __call__(
+        self, case: harness.AttentionCase, query: torch.Tensor, *others: torch.Tensor
+    ) -> torch.Tensor:
+        variant = torch.is_grad_enabled(), query.shape
+        if variant not in self.seen:
+            self.seen.add(variant)
+            time.sleep(self.seconds)
+        return query + sum(t.sum() for t in others)
+
+
+def test_no_time_contains_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "BUDGET_MS", 300.0)  # which compiling takes longer than
+    monkeypatch.setattr(harness, "CHECKED_LENGTH", 64)
+    contender = harness.Contender("compiled", Compiled(0.5))
+    (m,) = harness.measure([(blocks(128, 0.0), contender)], 3)
+    assert all(t.rounds == 3 and t.highest < 450 for t in m.times.values())
+
+
+def test_who_has_no_time_for_a_round_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_warm_up", lambda *_: time.sleep(0.2) or 0.0)
+    entrants, left_out = [(blocks(128, 0.0), harness.Contender("warm", Compiled(0.0)))], []
+    assert harness.measure(entrants, 3, False, harness.Budget(0.1), left_out) == []
+    assert [e.reason for e in left_out] == ["no timed round: the 0.1 s of --budget are over"]
+
+
+def test_compiling_takes_at_most_half_of_what_is_left() -> None:
+    case, left_out = blocks(128, 0.0), []
+    budget = harness.Budget(8.0, limit=60.0)
+    rivals = [harness.Contender("slow", slow), harness.Contender("quick", Compiled(0.0))]
+    found = harness.measure([(case, r) for r in rivals], 1, False, budget, left_out)
+    assert [m.contender.name for m in found] == ["quick"]
+    assert [entry.contender for entry in left_out] == ["slow"]
+    assert budget.left() > 0
+    assert budget.why_not(case, rivals[0]) is not None
+
+
+@pytest.mark.parametrize("tunes", [True, False])
+def test_who_compiles_each_shape_is_charged_for_it(tunes: bool) -> None:
+    """Who compiles once takes part in later cases, whatever that took."""
+    contender = harness.Contender("compiled", failing, tunes=tunes)
+    case, budget = blocks(128, 0.0), harness.Budget(100.0)
+    times = {mode: [1.0] for mode in (*harness.MODES, harness.BACKWARD)}
+    harness._Entrant(case, contender, case.inputs(), 0.0, 60.0, times).tell(budget)
+    assert (budget.why_not(blocks(256, 0.0), contender) is not None) is tunes
+
+
+def test_a_gpu_that_a_rival_spoilt_is_not_blamed_on_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", spoilt)
+    monkeypatch.setattr(harness.AttentionCase, "inputs", lambda case: None)
+    case, budget, left_out = blocks(128, 0.0, device="cuda"), harness.Budget(60.0), []
+    rivals = [harness.Contender(name, failing) for name in ("first", "second")]
+    assert harness.measure([(case, r) for r in rivals], 1, False, budget, left_out) == []
+    assert "the GPU fails since first ran" in left_out[1].reason
+    assert budget.over() == left_out[1].reason
 
 
 def test_backward_is_a_part_of_both() -> None:

@@ -144,7 +144,7 @@ def test_progress_is_told() -> None:
     able = {"sleeper": sleeper(default=0)}
     problems = [(problem(), able), (problem(length=64), able)]
     list(tuning.tune(problems, seconds=10, progress=lambda *step: told.append(step)))
-    assert [(done, total) for _, done, total in told] == [(0, 2), (1, 2), (2, 2)]
+    assert [(done, total) for _, done, total in told] == [(step, 4) for step in range(5)]
     assert told[0][0] == records.problem_class(problem())
 
 
@@ -214,6 +214,8 @@ import os, pathlib
 def precompile(problem, config):
     if config["block"] == "broken":
         raise RuntimeError("does not compile")
+    if config["block"] == "deadly":
+        os._exit(1)
     if config["block"] == "endless":
         import time; time.sleep(60)
     folder = pathlib.Path(os.environ["MADE_UP_FOLDER"])
@@ -243,18 +245,20 @@ def test_compilation_runs_in_other_processes(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     told: list[tuple[str, int, int]] = []
-    done = tuning.compile_all(jobs("a", "b", "c"), 60, lambda *step: told.append(step))
+    done = tuning.compile_all(jobs("a", "b", "c"), 60, 60, lambda *step: told.append(step))
     assert all(job in done for job in jobs("a", "b", "c"))
     assert len(done) == 3
     assert {path.name for path in compiler.iterdir()} == {"a 8", "b 8", "c 8"}
     pids = {path.read_text() for path in compiler.iterdir()}
     assert len(pids) == 2
     assert str(os.getpid()) not in pids
-    assert told[0] == ("compiling 3 variants", 0, 2)
+    assert told[0] == ("compiling 3 variants", 0, 3)
 
 
 def test_a_variant_that_does_not_compile_stops_no_other(compiler: Path, capfd: Any) -> None:
-    assert [job.config for job in tuning.compile_all(jobs("broken", "a"), 60)] == [{"block": "a"}]
+    assert [job.config for job in tuning.compile_all(jobs("broken", "a"), 60, 60)] == [
+        {"block": "a"}
+    ]
     assert {path.name for path in compiler.iterdir()} == {"a 8"}
     assert "does not compile" in capfd.readouterr().err
 
@@ -262,11 +266,21 @@ def test_a_variant_that_does_not_compile_stops_no_other(compiler: Path, capfd: A
 def test_compilation_that_takes_too_long_is_given_up(
     compiler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Defaults later than others."""
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     began = time.perf_counter()
-    assert tuning.compile_all(jobs("a", "endless", "b"), 20) == jobs("a")
-    assert time.perf_counter() - began < 50
+    assert tuning.compile_all(jobs("a", "endless", "b"), 0.0, 50.0) == jobs("a")
     assert [path.name for path in compiler.iterdir()] == ["a 8"]
+    assert tuning.compile_all(jobs("endless"), 0.0, 1.0) == []
+    assert time.perf_counter() - began < 50
+
+
+def test_a_process_that_dies_stops_no_other(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    done = tuning.compile_all(jobs("deadly", "a", "b"), 60, 60)
+    assert [job.config["block"] for job in done] == ["a", "b"]
 
 
 def test_problems_that_differ_in_length_share_a_process(
@@ -278,20 +292,46 @@ def test_problems_that_differ_in_length_share_a_process(
         for length in (4, 16)
         for block in ("a", "b")
     ]
-    tuning.compile_all(asked, 60)
+    tuning.compile_all(asked, 60, 60)
     pids = {path.name: path.read_text() for path in compiler.iterdir()}
     assert pids["a 4"] == pids["a 16"] != pids["b 4"] == pids["b 16"]
 
 
-def test_what_is_not_compiled_in_time_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But a default is: it will run in any case."""
-    backend = sleeper(default=1, late=1, ready=1)
-    asked = dataclasses.replace(problem(), device=torch.device("meta"))
-    monkeypatch.setattr(tuning, "compile_all", lambda jobs, *_: [jobs[2]])
+def on_meta(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
+    """A problem of a device that compiles, where tensors are empty and calls take no time."""
     data = tuning._Data((torch.ones(1), torch.ones(1), torch.ones(1)), torch.ones(1))
     monkeypatch.setattr(tuning._Data, "draw", lambda *_: data)
-    list(tuning.tune([(asked, {"sleeper": backend})], seconds=60))
+    return dataclasses.replace(problem(**changes), device=torch.device("meta"))
+
+
+def test_what_is_not_compiled_in_time_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But one default is: it will run in any case."""
+    backend = sleeper(default=1, late=1, ready=1)
+    monkeypatch.setattr(tuning, "compile_all", lambda jobs, *_: [jobs[2]])
+    [outcome] = tuning.tune([(on_meta(monkeypatch), {"sleeper": backend})], seconds=60)
     assert set(backend.calls) == {"default", "ready"}
+    assert [trial.error for trial in outcome.trials] == [None, tuning.LATE, None]
+
+
+def test_a_short_time_measures_the_default_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one backend that compiles in 2 seconds and one that needs 20, on 4 processes."""
+    took = {"quick": 2.0, "slow": 20.0}
+    backends = {name: sleeper(name, default=0, **{f"b{i}": 0 for i in range(9)}) for name in took}
+    classes = [on_meta(monkeypatch, length=length) for length in (4, 16, 64, 256, 1024)]
+
+    def compiled(jobs: list[tuning.Job], seconds: float, patience: float, _: Any) -> Any:
+        free = [0.0] * 4
+        for job in jobs:
+            free[0] += took[job.module]
+            if free[0] <= (patience if job.is_default else seconds):
+                yield job
+            free.sort()
+
+    monkeypatch.setattr(tuning, "compile_all", lambda *arguments: list(compiled(*arguments)))
+    able = [(asked, backends) for asked in classes]
+    for seconds, measured in ((25, ["quick"]), (80, ["quick", "slow"])):
+        outcomes = list(tuning.tune(able, seconds=seconds))
+        assert [[r.backend for r in o.records] for o in outcomes] == [measured] * len(classes)
 
 
 def test_problems_off_the_cpu_are_compiled_before_they_are_measured(
@@ -303,7 +343,7 @@ def test_problems_off_the_cpu_are_compiled_before_they_are_measured(
     module: Any = sleeper("made_up_compiler", one=0, two=0)
     module.precompile = made_up_compiler.precompile
     asked = dataclasses.replace(problem(), device=torch.device("meta"))
-    monkeypatch.setattr(tuning, "measure", lambda *_: [])
+    monkeypatch.setattr(tuning, "measure", lambda *_, **__: None)
     list(tuning.tune([(asked, {"made_up_compiler": module})], seconds=60))
     assert {path.name for path in compiler.iterdir()} == {"one 8", "two 8"}
 

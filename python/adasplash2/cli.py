@@ -14,6 +14,7 @@ import math
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -512,7 +513,7 @@ def _print_outcomes(outcomes: Sequence[tuning.Outcome]) -> None:
     table = _table("class", "backend", "default ms", "tuned ms", "gain", "candidates", "config")
     for outcome in outcomes:
         for record in outcome.records:
-            candidates = [t for t in outcome.trials if t.backend == record.backend]
+            candidates = [t for t in outcome.trials if t.backend == record.backend and any(t.times)]
             table.add_row(
                 outcome.problem_class,
                 record.backend,
@@ -525,6 +526,11 @@ def _print_outcomes(outcomes: Sequence[tuning.Outcome]) -> None:
         if not outcome.records:
             table.add_row(outcome.problem_class, "none", "", "", "", "", "")
     console.print(table)
+    late = Counter(t.backend for o in outcomes for t in o.trials if t.error == tuning.LATE)
+    for name, count in late.items():
+        console.print(
+            f"{name}: {count} candidates {tuning.LATE}; what was is kept for the next run"
+        )
     gains = [r.default_milliseconds / r.milliseconds for o in outcomes for r in o.records]
     if gains:
         mean = math.exp(sum(map(math.log, gains)) / len(gains))

@@ -139,8 +139,8 @@ def _attention_backward_fake(
 class _Attention(_ReverseMode):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Any:
-        with _below_autograd():
-            out, tau, saved = attention_forward(query, key, value, *options, True)
+        inputs = query, key, value
+        out, tau, saved = _forward(attention_forward, _attention_forward, inputs, *options, True)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(tau, saved)
         ctx.save_for_backward(query, key, value, out, tau, saved)
@@ -153,7 +153,8 @@ class _Attention(_ReverseMode):
         grad_out = grads[0]
         if grad_out is None:
             return None, None, None, *nothing
-        found = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+        tensors = grad_out, *ctx.saved_tensors
+        found = _backward(attention_backward, _attention_backward, tensors, *ctx.options)
         wanted = zip(found, ctx.needs_input_grad, strict=False)
         return *(grad if needed else None for grad, needed in wanted), *nothing
 
@@ -239,15 +240,16 @@ def _entmax_backward_fake(grad_y: Tensor, y: Tensor, alpha: float, backend: str)
 class _Entmax(_ReverseMode):
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: float, backend: str) -> Any:
-        with _below_autograd():
-            y = entmax_forward(x, alpha, backend, True)
+        y = _forward(entmax_forward, _entmax_forward, (x,), alpha, backend, True)
         ctx.save_for_backward(y)
         ctx.options = alpha, backend
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return entmax_backward(grads[0], *ctx.saved_tensors, *ctx.options), None, None
+        tensors = grads[0], *ctx.saved_tensors
+        grad_x = _backward(entmax_backward, _entmax_backward, tensors, *ctx.options)
+        return grad_x, None, None
 
 
 def _entmax_autograd(x: Tensor, alpha: float, backend: str, needs_grad: bool) -> Any:
@@ -273,25 +275,33 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     """Output of :data:`attention_forward`; ``options`` from ``alpha`` to ``backend``."""
     call: Callable[..., Any] = _attention_forward
-    if not _unwatched(query, key, value):
+    if not _is_plain(query, key, value):
         call = attention_forward
         for name, tensor in zip(Inputs._fields, (query, key, value), strict=True):
             check_tensor(name, tensor)  # torch's dispatcher would say it in other words
-    out: Tensor = call(query, key, value, *options, False)[0]
+    elif _differentiated(query, key, value):
+        out: Tensor = _Attention.apply(query, key, value, *options)[0]
+        return out
+    out = call(query, key, value, *options, False)[0]
     return out
 
 
 def rows(x: Tensor, alpha: float, backend: str) -> Tensor:
     """Output of :data:`entmax_forward`."""
-    call = _entmax_forward if _unwatched(x) else entmax_forward
-    y: Tensor = call(x, alpha, backend, False)
+    call: Callable[..., Any] = _entmax_forward
+    if not _is_plain(x):
+        call = entmax_forward
+    elif _differentiated(x):
+        y: Tensor = _Entmax.apply(x, alpha, backend)
+        return y
+    y = call(x, alpha, backend, False)
     return y
 
 
-def _unwatched(*tensors: Tensor) -> bool:
-    """Whether an operator's body may be called as it is: two passes through torch's dispatcher
-    cost 30 microseconds, and here nothing on their way (gradients, modes, transforms, tracers,
-    profilers, kinds of tensors) would do anything."""
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether an operator's body, or its autograd function, may be called as it is: a pass through
+    torch's dispatcher costs 15 microseconds, and here nothing on its way beside autograd (modes,
+    transforms, tracers, profilers, kinds of tensors) would do anything."""
     if (
         _is_compiling()  # first: the rest is not for tracing
         or forward_ad._current_level >= 0
@@ -302,15 +312,28 @@ def _unwatched(*tensors: Tensor) -> bool:
         or _profiler_enabled()
     ):
         return False
-    grad = torch.is_grad_enabled()
     for tensor in tensors:  # a loop, not all(): a third of the time
-        if (
-            type(tensor) not in _PLAIN_TYPES
-            or (grad and tensor.requires_grad)
-            or _keys(tensor).raw_repr() not in _PLAIN_KEYS
-        ):
+        if type(tensor) not in _PLAIN_TYPES or _keys(tensor).raw_repr() not in _PLAIN_KEYS:
             return False
     return True
+
+
+def _forward(
+    operator: Callable[..., Any], body: Callable[..., Any], tensors: tuple[Tensor, ...], *more: Any
+) -> Any:
+    """An operator called by its autograd function: its body where that does the same."""
+    if _is_plain(*tensors):
+        return body(*tensors, *more)
+    with _below_autograd():
+        return operator(*tensors, *more)
+
+
+def _backward(
+    operator: Callable[..., Any], body: Callable[..., Any], tensors: tuple[Tensor, ...], *more: Any
+) -> Any:
+    """An operator without derivative, which must be told where it is to be differentiated."""
+    plain = _is_plain(*tensors) and not _differentiated(*tensors)
+    return (body if plain else operator)(*tensors, *more)
 
 
 _is_compiling = torch.compiler.is_compiling
@@ -346,7 +369,11 @@ def _differentiated(*tensors: Tensor) -> bool:
     that steps below autograd drops tangents without a word."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def _once(operator: Callable[..., Any]) -> Callable[..., Any]:

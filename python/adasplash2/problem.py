@@ -124,9 +124,9 @@ def attention_problem(
     # A loop asks the same again and again: what has been validated is looked up.
     try:
         return _validated(
-            (query.shape, query.dtype, query.device, query.stride()[-1:] == (1,)),
-            (key.shape, key.dtype, key.device, key.stride()[-1:] == (1,)),
-            (value.shape, value.dtype, value.device, value.stride()[-1:] == (1,)),
+            _described(query),
+            _described(key),
+            _described(value),
             alpha,
             scale,
             is_causal,
@@ -137,13 +137,16 @@ def attention_problem(
         pass  # no strided tensors, or sizes that are symbols, or an error that comes again below
     for name, tensor in zip(Inputs._fields, inputs, strict=True):
         check_tensor(name, tensor)
-    described = ((t.shape, t.dtype, t.device, t.stride()[-1:] == (1,)) for t in inputs)
-    q, k, v = described
+    q, k, v = map(_described, inputs)
     return _validate(q, k, v, alpha, scale, is_causal, enable_gqa, needs_grad)
 
 
 _Described = tuple[torch.Size, torch.dtype, torch.device, bool]
 """A tensor without its data: shape, dtype, device, whether its last stride is 1."""
+
+
+def _described(tensor: Tensor) -> _Described:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()[-1:] == (1,)
 
 
 def _validate(

@@ -17,11 +17,15 @@ import pickle
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from subprocess import PIPE
 from types import ModuleType
-from typing import NamedTuple, TextIO, cast
+from typing import BinaryIO, NamedTuple, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +38,9 @@ from adasplash2.records import Record
 logger = logging.getLogger("adasplash2")
 
 AnyProblem = Problem | RowProblem
+Match = tuple[AnyProblem, Mapping[str, Backend]]
+"""A problem and the backends, by name, that can run it."""
+
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many steps are behind and how many there are."""
 
@@ -54,6 +61,13 @@ WORTH = 1.03
 MAX_PAIRS = {"cpu": 2**25, "cuda": 2**32}
 """(query, key) pairs of a measured problem; heads and batch are cut to it. Some 50 ms on two
 cores, some 15 ms on an H100, which needs more heads to be filled."""
+
+CANDIDATES_SHARE, DEFAULTS_SHARE = 0.5, 0.75
+"""Parts of the time after which candidates are no longer waited for, and defaults neither. What is
+left is enough to measure the defaults of dozens of problems."""
+
+LATE = "not compiled in time"
+"""The error of such a trial."""
 
 MAX_COMPILERS = 12
 FLUSH_BYTES = 256 * 2**20
@@ -93,7 +107,7 @@ class Outcome:
 
 
 def tune(
-    problems: Sequence[tuple[AnyProblem, Mapping[str, Backend]]],
+    problems: Sequence[Match],
     *,
     seconds: float,
     progress: Progress | None = None,
@@ -101,9 +115,9 @@ def tune(
     """Measure the configurations of backends on problems.
 
     Args:
-        problems: each with the backends, by name, that do not refuse it.
-        seconds: for everything. Candidates that find no time are not measured; a call that has
-            begun is not interrupted.
+        problems: each with the backends that do not refuse it.
+        seconds: for everything. Defaults go before other candidates, those of all problems.
+            Candidates that find no time are not measured; a call that has begun is not interrupted.
         progress: told of every step.
 
     Yields:
@@ -111,44 +125,55 @@ def tune(
     """
     end = time.perf_counter() + seconds
     cut = [(representative(problem), backends) for problem, backends in problems]
-    jobs = [
-        Job(cast(ModuleType, module).__name__, problem, config, is_default=index == 0)
-        for problem, backends in cut
-        for module in backends.values()
-        for index, config in enumerate(module.configs(problem))
-        if problem.device.type != "cpu"  # where nothing is compiled at run time
-    ]
-    ready = compile_all(jobs, seconds / 2, progress) if jobs else []
-    late = [job for job in jobs if job not in ready and not job.is_default]
-    for done, (problem, backends) in enumerate(cut):
-        share = (end - time.perf_counter()) / (len(cut) - done)
-        label = records.problem_class(problem)
+    trials = [_candidates(problem, backends) for problem, backends in cut]
+    steps = 2 * len(cut)
+
+    def tell(done: int, label: str) -> None:
         if progress is not None:
-            progress(label, done, len(cut))
-        without = [(job.module, job.config) for job in late if job.problem == problem]
-        trials = measure(problem, backends, share, without) if share > 0 else []
-        yield Outcome(label, problem, tuple(trials), tuple(_records(label, backends, trials)))
-    if progress is not None:
-        progress("", len(cut), len(cut))
+            progress(label, done, steps)
+
+    _compile(cut, trials, seconds, progress)
+    # Every problem's defaults first, last of all those that this process would have to compile.
+    defaults = [[trial for trial in candidates if trial.is_default] for candidates in trials]
+    none_ready = [bool(some) and all(trial.error for trial in some) for some in defaults]
+    for done, index in enumerate(sorted(range(len(cut)), key=none_ready.__getitem__)):
+        tell(done, records.problem_class(cut[index][0]))
+        if none_ready[index]:
+            defaults[index][0].error = None  # what a call would run
+        measure(*cut[index], defaults[index], end - time.perf_counter(), rounds=1)
+    for done, (problem, backends) in enumerate(cut):
+        label = records.problem_class(problem)
+        tell(len(cut) + done, label)
+        share = (end - time.perf_counter()) / (len(cut) - done)
+        measure(problem, backends, trials[done], share)
+        found = tuple(_records(label, backends, trials[done]))
+        yield Outcome(label, problem, tuple(trials[done]), found)
+    tell(steps, "")
+
+
+def _candidates(problem: AnyProblem, backends: Mapping[str, Backend]) -> list[Trial]:
+    """Every configuration: the backends' defaults, then their second ones, and so on."""
+    indexed = [
+        (index, Trial(name, config, is_default=index == 0))
+        for name, module in backends.items()
+        for index, config in enumerate(module.configs(problem))
+    ]
+    return [trial for _, trial in sorted(indexed, key=lambda pair: pair[0])]
 
 
 @torch.no_grad()
 def measure(
     problem: AnyProblem,
     backends: Mapping[str, Backend],
+    trials: Sequence[Trial],
     seconds: float,
-    without: Sequence[tuple[str, Config]] = (),
-) -> list[Trial]:
-    """Time every configuration of every backend in turn, round after round: what slows the machine
-    for a while then slows all of them. ``without``: modules and configurations that are left out.
-    """
+    rounds: int = ROUNDS,
+) -> None:
+    """Time candidates in turn, round after round: what slows the machine for a while then slows
+    all of them."""
     end = time.perf_counter() + seconds
-    trials = [
-        Trial(name, config, is_default=index == 0)
-        for name, module in backends.items()
-        for index, config in enumerate(module.configs(problem))
-        if (cast(ModuleType, module).__name__, config) not in without
-    ]
+    if seconds <= 0 or not trials:
+        return
     data = [_Data.draw(problem, sharpness) for sharpness in SHARPNESS]
 
     def attempt(trial: Trial, calls: int) -> None:
@@ -166,19 +191,17 @@ def measure(
             trial.error = f"{type(error).__name__}: {error}"
             logger.debug("tuning drops %s %s: %s", trial.backend, trial.config, trial.error)
 
-    # Defaults of all backends first: they must have a time even if no other gets one.
-    for trial in sorted(trials, key=lambda trial: not trial.is_default):
-        if trial.is_default or time.perf_counter() < end:
+    for trial in trials:
+        if not trial.error and not trial.times[-1] and time.perf_counter() < end:
             attempt(trial, 1 + WARM_UPS.get(problem.device.type, 1))
-    for _ in range(ROUNDS - 1):
+    for _ in range(rounds - 1):
         _prune(trials)
         for trial in trials:
             if trial.error or trial.pruned or not trial.times[-1]:
                 continue
             if time.perf_counter() >= end:
-                return trials
+                return
             attempt(trial, 1)
-    return trials
 
 
 def representative(problem: AnyProblem) -> AnyProblem:
@@ -216,47 +239,109 @@ class Job(NamedTuple):
         return repr((self.module, same, sorted(self.config.items())))
 
 
-def compile_all(jobs: Sequence[Job], seconds: float, progress: Progress | None = None) -> list[Job]:
-    """Let other processes compile into the disk caches, defaults first.
+def _compile(
+    cut: Sequence[Match],
+    trials: Sequence[Sequence[Trial]],
+    seconds: float,
+    progress: Progress | None,
+) -> None:
+    """Compile what is compiled at run time, of all problems; what is late gets an error."""
+    ranked = [
+        (rank, trial, Job(_name(backends[trial.backend]), problem, trial.config, trial.is_default))
+        for (problem, backends), candidates in zip(cut, trials, strict=True)
+        if problem.device.type != "cpu"
+        for rank, trial in enumerate(candidates)
+    ]
+    ranked.sort(key=lambda entry: entry[0])  # the first candidate of each problem, the second, ...
+    if not ranked:
+        return
+    shares = CANDIDATES_SHARE * seconds, DEFAULTS_SHARE * seconds
+    ready = compile_all([job for *_, job in ranked], *shares, progress)
+    for _, trial, job in ranked:
+        if job not in ready:
+            trial.error = LATE
+
+
+def _name(module: Backend) -> str:
+    return cast(ModuleType, module).__name__
+
+
+def compile_all(
+    jobs: Sequence[Job], seconds: float, patience: float, progress: Progress | None = None
+) -> list[Job]:
+    """Let other processes compile into the disk caches: defaults first, else in order.
 
     The processes are started as ``python -c``, not by :mod:`multiprocessing`, which would run the
     caller's main module again.
 
+    Args:
+        seconds: after these what is not done is given up,
+        patience: or after these while a default is not done.
+
     Returns:
-        the jobs that were done in time. A default that was not is left to whoever needs it.
+        the jobs that were done in time.
     """
-    end = time.perf_counter() + seconds
-    count = max(1, min(len(jobs), (os.cpu_count() or 2) - 1, MAX_COMPILERS))
-    # One process compiles a variant, the same one each time: the others find it in the cache.
-    owners: dict[str, int] = {}
+    began = time.perf_counter()
+    # Jobs of a variant go to one process: the first compiles, the others find it in the cache.
+    variants: dict[str, list[Job]] = {}
     for job in sorted(jobs, key=lambda job: not job.is_default):
-        owners.setdefault(job.variant, len(owners) % count)
-    shares = [[job for job in jobs if owners[job.variant] == index] for index in range(count)]
-    workers = []
-    for share in filter(None, shares):
-        share.sort(key=lambda job: not job.is_default)
-        worker = subprocess.Popen(
-            [sys.executable, "-c", _WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        workers.append((worker, share))
-        assert worker.stdin is not None
-        with contextlib.suppress(OSError), worker.stdin as stdin:  # it may have died at once
-            pickle.dump(sys.path, stdin)
-            pickle.dump([tuple(job) for job in share], stdin)
+        variants.setdefault(job.variant, []).append(job)
+    waiting = deque(variants.values())
+    count = max(1, min(len(waiting), (os.cpu_count() or 2) - 1, MAX_COMPILERS))
+    command = [sys.executable, "-c", _WORKER]
+    workers = [subprocess.Popen(command, stdin=PIPE, stdout=PIPE) for _ in range(count)]
+    answers: SimpleQueue[tuple[Job, bool] | None] = SimpleQueue()
+    for worker in workers:
+        threading.Thread(target=_employ, args=(worker, waiting, answers), daemon=True).start()
     done: list[Job] = []
-    for index, (worker, share) in enumerate(workers):
-        if progress is not None:
-            progress(f"compiling {len(jobs)} variants", index, len(workers))
-        try:
-            worker.wait(timeout=max(0.0, end - time.perf_counter()))
-        except subprocess.TimeoutExpired:
+    told, defaults, working = 0, sum(job.is_default for job in jobs), len(workers)
+    try:
+        while working:
+            if progress is not None:
+                progress(f"compiling {len(jobs)} variants", told, len(jobs))
+            left = began + (patience if defaults else seconds) - time.perf_counter()
+            answer = answers.get(timeout=max(0.0, left))
+            if answer is None:
+                working -= 1
+                continue
+            job, is_done = answer
+            told += 1
+            defaults -= job.is_default
+            if is_done:
+                done.append(job)
+    except Empty:
+        pass
+    finally:
+        waiting.clear()
+        for worker in workers:
             worker.kill()
             worker.wait()
-        assert worker.stdout is not None
-        with worker.stdout as stdout:  # a few bytes a job, which fit in the pipe
-            done += [share[int(line)] for line in stdout.read().split()]
     logger.debug("%d of %d variants are compiled", len(done), len(jobs))
     return done
+
+
+def _employ(
+    worker: subprocess.Popen[bytes],
+    waiting: deque[list[Job]],
+    answers: SimpleQueue[tuple[Job, bool] | None],
+) -> None:
+    """Hand what waits to a process, a variant after the other; None says that it is at its end."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        with worker.stdin as orders, worker.stdout as results:
+            pickle.dump(sys.path, orders)
+            while True:
+                for job in waiting.popleft():
+                    pickle.dump(tuple(job), orders)
+                    orders.flush()
+                    if not (line := results.readline()):
+                        return  # it has died: others go on
+                    answers.put((job, line == b"done\n"))
+    except (IndexError, OSError):  # nothing waits, or it has died
+        pass
+    finally:
+        answers.put(None)
 
 
 _WORKER = """
@@ -265,20 +350,23 @@ sys.path[:] = pickle.load(sys.stdin.buffer)
 output = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from adasplash2.tuning import compile_here
-compile_here(pickle.load(sys.stdin.buffer), output)
+compile_here(sys.stdin.buffer, output)
 """
 """What compilers print goes to standard error: standard output says what is done."""
 
 
-def compile_here(jobs: Sequence[tuple[str, AnyProblem, Config, bool]], output: TextIO) -> None:
-    """What a process of :func:`compile_all` does: writes the number of each job that is done."""
-    for index, (module, problem, config, _) in enumerate(jobs):
-        try:
-            importlib.import_module(module).precompile(problem, config)
-        except Exception:
-            logger.warning("cannot compile %s %s", module, config, exc_info=True)
-        else:
-            print(index, file=output, flush=True)
+def compile_here(orders: BinaryIO, output: TextIO) -> None:
+    """What a process of :func:`compile_all` does: a job after the other, and a line about each."""
+    with contextlib.suppress(EOFError):
+        while True:
+            module, problem, config, _ = pickle.load(orders)
+            try:
+                importlib.import_module(module).precompile(problem, config)
+            except Exception:
+                logger.warning("cannot compile %s %s", module, config, exc_info=True)
+                print("failed", file=output, flush=True)
+            else:
+                print("done", file=output, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
