@@ -104,9 +104,7 @@ HOPPER = [
 
 
 @pytest.mark.parametrize(("shape", "head_dim", "alpha"), HOPPER)
-def test_the_hopper_scan_spills_nothing(
-    shape: tuple[int, int], head_dim: int, alpha: int
-) -> None:
+def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, alpha: int) -> None:
     scan = sizes.hopper_scan(head_dim, *shape, retry=shape == plan.RETRY_SHAPE)
     capacity = scan.capacity(SHARED["sm_90"])
     assert capacity is not None

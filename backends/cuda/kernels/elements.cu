@@ -352,14 +352,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // dK and dV of long columns (a sink that every query keeps). Where they are few, each is dealt out
 // to several blocks by query rows, and the last block to finish adds the parts in order. Records
 // are found by row through a direct map of rows; every warp sums a fixed part of the rows in order.
-constexpr int kLongThreads = 512;
+constexpr int kLongThreads = 384;
 constexpr int kLongWarps = kLongThreads / 32;
-constexpr int kMapRows = 8192;
-using LongSum = float[2][8][kRowLanes];     // of dK and dV
+constexpr int kMapRows = 6144;
+using LongSum = float[2][8][kRowLanes];  // of dK and dV
 static_assert(sizeof(LongSum) * kLongWarps <= kMapRows * sizeof(int), "sums take the map's place");
 static_assert(sizeof(LongSum) <= kLongPartBytes);
 
-extern "C" __global__ void __launch_bounds__(kLongThreads)
+extern "C" __global__ void __launch_bounds__(kLongThreads, 1)
     grad_long_columns(const __grid_constant__ Params p) {
   __shared__ int map[kMapRows];
   __shared__ bool last;
@@ -368,6 +368,7 @@ extern "C" __global__ void __launch_bounds__(kLongThreads)
   if (columns == 0) return;
   const int rows = p.group * p.length_q;
   constexpr int kLeast = kLongWarps * 32;  // rows that busy all warps
+  static_assert(kMapRows % kLeast == 0);
   const int wanted = max(1, min(int(gridDim.x) * kLongWaves / columns, rows / kLeast));
   const int part_rows = ((rows + wanted - 1) / wanted + kLeast - 1) / kLeast * kLeast;
   const int parts = (rows + part_rows - 1) / part_rows;
@@ -375,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(kLongThreads)
     const int column_at = p.long_columns[1 + item / parts];
     const int first = item % parts * part_rows, end = min(rows, first + part_rows);
     const int count = p.column_count[column_at];
-    const int kv_row = column_at / p.length_k, column = column_at % p.length_k;
+    const int kv_row = column_at / p.length_k;
     const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
     const Record* records = p.records + records_of(p, kv_row) + p.column_start[column_at];
     Column sums;
@@ -415,23 +416,23 @@ extern "C" __global__ void __launch_bounds__(kLongThreads)
     LongSum* of_warps = reinterpret_cast<LongSum*>(map);
     if (lane_id() < kRowLanes) sums.put(of_warps[warp_id()], lane_id());
     __syncthreads();
-    Column total;
+    sums = Column();
     if (threadIdx.x < kRowLanes)
-      for (int warp = 0; warp < kLongWarps; ++warp) total.add(of_warps[warp], threadIdx.x);
+      for (int warp = 0; warp < kLongWarps; ++warp) sums.add(of_warps[warp], threadIdx.x);
     if (parts > 1) {
       LongSum* of_parts = reinterpret_cast<LongSum*>(p.long_parts) + item / parts * parts;
-      if (threadIdx.x < kRowLanes) total.put(of_parts[item % parts], threadIdx.x);
+      if (threadIdx.x < kRowLanes) sums.put(of_parts[item % parts], threadIdx.x);
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) last = atomicAdd(p.long_done + item / parts, 1) == parts - 1;
       __syncthreads();
       if (!last) continue;
       __threadfence();
-      total = Column();
+      sums = Column();
       if (threadIdx.x < kRowLanes)
-        for (int part = 0; part < parts; ++part) total.add(of_parts[part], threadIdx.x);
+        for (int part = 0; part < parts; ++part) sums.add(of_parts[part], threadIdx.x);
     }
-    if (threadIdx.x < kRowLanes) total.write(p, batch, kv_head, column, at);
+    if (threadIdx.x < kRowLanes) sums.write(p, batch, kv_head, column_at % p.length_k, at);
   }
 }
 

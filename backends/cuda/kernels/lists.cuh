@@ -32,8 +32,8 @@ constexpr int kMaxList = 64;                  // entries: a quarter of kMaxRow o
 // Bounds are raised when a list has grown by so many entries since, and lists are dealt out anew.
 constexpr int kRaiseGrow = 1;
 constexpr int kDealGrow = 3;
-constexpr int kSpare = 2;  // entries by which lists may grow before strips have to make way
-constexpr int kFirstSteps = 3;  // Newton steps to the first bounds
+constexpr int kSpare = 2;        // entries by which lists may grow before strips have to make way
+constexpr int kFirstSteps = 3;   // Newton steps to the first bounds
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -86,8 +86,8 @@ struct Lists {
   static constexpr u32 kAppendBytes = kStripAppend * kEntryBytes;
   static_assert(kBytes >= kMinStrips * kStripBytes + 2 * kAppendBytes);
 
-  u32 base;         // the lane's first entry of slot 0
-  u32 end[kSlots];  // first free entry, counted without the slot's own offset
+  u32 base;               // the lane's first entry of slot 0
+  u32 end[kSlots];        // first free entry, counted without the slot's own offset
   u32 raise_at, deal_at;  // when an end passes them; the same for all lanes but for their offset
   float bound[kSlots];
   float top[kSlots];   // largest score this lane has met
@@ -472,9 +472,9 @@ struct Lists {
         "@hit sub.u32 %0, %0, %16;}"
         : "+r"(caught[pair])
         : "f"(seen), "f"(bound[2 * pair]), "f"(seen_next), "f"(bound[2 * pair + 1]),
-          "r"(last_strip), "r"(to_column()), "r"(column), "f"(x[0][0]), "f"(x[0][1]),
-          "f"(x[0][2]), "f"(x[0][3]), "f"(x[1][0]), "f"(x[1][1]), "f"(x[1][2]), "f"(x[1][3]),
-          "n"(kStripBytes), "n"(pair * kPairBytes), "n"(pair * kPairBytes + 512)
+          "r"(last_strip), "r"(to_column()), "r"(column), "f"(x[0][0]), "f"(x[0][1]), "f"(x[0][2]),
+          "f"(x[0][3]), "f"(x[1][0]), "f"(x[1][1]), "f"(x[1][2]), "f"(x[1][3]), "n"(kStripBytes),
+          "n"(pair * kPairBytes), "n"(pair * kPairBytes + 512)
         : "memory");
   }
 

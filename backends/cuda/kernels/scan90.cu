@@ -26,8 +26,7 @@ constexpr int kThreads = kConsumers + 128;
 // no more than the block was launched with.
 constexpr int kCopierRegisters = 24;
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-constexpr int kShare =
-    (kLaunchRegisters * kThreads - kCopierRegisters * 128) / kConsumers / 8 * 8;
+constexpr int kShare = (kLaunchRegisters * kThreads - kCopierRegisters * 128) / kConsumers / 8 * 8;
 constexpr int kConsumerRegisters = kShare < 240 ? kShare : 240;
 constexpr int kRows = 64;  // of a warpgroup: M of wgmma
 constexpr int kBlockRows = kGroups * kRows;
@@ -253,8 +252,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
   };
   // Keys beyond these are seen by none of the group's rows; none at all by a group without rows.
   int last_seen = first_of_group >= p.length_q ? -1
-                        : kCausal                    ? first_of_group + kRows - 1
-                                                     : p.length_k;
+                  : kCausal                    ? first_of_group + kRows - 1
+                                               : p.length_k;
   const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     lists.template filter<kParts>(score, column, p);
