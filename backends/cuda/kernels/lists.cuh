@@ -4,8 +4,8 @@
 // In the accumulator layout of mma.sync and wgmma four lanes share a row of 16, so each lane
 // keeps its own list of each of its rows ("slots") and appends without atomics: compare, store,
 // advance, all predicated. A row's bound is the threshold of scores kept so far, or less: f of a
-// subset lies below f of the row, and so does its root. One Newton step on the list from the
-// present bound stays below the root, since f falls and is convex.
+// subset lies below f of the row, and so does its root. certain_rise() on the list from the present
+// bound stays below the root.
 //
 // Scores are those of the tensor cores, q.k; z = c * score. Bounds are in units of scores.
 #pragma once
@@ -15,7 +15,6 @@
 namespace adasplash2 {
 
 constexpr int kCapacity = ADASPLASH2_CAPACITY;
-constexpr int kSolveSteps = 64;  // enough for bisection alone
 // Bounds stay this much below what is proven, in windows and relative to the score: above the
 // rounding of f and of z near the root.
 constexpr float kBoundSlack = 2e-6f;
@@ -25,7 +24,7 @@ constexpr int kGroupAppend = kFilterKeys / 4;
 // A list is refreshed when it has grown by this many entries since. Fewer refresh more often than
 // a tighter bound saves, more append what a fresh bound would have dropped.
 constexpr int kGrow = 8;
-constexpr int kLastResorts = 4;  // Newton steps before a full list sends its rows to dense tiles
+constexpr int kLastResorts = 4;  // rises before a full list sends its rows to dense tiles
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float out;
@@ -198,9 +197,9 @@ struct Lists {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       end[slot] = base + (kept_of_row[slot] + 3 - lane_id() % 4) / 4 * kEntryBytes;
-      const float slope = r * sum_over<4>(s1[slot]), f = sum_over<4>(s2[slot]) - 1.f;
+      const float sum_u = sum_over<4>(s1[slot]), f = sum_over<4>(s2[slot]) - 1.f;
       if (f > 0.f) {  // never where nothing is kept
-        const float rise = (f / slope - kBoundSlack) * inv_c;
+        const float rise = (certain_rise(f, sum_u, r) - kBoundSlack) * inv_c;
         bound[slot] = fmaxf(bound[slot], bound[slot] + rise - kBoundSlack * fabsf(bound[slot]));
       }
     }
@@ -230,7 +229,7 @@ struct Lists {
       done[slot] = s.poisoned || s.empty;
       if (done[slot]) s.top = 0.f;
       lo[slot] = done[slot] ? -1.f : fmaxf(-1.f, c * (bound[slot] - s.top));
-      hi[slot] = 0.f;
+      hi[slot] = kHighest;
       s.tau = lo[slot];
       s.steps = 0;
     }
@@ -258,7 +257,7 @@ struct Lists {
         m[slot] = sum_over<4>(m[slot]);
         least[slot] = -max_over<4>(-least[slot]);
         if (done[slot]) continue;
-        done[slot] = refine(m[slot], r, lo[slot], hi[slot], out[slot].tau, least[slot]);
+        done[slot] = refine(m[slot], r, lo[slot], hi[slot], out[slot].tau, least[slot], step);
         ++out[slot].steps;
       }
     }
