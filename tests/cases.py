@@ -396,18 +396,20 @@ INTERPRETED: dict[str, set[str]] = {
         *("scale-negative", "scale-zero", "layout-sliced-float32", "layout-inner_stride-bfloat16"),
         *("minus_infinity-alpha1.5", "nan_query-alpha1.5"),
         *("nan_key-alpha1.5", "nan_value-alpha2", "local-alpha1.5"),
+        *("grid-float32-alpha3-causal", "grid-float16-alpha3-full", "ties-alpha3"),
         *("1-1.5-dtype0", "200-2.0-dtype2", "65-1.25-dtype3", "1023-1.75-dtype0"),
+        *("200-3.0-dtype0", "65-3.0-dtype3"),
     },
     "test_every_configuration_agrees": {"causal-1", "causal-2", "gqa-1", "gqa-3"},
     "test_stats_agree_with_the_reference": {"local-causal-alpha1.5-dtype1"},
     "test_gradient_of_one_input_alone": {"query"},
     "test_strided_output_gradient": {"transposed", "inner_stride"},
     "test_iterations_are_bounded": {"1.5"},
-    "test_long_rows_flat_and_sharp": {"700-1000.0-1.5", "5000-0.05-1.5"},
+    "test_long_rows_flat_and_sharp": {"700-1000.0-1.5", "5000-0.05-1.5", "700-0.05-3.0"},
     "test_gradient_of_a_rounded_output": {"1.5-dtype0", "1.25-dtype1"},
     "test_every_dimension": {"-1-dtype2"},
     "test_strides": {"columns", "slice", "transposed"},
-    "test_special_entries": {"1.5", "1.75", "2.0"},
+    "test_special_entries": {"1.5", "1.75", "2.0", "3.0"},
 }
 """The tests and their parameters, as test names have them, that Triton's interpreter runs."""
 

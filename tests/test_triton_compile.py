@@ -102,6 +102,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         (90, torch.float16, 128, 2.0, False),
         (90, torch.bfloat16, 256, 1.5, True),
         (90, torch.float32, 40, 1.25, True),
+        (90, torch.float16, 16, 3.0, True),
         (100, torch.bfloat16, 64, 1.5, True),
         (120, torch.bfloat16, 128, 1.5, True),
     ],
@@ -131,7 +132,7 @@ def test_attention_compiles(
             assert TENSOR_CORES[capability] in compiled.asm["ptx"], kernel.__name__
 
 
-@pytest.mark.parametrize("alpha", [1.5, 1.25])
+@pytest.mark.parametrize("alpha", [1.5, 1.25, 3.0])
 def test_rows_compile(alpha: float, launches: list[Launch]) -> None:
     asked = RowProblem(100, 5000, torch.bfloat16, torch.device("cpu"), alpha, needs_grad=True)
     backend.precompile(asked, backend.configs(asked)[0])

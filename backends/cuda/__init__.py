@@ -29,9 +29,6 @@ name = "cuda"
 MIN_CAPABILITY = (8, 0)
 """``cp.async`` and bfloat16 matrix fragments."""
 
-MAX_ALPHA = 2.0
-"""Above it p has infinite slopes at the edge of the support, and the refinement stalls."""
-
 
 def unavailable() -> str | None:
     """Why nothing can run here, in a sentence; None where it can."""
@@ -62,11 +59,6 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         reasons.append(f"dtype {problem.dtype} is computed by other backends only")
     if problem.alpha == 1.0:
         reasons.append("alpha = 1 is softmax, which these kernels do not compute")
-    if problem.alpha > MAX_ALPHA:
-        reasons.append(
-            f"alpha = {problem.alpha:g} is above {MAX_ALPHA:g}, where these kernels do not solve "
-            "the threshold to float32 round-off"
-        )
     if reasons:
         return reasons
     capability = torch.cuda.get_device_capability(problem.device)

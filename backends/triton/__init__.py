@@ -32,9 +32,6 @@ name = "triton"
 MIN_CAPABILITY = (8, 0)
 """Tensor cores for bfloat16, and what Triton itself is made for."""
 
-MAX_ALPHA = 2.0
-"""Above it ``sum p`` is not convex in the threshold, and Newton's steps may pass the root."""
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 INTERPRETER_SHARED = 232_448
@@ -61,11 +58,6 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         (problem.device.type != wanted, f"tensors are on {problem.device}, {runs} {wanted}"),
         (problem.dtype not in DTYPES, f"dtype {problem.dtype} is computed by other backends only"),
         (problem.alpha == 1.0, "alpha = 1 is softmax, which these kernels do not compute"),
-        (
-            problem.alpha > MAX_ALPHA,
-            f"alpha = {problem.alpha:g} is above {MAX_ALPHA:g}, where these kernels do not solve "
-            "the threshold to float32 round-off",
-        ),
     )
     reasons = [reason for holds, reason in against if holds]
     if reasons:

@@ -22,7 +22,8 @@ from adasplash2.problem import Inputs, Problem
 Run = Callable[..., None]
 
 MAX_STEPS = 64
-"""Newton's steps of one row; supports of Gaussian scores take one to four."""
+"""Steps of one row. Gaussian scores take one to four, above alpha = 2 up to forty where a key
+lies next to the threshold; bisection alone takes no more than this."""
 
 LONGEST_STRIDE = 1 << 23
 """A larger stride from row to row times the rows of a tile would leave 32 bits."""

@@ -9,19 +9,23 @@ from torch import Tensor
 
 from adasplash2.backends.triton.kernels import rows as kernels
 from adasplash2.backends.triton.launch import MAX_STEPS, Run, on_device
-from adasplash2.backends.triton.sizes import RowOptions, compiled_alpha, kernel_dtype
+from adasplash2.backends.triton.sizes import RowOptions, is_steep, kernel_dtype
 from adasplash2.contract import Config
 from adasplash2.problem import RowProblem
 
 TOLERANCE = 2.0**-21
 """How far ``sum p`` may be above 1: rows are written without a further step."""
 
+STEEP_TOLERANCE = 2.0**-24
+"""The same above alpha = 2, either way: where no ``t`` comes so near, the bracket closes."""
+
 
 def forward(problem: RowProblem, x: Tensor, config: Config, run: Run) -> Tensor:
     """Entmax of each row of ``x`` ``(rows, length)``."""
     x = x.to(kernel_dtype(x.dtype))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    numbers = {"c": problem.alpha - 1.0, "r": 1.0 / (problem.alpha - 1.0), "tolerance": TOLERANCE}
+    tolerance = STEEP_TOLERANCE if is_steep(problem.alpha) else TOLERANCE
+    numbers = {"c": problem.alpha - 1.0, "r": 1.0 / (problem.alpha - 1.0), "tolerance": tolerance}
     arguments = {"x": x, "y": y, "stride_x": x.stride(0), **numbers, "MAX_STEPS": MAX_STEPS}
     _run(kernels.entmax_rows, problem, config, run, arguments)
     return y.to(problem.dtype)
@@ -44,7 +48,7 @@ def _run(
 ) -> None:
     arguments |= {
         "length": problem.length,
-        "opt": RowOptions(compiled_alpha(problem.alpha)),
+        "opt": RowOptions.of(problem),
         "CHUNK": int(config["chunk"]),
     }
     with on_device(problem.device):

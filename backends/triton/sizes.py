@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.contract import Config
-from adasplash2.problem import Problem
+from adasplash2.problem import Problem, RowProblem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Whether the kernels run in Triton's interpreter, on CPU tensors."""
@@ -93,7 +93,7 @@ class Shape(NamedTuple):
 class Options(NamedTuple):
     """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
     closed form; ``exact`` asks for scores relative to their row's maximum, to float32's round-off
-    also where they are large."""
+    also where they are large; ``steep``: see :func:`is_steep`."""
 
     block_q: int
     block_k: int
@@ -105,6 +105,7 @@ class Options(NamedTuple):
     sign: int
     alpha: float
     exact: bool
+    steep: bool
 
     @classmethod
     def of(cls, problem: Problem, config: Config) -> Options:
@@ -118,7 +119,8 @@ class Options(NamedTuple):
             causal=problem.scores.is_causal,
             sign=(problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
             alpha=compiled_alpha(problem.alpha),
-            exact=problem.dtype == torch.float32,
+            exact=problem.dtype == torch.float32 or is_steep(problem.alpha),
+            steep=is_steep(problem.alpha),
         )
 
 
@@ -126,6 +128,16 @@ class RowOptions(NamedTuple):
     """What the kernels of dense rows are compiled for."""
 
     alpha: float
+    steep: bool
+
+    @classmethod
+    def of(cls, problem: RowProblem) -> RowOptions:
+        return cls(compiled_alpha(problem.alpha), is_steep(problem.alpha))
+
+
+def is_steep(alpha: float) -> bool:
+    """Whether ``p = x^(1 / (alpha - 1))`` is concave, with an infinite slope at ``x = 0``."""
+    return alpha > 2.0
 
 
 def compiled_alpha(alpha: float) -> float:

@@ -78,7 +78,7 @@ struct Params {
                     // a lower bound of tau / c
   u8* flat;         // per group of kGroupRows rows: 1 where the dense kernels take over
   int* poison;      // per (batch, key head): keys before it are seen by a poisoned row
-  Entry* entries;   // the arena
+  Entry* entries;   // the arena. Flat rows of a general alpha: see Threshold in dense.cu
   int* rank;        // arrival of an arena entry in its column
   int* column_count;
   int* column_start;
@@ -230,8 +230,16 @@ __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < kInf; }
 
 // --- the mathematics of one score ----------------------------------------------------------
 
+// x^exponent of x > 0. log2 x is taken in two parts, since the rounding of a large one would grow
+// to several ulps of the power.
 __device__ __forceinline__ float power(float x, float exponent) {
-  return exp2f(exponent * log2f(x));
+  constexpr int kRootHalf = 0x3f3504f3;  // x / 2^whole lies between the roots of 1/2 and 2
+  const int bits = __float_as_int(x), whole = (bits - kRootHalf) >> 23;
+  const float part = exponent * log2f(__int_as_float(bits - whole * (1 << 23)));
+  const float most = exponent * float(whole), sum = most + part;
+  const float lost = fmaf(exponent, float(whole), -most) + (part - (sum - most));
+  const float y = exp2f(sum);
+  return fmaf(y, 0.69314718f * lost, y);
 }
 
 // p = x^r
@@ -245,16 +253,15 @@ __device__ __forceinline__ float probability(float x, float r) {
 __device__ __forceinline__ float weight(float x, float r) {
   if constexpr (kAlpha == AlphaKind::k15) return x;
   if constexpr (kAlpha == AlphaKind::k2) return 1.f;
-  return power(x, r - 1.f);
+  return power(x, r) / x;
 }
 
 __device__ __forceinline__ void accumulate(Moments<float>& m, float x, float r) {
   if constexpr (kAlpha == AlphaKind::kGeneral) {
-    if (x > 0.f) {
-      const float low = power(x, r - 2.f);
-      m.s0 += low;
-      m.s1 += low * x;
-      m.s2 += low * x * x;
+    if (x > 0.f) {  // s0 is not asked for
+      const float p = power(x, r);
+      m.s1 += p / x;
+      m.s2 += p;
     }
   } else {
     const float inside = fmaxf(x, 0.f);
@@ -269,30 +276,65 @@ __device__ __forceinline__ Moments<float> sum_over(Moments<float> m) {
   return {sum_over<lanes>(m.s0), sum_over<lanes>(m.s1), sum_over<lanes>(m.s2)};
 }
 
-// One guarded step on f(t): narrows [lo, hi] around the root by the moments at t and moves t
-// inside it. True when t is final: f is zero to its round-off, or t can move no closer and f
-// says so too (above alpha = 2, where f has infinite slopes, a short step alone proves nothing).
+// How far above t the root lies at least, from f(t) > 0 and sum u. Each x^r stays above a line
+// that falls to zero at x or before: its tangent where it is convex, and above alpha = 2, where
+// it is concave, its chord x^r - d x^(r-1).
+__device__ __forceinline__ float certain_rise(float f, float sum_u, float r) {
+  return f / ((kAlpha == AlphaKind::kGeneral ? fmaxf(r, 1.f) : r) * sum_u);
+}
+
+constexpr int kSolveSteps = 64;  // enough for bisection alone, to a few floats
+constexpr float kEpsilon = 0x1p-23f;
+constexpr float kSureStep = 1.f / 32.f;
+// Newton's steps before every other one becomes a bisection. Convex rows need no more.
+constexpr int kFreeSteps = 8;
+// Upper end of tau's window. n equal scores have their threshold n^(1-alpha) below them, which is
+// less than any float32 for large alpha; but the largest score must keep a distance to it.
+constexpr float kHighest = kAlpha == AlphaKind::kGeneral ? -0x1p-126f : 0.f;
+
+// refine() without a closed form: Newton's step for (sum x^r)^(1/r), which is a line in t where
+// one score or equal ones hold the mass. Up to alpha = 2 it is convex, so that steps from below
+// end at the root. Above, it drops with infinite slope at every score, and steps can circle around
+// one: hence the bisections. They halve the floats between lo and hi, not the window, since the
+// root of equal scores is tiny. A step of less than an ulp takes an ulp, to close the bracket.
+__device__ __forceinline__ bool refine_general(const Moments<float>& m, float r, float lo, float hi,
+                                               float& t, int step_number) {
+  const float f = m.s2 - 1.f, ulp = kEpsilon * fabsf(t);
+  const float step = (m.s2 - power(m.s2, 1.f - 1.f / r)) / m.s1;
+  const bool still = fabsf(step) <= ulp;
+  const bool done = fabsf(f) <= kEpsilon * (4.f + r) || (still && r >= 1.f);
+  const float next = t + (still && !done ? copysignf(ulp, f) : step);
+  const bool inside = next >= lo && next < hi;
+  if (done || hi - lo <= ulp) {
+    if (done && inside) t = next;
+    return true;
+  }
+  const bool bisect = step_number > kFreeSteps && step_number % 2;
+  const int low = __float_as_int(lo), high = __float_as_int(hi);  // both are negative
+  t = inside && !bisect ? next : __int_as_float(low + (high - low) / 2);
+  return false;
+}
+
+// The `step_number`-th guarded step on f(t): narrows [lo, hi] around the root by the moments at t
+// and moves t inside it. True when t is final: f is zero to its round-off, or t can move no closer.
 // `least` is the smallest x above zero: a step of a closed form that stays below it keeps the
 // support it was solved on, so it ends at the root and nothing is left to prove. It must be short
 // too, since the rounding of f grows with its distance from the root.
-constexpr float kEpsilon = 0x1p-23f;
-constexpr float kSureStep = 1.f / 32.f;
-
 __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& lo, float& hi,
-                                       float& t, float least) {
+                                       float& t, float least, int step_number) {
   const float f = excess<kAlpha>(m);
-  const float step = refinement_step<kAlpha>(m, r);
   if (f >= 0.f)
     lo = t;
   else
     hi = t;
+  if constexpr (kAlpha == AlphaKind::kGeneral) return refine_general(m, r, lo, hi, t, step_number);
+  const float step = refinement_step<kAlpha>(m, r);
   const float roundoff = kEpsilon * (4.f + r);
   const float slack = 4.f * kEpsilon * r * m.s1 * fabsf(t);
   const float next = t + step;
   const bool inside = next >= lo && next <= hi;
   const bool still = fabsf(step) <= 0.25f * kEpsilon * fabsf(t);
-  const bool solved =
-      kAlpha != AlphaKind::kGeneral && step >= 0.f && step < fminf(least, kSureStep);
+  const bool solved = step >= 0.f && step < fminf(least, kSureStep);
   const bool done = solved || fabsf(f) <= roundoff || (still && fabsf(f) <= roundoff + slack);
   if (done) {
     if (inside) t = next;

@@ -13,7 +13,6 @@ constexpr int kWarps = kWide ? 2 : 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kRows = kWarps * 16;  // rows of a block, 16 a warp
 constexpr int kTile = kRows;        // rows of the tiles it walks over
-constexpr int kSolveSteps = 64;     // enough for bisection alone
 // float16 loses probabilities below 6e-8; rows of many keys come near. Scaled, none does.
 constexpr float kProbScale = ADASPLASH2_DTYPE == 1 ? 1024.f : 1.f;
 
@@ -135,6 +134,35 @@ __device__ __forceinline__ void write_part(const float (&out)[padded<width> / 8]
   }
 }
 
+// --- thresholds ----------------------------------------------------------------------------
+
+// tau = c top + t of a flat row. Of large alphas t may be less than a rounding of tau, and x then
+// less than one of c q.k: so a general alpha goes by differences to the row's largest score, and
+// keeps `top` and `t` for the backward where the arena would hold the group's survivors.
+constexpr bool kRelative = kAlpha == AlphaKind::kGeneral;
+
+struct Threshold {
+  float top, t;
+
+  __device__ __forceinline__ float distance(float c, float score) const {
+    return fmaf(c, kRelative ? score - top : score, -t);
+  }
+};
+
+__device__ __forceinline__ Entry& threshold_entry(const Params& p, int head_row, int row) {
+  return p.entries[arena_of(head_row * p.groups_q + row / kGroupRows) + row % kGroupRows];
+}
+
+__device__ __forceinline__ Threshold threshold_of(const Params& p, int head_row, int row) {
+  if constexpr (kRelative) {
+    const Entry& kept = threshold_entry(p, head_row, row);
+    return {__int_as_float(kept.column), kept.x};
+  }
+  return {0.f, p.tau[i64(head_row) * p.length_q + row]};
+}
+
+constexpr Threshold kNoSupport = {0.f, kInf};
+
 // --- forward -------------------------------------------------------------------------------
 
 constexpr int kParts = kTile / 8;
@@ -212,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const float c = p.c * p.q_sign;
 
   // The scan left each row's largest score and a lower bound of its threshold.
-  float top[2], lo[2], hi[2] = {0.f, 0.f}, t[2];
+  float top[2], lo[2], hi[2] = {kHighest, kHighest}, t[2];
   bool poisoned[2], done[2], empty[2];
   int steps[2] = {0, 0};
 #pragma unroll
@@ -223,9 +251,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     poisoned[slot] = !(seen < kInf);
     empty[slot] = seen == -kInf;  // no key scores above minus infinity
     done[slot] = poisoned[slot] || empty[slot];
-    top[slot] = done[slot] ? 0.f : p.c * seen;
-    lo[slot] = t[slot] = done[slot] ? -1.f : fmaxf(-1.f, p.c * (bound - seen));
+    top[slot] = done[slot] ? 0.f : (kRelative ? p.q_sign : p.c) * seen;
+    t[slot] = done[slot] ? -1.f : fmaxf(-1.f, p.c * (bound - seen));
+    // The scan rounds its scores otherwise, perhaps by more than a window above alpha = 2.
+    lo[slot] = kRelative ? -1.f : t[slot];
   }
+  const auto distance = [&](int slot, float score) {
+    return kRelative ? fmaf(c, score - top[slot], -t[slot]) : fmaf(c, score, -top[slot]) - t[slot];
+  };
   for (int step = 0; step < kSolveSteps && __syncthreads_or(!(done[0] && done[1])); ++step) {
     Moments<float> m[2] = {};
     float least[2] = {kInf, kInf};
@@ -237,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       for (int n = 0; n < kParts; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float x = fmaf(c, s[n][i], -top[i / 2]) - t[i / 2];
+          float x = distance(i / 2, s[n][i]);
           if (edge && !b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2)) x = 0.f;
           accumulate(m[i / 2], x, p.r);
           least[i / 2] = fminf(least[i / 2], x > 0.f ? x : kInf);
@@ -248,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       m[slot] = sum_over<4>(m[slot]);
       least[slot] = -max_over<4>(-least[slot]);
       if (done[slot]) continue;
-      done[slot] = refine(m[slot], p.r, lo[slot], hi[slot], t[slot], least[slot]);
+      done[slot] = refine(m[slot], p.r, lo[slot], hi[slot], t[slot], least[slot], step);
       ++steps[slot];
     }
   }
@@ -265,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int n = 0; n < kParts; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float x = fmaf(c, s[n][i], -top[i / 2]) - t[i / 2];
+        const float x = distance(i / 2, s[n][i]);
         const bool kept =
             x > 0.f &&
             (!edge || b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2));
@@ -290,7 +323,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (!b.flat[slot] || lane_id() % 4) continue;
     const int row = b.row_of_slot(slot);
     const i64 at = i64(b.head_row) * p.length_q + row;
-    p.tau[at] = poisoned[slot] ? kNaN : empty[slot] ? kInf : top[slot] + t[slot];
+    if (poisoned[slot] || empty[slot]) t[slot] = poisoned[slot] ? kNaN : kInf;
+    p.tau[at] = kRelative ? fmaf(c, top[slot], t[slot]) : top[slot] + t[slot];
+    if constexpr (kRelative)
+      threshold_entry(p, b.head_row, row) = {__float_as_int(top[slot]), t[slot]};
     const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + row;
     p.row_count[at_row] = poisoned[slot] ? -1 : kept;
     p.row_start[at_row] = __float_as_int(factor);
@@ -318,10 +354,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
   const u32 grads = shared_address(shared + kBytes) + warp_id() * 16 * tile_stride<kDimV>;
   const float c = p.c * p.q_sign;
-  float tau[2];
+  Threshold tau[2];
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot)
-    tau[slot] = b.flat[slot] ? p.tau[i64(b.head_row) * p.length_q + b.row_of_slot(slot)] : kInf;
+    tau[slot] = b.flat[slot] ? threshold_of(p, b.head_row, b.row_of_slot(slot)) : kNoSupport;
 
   // u where the key is in the support, else 0
   const auto weights = [&](Scores& s, int tile) {
@@ -330,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int n = 0; n < kParts; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float x = fmaf(c, s[n][i], -tau[i / 2]);
+        const float x = tau[i / 2].distance(c, s[n][i]);
         const bool kept =
             x > 0.f &&
             (!edge || b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2));
@@ -375,9 +411,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   });
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot)
-    if (b.flat[slot] && tau[slot] != tau[slot])
+    if (b.flat[slot] && tau[slot].t != tau[slot].t)
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) grad_q[n][2 * slot] = grad_q[n][2 * slot + 1] = tau[slot];
+      for (int n = 0; n < kDim / 8; ++n)
+        grad_q[n][2 * slot] = grad_q[n][2 * slot + 1] = tau[slot].t;
   write_part<kHeadDim, false>(grad_q, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row,
                               b.first_row, p.length_q, p.scale, b.flat);
 }
@@ -390,7 +427,7 @@ constexpr int kStripParts = kStrip / 8;
 
 template <bool want_k, bool want_v>
 __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char* shared) {
-  __shared__ float row_tau[kTile], row_delta[kTile], row_factor[kTile];
+  __shared__ float row_top[kTile], row_t[kTile], row_delta[kTile], row_factor[kTile];
   const int blocks = (p.length_k + kRows - 1) / kRows;
   const int kv_row = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
@@ -436,7 +473,9 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
         const int row = first_row + i;
         const bool used = row < p.length_q && flat[row / kGroupRows];
         const i64 at = i64(head_row) * p.length_q + row;
-        row_tau[i] = used ? p.tau[at] : kInf;
+        const Threshold tau = used ? threshold_of(p, head_row, row) : kNoSupport;
+        if constexpr (kRelative) row_top[i] = tau.top;
+        row_t[i] = tau.t;
         row_delta[i] = used ? p.delta[at] : 0.f;
         row_factor[i] =
             used ? __int_as_float(p.row_start[i64(head_row) * p.groups_q * kGroupRows + row]) : 0.f;
@@ -445,7 +484,7 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
       __syncthreads();
       // A poisoned row, or one of an element group, must not reach the keys through 0 * NaN.
       for (int i = 0; i < kTile; ++i)
-        if (!(row_tau[i] < kInf)) {
+        if (!(row_t[i] < kInf)) {
           for (int at = threadIdx.x; at < tile_stride<kDim> / 4; at += kThreads)
             reinterpret_cast<u32*>(queries_at + i * tile_stride<kDim>)[at] = 0;
           for (int at = threadIdx.x; at < tile_stride<kDimV> / 4; at += kThreads)
@@ -465,7 +504,7 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
           for (int i = 0; i < 4; ++i) {
             const int at = strip + n * 8 + lane_id() % 4 * 2 + i % 2;
             const int key = first_key + i / 2 * 8 + lane_id() / 4;
-            const float x = fmaf(c, s[n][i], -row_tau[at]);
+            const float x = Threshold{row_top[at], row_t[at]}.distance(c, s[n][i]);
             const bool kept = x > 0.f && key < p.length_k && (!kCausal || key <= first_row + at);
             s[n][i] = kept ? kProbScale * row_factor[at] * probability(x, p.r) : 0.f;
             if constexpr (want_k)

@@ -8,8 +8,8 @@
 // without a branch; when a buffer of strips is full all lanes sift theirs into the lists together.
 //
 // A row's bound is the threshold of scores kept so far, or less: f of a subset lies below f of the
-// row, and so does its root. One Newton step on the list from the present bound stays below the
-// root, since f falls and is convex.
+// row, and so does its root. certain_rise() on the list from the present bound stays below the
+// root.
 //
 // Scores are those of the tensor cores, q.k; z = c * score. Bounds are in units of scores.
 #pragma once
@@ -19,7 +19,6 @@
 namespace adasplash2 {
 
 constexpr int kCapacity = ADASPLASH2_CAPACITY;
-constexpr int kSolveSteps = 64;  // enough for bisection alone
 // Bounds stay this much below what is proven, in windows and relative to the score: above the
 // rounding of f and of z near the root.
 constexpr float kBoundSlack = 2e-6f;
@@ -33,7 +32,7 @@ constexpr int kMaxList = 64;                  // entries: a quarter of kMaxRow o
 constexpr int kRaiseGrow = 1;
 constexpr int kDealGrow = 3;
 constexpr int kSpare = 2;        // entries by which lists may grow before strips have to make way
-constexpr int kFirstSteps = 3;   // Newton steps to the first bounds
+constexpr int kFirstSteps = 3;   // raises to the first bounds
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -148,7 +147,7 @@ struct Lists {
     return seen - (1.f + kBoundSlack) * inv_c - kBoundSlack * fabsf(seen);
   }
 
-  // What a score above a bound adds to a Newton step.
+  // What a score above a bound adds to sum u and sum p there.
   static __device__ __forceinline__ void add_above(float x, float r, float& s1, float& s2) {
     const bool above = x > 0.f;
     const float inside = above ? x : 0.f;  // NaN, too, is no score above
@@ -164,12 +163,12 @@ struct Lists {
       s2 += inside;
     }
   }
-  // The bound after that step, of sums over the lanes of a row.
+  // The bound raised by what those sums, over the lanes of a row, prove.
   static __device__ __forceinline__ float raised(float bound, float s1, float s2, float inv_c,
                                                  float r) {
-    const float slope = r * sum_over<4>(s1), f = sum_over<4>(s2) - 1.f;
+    const float sum_u = sum_over<4>(s1), f = sum_over<4>(s2) - 1.f;
     if (!(f > 0.f)) return bound;  // never where nothing is kept
-    const float rise = (f / slope - kBoundSlack) * inv_c;
+    const float rise = (certain_rise(f, sum_u, r) - kBoundSlack) * inv_c;
     return fmaxf(bound, bound + rise - kBoundSlack * fabsf(bound));
   }
 
@@ -242,7 +241,7 @@ struct Lists {
     return __any_sync(kAllLanes, furthest() > address);
   }
 
-  // Raise the bounds to what the kept scores prove: one Newton step from where they stand.
+  // Raise the bounds to what the kept scores prove.
   __device__ __forceinline__ void raise(float c, float inv_c, float r) {
     float s1[kSlots], s2[kSlots];
 #pragma unroll
@@ -336,7 +335,7 @@ struct Lists {
       done[slot] = s.poisoned || s.empty;
       if (done[slot]) s.top = 0.f;
       lo[slot] = done[slot] ? -1.f : fmaxf(-1.f, c * (bound[slot] - s.top));
-      hi[slot] = 0.f;
+      hi[slot] = kHighest;
       s.tau = lo[slot];
       s.steps = 0;
     }
@@ -364,7 +363,7 @@ struct Lists {
         m[slot] = sum_over<4>(m[slot]);
         least[slot] = -max_over<4>(-least[slot]);
         if (done[slot]) continue;
-        done[slot] = refine(m[slot], r, lo[slot], hi[slot], out[slot].tau, least[slot]);
+        done[slot] = refine(m[slot], r, lo[slot], hi[slot], out[slot].tau, least[slot], step);
         ++out[slot].steps;
       }
     }

@@ -10,7 +10,6 @@ namespace adasplash2 {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowCapacity = 32;  // scores a thread keeps: 32 KiB of shared memory a block
-constexpr int kRowSteps = 64;     // halving a window of width 1 takes 24
 
 struct RowParams {
   const void *x, *grad_y;  // strides in elements; y is dense
@@ -88,14 +87,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if constexpr (kAlpha == AlphaKind::kGeneral)
     for (int k = 0; k <= kBins; ++k) powers[k] = k ? power(k / float(kBins), p.r) : 0.f;
   const Bracket<float> bracket = histogram_bracket<kAlpha>(histogram, powers);
-  float lo = bracket.lo, hi = bracket.hi, t = bracket.start;
+  float lo = bracket.lo, hi = fminf(bracket.hi, kHighest), t = fminf(bracket.start, hi);
   bool done = false;
-  for (int step = 0; step < kRowSteps && !done; ++step) {
+  for (int step = 0; step < kSolveSteps && !done; ++step) {
     Moments<float> m{0.f, 0.f, 0.f};
     for_scores([&](float shifted) { accumulate(m, shifted - t, p.r); });
     m = {over_block(m.s0, floats, add), over_block(m.s1, floats, add),
          over_block(m.s2, floats, add)};
-    done = refine(m, p.r, lo, hi, t, 0.f);
+    done = refine(m, p.r, lo, hi, t, 0.f, step);
   }
   float mass = 0.f;
   for_scores([&](float shifted) {

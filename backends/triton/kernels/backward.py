@@ -167,7 +167,8 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
         top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
-        s = scores(k, q, opt)
+        # A rounding of the smallest `x` moves its `u`: where steep, to the bit as for `delta`.
+        s = tl.trans(scores(q, k, opt)) if opt.steep else scores(k, q, opt)
         dp = matmul(v, tl.trans(grad))
         x = distance(s, top[None, :] if opt.exact else top, t[None, :], shape.c, opt)
         if EDGE:

@@ -24,6 +24,15 @@ INTERPRETED = tl.constexpr(sizes.INTERPRETED)
 PROB_SCALE = tl.constexpr(1024.0)
 """Factor of probabilities that are rounded to float16, whose smallest normal number is 6e-5."""
 
+HIGHEST = tl.constexpr(-(2.0**-126))
+"""Upper end of the window of ``t``. ``n`` equal keys have ``t = -n^(1 - alpha)``, for large alphas
+less than any float32; but the nearest key must keep a distance to it."""
+
+EPSILON = tl.constexpr(2.0**-23)
+
+FREE_STEPS = tl.constexpr(8)
+"""Newton's steps above alpha = 2 before every other one becomes a bisection."""
+
 
 # Reductions that keep NaN
 
@@ -266,6 +275,21 @@ def positive(x):
 
 
 @triton.jit
+def power(x, exponent):
+    """``x^exponent`` of ``x > 0``. ``log2 x`` is taken in two parts, since the rounding of a large
+    one would grow to several ulps of the power."""
+    bits = x.to(tl.int32, bitcast=True)
+    whole = (bits - 0x3F3504F3) >> 23  # x / 2^whole lies between the roots of 1/2 and 2
+    rest = (bits - whole * (1 << 23)).to(tl.float32, bitcast=True)
+    part = exponent * tl.log2(rest)
+    most = exponent * whole.to(tl.float32)
+    total = most + part
+    lost = tl.fma(exponent, whole.to(tl.float32), -most) + (part - (total - most))
+    y = tl.exp2(total)
+    return y + y * (0.69314718 * lost)
+
+
+@triton.jit
 def weights(x, r, opt: tl.constexpr):
     """``p`` and ``u`` of distances ``x``; zeros where ``x`` is not above zero, also for NaN."""
     if opt.alpha == 1.5:
@@ -275,9 +299,9 @@ def weights(x, r, opt: tl.constexpr):
         p = positive(x)
         u = tl.where(x > 0.0, 1.0, 0.0)
     else:
-        logarithm = tl.log2(tl.where(x > 0.0, x, 1.0))
-        p = tl.where(x > 0.0, tl.exp2(r * logarithm), 0.0)
-        u = tl.where(x > 0.0, tl.exp2((r - 1.0) * logarithm), 0.0)
+        inside = tl.where(x > 0.0, x, 1.0)
+        p = tl.where(x > 0.0, power(inside, r), 0.0)
+        u = p / inside
     return p, u
 
 
@@ -287,7 +311,7 @@ def rise(mass, slope, r, opt: tl.constexpr):
 
     ``g`` is a norm of ``[z - t]_+`` less one: convex and falling for ``r >= 1``, so that steps
     from below the root never pass it; and linear where few keys hold the mass, so that two or
-    three steps suffice.
+    three steps suffice. For ``r < 1`` see :func:`guarded`.
     """
     if opt.alpha == 1.5:
         gap = mass - tl.sqrt(mass)
@@ -295,5 +319,43 @@ def rise(mass, slope, r, opt: tl.constexpr):
         gap = mass - 1.0
     else:
         safe = tl.where(mass > 0.0, mass, 1.0)
-        gap = mass - tl.exp2((1.0 - 1.0 / r) * tl.log2(safe))
+        gap = mass - power(safe, 1.0 - 1.0 / r)
     return gap / tl.where(slope > 0.0, slope, 1.0)
+
+
+@triton.jit
+def certain_rise(mass, slope, r, opt: tl.constexpr):
+    """A step from ``t`` that does not pass the root, where ``mass >= 1``. A concave ``p`` stays
+    above its chord ``x^r - d x^(r - 1)``, which falls to zero at ``x``."""
+    if opt.steep:
+        return (mass - 1.0) / tl.where(slope > 0.0, slope, 1.0)
+    else:
+        return rise(mass, slope, r, opt)
+
+
+@triton.jit
+def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
+    """A step above alpha = 2: where ``t`` moves, ``[lo, hi]`` around the root, and whether that is
+    final.
+
+    ``sum p`` drops with infinite slope at every key, and Newton's steps can circle around one:
+    after FREE_STEPS every other step is a bisection. It halves the floats between ``lo`` and
+    ``hi``, not the window, since the root of equal keys is tiny. A step of less than an ulp takes
+    an ulp, so that the bracket closes.
+    """
+    low = mass >= 1.0
+    lo = tl.where(low, t, lo)
+    hi = tl.where(low, hi, t)
+    ulp = EPSILON * tl.abs(t)
+    solved = tl.abs(mass - 1.0) <= tolerance
+    newton = rise(mass, slope, r, opt)
+    newton = tl.where((tl.abs(newton) > ulp) | solved, newton, tl.where(low, ulp, -ulp))
+    inside = (t + newton >= lo) & (t + newton < hi)
+    first = lo.to(tl.int32, bitcast=True)
+    last = hi.to(tl.int32, bitcast=True)  # both are negative
+    middle = (first + (last - first) // 2).to(tl.float32, bitcast=True)
+    bisect = (step > FREE_STEPS) & (step % 2 == 1)
+    otherwise = tl.where(solved, t, middle)
+    moved = tl.where(inside & (solved | (bisect == 0)), t + newton, otherwise)
+    closed = hi - lo <= ulp
+    return tl.where(closed & (solved == 0), t, moved), lo, hi, solved | closed

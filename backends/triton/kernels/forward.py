@@ -9,14 +9,17 @@ import triton
 import triton.language as tl
 
 from adasplash2.backends.triton.kernels.common import (
+    HIGHEST,
     INFINITY,
     PROB_SCALE,
     allowed,
     any_of,
+    certain_rise,
     count_bad,
     distances,
     entries_at,
     finite_part,
+    guarded,
     head_of,
     is_marked,
     larger,
@@ -36,8 +39,11 @@ from adasplash2.backends.triton.kernels.common import (
 )
 
 BOUND_STEPS = tl.constexpr(3)
-"""Newton steps on the maxima of a row's tiles. On Gaussian scores the bound then keeps a
+"""Certain rises on the maxima of a row's tiles. On Gaussian scores the bound then keeps a
 twentieth more keys than the threshold itself; more steps change nothing."""
+
+LARGEST = tl.constexpr(65504.0)
+"""Of float16's numbers."""
 
 BOUND_SLACK = tl.constexpr(1e-6)
 """What rounding may add to a bound."""
@@ -73,7 +79,7 @@ def load_maxima(maxima, first_tile, tiles, opt: tl.constexpr, CHUNK: tl.constexp
 
 @triton.jit
 def bound_of(maxima, top, tiles, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
-    """A lower bound of ``t``: Newton's steps on the tiles' maxima, from ``tau >= max z - 1``."""
+    """A lower bound of ``t``: certain rises on the tiles' maxima, from ``tau >= max z - 1``."""
     t = tl.full((opt.block_q,), -1.0, tl.float32)
     for _ in range(BOUND_STEPS):
         mass = tl.full((opt.block_q,), 0.0, tl.float32)
@@ -83,7 +89,7 @@ def bound_of(maxima, top, tiles, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
             p, u = weights(shape.c * (highest - top[:, None]) - t[:, None], shape.r, opt)
             mass += tl.sum(p, 1)
             slope += tl.sum(u, 1)
-        t += tl.where(mass > 1.0, rise(mass, slope, shape.r, opt), 0.0)
+        t += tl.where(mass > 1.0, certain_rise(mass, slope, shape.r, opt), 0.0)
     return t - BOUND_SLACK
 
 
@@ -158,6 +164,8 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
         found_open, found = list_live(
             numbers, flags, maxima, top, t, open_end, end, tiles, shape, opt, CHUNK
         )
+        lo = t
+        hi = tl.where(pending, HIGHEST, INFINITY)
         steps = tl.full((opt.block_q,), 0, tl.int32)
         step = 0
         waiting = any_of(pending)
@@ -172,15 +180,22 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
             slope = tl.full((opt.block_q,), 0.0, tl.float32)
             mass, slope = sum_tiles(mass, slope, row_block, keys, entries, shape, opt, False)
             mass, slope = sum_tiles(mass, slope, row_block, keys, entries, shape, opt, True)
-            moved = t + rise(mass, slope, shape.r, opt)
+            if opt.steep:
+                moved, lo, hi, final = guarded(t, lo, hi, mass, slope, shape.r, tolerance, step,
+                                               opt)  # fmt: skip
+            else:
+                moved = t + rise(mass, slope, shape.r, opt)
+                final = (mass <= 1.0 + tolerance) | (moved == t)
             steps += pending.to(tl.int32)
-            final = (mass <= 1.0 + tolerance) | (moved == t)
             t = tl.where(pending, moved, t)
             pending = pending & (final == 0)
             step += 1
             waiting = any_of(pending) & (step < MAX_STEPS)
             tl.debug_barrier()  # the list is read
-            bound = tl.where(pending | (waiting == 0), t - BOUND_SLACK, INFINITY)
+            bound = t - BOUND_SLACK
+            if opt.steep:  # the next step may fall back to `lo`
+                bound = tl.where(waiting, lo - BOUND_SLACK, bound)
+            bound = tl.where(pending | (waiting == 0), bound, INFINITY)
             found_open, found = list_live(
                 numbers, flags, maxima, top, bound, open_end, end, tiles, shape, opt, CHUNK
             )
@@ -204,7 +219,7 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
 
 
 @triton.jit
-def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, opt: tl.constexpr,
+def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt: tl.constexpr,
                 SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add values weighted by ``p``, and by ``u`` where GRADIENT, over the entries that need no
@@ -218,8 +233,10 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, opt: tl.co
         mass += tl.sum(p, 1)
         acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
         if GRADIENT:
-            slope += tl.sum(u, 1)
-            acc_u += matmul((u * SCALE).to(v.dtype), finite_part(v, SAFE))
+            u = u * u_scale
+            rounded = (tl.minimum(u, LARGEST) if opt.steep else u).to(v.dtype)
+            slope += tl.sum(rounded.to(tl.float32) if opt.steep else u, 1)
+            acc_u += matmul(rounded, finite_part(v, SAFE))
         if SAFE:
             spoiled += count_bad(x, v)
         if COUNT:
@@ -268,9 +285,16 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
         tl.full((opt.block_q,), 0, tl.int32),
     )
     row_block = (q, top, t, first_row)
+    u_scale = scale
+    if opt.exact:
+        _, top_u = weights(-t, shape.r, opt)
+    if opt.steep:
+        # Other keys have up to 2^23 times as much, as far as `t` resolves them: in float16 too. One
+        # may outweigh all others, and its `dp - delta` be their part: so `slope` sums rounded `u`.
+        u_scale = (1.0 / 256.0 / tl.where(top_u > 0.0, top_u, 1.0))[:, None]
     for edge in tl.static_range(2):
-        sums = weigh_tiles(sums, row_block, keys, values, entries, marks, shape, opt, scale,
-                           GRADIENT, SAFE, COUNT, MARK, edge == 1)  # fmt: skip
+        sums = weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt,
+                           scale, GRADIENT, SAFE, COUNT, MARK, edge == 1)  # fmt: skip
     acc, acc_u, spoiled, mass, slope, kept = sums
     result = acc / tl.where(mass > 0.0, mass * scale, 1.0)[:, None]
     if SAFE:
@@ -279,12 +303,14 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     outs = head_of(out, batch, head)
     store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
     if GRADIENT:
-        mean = acc_u / tl.where(slope > 0.0, slope * scale, 1.0)[:, None]
+        mean = acc_u / tl.where(slope > 0.0, slope, 1.0)[:, None]
         if SAFE:  # a bad value in the support spoils the whole row's gradient
             mean = tl.where((tl.max(spoiled, 1) > 0.0)[:, None], float("nan"), mean)
         if opt.exact:
-            _, largest_u = weights(-t, shape.r, opt)
-            tl.store(spread + at_row, tl.where(slope == largest_u, 0.0, 1.0), mask=inside)
+            if opt.steep:  # as rounded in the sum
+                top_u = tl.max((top_u[:, None] * u_scale).to(value.base.dtype.element_ty), 1)
+            one_key = slope == top_u.to(tl.float32)
+            tl.store(spread + at_row, tl.where(one_key, 0.0, 1.0), mask=inside)
         means = head_of(out_u, batch, head)
         store_tile(
             means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v

@@ -6,9 +6,12 @@ import triton
 import triton.language as tl
 
 from adasplash2.backends.triton.kernels.common import (
+    HIGHEST,
     INFINITY,
+    guarded,
     larger,
     largest,
+    power,
     rise,
     weights,
 )
@@ -40,7 +43,7 @@ def entmax_rows(
     MAX_STEPS: tl.constexpr,
 ):
     """``y = [c (x - max x) - t]_+^r / sum``: one pass for the maximum, Newton's steps on ``t``
-    from the lower end of its window, one pass that writes."""
+    from the lower end of its window (guarded above alpha = 2), one pass that writes."""
     row = x + tl.program_id(0).to(tl.int64) * stride_x
     written = y + tl.program_id(0).to(tl.int64) * length
     highest = tl.full((CHUNK,), -INFINITY, tl.float32)
@@ -51,6 +54,8 @@ def entmax_rows(
     pending = (top > -INFINITY) & (poisoned == 0)
     top = tl.where(pending, top, 0.0)
     t = tl.where(pending, -1.0, INFINITY)
+    lo = t
+    hi = tl.where(pending, HIGHEST, INFINITY)
     mass = 1.0
     step = 0
     while pending:
@@ -61,9 +66,14 @@ def entmax_rows(
             sum_p += p
             sum_u += u
         mass = tl.sum(sum_p, 0)
-        moved = t + rise(mass, tl.sum(sum_u, 0), r, opt)
+        slope = tl.sum(sum_u, 0)
+        if opt.steep:
+            moved, lo, hi, final = guarded(t, lo, hi, mass, slope, r, tolerance, step, opt)
+        else:
+            moved = t + rise(mass, slope, r, opt)
+            final = (mass <= 1.0 + tolerance) | (moved == t)
         step += 1
-        pending = (mass > 1.0 + tolerance) & (moved != t) & (step < MAX_STEPS)
+        pending = (final == 0) & (step < MAX_STEPS)
         # The last mass is that of `t`, so the row is written for the `t` before the last step.
         t = tl.where(pending, moved, t)
     for start in range(0, length, CHUNK):
@@ -79,8 +89,7 @@ def load_sensitivity(row, start, length, exponent, opt: tl.constexpr, CHUNK: tl.
     if opt.alpha == 1.5:
         u = tl.sqrt(y)
     else:
-        u = tl.exp2(exponent * tl.log2(tl.where(y > 0.0, y, 1.0)))
-        u = tl.where(y > 0.0, u, y)
+        u = tl.where(y > 0.0, power(tl.where(y > 0.0, y, 1.0), exponent), y)
     return u
 
 
