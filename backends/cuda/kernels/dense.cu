@@ -266,15 +266,22 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       Scores s;
       dot_products<kParts, kDim>(s, queries, keys);
       const bool edge = b.edge(tile);
+      Moments<float> here[2] = {};  // sums of sums: thousands of equal terms drift in one
 #pragma unroll
       for (int n = 0; n < kParts; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float x = distance(i / 2, s[n][i]);
           if (edge && !b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2)) x = 0.f;
-          accumulate(m[i / 2], x, p.r);
+          accumulate(here[i / 2], x, p.r);
           least[i / 2] = fminf(least[i / 2], x > 0.f ? x : kInf);
         }
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot) {
+        m[slot].s0 += here[slot].s0;
+        m[slot].s1 += here[slot].s1;
+        m[slot].s2 += here[slot].s2;
+      }
     });
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
@@ -294,6 +301,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     dot_products<kParts, kDim>(s, queries, keys);
     const bool edge = b.edge(tile);
     bool live = false;
+    float here[2] = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < kParts; ++n)
 #pragma unroll
@@ -304,10 +312,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             (!edge || b.allowed(i / 2, tile * kTile + n * 8 + lane_id() % 4 * 2 + i % 2));
         const float prob = kept ? probability(x, p.r) : 0.f;
         s[n][i] = kProbScale * prob;
-        mass[i / 2] += prob;
+        here[i / 2] += prob;
         support[i / 2] += kept;
         live |= kept && b.flat[i / 2];
       }
+    mass[0] += here[0], mass[1] += here[1];
     if (p.tiles && live) mark_tile(p, b.head_row, b.first_row, tile * kTile);
     add_weighted<kParts, kDimV>(out, s, values);
   });
@@ -380,13 +389,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     dot_products<kParts, kDim>(s, queries, keys);
     dot_products<kParts, kDimV>(dp, grads, values);
     weights(s, tile);
+    float here_u[2] = {}, here[2] = {};
 #pragma unroll
     for (int n = 0; n < kParts; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        sum_u[i / 2] += s[n][i];
-        delta[i / 2] = fmaf(s[n][i], dp[n][i], delta[i / 2]);
+        here_u[i / 2] += s[n][i];
+        here[i / 2] = fmaf(s[n][i], dp[n][i], here[i / 2]);
       }
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) sum_u[slot] += here_u[slot], delta[slot] += here[slot];
   });
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
