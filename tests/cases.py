@@ -396,7 +396,7 @@ INTERPRETED: dict[str, set[str]] = {
         *("scale-negative", "scale-zero", "layout-sliced-float32", "layout-inner_stride-bfloat16"),
         *("minus_infinity-alpha1.5", "nan_query-alpha1.5"),
         *("nan_key-alpha1.5", "nan_value-alpha2", "local-alpha1.5"),
-        *("grid-float32-alpha3-causal", "grid-float16-alpha3-full", "ties-alpha3"),
+        *("grid-float32-alpha3-causal", "ties-alpha3"),
         *("1-1.5-dtype0", "200-2.0-dtype2", "65-1.25-dtype3", "1023-1.75-dtype0"),
         *("200-3.0-dtype0", "65-3.0-dtype3"),
     },
