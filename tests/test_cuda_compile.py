@@ -230,6 +230,24 @@ def test_precompile_leaves_nothing_to_compile(
     assert result.out.isfinite().all()
 
 
+def test_the_argument_of_a_call_has_the_bytes_of_its_fields() -> None:
+    tensor = torch.zeros(2, 3, 8, 64)
+    fields = {
+        "q": launch.view(tensor),
+        "grad_v": launch.view(tensor.transpose(1, 2)),
+        "tau": tensor,
+        "long_parts": 2**40 + 8,
+    }
+    constants = launch.params({"length_q": 7, "c": 0.5, "r": 2.0})
+    found = launch.call_argument(fields, constants)
+    expected = launch.argument(launch.params(fields, constants))
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    # Bytes between fields are anything.
+    assert found.view(launch.PARAMS) == expected.view(launch.PARAMS)
+    assert found.view(launch.PARAMS)["long_parts"] == 2**40 + 8
+    assert found.flags.writeable
+
+
 def test_what_the_copy_engine_takes() -> None:
     """Rows on 16 bytes; heads that are all the same one, but not rows."""
     keys = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -121,6 +122,26 @@ def params(fields: Mapping[str, Any], constants: Any = None, layout: np.dtype[An
     for name, value in fields.items():
         block[name] = value.data_ptr() if isinstance(value, Tensor) else value
     return block
+
+
+_OFFSETS = {name: entry[1] for name, entry in (PARAMS.fields or {}).items()}
+_WORDS = _OFFSETS["batch"] // 8  # what differs from call to call: views and pointers
+_WORD_OF = {name: at // 8 for name, at in _OFFSETS.items() if at // 8 < _WORDS}
+_words = struct.Struct(f"{_WORDS}q")
+
+
+def call_argument(fields: Mapping[str, Any], constants: Any) -> Any:
+    """``argument(params(fields, constants))`` in a tenth of the time; ``fields`` are views and
+    pointers, which ``constants`` does not hold."""
+    words = [0] * _WORDS
+    for name, value in fields.items():
+        at = _WORD_OF[name]
+        if isinstance(value, tuple):
+            words[at : at + 4] = value
+        else:
+            words[at] = value.data_ptr() if isinstance(value, Tensor) else value
+    block = _words.pack(*words) + constants.tobytes()[_words.size :]
+    return np.ndarray((), f"V{len(block)}", bytearray(block))
 
 
 def argument(block: Any) -> Any:

@@ -79,7 +79,7 @@ class Plan:
 
     def params(self, fields: Mapping[str, Any]) -> Any:
         """The argument block with ``fields``."""
-        return launch.argument(launch.params(fields, self.constants))
+        return launch.call_argument(fields, self.constants)
 
     @functools.cached_property
     def scratch(self) -> tuple[dict[str, int], int]:
