@@ -380,16 +380,8 @@ __device__ __forceinline__ float4 load_shared4(u32 address) {
                : "memory");
   return x;
 }
-__device__ __forceinline__ u32 load_shared_u16(u32 address) {
-  u16 x;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
-  return x;
-}
 __device__ __forceinline__ void store_shared(u32 address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
-}
-__device__ __forceinline__ void store_shared_u16(u32 address, u32 x) {
-  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(u16(x)) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() {
