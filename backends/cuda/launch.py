@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,17 +98,16 @@ def row_defines(problem: RowProblem) -> dict[str, int]:
 def is_aligned(*tensors: Tensor) -> bool:
     """Whether every row of the tensors starts on 16 bytes and is a multiple of them long. Rows
     that are all the same one do not count: the copy engine takes no such stride."""
-    return all(
-        tensor.data_ptr() % 16 == 0
-        and (tensor.stride(-2) != 0 or tensor.shape[-2] == 1)
-        and tensor.shape[-1] * tensor.element_size() % 16 == 0
-        and all(
-            stride * tensor.element_size() % 16 == 0
-            for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-            if size > 1
-        )
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        shape, strides, itemsize = tensor.shape, tensor.stride(), tensor.element_size()
+        if tensor.data_ptr() % 16 or shape[-1] * itemsize % 16:
+            return False
+        if strides[-2] == 0 and shape[-2] != 1:
+            return False
+        for stride, size in zip(strides[:-1], shape[:-1], strict=True):
+            if stride * itemsize % 16 and size > 1:
+                return False
+    return True
 
 
 def view(tensor: Tensor) -> tuple[int, int, int, int]:
@@ -179,24 +178,30 @@ def tensor_map(keys: Tensor, rows: int) -> Any:
     Raises:
         RuntimeError: the driver refuses; the message has its error code.
     """
-    batch, heads, length, width = keys.shape
+    return _encoded_map(keys.data_ptr(), keys.dtype, keys.shape, keys.stride(), rows)
+
+
+@lru_cache(1024)  # training comes back to the same places
+def _encoded_map(
+    data: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], rows: int
+) -> Any:
+    batch, heads, length, width = shape
     # A dimension expanded with stride 0 has one entry; the kernel stays at it.
     sizes = [width, length]
-    strides = [keys.stride(2) if length > 1 else width]
-    for size, stride in ((heads, keys.stride(1)), (batch, keys.stride(0))):
+    steps = [strides[2] if length > 1 else width]
+    for size, stride in ((heads, strides[1]), (batch, strides[0])):
         single = size == 1 or stride == 0
         sizes.append(1 if single else size)
-        strides.append(strides[-1] * sizes[-2] if single else stride)
+        steps.append(steps[-1] * sizes[-2] if single else stride)
     room = np.zeros(24, dtype=np.uint64)  # the driver writes to 64 aligned bytes
     encoded = room[-room.ctypes.data % 64 // 8 :][:16]
-    itemsize = keys.element_size()
     status = _encoder()(
         encoded.ctypes.data,
-        _MAP_TYPES[keys.dtype],
+        _MAP_TYPES[dtype],
         4,
-        keys.data_ptr(),
+        data,
         (ctypes.c_uint64 * 4)(*sizes),
-        (ctypes.c_uint64 * 3)(*(stride * itemsize for stride in strides)),
+        (ctypes.c_uint64 * 3)(*(step * dtype.itemsize for step in steps)),
         (ctypes.c_uint32 * 4)(64, rows, 1, 1),
         (ctypes.c_uint32 * 4)(1, 1, 1, 1),
         0,
@@ -206,8 +211,8 @@ def tensor_map(keys: Tensor, rows: int) -> Any:
     )
     if status:
         raise RuntimeError(
-            f"the CUDA driver cannot describe keys of shape {tuple(keys.shape)} and strides "
-            f"{keys.stride()} to the copy engine (CUresult {status})"
+            f"the CUDA driver cannot describe keys of shape {tuple(shape)} and strides "
+            f"{strides} to the copy engine (CUresult {status})"
         )
     return encoded.view("V128")
 
