@@ -232,8 +232,8 @@ struct Lists {
     for (int slot = 1; slot < kSlots; ++slot) out = max(out, end[slot]);
     return out;
   }
-  // Entries of the warp's longest list. wgmma must not be under way across a loop that the compiler
-  // takes for divergent, hence uniform().
+  // Entries of the warp's longest list; uniform() keeps the compiler from taking loops over them
+  // for divergent.
   __device__ __forceinline__ int entries() const {
     return uniform(int(__reduce_max_sync(kAllLanes, furthest() - base) / kEntryBytes));
   }
