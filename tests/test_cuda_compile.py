@@ -108,7 +108,11 @@ def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, a
     scan = sizes.hopper_scan(head_dim, *shape, retry=shape == plan.RETRY_SHAPE)
     capacity = scan.capacity(SHARED["sm_90"])
     assert capacity is not None
-    assert capacity >= 20
+    # Survivors that a row may keep: what two strips, and what one of them may add, leave of the
+    # memory. Rows of 64 stay in the lists of the default, all of 240 in those of the second look.
+    entries = capacity - 2 * 1152 / 512 - 4
+    least = {plan.HOPPER_SHAPES[0]: 64, plan.RETRY_SHAPE: 240}
+    assert 4 * entries >= least.get(shape, 48)
     defines = {
         "DTYPE": alpha % 2,
         "HEAD_DIM": head_dim,

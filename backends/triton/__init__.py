@@ -62,8 +62,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
     reasons = [reason for holds, reason in against if holds]
     if isinstance(problem, Problem) and problem.alpha > 2.0 and problem.dtype.itemsize == 2:
         reasons.append(
-            f"alpha = {problem.alpha:g}, above 2, with {problem.dtype}: these kernels' gradients "
-            "are not as exact there as they must be"
+            f"alpha = {problem.alpha:g}, above 2, with {problem.dtype}: these kernels have failed "
+            "to be as exact there as they must be"
         )
     if reasons:
         return reasons

@@ -502,8 +502,8 @@ struct Lists {
   }
 
   // Filter the scores of a tile of `count` strips: `first_column` is the lane's first, and score
-  // (slot, n, j) belongs to column first_column + 8 n + j. Straight code, so that products may be
-  // under way. The maxima of a flat warp go on being kept.
+  // (slot, n, j) belongs to column first_column + 8 n + j. Straight code but for the first tile.
+  // The maxima of a flat warp go on being kept.
   template <int count, class Score>
   __device__ __forceinline__ void filter(const Score& score, int first_column, const Params& p) {
     static_assert(count % kMinStrips == 0, "settle() looks again at so many at a time");
