@@ -519,11 +519,11 @@ struct Lists {
   }
 
   // Sift after filter() where vote(due) says so, the same to all lanes of the warp; a tile that
-  // found no room is caught once more.
+  // found no room is caught once more. Returns what the vote said.
   template <int count, class Score, class Vote>
-  __device__ __forceinline__ void settle(const Score& score, int first_column, const Params& p,
+  __device__ __forceinline__ bool settle(const Score& score, int first_column, const Params& p,
                                          const Vote& vote) {
-    if (!vote(due)) return;
+    if (!vote(due)) return false;
     due = false;
     bool lost = false;
 #pragma unroll
@@ -535,11 +535,12 @@ struct Lists {
 #pragma unroll 1  // one copy of sift()
     for (int strip = 0; strip < count; strip += kMinStrips) {
       sift(p);
-      if (!lost) return;
+      if (!lost) break;
 #pragma unroll
       for (int here = 0; here < count; here += kMinStrips)
         if (here == strip) catch_strips(score, here, kMinStrips, first_column);
     }
+    return true;
   }
 
   // Take what is above the bounds from the strips to the lists. The warp turns flat, and keeps

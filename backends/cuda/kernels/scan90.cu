@@ -11,6 +11,7 @@
 // The same code has a second look at rows that their lists could not hold (ADASPLASH2_RETRY): one
 // warpgroup has the whole shared memory for its lists, and starts from the bounds that the first
 // look proved, so that nearly all it meets are survivors.
+#include "hopper.cuh"
 #include "lists.cuh"
 
 namespace adasplash2 {
@@ -22,105 +23,38 @@ constexpr int kStages = ADASPLASH2_STAGES;
 constexpr bool kRetry = ADASPLASH2_RETRY;
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;
-// Registers move from the warpgroup that copies to those that hold scores: by eights, and together
-// no more than the block was launched with.
 constexpr int kCopierRegisters = 24;
-constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-constexpr int kShare = (kLaunchRegisters * kThreads - kCopierRegisters * 128) / kConsumers / 8 * 8;
-constexpr int kConsumerRegisters = kShare < 240 ? kShare : 240;
 constexpr int kRows = 64;  // of a warpgroup: M of wgmma
 constexpr int kBlockRows = kGroups * kRows;
 constexpr int kTileKeys = 128;  // N of wgmma
 constexpr int kSlots = 2;
 
-// A tile stands in panels of 64 columns (128 bytes, the width of the swizzle), keys one below
-// another: the 16-byte unit u of key n lies at unit u ^ (n % 8) of its line.
-constexpr int kPanelBytes = kTileKeys * 128;
-constexpr int kPanels = (kDim + 63) / 64;
+// Whether a warpgroup whose rows are all flat may stop: the kernels of dense90.cu find the largest
+// scores themselves, those of dense.cu rely on the first look.
+constexpr bool kMayStop = kRetry || (kAlpha != AlphaKind::kGeneral && kDimV <= 128);
+
+constexpr int kPanelBytes = kTileKeys * kLineBytes;
 constexpr int kStageBytes = kPanels * kPanelBytes;
-
-// --- barriers in shared memory -------------------------------------------------------------
-
-__device__ __forceinline__ void init_barrier(u32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Wait until the barrier's phase of this parity is complete.
-__device__ __forceinline__ void await(u32 barrier, u32 parity) {
-  asm volatile(
-      "{.reg .pred done;"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;"
-      "@!done bra again;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// Where a walk through the ring is: a stage, and the parity of its round.
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
 
 // --- products ------------------------------------------------------------------------------
 
-using Scores = float[kTileKeys / 2];  // 4 n + 2 s + j: column 8 n + j of the lane's slot s
-
-// What wgmma needs to know of a tile: where it starts, 1,024 bytes from one group of eight keys
-// to the next, 128-byte swizzle. Addresses are in units of 16 bytes and add without carry.
-constexpr int kDescriptorUnit = 16;
-__device__ __forceinline__ unsigned long long descriptor(u32 address) {
-  return (unsigned long long)(address / kDescriptorUnit & 0x3fff) | 1ull << 16 | 64ull << 32 |
-         1ull << 62;
-}
-
-__device__ __forceinline__ void multiply_tile(Scores& s, const Left& a, unsigned long long keys,
-                                              int accumulate) {
-#define ADASPLASH2_S4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
-#if ADASPLASH2_DTYPE == 1
-#define ADASPLASH2_TYPES ".f32.f16.f16 "
-#else
-#define ADASPLASH2_TYPES ".f32.bf16.bf16 "
-#endif
-
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %69, 0;"
-      "wgmma.mma_async.sync.aligned.m64n128k16" ADASPLASH2_TYPES
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, "
-      "%37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, "
-      "%55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;}"
-      : ADASPLASH2_S4(0), ADASPLASH2_S4(4), ADASPLASH2_S4(8), ADASPLASH2_S4(12), ADASPLASH2_S4(16),
-        ADASPLASH2_S4(20), ADASPLASH2_S4(24), ADASPLASH2_S4(28), ADASPLASH2_S4(32),
-        ADASPLASH2_S4(36), ADASPLASH2_S4(40), ADASPLASH2_S4(44), ADASPLASH2_S4(48),
-        ADASPLASH2_S4(52), ADASPLASH2_S4(56), ADASPLASH2_S4(60)
-      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(keys), "r"(accumulate));
-}
+using Scores = float[kTileKeys / 2];
 
 // q k^T of a warpgroup's 64 rows and one tile.
-__device__ __forceinline__ void multiply(Scores& s, const Left (&q)[kDim / 16],
-                                         unsigned long long tile) {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+__device__ __forceinline__ void multiply(Scores& s, const Left (&q)[kDim / 16], u64 tile) {
+  begin_products();
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
-    multiply_tile(s, q[k], tile + (k / 4 * kPanelBytes + k % 4 * 32) / kDescriptorUnit, k > 0);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (float& x : s) asm volatile("" : "+f"(x)::"memory");  // reads stay behind
+    if (k == 0)
+      multiply_left<false>(s, q[k], tile);
+    else
+      multiply_left<true>(s, q[k], tile + columns_at(k, kTileKeys));
+  commit_products();
+  await_products();
+  settled(s);
 }
 
 // --- loads ---------------------------------------------------------------------------------
-
-// What the copy engine knows of the keys, as the driver encodes it: dimensions (head_dim, length,
-// heads, batch), boxes of 64 columns by kTileKeys keys.
-struct alignas(64) TensorMap {
-  unsigned long long opaque[16];
-};
 
 // A block of queries: where it is, and how many tiles of keys it may see.
 struct Item {
@@ -156,27 +90,18 @@ __device__ __forceinline__ void for_items(const Params& p, const Body& body) {
   }
 }
 
-// One thread has the tiles copied. Keys and columns out of bounds become zeros.
+using KeyRing = Ring<kStages>;
+
+// One thread has the tiles copied.
 __device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map, const Item& item,
-                                           Ring& at, u32 stages, u32 full, u32 empty) {
-  // A dimension that was expanded with stride 0 has one entry in the map.
-  const int head_at = p.k.head ? item.head / p.group : 0, batch_at = p.k.batch ? item.batch : 0;
+                                           KeyRing& at, u32 stages, u32 full, u32 empty) {
+  const Plane plane(p.k, item.head / p.group, item.batch);
   for (int i = 0; i < item.tiles; ++i, at.advance()) {
-    const int tile = nth_tile(i, item.tiles);
-    await(empty + at.stage * 8, at.parity ^ 1);  // a new barrier counts as one of that parity
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + at.stage * 8),
-        "r"(kStageBytes)
-        : "memory");
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel)
-      asm volatile(
-          "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-          " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(stages + at.stage * kStageBytes +
-                                                       panel * kPanelBytes),
-          "l"(&map), "r"(panel * 64), "r"(tile * kTileKeys), "r"(head_at), "r"(batch_at),
-          "r"(full + at.stage * 8)
-          : "memory");
+    at.await_empty(empty);
+    arrive_expecting(full + at.stage * 8, kStageBytes);
+    copy_tile<kTileKeys, kPanels, kTileKeys>(stages + at.stage * kStageBytes, map,
+                                             nth_tile(i, item.tiles) * kTileKeys, plane,
+                                             full + at.stage * 8);
   }
 }
 
@@ -215,7 +140,7 @@ __device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& 
 // --- the scan ------------------------------------------------------------------------------
 
 // The scan of one warpgroup.
-__device__ __forceinline__ void consume(const Params& p, const Item& item, Ring& at, u32 stages,
+__device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRing& at, u32 stages,
                                         u32 full, u32 empty) {
   const int warp = uniform(warp_id());
   const int first_of_group = item.block * kBlockRows + warp / 4 * kRows;
@@ -230,9 +155,9 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
   if (kRetry && wanted) lists.resume(p, group);
 
   constexpr int kParts = kTileKeys / kStripKeys;
-  const unsigned long long first_tile = descriptor(stages);
+  const u64 first_tile = descriptor(stages);
   const auto take = [&] {
-    await(full + at.stage * 8, at.parity);
+    at.await_full(full);
     return first_tile + at.stage * (kStageBytes / kDescriptorUnit);
   };
   // All warps of a warpgroup sift together: each would hold up the others when its turn comes.
@@ -257,11 +182,11 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
   const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     lists.template filter<kParts>(score, column, p);
-    lists.template settle<kParts>(score, column, p, vote);
+    return lists.template settle<kParts>(score, column, p, vote);
   };
   for (int i = 0; i < item.tiles; ++i) {
     const int first_key = nth_tile(i, item.tiles) * kTileKeys;
-    const unsigned long long tile = take();
+    const u64 tile = take();
     if (first_key > last_seen) {
       give_back();
       continue;
@@ -269,8 +194,9 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
     Scores s;
     multiply(s, q, tile);
     give_back();
+    bool sifted;
     if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1))
-      look(
+      sifted = look(
           [&](int slot, int n, int j) {
             const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
             const int row = first_row + slot * 8 + lane_id() / 4;
@@ -278,9 +204,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
           },
           first_key);
     else
-      look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
-    // Where the second look is in vain, too, the largest scores are known already.
-    if (kRetry && !vote(wanted && !lists.flat)) last_seen = -1;
+      sifted = look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
+    if (kMayStop && sifted && !vote(wanted && !lists.flat)) last_seen = -1;
   }
   if (!wanted) return;
   lists.sift(p);
@@ -293,23 +218,23 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, Ring&
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
   extern __shared__ __align__(16) char shared[];  // 1,024 would count in full beside barriers[]
-  __shared__ __align__(8) unsigned long long barriers[2 * kStages];
+  __shared__ __align__(8) u64 barriers[2 * kStages];
   const u32 stages = (shared_address(shared) + 1023) & ~1023u;
   const u32 full = shared_address(barriers), empty = full + kStages * 8;
   if (threadIdx.x < kStages) {
     init_barrier(full + threadIdx.x * 8, 1);
     init_barrier(empty + threadIdx.x * 8, kGroups * 4);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    publish_stores();
   }
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopierRegisters));
-    Ring at;
+    give_registers<kCopierRegisters>();
+    KeyRing at;
     if (threadIdx.x == kConsumers)
       for_items(p, [&](const Item& item) { copy_tiles(p, map, item, at, stages, full, empty); });
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
-    Ring at;
+    take_registers<kGroups, kCopierRegisters>();
+    KeyRing at;
     for_items(p, [&](const Item& item) { consume(p, item, at, stages, full, empty); });
   }
 }
