@@ -17,6 +17,9 @@ from adasplash2.backends.triton.sizes import INTERPRETED
 # Read when the package is imported: what was measured on this machine must decide no test.
 os.environ["ADASPLASH2_AUTOTUNE"] = "off"
 
+# Dense float32, which some tolerances are made of, runs on the GPU there: it means float32.
+torch.set_float32_matmul_precision("highest")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

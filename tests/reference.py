@@ -180,9 +180,11 @@ def undecided_rows(z: Tensor, tau: Tensor, dtype: torch.dtype) -> Tensor:
     return distance < 32.0 * torch.finfo(dtype).eps * size
 
 
-def allowed_keys(length_q: int, length_k: int, is_causal: bool) -> Tensor:
+def allowed_keys(
+    length_q: int, length_k: int, is_causal: bool, device: torch.device | str = "cpu"
+) -> Tensor:
     """``(length_q, length_k)`` bool; causal is aligned top-left: key ``j <= i`` for query ``i``."""
-    allowed = torch.ones(length_q, length_k, dtype=torch.bool)
+    allowed = torch.ones(length_q, length_k, dtype=torch.bool, device=device)
     return allowed.tril() if is_causal else allowed
 
 
@@ -203,7 +205,7 @@ def attention(
     group = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    allowed = allowed_keys(query.shape[2], key.shape[2], is_causal).to(query.device)
+    allowed = allowed_keys(query.shape[2], key.shape[2], is_causal, query.device)
     scores = torch.where(allowed, scale * (query @ key.mT), -math.inf)
     if alpha == 1.0:
         z, p = scores, entmax(scores, alpha)
@@ -239,7 +241,7 @@ def attention_gradients(
     group = query.shape[1] // heads_kv
     shared_key, shared_value = (t.repeat_interleave(group, dim=1) for t in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    allowed = allowed_keys(query.shape[2], key.shape[2], is_causal).to(query.device)
+    allowed = allowed_keys(query.shape[2], key.shape[2], is_causal, query.device)
     ds = torch.where(allowed, entmax_gradient(p, grad_out @ shared_value.mT, alpha), 0.0)
 
     def over_group(grad: Tensor) -> Tensor:
@@ -299,13 +301,13 @@ def empty_tiles(p: Tensor, is_causal: bool, side: int = 64) -> Tensor:
     ``p`` ``(batch, heads, length_q, length_k)`` -> ``(batch, heads)`` float64.
     """
     allowed = allowed_keys(p.shape[2], p.shape[3], is_causal)
-    counted = torch.zeros((), dtype=torch.float64)
-    empty = torch.zeros(p.shape[:2], dtype=torch.float64)
+    counted = 0
+    empty = torch.zeros(p.shape[:2], dtype=torch.float64, device=p.device)
     for i in range(0, p.shape[2], side):
         for j in range(0, p.shape[3], side):
             if allowed[i : i + side, j : j + side].any():
                 counted += 1
-                empty += (p[..., i : i + side, j : j + side] == 0).all(dim=-1).all(dim=-1).cpu()
+                empty += (p[..., i : i + side, j : j + side] == 0).all(dim=-1).all(dim=-1)
     return empty / counted
 
 
@@ -319,7 +321,7 @@ def error(got: Tensor, expected: Tensor) -> float:
     """``norm(got - expected)``; infinite where not both have NaN and infinities at the same
     entries."""
     assert got.shape == expected.shape, (got.shape, expected.shape)
-    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    got, expected = got.detach().double(), expected.detach().to(got.device).double()
     finite = expected.isfinite()
     if not torch.equal(got.isfinite(), finite) or not torch.equal(got.isnan(), expected.isnan()):
         return math.inf

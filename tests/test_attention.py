@@ -130,14 +130,13 @@ def assert_close(
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-def without_gradient_of_undecided_rows(inputs: Inputs, on_cpu: Inputs, case: Case) -> None:
+def without_gradient_of_undecided_rows(inputs: Inputs, case: Case) -> None:
     """Sets ``grad_out`` to zero, in place, where there is no right gradient to agree with."""
-    exact = reference.attention(*on_cpu[:3], **case.options)
+    exact = reference.attention(*inputs[:3], **case.options)
     computed_in = FLOAT64 if case.dtype == FLOAT64 else FLOAT32
     undecided = reference.undecided_rows(exact.z, exact.tau, computed_in)
     assert undecided.double().mean() < 0.1
-    for grad_out in (inputs.grad_out, on_cpu.grad_out):
-        grad_out[undecided.to(grad_out.device)] = 0.0
+    inputs.grad_out[undecided] = 0.0
 
 
 def skip_if_tiles_spread(case: Case, backend: str) -> None:
@@ -151,17 +150,17 @@ def skip_if_tiles_spread(case: Case, backend: str) -> None:
 def test_agrees_with_the_reference(case: Case, backend: str) -> None:
     if case.data != "gaussian":
         skip_if_tiles_spread(case, backend)
-    inputs, on_cpu = case.inputs(device_of(backend)), case.inputs()
+    inputs = case.inputs(device_of(backend))
     if case.alpha > 2.0:
-        without_gradient_of_undecided_rows(inputs, on_cpu, case)
+        without_gradient_of_undecided_rows(inputs, case)
     got = run(inputs, case, backend)
     assert got.out.dtype == case.dtype
     assert got.out.is_contiguous()
 
-    exact, p = evaluate(on_cpu, case, FLOAT64)
-    magnitude = Result(*reference.magnitudes(*on_cpu, p=p, alpha=case.alpha, scale=case.scale))
+    exact, p = evaluate(inputs, case, FLOAT64)
+    magnitude = Result(*reference.magnitudes(*inputs, p=p, alpha=case.alpha, scale=case.scale))
     ill_conditioned = case.dtype == FLOAT32 and not case.well_conditioned
-    dense = dense_float32(on_cpu, case) if ill_conditioned else []
+    dense = dense_float32(inputs, case) if ill_conditioned else []
     assert_close("out", case, got.out, exact.out, magnitude.out, "out", [one.out for one in dense])
     for index, name in enumerate(reference.Gradients._fields):
         assert_close(
@@ -207,9 +206,9 @@ SUM_CASES = [
 @pytest.mark.parametrize("case", SUM_CASES, ids=lambda case: case.name)
 def test_probabilities_sum_to_one(case: Case, backend: str) -> None:
     inputs = case.inputs(device_of(backend))
-    p = probabilities(inputs, case, backend).double().cpu()
+    p = probabilities(inputs, case, backend).double()
     assert (p >= 0.0).all()
-    z = reference.attention(*case.inputs()[:3], **case.options).z
+    z = reference.attention(*inputs[:3], **case.options).z
     expected = (z > -math.inf).any(dim=-1).double()  # a row without keys has no mass
     tolerance = 1e-6 if case.dtype == FLOAT32 else 1e-14
     if backend != "cpu":  # sums of thousands of terms without compensation
@@ -416,8 +415,9 @@ STATS_CASES = [
 @pytest.mark.parametrize("case", STATS_CASES, ids=lambda case: case.name)
 def test_stats_agree_with_the_reference(case: Case, dtype: torch.dtype, backend: str) -> None:
     case = Case(**{**vars(case), "dtype": dtype})
-    got = stats(case.inputs(device_of(backend)), case, backend)
-    exact = reference.attention(*case.inputs()[:3], **case.options)
+    inputs = case.inputs(device_of(backend))
+    got = stats(inputs, case, backend)
+    exact = reference.attention(*inputs[:3], **case.options)
     rows = exact.tau.shape
     assert got.backend == backend
     assert got.tau.shape == got.support.shape == got.iterations.shape == rows
@@ -426,7 +426,7 @@ def test_stats_agree_with_the_reference(case: Case, dtype: torch.dtype, backend:
     assert got.empty_tiles.shape == rows[:2]
     assert got.empty_tiles.dtype == FLOAT64
 
-    tau, support = got.tau.double().cpu(), got.support.cpu()
+    tau, support = got.tau.double(), got.support
     size = exact.z[exact.z > -math.inf].abs().max().item()
     near = (1e-13 if dtype == FLOAT64 else 2e-6) * max(1.0, size)
     assert reference.error(tau, exact.tau) < math.inf  # +inf for rows without keys, as there
@@ -441,7 +441,7 @@ def test_stats_agree_with_the_reference(case: Case, dtype: torch.dtype, backend:
     if dtype == FLOAT64:
         assert torch.equal(support, (exact.probabilities > 0.0).sum(dim=-1).int())
         empty = reference.empty_tiles(exact.probabilities, case.is_causal)
-        torch.testing.assert_close(got.empty_tiles.cpu(), empty, rtol=0, atol=1e-12)
+        torch.testing.assert_close(got.empty_tiles, empty, rtol=0, atol=1e-12)
 
 
 @on_every_backend

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -234,22 +237,119 @@ def test_precompile_leaves_nothing_to_compile(
     assert result.out.isfinite().all()
 
 
-def test_the_argument_of_a_call_has_the_bytes_of_its_fields() -> None:
-    tensor = torch.zeros(2, 3, 8, 64)
-    fields = {
-        "q": launch.view(tensor),
-        "grad_v": launch.view(tensor.transpose(1, 2)),
-        "tau": tensor,
-        "long_parts": 2**40 + 8,
-    }
+# Launches, without a driver
+
+
+class Driver:
+    """What the driver is asked, and what it would read while it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+        self.blocks: list[bytes] = []
+        self.maps: list[bytes] = []
+        self.status = 0
+
+    def cuCtxPushCurrent_v2(self, context: int) -> int:  # noqa: N802
+        self.asked.append(("push", context))
+        return 0
+
+    def cuCtxPopCurrent_v2(self, _: None) -> int:  # noqa: N802
+        self.asked.append(("pop",))
+        return 0
+
+    def cuMemsetD8Async(self, *arguments: int) -> int:  # noqa: N802
+        self.asked.append(("zero", *arguments))
+        return self.status
+
+    def cuLaunchKernel(self, *arguments: Any) -> int:  # noqa: N802
+        *place, parameters, _ = arguments
+        self.asked.append(("launch", *place))
+        has_map = place[1] == MAPPED
+        block, *maps = (ctypes.c_void_p * (1 + has_map)).from_address(parameters)
+        self.blocks.append(ctypes.string_at(block, launch.PARAMS.itemsize))
+        self.maps += (ctypes.string_at(one, 128) for one in maps)
+        return self.status
+
+    def cuTensorMapEncodeTiled(self, address: int, *_: object) -> int:  # noqa: N802
+        assert address % 64 == 0
+        ctypes.memset(address, 7, 128)
+        return 0
+
+    def cuGetErrorName(self, status: int, name: Any) -> int:  # noqa: N802
+        name._obj.value = b"CUDA_ERROR_STUB"
+        return 0
+
+
+MAPPED = 77
+"""Blocks of the launch that has a tensor map."""
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    found = Driver()
+    monkeypatch.setattr(launch, "driver", lambda: found)
+    monkeypatch.setattr(launch, "context", lambda device: 100 + device)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda device: 200 + device, raising=False
+    )
+    return found
+
+
+def kernel(shared_bytes: int = 0) -> launch.Kernel:
+    function = SimpleNamespace(kernel=SimpleNamespace(ptr=300), max_dynamic_shared_size_bytes=0)
+    module = SimpleNamespace(get_function=lambda name: function)
+    return launch.Kernel(module, "scan", shared_bytes)
+
+
+def test_a_launch_passes_the_bytes_of_its_fields(driver: Driver) -> None:
+    tensor = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
+    swapped = tensor.transpose(1, 2)
     constants = launch.params({"length_q": 7, "c": 0.5, "r": 2.0})
-    found = launch.call_argument(fields, constants)
-    expected = launch.argument(launch.params(fields, constants))
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    # Bytes between fields are anything.
-    assert found.view(launch.PARAMS) == expected.view(launch.PARAMS)
-    assert found.view(launch.PARAMS)["long_parts"] == 2**40 + 8
-    assert found.flags.writeable
+    call = launch.Call(3, launch.words(constants))
+    call.put_view("q", tensor)
+    call.put_view("grad_v", swapped)
+    call.put_pointer("tau", tensor)
+    call.put_parts(tensor, launch.places({"rank": 0, "long_parts": 2**40}))
+    keys = launch.tensor_map(tensor, 128)
+    with call:
+        call.zero(64, 5)
+        kernel()((6, 2), 32, call)
+        kernel(1000)((MAPPED, 1), 64, call, keys)
+    assert driver.asked == [
+        ("push", 103),
+        ("zero", 64, 0, 5, 203),
+        ("launch", 300, 6, 2, 1, 32, 1, 1, 0, 203),
+        ("launch", 300, MAPPED, 1, 1, 64, 1, 1, 1000, 203),
+        ("pop",),
+    ]
+    at = tensor.data_ptr()
+    expected = constants.copy()
+    expected["q"] = (at, *tensor.stride()[:3])
+    expected["grad_v"] = (at, *swapped.stride()[:3])
+    expected["tau"], expected["rank"], expected["long_parts"] = at, at, at + 2**40
+    assert [np.frombuffer(block, launch.PARAMS)[0] for block in driver.blocks] == [expected] * 2
+    assert driver.maps == [b"\7" * 128]
+
+
+def test_a_failed_launch_has_the_name_of_its_error(driver: Driver) -> None:
+    call = launch.Call(0, launch.words(launch.params({})))
+    driver.status = 700
+    with pytest.raises(RuntimeError, match=r"CUDA_ERROR_STUB \(700\)"), call:
+        kernel()((1, 1), 32, call)
+    assert driver.asked[-1] == ("pop",)
+
+
+def test_calls_share_no_block(driver: Driver) -> None:
+    """Several threads may be at work between the launches of one."""
+    constants = launch.words(launch.params({"batch": 1}))
+    first, second = launch.Call(0, constants), launch.Call(0, constants)
+    tensor = torch.zeros(1)
+    second.put_pointer("tau", tensor)
+    with first, second:
+        kernel()((1, 1), 32, second)
+        kernel()((1, 1), 32, first)
+    found = [int(np.frombuffer(block, launch.PARAMS)[0]["tau"]) for block in driver.blocks]
+    assert found == [tensor.data_ptr(), 0]
 
 
 def test_what_the_copy_engine_takes() -> None:

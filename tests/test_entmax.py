@@ -35,7 +35,8 @@ def gaussian(*shape: int, factor: float = 1.0, dtype: torch.dtype = FLOAT32) -> 
 
 
 def run(x: Tensor, grad_y: Tensor, alpha: float, backend: str, dim: int = -1) -> tuple[Tensor, ...]:
-    """Output and gradient, on the CPU; skips with the reasons where a backend refuses."""
+    """Output and gradient, on the device of ``x``; skips with the reasons where a backend
+    refuses."""
     leaf = x.to(device_of(backend)).detach().requires_grad_()
     try:
         y = adasplash2.entmax(leaf, alpha, dim, backend=backend)
@@ -46,7 +47,7 @@ def run(x: Tensor, grad_y: Tensor, alpha: float, backend: str, dim: int = -1) ->
     (gradient,) = torch.autograd.grad(y, leaf, grad_y.to(leaf.device))
     assert y.dtype == gradient.dtype == x.dtype
     assert y.shape == gradient.shape == x.shape
-    return y.detach().cpu(), gradient.cpu()
+    return y.detach().to(x.device), gradient.to(x.device)
 
 
 def dense(x: Tensor, grad_y: Tensor, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,8 @@ def dense_errors(
 
 
 def assert_agrees(x: Tensor, alpha: float, backend: str, *, well_conditioned: bool = True) -> None:
-    grad_y = gaussian(*x.shape, 1)[..., 0].to(x.dtype)
+    x = x.to(device_of(backend))  # the reference runs there too
+    grad_y = gaussian(*x.shape, 1)[..., 0].to(x)
     if alpha > 2.0:  # there is no right gradient to agree with in rows at a kink
         z = (alpha - 1.0) * x.double()
         computed_in = FLOAT64 if x.dtype == FLOAT64 else FLOAT32

@@ -53,16 +53,15 @@ def refused(error: adasplash2.BackendRefused, backend: str) -> None:
 @pytest.mark.parametrize("factor", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("length", [1, 7, 200, 3000])
 def test_rows(length: int, factor: float, alpha: float, dtype: torch.dtype, backend: str) -> None:
-    x = gaussian(20, length, dtype=dtype, factor=factor)
-    grad_y = gaussian(length, 20, dtype=dtype).T
-    ours = x.to(device_of(backend)).detach().requires_grad_()
-    theirs = x.double().detach().requires_grad_()
+    x = gaussian(20, length, dtype=dtype, factor=factor).to(device_of(backend))
+    grad_y = gaussian(length, 20, dtype=dtype).T.to(x.device)
+    ours, theirs = x.detach().requires_grad_(), x.double().detach().requires_grad_()
     try:
         y = adasplash2.entmax(ours, alpha, backend=backend)
     except adasplash2.BackendRefused as error:
         refused(error, backend)
     expected = judged(theirs, alpha)
-    (gradient,) = torch.autograd.grad(y, ours, grad_y.to(ours.device))
+    (gradient,) = torch.autograd.grad(y, ours, grad_y)
     (expected_gradient,) = torch.autograd.grad(expected, theirs, grad_y.double())
     assert relative_error(y, expected) <= tolerance(dtype, alpha)
     if length > 1:  # the gradient of a single entry is zero, and its error not relative to it
@@ -78,14 +77,15 @@ def test_rows(length: int, factor: float, alpha: float, dtype: torch.dtype, back
 def test_attention(is_causal: bool, alpha: float, dtype: torch.dtype, backend: str) -> None:
     """Dense attention with the judge in the place of softmax, and its autograd."""
     shapes = ((2, 3, 129, 40), (2, 3, 150, 40), (2, 3, 150, 24))
-    tensors = [gaussian(*shape, dtype=dtype) for shape in shapes]
-    grad_out = gaussian(2, 3, 129, 24, dtype=dtype)
-    ours = [t.to(device_of(backend)).detach().requires_grad_() for t in tensors]
+    device = device_of(backend)
+    tensors = [gaussian(*shape, dtype=dtype).to(device) for shape in shapes]
+    grad_out = gaussian(2, 3, 129, 24, dtype=dtype).to(device)
+    ours = [t.detach().requires_grad_() for t in tensors]
     query, key, value = theirs = [t.double().detach().requires_grad_() for t in tensors]
 
     scores = query @ key.mT / 40**0.5
     if is_causal:  # the judge knows no -inf
-        hidden = torch.ones(129, 150, dtype=torch.bool).triu(diagonal=1)
+        hidden = torch.ones(129, 150, dtype=torch.bool, device=device).triu(diagonal=1)
         scores = scores.masked_fill(hidden, -1e4)
     expected = judged(scores, alpha) @ value
     try:
@@ -93,7 +93,7 @@ def test_attention(is_causal: bool, alpha: float, dtype: torch.dtype, backend: s
     except adasplash2.BackendRefused as error:
         refused(error, backend)
     assert relative_error(out, expected) <= tolerance(dtype, alpha)
-    gradients = torch.autograd.grad(out, ours, grad_out.to(out.device))
+    gradients = torch.autograd.grad(out, ours, grad_out)
     expected_gradients = torch.autograd.grad(expected, theirs, grad_out.double())
     for gradient, other in zip(gradients, expected_gradients, strict=True):
         assert relative_error(gradient, other) <= 10.0 * tolerance(dtype, alpha)

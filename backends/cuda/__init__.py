@@ -102,28 +102,28 @@ def backward(
     problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    *tensors, grad_out = (_unit_stride(x) for x in (*inputs, grad_out))
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    grad_query, grad_key, grad_value = grads
-    plan = plans.plan(problem, config, _aligned(problem, *tensors, grad_out))
-    scratch, total = plan.scratch
-    memory = torch.empty(total, dtype=torch.uint8, device=problem.device)
-    memory[: scratch["column_start"]].zero_()  # the counts, and the number of long columns
-    block = plan.params(
-        {
-            **_addresses(memory, scratch),
-            **_addresses(forward.saved, plan.saved.offsets),
-            **_views(*tensors),
-            "tau": forward.tau,
-            "grad_o": launch.view(grad_out),
-            "grad_q": launch.view(grad_query),
-            "grad_k": launch.view(grad_key),
-            "grad_v": launch.view(grad_value),
-        }
+    query, key, value, grad_out = (_unit_stride(x) for x in (*inputs, grad_out))
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
     )
-    with torch.cuda.device(problem.device):
-        for step in plan.backward:
-            step(block)
+    plan = plans.plan(problem, config, launch.is_aligned(query, key, value, grad_out))
+    scratch, steps = plan.scratch, plan.backward
+    memory = torch.empty(scratch.total, dtype=torch.uint8, device=problem.device)
+    call = plan.call()
+    call.put_parts(memory, scratch.places)
+    call.put_parts(forward.saved, plan.saved_places)
+    call.put_pointer("tau", forward.tau)
+    call.put_view("q", query)
+    call.put_view("k", key)
+    call.put_view("v", value)
+    call.put_view("grad_o", grad_out)
+    call.put_view("grad_q", grad_query)
+    call.put_view("grad_k", grad_key)
+    call.put_view("grad_v", grad_value)
+    with call:
+        call.zero(memory.data_ptr(), scratch.zeroed)  # counts, and the number of long columns
+        for step in steps:
+            step(call)
     return grad_query, grad_key, grad_value
 
 
@@ -172,15 +172,14 @@ def versions() -> Mapping[str, str]:
 def precompile(problem: Problem | RowProblem, config: Config) -> None:
     """See :meth:`adasplash2.contract.Backend.precompile`; for tensors whose rows lie on 16 bytes
     where their width allows it. Others may take a variant more."""
-    with torch.cuda.device(problem.device):
-        if isinstance(problem, RowProblem):
-            arch = compiler.architecture(torch.cuda.get_device_capability())
-            compiler.cubin_path("rows.cu", launch.row_defines(problem), arch)
-            return
-        widths = problem.head_dim, problem.head_dim_v
-        aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
-        plan = plans.plan(problem, config, aligned)
-        _ = plan.scans, plan.forward, plan.backward if problem.needs_grad else ()
+    if isinstance(problem, RowProblem):
+        arch = compiler.architecture(torch.cuda.get_device_capability(problem.device))
+        compiler.cubin_path("rows.cu", launch.row_defines(problem), arch)
+        return
+    widths = problem.head_dim, problem.head_dim_v
+    aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
+    plan = plans.plan(problem, config, aligned)
+    _ = plan.scans, plan.forward, plan.backward if problem.needs_grad else ()
 
 
 def _forward(
@@ -190,29 +189,30 @@ def _forward(
     recorded: dict[str, Tensor],
     support: Tensor | None = None,
 ) -> Forward:
-    tensors = [_unit_stride(x) for x in inputs]
-    plan = plans.plan(problem, config, _aligned(problem, *tensors))
+    query, key, value = (_unit_stride(x) for x in inputs)
+    plan = plans.plan(problem, config, launch.is_aligned(query, key, value))
     shape = (problem.batch, problem.heads_q, problem.length_q)
     device = problem.device
     out = torch.empty((*shape, problem.head_dim_v), dtype=problem.dtype, device=device)
     tau = torch.empty(shape, dtype=torch.float32, device=device)
     saved = torch.empty(plan.saved.total, dtype=torch.uint8, device=device)
-    plan.saved.part(saved, "poison").zero_()
-    block = plan.params(
-        {
-            **_addresses(saved, plan.saved.offsets),
-            **_views(*tensors),
-            **recorded,
-            "tau": tau,
-            "o": launch.view(out),
-        }
-    )
-    with torch.cuda.device(device):
-        maps = (launch.tensor_map(tensors[1], sizes.HOPPER_KEYS),) if plan.maps_keys else ()
-        for scan in plan.scans:
-            scan(block, *maps)
-        for step in plan.forward:
-            step(block)
+    maps = (launch.tensor_map(key, sizes.HOPPER_KEYS),) if plan.maps_keys else ()
+    scans, steps = plan.scans, plan.forward
+    call = plan.call()
+    call.put_parts(saved, plan.saved_places)
+    call.put_pointer("tau", tau)
+    call.put_view("q", query)
+    call.put_view("k", key)
+    call.put_view("v", value)
+    call.put_view("o", out)
+    for field, tensor in recorded.items():
+        call.put_pointer(field, tensor)
+    with call:
+        call.zero(*plan.saved.span(saved, "poison"))
+        for scan in scans:
+            scan(call, *maps)
+        for step in steps:
+            step(call)
     if support is not None:
         counted = plan.saved.part(saved, "row_count").view(torch.int32).view(*shape[:2], -1)
         support.copy_(counted[..., : problem.length_q].clamp(min=0))
@@ -220,20 +220,4 @@ def _forward(
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
-
-
-def _aligned(problem: Problem, *tensors: Tensor) -> bool:
-    """Whether every row of the tensors, and of what is made like them, starts on 16 bytes."""
-    itemsize = problem.dtype.itemsize
-    widths = (problem.head_dim, problem.head_dim_v)
-    return not any(w * itemsize % 16 for w in widths) and launch.is_aligned(*tensors)
-
-
-def _views(query: Tensor, key: Tensor, value: Tensor) -> dict[str, tuple[int, int, int, int]]:
-    return {"q": launch.view(query), "k": launch.view(key), "v": launch.view(value)}
-
-
-def _addresses(memory: Tensor, offsets: Mapping[str, int]) -> dict[str, int]:
-    base = memory.data_ptr()
-    return {name: base + offset for name, offset in offsets.items()}
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

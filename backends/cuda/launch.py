@@ -1,12 +1,16 @@
-"""Calling kernels: the argument block, compiled variants per device, torch's stream."""
+"""Calling kernels: the argument block, compiled variants per device, torch's stream.
+
+CuPy loads kernels; the driver launches them. A launch by CuPy takes several times as long, most
+of it to describe the arguments anew.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import struct
+from array import array
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,80 +103,174 @@ def is_aligned(*tensors: Tensor) -> bool:
     """Whether every row of the tensors starts on 16 bytes and is a multiple of them long. Rows
     that are all the same one do not count: the copy engine takes no such stride."""
     for tensor in tensors:
-        shape, strides, itemsize = tensor.shape, tensor.stride(), tensor.element_size()
-        if tensor.data_ptr() % 16 or shape[-1] * itemsize % 16:
+        itemsize, strides = tensor.element_size(), tensor.stride()
+        batch, head, row, _ = strides
+        fixed = tensor.data_ptr() | tensor.size(3) * itemsize
+        if row and (fixed | (batch | head | row) * itemsize) & 15 == 0:
+            continue
+        if fixed & 15 or (row == 0 and tensor.size(2) != 1):
             return False
-        if strides[-2] == 0 and shape[-2] != 1:
-            return False
-        for stride, size in zip(strides[:-1], shape[:-1], strict=True):
-            if stride * itemsize % 16 and size > 1:
+        for stride, size in zip(strides[:3], tensor.shape, strict=False):
+            if stride * itemsize & 15 and size > 1:
                 return False
     return True
 
 
-def view(tensor: Tensor) -> tuple[int, int, int, int]:
-    """``View`` of a 4-dimensional tensor with unit inner stride."""
-    return (tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2))
-
-
-def params(fields: Mapping[str, Any], constants: Any = None, layout: np.dtype[Any] = PARAMS) -> Any:
-    """The argument block of ``constants`` and ``fields``; what neither names is zero."""
-    block = np.zeros((), layout) if constants is None else constants.copy()
+def params(fields: Mapping[str, Any], layout: np.dtype[Any] = PARAMS) -> Any:
+    """The argument block of ``fields``; what they do not name is zero."""
+    block = np.zeros((), layout)
     for name, value in fields.items():
         block[name] = value.data_ptr() if isinstance(value, Tensor) else value
     return block
 
 
-_OFFSETS = {name: entry[1] for name, entry in (PARAMS.fields or {}).items()}
-_WORDS = _OFFSETS["batch"] // 8  # what differs from call to call: views and pointers
-_WORD_OF = {name: at // 8 for name, at in _OFFSETS.items() if at // 8 < _WORDS}
-_words = struct.Struct(f"{_WORDS}q")
+def words(block: Any) -> list[int]:
+    """``block`` as words of 8 bytes: a list is copied and filled in faster than fields are."""
+    found: list[int] = np.frombuffer(block.tobytes(), np.int64).tolist()
+    return found
 
 
-def call_argument(fields: Mapping[str, Any], constants: Any) -> Any:
-    """``argument(params(fields, constants))`` in a tenth of the time; ``fields`` are views and
-    pointers, which ``constants`` does not hold."""
-    words = [0] * _WORDS
-    for name, value in fields.items():
+_WORD_OF = {name: offset // 8 for name, (_, offset, *_) in (PARAMS.fields or {}).items()}
+
+
+def places(offsets: Mapping[str, int]) -> tuple[tuple[int, int], ...]:
+    """Words of pointers into one allocation, each with its offset there."""
+    return tuple((_WORD_OF[name], offset) for name, offset in offsets.items())
+
+
+class Call:
+    """One call of the backend: its argument block, and torch's current stream of its device.
+
+    The block's views and pointers are put in place first. Kernels are launched inside ``with``,
+    where the device's context is current: whichever thread or device the call comes from.
+    """
+
+    __slots__ = ("_block", "_context", "_pointers", "_words", "block", "pointers", "stream")
+
+    def __init__(self, device: int, constants: list[int]) -> None:
+        self._words = constants.copy()
+        self._context = context(device)
+        self.stream = torch._C._cuda_getCurrentRawStream(device)
+
+    def put_view(self, name: str, tensor: Tensor) -> None:
+        """``View`` of a 4-dimensional tensor with unit inner stride."""
         at = _WORD_OF[name]
-        if isinstance(value, tuple):
-            words[at : at + 4] = value
-        else:
-            words[at] = value.data_ptr() if isinstance(value, Tensor) else value
-    block = _words.pack(*words) + constants.tobytes()[_words.size :]
-    return np.ndarray((), f"V{len(block)}", bytearray(block))
+        self._words[at : at + 4] = tensor.data_ptr(), *tensor.stride()[:3]
 
+    def put_pointer(self, name: str, tensor: Tensor) -> None:
+        self._words[_WORD_OF[name]] = tensor.data_ptr()
 
-def argument(block: Any) -> Any:
-    """``block`` as a kernel takes it: its bytes. CuPy would describe a structured array field by
-    field at every launch, which takes ten times as long as the launch."""
-    return block.view(f"V{block.nbytes}")
+    def put_parts(self, memory: Tensor, places: tuple[tuple[int, int], ...]) -> None:
+        """Pointers into ``memory``, from :func:`places`."""
+        words, base = self._words, memory.data_ptr()
+        for at, offset in places:
+            words[at] = base + offset
+
+    def __enter__(self) -> Call:
+        # The driver copies arguments while it launches; until then these arrays hold them.
+        self._block = array("q", self._words)
+        self.block = self._block.buffer_info()[0]
+        self._pointers = array("q", (self.block,))
+        self.pointers = self._pointers.buffer_info()[0]
+        check(driver().cuCtxPushCurrent_v2(self._context))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        check(driver().cuCtxPopCurrent_v2(None))
+
+    def zero(self, address: int, nbytes: int) -> None:
+        """Set memory to zeros, on the stream."""
+        check(driver().cuMemsetD8Async(address, 0, nbytes, self.stream))
 
 
 Launch = Callable[..., None]
-"""A kernel with its grid: takes the kernel's arguments."""
+"""A kernel with its grid: takes a :class:`Call` and, where the kernel does, :class:`TensorMap`."""
 
 
 class Kernel:
-    """One kernel of one compiled unit on the current device."""
+    """One kernel of one compiled unit on one device."""
 
     def __init__(self, module: Any, name: str, shared_bytes: int) -> None:
-        self._function = module.get_function(name)
-        self._shared_bytes = shared_bytes
+        found = module.get_function(name)
         if shared_bytes:
-            self._function.max_dynamic_shared_size_bytes = shared_bytes
+            found.max_dynamic_shared_size_bytes = shared_bytes
+        self._found = found  # keeps its module loaded
+        self._function = found.kernel.ptr
+        self._shared_bytes = shared_bytes
+        self._launch = driver().cuLaunchKernel
 
-    def __call__(self, blocks: tuple[int, ...], threads: int, *arguments: Any) -> None:
-        """Launch on torch's current stream of the current device."""
-        stream = _cupy_stream(torch.cuda.current_stream().cuda_stream)
-        self._function(blocks, (threads,), arguments, shared_mem=self._shared_bytes, stream=stream)
+    def __call__(self, grid: tuple[int, int], threads: int, call: Call, *maps: TensorMap) -> None:
+        """Launch on the stream of ``call``."""
+        pointers = call.pointers
+        if maps:
+            held = array("q", (call.block, *(one.address for one in maps)))
+            pointers = held.buffer_info()[0]
+        size, stream = self._shared_bytes, call.stream
+        status = self._launch(self._function, *grid, 1, threads, 1, 1, size, stream, pointers, None)
+        if status:
+            check(status)
+
+
+_HANDLE, _INT, _SIZE = ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t
+_SIGNATURES = {
+    "cuCtxPushCurrent_v2": (_HANDLE,),
+    "cuCtxPopCurrent_v2": (_HANDLE,),
+    "cuDeviceGet": (_HANDLE, ctypes.c_int),
+    "cuDevicePrimaryCtxRetain": (_HANDLE, ctypes.c_int),
+    "cuGetErrorName": (ctypes.c_int, _HANDLE),
+    "cuLaunchKernel": (_HANDLE, *[_INT] * 7, _HANDLE, _HANDLE, _HANDLE),
+    "cuMemsetD8Async": (_HANDLE, ctypes.c_ubyte, _SIZE, _HANDLE),
+    "cuTensorMapEncodeTiled": (_HANDLE, ctypes.c_int, _INT, *[_HANDLE] * 5, *[ctypes.c_int] * 4),
+}
+
+
+@cache
+def driver() -> Any:
+    """The CUDA driver. Its calls let other Python threads run: a launch waits where the queue is
+    full."""
+    library = ctypes.CDLL("libcuda.so.1")
+    for name, types in _SIGNATURES.items():
+        if hasattr(library, name):  # drivers before Hopper describe no tensors
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, ctypes.c_int
+    return library
+
+
+def check(status: int) -> None:
+    """Raise RuntimeError with the driver's name of the error, where there is one."""
+    if status:
+        found = ctypes.c_char_p()
+        driver().cuGetErrorName(status, ctypes.byref(found))
+        name = (found.value or b"an unknown error").decode()
+        raise RuntimeError(f"the CUDA driver returned {name} ({status})")
+
+
+def index(device: torch.device) -> int:
+    """The number of a CUDA device."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def context(device: int) -> int:
+    """The context that torch and CuPy use on ``device``; it is never released."""
+    number, found = ctypes.c_int(), ctypes.c_void_p()
+    check(driver().cuDeviceGet(ctypes.byref(number), device))
+    check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(found), number))
+    return found.value or 0
 
 
 _MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _MAP_SWIZZLE_128B, _MAP_L2_PROMOTION_256B = 3, 3
 
 
-def tensor_map(keys: Tensor, rows: int) -> Any:
+class TensorMap(NamedTuple):
+    """128 bytes at ``address``, which ``room`` holds."""
+
+    address: int
+    room: Any
+
+
+def tensor_map(keys: Tensor, rows: int) -> TensorMap:
     """The driver's description of ``keys`` for the copy engine: boxes of 64 columns by ``rows``.
 
     Raises:
@@ -184,7 +282,7 @@ def tensor_map(keys: Tensor, rows: int) -> Any:
 @lru_cache(1024)  # training comes back to the same places
 def _encoded_map(
     data: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], rows: int
-) -> Any:
+) -> TensorMap:
     batch, heads, length, width = shape
     # A dimension expanded with stride 0 has one entry; the kernel stays at it.
     sizes = [width, length]
@@ -193,10 +291,10 @@ def _encoded_map(
         single = size == 1 or stride == 0
         sizes.append(1 if single else size)
         steps.append(steps[-1] * sizes[-2] if single else stride)
-    room = np.zeros(24, dtype=np.uint64)  # the driver writes to 64 aligned bytes
-    encoded = room[-room.ctypes.data % 64 // 8 :][:16]
-    status = _encoder()(
-        encoded.ctypes.data,
+    room = (ctypes.c_char * 192)()  # the driver writes to 64 aligned bytes
+    address = ctypes.addressof(room) + 63 & -64
+    status = driver().cuTensorMapEncodeTiled(
+        address,
         _MAP_TYPES[dtype],
         4,
         data,
@@ -214,27 +312,7 @@ def _encoded_map(
             f"the CUDA driver cannot describe keys of shape {tuple(shape)} and strides "
             f"{strides} to the copy engine (CUresult {status})"
         )
-    return encoded.view("V128")
-
-
-@cache
-def _encoder() -> Any:
-    encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    encode.argtypes = [pointer, number, ctypes.c_uint32, *[pointer] * 5, *[number] * 4]
-    encode.restype = number
-    return encode
-
-
-@cache
-def _cupy_stream(handle: int) -> Any:
-    import cupy
-
-    class _Handle:
-        def __cuda_stream__(self) -> tuple[int, int]:
-            return (0, handle)
-
-    return cupy.cuda.Stream.from_external(_Handle())
+    return TensorMap(address, room)
 
 
 @cache
@@ -242,7 +320,10 @@ def kernel(
     device: int, unit: str, name: str, options: tuple[tuple[str, int], ...], shared_bytes: int = 0
 ) -> Kernel:
     """The kernel ``name`` of ``unit`` for one device; compiled and loaded once."""
-    return Kernel(_module(device, unit, options), name, shared_bytes)
+    import cupy
+
+    with cupy.cuda.Device(device):
+        return Kernel(_module(device, unit, options), name, shared_bytes)
 
 
 @cache
@@ -250,5 +331,4 @@ def _module(device: int, unit: str, options: tuple[tuple[str, int], ...]) -> Any
     import cupy
 
     arch = compiler.architecture(torch.cuda.get_device_capability(device))
-    with cupy.cuda.Device(device):
-        return cupy.RawModule(path=str(compiler.cubin_path(unit, dict(options), arch)))
+    return cupy.RawModule(path=str(compiler.cubin_path(unit, dict(options), arch)))

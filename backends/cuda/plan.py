@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,15 @@ def plan(problem: Problem, config: Config, aligned: bool) -> Plan:
     return _plan(problem, tuple(config.items()), aligned)
 
 
+class Scratch(NamedTuple):
+    """Where the parts of an allocation of ``total`` bytes go, of which the first ``zeroed`` must be
+    zeros."""
+
+    places: tuple[tuple[int, int], ...]
+    zeroed: int
+    total: int
+
+
 class Plan:
     """One kind of attention call on one device."""
 
@@ -50,6 +59,8 @@ class Plan:
         self.problem = problem
         self.counts = sizes.Counts.of(problem)
         self.saved = sizes.Saved(self.counts)
+        self.saved_places = launch.places(self.saved.offsets)
+        self._device = launch.index(problem.device)
         self._options = launch.defines(problem, aligned)
         widths = (problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
         self._dense_shared = sizes.dense_shared(*widths)
@@ -59,7 +70,7 @@ class Plan:
         self.maps_keys = self._scan.maps_keys
         factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
         c = factor if factor > 0.0 else 1.0
-        self.constants = launch.params(
+        constants = launch.params(
             {
                 "batch": problem.batch,
                 "heads_q": problem.heads_q,
@@ -76,18 +87,19 @@ class Plan:
                 "r": 1.0 / (problem.alpha - 1.0),
             }
         )
+        self._constants = launch.words(constants)
 
-    def params(self, fields: Mapping[str, Any]) -> Any:
-        """The argument block with ``fields``."""
-        return launch.call_argument(fields, self.constants)
+    def call(self) -> launch.Call:
+        """A call whose argument block has the constants."""
+        return launch.Call(self._device, self._constants)
 
     @functools.cached_property
-    def scratch(self) -> tuple[dict[str, int], int]:
-        """Offsets of the backward's own memory, and its size; what must start as zeros is first."""
+    def scratch(self) -> Scratch:
+        """The backward's own memory; what must start as zeros is first."""
         counts = self.counts
         entries = counts.rows * sizes.ARENA_ROW
         long_parts = sizes.LONG_WAVES * self._units
-        return sizes.parts(
+        offsets, total = sizes.parts(
             {
                 "column_count": 4 * counts.columns,
                 "long_columns": 4 * (1 + entries // sizes.SHORT_COLUMN),
@@ -99,6 +111,7 @@ class Plan:
                 "long_parts": sizes.LONG_PART_BYTES * long_parts,
             }
         )
+        return Scratch(launch.places(offsets), offsets["column_start"], total)
 
     @functools.cached_property
     def scans(self) -> tuple[launch.Launch, ...]:
@@ -174,9 +187,8 @@ class Plan:
         threads: int,
         shared: int,
     ) -> launch.Launch:
-        device = torch.cuda.current_device()
-        found = launch.kernel(device, unit, kernel, tuple(options.items()), shared)
-        return functools.partial(found, blocks, threads)
+        found = launch.kernel(self._device, unit, kernel, tuple(options.items()), shared)
+        return functools.partial(found, (*blocks, 1)[:2], threads)
 
 
 @functools.lru_cache(CACHED_PLANS)

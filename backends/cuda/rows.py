@@ -65,8 +65,8 @@ def _run(problem: RowProblem, kernel: str, **fields: Any) -> None:
         return
     shape = {"rows": problem.rows, "length": problem.length}
     numbers = {"c": problem.alpha - 1.0, "r": 1.0 / (problem.alpha - 1.0)}
-    block = launch.argument(launch.params({**fields, **shape, **numbers}, layout=PARAMS))
-    options = tuple(launch.row_defines(problem).items())
-    with torch.cuda.device(problem.device):
-        device = torch.cuda.current_device()
-        launch.kernel(device, "rows.cu", kernel, options)((problem.rows,), THREADS, block)
+    words = launch.words(launch.params({**fields, **shape, **numbers}, layout=PARAMS))
+    device, options = launch.index(problem.device), tuple(launch.row_defines(problem).items())
+    found = launch.kernel(device, "rows.cu", kernel, options)
+    with launch.Call(device, words) as call:
+        found((problem.rows, 1), THREADS, call)

@@ -185,6 +185,10 @@ class Saved:
         }
         self.offsets, self.total = parts(self._sizes)
 
+    def span(self, saved: torch.Tensor, name: str) -> tuple[int, int]:
+        """Address and bytes of one part."""
+        return saved.data_ptr() + self.offsets[name], self._sizes[name]
+
     def part(self, saved: torch.Tensor, name: str) -> torch.Tensor:
         """One part as bytes."""
         at = self.offsets[name]

@@ -137,8 +137,12 @@ def _attention_backward_fake(
 
 
 class _Attention(_ReverseMode):
+    """``options``, from ``alpha`` to ``backend``, are one argument: torch looks at each."""
+
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Any:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...]
+    ) -> Any:
         inputs = query, key, value
         out, tau, saved = _forward(attention_forward, _attention_forward, inputs, *options, True)
         ctx.set_materialize_grads(False)
@@ -149,19 +153,18 @@ class _Attention(_ReverseMode):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        nothing = (None,) * len(ctx.options)
         grad_out = grads[0]
         if grad_out is None:
-            return None, None, None, *nothing
+            return None, None, None, None
         tensors = grad_out, *ctx.saved_tensors
         found = _backward(attention_backward, _attention_backward, tensors, *ctx.options)
         wanted = zip(found, ctx.needs_input_grad, strict=False)
-        return *(grad if needed else None for grad, needed in wanted), *nothing
+        return *(grad if needed else None for grad, needed in wanted), None
 
 
 def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Any:
     if _differentiated(query, key, value):
-        return _Attention.apply(query, key, value, *options[:-1])
+        return _Attention.apply(query, key, value, options[:-1])
     with _below_autograd():
         return attention_forward(query, key, value, *options)
 
@@ -280,7 +283,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tenso
         for name, tensor in zip(Inputs._fields, (query, key, value), strict=True):
             check_tensor(name, tensor)  # torch's dispatcher would say it in other words
     elif _differentiated(query, key, value):
-        out: Tensor = _Attention.apply(query, key, value, *options)[0]
+        out: Tensor = _Attention.apply(query, key, value, options)[0]
         return out
     out = call(query, key, value, *options, False)[0]
     return out
