@@ -72,8 +72,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         return reasons + rows.refusals(problem)
     if sizes.Counts.of(problem).rows > 2**31 - 1:
         reasons.append("the query rows of all heads together exceed 2^31 - 1")
-    itemsize = problem.dtype.itemsize
-    dense = max(sizes.dense_shared(problem.head_dim, problem.head_dim_v, itemsize).values())
+    widths, itemsize = (problem.head_dim, problem.head_dim_v), problem.dtype.itemsize
+    dense = max(sizes.portable_dense(*widths, itemsize).shared.values())
     optin = plans.shared_memory(problem.device).per_block
     if not configs(problem) or dense > optin:
         reasons.append(
@@ -196,8 +196,7 @@ def _forward(
     out = torch.empty((*shape, problem.head_dim_v), dtype=problem.dtype, device=device)
     tau = torch.empty(shape, dtype=torch.float32, device=device)
     saved = torch.empty(plan.saved.total, dtype=torch.uint8, device=device)
-    maps = (launch.tensor_map(key, sizes.HOPPER_KEYS),) if plan.maps_keys else ()
-    scans, steps = plan.scans, plan.forward
+    steps = plan.scans + (plan.forward if support is None else plan.forward_counting)
     call = plan.call()
     call.put_parts(saved, plan.saved_places)
     call.put_pointer("tau", tau)
@@ -209,8 +208,6 @@ def _forward(
         call.put_pointer(field, tensor)
     with call:
         call.zero(*plan.saved.span(saved, "poison"))
-        for scan in scans:
-            scan(call, *maps)
         for step in steps:
             step(call)
     if support is not None:

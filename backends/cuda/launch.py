@@ -70,9 +70,13 @@ DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """The values of ``ADASPLASH2_DTYPE``."""
 
 
+GENERAL_ALPHA = 2
+"""The ``AlphaKind`` of an alpha without a closed form."""
+
+
 def alpha_code(alpha: float) -> int:
     """The ``AlphaKind`` of ``threshold.h``."""
-    return {1.5: 0, 2.0: 1}.get(alpha, 2)
+    return {1.5: 0, 2.0: 1}.get(alpha, GENERAL_ALPHA)
 
 
 def defines(problem: Problem, aligned: bool) -> dict[str, int]:
@@ -138,6 +142,11 @@ def places(offsets: Mapping[str, int]) -> tuple[tuple[int, int], ...]:
     return tuple((_WORD_OF[name], offset) for name, offset in offsets.items())
 
 
+Maps = tuple[tuple[str, int], ...]
+"""The tensors that a kernel has described to the copy engine, each a view of ``PARAMS``, with the
+rows of its boxes; in the order of the kernel's parameters."""
+
+
 class Call:
     """One call of the backend: its argument block, and torch's current stream of its device.
 
@@ -145,10 +154,20 @@ class Call:
     where the device's context is current: whichever thread or device the call comes from.
     """
 
-    __slots__ = ("_block", "_context", "_pointers", "_words", "block", "pointers", "stream")
+    __slots__ = (
+        "_block",
+        "_context",
+        "_pointers",
+        "_viewed",
+        "_words",
+        "block",
+        "pointers",
+        "stream",
+    )
 
     def __init__(self, device: int, constants: list[int]) -> None:
         self._words = constants.copy()
+        self._viewed: dict[str, Tensor] = {}
         self._context = context(device)
         self.stream = torch._C._cuda_getCurrentRawStream(device)
 
@@ -156,6 +175,7 @@ class Call:
         """``View`` of a 4-dimensional tensor with unit inner stride."""
         at = _WORD_OF[name]
         self._words[at : at + 4] = tensor.data_ptr(), *tensor.stride()[:3]
+        self._viewed[name] = tensor
 
     def put_pointer(self, name: str, tensor: Tensor) -> None:
         self._words[_WORD_OF[name]] = tensor.data_ptr()
@@ -178,13 +198,18 @@ class Call:
     def __exit__(self, *_: object) -> None:
         check(driver().cuCtxPopCurrent_v2(None))
 
+    def with_maps(self, maps: Maps) -> array[int]:
+        """Where a kernel finds the block and these maps; to be held while it is launched."""
+        viewed = self._viewed
+        return array("q", (self.block, *(tensor_map(viewed[n], rows).address for n, rows in maps)))
+
     def zero(self, address: int, nbytes: int) -> None:
         """Set memory to zeros, on the stream."""
         check(driver().cuMemsetD8Async(address, 0, nbytes, self.stream))
 
 
-Launch = Callable[..., None]
-"""A kernel with its grid: takes a :class:`Call` and, where the kernel does, :class:`TensorMap`."""
+Launch = Callable[[Call], None]
+"""A kernel with its grid, and with the maps it takes."""
 
 
 class Kernel:
@@ -199,11 +224,11 @@ class Kernel:
         self._shared_bytes = shared_bytes
         self._launch = driver().cuLaunchKernel
 
-    def __call__(self, grid: tuple[int, int], threads: int, call: Call, *maps: TensorMap) -> None:
+    def __call__(self, grid: tuple[int, int], threads: int, maps: Maps, call: Call) -> None:
         """Launch on the stream of ``call``."""
         pointers = call.pointers
         if maps:
-            held = array("q", (call.block, *(one.address for one in maps)))
+            held = call.with_maps(maps)
             pointers = held.buffer_info()[0]
         size, stream = self._shared_bytes, call.stream
         status = self._launch(self._function, *grid, 1, threads, 1, 1, size, stream, pointers, None)
@@ -270,16 +295,16 @@ class TensorMap(NamedTuple):
     room: Any
 
 
-def tensor_map(keys: Tensor, rows: int) -> TensorMap:
-    """The driver's description of ``keys`` for the copy engine: boxes of 64 columns by ``rows``.
+def tensor_map(tensor: Tensor, rows: int) -> TensorMap:
+    """The driver's description of ``tensor`` for the copy engine: boxes of 64 columns by ``rows``.
 
     Raises:
         RuntimeError: the driver refuses; the message has its error code.
     """
-    return _encoded_map(keys.data_ptr(), keys.dtype, keys.shape, keys.stride(), rows)
+    return _encoded_map(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), rows)
 
 
-@lru_cache(1024)  # training comes back to the same places
+@lru_cache(4096)  # training comes back to the same places
 def _encoded_map(
     data: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], rows: int
 ) -> TensorMap:
@@ -309,7 +334,7 @@ def _encoded_map(
     )
     if status:
         raise RuntimeError(
-            f"the CUDA driver cannot describe keys of shape {tuple(shape)} and strides "
+            f"the CUDA driver cannot describe a tensor of shape {tuple(shape)} and strides "
             f"{strides} to the copy engine (CUresult {status})"
         )
     return TensorMap(address, room)

@@ -62,12 +62,9 @@ class Plan:
         self.saved_places = launch.places(self.saved.offsets)
         self._device = launch.index(problem.device)
         self._options = launch.defines(problem, aligned)
-        widths = (problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
-        self._dense_shared = sizes.dense_shared(*widths)
-        self._dense_rows = sizes.dense_rows(*widths)
         # Copies by the engine, and wgmma's operands, need rows that start on 16 bytes.
         self._scan = _scan(problem, config if aligned else PORTABLE)
-        self.maps_keys = self._scan.maps_keys
+        self._dense = _dense(problem, self._scan)
         factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
         c = factor if factor > 0.0 else 1.0
         constants = launch.params(
@@ -127,28 +124,42 @@ class Plan:
     @functools.cached_property
     def forward(self) -> tuple[launch.Launch, ...]:
         """What follows the scan."""
-        lanes = sizes.lanes_per_row(self.problem.head_dim_v)
-        return (
-            self._elements("output", -(-self.counts.rows * lanes // sizes.ELEMENT_THREADS)),
-            self._dense("dense_output", (self._query_tiles,)),
+        saves = self.problem.needs_grad and self._dense.maps
+        return self._output, self._dense_output("dense_output_saving" if saves else "dense_output")
+
+    @functools.cached_property
+    def forward_counting(self) -> tuple[launch.Launch, ...]:
+        """The same where ``row_count`` is asked for of all rows."""
+        counts = self._dense.maps
+        return self._output, self._dense_output(
+            "dense_output_counting" if counts else "dense_output"
         )
 
     @functools.cached_property
     def backward(self) -> tuple[launch.Launch, ...]:
-        problem, counts = self.problem, self.counts
+        problem, counts, dense = self.problem, self.counts, self._dense
         widest = max(problem.head_dim, problem.head_dim_v)
         lanes = sizes.lanes_per_row(widest)
         split = 2 if sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v) > 256 else 1
-        key_tiles = counts.kv_heads * -(-problem.length_k // self._dense_rows)
+        key_tiles = counts.kv_heads * -(-problem.length_k // dense.rows)
+        names = "q", "k", "v", "grad_o"
         return (
             self._elements("count_columns", counts.groups),
             self._elements("prefix_columns", counts.kv_heads, sizes.PREFIX_THREADS),
             self._elements("grad_rows", -(-counts.rows * lanes // sizes.ELEMENT_THREADS)),
             self._elements("grad_columns", -(-counts.columns * lanes // sizes.ELEMENT_THREADS)),
             self._elements("grad_long_columns", self._units, sizes.LONG_THREADS),
-            self._dense("dense_grad_rows", (self._query_tiles,)),
-            self._dense("dense_grad_columns", (key_tiles, split)),
+            self._launch_dense("dense_grad_rows", (self._query_tiles,), names),
+            self._launch_dense("dense_grad_columns", (key_tiles, split), names),
         )
+
+    @functools.cached_property
+    def _output(self) -> launch.Launch:
+        lanes = sizes.lanes_per_row(self.problem.head_dim_v)
+        return self._elements("output", -(-self.counts.rows * lanes // sizes.ELEMENT_THREADS))
+
+    def _dense_output(self, kernel: str) -> launch.Launch:
+        return self._launch_dense(kernel, (self._query_tiles,), ("q", "k", "v"))
 
     @property
     def _units(self) -> int:
@@ -157,7 +168,7 @@ class Plan:
 
     @property
     def _query_tiles(self) -> int:
-        return self.counts.heads * -(-self.problem.length_q // self._dense_rows)
+        return self.counts.heads * -(-self.problem.length_q // self._dense.rows)
 
     def _launch_scan(self, scan: sizes.Scan, blocks: int) -> launch.Launch:
         capacity = scan.capacity(shared_memory(self.problem.device))
@@ -165,7 +176,8 @@ class Plan:
             raise RuntimeError(f"{scan.unit} has no room for lists on {self.problem.device}")
         options = self._options | dict(scan.defines) | {"CAPACITY": capacity}
         shared = scan.shared(capacity)
-        return self._launch(scan.unit, "scan", options, (blocks,), scan.threads, shared)
+        maps = (("k", sizes.HOPPER_KEYS),) if scan.maps_keys else ()
+        return self._launch(scan.unit, "scan", options, (blocks,), scan.threads, shared, maps)
 
     def _elements(
         self, kernel: str, blocks: int, threads: int = sizes.ELEMENT_THREADS
@@ -174,9 +186,13 @@ class Plan:
         options = self._options | {"CAUSAL": 0}
         return self._launch("elements.cu", kernel, options, (blocks,), threads, 0)
 
-    def _dense(self, kernel: str, blocks: tuple[int, ...]) -> launch.Launch:
-        shared = self._dense_shared[kernel]
-        return self._launch("dense.cu", kernel, self._options, blocks, 2 * self._dense_rows, shared)
+    def _launch_dense(
+        self, kernel: str, blocks: tuple[int, ...], names: tuple[str, ...]
+    ) -> launch.Launch:
+        dense = self._dense
+        maps = tuple((name, sizes.HOPPER_BOX) for name in names) if dense.maps else ()
+        shared = dense.shared[kernel]
+        return self._launch(dense.unit, kernel, self._options, blocks, dense.threads, shared, maps)
 
     def _launch(
         self,
@@ -186,9 +202,10 @@ class Plan:
         blocks: tuple[int, ...],
         threads: int,
         shared: int,
+        maps: launch.Maps = (),
     ) -> launch.Launch:
         found = launch.kernel(self._device, unit, kernel, tuple(options.items()), shared)
-        return functools.partial(found, (*blocks, 1)[:2], threads)
+        return functools.partial(found, (*blocks, 1)[:2], threads, maps)
 
 
 @functools.lru_cache(CACHED_PLANS)
@@ -200,6 +217,14 @@ def _scan(problem: Problem, config: Config) -> sizes.Scan:
     if config["scan"] == "hopper":
         return sizes.hopper_scan(problem.head_dim, int(config["warpgroups"]), int(config["stages"]))
     return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize, int(config["blocks"]))
+
+
+def _dense(problem: Problem, scan: sizes.Scan) -> sizes.Dense:
+    widths = problem.head_dim, problem.head_dim_v
+    closed_form = launch.alpha_code(problem.alpha) != launch.GENERAL_ALPHA
+    if scan.maps_keys and closed_form and max(widths) <= sizes.HOPPER_MAX_HEAD_DIM:
+        return sizes.hopper_dense(*widths)
+    return sizes.portable_dense(*widths, problem.dtype.itemsize)
 
 
 def _has_wgmma(problem: Problem) -> bool:

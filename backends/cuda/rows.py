@@ -69,4 +69,4 @@ def _run(problem: RowProblem, kernel: str, **fields: Any) -> None:
     device, options = launch.index(problem.device), tuple(launch.row_defines(problem).items())
     found = launch.kernel(device, "rows.cu", kernel, options)
     with launch.Call(device, words) as call:
-        found((problem.rows, 1), THREADS, call)
+        found((problem.rows, 1), THREADS, (), call)

@@ -64,21 +64,49 @@ def lanes_per_row(width: int) -> int:
     return 8 if width <= 64 else 16 if width <= 128 else 32
 
 
-def dense_rows(head_dim: int, head_dim_v: int, itemsize: int) -> int:
-    """``kRows`` and ``kTile`` of ``dense.cu``; a block has two threads a row."""
-    return 32 if itemsize == 4 and max(padded(head_dim), padded(head_dim_v)) > 128 else 64
+class Dense(NamedTuple):
+    """One of the two units that serve flat rows: rows and threads of a block, dynamic shared
+    memory by kernel, whether its tensors come by the copy engine."""
+
+    unit: str
+    rows: int
+    threads: int
+    shared: Mapping[str, int]
+    maps: bool
 
 
-def dense_shared(head_dim: int, head_dim_v: int, itemsize: int) -> dict[str, int]:
-    """Dynamic shared memory of the kernels of ``dense.cu``."""
-    rows = dense_rows(head_dim, head_dim_v, itemsize)
+def portable_dense(head_dim: int, head_dim_v: int, itemsize: int) -> Dense:
+    """``dense.cu``."""
+    wide = itemsize == 4 and max(padded(head_dim), padded(head_dim_v)) > 128
+    rows = 32 if wide else 64
     keys = tile_bytes(rows, head_dim, itemsize)
     values = tile_bytes(rows, head_dim_v, itemsize)
-    return {
+    shared = {
         "dense_output": 3 * keys + 2 * values,
         "dense_grad_rows": 3 * keys + 3 * values,
         "dense_grad_columns": 2 * keys + 2 * values,
     }
+    return Dense("dense.cu", rows, 2 * rows, shared, maps=False)
+
+
+HOPPER_BOX = 64
+"""``kBox`` of ``dense90.cu``: rows that the copy engine brings at once."""
+
+
+def hopper_dense(head_dim: int, head_dim_v: int) -> Dense:
+    """``dense90.cu``: what a block owns, stages of tiles, and what alignment may take."""
+    rows, line, alignment = 128, 128, 1024
+    keys, values = (-(-width // 64) * line for width in (head_dim, head_dim_v))  # bytes a row
+    narrow = keys == values == line
+    shared = {
+        "dense_output": rows * (keys * (1 + (4 if narrow else 3)) + 2 * values),
+        "dense_grad_rows": (keys + values) * (rows + 3 * (128 if narrow else 64)),
+        "dense_grad_columns": (keys + values) * (rows + 3 * 64),
+    }
+    shared = {kernel: size + alignment for kernel, size in shared.items()}
+    for kernel in ("dense_output_saving", "dense_output_counting"):
+        shared[kernel] = shared["dense_output"]
+    return Dense("dense90.cu", rows, 384, shared, maps=True)
 
 
 class SharedMemory(NamedTuple):

@@ -855,7 +855,7 @@ constexpr int kGradQueries = 64;
 using GradColumns = Backward<kGradQueries>;
 
 // What the warp that copies says of a tile of queries.
-struct Queries {
+struct alignas(16) Queries {
   float2 tau_delta[kGradQueries];  // tau is infinite of rows that have no part in it
   int first;                       // -1 after the last tile
   bool mixed;                      // whether there are such rows, which may hold NaN
