@@ -21,6 +21,7 @@ from adasplash2.backends.triton.kernels.common import (
     finite_part,
     guarded,
     head_of,
+    in_halves,
     is_marked,
     larger,
     largest,
@@ -35,6 +36,7 @@ from adasplash2.backends.triton.kernels.common import (
     scores,
     seen_tiles,
     store_tile,
+    weighted,
     weights,
 )
 
@@ -219,6 +221,15 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
 
 
 @triton.jit
+def scaled(u, u_scale, TYPE: tl.constexpr, opt: tl.constexpr):
+    """``u`` for the sums of :func:`output`, where ``opt.steep`` as :func:`weighted` takes it."""
+    u = u * u_scale
+    if opt.steep:
+        u = in_halves(tl.minimum(u, LARGEST), TYPE)
+    return u
+
+
+@triton.jit
 def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt: tl.constexpr,
                 SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
@@ -233,10 +244,9 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, o
         mass += tl.sum(p, 1)
         acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
         if GRADIENT:
-            u = u * u_scale
-            rounded = (tl.minimum(u, LARGEST) if opt.steep else u).to(v.dtype)
-            slope += tl.sum(rounded.to(tl.float32) if opt.steep else u, 1)
-            acc_u += matmul(rounded, finite_part(v, SAFE))
+            u = scaled(u, u_scale, v.dtype, opt)
+            slope += tl.sum(u, 1)
+            acc_u += weighted(u, finite_part(v, SAFE), opt)
         if SAFE:
             spoiled += count_bad(x, v)
         if COUNT:
@@ -290,7 +300,8 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
         _, top_u = weights(-t, shape.r, opt)
     if opt.steep:
         # Other keys have up to 2^23 times as much, as far as `t` resolves them: in float16 too. One
-        # may outweigh all others, and its `dp - delta` be their part: so `slope` sums rounded `u`.
+        # may outweigh all others, and its `dp - delta` be their part: so `slope` sums what is
+        # multiplied.
         u_scale = (1.0 / 256.0 / tl.where(top_u > 0.0, top_u, 1.0))[:, None]
     for edge in tl.static_range(2):
         sums = weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt,
@@ -307,10 +318,9 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
         if SAFE:  # a bad value in the support spoils the whole row's gradient
             mean = tl.where((tl.max(spoiled, 1) > 0.0)[:, None], float("nan"), mean)
         if opt.exact:
-            if opt.steep:  # as rounded in the sum
-                top_u = tl.max((top_u[:, None] * u_scale).to(value.base.dtype.element_ty), 1)
-            one_key = slope == top_u.to(tl.float32)
-            tl.store(spread + at_row, tl.where(one_key, 0.0, 1.0), mask=inside)
+            if opt.steep:  # as in the sum
+                top_u = tl.max(scaled(top_u[:, None], u_scale, value.base.dtype.element_ty, opt), 1)
+            tl.store(spread + at_row, tl.where(slope == top_u, 0.0, 1.0), mask=inside)
         means = head_of(out_u, batch, head)
         store_tile(
             means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v
