@@ -314,6 +314,12 @@ def _table() -> Iterator[Case]:
             dtype=dtype,
             is_causal=True,
         )
+    # One row's `u` and `ds` outweigh all others, so that their rounding to 16 bits does not average
+    # out: of Gaussian cases as small as this, the worst.
+    dominated = Case("dominated-float16", length_q=45, length_k=45, head_dim=8, dtype=FLOAT16,
+                     alpha=3.0, is_causal=True)  # fmt: skip
+    yield dominated
+    yield replace(dominated, name="dominated-bfloat16", dtype=BFLOAT16)
     yield Case("scale-0.3", scale=0.3)
     yield Case("scale-negative", scale=-0.25, is_causal=True)
     yield Case("scale-zero", scale=0.0, is_causal=True)
@@ -396,11 +402,12 @@ INTERPRETED: dict[str, set[str]] = {
         *("scale-negative", "scale-zero", "layout-sliced-float32", "layout-inner_stride-bfloat16"),
         *("minus_infinity-alpha1.5", "nan_query-alpha1.5"),
         *("nan_key-alpha1.5", "nan_value-alpha2", "local-alpha1.5"),
-        *("grid-float32-alpha3-causal", "ties-alpha3"),
+        *("grid-float32-alpha3-causal", "ties-alpha3", "dominated-float16"),
         *("1-1.5-dtype0", "200-2.0-dtype2", "65-1.25-dtype3", "1023-1.75-dtype0"),
         *("200-3.0-dtype0", "65-3.0-dtype3"),
     },
     "test_every_configuration_agrees": {"causal-1", "causal-2", "gqa-1", "gqa-3"},
+    "test_more_tiles_than_a_program_holds": {""},
     "test_stats_agree_with_the_reference": {"local-causal-alpha1.5-dtype1"},
     "test_gradient_of_one_input_alone": {"query"},
     "test_strided_output_gradient": {"transposed", "inner_stride"},

@@ -40,6 +40,13 @@ def forward_and_backward(
     return result.out, *backend.backward(asked, tensors, result, inputs.grad_out, config)
 
 
+def assert_agrees(case: Case, inputs: Inputs, got: tuple[torch.Tensor, ...]) -> None:
+    exact = reference.attention(*inputs[:3], **case.options)
+    gradients = reference.attention_gradients(*inputs, **case.options, p=exact.probabilities)
+    for one, other in zip(got, (exact.out, *gradients), strict=True):
+        assert reference.relative_error(one, other) < PRECISE[case.dtype]
+
+
 def module_of(name: str) -> Backend:
     return importlib.import_module(REGISTRY[name])
 
@@ -54,10 +61,21 @@ def test_every_configuration_agrees(case: Case, number: int, name: str) -> None:
     if number >= len(offered):
         pytest.skip(f"there are {len(offered)} configurations")
     got = forward_and_backward(backend, case, inputs, offered[number])
-    exact = reference.attention(*inputs[:3], **case.options)
-    gradients = reference.attention_gradients(*inputs, **case.options, p=exact.probabilities)
-    for one, other in zip(got, (exact.out, *gradients), strict=True):
-        assert reference.relative_error(one, other) < PRECISE[case.dtype]
+    assert_agrees(case, inputs, got)
+
+
+def test_more_tiles_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton backend's maxima of tiles, 64 of a row block at a time elsewhere, two here."""
+    if "triton" not in usable_backends():
+        pytest.skip("the Triton backend cannot run here")
+    from adasplash2.backends.triton import launch
+
+    backend, case = module_of("triton"), CASES[0]
+    inputs = case.inputs(device_of(backend.name))
+    config = {**backend.configs(problem_of(case, inputs))[0], "block_q": 32, "block_k": 16}
+    monkeypatch.setattr(launch, "MAXIMA_CHUNK", 2 * 32)
+    got = forward_and_backward(backend, case, inputs, config)
+    assert_agrees(case, inputs, got)
 
 
 @pytest.mark.gpu

@@ -103,7 +103,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         (90, torch.bfloat16, 256, 1.5, True),
         (90, torch.float32, 40, 1.25, True),
         (90, torch.float32, 16, 3.0, True),
+        (80, torch.bfloat16, 64, 3.0, True),
+        (90, torch.float16, 64, 3.0, False),
         (100, torch.bfloat16, 64, 1.5, True),
+        (100, torch.bfloat16, 64, 3.0, True),
         (120, torch.bfloat16, 128, 1.5, True),
     ],
 )

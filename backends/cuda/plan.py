@@ -112,11 +112,11 @@ class Plan:
 
     @functools.cached_property
     def scans(self) -> tuple[launch.Launch, ...]:
-        """The scan and, where keys come by the copy engine, the second look at flat rows."""
+        """The scan and, on Hopper where dense tiles are slow, the second look at flat rows."""
         scan = self._scan
         blocks = self.counts.heads * -(-self.problem.length_q // scan.rows)
         first = self._launch_scan(scan, blocks)
-        if not scan.maps_keys:
+        if not scan.maps_keys or self._dense.maps:
             return (first,)
         retry = sizes.hopper_scan(self.problem.head_dim, *RETRY_SHAPE, retry=True)
         return (first, self._launch_scan(retry, self._units))

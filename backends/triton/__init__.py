@@ -60,11 +60,6 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         (problem.alpha == 1.0, "alpha = 1 is softmax, which these kernels do not compute"),
     )
     reasons = [reason for holds, reason in against if holds]
-    if isinstance(problem, Problem) and problem.alpha > 2.0 and problem.dtype.itemsize == 2:
-        reasons.append(
-            f"alpha = {problem.alpha:g}, above 2, with {problem.dtype}: these kernels have failed "
-            "to be as exact there as they must be"
-        )
     if reasons:
         return reasons
     if not INTERPRETED and torch.version.hip is None:

@@ -130,7 +130,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     tau = call.empty(*shape, dtype=torch.float32)
     saved = call.empty(call.layout.total, dtype=torch.uint8)
     parts = call.layout.split(saved)
-    parts["poison"].zero_()
+    saved[call.layout.cleared :].zero_()
     block_q = int(call.config["block_q"])
     span = int(call.config["span"])
     maxima = call.programs * -(-call.grid.tiles // span) * span * block_q
@@ -151,6 +151,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
             call.options("scan_"),
             **known,
             maxima=call.empty(maxima, dtype=torch.float32),
+            candidates=call.empty(call.programs * call.grid.tiles, dtype=torch.int32),
             top_out=parts["top"],
             t_out=parts["t"],
             tau_out=tau,

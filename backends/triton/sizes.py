@@ -187,6 +187,8 @@ class Saved:
     ``lists`` ``(heads, blocks, tiles)`` int32: numbers of the live tiles, ascending.
     ``live`` ``(heads, blocks, tiles)`` int8: the same as flags.
     ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a poisoned row sees.
+
+    From the byte ``cleared`` on, ``poison`` and ``live``, it starts as zeros.
     """
 
     def __init__(self, problem: Problem, config: Config) -> None:
@@ -207,7 +209,7 @@ class Saved:
         for part, (dtype, count) in lengths.items():
             self.parts[part] = (dtype, end, end + count * dtype.itemsize)
             end += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self.total = end
+        self.cleared, self.total = self.parts["poison"][1], end
 
     def split(self, saved: Tensor) -> dict[str, Tensor]:
         return {

@@ -158,7 +158,7 @@ using Scores = float[kTileKeys / 2];
 
 // Where a step leaves less of f than this, the sum of probabilities, by which they are divided in
 // the end, takes care of the rest.
-constexpr float kTolerance = 1e-5f;
+constexpr float kTolerance = 1e-4f;
 constexpr int kSampleSteps = 5;
 constexpr int kStride = 8;  // of the tiles that the passes before the first full one look at
 constexpr int kStridedPasses = 2;
@@ -168,7 +168,7 @@ constexpr int kStridedFrom = 3 * kStride;  // tiles
 struct Threshold {
   float tau, lo, hi;
   bool done;
-  int steps;
+  int steps;  // over all its scores
 };
 
 // Sums of one lane over a row's scores, and after join() those of the row. `least` are the bits of
@@ -228,7 +228,6 @@ __device__ __forceinline__ void advance(Threshold& t, RowSums& sums, float weigh
     enough |= step >= 0.f && step < __uint_as_float(sums.least);
   t.done = (inside && enough) || t.hi - t.lo <= 4.f * kEpsilon * fabsf(t.tau);
   if (!t.done || inside) t.tau = inside ? next : 0.5f * (t.lo + t.hi);
-  ++t.steps;
 }
 
 // --- forward -------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
   const Params& p = b.p;
   const float c = p.c;
   const int tiles = b.tiles(kTileKeys);
-  const u64 queries = descriptor(at.queries + warp_id() / 4 * kRows * kLineBytes);
+  const u64 queries = descriptor(at.queries + uniform(warp_id() / 4) * kRows * kLineBytes);
   const u64 keys = descriptor(at.keys);
   const u64 values = descriptor(at.values, kTileKeys * kLineBytes);
   KeyRing key_ring;
@@ -411,12 +410,13 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
       t[slot].tau = known[slot] ? t[slot].lo : floor[slot];
       t[slot].done = !known[slot];
     }
-    const int steps = tiles > 2 ? kSampleSteps : kSolveSteps;
+    const int limit = tiles > 2 ? kSampleSteps : kSolveSteps;
 #pragma unroll 1
-    for (int step = 0; step < steps && !__all_sync(kAllLanes, t[0].done && t[1].done); ++step) {
+    for (int step = 0; step < limit && !__all_sync(kAllLanes, t[0].done && t[1].done); ++step) {
       RowSums sums[2];
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
+        t[slot].steps += tiles <= 2 && !t[slot].done;
         sums[slot].add(s[0], slot, c, t[slot].tau);
         sums[slot].add(s[1], slot, c, t[slot].tau);
         advance(t[slot], sums[slot], weight[slot], b.seen(slot));
@@ -485,6 +485,7 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
         t[slot].lo = fmaxf(t[slot].lo, c * top[slot] - 1.f);
         t[slot].hi = c * top[slot];
       }
+      t[slot].steps += !t[slot].done;
       advance(t[slot], sums[slot], 1.f, b.seen(slot));
     }
     solving = any_of_block(pass < kSolveSteps && !(t[0].done && t[1].done));
@@ -497,8 +498,9 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
     if (poisoned[slot] || empty[slot]) t[slot].tau = poisoned[slot] ? kNaN : kInf;
   }
 
-  // Sums of both outputs leave registers for half a tile.
-  constexpr int kParts = saves && kPanelsV == 2 ? 2 : 1, kPartKeys = kTileKeys / kParts;
+  // Sums of both outputs leave registers for half a tile. Without the second one, too: the bits of
+  // an output do not depend on whether there will be a backward.
+  constexpr int kParts = kPanelsV, kPartKeys = kTileKeys / kParts;
   constexpr int kSteps = kPartKeys / 16;
   Sums<kPanelsV> out = {}, second = {};
   Left probs[kSteps], weights[saves ? kSteps : 1];
@@ -711,7 +713,7 @@ struct Backward {
   // s = own x^T and dp = own_y y^T
   __device__ __forceinline__ void start_dots(float (&s)[rows / 2], float (&dp)[rows / 2],
                                              int stage) const {
-    const u32 group = warp_id() / 4 * kRows * kLineBytes, at = stages + stage * kStageBytes;
+    const u32 group = uniform(warp_id() / 4) * kRows * kLineBytes, at = stages + stage * kStageBytes;
     begin_products();
     add_dots<kDim, rows>(s, descriptor(own + group), descriptor(at));
     add_dots<kDimV, rows>(dp, descriptor(own_y + group), descriptor(at + kXBytes));

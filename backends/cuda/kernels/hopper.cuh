@@ -207,17 +207,17 @@ __device__ __forceinline__ void await_products() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 // Reads of the sums, and writes to the operands, stay behind this.
-template <int count>
-__device__ __forceinline__ void settled(float (&d)[count]) {
-#pragma unroll
-  for (float& x : d) asm volatile("" : "+f"(x)::"memory");
+__device__ __forceinline__ void settled(float (&d)[32]) {
+  asm volatile("" : ADASPLASH2_D32("+f")::"memory");
+}
+__device__ __forceinline__ void settled(float (&d)[64]) {
+  asm volatile("" : ADASPLASH2_D64("+f")::"memory");
 }
 template <int count>
 __device__ __forceinline__ void settled(Left (&a)[count]) {
 #pragma unroll
-  for (Left& left : a)
-#pragma unroll
-    for (u32& x : left.r) asm volatile("" : "+r"(x)::"memory");
+  for (int i = 0; i < count; ++i)
+    asm volatile("" : "+r"(a[i].r[0]), "+r"(a[i].r[1]), "+r"(a[i].r[2]), "+r"(a[i].r[3])::"memory");
 }
 
 // From a tile's start to the k-th 16 columns, in descriptor units.

@@ -31,6 +31,7 @@ from adasplash2.backends.triton.kernels.common import (
     rows_at,
     scores,
     store_tile,
+    weighted,
     weights,
 )
 
@@ -66,7 +67,7 @@ def grad_query_tiles(acc, row_block, grad, delta, spread, keys, values, entries,
         _, u = weights(x, shape.r, opt)
         dp = matmul(grad, tl.trans(v))
         ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], opt, SAFE)
-        acc += matmul(ds.to(k.dtype), finite_part(k, SAFE))
+        acc += weighted(ds, finite_part(k, SAFE), opt)
     return acc
 
 
@@ -178,7 +179,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
         p, u = weights(x, shape.r, opt)
         acc_v += matmul((p * SCALE).to(grad.dtype), finite_part(grad, SAFE))
         ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], opt, SAFE)
-        acc_k += matmul(ds.to(q.dtype), finite_part(q, SAFE))
+        acc_k += weighted(ds, finite_part(q, SAFE), opt)
         if SAFE:
             spoiled += count_bad(x, grad)
     return acc_k, acc_v, spoiled

@@ -218,6 +218,32 @@ def matmul(a, b):
 
 
 @triton.jit
+def halves(x, TYPE: tl.constexpr):
+    """``x`` as a sum of two numbers of a narrower type: what rounding takes from the first is the
+    second."""
+    first = x.to(TYPE)
+    return first, (x - first.to(tl.float32)).to(TYPE)
+
+
+@triton.jit
+def in_halves(x, TYPE: tl.constexpr):
+    """``x`` as its two halves add up to it, which float32 holds exactly."""
+    first, second = halves(x, TYPE)
+    return first.to(tl.float32) + second.to(tl.float32)
+
+
+@triton.jit
+def weighted(x, tile, opt: tl.constexpr):
+    """``x tile``, where ``x`` is as large as ``u``: above alpha = 2 one key's may be so much larger
+    than all others that its rounding to 16 bits would be the error of the whole tensor."""
+    if opt.steep and tile.dtype != tl.float32:
+        first, second = halves(x, tile.dtype)
+        return matmul(first, tile) + matmul(second, tile)
+    else:
+        return matmul(x.to(tile.dtype), tile)
+
+
+@triton.jit
 def scores(a, b, opt: tl.constexpr):
     """``a b^T`` with the sign of the scale."""
     s = matmul(a, tl.trans(b))

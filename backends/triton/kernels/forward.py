@@ -21,6 +21,7 @@ from adasplash2.backends.triton.kernels.common import (
     finite_part,
     guarded,
     head_of,
+    in_halves,
     is_marked,
     larger,
     largest,
@@ -35,6 +36,7 @@ from adasplash2.backends.triton.kernels.common import (
     scores,
     seen_tiles,
     store_tile,
+    weighted,
     weights,
 )
 
@@ -71,41 +73,72 @@ def scan_tiles(top, maxima, q, keys, first_row, start, stop, shape, opt: tl.cons
 
 
 @triton.jit
-def load_maxima(maxima, first_tile, tiles, opt: tl.constexpr, CHUNK: tl.constexpr):
-    numbers = first_tile + tl.arange(0, CHUNK)
-    pointers = maxima + numbers[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
-    return tl.load(pointers, mask=(numbers < tiles)[None, :], other=-INFINITY)
+def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
+    places = first + tl.arange(0, CHUNK)
+    pointers = maxima + places[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
+    return tl.load(pointers, mask=(places < end)[None, :], other=-INFINITY)
 
 
 @triton.jit
-def bound_of(maxima, top, tiles, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
-    """A lower bound of ``t``: certain rises on the tiles' maxima, from ``tau >= max z - 1``."""
-    t = tl.full((opt.block_q,), -1.0, tl.float32)
-    for _ in range(BOUND_STEPS):
-        mass = tl.full((opt.block_q,), 0.0, tl.float32)
-        slope = tl.full((opt.block_q,), 0.0, tl.float32)
-        for chunk in range(0, tiles, CHUNK):
-            highest = load_maxima(maxima, chunk, tiles, opt, CHUNK)
-            p, u = weights(shape.c * (highest - top[:, None]) - t[:, None], shape.r, opt)
-            mass += tl.sum(p, 1)
-            slope += tl.sum(u, 1)
+def sift(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
+         CHUNK: tl.constexpr):  # fmt: skip
+    """``sum p`` and ``sum u`` of the maxima of ``count`` candidates, and how many are left: tiles
+    without a maximum above some row's ``t`` are dropped, and the others move up, in order. Where
+    ``is_first`` the candidates are the tiles themselves.
+
+    Bounds only rise, so that no later pass misses what was dropped.
+    """
+    mass = tl.full((opt.block_q,), 0.0, tl.float32)
+    slope = tl.full((opt.block_q,), 0.0, tl.float32)
+    left = 0
+    for chunk in range(0, count, CHUNK):
+        places = chunk + tl.arange(0, CHUNK)
+        old = tl.load(candidates + places, mask=(places < count) & (is_first == 0), other=0)
+        numbers = tl.where(is_first, places, old)
+        highest = load_maxima(maxima, chunk, count, opt, CHUNK)
+        x = shape.c * (highest - top[:, None]) - t[:, None]
+        p, u = weights(x, shape.r, opt)
+        mass += tl.sum(p, 1)
+        slope += tl.sum(u, 1)
+        kept = tl.max((x > 0.0).to(tl.int32), 0)
+        goal = left + tl.cumsum(kept, 0) - kept
+        moves = (kept > 0) & (goal < places)
+        pointers = maxima + goal[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
+        tl.debug_barrier()  # the chunk is read
+        tl.store(pointers, highest, mask=moves[None, :])
+        tl.store(candidates + goal, numbers, mask=moves | ((kept > 0) & is_first))
+        left += tl.sum(kept, 0)
+    tl.debug_barrier()  # what moved is read back by other threads
+    return mass, slope, left
+
+
+@triton.jit
+def bound_of(candidates, maxima, top, pending, tiles, shape, opt: tl.constexpr,
+             CHUNK: tl.constexpr):  # fmt: skip
+    """A lower bound of ``t``, and how many candidates are left: certain rises on the tiles' maxima,
+    from ``tau >= max z - 1``."""
+    t = tl.where(pending, -1.0, INFINITY)
+    left = tiles
+    for step in range(BOUND_STEPS):
+        mass, slope, left = sift(candidates, maxima, top, t, left, step == 0, shape, opt, CHUNK)
         t += tl.where(mass > 1.0, certain_rise(mass, slope, shape.r, opt), 0.0)
-    return t - BOUND_SLACK
+    return t - BOUND_SLACK, left
 
 
 @triton.jit
-def list_live(lists, live, maxima, top, t, open_end, end, tiles, shape, opt: tl.constexpr,
+def list_live(lists, live, candidates, maxima, top, t, open_end, count, shape, opt: tl.constexpr,
               CHUNK: tl.constexpr):  # fmt: skip
-    """Write the numbers of the tiles with a maximum above some row's bound, and flags of all;
+    """Write the numbers of the candidates with a maximum above some row's bound, and flags of all;
     return how many are listed, of those before ``open_end`` and of all."""
     found_open = 0
     found = 0
-    for chunk in range(0, tiles, CHUNK):
-        highest = load_maxima(maxima, chunk, end, opt, CHUNK)
+    for chunk in range(0, count, CHUNK):
+        places = chunk + tl.arange(0, CHUNK)
+        numbers = tl.load(candidates + places, mask=places < count, other=0)
+        highest = load_maxima(maxima, chunk, count, opt, CHUNK)
         above = shape.c * (highest - top[:, None]) - t[:, None] > 0.0
         alive = tl.max(above.to(tl.int32), 0)
-        numbers = chunk + tl.arange(0, CHUNK)
-        tl.store(live + numbers, alive.to(tl.int8), mask=numbers < tiles)
+        tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
         tl.store(lists + found + tl.cumsum(alive, 0) - alive, numbers, mask=alive > 0)
         found_open += tl.sum(tl.where(numbers < open_end, alive, 0), 0)
         found += tl.sum(alive, 0)
@@ -126,8 +159,8 @@ def sum_tiles(mass, slope, row_block, keys, entries, shape, opt: tl.constexpr, E
 
 
 @triton.jit
-def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, poison, iterations,
-          shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
+def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, counts, poison,
+          iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
           MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
@@ -136,10 +169,12 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
     bound are dead. Newton's steps follow, over live tiles; after each the tiles are listed anew,
     for the rows that are not done.
 
-    ``maxima`` has one slice a program, reused by its row blocks.
+    ``maxima`` and ``candidates`` have one slice a program, reused by its row blocks; ``live`` comes
+    as zeros.
     """
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
+    candidates += tl.program_id(0).to(tl.int64) * tiles
     for item in range(tl.program_id(0), work_items, tl.num_programs(0)):
         at_block, at_head, first_row, at_row, inside = row_block_at(item, shape, opt)
         batch, head, kv_head = at_head
@@ -158,11 +193,11 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
         poisoned = ((top != top) | (top == INFINITY)) & inside
         pending = inside & (poisoned == 0) & (top > -INFINITY)
         top = tl.where(pending, top, 0.0)
-        t = tl.where(pending, bound_of(maxima, top, end, shape, opt, CHUNK), INFINITY)
+        t, left = bound_of(candidates, maxima, top, pending, end, shape, opt, CHUNK)
         numbers = lists + at_block.to(tl.int64) * tiles
         flags = live + at_block.to(tl.int64) * tiles
         found_open, found = list_live(
-            numbers, flags, maxima, top, t, open_end, end, tiles, shape, opt, CHUNK
+            numbers, flags, candidates, maxima, top, t, open_end, left, shape, opt, CHUNK
         )
         lo = t
         hi = tl.where(pending, HIGHEST, INFINITY)
@@ -191,14 +226,18 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
             pending = pending & (final == 0)
             step += 1
             waiting = any_of(pending) & (step < MAX_STEPS)
-            tl.debug_barrier()  # the list is read
             bound = t - BOUND_SLACK
             if opt.steep:  # the next step may fall back to `lo`
                 bound = tl.where(waiting, lo - BOUND_SLACK, bound)
             bound = tl.where(pending | (waiting == 0), bound, INFINITY)
+            # Through memory: else the compiler hands the maxima to the threads that hold `bound`.
+            tl.store(t_out + at_row, bound, mask=inside)
+            tl.debug_barrier()  # the list is read
+            bound = tl.load(t_out + at_row, mask=inside, other=INFINITY)
             found_open, found = list_live(
-                numbers, flags, maxima, top, bound, open_end, end, tiles, shape, opt, CHUNK
+                numbers, flags, candidates, maxima, top, bound, open_end, left, shape, opt, CHUNK
             )
+        tl.debug_barrier()  # the bounds are read
         tl.store(counts + 2 * at_block, found_open)
         tl.store(counts + 2 * at_block + 1, found)
         t = tl.where(poisoned, float("nan"), t)
@@ -219,6 +258,15 @@ def solve(query, key, maxima, top_out, t_out, tau_out, live, lists, counts, pois
 
 
 @triton.jit
+def scaled(u, u_scale, TYPE: tl.constexpr, opt: tl.constexpr):
+    """``u`` for the sums of :func:`output`, where ``opt.steep`` as :func:`weighted` takes it."""
+    u = u * u_scale
+    if opt.steep:
+        u = in_halves(tl.minimum(u, LARGEST), TYPE)
+    return u
+
+
+@triton.jit
 def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt: tl.constexpr,
                 SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
@@ -233,10 +281,9 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, o
         mass += tl.sum(p, 1)
         acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
         if GRADIENT:
-            u = u * u_scale
-            rounded = (tl.minimum(u, LARGEST) if opt.steep else u).to(v.dtype)
-            slope += tl.sum(rounded.to(tl.float32) if opt.steep else u, 1)
-            acc_u += matmul(rounded, finite_part(v, SAFE))
+            u = scaled(u, u_scale, v.dtype, opt)
+            slope += tl.sum(u, 1)
+            acc_u += weighted(u, finite_part(v, SAFE), opt)
         if SAFE:
             spoiled += count_bad(x, v)
         if COUNT:
@@ -290,7 +337,8 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
         _, top_u = weights(-t, shape.r, opt)
     if opt.steep:
         # Other keys have up to 2^23 times as much, as far as `t` resolves them: in float16 too. One
-        # may outweigh all others, and its `dp - delta` be their part: so `slope` sums rounded `u`.
+        # may outweigh all others, and its `dp - delta` be their part: so `slope` sums what is
+        # multiplied.
         u_scale = (1.0 / 256.0 / tl.where(top_u > 0.0, top_u, 1.0))[:, None]
     for edge in tl.static_range(2):
         sums = weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt,
@@ -307,10 +355,9 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
         if SAFE:  # a bad value in the support spoils the whole row's gradient
             mean = tl.where((tl.max(spoiled, 1) > 0.0)[:, None], float("nan"), mean)
         if opt.exact:
-            if opt.steep:  # as rounded in the sum
-                top_u = tl.max((top_u[:, None] * u_scale).to(value.base.dtype.element_ty), 1)
-            one_key = slope == top_u.to(tl.float32)
-            tl.store(spread + at_row, tl.where(one_key, 0.0, 1.0), mask=inside)
+            if opt.steep:  # as in the sum
+                top_u = tl.max(scaled(top_u[:, None], u_scale, value.base.dtype.element_ty, opt), 1)
+            tl.store(spread + at_row, tl.where(slope == top_u, 0.0, 1.0), mask=inside)
         means = head_of(out_u, batch, head)
         store_tile(
             means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v
