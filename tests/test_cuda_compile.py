@@ -134,6 +134,40 @@ def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, a
     assert "serialized" not in log  # what ptxas says where it makes wgmma wait
 
 
+HOPPER_DENSE = [
+    (64, 64, 0, plan.SAVES),
+    (64, 64, 1, plan.PLAIN),
+    (128, 128, 0, plan.PLAIN),
+    (128, 128, 1, plan.SAVES),
+    (16, 128, 1, plan.RECORDS),
+    (128, 80, 0, plan.RECORDS),
+]
+OUTPUT, GRADS = {"dense_output"}, {"dense_grad_rows", "dense_grad_columns"}
+
+
+@pytest.mark.parametrize(("unit", "kernels"), [("output", OUTPUT), ("grad", GRADS)])
+@pytest.mark.parametrize(("head_dim", "head_dim_v", "alpha", "kind"), HOPPER_DENSE)
+def test_the_hopper_tiles_spill_nothing(
+    head_dim: int, head_dim_v: int, alpha: int, kind: int, unit: str, kernels: set[str]
+) -> None:
+    dense = sizes.hopper_dense(head_dim, head_dim_v)
+    assert max(dense.shared.values()) + sizes.RESERVED_SHARED < SHARED["sm_90"].per_block
+    defines = {
+        "DTYPE": alpha % 2,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "ALPHA": alpha,
+        "CAUSAL": kind % 2,
+        "ALIGNED": 1,
+        "OUTPUT": kind,
+    }
+    log = compiler.compile_unit(f"dense90_{unit}.cu", defines, "sm_90a").log
+    assert set(usage(log)) == kernels
+    assert {k: u.spilled for k, u in usage(log).items() if u.spilled} == {}
+    assert set(re.findall(r"(\d+) bytes stack frame", log)) == {"0"}
+    assert "serialized" not in log
+
+
 def test_an_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = {**compiler.sources(), "rows.cu": "this is not CUDA"}
     monkeypatch.setattr(compiler, "sources", lambda: broken)

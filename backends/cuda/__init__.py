@@ -196,7 +196,7 @@ def _forward(
     out = torch.empty((*shape, problem.head_dim_v), dtype=problem.dtype, device=device)
     tau = torch.empty(shape, dtype=torch.float32, device=device)
     saved = torch.empty(plan.saved.total, dtype=torch.uint8, device=device)
-    steps = plan.scans + (plan.forward if support is None else plan.forward_counting)
+    steps = plan.scans + (plan.forward if support is None else plan.forward_recorded)
     call = plan.call()
     call.put_parts(saved, plan.saved_places)
     call.put_pointer("tau", tau)

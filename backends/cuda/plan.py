@@ -25,6 +25,9 @@ within 10 % of it wherever measured; fewer groups or stages leave room for longe
 RETRY_SHAPE = (1, 2)
 """The same of the second look at rows that their lists could not hold."""
 
+PLAIN, SAVES, RECORDS = range(3)
+"""``ADASPLASH2_OUTPUT`` of ``dense90_output.cu``."""
+
 CACHED_PLANS = 1024
 
 
@@ -112,11 +115,11 @@ class Plan:
 
     @functools.cached_property
     def scans(self) -> tuple[launch.Launch, ...]:
-        """The scan and, on Hopper where dense tiles are slow, the second look at flat rows."""
+        """The scan and, where keys come by the copy engine, the second look at flat rows."""
         scan = self._scan
         blocks = self.counts.heads * -(-self.problem.length_q // scan.rows)
         first = self._launch_scan(scan, blocks)
-        if not scan.maps_keys or self._dense.maps:
+        if not scan.maps_keys:
             return (first,)
         retry = sizes.hopper_scan(self.problem.head_dim, *RETRY_SHAPE, retry=True)
         return (first, self._launch_scan(retry, self._units))
@@ -124,16 +127,12 @@ class Plan:
     @functools.cached_property
     def forward(self) -> tuple[launch.Launch, ...]:
         """What follows the scan."""
-        saves = self.problem.needs_grad and self._dense.maps
-        return self._output, self._dense_output("dense_output_saving" if saves else "dense_output")
+        return self._outputs(SAVES if self.problem.needs_grad else PLAIN)
 
     @functools.cached_property
-    def forward_counting(self) -> tuple[launch.Launch, ...]:
-        """The same where ``row_count`` is asked for of all rows."""
-        counts = self._dense.maps
-        return self._output, self._dense_output(
-            "dense_output_counting" if counts else "dense_output"
-        )
+    def forward_recorded(self) -> tuple[launch.Launch, ...]:
+        """The same where the call records what it did."""
+        return self._outputs(RECORDS)
 
     @functools.cached_property
     def backward(self) -> tuple[launch.Launch, ...]:
@@ -149,17 +148,21 @@ class Plan:
             self._elements("grad_rows", -(-counts.rows * lanes // sizes.ELEMENT_THREADS)),
             self._elements("grad_columns", -(-counts.columns * lanes // sizes.ELEMENT_THREADS)),
             self._elements("grad_long_columns", self._units, sizes.LONG_THREADS),
-            self._launch_dense("dense_grad_rows", (self._query_tiles,), names),
-            self._launch_dense("dense_grad_columns", (key_tiles, split), names),
+            self._launch_dense(dense.grad_unit, "dense_grad_rows", (self._query_tiles,), names),
+            self._launch_dense(dense.grad_unit, "dense_grad_columns", (key_tiles, split), names),
         )
 
-    @functools.cached_property
-    def _output(self) -> launch.Launch:
+    def _outputs(self, kind: int) -> tuple[launch.Launch, ...]:
+        dense, tiles = self._dense, (self._query_tiles,)
         lanes = sizes.lanes_per_row(self.problem.head_dim_v)
-        return self._elements("output", -(-self.counts.rows * lanes // sizes.ELEMENT_THREADS))
-
-    def _dense_output(self, kernel: str) -> launch.Launch:
-        return self._launch_dense(kernel, (self._query_tiles,), ("q", "k", "v"))
+        # The portable kernel saves nothing, and always records.
+        options = {"OUTPUT": kind} if dense.maps else {}
+        return (
+            self._elements("output", -(-self.counts.rows * lanes // sizes.ELEMENT_THREADS)),
+            self._launch_dense(
+                dense.output_unit, "dense_output", tiles, ("q", "k", "v"), **options
+            ),
+        )
 
     @property
     def _units(self) -> int:
@@ -187,12 +190,17 @@ class Plan:
         return self._launch("elements.cu", kernel, options, (blocks,), threads, 0)
 
     def _launch_dense(
-        self, kernel: str, blocks: tuple[int, ...], names: tuple[str, ...]
+        self,
+        unit: str,
+        kernel: str,
+        blocks: tuple[int, ...],
+        names: tuple[str, ...],
+        **options: int,
     ) -> launch.Launch:
-        dense = self._dense
+        dense, options = self._dense, self._options | options
         maps = tuple((name, sizes.HOPPER_BOX) for name in names) if dense.maps else ()
         shared = dense.shared[kernel]
-        return self._launch(dense.unit, kernel, self._options, blocks, dense.threads, shared, maps)
+        return self._launch(unit, kernel, options, blocks, dense.threads, shared, maps)
 
     def _launch(
         self,

@@ -65,10 +65,11 @@ def lanes_per_row(width: int) -> int:
 
 
 class Dense(NamedTuple):
-    """One of the two units that serve flat rows: rows and threads of a block, dynamic shared
-    memory by kernel, whether its tensors come by the copy engine."""
+    """One of the two sets of kernels that serve flat rows: rows and threads of a block, dynamic
+    shared memory by kernel, whether its tensors come by the copy engine."""
 
-    unit: str
+    output_unit: str
+    grad_unit: str
     rows: int
     threads: int
     shared: Mapping[str, int]
@@ -86,15 +87,15 @@ def portable_dense(head_dim: int, head_dim_v: int, itemsize: int) -> Dense:
         "dense_grad_rows": 3 * keys + 3 * values,
         "dense_grad_columns": 2 * keys + 2 * values,
     }
-    return Dense("dense.cu", rows, 2 * rows, shared, maps=False)
+    return Dense("dense.cu", "dense.cu", rows, 2 * rows, shared, maps=False)
 
 
 HOPPER_BOX = 64
-"""``kBox`` of ``dense90.cu``: rows that the copy engine brings at once."""
+"""``kBox`` of ``dense90.cuh``: rows that the copy engine brings at once."""
 
 
 def hopper_dense(head_dim: int, head_dim_v: int) -> Dense:
-    """``dense90.cu``: what a block owns, stages of tiles, and what alignment may take."""
+    """``dense90.cuh``: what a block owns, stages of tiles, and what alignment may take."""
     rows, line, alignment = 128, 128, 1024
     keys, values = (-(-width // 64) * line for width in (head_dim, head_dim_v))  # bytes a row
     narrow = keys == values == line
@@ -104,9 +105,7 @@ def hopper_dense(head_dim: int, head_dim_v: int) -> Dense:
         "dense_grad_columns": (keys + values) * (rows + 3 * 64),
     }
     shared = {kernel: size + alignment for kernel, size in shared.items()}
-    for kernel in ("dense_output_saving", "dense_output_counting"):
-        shared[kernel] = shared["dense_output"]
-    return Dense("dense90.cu", rows, 384, shared, maps=True)
+    return Dense("dense90_output.cu", "dense90_grad.cu", rows, 384, shared, maps=True)
 
 
 class SharedMemory(NamedTuple):

@@ -13,6 +13,8 @@
 //   ADASPLASH2_WARPGROUPS   warpgroups of a block (scan90.cu)
 //   ADASPLASH2_STAGES       tiles of keys in shared memory (scan90.cu)
 //   ADASPLASH2_RETRY        1 to look again at rows that lists could not hold (scan90.cu)
+// and for dense90_output.cu
+//   ADASPLASH2_OUTPUT       1 to save for a backward, 2 to record what was done, else 0
 // No header but threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
 #pragma once
 
@@ -50,6 +52,9 @@ constexpr int kArenaRow = 64;
 constexpr int kLongWaves = 8;
 constexpr int kLongPartBytes = 2048;
 
+// What `flat` says of a group: that a second scan may find its survivors to fit after all, or not.
+constexpr int kLookAgain = 1, kFlat = 2;
+
 struct View {  // (batch, heads, length, head_dim) with unit stride in head_dim
   void* data;
   i64 batch, head, row;  // strides in elements
@@ -76,7 +81,7 @@ struct Params {
                     // the factor that makes their probabilities sum to one
   int* row_count;   // survivors of a row, -1 for a poisoned one. Flat rows: at first the bits of
                     // a lower bound of tau / c
-  u8* flat;         // per group of kGroupRows rows: 1 where the dense kernels take over
+  u8* flat;         // per group of kGroupRows rows: not 0 where the dense kernels take over
   int* poison;      // per (batch, key head): keys before it are seen by a poisoned row
   Entry* entries;   // the arena. Flat rows of a general alpha: see Threshold in dense.cu
   int* rank;        // arrival of an arena entry in its column

@@ -102,8 +102,8 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap& map, int firs
       asm volatile(
           "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
           " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to + (panel * rows + at) * kLineBytes),
-          "l"(&map), "r"(panel * kPanelColumns), "r"(first + at), "r"(plane.head),
-          "r"(plane.batch), "r"(barrier)
+          "l"(&map), "r"(panel * kPanelColumns), "r"(first + at), "r"(plane.head), "r"(plane.batch),
+          "r"(barrier)
           : "memory");
 }
 
@@ -122,12 +122,13 @@ __device__ __forceinline__ u64 descriptor(u32 address, int panel_bytes = kDescri
 }
 
 #define ADASPLASH2_D4(is, i) is(d[i]), is(d[i + 1]), is(d[i + 2]), is(d[i + 3])
-#define ADASPLASH2_D16(is, i)                                                           \
-  ADASPLASH2_D4(is, i), ADASPLASH2_D4(is, i + 4), ADASPLASH2_D4(is, i + 8), ADASPLASH2_D4(is, i + 12)
+#define ADASPLASH2_D16(is, i)                                               \
+  ADASPLASH2_D4(is, i), ADASPLASH2_D4(is, i + 4), ADASPLASH2_D4(is, i + 8), \
+      ADASPLASH2_D4(is, i + 12)
 #define ADASPLASH2_D32(is) ADASPLASH2_D16(is, 0), ADASPLASH2_D16(is, 16)
 #define ADASPLASH2_D64(is) ADASPLASH2_D32(is), ADASPLASH2_D16(is, 32), ADASPLASH2_D16(is, 48)
-#define ADASPLASH2_NAMES32                                                                      \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
+#define ADASPLASH2_NAMES32                                                                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define ADASPLASH2_NAMES64                                                                       \
   ADASPLASH2_NAMES32                                                                             \
@@ -145,9 +146,9 @@ __device__ __forceinline__ u64 descriptor(u32 address, int panel_bytes = kDescri
 // d = a b^T, or d += a b^T: 64 rows of a, 64 or 128 of b, 16 columns of both, in shared memory.
 template <bool adds>
 __device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b) {
-#define ADASPLASH2_MULTIPLY(is)                                                             \
-  asm volatile(ADASPLASH2_WGMMA("64", ADASPLASH2_NAMES32, "%32, %33", "%34", "0, 0")        \
-               : ADASPLASH2_D32(is)                                                         \
+#define ADASPLASH2_MULTIPLY(is)                                                      \
+  asm volatile(ADASPLASH2_WGMMA("64", ADASPLASH2_NAMES32, "%32, %33", "%34", "0, 0") \
+               : ADASPLASH2_D32(is)                                                  \
                : "l"(a), "l"(b), "n"(int(adds)))
   if constexpr (adds)
     ADASPLASH2_MULTIPLY("+f");
@@ -157,9 +158,9 @@ __device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b) {
 }
 template <bool adds>
 __device__ __forceinline__ void multiply_shared(float (&d)[64], u64 a, u64 b) {
-#define ADASPLASH2_MULTIPLY(is)                                                             \
-  asm volatile(ADASPLASH2_WGMMA("128", ADASPLASH2_NAMES64, "%64, %65", "%66", "0, 0")       \
-               : ADASPLASH2_D64(is)                                                         \
+#define ADASPLASH2_MULTIPLY(is)                                                       \
+  asm volatile(ADASPLASH2_WGMMA("128", ADASPLASH2_NAMES64, "%64, %65", "%66", "0, 0") \
+               : ADASPLASH2_D64(is)                                                   \
                : "l"(a), "l"(b), "n"(int(adds)))
   if constexpr (adds)
     ADASPLASH2_MULTIPLY("+f");
@@ -171,11 +172,11 @@ __device__ __forceinline__ void multiply_shared(float (&d)[64], u64 a, u64 b) {
 // The same with a in registers.
 template <bool adds>
 __device__ __forceinline__ void multiply_left(float (&d)[64], const Left& a, u64 b) {
-#define ADASPLASH2_MULTIPLY(is)                                                                  \
-  asm volatile(ADASPLASH2_WGMMA("128", ADASPLASH2_NAMES64, "{%64, %65, %66, %67}, %68", "%69",   \
-                                "0")                                                             \
-               : ADASPLASH2_D64(is)                                                              \
-               : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b), "n"(int(adds)))
+#define ADASPLASH2_MULTIPLY(is)                                                            \
+  asm volatile(                                                                            \
+      ADASPLASH2_WGMMA("128", ADASPLASH2_NAMES64, "{%64, %65, %66, %67}, %68", "%69", "0") \
+      : ADASPLASH2_D64(is)                                                                 \
+      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b), "n"(int(adds)))
   if constexpr (adds)
     ADASPLASH2_MULTIPLY("+f");
   else

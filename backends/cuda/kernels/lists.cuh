@@ -93,6 +93,7 @@ struct Lists {
   u32 poisoned;        // a bit a slot: rows that are NaN, or do not exist
   bool unset;          // some row of the warp has no bound yet
   bool flat;           // some row keeps more than its lists hold: the warp's go to dense tiles
+  bool crowded;        // and they kept more than the arena holds: a second look would be in vain
   u32 first_strip;     // the lane's, of pair 0; the next one is below
   u32 last_strip;      // below it there is no room
   u32 caught[kPairs];  // next free strip, without the pair's own offset; below last_strip by more
@@ -105,7 +106,7 @@ struct Lists {
     first_strip = memory + kBytes - kStripBytes + lane_id() * 16;
     poisoned = dead;
     unset = true;
-    flat = false;
+    flat = crowded = false;
     due = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -581,11 +582,14 @@ struct Lists {
 
   __device__ __forceinline__ void turn_flat() {
     flat = true;
+    int kept = 0;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
+      kept += int(end[slot] - base) / int(kEntryBytes);
       store_shared(base + slot * kSlotBytes, bound[slot]);  // for hand_over()
       bound[slot] = kInf;
     }
+    crowded = __reduce_add_sync(kAllLanes, kept) > kSlots / 2 * kGroupRows * kArenaRow;
   }
 };
 

@@ -8,9 +8,9 @@
 // third slower, the slowest filter held up the rest; a group that multiplies its next tile while it
 // filters this one has registers for tiles of half the size only.)
 //
-// The same code has a second look at rows that their lists could not hold (ADASPLASH2_RETRY): one
-// warpgroup has the whole shared memory for its lists, and starts from the bounds that the first
-// look proved, so that nearly all it meets are survivors.
+// The same code has a second look at rows that their lists could not hold, though the arena may
+// (ADASPLASH2_RETRY): one warpgroup has the whole shared memory for its lists, and starts from the
+// bounds that the first look proved, so that nearly all it meets are survivors.
 #include "hopper.cuh"
 #include "lists.cuh"
 
@@ -29,8 +29,8 @@ constexpr int kBlockRows = kGroups * kRows;
 constexpr int kTileKeys = 128;  // N of wgmma
 constexpr int kSlots = 2;
 
-// Whether a warpgroup whose rows are all flat may stop: the kernels of dense90.cu find the largest
-// scores themselves, those of dense.cu rely on the first look.
+// Whether a warpgroup whose rows are all flat may stop: dense90_output.cu finds the largest
+// scores itself, dense.cu relies on the first look.
 constexpr bool kMayStop = kRetry || (kAlpha != AlphaKind::kGeneral && kDimV <= 128);
 
 constexpr int kPanelBytes = kTileKeys * kLineBytes;
@@ -68,11 +68,11 @@ struct Item {
     const int seen = kCausal ? min(p.length_k, block * kBlockRows + kBlockRows) : p.length_k;
     tiles = (seen + kTileKeys - 1) / kTileKeys;
   }
-  __device__ __forceinline__ bool has_flat_rows(const Params& p) const {
+  __device__ __forceinline__ bool is_worth_it(const Params& p) const {
     const int first = block * (kBlockRows / kGroupRows);
     bool any = false;
     for (int i = first; i < min(p.groups_q, first + kBlockRows / kGroupRows); ++i)
-      any |= p.flat[i64(head_row) * p.groups_q + i] != 0;
+      any |= p.flat[i64(head_row) * p.groups_q + i] == kLookAgain;
     return any;
   }
 };
@@ -86,7 +86,7 @@ __device__ __forceinline__ void for_items(const Params& p, const Body& body) {
     const int items = p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
 #pragma unroll 1
     for (int number = blockIdx.x; number < items; number += gridDim.x)
-      if (const Item item(p, number); item.has_flat_rows(p)) body(item);
+      if (const Item item(p, number); item.is_worth_it(p)) body(item);
   }
 }
 
@@ -148,7 +148,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   const int group = item.head_row * p.groups_q + first_row / kGroupRows;
   Left q[kDim / 16];
   u32 dead = load_queries(q, p, row_of(p.q, item.batch, item.head, 0), first_row);
-  const bool wanted = first_row < p.length_q && (!kRetry || p.flat[group]);
+  const bool wanted = first_row < p.length_q && (!kRetry || p.flat[group] == kLookAgain);
   if (!wanted) dead = ~0u;
   Lists<kSlots> lists;
   lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
@@ -212,7 +212,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   __syncwarp();
   const u32 overfull = lists.flat ? 1u : lists.write(p, item.head_row, group, first_row);
   if (overfull) lists.hand_over(p, group, first_row, overfull);
-  if (lane_id() == 0) p.flat[group] = overfull;
+  const bool again = lists.flat && !lists.crowded;
+  if (lane_id() == 0) p.flat[group] = !overfull ? 0 : again ? kLookAgain : kFlat;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)

@@ -1,0 +1,154 @@
+// dense.cu for Hopper: the same rows, the same contract, on wgmma and the copy engine
+// (dense90_output.cu, dense90_grad.cu). 16-bit types whose rows start on 16 bytes, head_dim up to
+// 128, alpha = 1.5 and 2. This is what forward and backward share.
+//
+// A block has two warpgroups of 64 rows each and a thread that has tiles copied. The forward keeps
+// O2 = sum u v / sum u of each row, so that the backward has delta = dO . O2 without a pass over
+// keys.
+//
+// Here z = c q.k with c > 0 (a negative scale is carried by the sign of the block's own operand),
+// x = z - tau, p = x^r, u = x^(r-1).
+#pragma once
+
+#include "hopper.cuh"
+
+namespace adasplash2 {
+
+static_assert(kHalf && kAligned && kDim <= 128 && kDimV <= 128);
+static_assert(kAlpha != AlphaKind::kGeneral);
+
+constexpr int kGroups = 2;
+constexpr int kConsumers = kGroups * 128;
+constexpr int kThreads = kConsumers + 128;
+constexpr int kCopierRegisters = 40;
+constexpr int kRows = 64;  // of a warpgroup: M of wgmma
+constexpr int kBlockRows = kGroups * kRows;
+constexpr int kBox = 64;  // rows that the copy engine brings at once
+constexpr bool kNarrow = kPanels == 1 && kPanelsV == 1;
+// float16 loses probabilities below 6e-8; rows of many keys come near. Scaled, none does.
+constexpr float kProbScale = ADASPLASH2_DTYPE == 1 ? 1024.f : 1.f;
+
+template <int panels>
+using Sums = float[panels * kPanelColumns / 2];  // of 64 rows and all columns of a tensor
+
+template <int rows, int panels>
+constexpr int tile_bytes = rows * panels * kLineBytes;
+constexpr int kOwnBytes = tile_bytes<kBlockRows, kPanels>;
+constexpr int kOwnBytesV = tile_bytes<kBlockRows, kPanelsV>;
+
+// Barriers of the consumers alone, and of the whole block.
+__device__ __forceinline__ void sync_consumers() {
+  asm volatile("barrier.cta.sync 1, %0;" ::"n"(kConsumers) : "memory");
+}
+// Whether any consumer says so; the thread that copies only listens.
+__device__ __forceinline__ bool any_of_block(bool mine) { return __syncthreads_or(mine); }
+
+// The sign of the scale goes to an operand that the block owns.
+__device__ __forceinline__ void sign_own(char* own, int bytes, float sign) {
+  if (sign == 1.f) return;
+  for (int at = threadIdx.x; at < bytes / 4; at += kConsumers) {
+    u32& pair = reinterpret_cast<u32*>(own)[at];
+    pair = sign < 0.f ? pair ^ 0x80008000u : 0u;
+  }
+  publish_stores();
+  sync_consumers();
+}
+
+// d = a b^T over `depth` columns; a of a block's tile, b of a tile of b_rows rows
+template <int depth, int b_rows, int count>
+__device__ __forceinline__ void add_dots(float (&d)[count], u64 a, u64 b) {
+#pragma unroll
+  for (int k = 0; k < depth / 16; ++k)
+    if (k == 0)
+      multiply_shared<false>(d, a, b);
+    else
+      multiply_shared<true>(d, a + columns_at(k, kBlockRows), b + columns_at(k, b_rows));
+}
+// d += w b over all rows of a tile
+template <int steps, int count>
+__device__ __forceinline__ void add_weighted(float (&d)[count], const Left (&w)[steps], u64 b) {
+#pragma unroll
+  for (int k = 0; k < steps; ++k) add_rows(d, w[k], b + rows_at(k));
+}
+
+// Write, or add to, a warp's 16 rows of `width` elements.
+template <int width, bool add, int count>
+__device__ __forceinline__ void write_rows(const float (&d)[count], Scalar* head, i64 stride,
+                                           int first, int length, float factor,
+                                           const bool (&wanted)[2]) {
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    const int row = first + slot * 8 + lane_id() / 4;
+    if (row >= length || !wanted[slot]) continue;
+    Scalar* to = head + i64(row) * stride + lane_id() % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < width / 8; ++n) {
+      u32& pair = *reinterpret_cast<u32*>(to + n * 8);
+      float2 x = {d[4 * n + 2 * slot] * factor, d[4 * n + 2 * slot + 1] * factor};
+      if constexpr (add) {
+        const float2 old = Scalar::unpack(pair);
+        x.x += old.x, x.y += old.y;
+      }
+      pair = Scalar::pack(x.x, x.y);
+    }
+  }
+}
+
+// A lane's weights of 16 columns as a left operand of the product that sums over them.
+template <class Weight>
+__device__ __forceinline__ Left as_left(const Weight& w) {
+  return {Scalar::pack(w(0), w(1)), Scalar::pack(w(2), w(3)), Scalar::pack(w(4), w(5)),
+          Scalar::pack(w(6), w(7))};
+}
+
+// O2 of a row lies where the arena would hold the survivors of its group.
+static_assert(kArenaRow * sizeof(Entry) >= 128 * sizeof(float));
+__device__ __forceinline__ float* second_output(const Params& p, int head_row, int row) {
+  return reinterpret_cast<float*>(p.entries + arena_of(head_row * p.groups_q + row / kGroupRows) +
+                                  row % kGroupRows * kArenaRow);
+}
+
+// The query rows of a block, and what its lanes see of them.
+struct Block {
+  const Params& p;
+  int head_row, batch, head, kv_head, first;  // the block's first row
+  int first_row;                              // the warp's
+  bool flat[2];                               // of the lane's two rows
+
+  __device__ __forceinline__ explicit Block(const Params& params) : p(params) {
+    const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
+    head_row = blockIdx.x / blocks;
+    first = (blocks - 1 - blockIdx.x % blocks) * kBlockRows;
+    batch = head_row / p.heads_q;
+    head = head_row % p.heads_q;
+    kv_head = head / p.group;
+    first_row = first + warp_id() * 16;
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot)
+      flat[slot] = warp_id() < kConsumers / 32 && row(slot) < p.length_q &&
+                   p.flat[head_row * p.groups_q + row(slot) / kGroupRows];
+  }
+  __device__ __forceinline__ int row(int slot) const {
+    return first_row + slot * 8 + lane_id() / 4;
+  }
+  // How many tiles of so many keys the block sees.
+  __device__ __forceinline__ int tiles(int keys) const {
+    return ((kCausal ? min(p.length_k, first + kBlockRows) : p.length_k) + keys - 1) / keys;
+  }
+  __device__ __forceinline__ int seen(int slot) const {  // keys
+    return kCausal ? min(p.length_k, row(slot) + 1) : p.length_k;
+  }
+  // Scores of keys that a row does not see become minus infinity.
+  template <int count>
+  __device__ __forceinline__ void mask(float (&s)[count], int first_key) const {
+    constexpr int keys = count * 2;
+    if (first_key + keys <= p.length_k && !(kCausal && first_key + keys > first_row + 1)) return;
+    const int limit[2] = {seen(0) - first_key - lane_id() % 4 * 2,
+                          seen(1) - first_key - lane_id() % 4 * 2};
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      if (i / 4 * 8 + i % 2 >= limit[i / 2 % 2]) s[i] = -kInf;
+  }
+};
+
+}  // namespace adasplash2

@@ -1,0 +1,407 @@
+// Backward of rows in dense tiles on Hopper.
+//
+// Both kernels walk over pairs of tiles, x (keys or queries) and y (values or their gradients),
+// beside the pair that the block owns (the other way round).
+#include "dense90.cuh"
+
+namespace adasplash2 {
+
+constexpr int kGradStages = 3;
+using GradRing = Ring<kGradStages>;
+
+template <int rows>
+struct Backward {
+  static constexpr int kXBytes = tile_bytes<rows, kPanels>;
+  static constexpr int kStageBytes = kXBytes + tile_bytes<rows, kPanelsV>;
+  static constexpr int kBarriers = 1 + 2 * kGradStages;
+
+  u32 own, own_y, stages, full_own, full, empty;
+
+  __device__ __forceinline__ Backward(u32 memory, u32 barriers)
+      : own(memory),
+        own_y(memory + kOwnBytes),
+        stages(memory + kOwnBytes + kOwnBytesV),
+        full_own(barriers),
+        full(barriers + 8),
+        empty(full + 8 * kGradStages) {}
+  __device__ __forceinline__ void start(int writers) const {
+    init_barrier(full_own, 1);
+    for (int i = 0; i < kGradStages; ++i)
+      init_barrier(full + 8 * i, writers), init_barrier(empty + 8 * i, kConsumers / 32);
+    publish_stores();
+  }
+  __device__ __forceinline__ void copy_own(const TensorMap& x, const Plane& of_x,
+                                           const TensorMap& y, const Plane& of_y, int first) const {
+    arrive_expecting(full_own, kOwnBytes + kOwnBytesV);
+    copy_tile<kBlockRows, kPanels, kBox>(own, x, first, of_x, full_own);
+    copy_tile<kBlockRows, kPanelsV, kBox>(own_y, y, first, of_y, full_own);
+  }
+  __device__ __forceinline__ void copy_pair(const TensorMap& x, const Plane& of_x,
+                                            const TensorMap& y, const Plane& of_y, int first,
+                                            int stage) const {
+    arrive_expecting(full + stage * 8, kStageBytes);
+    const u32 to = stages + stage * kStageBytes;
+    copy_tile<rows, kPanels, kBox>(to, x, first, of_x, full + stage * 8);
+    copy_tile<rows, kPanelsV, kBox>(to + kXBytes, y, first, of_y, full + stage * 8);
+  }
+
+  // s = own x^T and dp = own_y y^T
+  __device__ __forceinline__ void start_dots(float (&s)[rows / 2], float (&dp)[rows / 2],
+                                             int stage) const {
+    const u32 group = uniform(warp_id() / 4) * kRows * kLineBytes,
+              at = stages + stage * kStageBytes;
+    begin_products();
+    add_dots<kDim, rows>(s, descriptor(own + group), descriptor(at));
+    add_dots<kDimV, rows>(dp, descriptor(own_y + group), descriptor(at + kXBytes));
+    commit_products();
+  }
+  __device__ __forceinline__ u64 x_rows(int stage) const {
+    return descriptor(stages + stage * kStageBytes, rows * kLineBytes);
+  }
+  __device__ __forceinline__ u64 y_rows(int stage) const {
+    return descriptor(stages + stage * kStageBytes + kXBytes, rows * kLineBytes);
+  }
+  __device__ __forceinline__ void give_back(int stage) const {
+    if (lane_id() == 0) arrive(empty + stage * 8);
+  }
+};
+
+// A score's share of its gradient: u (dp - delta) in the support, else 0.
+__device__ __forceinline__ float score_gradient(float x, float dp, float delta) {
+  if constexpr (kAlpha == AlphaKind::k15) return x > 0.f ? x * (dp - delta) : 0.f;
+  return x > 0.f ? dp - delta : 0.f;
+}
+
+constexpr int kGradKeys = kNarrow ? 128 : 64;
+using GradRows = Backward<kGradKeys>;
+
+// dQ of the block's rows, and their delta.
+__device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, const Block& b) {
+  const Params& p = b.p;
+  float tau[2], delta[2];
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    tau[slot] = kInf, delta[slot] = 0.f;
+    if (b.flat[slot]) {
+      const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
+      const float* second = second_output(p, b.head_row, b.row(slot));
+      const Scalar* grad = row_of(p.grad_o, b.batch, b.head, b.row(slot));
+      tau[slot] = p.tau[at_tau];
+#pragma unroll
+      for (int n = lane_id() % 4 * 8; n < kHeadDimV; n += 32) {
+        float g[8];
+        load8<kHeadDimV>(grad, n, g);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) delta[slot] = fmaf(g[i], second[n + i], delta[slot]);
+      }
+    }
+    delta[slot] = sum_over<4>(delta[slot]);
+    if (b.flat[slot] && lane_id() % 4 == 0)
+      p.delta[i64(b.head_row) * p.length_q + b.row(slot)] = delta[slot];
+  }
+  await(at.full_own, 0);
+  sign_own(own, kOwnBytes, p.q_sign);
+
+  constexpr int kSteps = kGradKeys / 16;
+  constexpr bool kOverlap = kNarrow;
+  Sums<kPanels> grad = {};
+  Left weights[kSteps];
+  GradRing ring;
+  const int tiles = b.tiles(kGradKeys);
+  const auto start = [&](float (&s)[kGradKeys / 2], float (&dp)[kGradKeys / 2]) {
+    ring.await_full(at.full);
+    at.start_dots(s, dp, ring.stage);
+  };
+  const auto weigh = [&](float (&s)[kGradKeys / 2], float (&dp)[kGradKeys / 2], int first_key) {
+    await_products();
+    settled(s), settled(dp), settled(grad), settled(weights);
+    b.mask(s, first_key);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k)
+      weights[k] = as_left([&](int e) {
+        const int slot = e / 2 % 2;
+        return score_gradient(fmaf(p.c, s[8 * k + e], -tau[slot]), dp[8 * k + e], delta[slot]);
+      });
+  };
+  const auto add = [&](int stage) {
+    begin_products();
+    add_weighted(grad, weights, at.x_rows(stage));
+    commit_products();
+  };
+  {
+    float s[kGradKeys / 2], dp[kGradKeys / 2];
+    start(s, dp);
+    weigh(s, dp, (tiles - 1) * kGradKeys);
+  }
+#pragma unroll 1
+  for (int tile = tiles - 2; tile >= 0; --tile) {
+    const int before = ring.stage;
+    ring.advance();
+    float s[kGradKeys / 2], dp[kGradKeys / 2];
+    if constexpr (kOverlap) start(s, dp);
+    add(before);
+    await_products();
+    if constexpr (!kOverlap) settled(grad), start(s, dp), await_products();
+    at.give_back(before);
+    weigh(s, dp, tile * kGradKeys);
+  }
+  add(ring.stage);
+  await_products();
+  settled(grad);
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot)
+    if (tau[slot] != tau[slot])
+#pragma unroll
+      for (int n = 0; n < kPanels * 8; ++n)
+        grad[4 * n + 2 * slot] = grad[4 * n + 2 * slot + 1] = kNaN;
+  write_rows<kHeadDim, false>(grad, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row, b.first_row,
+                              p.length_q, p.scale, b.flat);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    dense_grad_rows(const __grid_constant__ Params p, const __grid_constant__ TensorMap query_map,
+                    const __grid_constant__ TensorMap key_map,
+                    const __grid_constant__ TensorMap value_map,
+                    const __grid_constant__ TensorMap grad_map) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ __align__(8) u64 barriers[GradRows::kBarriers];
+  const Block b(p);
+  if (!any_of_block(b.flat[0] || b.flat[1])) return;
+  const u32 start = shared_address(shared), memory = (start + 1023) & ~1023u;
+  const GradRows at(memory, shared_address(barriers));
+  if (threadIdx.x == 0) at.start(1);
+  __syncthreads();
+  if (uniform(warp_id()) >= kConsumers / 32) {
+    give_registers<kCopierRegisters>();
+    if (threadIdx.x != kConsumers) return;
+    at.copy_own(query_map, Plane(p.q, b.head, b.batch), grad_map, Plane(p.grad_o, b.head, b.batch),
+                b.first);
+    const Plane keys(p.k, b.kv_head, b.batch), values(p.v, b.kv_head, b.batch);
+    GradRing ring;
+    for (int tile = b.tiles(kGradKeys) - 1; tile >= 0; --tile, ring.advance()) {
+      ring.await_empty(at.empty);
+      at.copy_pair(key_map, keys, value_map, values, tile * kGradKeys, ring.stage);
+    }
+  } else {
+    take_registers<kGroups, kCopierRegisters>();
+    sum_grad_rows(at, shared + (memory - start), b);
+  }
+}
+
+// What flat rows add to dK and dV; a block owns kBlockRows keys.
+constexpr int kGradQueries = 64;
+using GradColumns = Backward<kGradQueries>;
+
+// What the warp that copies says of a tile of queries.
+struct alignas(16) Queries {
+  float2 tau_delta[kGradQueries];  // tau is infinite of rows that have no part in it
+  int first;                       // -1 after the last tile
+  bool mixed;                      // whether there are such rows, which may hold NaN
+};
+
+// The keys of a block.
+struct KeyBlock {
+  int batch, kv_head, first, start;  // start: the first query that may see them
+
+  __device__ __forceinline__ explicit KeyBlock(const Params& p) {
+    const int blocks = (p.length_k + kBlockRows - 1) / kBlockRows;
+    const int kv_row = blockIdx.x / blocks;
+    batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
+    first = blockIdx.x % blocks * kBlockRows;
+    start = kCausal ? first : 0;
+  }
+  // The first of the rows of the heads that share the keys.
+  __device__ __forceinline__ int head_row(const Params& p) const {
+    return batch * p.heads_q + kv_head * p.group;
+  }
+};
+
+__device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* queries,
+                                             const Params& p, const KeyBlock& b,
+                                             const TensorMap& query_map,
+                                             const TensorMap& grad_map) {
+  GradRing ring;
+#pragma unroll 1
+  for (int member = 0; member < p.group; ++member) {
+    const int head_row = b.head_row(p) + member, head = b.kv_head * p.group + member;
+    const u8* flat = p.flat + i64(head_row) * p.groups_q;
+#pragma unroll 1
+    for (int first = b.start; first < p.length_q; first += kGradQueries) {
+      const int group = first / kGroupRows + lane_id();
+      if (!__any_sync(kAllLanes,
+                      lane_id() < kGradQueries / kGroupRows && group < p.groups_q && flat[group]))
+        continue;
+      ring.await_empty(at.empty);
+      Queries& q = queries[ring.stage];
+      bool mixed = false;
+#pragma unroll
+      for (int i = lane_id(); i < kGradQueries; i += 32) {
+        const int row = first + i;
+        const bool used = row < p.length_q && flat[row / kGroupRows];
+        const i64 at_row = i64(head_row) * p.length_q + row;
+        const float tau = used ? p.tau[at_row] : kInf;
+        const bool kept = tau < kInf;  // not so of a poisoned row
+        q.tau_delta[i] = {kept ? tau : kInf, kept ? p.delta[at_row] : 0.f};
+        mixed |= row < p.length_q && !kept;
+      }
+      mixed = __any_sync(kAllLanes, mixed);
+      if (lane_id() == 0) {
+        q.first = first, q.mixed = mixed;
+        at.copy_pair(query_map, Plane(p.q, head, b.batch), grad_map, Plane(p.grad_o, head, b.batch),
+                     first, ring.stage);
+      } else {
+        arrive(at.full + ring.stage * 8);
+      }
+      ring.advance();
+    }
+  }
+  ring.await_empty(at.empty);
+  if (lane_id() == 0) queries[ring.stage].first = -1;
+  arrive(at.full + ring.stage * 8);
+}
+
+__device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* own,
+                                                 const Queries* queries, const Params& p,
+                                                 const KeyBlock& b) {
+  constexpr int kSteps = kGradQueries / 16;
+  constexpr bool kOverlap = kNarrow;  // else too few registers
+  const int first_key = b.first + warp_id() * 16;
+  Sums<kPanels> grad_k = {};
+  Sums<kPanelsV> grad_v = {};
+  Left probs[kSteps], weights[kSteps];
+  using Dots = float[kGradQueries / 2];
+  GradRing ring;
+  await(at.full_own, 0);
+  sign_own(own, kOwnBytes, p.q_sign);
+
+  // Whether there is another tile; rows without a part in it must not reach the keys through
+  // 0 * NaN.
+  const auto next = [&] {
+    ring.await_full(at.full);
+    const Queries& q = queries[ring.stage];
+    if (q.first < 0) return false;
+    if (q.mixed) {
+      char* tile = own + (at.stages - at.own) + ring.stage * GradColumns::kStageBytes;
+      for (int i = threadIdx.x / 8; i < kGradQueries; i += kConsumers / 8)
+        if (!(q.tau_delta[i].x < kInf))
+#pragma unroll
+          for (int panel = 0; panel < kPanels + kPanelsV; ++panel)
+            reinterpret_cast<uint4*>(tile + (panel * kGradQueries + i) *
+                                                kLineBytes)[threadIdx.x % 8] = {0, 0, 0, 0};
+      publish_stores();
+      sync_consumers();
+    }
+    return true;
+  };
+  const auto weigh = [&](Dots& s, Dots& dp) {
+    await_products();
+    settled(s), settled(dp), settled(grad_k), settled(grad_v), settled(probs), settled(weights);
+    const Queries& q = queries[ring.stage];
+    // Queries before these do not see the keys of the lane's two rows.
+    int from[2] = {0, 0};
+    if (kCausal)
+      for (int slot = 0; slot < 2; ++slot)
+        from[slot] = first_key + slot * 8 + lane_id() / 4 - q.first - lane_id() % 4 * 2;
+    const bool edge = kCausal && q.first < first_key + 15;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      float prob[8];
+      float4 of_two[2];  // tau and delta of two queries
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        of_two[n] =
+            *reinterpret_cast<const float4*>(q.tau_delta + (2 * k + n) * 8 + lane_id() % 4 * 2);
+      weights[k] = as_left([&](int e) {
+        const int slot = e / 2 % 2;
+        const float4& at_two = of_two[e / 4];
+        const float tau = e % 2 ? at_two.z : at_two.x, delta = e % 2 ? at_two.w : at_two.y;
+        float x = fmaf(p.c, s[8 * k + e], -tau);
+        if (edge && (2 * k + e / 4) * 8 + e % 2 < from[slot]) x = -kInf;
+        const float inside = x > 0.f ? x : 0.f;
+        prob[e] = kProbScale * (kAlpha == AlphaKind::k15 ? inside * inside : inside);
+        return score_gradient(x, dp[8 * k + e], delta);
+      });
+      probs[k] = as_left([&](int e) { return prob[e]; });
+    }
+  };
+  const auto start = [&](Dots& s, Dots& dp) { at.start_dots(s, dp, ring.stage); };
+  const auto add = [&](int stage) {
+    begin_products();
+    add_weighted(grad_v, probs, at.y_rows(stage));
+    add_weighted(grad_k, weights, at.x_rows(stage));
+    commit_products();
+  };
+  next();  // there is one, or the block would have returned
+  {
+    Dots s, dp;
+    start(s, dp);
+    weigh(s, dp);
+  }
+#pragma unroll 1
+  while (true) {
+    const int before = ring.stage;
+    if constexpr (!kOverlap) {
+      add(before);
+      await_products();
+      settled(grad_k), settled(grad_v);
+      at.give_back(before);
+    }
+    ring.advance();
+    if (!next()) {
+      if constexpr (kOverlap) {
+        add(before);
+        await_products();
+      }
+      break;
+    }
+    Dots s, dp;
+    start(s, dp);
+    if constexpr (kOverlap) {
+      add(before);
+      await_products();
+      at.give_back(before);
+    }
+    weigh(s, dp);
+  }
+  settled(grad_k), settled(grad_v);
+  const bool all[2] = {true, true};
+  write_rows<kHeadDim, true>(grad_k, row_of(p.grad_k, b.batch, b.kv_head, 0), p.grad_k.row,
+                             first_key, p.length_k, p.scale, all);
+  write_rows<kHeadDimV, true>(grad_v, row_of(p.grad_v, b.batch, b.kv_head, 0), p.grad_v.row,
+                              first_key, p.length_k, 1.f / kProbScale, all);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    dense_grad_columns(const __grid_constant__ Params p,
+                       const __grid_constant__ TensorMap query_map,
+                       const __grid_constant__ TensorMap key_map,
+                       const __grid_constant__ TensorMap value_map,
+                       const __grid_constant__ TensorMap grad_map) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ __align__(8) u64 barriers[GradColumns::kBarriers];
+  __shared__ __align__(16) Queries queries[kGradStages];
+  const KeyBlock b(p);
+  bool any = false;
+  for (int i = threadIdx.x; i < p.group * p.groups_q; i += kThreads)
+    any |= i % p.groups_q * kGroupRows + kGroupRows > b.start &&
+           p.flat[i64(b.head_row(p)) * p.groups_q + i];
+  if (!any_of_block(any)) return;
+  const u32 start = shared_address(shared), memory = (start + 1023) & ~1023u;
+  const GradColumns at(memory, shared_address(barriers));
+  if (threadIdx.x == 0) at.start(32);
+  __syncthreads();
+  if (uniform(warp_id()) >= kConsumers / 32) {
+    give_registers<kCopierRegisters>();
+    if (uniform(warp_id()) != kConsumers / 32) return;
+    if (lane_id() == 0)
+      at.copy_own(key_map, Plane(p.k, b.kv_head, b.batch), value_map,
+                  Plane(p.v, b.kv_head, b.batch), b.first);
+    __syncwarp();
+    copy_queries(at, queries, p, b, query_map, grad_map);
+  } else {
+    take_registers<kGroups, kCopierRegisters>();
+    sum_grad_columns(at, shared + (memory - start), queries, p, b);
+  }
+}
+
+}  // namespace adasplash2

@@ -1,0 +1,504 @@
+// Forward of rows in dense tiles on Hopper: thresholds and outputs.
+//
+// Thresholds start from a sample: two tiles of scores in registers, then every eighth tile. One to
+// three passes over all keys follow until every row of the block has its threshold, then the one
+// that sums values.
+#include "dense90.cuh"
+
+namespace adasplash2 {
+
+// --- thresholds ----------------------------------------------------------------------------
+
+constexpr int kTileKeys = 128;
+using Scores = float[kTileKeys / 2];
+
+// Where a step leaves less of f than this, the sum of probabilities, by which they are divided in
+// the end, takes care of the rest.
+constexpr float kTolerance = 1e-4f;
+constexpr int kSampleSteps = 5;
+constexpr int kStride = 8;  // of the tiles that the passes before the first full one look at
+constexpr int kStridedPasses = 2;
+constexpr int kStridedFrom = 3 * kStride;  // tiles
+
+// What is known of one row's threshold.
+struct Threshold {
+  float tau, lo, hi;
+  bool done;
+  int steps;  // over all its scores
+};
+
+// Sums of one lane over a row's scores, and after join() those of the row. `least` are the bits of
+// the smallest x that is not negative: as unsigned numbers, those of negative ones are larger.
+struct RowSums {
+  float s1 = 0.f, s2 = 0.f;
+  int scores = 0;
+  u32 negative = 0, least = ~0u;
+
+  template <int count>
+  __device__ __forceinline__ void add(const float (&s)[count], int slot, float c, float tau) {
+    float here1 = 0.f, here2 = 0.f;  // sums of sums: thousands of equal terms drift in one
+#pragma unroll
+    for (int n = 0; n < count / 4; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float x = fmaf(c, s[4 * n + 2 * slot + j], -tau), inside = fmaxf(x, 0.f);
+        negative += __float_as_uint(x) >> 31;
+        here1 += inside;
+        if constexpr (kAlpha == AlphaKind::k15)
+          here2 = fmaf(inside, inside, here2);
+        else
+          least = min(least, __float_as_uint(x));
+      }
+    s1 += here1;
+    s2 += here2;
+    scores += count / 2;
+  }
+  __device__ __forceinline__ Moments<float> join() {
+    if constexpr (kAlpha == AlphaKind::k2)
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2)
+        least = min(least, __shfl_xor_sync(kAllLanes, least, step));
+    return sum_over<4>(Moments<float>{float(scores - int(negative)), s1, s2});
+  }
+};
+
+// One guarded step of a row by its sums over some of its keys; each of them stands for `weight`,
+// together they are `keys`.
+__device__ __forceinline__ void advance(Threshold& t, RowSums& sums, float weight, int keys) {
+  Moments<float> m = sums.join();
+  if (t.done) return;
+  m.s0 *= weight, m.s1 *= weight, m.s2 *= weight;
+  const float f = excess<kAlpha>(m);
+  if (f >= 0.f)
+    t.lo = fmaxf(t.lo, t.tau);
+  else
+    t.hi = fminf(t.hi, t.tau);
+  const float step = refinement_step<kAlpha>(m, 0.f), next = t.tau + step;
+  const bool inside = next >= t.lo && next <= t.hi;
+  // Solved on the present support, so what is left is of the scores that a step passes: upwards
+  // some of those counted, downwards some of all.
+  bool enough = fabsf(f) <= kTolerance;
+  if constexpr (kAlpha == AlphaKind::k15)
+    enough |= (step >= 0.f ? m.s0 : float(keys)) * step * step <= kTolerance;
+  else
+    enough |= step >= 0.f && step < __uint_as_float(sums.least);
+  t.done = (inside && enough) || t.hi - t.lo <= 4.f * kEpsilon * fabsf(t.tau);
+  if (!t.done || inside) t.tau = inside ? next : 0.5f * (t.lo + t.hi);
+}
+
+// --- forward -------------------------------------------------------------------------------
+
+// Whether a backward is to come, and whether the call records what it did.
+constexpr bool kSaves = ADASPLASH2_OUTPUT == 1, kCounts = ADASPLASH2_OUTPUT == 2;
+
+constexpr int kStagesK = kNarrow ? 4 : 3;
+constexpr int kStagesV = 2;
+constexpr int kKeyBytes = tile_bytes<kTileKeys, kPanels>;
+constexpr int kValueBytes = tile_bytes<kTileKeys, kPanelsV>;
+using KeyRing = Ring<kStagesK>;
+using ValueRing = Ring<kStagesV>;
+
+// Where the parts of a block's shared memory are, and their barriers.
+struct Forward {
+  u32 queries, keys, values, full_q, full_k, empty_k, full_v, empty_v;
+
+  static constexpr int kBarriers = 1 + 2 * kStagesK + 2 * kStagesV;
+  __device__ __forceinline__ Forward(u32 memory, u32 barriers)
+      : queries(memory),
+        keys(memory + kOwnBytes),
+        values(memory + kOwnBytes + kStagesK * kKeyBytes),
+        full_q(barriers),
+        full_k(barriers + 8),
+        empty_k(full_k + 8 * kStagesK),
+        full_v(empty_k + 8 * kStagesK),
+        empty_v(full_v + 8 * kStagesV) {}
+  __device__ __forceinline__ void start() const {
+    init_barrier(full_q, 1);
+    for (int i = 0; i < kStagesK; ++i)
+      init_barrier(full_k + 8 * i, 1), init_barrier(empty_k + 8 * i, kConsumers / 32);
+    for (int i = 0; i < kStagesV; ++i)
+      init_barrier(full_v + 8 * i, 1), init_barrier(empty_v + 8 * i, kConsumers / 32);
+    publish_stores();
+  }
+};
+
+// The tiles of one pass: every stride-th from the last one down.
+struct Walk {
+  int count, last, stride;
+  __device__ __forceinline__ Walk(int tiles, int stride)
+      : count((tiles - 1) / stride + 1), last(tiles - 1), stride(stride) {}
+  __device__ __forceinline__ int operator[](int i) const { return last - i * stride; }
+};
+
+// The two tiles of the sample; all there are where there are no more.
+__device__ __forceinline__ int sampled(int i, int tiles) {
+  return tiles <= 2 ? i : (tiles + 2 * tiles * i) / 4;
+}
+
+__device__ __forceinline__ void copy_forward(const Forward& at, const Block& b,
+                                             const TensorMap& query_map, const TensorMap& key_map,
+                                             const TensorMap& value_map) {
+  const Params& p = b.p;
+  const bool copies = threadIdx.x == kConsumers;
+  const int tiles = b.tiles(kTileKeys);
+  const Plane keys(p.k, b.kv_head, b.batch), values(p.v, b.kv_head, b.batch);
+  KeyRing key_ring;
+  ValueRing value_ring;
+  const auto push_keys = [&](int tile) {
+    key_ring.await_empty(at.empty_k);
+    const u32 full = at.full_k + key_ring.stage * 8;
+    arrive_expecting(full, kKeyBytes);
+    copy_tile<kTileKeys, kPanels, kBox>(at.keys + key_ring.stage * kKeyBytes, key_map,
+                                        tile * kTileKeys, keys, full);
+    key_ring.advance();
+  };
+  const auto push_values = [&](int tile) {
+    value_ring.await_empty(at.empty_v);
+    const u32 full = at.full_v + value_ring.stage * 8;
+    arrive_expecting(full, kValueBytes);
+    copy_tile<kTileKeys, kPanelsV, kBox>(at.values + value_ring.stage * kValueBytes, value_map,
+                                         tile * kTileKeys, values, full);
+    value_ring.advance();
+  };
+  if (copies) {
+    arrive_expecting(at.full_q, kOwnBytes);
+    copy_tile<kBlockRows, kPanels, kBox>(at.queries, query_map, b.first,
+                                         Plane(p.q, b.head, b.batch), at.full_q);
+    for (int i = 0; i < min(tiles, 2); ++i) push_keys(sampled(i, tiles));
+    if (tiles >= kStridedFrom)
+      for (int pass = 0; pass < kStridedPasses; ++pass) {
+        const Walk walk(tiles, kStride);
+        for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
+      }
+  }
+  const Walk walk(tiles, 1);
+  bool solving = tiles > 2;
+  while (solving) {
+    if (copies)
+      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
+    __syncwarp();
+    solving = any_of_block(false);
+  }
+  if (copies)
+    for (int i = 0; i < walk.count; ++i) push_keys(walk[i]), push_values(walk[i]);
+}
+
+__device__ __forceinline__ void attend(const Forward& at, char* own, const Block& b) {
+  const Params& p = b.p;
+  const float c = p.c;
+  const int tiles = b.tiles(kTileKeys);
+  const u64 queries = descriptor(at.queries + uniform(warp_id() / 4) * kRows * kLineBytes);
+  const u64 keys = descriptor(at.keys);
+  const u64 values = descriptor(at.values, kTileKeys * kLineBytes);
+  KeyRing key_ring;
+  ValueRing value_ring;
+  const auto start_scores = [&](Scores& s) {
+    key_ring.await_full(at.full_k);
+    begin_products();
+    add_dots<kDim, kTileKeys>(s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorUnit));
+    commit_products();
+  };
+  const auto finish_scores = [&](Scores& s) {
+    await_products();
+    settled(s);
+    if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
+    key_ring.advance();
+  };
+  const auto scores = [&](Scores& s, int tile) {
+    start_scores(s);
+    finish_scores(s);
+    b.mask(s, tile * kTileKeys);
+  };
+
+  // The scan left each row's largest score as far as it looked, NaN for a poisoned row, and a
+  // lower bound of its threshold.
+  Threshold t[2];
+  float top[2] = {-kInf, -kInf}, floor[2];
+  bool poisoned[2];
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + b.row(slot);
+    const float bound = b.flat[slot] ? __int_as_float(p.row_count[at_row]) : -kInf;
+    poisoned[slot] = b.flat[slot] && !(__int_as_float(p.row_start[at_row]) < kInf);
+    floor[slot] = bound > -kInf ? c * bound : -1e30f;
+    t[slot].done = poisoned[slot] || !b.flat[slot];
+    t[slot].steps = 0;
+  }
+  await(at.full_q, 0);
+  sign_own(own, kOwnBytes, p.q_sign);
+
+  {
+    // The sample: its threshold for the mass that it would have of the whole row.
+    Scores s[2];
+    int allowed[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (i >= tiles) {
+#pragma unroll
+        for (float& x : s[i]) x = -kInf;
+        continue;
+      }
+      const int tile = sampled(i, tiles);
+      scores(s[i], tile);
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot)
+        allowed[slot] += max(0, min(kTileKeys, b.seen(slot) - tile * kTileKeys));
+    }
+    bool known[2];
+    float weight[2];
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int n = 0; n < kTileKeys / 8; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            asm("max.NaN.f32 %0, %0, %1;" : "+f"(top[slot]) : "f"(s[i][4 * n + 2 * slot + j]));
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2)
+        asm("max.NaN.f32 %0, %0, %1;"
+            : "+f"(top[slot])
+            : "f"(__shfl_xor_sync(kAllLanes, top[slot], step)));
+      const float best = c * top[slot];
+      known[slot] = is_finite(top[slot]) && !t[slot].done;
+      weight[slot] = float(b.seen(slot)) / float(max(1, allowed[slot]));
+      t[slot].lo = best - (kAlpha == AlphaKind::k15 ? rsqrtf(weight[slot]) : 1.f / weight[slot]);
+      t[slot].hi = best;
+      t[slot].tau = known[slot] ? t[slot].lo : floor[slot];
+      t[slot].done = !known[slot];
+    }
+    const int limit = tiles > 2 ? kSampleSteps : kSolveSteps;
+#pragma unroll 1
+    for (int step = 0; step < limit && !__all_sync(kAllLanes, t[0].done && t[1].done); ++step) {
+      RowSums sums[2];
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot) {
+        t[slot].steps += tiles <= 2 && !t[slot].done;
+        sums[slot].add(s[0], slot, c, t[slot].tau);
+        sums[slot].add(s[1], slot, c, t[slot].tau);
+        advance(t[slot], sums[slot], weight[slot], b.seen(slot));
+      }
+    }
+  }
+  const auto restart = [&](int slot) {
+    t[slot].lo = is_finite(top[slot]) ? fmaxf(floor[slot], c * top[slot] - 1.f) : floor[slot];
+    t[slot].hi = kInf;
+    t[slot].tau = fmaxf(t[slot].tau, t[slot].lo);
+    t[slot].done = poisoned[slot] || !b.flat[slot];
+  };
+  if (tiles >= kStridedFrom) {
+    const Walk walk(tiles, kStride);
+#pragma unroll 1
+    for (int pass = 0; pass < kStridedPasses; ++pass) {
+      RowSums sums[2];
+      if (pass == 0) restart(0), restart(1);
+#pragma unroll 1
+      for (int i = 0; i < walk.count; ++i) {
+        Scores s;
+        scores(s, walk[i]);
+#pragma unroll
+        for (int slot = 0; slot < 2; ++slot) sums[slot].add(s, slot, c, t[slot].tau);
+      }
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot) {
+        // All but the last tile of the walk are whole.
+        const int whole = (walk.count - 1) * kTileKeys;
+        const int last = max(0, min(kTileKeys, b.seen(slot) - walk[0] * kTileKeys));
+        const float seen = float(b.seen(slot));
+        advance(t[slot], sums[slot], seen / float(whole + last), b.seen(slot));
+      }
+    }
+  }
+  const Walk walk(tiles, 1);
+  bool solving = tiles > 2;
+#pragma unroll 1
+  for (int pass = 0; solving; ++pass) {
+    if (pass == 0) restart(0), restart(1);
+    RowSums sums[2];
+#pragma unroll 1
+    for (int i = 0; i < walk.count; ++i) {
+      Scores s;
+      scores(s, walk[i]);
+      if (pass == 0)
+#pragma unroll
+        for (int slot = 0; slot < 2; ++slot)
+#pragma unroll
+          for (int n = 0; n < kTileKeys / 8; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              asm("max.NaN.f32 %0, %0, %1;" : "+f"(top[slot]) : "f"(s[4 * n + 2 * slot + j]));
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot) sums[slot].add(s, slot, c, t[slot].tau);
+    }
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      if (pass == 0) {
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2)
+          asm("max.NaN.f32 %0, %0, %1;"
+              : "+f"(top[slot])
+              : "f"(__shfl_xor_sync(kAllLanes, top[slot], step)));
+        t[slot].done |= !is_finite(top[slot]);
+        t[slot].lo = fmaxf(t[slot].lo, c * top[slot] - 1.f);
+        t[slot].hi = c * top[slot];
+      }
+      t[slot].steps += !t[slot].done;
+      advance(t[slot], sums[slot], 1.f, b.seen(slot));
+    }
+    solving = any_of_block(pass < kSolveSteps && !(t[0].done && t[1].done));
+  }
+  bool empty[2];
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    poisoned[slot] |= b.flat[slot] && !(top[slot] < kInf);
+    empty[slot] = top[slot] == -kInf;  // no key scores above minus infinity
+    if (poisoned[slot] || empty[slot]) t[slot].tau = poisoned[slot] ? kNaN : kInf;
+  }
+
+  // Sums of both outputs leave registers for half a tile. Without the second one, too: the bits of
+  // an output do not depend on whether there will be a backward.
+  constexpr int kParts = kPanelsV, kPartKeys = kTileKeys / kParts;
+  constexpr int kSteps = kPartKeys / 16;
+  Sums<kPanelsV> out = {}, second = {};
+  Left probs[kSteps], weights[kSaves ? kSteps : 1];
+  int support[2] = {0, 0};
+  float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
+  using PartScores = float[kPartKeys / 2];
+  const auto start_part = [&](PartScores& s, int part) {
+    if (part == 0) key_ring.await_full(at.full_k);
+    begin_products();
+    add_dots<kDim, kTileKeys>(
+        s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorUnit) + part * rows_at(kSteps));
+    commit_products();
+  };
+  const auto finish_part = [&](PartScores& s, int part) {
+    settled(s);
+    if (part < kParts - 1) return;
+    if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
+    key_ring.advance();
+  };
+  const auto weigh = [&](PartScores& s, int first_key) {
+    b.mask(s, first_key);
+    float here[2] = {0.f, 0.f}, here_u[2] = {0.f, 0.f};
+    bool live[2] = {false, false};  // 64 keys each
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      float prob[8], u[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const int slot = e / 2 % 2;
+        const float x = fmaf(c, s[8 * k + e], -t[slot].tau), inside = x > 0.f ? x : 0.f;
+        prob[e] = kAlpha == AlphaKind::k15 ? inside * inside : inside;
+        u[e] = kAlpha == AlphaKind::k15 ? inside : x > 0.f ? 1.f : 0.f;
+        here[slot] += prob[e];
+        if constexpr (kSaves) here_u[slot] += u[e];
+        if constexpr (kCounts) {
+          support[slot] += x > 0.f;
+          live[k / 4] |= x > 0.f && b.flat[slot];
+        }
+      }
+      probs[k] = as_left([&](int e) { return kProbScale * prob[e]; });
+      if constexpr (kSaves) weights[k] = as_left([&](int e) { return u[e]; });
+    }
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) mass[slot] += here[slot], sum_u[slot] += here_u[slot];
+    if constexpr (kCounts)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (live[half]) mark_tile(p, b.head_row, b.first_row, first_key + half * 64);
+  };
+  const auto start_values = [&](int part) {
+    if (part == 0) value_ring.await_full(at.full_v);
+    const u64 rows =
+        values + value_ring.stage * (kValueBytes / kDescriptorUnit) + part * rows_at(kSteps);
+    begin_products();
+    add_weighted(out, probs, rows);
+    if constexpr (kSaves) add_weighted(second, weights, rows);
+    commit_products();
+  };
+  const auto finish_values = [&](int part) {
+    settled(out);
+    settled(probs);
+    if constexpr (kSaves) settled(second), settled(weights);
+    if (part < kParts - 1) return;
+    if (lane_id() == 0) arrive(at.empty_v + value_ring.stage * 8);
+    value_ring.advance();
+  };
+  {
+    PartScores s;
+    start_part(s, 0);
+    await_products();
+    finish_part(s, 0);
+    weigh(s, walk[0] * kTileKeys);
+  }
+#pragma unroll 1
+  for (int i = 1; i < walk.count * kParts; ++i) {
+    PartScores s;
+    start_part(s, i % kParts);  // while the values of the part before are summed
+    start_values((i - 1) % kParts);
+    await_products();
+    finish_part(s, i % kParts);
+    finish_values((i - 1) % kParts);
+    weigh(s, walk[i / kParts] * kTileKeys + i % kParts * kPartKeys);
+  }
+  start_values(kParts - 1);
+  await_products();
+  finish_values(kParts - 1);
+
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    const float total = sum_over<4>(mass[slot]), total_u = sum_over<4>(sum_u[slot]);
+    const int kept = sum_over<4>(support[slot]);
+    const float factor = total > 0.f ? 1.f / total : 0.f;
+#pragma unroll
+    for (int n = 0; n < kPanelsV * 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& x = out[4 * n + 2 * slot + j];
+        x = poisoned[slot] ? kNaN : x * factor;
+      }
+    if (!b.flat[slot]) continue;
+    if constexpr (kSaves) {
+      float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
+      const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
+#pragma unroll
+      for (int n = 0; n < kDimV / 8; ++n)
+        *reinterpret_cast<float2*>(to + n * 8) = {second[4 * n + 2 * slot] * factor_u,
+                                                  second[4 * n + 2 * slot + 1] * factor_u};
+    }
+    if (lane_id() % 4) continue;
+    const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + b.row(slot);
+    const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
+    p.tau[at_tau] = t[slot].tau;
+    p.row_count[at_row] = poisoned[slot] ? -1 : kept;
+    p.row_start[at_row] = __float_as_int(factor);
+    if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, b.row(slot));
+    if (p.iterations) p.iterations[at_tau] = t[slot].steps;
+  }
+  write_rows<kHeadDimV, false>(out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row,
+                               p.length_q, 1.f / kProbScale, b.flat);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    dense_output(const __grid_constant__ Params p, const __grid_constant__ TensorMap query_map,
+                 const __grid_constant__ TensorMap key_map,
+                 const __grid_constant__ TensorMap value_map) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ __align__(8) u64 barriers[Forward::kBarriers];
+  const Block b(p);
+  if (!any_of_block(b.flat[0] || b.flat[1])) return;
+  const u32 start = shared_address(shared), memory = (start + 1023) & ~1023u;
+  const Forward at(memory, shared_address(barriers));
+  if (threadIdx.x == 0) at.start();
+  __syncthreads();
+  if (uniform(warp_id()) >= kConsumers / 32) {
+    give_registers<kCopierRegisters>();
+    copy_forward(at, b, query_map, key_map, value_map);
+  } else {
+    take_registers<kGroups, kCopierRegisters>();
+    attend(at, shared + (memory - start), b);
+  }
+}
+
+}  // namespace adasplash2
