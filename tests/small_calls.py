@@ -10,6 +10,7 @@ torch.manual_seed(0)
 for length, head_dim, sharpness, is_causal, dtype in (
     (200, 64, 1.0, True, torch.bfloat16),
     (160, 64, 0.05, False, torch.bfloat16),
+    (600, 64, 0.05, True, torch.bfloat16),
     (130, 33, 4.0, True, torch.float16),
     (130, 32, 1.0, False, torch.float32),
 ):
