@@ -62,6 +62,7 @@ struct Backward {
     return descriptor(stages + stage * kStageBytes + kXBytes, rows * kLineBytes);
   }
   __device__ __forceinline__ void give_back(int stage) const {
+    __syncwarp();  // all lanes have read what came with the tiles
     if (lane_id() == 0) arrive(empty + stage * 8);
   }
 };

@@ -556,6 +556,7 @@ struct Lists {
     while (--strip >= 0 && !flat) {
       sift_strip<0>(strip);
       if constexpr (kPairs == 2) sift_strip<1>(strip);
+      __syncwarp();  // lists may grow over what all lanes have read
       const int taken = max(strip, kMinStrips);
       if (!has_room(taken) && !make_room(taken, p.c, p.inv_c, p.r)) turn_flat();
     }
