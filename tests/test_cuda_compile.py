@@ -344,11 +344,10 @@ def test_a_launch_passes_the_bytes_of_its_fields(driver: Driver) -> None:
     call.put_view("grad_v", swapped)
     call.put_pointer("tau", tensor)
     call.put_parts(tensor, launch.places({"rank": 0, "long_parts": 2**40}))
-    keys = launch.tensor_map(tensor, 128)
     with call:
         call.zero(64, 5)
-        kernel()((6, 2), 32, call)
-        kernel(1000)((MAPPED, 1), 64, call, keys)
+        kernel()((6, 2), 32, (), call)
+        kernel(1000)((MAPPED, 1), 64, (("q", 128),), call)
     assert driver.asked == [
         ("push", 103),
         ("zero", 64, 0, 5, 203),
@@ -369,7 +368,7 @@ def test_a_failed_launch_has_the_name_of_its_error(driver: Driver) -> None:
     call = launch.Call(0, launch.words(launch.params({})))
     driver.status = 700
     with pytest.raises(RuntimeError, match=r"CUDA_ERROR_STUB \(700\)"), call:
-        kernel()((1, 1), 32, call)
+        kernel()((1, 1), 32, (), call)
     assert driver.asked[-1] == ("pop",)
 
 
@@ -380,8 +379,8 @@ def test_calls_share_no_block(driver: Driver) -> None:
     tensor = torch.zeros(1)
     second.put_pointer("tau", tensor)
     with first, second:
-        kernel()((1, 1), 32, second)
-        kernel()((1, 1), 32, first)
+        kernel()((1, 1), 32, (), second)
+        kernel()((1, 1), 32, (), first)
     found = [int(np.frombuffer(block, launch.PARAMS)[0]["tau"]) for block in driver.blocks]
     assert found == [tensor.data_ptr(), 0]
 
