@@ -3,7 +3,8 @@
 The element path: one dense scan of the scores keeps each row's survivors, all else are
 gathers over survivors (``kernels/scan.cu`` or, on Hopper, ``scan90.cu``; ``elements.cu``). Rows
 whose support does not fit their lists are found on the device: on Hopper they are scanned once more
-with room for up to 256 survivors, and what is left is served by dense tiles (``dense.cu``).
+with room for up to 256 survivors where that may help, and what is left is served by dense tiles
+(``dense.cu`` or, on Hopper, ``dense90_output.cu`` and ``dense90_grad.cu``).
 Nothing waits for the host, so CUDA graphs can capture forward and backward.
 
 Rows in dense tiles multiply their zeros too: there a key or value that is not finite reaches the

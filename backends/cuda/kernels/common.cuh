@@ -83,7 +83,7 @@ struct Params {
                     // a lower bound of tau / c
   u8* flat;         // per group of kGroupRows rows: not 0 where the dense kernels take over
   int* poison;      // per (batch, key head): keys before it are seen by a poisoned row
-  Entry* entries;   // the arena. Flat rows of a general alpha: see Threshold in dense.cu
+  Entry* entries;   // the arena. Flat rows: see Threshold in dense.cu, O2 in dense90.cuh
   int* rank;        // arrival of an arena entry in its column
   int* column_count;
   int* column_start;
