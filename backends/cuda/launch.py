@@ -157,6 +157,7 @@ class Call:
     __slots__ = (
         "_block",
         "_context",
+        "_held",
         "_pointers",
         "_viewed",
         "_words",
@@ -192,6 +193,7 @@ class Call:
         self.block = self._block.buffer_info()[0]
         self._pointers = array("q", (self.block,))
         self.pointers = self._pointers.buffer_info()[0]
+        self._held: dict[Maps, array[int]] = {}
         check(driver().cuCtxPushCurrent_v2(self._context))
         return self
 
@@ -200,8 +202,12 @@ class Call:
 
     def with_maps(self, maps: Maps) -> array[int]:
         """Where a kernel finds the block and these maps; to be held while it is launched."""
-        viewed = self._viewed
-        return array("q", (self.block, *(tensor_map(viewed[n], rows).address for n, rows in maps)))
+        held = self._held.get(maps)  # several kernels take the same
+        if held is None:
+            viewed = self._viewed
+            addresses = (tensor_map(viewed[name], rows).address for name, rows in maps)
+            held = self._held[maps] = array("q", (self.block, *addresses))
+        return held
 
     def zero(self, address: int, nbytes: int) -> None:
         """Set memory to zeros, on the stream."""

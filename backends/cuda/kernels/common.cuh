@@ -231,6 +231,20 @@ __device__ __forceinline__ float max_over(float x) {
   return x;
 }
 
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
+template <int lanes>
+__device__ __forceinline__ float max_or_nan_over(float x) {
+#pragma unroll
+  for (int step = 1; step < lanes; step *= 2)
+    x = max_or_nan(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
+}
+
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < kInf; }
 
 // --- the mathematics of one score ----------------------------------------------------------

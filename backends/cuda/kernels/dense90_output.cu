@@ -253,13 +253,8 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
 #pragma unroll
         for (int n = 0; n < kTileKeys / 8; ++n)
 #pragma unroll
-          for (int j = 0; j < 2; ++j)
-            asm("max.NaN.f32 %0, %0, %1;" : "+f"(top[slot]) : "f"(s[i][4 * n + 2 * slot + j]));
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2)
-        asm("max.NaN.f32 %0, %0, %1;"
-            : "+f"(top[slot])
-            : "f"(__shfl_xor_sync(kAllLanes, top[slot], step)));
+          for (int j = 0; j < 2; ++j) top[slot] = max_or_nan(top[slot], s[i][4 * n + 2 * slot + j]);
+      top[slot] = max_or_nan_over<4>(top[slot]);
       const float best = c * top[slot];
       known[slot] = is_finite(top[slot]) && !t[slot].done;
       weight[slot] = float(b.seen(slot)) / float(max(1, allowed[slot]));
@@ -326,19 +321,14 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
 #pragma unroll
           for (int n = 0; n < kTileKeys / 8; ++n)
 #pragma unroll
-            for (int j = 0; j < 2; ++j)
-              asm("max.NaN.f32 %0, %0, %1;" : "+f"(top[slot]) : "f"(s[4 * n + 2 * slot + j]));
+            for (int j = 0; j < 2; ++j) top[slot] = max_or_nan(top[slot], s[4 * n + 2 * slot + j]);
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) sums[slot].add(s, slot, c, t[slot].tau);
     }
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       if (pass == 0) {
-#pragma unroll
-        for (int step = 1; step < 4; step *= 2)
-          asm("max.NaN.f32 %0, %0, %1;"
-              : "+f"(top[slot])
-              : "f"(__shfl_xor_sync(kAllLanes, top[slot], step)));
+        top[slot] = max_or_nan_over<4>(top[slot]);
         t[slot].done |= !is_finite(top[slot]);
         t[slot].lo = fmaxf(t[slot].lo, c * top[slot] - 1.f);
         t[slot].hi = c * top[slot];

@@ -35,20 +35,6 @@ constexpr int kSpare = 2;        // entries by which lists may grow before strip
 constexpr int kFirstSteps = 3;   // raises to the first bounds
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
-}
-
-template <int lanes>
-__device__ __forceinline__ float max_or_nan_over(float x) {
-#pragma unroll
-  for (int step = 1; step < lanes; step *= 2)
-    x = max_or_nan(x, __shfl_xor_sync(kAllLanes, x, step));
-  return x;
-}
-
 // The order of tiles: the first one, where models keep their attention sinks, then from the nearest
 // on. Both have high scores, which make high bounds.
 __device__ __forceinline__ int nth_tile(int i, int tiles) { return i == 0 ? 0 : tiles - i; }
