@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,9 +43,36 @@ PROGRAMS_PER_SM = 2
 take memory by the device and not by the square of the length."""
 
 
+CACHED_CALLS = 4096
+"""Kinds of launches, and of calls, that are remembered."""
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def launch(kernel: Any, grid: int, arguments: dict[str, Any], **options: int) -> None:
-    """Launch ``kernel`` on the present stream."""
-    kernel[(grid,)](**arguments, **options)
+    """Launch ``kernel`` on the present stream.
+
+    To find a compiled kernel Triton describes all arguments anew, which takes longer than small
+    calls do. So kernels are remembered by what they were compiled for.
+    """
+    values = [arguments[name] for name in kernel.arg_names]
+    device = None if sizes.INTERPRETED else torch.cuda.current_device()
+    key = (id(kernel), device, *options.values(), *map(_kind, values))
+    if found := _compiled.get(key):
+        found[(grid, 1, 1)](*values)
+        return
+    if len(_compiled) >= CACHED_CALLS:
+        _compiled.clear()
+    _compiled[key] = kernel[(grid,)](*values, **options)  # None from the interpreter
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument decides which variant is launched."""
+    if isinstance(value, sizes.Heads):
+        return *_kind(value.base), *value[1:]
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % sizes.ALIGNMENT
+    return value
 
 
 def compile_only(kernel: Any, grid: int, arguments: dict[str, Any], **options: int) -> None:
@@ -64,6 +92,26 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+class Plan(NamedTuple):
+    """What follows from a problem and a configuration."""
+
+    grid: sizes.Grid
+    layout: sizes.Saved
+    shape: sizes.Shape
+    opt: sizes.Options
+
+
+@functools.lru_cache(CACHED_CALLS)
+def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
+    config = dict(items)
+    return Plan(
+        sizes.Grid.of(problem, config),
+        sizes.Saved(problem, config),
+        sizes.Shape.of(problem),
+        sizes.Options.of(problem, config),
+    )
+
+
 class Call:
     """One attention call: its tensors as the kernels take them, and how it is launched."""
 
@@ -72,12 +120,11 @@ class Call:
         self.dtype = sizes.kernel_dtype(problem.dtype)
         self.device = inputs.query.device
         self.inputs = tuple(self.prepared(x) for x in inputs)
-        self.grid = sizes.Grid.of(problem, config)
-        self.layout = sizes.Saved(problem, config)
+        self.grid, self.layout, shape, opt = _plan(problem, tuple(config.items()))
         self.programs = min(_scan_programs(problem.device), self.grid.heads * self.grid.blocks)
         self.known: dict[str, Any] = {
-            "shape": sizes.Shape.of(problem),
-            "opt": sizes.Options.of(problem, config),
+            "shape": shape,
+            "opt": opt,
             **dict(zip(Inputs._fields, map(sizes.Heads.of, self.inputs), strict=True)),
         }
 
@@ -135,7 +182,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     span = int(call.config["span"])
     maxima = call.programs * -(-call.grid.tiles // span) * span * block_q
     known: dict[str, Any] = {
-        **{part: parts[part] for part in ("live", "lists", "counts", "poison")},
+        **{part: parts[part] for part in ("live", "lists", "counts", "poison", "taken")},
         **(counted or dict.fromkeys(("iterations", "support", "marks"))),
         "top_in": parts["top"],
         "t_in": call.threshold(parts["t"], tau),

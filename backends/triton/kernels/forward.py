@@ -160,7 +160,7 @@ def sum_tiles(mass, slope, row_block, keys, entries, shape, opt: tl.constexpr, E
 
 @triton.jit
 def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, counts, poison,
-          iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
+          taken, iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
           MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
@@ -169,13 +169,15 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
     bound are dead. Newton's steps follow, over live tiles; after each the tiles are listed anew,
     for the rows that are not done.
 
-    ``maxima`` and ``candidates`` have one slice a program, reused by its row blocks; ``live`` comes
-    as zeros.
+    Programs take row blocks as they get done, by the count ``taken``: a causal block may see many
+    times the keys of another. ``maxima`` and ``candidates`` have one slice a program, reused by its
+    row blocks. ``live`` and ``taken`` come as zeros.
     """
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
     candidates += tl.program_id(0).to(tl.int64) * tiles
-    for item in range(tl.program_id(0), work_items, tl.num_programs(0)):
+    item = tl.atomic_add(taken, 1)
+    while item < work_items:
         at_block, at_head, first_row, at_row, inside = row_block_at(item, shape, opt)
         batch, head, kv_head = at_head
         q = load_tile(head_of(query, batch, head), first_row, shape.length_q, opt.block_q,
@@ -255,6 +257,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         kv_row = batch * (shape.heads_q // shape.group) + kv_head
         tl.atomic_max(poison + kv_row, reach, mask=reach > 0)
         tl.debug_barrier()  # the maxima are free for the next block
+        item = tl.atomic_add(taken, 1)
 
 
 @triton.jit
