@@ -89,7 +89,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     monkeypatch.setattr(
         launch,
         "compile_only",
-        lambda kernel, grid, arguments, **options: asked.append((kernel, arguments, options)),
+        lambda kernel, grid, arguments, compiled=None, **options: asked.append(
+            (kernel, arguments, options)
+        ),
     )
     return asked
 
@@ -173,3 +175,40 @@ adasplash2.entmax_attention(query, query, query)
 sys.exit("triton" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+class FakeKernel:
+    """Stands for a kernel of Triton's, and for what it compiles."""
+
+    arg_names = ("x", "SAFE")
+
+    def __init__(self) -> None:
+        self.described: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def look_up(*values: Any, **options: int) -> Any:
+            self.described.append(values)
+            return {(*grid, 1, 1): lambda *again: self.launched.append((values[1], *again))}
+
+        return look_up
+
+
+def test_a_launch_finds_the_kernel_compiled_for_its_flags() -> None:
+    kernel, compiled = FakeKernel(), {}
+    calls = [(1, False), (2, True), (3, False), (4, True)]
+    for x, safe in calls:
+        launch.launch(kernel, 7, {"SAFE": safe, "x": x}, compiled, num_warps=4)
+    assert kernel.described == calls[:2]
+    assert kernel.launched == [(False, 3, False), (True, 4, True)]
+
+
+def test_kernels_are_kept_by_layout_of_the_tensors() -> None:
+    p = problem(64, torch.bfloat16, 1.5, True)
+    config = next(sizes.configs(p, SHARED[90]))
+    plan = launch._plan(p, tuple(config.items()))
+    whole = torch.zeros(1, 4, 1000, 72, dtype=torch.bfloat16)
+    views = [whole[..., :64], whole[..., 1:65], whole[..., 8:], whole[:, :, ::2, :64]]
+    found = [plan.compiled_for([view]) for view in views]
+    assert found[0] is found[2]  # both start on 16 bytes
+    assert len({id(kept) for kept in found}) == 3

@@ -141,7 +141,8 @@ def backward(
     """Gradients of query, key and value."""
     from adasplash2.backends.triton import launch
 
-    call = launch.Call(problem, inputs, config, launch.launch)
+    outside = forward.tau, forward.saved, grad_out
+    call = launch.Call(problem, inputs, config, launch.launch, *outside)
     return launch.backward(call, forward, grad_out)
 
 

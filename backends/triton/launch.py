@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,39 +43,45 @@ PROGRAMS_PER_SM = 2
 take memory by the device and not by the square of the length."""
 
 
-CACHED_CALLS = 4096
-"""Kinds of launches, and of calls, that are remembered."""
+CACHED_PLANS = 1024
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+CACHED_LAYOUTS = 64
+"""Kinds of strides that a plan remembers kernels for."""
+
+Compiled = dict[Any, Any]
 
 
-def launch(kernel: Any, grid: int, arguments: dict[str, Any], **options: int) -> None:
+def launch(
+    kernel: Any,
+    grid: int,
+    arguments: dict[str, Any],
+    compiled: Compiled | None = None,
+    **options: int,
+) -> None:
     """Launch ``kernel`` on the present stream.
 
-    To find a compiled kernel Triton describes all arguments anew, which takes longer than small
-    calls do. So kernels are remembered by what they were compiled for.
+    To find what it has compiled Triton describes all arguments anew, which takes longer than a
+    small call. ``compiled`` keeps it by kernel and by the arguments that are ``bool``; whatever
+    else Triton compiles for must be the same for all that is kept there.
     """
     values = [arguments[name] for name in kernel.arg_names]
-    device = None if sizes.INTERPRETED else torch.cuda.current_device()
-    key = (id(kernel), device, *options.values(), *map(_kind, values))
-    if found := _compiled.get(key):
-        found[(grid, 1, 1)](*values)
+    if compiled is None:
+        kernel[(grid,)](*values, **options)
         return
-    if len(_compiled) >= CACHED_CALLS:
-        _compiled.clear()
-    _compiled[key] = kernel[(grid,)](*values, **options)  # None from the interpreter
+    key = (id(kernel), *(value for value in values if type(value) is bool))
+    if found := compiled.get(key):
+        found[(grid, 1, 1)](*values)
+    else:
+        compiled[key] = kernel[(grid,)](*values, **options)  # None from the interpreter
 
 
-def _kind(value: Any) -> Any:
-    """What of an argument decides which variant is launched."""
-    if isinstance(value, sizes.Heads):
-        return *_kind(value.base), *value[1:]
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % sizes.ALIGNMENT
-    return value
-
-
-def compile_only(kernel: Any, grid: int, arguments: dict[str, Any], **options: int) -> None:
+def compile_only(
+    kernel: Any,
+    grid: int,
+    arguments: dict[str, Any],
+    compiled: Compiled | None = None,
+    **options: int,
+) -> None:
     """Compile ``kernel`` into Triton's cache; tensors stand for their dtypes."""
     values = (_without_data(arguments[name]) for name in kernel.arg_names)
     kernel.warmup(*values, grid=(grid,), **options)
@@ -99,9 +105,17 @@ class Plan(NamedTuple):
     layout: sizes.Saved
     shape: sizes.Shape
     opt: sizes.Options
+    compiled: dict[Any, Compiled]
+
+    def compiled_for(self, tensors: Sequence[Tensor]) -> Compiled:
+        """Kernels for tensors that lie in memory as these do; all others are made here."""
+        key = tuple((x.data_ptr() % sizes.ALIGNMENT, x.stride()) for x in tensors)
+        if len(self.compiled) >= CACHED_LAYOUTS:
+            self.compiled.clear()
+        return self.compiled.setdefault(key, {})
 
 
-@functools.lru_cache(CACHED_CALLS)
+@functools.lru_cache(CACHED_PLANS)
 def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     config = dict(items)
     return Plan(
@@ -109,18 +123,24 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         sizes.Saved(problem, config),
         sizes.Shape.of(problem),
         sizes.Options.of(problem, config),
+        {},
     )
 
 
 class Call:
-    """One attention call: its tensors as the kernels take them, and how it is launched."""
+    """One attention call: its tensors as the kernels take them, and how it is launched. ``more``
+    are tensors from outside beside the inputs."""
 
-    def __init__(self, problem: Problem, inputs: Inputs, config: Config, run: Run) -> None:
+    def __init__(
+        self, problem: Problem, inputs: Inputs, config: Config, run: Run, *more: Tensor
+    ) -> None:
         self.problem, self.config, self.run = problem, config, run
         self.dtype = sizes.kernel_dtype(problem.dtype)
         self.device = inputs.query.device
         self.inputs = tuple(self.prepared(x) for x in inputs)
-        self.grid, self.layout, shape, opt = _plan(problem, tuple(config.items()))
+        plan = _plan(problem, tuple(config.items()))
+        self.grid, self.layout, shape, opt, _ = plan
+        self.compiled = plan.compiled_for((*self.inputs, *more))
         self.programs = min(_scan_programs(problem.device), self.grid.heads * self.grid.blocks)
         self.known: dict[str, Any] = {
             "shape": shape,
@@ -140,8 +160,7 @@ class Call:
 
     def __call__(self, kernel: Any, grid: int, options: dict[str, int], **arguments: Any) -> None:
         """Launch ``kernel``; inputs, shape and options are added."""
-        known = self.known | arguments
-        self.run(kernel, grid, {name: known[name] for name in kernel.arg_names}, **options)
+        self.run(kernel, grid, self.known | arguments, self.compiled, **options)
 
     def twice(self, kernel: Any, grid: int, **arguments: Any) -> None:
         """For all blocks, and in the way that keeps what is not finite apart for those that need
