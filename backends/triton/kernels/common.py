@@ -360,6 +360,16 @@ def certain_rise(mass, slope, r, opt: tl.constexpr):
 
 
 @triton.jit
+def leap(mass, slope, dispersion):
+    """A step to the root at alpha = 1.5 if no key leaves the support on the way, by ``mass - 2 d
+    slope + d^2 count = 1``. It errs by the third order, Newton's by the second, but may pass the
+    root. ``dispersion = count mass / slope^2`` is that of a sample of the scores.
+    """
+    curvature = tl.minimum(dispersion * (1.0 - 1.0 / mass), 1.0)
+    return (mass - 1.0) / (slope * (1.0 + tl.sqrt(1.0 - curvature)))
+
+
+@triton.jit
 def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
     """A step above alpha = 2: where ``t`` moves, ``[lo, hi]`` around the root, and whether that is
     final.

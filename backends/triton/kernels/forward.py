@@ -25,6 +25,7 @@ from adasplash2.backends.triton.kernels.common import (
     is_marked,
     larger,
     largest,
+    leap,
     load_pair,
     load_thresholds,
     load_tile,
@@ -82,14 +83,15 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def sift(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
          CHUNK: tl.constexpr):  # fmt: skip
-    """``sum p`` and ``sum u`` of the maxima of ``count`` candidates, and how many are left: tiles
-    without a maximum above some row's ``t`` are dropped, and the others move up, in order. Where
-    ``is_first`` the candidates are the tiles themselves.
+    """``sum p``, ``sum u`` and the number of those above ``t`` among the maxima of ``count``
+    candidates, and how many are left: tiles without a maximum above some row's ``t`` are dropped,
+    and the others move up, in order. Where ``is_first`` the candidates are the tiles themselves.
 
     Bounds only rise, so that no later pass misses what was dropped.
     """
     mass = tl.full((opt.block_q,), 0.0, tl.float32)
     slope = tl.full((opt.block_q,), 0.0, tl.float32)
+    above = tl.full((opt.block_q,), 0.0, tl.float32)
     left = 0
     for chunk in range(0, count, CHUNK):
         places = chunk + tl.arange(0, CHUNK)
@@ -100,7 +102,9 @@ def sift(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
         p, u = weights(x, shape.r, opt)
         mass += tl.sum(p, 1)
         slope += tl.sum(u, 1)
-        kept = tl.max((x > 0.0).to(tl.int32), 0)
+        inside = x > 0.0
+        above += tl.sum(inside.to(tl.float32), 1)
+        kept = tl.max(inside.to(tl.int32), 0)
         goal = left + tl.cumsum(kept, 0) - kept
         moves = (kept > 0) & (goal < places)
         pointers = maxima + goal[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
@@ -109,20 +113,24 @@ def sift(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
         tl.store(candidates + goal, numbers, mask=moves | ((kept > 0) & is_first))
         left += tl.sum(kept, 0)
     tl.debug_barrier()  # what moved is read back by other threads
-    return mass, slope, left
+    return mass, slope, above, left
 
 
 @triton.jit
 def bound_of(candidates, maxima, top, pending, tiles, shape, opt: tl.constexpr,
              CHUNK: tl.constexpr):  # fmt: skip
-    """A lower bound of ``t``, and how many candidates are left: certain rises on the tiles' maxima,
-    from ``tau >= max z - 1``."""
+    """A lower bound of ``t``, the dispersion of the maxima above it (:func:`leap`), and how many
+    candidates are left: certain rises on the tiles' maxima, from ``tau >= max z - 1``."""
     t = tl.where(pending, -1.0, INFINITY)
+    dispersion = tl.full((opt.block_q,), 1.0, tl.float32)
     left = tiles
     for step in range(BOUND_STEPS):
-        mass, slope, left = sift(candidates, maxima, top, t, left, step == 0, shape, opt, CHUNK)
+        mass, slope, above, left = sift(
+            candidates, maxima, top, t, left, step == 0, shape, opt, CHUNK
+        )
         t += tl.where(mass > 1.0, certain_rise(mass, slope, shape.r, opt), 0.0)
-    return t - BOUND_SLACK, left
+        dispersion = above * mass / tl.where(slope > 0.0, slope * slope, 1.0)
+    return t - BOUND_SLACK, dispersion, left
 
 
 @triton.jit
@@ -195,7 +203,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         poisoned = ((top != top) | (top == INFINITY)) & inside
         pending = inside & (poisoned == 0) & (top > -INFINITY)
         top = tl.where(pending, top, 0.0)
-        t, left = bound_of(candidates, maxima, top, pending, end, shape, opt, CHUNK)
+        t, dispersion, left = bound_of(candidates, maxima, top, pending, end, shape, opt, CHUNK)
         numbers = lists + at_block.to(tl.int64) * tiles
         flags = live + at_block.to(tl.int64) * tiles
         found_open, found = list_live(
@@ -221,16 +229,20 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 moved, lo, hi, final = guarded(t, lo, hi, mass, slope, shape.r, tolerance, step,
                                                opt)  # fmt: skip
             else:
-                moved = t + rise(mass, slope, shape.r, opt)
-                final = (mass <= 1.0 + tolerance) | (moved == t)
+                certain = t + rise(mass, slope, shape.r, opt)
+                lo = tl.maximum(lo, certain)
+                final = (tl.abs(mass - 1.0) <= tolerance) | (certain == t)
+                moved = certain
+                if opt.alpha == 1.5:
+                    ahead = t + leap(mass, slope, dispersion)
+                    moved = tl.where(final | (mass < 1.0), certain, ahead)
             steps += pending.to(tl.int32)
             t = tl.where(pending, moved, t)
             pending = pending & (final == 0)
             step += 1
             waiting = any_of(pending) & (step < MAX_STEPS)
-            bound = t - BOUND_SLACK
-            if opt.steep:  # the next step may fall back to `lo`
-                bound = tl.where(waiting, lo - BOUND_SLACK, bound)
+            # The next step may fall back to `lo`.
+            bound = tl.where(waiting, lo, t) - BOUND_SLACK
             bound = tl.where(pending | (waiting == 0), bound, INFINITY)
             # Through memory: else the compiler hands the maxima to the threads that hold `bound`.
             tl.store(t_out + at_row, bound, mask=inside)
