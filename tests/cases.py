@@ -398,7 +398,7 @@ INTERPRETED: dict[str, set[str]] = {
         *("grid-float32-alpha1.5-causal", "grid-float32-alpha2-full", "lengths-1x200-full"),
         *("grid-float32-alpha1.25-causal", "grid-float16-alpha1.5-causal", "lengths-200x1-causal"),
         *("grid-bfloat16-alpha1.5-full", "lengths-65x63-causal", "gqa-6to2-causal", "ties-alpha2"),
-        *("head_dim-1-float32", "head_dim-17-value-33-float32"),
+        *("head_dim-1-float32", "head_dim-1-value-256-float16", "head_dim-17-value-33-float32"),
         *("scale-negative", "scale-zero", "layout-sliced-float32", "layout-inner_stride-bfloat16"),
         *("minus_infinity-alpha1.5", "nan_query-alpha1.5"),
         *("nan_key-alpha1.5", "nan_value-alpha2", "local-alpha1.5"),

@@ -107,6 +107,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         (90, torch.float32, 16, 3.0, True),
         (80, torch.bfloat16, 64, 3.0, True),
         (90, torch.float16, 64, 3.0, False),
+        (90, torch.bfloat16, 3, 1.5, True),
+        (80, torch.float16, 1, 1.25, False),
         (100, torch.bfloat16, 64, 1.5, True),
         (100, torch.bfloat16, 64, 3.0, True),
         (120, torch.bfloat16, 128, 1.5, True),
@@ -155,6 +157,30 @@ def test_every_configuration_fits() -> None:
                 found = list(sizes.configs(problem(head_dim, dtype, 1.5, True), shared))
                 assert found, (dtype, head_dim, shared)
                 assert len({tuple(config.items()) for config in found}) == len(found)
+
+
+def test_what_is_multiplied_in_halves() -> None:
+    """Narrow heads and steep alphas in 16 bits, and no more: a second product takes time."""
+    types = (torch.float16, torch.bfloat16, torch.float32)
+    halved = {
+        (dtype, head_dim, alpha)
+        for dtype in types
+        for head_dim in (1, 15, 16, 64)
+        for alpha in (1.5, 3.0)
+        if sizes.is_halved(problem(head_dim, dtype, alpha, True))
+    }
+    chosen = {(1, 1.5), (15, 1.5), (1, 3.0), (15, 3.0), (16, 3.0), (64, 3.0)}
+    assert halved == {(dtype, *kind) for dtype in types[:2] for kind in chosen}
+
+
+@pytest.mark.parametrize(("head_dim", "products"), [(15, 4), (16, 3)])
+def test_halves_are_a_product_each(head_dim: int, products: int, launches: list[Launch]) -> None:
+    asked = problem(head_dim, torch.bfloat16, 1.5, False)
+    backend.precompile(asked, next(sizes.configs(asked, SHARED[90])))
+    kernel, arguments, options = next(x for x in launches if x[0].__name__ == "grad_query")
+    compiled = compile_for(90, kernel, arguments, options)
+    loops = 2  # over the entries that need no mask, and the others
+    assert compiled.asm["ttir"].count("tt.dot ") == loops * products
 
 
 def test_versions_name_what_results_depend_on() -> None:

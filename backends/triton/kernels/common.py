@@ -234,9 +234,9 @@ def in_halves(x, TYPE: tl.constexpr):
 
 @triton.jit
 def weighted(x, tile, opt: tl.constexpr):
-    """``x tile``, where ``x`` is as large as ``u``: above alpha = 2 one key's may be so much larger
-    than all others that its rounding to 16 bits would be the error of the whole tensor."""
-    if opt.steep and tile.dtype != tl.float32:
+    """``x tile``, where ``x`` is ``u`` or ``ds``, whose rounding to 16 bits may be too much: see
+    ``sizes.is_halved``."""
+    if opt.halved:
         first, second = halves(x, tile.dtype)
         return matmul(first, tile) + matmul(second, tile)
     else:
