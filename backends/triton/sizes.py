@@ -51,7 +51,6 @@ FLOAT32_PRODUCTS = 32 * 32 * 128
 """Multiplications of a block in float32, which no tensor core does: larger ones take minutes to
 compile."""
 
-
 FULL_WIDTH = 16
 """Least width that a matrix product takes. In narrower heads one rounding of ``u`` and ``ds`` to 16
 bits is too much: emulated on 260 Gaussian problems each, it made a gradient err by up to 3.9 times
