@@ -359,6 +359,9 @@ def _table() -> Iterator[Case]:
     for data in ("minus_infinity", "huge_negative", "nan_query", "ties"):
         yield Case(f"{data}-bfloat16", data=data, dtype=BFLOAT16, is_causal=True)
         yield Case(f"{data}-float64", data=data, dtype=FLOAT64, is_causal=True)
+    # Rows of one key, whose weight `u` is off one as their large scores are rounded.
+    yield Case("huge_negative-alpha1.25-bfloat16", data="huge_negative", alpha=1.25,
+               dtype=BFLOAT16, is_causal=True)  # fmt: skip
     yield Case("sink-long", data="sink", length_q=1100, length_k=1100, is_causal=True, heads_q=1)
 
     # Flat rows: supports of over 512, over 1,024 and about half of all keys.

@@ -251,6 +251,8 @@ def check_alpha(alpha: float) -> float:
         TypeError: ``alpha`` is not a real number.
         ValueError: ``alpha`` is NaN, infinite or below 1.
     """
+    if type(alpha) is float and 1.0 <= alpha < math.inf:  # every call comes by, some twice
+        return alpha
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"alpha must be a real number of at least 1, got {alpha!r}")
     if not 1.0 <= alpha < math.inf:  # also refuses NaN

@@ -274,10 +274,13 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
 
 @triton.jit
 def scaled(u, u_scale, TYPE: tl.constexpr, opt: tl.constexpr):
-    """``u`` for the sums of :func:`output`, where ``opt.steep`` as :func:`weighted` takes it."""
+    """``u`` for the sums of :func:`output`, as :func:`weighted` takes it: the weights of one key's
+    row must be one, however ``u`` is rounded."""
     u = u * u_scale
     if opt.steep:
         u = in_halves(tl.minimum(u, LARGEST), TYPE)
+    elif not opt.halved:
+        u = u.to(TYPE).to(tl.float32)
     return u
 
 
