@@ -89,8 +89,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     monkeypatch.setattr(
         launch,
         "compile_only",
-        lambda kernel, grid, arguments, compiled=None, **options: asked.append(
-            (kernel, arguments, options)
+        lambda kernel, grid, arguments, compiled=None, variant=None, **options: asked.append(
+            (kernel, dict(arguments), options)
         ),
     )
     return asked
@@ -224,7 +224,8 @@ def test_a_launch_finds_the_kernel_compiled_for_its_flags() -> None:
     kernel, compiled = FakeKernel(), {}
     calls = [(1, False), (2, True), (3, False), (4, True)]
     for x, safe in calls:
-        launch.launch(kernel, 7, {"SAFE": safe, "x": x}, compiled, num_warps=4)
+        arguments = {"SAFE": safe, "x": x, "more": 0}
+        launch.launch(kernel, 7, arguments, compiled, (safe,), num_warps=4)
     assert kernel.described == calls[:2]
     assert kernel.launched == [(False, 3, False), (True, 4, True)]
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,19 +57,20 @@ def launch(
     grid: int,
     arguments: dict[str, Any],
     compiled: Compiled | None = None,
+    variant: Hashable = None,
     **options: int,
 ) -> None:
-    """Launch ``kernel`` on the present stream.
+    """Launch ``kernel`` on the present stream, with those of ``arguments`` that it takes.
 
     To find what it has compiled Triton describes all arguments anew, which takes longer than a
-    small call. ``compiled`` keeps it by kernel and by the arguments that are ``bool``; whatever
-    else Triton compiles for must be the same for all that is kept there.
+    small call. ``compiled`` keeps it by kernel and ``variant``; whatever else Triton compiles for
+    must be the same for all that is kept there.
     """
-    values = [arguments[name] for name in kernel.arg_names]
+    values = _in_order(kernel)(arguments)
     if compiled is None:
         kernel[(grid,)](*values, **options)
         return
-    key = (id(kernel), *(value for value in values if type(value) is bool))
+    key = id(kernel), variant
     if found := compiled.get(key):
         found[(grid, 1, 1)](*values)
     else:
@@ -80,11 +82,18 @@ def compile_only(
     grid: int,
     arguments: dict[str, Any],
     compiled: Compiled | None = None,
+    variant: Hashable = None,
     **options: int,
 ) -> None:
     """Compile ``kernel`` into Triton's cache; tensors stand for their dtypes."""
-    values = (_without_data(arguments[name]) for name in kernel.arg_names)
+    values = map(_without_data, _in_order(kernel)(arguments))
     kernel.warmup(*values, grid=(grid,), **options)
+
+
+@functools.cache
+def _in_order(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """Picks the arguments of ``kernel`` by their names."""
+    return operator.itemgetter(*kernel.arg_names)
 
 
 def _without_data(value: Any) -> Any:
@@ -105,6 +114,8 @@ class Plan(NamedTuple):
     layout: sizes.Saved
     shape: sizes.Shape
     opt: sizes.Options
+    options: dict[str, int]
+    scan_options: dict[str, int]
     compiled: dict[Any, Compiled]
 
     def compiled_for(self, tensors: Sequence[Tensor]) -> Compiled:
@@ -123,6 +134,8 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         sizes.Saved(problem, config),
         sizes.Shape.of(problem),
         sizes.Options.of(problem, config),
+        {"num_warps": int(config["warps"]), "num_stages": int(config["stages"])},
+        {"num_warps": int(config["scan_warps"]), "num_stages": int(config["scan_stages"])},
         {},
     )
 
@@ -138,35 +151,40 @@ class Call:
         self.dtype = sizes.kernel_dtype(problem.dtype)
         self.device = inputs.query.device
         self.inputs = tuple(self.prepared(x) for x in inputs)
-        plan = _plan(problem, tuple(config.items()))
-        self.grid, self.layout, shape, opt, _ = plan
+        self.plan = plan = _plan(problem, tuple(config.items()))
+        self.grid = plan.grid
         self.compiled = plan.compiled_for((*self.inputs, *more))
-        self.programs = min(_scan_programs(problem.device), self.grid.heads * self.grid.blocks)
-        self.known: dict[str, Any] = {
-            "shape": shape,
-            "opt": opt,
+        self.programs = min(_scan_programs(problem.device), plan.grid.heads * plan.grid.blocks)
+        self.arguments: dict[str, Any] = {
+            "shape": plan.shape,
+            "opt": plan.opt,
             **dict(zip(Inputs._fields, map(sizes.Heads.of, self.inputs), strict=True)),
         }
+        """What kernels are given, by name; those to come may be given more."""
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def prepared(self, tensor: Tensor) -> Tensor:
         """With unit stride in head_dim, and in a dtype that can be computed with."""
-        tensor = tensor.to(self.dtype)
-        unit = tensor.shape[3] == 1 or tensor.stride(3) == 1
-        short = abs(tensor.stride(2)) <= LONGEST_STRIDE
-        return tensor if unit and short else tensor.contiguous()
+        if tensor.dtype != self.dtype:
+            tensor = tensor.to(self.dtype)
+        _, _, row, inner = tensor.stride()
+        unit = inner == 1 or tensor.shape[3] == 1
+        return tensor if unit and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
 
-    def __call__(self, kernel: Any, grid: int, options: dict[str, int], **arguments: Any) -> None:
-        """Launch ``kernel``; inputs, shape and options are added."""
-        self.run(kernel, grid, self.known | arguments, self.compiled, **options)
+    def __call__(self, kernel: Any, grid: int, options: dict[str, int], **flags: bool) -> None:
+        """Launch ``kernel``. What differs between calls of one plan, and is compiled for, is in
+        ``flags``."""
+        self.arguments.update(flags)
+        variant = tuple(flags.values())
+        self.run(kernel, grid, self.arguments, self.compiled, variant, **options)
 
-    def twice(self, kernel: Any, grid: int, **arguments: Any) -> None:
+    def twice(self, kernel: Any, grid: int, **flags: bool) -> None:
         """For all blocks, and in the way that keeps what is not finite apart for those that need
         it."""
         for safe in (False, True):
-            self(kernel, grid, self.options(), **arguments, SAFE=safe)
+            self(kernel, grid, self.plan.options, **flags, SAFE=safe)
 
     def means(self, out_u: Tensor) -> sizes.Heads:
         """The saved means as a tensor with heads; nothing is behind them without a gradient."""
@@ -176,14 +194,7 @@ class Call:
 
     def threshold(self, t: Tensor, tau: Tensor) -> Tensor:
         """What ``distance`` in ``kernels/common.py`` subtracts."""
-        return t if self.known["opt"].exact else tau
-
-    def options(self, prefix: str = "") -> dict[str, int]:
-        config = self.config
-        return {
-            "num_warps": int(config[f"{prefix}warps"]),
-            "num_stages": int(config[f"{prefix}stages"]),
-        }
+        return t if self.plan.opt.exact else tau
 
 
 def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
@@ -194,41 +205,39 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     row_blocks = call.grid.heads * call.grid.blocks
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
     tau = call.empty(*shape, dtype=torch.float32)
-    saved = call.empty(call.layout.total, dtype=torch.uint8)
-    parts = call.layout.split(saved)
-    saved[call.layout.cleared :].zero_()
+    layout = call.plan.layout
+    saved = call.empty(layout.total, dtype=torch.uint8)
+    parts = layout.split(saved)
+    saved[layout.cleared :].zero_()
     block_q = int(call.config["block_q"])
     span = int(call.config["span"])
     maxima = call.programs * -(-call.grid.tiles // span) * span * block_q
-    known: dict[str, Any] = {
+    count = counted is not None
+    call.arguments |= {
         **{part: parts[part] for part in ("live", "lists", "counts", "poison", "taken")},
         **(counted or dict.fromkeys(("iterations", "support", "marks"))),
         "top_in": parts["top"],
+        "top_out": parts["top"],
         "t_in": call.threshold(parts["t"], tau),
+        "t_out": parts["t"],
+        "tau_out": tau,
         "spread": parts["spread"],
+        "out": sizes.Heads.of(out),
+        "out_u": call.means(parts["out_u"]),
         "unsafe": call.empty(call.grid.rows, dtype=torch.int8),
-        "COUNT": counted is not None,
+        "maxima": call.empty(maxima, dtype=torch.float32),
+        "candidates": call.empty(call.programs * call.grid.tiles, dtype=torch.int32),
+        "work_items": row_blocks,
+        "tolerance": tolerance(problem.alpha),
+        "GRADIENT": problem.needs_grad,
+        "CHUNK": MAXIMA_CHUNK // block_q,
         "MARK": STATS_TILE,
+        "MAX_STEPS": MAX_STEPS,
+        "SPAN": span,
     }
     with on_device(problem.device):
-        call(
-            forward_kernels.solve,
-            call.programs,
-            call.options("scan_"),
-            **known,
-            maxima=call.empty(maxima, dtype=torch.float32),
-            candidates=call.empty(call.programs * call.grid.tiles, dtype=torch.int32),
-            top_out=parts["top"],
-            t_out=parts["t"],
-            tau_out=tau,
-            work_items=row_blocks,
-            tolerance=tolerance(problem.alpha),
-            CHUNK=MAXIMA_CHUNK // block_q,
-            MAX_STEPS=MAX_STEPS,
-            SPAN=span,
-        )
-        known |= {"out": sizes.Heads.of(out), "out_u": call.means(parts["out_u"])}
-        call.twice(forward_kernels.output, row_blocks, **known, GRADIENT=problem.needs_grad)
+        call(forward_kernels.solve, call.programs, call.plan.scan_options, COUNT=count)
+        call.twice(forward_kernels.output, row_blocks, COUNT=count)
     if not problem.needs_grad:
         saved = saved.new_empty(0)
     return Forward(out.to(problem.dtype), tau, saved)
@@ -238,45 +247,37 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
     """Gradients of query, key and value."""
     problem, grid = call.problem, call.grid
     grads = [call.empty(*x.shape, dtype=call.dtype) for x in call.inputs]
-    parts = call.layout.split(forward.saved)
+    parts = call.plan.layout.split(forward.saved)
     key_tiles = grid.heads_kv * grid.tiles
     delta = call.empty(grid.rows, dtype=torch.float32)
-    by_key = {
-        "lists": call.empty(key_tiles * grid.group * grid.blocks, dtype=torch.int32),
-        "counts": call.empty(key_tiles * 2, dtype=torch.int32),
-    }
     most = max(grid.rows, grid.heads_kv * problem.length_k)
-    known: dict[str, Any] = {
+    call.arguments |= {
         "grad_out": sizes.Heads.of(call.prepared(grad_out)),
         "top_in": parts["top"],
         "t_in": call.threshold(parts["t"], forward.tau),
         "spread_in": parts["spread"],
+        "out_u": call.means(parts["out_u"]),
+        "lists": parts["lists"],
+        "counts": parts["counts"],
+        "live": parts["live"],
+        "poison": parts["poison"],
         "scale": problem.scores.scale,
         "unsafe": call.empty(most, dtype=torch.int8),
+        "delta_out": delta,
+        "delta_in": delta,
+        **dict(zip(("grad_q", "grad_k", "grad_v"), map(sizes.Heads.of, grads), strict=True)),
+        "CHUNK": LIST_CHUNK,
+        "PARTS": int(call.config["parts"]),
+    }
+    by_key = {
+        "lists": call.empty(key_tiles * grid.group * grid.blocks, dtype=torch.int32),
+        "counts": call.empty(key_tiles * 2, dtype=torch.int32),
     }
     with on_device(problem.device):
-        call.twice(
-            backward_kernels.grad_query,
-            grid.heads * grid.blocks,
-            **known,
-            out_u=call.means(parts["out_u"]),
-            lists=parts["lists"],
-            counts=parts["counts"],
-            grad_q=sizes.Heads.of(grads[0]),
-            delta_out=delta,
-        )
-        call(
-            backward_kernels.transpose_lists,
-            key_tiles,
-            {"num_warps": 4},
-            **by_key,
-            live=parts["live"],
-            CHUNK=LIST_CHUNK,
-        )
-        known |= by_key | {"delta_in": delta, "poison": parts["poison"]}
-        known |= {"grad_k": sizes.Heads.of(grads[1]), "grad_v": sizes.Heads.of(grads[2])}
-        parts_of_block = int(call.config["parts"])
-        call.twice(backward_kernels.grad_key_value, key_tiles, **known, PARTS=parts_of_block)
+        call.twice(backward_kernels.grad_query, grid.heads * grid.blocks)
+        call.arguments |= by_key
+        call(backward_kernels.transpose_lists, key_tiles, {"num_warps": 4})
+        call.twice(backward_kernels.grad_key_value, key_tiles)
     grad_query, grad_key, grad_value = (grad.to(problem.dtype) for grad in grads)
     return grad_query, grad_key, grad_value
 
