@@ -38,10 +38,18 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     """The instruction sets that this processor has, the widest first: on some that one clocks
-    down or runs in halves. Where ``ADASPLASH2_ISA`` names one, that alone."""
+    down or runs in halves. Where ``ADASPLASH2_ISA`` names one, that alone.
+
+    For attention also ``scan_rows``, query rows that share a pass over the keys: fewer read the
+    keys more often, and keep to a smaller cache. Results do not depend on it.
+    """
     names = [_core.isa()] if os.environ.get("ADASPLASH2_ISA") else _core.usable_isas()
     sizes = {"list_capacity": _core.LIST_CAPACITY, "bins": _core.BINS}
-    return [{"isa": name, **sizes} for name in names]
+    if isinstance(problem, RowProblem):
+        return [{"isa": name, **sizes} for name in names]
+    most = _core.TILE_ROWS
+    rows = [(name, most) for name in names] + [(names[0], most // 2), (names[0], most // 4)]
+    return [{"isa": name, "scan_rows": r, **sizes} for name, r in rows]
 
 
 def versions() -> Mapping[str, str]:
@@ -185,6 +193,7 @@ def _run(
         keep=keep,
         threads=torch.get_num_threads(),
         isa=str(config["isa"]),
+        scan_rows=int(config["scan_rows"]),
         support=support,
         iterations=iterations,
         tiles=tiles,

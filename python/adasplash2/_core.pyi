@@ -30,6 +30,7 @@ def attention_forward(
     keep: bool,
     threads: int,
     isa: str,
+    scan_rows: int,
     support: int = 0,
     iterations: int = 0,
     tiles: int = 0,

@@ -178,6 +178,7 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
     task.packed_keys = packed_keys.head(batch * p.heads_kv + head_kv);
     task.row_begin = first;
     task.rows = first + kBlockRows < p.length_q ? kBlockRows : p.length_q - first;
+    task.scan_rows = a.scan_rows;
     task.results.thresholds = kept->thresholds.data() + row;
     task.results.tau = static_cast<T*>(a.tau) + row;
     task.results.support = kept->support.data() + row;

@@ -116,7 +116,9 @@ struct ForwardBlock {
       trigger[i] = kFirstTrigger;
       flat[i] = false;
     }
-    scan();
+    const int64_t together = task.scan_rows < kTileRows ? 1 : task.scan_rows / kTileRows;
+    for (int64_t g = 0; g < groups(); g += together)
+      scan(g, g + together < groups() ? g + together : groups());
     for (int64_t i = 0; i < task.rows; ++i)
       if (!flat[i]) solve_row(i);
     for (int64_t g = 0; g < groups(); ++g) {
@@ -134,14 +136,15 @@ struct ForwardBlock {
                             ws.query + g * kTileRows * problem.head_dim);
   }
 
-  // The one dense pass, nearest keys first: with causal order they fill the lists with likely
-  // large scores, and the bound is sharp before the far keys come.
-  ADASPLASH2_INLINE void scan() {
-    const KeyRange keys = any_visible(0, task.rows - 1);
+  // The one dense pass of some groups, nearest keys first: with causal order they fill the lists
+  // with likely large scores, and the bound is sharp before the far keys come.
+  ADASPLASH2_INLINE void scan(int64_t group_begin, int64_t group_end) {
+    const KeyRange keys = any_visible(group_begin * kTileRows,
+                                      (group_end - 1) * kTileRows + rows_in(group_end - 1) - 1);
     for (int64_t panel = panels<T>(keys.end) - 1; panel >= keys.begin / kKeys; --panel) {
       const T* packed = task.packed_keys + panel * kKeys * problem.head_dim;
       const int64_t key = panel * kKeys;
-      for (int64_t g = 0; g < groups(); ++g) {
+      for (int64_t g = group_begin; g < group_end; ++g) {
         const int64_t first = g * kTileRows, last = first + rows_in(g) - 1;
         const KeyRange any = any_visible(first, last), all = all_visible(first, last);
         if (key >= any.end || key + kKeys <= any.begin || all_flat(first, last)) continue;

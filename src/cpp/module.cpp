@@ -91,7 +91,7 @@ PYBIND11_MODULE(_core, m) {
       [](const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
          double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
          const Tensor& out, Address tau, bool keep, int threads, const std::string& isa,
-         Address support, Address iterations, Address tiles) {
+         std::int64_t scan_rows, Address support, Address iterations, Address tiles) {
         ForwardArguments a = {};
         a.kernels = &kernels(isa);
         a.problem = problem_of(dims, dtype, alpha, scale, is_causal);
@@ -101,6 +101,7 @@ PYBIND11_MODULE(_core, m) {
         a.out = tensor_ref(out);
         a.tau = pointer<void>(tau);
         a.keep = keep;
+        a.scan_rows = scan_rows;
         a.threads = threads;
         a.support = pointer<std::int32_t>(support);
         a.iterations = pointer<std::int32_t>(iterations);
@@ -110,8 +111,8 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("tau"),
-      py::arg("keep"), py::arg("threads"), py::arg("isa"), py::arg("support") = 0,
-      py::arg("iterations") = 0, py::arg("tiles") = 0);
+      py::arg("keep"), py::arg("threads"), py::arg("isa"), py::arg("scan_rows"),
+      py::arg("support") = 0, py::arg("iterations") = 0, py::arg("tiles") = 0);
 
   m.def(
       "attention_backward",

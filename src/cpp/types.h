@@ -105,6 +105,7 @@ struct ForwardTask {
   HeadRef query, value, out;
   const T* packed_keys;
   int64_t row_begin, rows;  // within the head
+  int64_t scan_rows;        // rows that share a pass over the keys
   RowResults<T> results;    // at the first row of the task; tiles at the block's first tile
   void* workspace;
   // Out, in the workspace: row i has its probabilities and keys at + i * list_stride.
