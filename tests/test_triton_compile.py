@@ -89,9 +89,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     monkeypatch.setattr(
         launch,
         "compile_only",
-        lambda kernel, grid, arguments, compiled=None, variant=None, **options: asked.append(
-            (kernel, dict(arguments), options)
-        ),
+        lambda x: asked.append((x.kernel, dict(x.arguments), x.options)),
     )
     return asked
 
@@ -225,7 +223,9 @@ def test_a_launch_finds_the_kernel_compiled_for_its_flags() -> None:
     calls = [(1, False), (2, True), (3, False), (4, True)]
     for x, safe in calls:
         arguments = {"SAFE": safe, "x": x, "more": 0}
-        launch.launch(kernel, 7, arguments, compiled, (safe,), num_warps=4)
+        launch.launch(
+            launch.Launch(kernel, 7, arguments, {"num_warps": 4}, compiled, variant=(safe,))
+        )
     assert kernel.described == calls[:2]
     assert kernel.launched == [(False, 3, False), (True, 4, True)]
 

@@ -21,8 +21,6 @@ from adasplash2.backends.triton.kernels import forward as forward_kernels
 from adasplash2.contract import Config, Forward
 from adasplash2.problem import Inputs, Problem
 
-Run = Callable[..., None]
-
 MAX_STEPS = 64
 """Steps of one row. Gaussian scores take one to four, above alpha = 2 up to forty where a key
 lies next to the threshold; bisection alone takes no more than this."""
@@ -50,44 +48,52 @@ CACHED_LAYOUTS = 64
 """Kinds of strides that a plan remembers kernels for."""
 
 Compiled = dict[Any, Any]
+"""See :class:`Launch`."""
 
 
-def launch(
-    kernel: Any,
-    grid: int,
-    arguments: dict[str, Any],
-    compiled: Compiled | None = None,
-    variant: Hashable = None,
-    **options: int,
-) -> None:
-    """Launch ``kernel`` on the present stream, with those of ``arguments`` that it takes.
+class Launch(NamedTuple):
+    """A kernel, its number of programs, arguments by name (more than it takes), Triton's options.
+
+    ``compiled`` remembers what Triton has compiled, by kernel and ``variant``; whatever else it
+    compiles for must be the same for all that is kept there.
+    """
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    options: dict[str, int]
+    compiled: Compiled | None = None
+    variant: Hashable = None
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The arguments that the kernel takes."""
+        return _in_order(self.kernel)(self.arguments)
+
+
+def launch(asked: Launch) -> None:
+    """Launch on the present stream.
 
     To find what it has compiled Triton describes all arguments anew, which takes longer than a
-    small call. ``compiled`` keeps it by kernel and ``variant``; whatever else Triton compiles for
-    must be the same for all that is kept there.
+    small call: so it is asked once.
     """
-    values = _in_order(kernel)(arguments)
-    if compiled is None:
-        kernel[(grid,)](*values, **options)
-        return
+    kernel, grid, _, options, compiled, variant = asked
     key = id(kernel), variant
-    if found := compiled.get(key):
-        found[(grid, 1, 1)](*values)
-    else:
-        compiled[key] = kernel[(grid,)](*values, **options)  # None from the interpreter
+    if compiled is not None and (found := compiled.get(key)):
+        found[(grid, 1, 1)](*asked.values)
+        return
+    found = kernel[(grid,)](*asked.values, **options)
+    if compiled is not None:
+        compiled[key] = found  # None from the interpreter
 
 
-def compile_only(
-    kernel: Any,
-    grid: int,
-    arguments: dict[str, Any],
-    compiled: Compiled | None = None,
-    variant: Hashable = None,
-    **options: int,
-) -> None:
-    """Compile ``kernel`` into Triton's cache; tensors stand for their dtypes."""
-    values = map(_without_data, _in_order(kernel)(arguments))
-    kernel.warmup(*values, grid=(grid,), **options)
+def compile_only(asked: Launch) -> None:
+    """Compile into Triton's cache; tensors stand for their dtypes."""
+    values = map(_without_data, asked.values)
+    asked.kernel.warmup(*values, grid=(asked.grid,), **asked.options)
+
+
+Run = Callable[[Launch], None]
 
 
 @functools.cache
@@ -178,7 +184,7 @@ class Call:
         ``flags``."""
         self.arguments.update(flags)
         variant = tuple(flags.values())
-        self.run(kernel, grid, self.arguments, self.compiled, variant, **options)
+        self.run(Launch(kernel, grid, self.arguments, options, self.compiled, variant))
 
     def twice(self, kernel: Any, grid: int, **flags: bool) -> None:
         """For all blocks, and in the way that keeps what is not finite apart for those that need

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.backends.triton.kernels import rows as kernels
-from adasplash2.backends.triton.launch import MAX_STEPS, Run, on_device
+from adasplash2.backends.triton.launch import MAX_STEPS, Launch, Run, on_device
 from adasplash2.backends.triton.sizes import RowOptions, is_steep, kernel_dtype
 from adasplash2.contract import Config
 from adasplash2.problem import RowProblem
@@ -52,4 +52,4 @@ def _run(
         "CHUNK": int(config["chunk"]),
     }
     with on_device(problem.device):
-        run(kernel, problem.rows, arguments, num_warps=int(config["warps"]))
+        run(Launch(kernel, problem.rows, arguments, {"num_warps": int(config["warps"])}))
