@@ -127,7 +127,7 @@ class Plan(NamedTuple):
     def compiled_for(self, tensors: Sequence[Tensor]) -> Compiled:
         """Kernels for tensors that lie in memory as these do; all others are made here."""
         key = tuple((x.data_ptr() % sizes.ALIGNMENT, x.stride()) for x in tensors)
-        if len(self.compiled) >= CACHED_LAYOUTS:
+        if key not in self.compiled and len(self.compiled) >= CACHED_LAYOUTS:
             self.compiled.clear()
         return self.compiled.setdefault(key, {})
 
