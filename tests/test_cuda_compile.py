@@ -23,8 +23,8 @@ from adasplash2.problem import Inputs, RowProblem, attention_problem
 
 HOT = {
     "scan.cu": {"scan"},
-    "elements.cu": {"output", "count_columns", "prefix_columns", "grad_rows", "grad_columns",
-                    "grad_long_columns"},
+    "elements.cu": {"check_finite", "output", "count_columns", "prefix_columns", "grad_rows",
+                    "grad_columns", "sort_long_columns", "grad_long_columns"},
     "rows.cu": {"entmax_rows", "entmax_rows_grad"},
 }  # fmt: skip
 COLD = {"dense.cu": {"dense_output", "dense_grad_rows", "dense_grad_columns"}}
@@ -345,7 +345,7 @@ def test_a_launch_passes_the_bytes_of_its_fields(driver: Driver) -> None:
     call.put_pointer("tau", tensor)
     call.put_parts(tensor, launch.places({"rank": 0, "long_parts": 2**40}))
     with call:
-        call.zero(64, 5)
+        call.fill(64, 5)
         kernel()((6, 2), 32, (), call)
         kernel(1000)((MAPPED, 1), 64, (("q", 128),), call)
     assert driver.asked == [

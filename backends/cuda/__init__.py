@@ -4,11 +4,13 @@ The element path: one dense scan of the scores keeps each row's survivors, all e
 gathers over survivors (``kernels/scan.cu`` or, on Hopper, ``scan90.cu``; ``elements.cu``). Rows
 whose support does not fit their lists are found on the device: on Hopper they are scanned once more
 with room for up to 256 survivors where that may help, and what is left is served by dense tiles
-(``dense.cu`` or, on Hopper, ``dense90_output.cu`` and ``dense90_grad.cu``).
+(``dense.cu`` or, on Hopper, ``dense90_output.cu`` and ``dense90_grad.cu``). Of few keys a row keeps
+so large a part that dense tiles are faster from the start, and Hopper can leave out the scan.
 Nothing waits for the host, so CUDA graphs can capture forward and backward.
 
-Rows in dense tiles multiply their zeros too: there a key or value that is not finite reaches the
-gradients and outputs of every row of its block, as in softmax attention.
+Rows in dense tiles multiply their zeros too: there a key or value, or an output's gradient, that is
+not finite reaches the gradients and outputs of every row of its block, as in softmax attention.
+Without a scan, heads with a query, key or value that is not finite take the element path.
 
 Needs CuPy, which brings NVRTC, and neither Triton nor a compiler.
 """
@@ -122,7 +124,7 @@ def backward(
     call.put_view("grad_k", grad_key)
     call.put_view("grad_v", grad_value)
     with call:
-        call.zero(memory.data_ptr(), scratch.zeroed)  # counts, and the number of long columns
+        call.fill(memory.data_ptr(), scratch.zeroed)  # counts, and the number of long columns
         for step in steps:
             step(call)
     return grad_query, grad_key, grad_value
@@ -208,7 +210,7 @@ def _forward(
     for field, tensor in recorded.items():
         call.put_pointer(field, tensor)
     with call:
-        call.zero(*plan.saved.span(saved, "poison"))
+        plan.start(call, saved)
         for step in steps:
             step(call)
     if support is not None:

@@ -209,9 +209,13 @@ class Call:
             held = self._held[maps] = array("q", (self.block, *addresses))
         return held
 
-    def zero(self, address: int, nbytes: int) -> None:
-        """Set memory to zeros, on the stream."""
-        check(driver().cuMemsetD8Async(address, 0, nbytes, self.stream))
+    def fill(self, address: int, nbytes: int, value: int = 0) -> None:
+        """Set every byte of some memory, on the stream."""
+        check(driver().cuMemsetD8Async(address, value, nbytes, self.stream))
+
+    def fill_words(self, address: int, nbytes: int, value: int) -> None:
+        """Set every 4 bytes of some memory, on the stream."""
+        check(driver().cuMemsetD32Async(address, value, nbytes // 4, self.stream))
 
 
 Launch = Callable[[Call], None]
@@ -251,6 +255,7 @@ _SIGNATURES = {
     "cuGetErrorName": (ctypes.c_int, _HANDLE),
     "cuLaunchKernel": (_HANDLE, *[_INT] * 7, _HANDLE, _HANDLE, _HANDLE),
     "cuMemsetD8Async": (_HANDLE, ctypes.c_ubyte, _SIZE, _HANDLE),
+    "cuMemsetD32Async": (_HANDLE, _INT, _SIZE, _HANDLE),
     "cuTensorMapEncodeTiled": (_HANDLE, ctypes.c_int, _INT, *[_HANDLE] * 5, *[ctypes.c_int] * 4),
 }
 

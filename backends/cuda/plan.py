@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from adasplash2.backends.cuda import launch, sizes
 from adasplash2.contract import Config
@@ -17,6 +18,8 @@ from adasplash2.problem import Problem
 
 PORTABLE: Config = {"scan": "portable", "blocks": 1}
 PORTABLE_TWO: Config = {"scan": "portable", "blocks": 2}
+DENSE: Config = {"scan": "none"}
+"""All rows in dense tiles from the start, on Hopper."""
 
 HOPPER_SHAPES = ((3, 2), (3, 3), (2, 3))
 """Warpgroups and stages of ``scan90.cu``, for head_dim up to 128. The first was the fastest or
@@ -24,6 +27,12 @@ within 10 % of it wherever measured; fewer groups or stages leave room for longe
 
 RETRY_SHAPE = (1, 2)
 """The same of the second look at rows that their lists could not hold."""
+
+SHORT_KEYS = 1024
+"""Keys up to which rows are taken to keep so many that the scan does not pay."""
+
+MINUS_INFINITY = 0xFF800000
+"""Its bits in float32."""
 
 PLAIN, SAVES, RECORDS = range(3)
 """``ADASPLASH2_OUTPUT`` of ``dense90_output.cu``."""
@@ -37,6 +46,8 @@ def configs(problem: Problem) -> list[Config]:
     if _has_wgmma(problem):
         shapes = [{"scan": "hopper", "warpgroups": w, "stages": s} for w, s in HOPPER_SHAPES]
         shapes.append(PORTABLE)
+        if _dense(problem, _scan(problem, DENSE)).maps:
+            shapes.insert(0 if _is_short(problem) else len(shapes), DENSE)
     available = shared_memory(problem.device)
     return [c for c in shapes if _scan(problem, c).capacity(available) is not None]
 
@@ -66,6 +77,7 @@ class Plan:
         self._device = launch.index(problem.device)
         self._options = launch.defines(problem, aligned)
         # Copies by the engine, and wgmma's operands, need rows that start on 16 bytes.
+        self._scans_first = not aligned or config != DENSE
         self._scan = _scan(problem, config if aligned else PORTABLE)
         self._dense = _dense(problem, self._scan)
         factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
@@ -93,12 +105,21 @@ class Plan:
         """A call whose argument block has the constants."""
         return launch.Call(self._device, self._constants)
 
+    def start(self, call: launch.Call, saved: Tensor) -> None:
+        """Set what must have a value before the first kernel."""
+        call.fill(*self.saved.span(saved, "poison"))
+        if self._scans_first:
+            return
+        call.fill(*self.saved.span(saved, "flat"), sizes.FLAT)
+        for of_a_row in ("row_start", "row_count"):  # the largest score and a bound, as far as seen
+            call.fill_words(*self.saved.span(saved, of_a_row), MINUS_INFINITY)
+
     @functools.cached_property
     def scratch(self) -> Scratch:
         """The backward's own memory; what must start as zeros is first."""
         counts = self.counts
         entries = counts.rows * sizes.ARENA_ROW
-        long_parts = sizes.LONG_WAVES * self._units
+        long_parts = sizes.LONG_WAVES * self._long_blocks
         offsets, total = sizes.parts(
             {
                 "column_count": 4 * counts.columns,
@@ -115,10 +136,17 @@ class Plan:
 
     @functools.cached_property
     def scans(self) -> tuple[launch.Launch, ...]:
-        """The scan and, where keys come by the copy engine, the second look at flat rows."""
-        scan = self._scan
-        blocks = self.counts.heads * -(-self.problem.length_q // scan.rows)
-        first = self._launch_scan(scan, blocks)
+        """The scan, or what replaces it; where keys come by the copy engine, the second look."""
+        scan, counts = self._scan, self.counts
+        if self._scans_first:
+            first = self._launch_scan(scan, counts.heads * -(-self.problem.length_q // scan.rows))
+        else:
+            tiles_q, tiles_k = (
+                -(-length // sizes.CHECK_ROWS)
+                for length in (self.problem.length_q, self.problem.length_k)
+            )
+            blocks = counts.heads * tiles_q + counts.kv_heads * tiles_k
+            first = self._elements("check_finite", blocks)
         if not scan.maps_keys:
             return (first,)
         retry = sizes.hopper_scan(self.problem.head_dim, *RETRY_SHAPE, retry=True)
@@ -147,7 +175,8 @@ class Plan:
             self._elements("prefix_columns", counts.kv_heads, sizes.PREFIX_THREADS),
             self._elements("grad_rows", -(-counts.rows * lanes // sizes.ELEMENT_THREADS)),
             self._elements("grad_columns", -(-counts.columns * lanes // sizes.ELEMENT_THREADS)),
-            self._elements("grad_long_columns", self._units, sizes.LONG_THREADS),
+            self._elements("sort_long_columns", self._long_blocks, sizes.SORT_THREADS),
+            self._elements("grad_long_columns", self._long_blocks, sizes.LONG_THREADS),
             self._launch_dense(dense.grad_unit, "dense_grad_rows", (self._query_tiles,), names),
             self._launch_dense(dense.grad_unit, "dense_grad_columns", (key_tiles, split), names),
         )
@@ -168,6 +197,10 @@ class Plan:
     def _units(self) -> int:
         found: int = torch.cuda.get_device_properties(self.problem.device).multi_processor_count
         return found
+
+    @property
+    def _long_blocks(self) -> int:
+        return sizes.LONG_BLOCKS * self._units
 
     @property
     def _query_tiles(self) -> int:
@@ -222,6 +255,8 @@ def _plan(problem: Problem, config: tuple[tuple[str, int | str], ...], aligned: 
 
 
 def _scan(problem: Problem, config: Config) -> sizes.Scan:
+    if config == DENSE:
+        return sizes.hopper_scan(problem.head_dim, *RETRY_SHAPE)
     if config["scan"] == "hopper":
         return sizes.hopper_scan(problem.head_dim, int(config["warpgroups"]), int(config["stages"]))
     return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize, int(config["blocks"]))
@@ -233,6 +268,10 @@ def _dense(problem: Problem, scan: sizes.Scan) -> sizes.Dense:
     if scan.maps_keys and closed_form and max(widths) <= sizes.HOPPER_MAX_HEAD_DIM:
         return sizes.hopper_dense(*widths)
     return sizes.portable_dense(*widths, problem.dtype.itemsize)
+
+
+def _is_short(problem: Problem) -> bool:
+    return problem.length_k <= SHORT_KEYS
 
 
 def _has_wgmma(problem: Problem) -> bool:

@@ -16,6 +16,12 @@ GROUP_ROWS = 16
 ARENA_ROW = 64
 """``kArenaRow``: survivors that a group may keep, per row, before it turns flat."""
 
+FLAT = 2
+"""``kFlat``."""
+
+CHECK_ROWS = 128
+"""``kCheckRows``."""
+
 ENTRY_BYTES = 8
 RECORD_BYTES = 16
 LIST_ENTRY_BYTES = 32
@@ -23,12 +29,12 @@ LIST_ENTRY_BYTES = 32
 
 ELEMENT_THREADS = 256
 PREFIX_THREADS = 1024
-LONG_THREADS = 384
-LONG_WAVES, LONG_PART_BYTES = 8, 2048
-"""``kLongWaves`` and ``kLongPartBytes``."""
+SORT_THREADS, LONG_THREADS = 512, 128
+LONG_BLOCKS, LONG_WAVES, LONG_PART_BYTES = 4, 2, 2048
+"""``kLongBlocks``, ``kLongWaves`` and ``kLongPartBytes``."""
 
 SHORT_COLUMN = 256
-"""``kShortColumn``: survivors of a key that one warp sums; more take a block."""
+"""``kShortColumn``: survivors of a key that one warp sums; more take blocks."""
 
 MAX_CAPACITY = 92
 """What ``kMaxList`` entries of a lane's list and some strips take (``lists.cuh``)."""

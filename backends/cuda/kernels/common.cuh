@@ -47,9 +47,10 @@ constexpr int kGroupRows = 16;
 // single rows may keep more.
 constexpr int kArenaRow = 64;
 
-// Where long columns are dealt out to several blocks they have at most kLongWaves parts for each
-// block of the launch, together.
-constexpr int kLongWaves = 8;
+// Long columns have kLongBlocks blocks a multiprocessor. Where they are dealt out to several blocks
+// they have at most kLongWaves parts for each block of the launch, together.
+constexpr int kLongBlocks = 4;
+constexpr int kLongWaves = 2;
 constexpr int kLongPartBytes = 2048;
 
 // What `flat` says of a group: that a second scan may find its survivors to fit after all, or not.
@@ -84,7 +85,8 @@ struct Params {
   u8* flat;         // per group of kGroupRows rows: not 0 where the dense kernels take over
   int* poison;      // per (batch, key head): keys before it are seen by a poisoned row
   Entry* entries;   // the arena. Flat rows: see Threshold in dense.cu, O2 in dense90.cuh
-  int* rank;        // arrival of an arena entry in its column
+  int* rank;        // arrival of an arena entry in its column; of long columns, later, the order of
+                    // their records by row
   int* column_count;
   int* column_start;
   Record* records;

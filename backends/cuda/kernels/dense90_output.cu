@@ -382,14 +382,21 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
         prob[e] = kAlpha == AlphaKind::k15 ? inside * inside : inside;
         u[e] = kAlpha == AlphaKind::k15 ? inside : x > 0.f ? 1.f : 0.f;
         here[slot] += prob[e];
-        if constexpr (kSaves) here_u[slot] += u[e];
         if constexpr (kCounts) {
           support[slot] += x > 0.f;
           live[k / 4] |= x > 0.f && b.flat[slot];
         }
       }
       probs[k] = as_left([&](int e) { return kProbScale * prob[e]; });
-      if constexpr (kSaves) weights[k] = as_left([&](int e) { return u[e]; });
+      if constexpr (kSaves) {
+        // Divided by the sum of what is multiplied, O2 of equal values is that value.
+        weights[k] = as_left([&](int e) { return u[e]; });
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = Scalar::unpack(weights[k].r[i]);
+          here_u[i % 2] += pair.x + pair.y;
+        }
+      }
     }
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) mass[slot] += here[slot], sum_u[slot] += here_u[slot];

@@ -36,6 +36,50 @@ __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
   return arena_of(kv_row * p.group * p.groups_q);
 }
 
+// Where no scan comes first all groups start as flat ones. Heads whose queries, keys or values are
+// not all finite are to be scanned after all: dense tiles would spread a NaN over whole blocks.
+constexpr int kCheckRows = 128;
+
+template <int width>
+__device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int first,
+                                             int length) {
+  constexpr int kUnits = (width + 7) / 8;
+  bool found = false;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kCheckRows * kUnits; i += kThreads) {
+    float x[8] = {};
+    if (const int row = first + i / kUnits; row < length)
+      load8<width>(rows + row * stride, i % kUnits * 8, x);
+#pragma unroll
+    for (float value : x) found |= !is_finite(value);
+  }
+  return found;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    check_finite(const __grid_constant__ Params p) {
+  const int of_keys = (p.length_k + kCheckRows - 1) / kCheckRows;
+  const int key_blocks = p.batch * p.heads_kv * of_keys;
+  int first_head, heads;  // whose scores what is looked at has a part in
+  bool found;
+  if (int(blockIdx.x) < key_blocks) {
+    const int kv_row = blockIdx.x / of_keys, first = blockIdx.x % of_keys * kCheckRows;
+    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
+    first_head = kv_row * p.group, heads = p.group;
+    found = has_infinite<kHeadDim>(row_of(p.k, batch, kv_head, 0), p.k.row, first, p.length_k) ||
+            has_infinite<kHeadDimV>(row_of(p.v, batch, kv_head, 0), p.v.row, first, p.length_k);
+  } else {
+    const int block = blockIdx.x - key_blocks;
+    const int of_queries = (p.length_q + kCheckRows - 1) / kCheckRows;
+    first_head = block / of_queries, heads = 1;
+    const Scalar* rows = row_of(p.q, first_head / p.heads_q, first_head % p.heads_q, 0);
+    found = has_infinite<kHeadDim>(rows, p.q.row, block % of_queries * kCheckRows, p.length_q);
+  }
+  if (!__syncthreads_or(found)) return;
+  u8* flat = p.flat + i64(first_head) * p.groups_q;
+  for (int i = threadIdx.x; i < heads * p.groups_q; i += kThreads) flat[i] = kLookAgain;
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
   constexpr int kLanes = lanes_per_row<kHeadDimV>;
   const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
@@ -90,11 +134,35 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     p.rank[arena + i] = atomicAdd(counts + p.entries[arena + i].column, 1);
 }
 
+// Sum of `mine` over the threads before this one, and over all of them. `sums` is shared memory.
+template <int threads>
+__device__ __forceinline__ int preceding(int mine, int (&sums)[threads / 32], int& all) {
+  constexpr int kWarps = threads / 32;
+  int before = mine;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, before, step);
+    if (lane_id() >= step) before += other;
+  }
+  __syncthreads();  // sums of the call before are read
+  if (lane_id() == 31) sums[warp_id()] = before;
+  __syncthreads();
+  const int warp = lane_id() < kWarps ? sums[lane_id()] : 0;
+  int warps = warp;
+#pragma unroll
+  for (int step = 1; step < kWarps; step *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, warps, step);
+    if (lane_id() >= step) warps += other;
+  }
+  all = __shfl_sync(kAllLanes, warps, kWarps - 1);
+  return __shfl_sync(kAllLanes, warps - warp, warp_id()) + before - mine;
+}
+
 // Exclusive prefix of the counts of one (batch, key head), and the list of long columns.
 constexpr int kPrefixThreads = 1024;
 extern "C" __global__ void __launch_bounds__(kPrefixThreads)
     prefix_columns(const __grid_constant__ Params p) {
-  __shared__ int sums[32];
+  __shared__ int sums[kPrefixThreads / 32];
   const i64 base = i64(blockIdx.x) * p.length_k;
   int running = 0;
   for (int first = 0; first < p.length_k; first += kPrefixThreads * 4) {
@@ -105,23 +173,8 @@ extern "C" __global__ void __launch_bounds__(kPrefixThreads)
       count[i] = at + i < p.length_k ? p.column_count[base + at + i] : 0;
       mine += count[i];
     }
-    int before = mine;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, before, step);
-      if (lane_id() >= step) before += other;
-    }
-    __syncthreads();  // sums of the round before are read
-    if (lane_id() == 31) sums[warp_id()] = before;
-    __syncthreads();
-    int warps = sums[lane_id()], all = warps;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, all, step);
-      if (lane_id() >= step) all += other;
-    }
-    const int preceding = __shfl_sync(kAllLanes, all - warps, warp_id());
-    int start = running + preceding + before - mine;
+    int all;
+    int start = running + preceding<kPrefixThreads>(mine, sums, all);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (at + i < p.length_k) {
@@ -131,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(kPrefixThreads)
       }
       start += count[i];
     }
-    running += __shfl_sync(kAllLanes, all, 31);
+    running += all;
   }
 }
 
@@ -243,16 +296,16 @@ struct Column {
       }
   }
 
-  // To and from memory that other lanes read; volatile, since it may come from other blocks.
+  // To and from memory that other lanes read.
   template <int lanes>
   __device__ __forceinline__ void put(float (&to)[2][8][lanes], int lane) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) to[0][j][lane] = k[j], to[1][j][lane] = v[j];
   }
   template <int lanes>
-  __device__ __forceinline__ void add(const volatile float (&from)[2][8][lanes], int lane) {
+  __device__ __forceinline__ void get(const float (&from)[2][8][lanes], int lane) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) k[j] += from[0][j][lane], v[j] += from[1][j][lane];
+    for (int j = 0; j < 8; ++j) k[j] = from[0][j][lane], v[j] = from[1][j][lane];
   }
 
   template <int parts>
@@ -349,90 +402,138 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// dK and dV of long columns (a sink that every query keeps). Where they are few, each is dealt out
-// to several blocks by query rows, and the last block to finish adds the parts in order. Records
-// are found by row through a direct map of rows; every warp sums a fixed part of the rows in order.
-constexpr int kLongThreads = 384;
-constexpr int kLongWarps = kLongThreads / 32;
-constexpr int kMapRows = 6144;
-using LongSum = float[2][8][kRowLanes];  // of dK and dV
-static_assert(sizeof(LongSum) * kLongWarps <= kMapRows * sizeof(int), "sums take the map's place");
-static_assert(sizeof(LongSum) <= kLongPartBytes);
+// A long column (a sink that every query keeps): where its records are.
+struct LongColumn {
+  int at, batch, kv_head, count;
+  i64 first;  // in the arenas of records and of order
 
-extern "C" __global__ void __launch_bounds__(kLongThreads, 1)
-    grad_long_columns(const __grid_constant__ Params p) {
-  __shared__ int map[kMapRows];
-  __shared__ bool last;
-  const int at = lane_id() % kRowLanes * 8;
+  __device__ __forceinline__ LongColumn(const Params& p, int number) {
+    at = p.long_columns[1 + number];
+    const int kv_row = at / p.length_k;
+    batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
+    count = p.column_count[at];
+    first = records_of(p, kv_row) + p.column_start[at];
+  }
+};
+
+// Sorts the records of long columns by row: a bit for each row, and the number of bits before it.
+// Their order takes the place of the ranks, which have done their work.
+constexpr int kSortThreads = 512;
+constexpr int kSortWords = 4096;
+extern "C" __global__ void __launch_bounds__(kSortThreads)
+    sort_long_columns(const __grid_constant__ Params p) {
+  __shared__ u32 bits[kSortWords];
+  __shared__ int before[kSortWords];
+  __shared__ int sums[kSortThreads / 32];
   const int columns = p.long_columns[0];
-  if (columns == 0) return;
-  const int rows = p.group * p.length_q;
-  constexpr int kLeast = kLongWarps * 32;  // rows that busy all warps
-  static_assert(kMapRows % kLeast == 0);
-  const int wanted = max(1, min(int(gridDim.x) * kLongWaves / columns, rows / kLeast));
-  const int part_rows = ((rows + wanted - 1) / wanted + kLeast - 1) / kLeast * kLeast;
-  const int parts = (rows + part_rows - 1) / part_rows;
-  for (int item = blockIdx.x; item < columns * parts; item += gridDim.x) {
-    const int column_at = p.long_columns[1 + item / parts];
-    const int first = item % parts * part_rows, end = min(rows, first + part_rows);
-    const int count = p.column_count[column_at];
-    const int kv_row = column_at / p.length_k;
-    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    const Record* records = p.records + records_of(p, kv_row) + p.column_start[column_at];
-    Column sums;
-    for (int base = first; base < end; base += kMapRows) {
-      const int window = min(kMapRows, (end - base + kLeast - 1) / kLeast * kLeast);
+  for (int number = blockIdx.x; number < columns; number += gridDim.x) {
+    const LongColumn column(p, number);
+    const Record* records = p.records + column.first;
+    int running = 0;
+    for (int base = 0; base < p.group * p.length_q; base += kSortWords * 32) {
+      const int words = min(kSortWords, (p.group * p.length_q - base + 31) / 32);
       __syncthreads();
-      for (int i = threadIdx.x; i < window; i += kLongThreads) map[i] = -1;
+      for (int i = threadIdx.x; i < words; i += kSortThreads) bits[i] = 0;
       __syncthreads();
-      for (int i = threadIdx.x; i < count; i += kLongThreads) {
+#pragma unroll 4
+      for (int i = threadIdx.x; i < column.count; i += kSortThreads) {
         const int row = records[i].row - base;
-        if (row >= 0 && row < window) map[row] = i;
+        if (row >= 0 && row < words * 32) atomicOr(bits + row / 32, 1u << row % 32);
       }
       __syncthreads();
-      // Each warp closes the gaps of its share of the rows, then gathers.
-      const int share = window / kLongWarps;
-      int* mine = map + warp_id() * share;
-      int kept = 0;
-      for (int i = lane_id(); i - lane_id() < share; i += 32) {
-        const int found = i < share ? mine[i] : -1;
-        const u32 some = __ballot_sync(kAllLanes, found >= 0);
-        if (found >= 0) mine[kept + __popc(some & ((1u << lane_id()) - 1u))] = found;
-        kept += __popc(some);
-        __syncwarp();
+      const int share = (words + kSortThreads - 1) / kSortThreads, mine = threadIdx.x * share;
+      int kept = 0, all;
+      for (int i = mine; i < min(words, mine + share); ++i) kept += __popc(bits[i]);
+      int rank = running + preceding<kSortThreads>(kept, sums, all);
+      for (int i = mine; i < min(words, mine + share); ++i) {
+        before[i] = rank;
+        rank += __popc(bits[i]);
       }
-#pragma unroll 1
-      for (int step = lane_id() / kRowLanes; step - lane_id() / kRowLanes < kept;
-           step += kParts * kBatch) {
-        Record record[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          record[i] = step + i * kParts < kept ? records[mine[step + i * kParts]] : kNoRecord;
-        sums.add(p, batch, kv_head, record, at);
+      running += all;
+      __syncthreads();
+#pragma unroll 4
+      for (int i = threadIdx.x; i < column.count; i += kSortThreads) {
+        const int row = records[i].row - base;
+        if (row >= 0 && row < words * 32)
+          p.rank[column.first + before[row / 32] +
+                 __popc(bits[row / 32] & ((1u << row % 32) - 1u))] = i;
       }
     }
-    sums.sum_over_parts<kParts>();
+  }
+}
+
+// dK and dV of long columns. Each is dealt out to several blocks by its sorted records, and the
+// last block to finish adds the parts in order.
+constexpr int kLongThreads = 128;
+constexpr int kLongGroups = kLongThreads / kRowLanes;  // records that a block gathers side by side
+constexpr int kLongLeast = 256;                        // records of a part, but for the last one
+using LongSum = float[2][8][kRowLanes];                // of dK and dV
+constexpr int kLongValues = sizeof(LongSum) / sizeof(float);
+static_assert(sizeof(LongSum) <= kLongPartBytes);
+
+extern "C" __global__ void __launch_bounds__(kLongThreads, kLongBlocks)
+    grad_long_columns(const __grid_constant__ Params p) {
+  __shared__ float sums[kLongGroups][kLongValues];
+  __shared__ bool last;
+  const int columns = p.long_columns[0];
+  if (columns == 0) return;
+  const int group = threadIdx.x / kRowLanes, lane = threadIdx.x % kRowLanes;
+  const int wanted = max(1, int(gridDim.x) * kLongWaves / columns);
+  for (int item = blockIdx.x; item < columns * wanted; item += gridDim.x) {
+    const int number = item / wanted, part = item % wanted;
+    const LongColumn column(p, number);
+    const int share = max(kLongLeast, (column.count + wanted - 1) / wanted);
+    const int parts = (column.count + share - 1) / share;
+    if (part >= parts) continue;
+    const int end = min(column.count, part * share + share);
+    const Record* records = p.records + column.first;
+    const int* order = p.rank + column.first;
+    const auto fetch = [&](int (&found)[kBatch], int at) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        found[i] = at + i * kLongGroups < end ? order[at + i * kLongGroups] : -1;
+    };
+    Column mine;
+    int next[kBatch];
+    fetch(next, part * share + group);
+#pragma unroll 1
+    for (int at = part * share + group; at < end; at += kLongGroups * kBatch) {
+      Record record[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) record[i] = next[i] >= 0 ? records[next[i]] : kNoRecord;
+      fetch(next, at + kLongGroups * kBatch);
+      mine.add(p, column.batch, column.kv_head, record, lane * 8);
+    }
+    __syncthreads();  // what the item before left is read
+    mine.put(reinterpret_cast<LongSum&>(sums[group]), lane);
     __syncthreads();
-    LongSum* of_warps = reinterpret_cast<LongSum*>(map);
-    if (lane_id() < kRowLanes) sums.put(of_warps[warp_id()], lane_id());
-    __syncthreads();
-    sums = Column();
-    if (threadIdx.x < kRowLanes)
-      for (int warp = 0; warp < kLongWarps; ++warp) sums.add(of_warps[warp], threadIdx.x);
+    float* of_parts = reinterpret_cast<float*>(p.long_parts) + i64(number) * wanted * kLongValues;
+    for (int i = threadIdx.x; i < kLongValues; i += kLongThreads) {
+      float sum = 0.f;
+#pragma unroll
+      for (int from = 0; from < kLongGroups; ++from) sum += sums[from][i];
+      sums[0][i] = sum;
+      if (parts > 1) of_parts[part * kLongValues + i] = sum;
+    }
     if (parts > 1) {
-      LongSum* of_parts = reinterpret_cast<LongSum*>(p.long_parts) + item / parts * parts;
-      if (threadIdx.x < kRowLanes) sums.put(of_parts[item % parts], threadIdx.x);
       __threadfence();
       __syncthreads();
-      if (threadIdx.x == 0) last = atomicAdd(p.long_done + item / parts, 1) == parts - 1;
+      if (threadIdx.x == 0) last = atomicAdd(p.long_done + number, 1) == parts - 1;
       __syncthreads();
       if (!last) continue;
       __threadfence();
-      sums = Column();
-      if (threadIdx.x < kRowLanes)
-        for (int part = 0; part < parts; ++part) sums.add(of_parts[part], threadIdx.x);
+      for (int i = threadIdx.x; i < kLongValues; i += kLongThreads) {
+        float sum = 0.f;
+#pragma unroll 8
+        for (int from = 0; from < parts; ++from) sum += __ldcg(of_parts + from * kLongValues + i);
+        sums[0][i] = sum;
+      }
     }
-    if (threadIdx.x < kRowLanes) sums.write(p, batch, kv_head, column_at % p.length_k, at);
+    __syncthreads();
+    if (group == 0) {
+      mine.get(reinterpret_cast<LongSum&>(sums[0]), lane);
+      mine.write(p, column.batch, column.kv_head, column.at % p.length_k, lane * 8);
+    }
   }
 }
 
