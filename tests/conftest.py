@@ -6,12 +6,16 @@ interpreter, on the cases of ``cases.INTERPRETED``: a case takes seconds there.
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import is_interpreted
+from cases import is_interpreted, usable_backends
 
+from adasplash2 import dispatch
+from adasplash2.backends import REGISTRY
 from adasplash2.backends.triton.sizes import INTERPRETED
 
 # Read when the package is imported: what was measured on this machine must decide no test.
@@ -27,11 +31,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="I/N",
         help="every N-th test from the I-th on, for N processes side by side",
     )
+    parser.addoption(
+        "--prefer",
+        metavar="KEY=VALUE",
+        help="backends run with the first configuration that has this, where they offer one",
+    )
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts the configurations that ``--prefer`` names first."""
+    if not (preferred := request.config.getoption("--prefer")):
+        yield
+        return
+    key, _, value = preferred.partition("=")
+    for name in usable_backends():
+        backend = importlib.import_module(REGISTRY[name])
+        offered = backend.configs
+        monkeypatch.setattr(
+            backend,
+            "configs",
+            lambda problem, offered=offered: sorted(
+                offered(problem), key=lambda config: str(config.get(key)) != value
+            ),
+        )
+    dispatch.forget()
+    yield
+    dispatch.forget()
 
 
 @pytest.hookimpl(trylast=True)  # parts of what -k and -m leave

@@ -19,6 +19,11 @@ part() { # name, pytest arguments
 tables=(tests/test_attention.py tests/test_entmax.py tests/test_ops.py tests/test_determinism.py
   tests/test_dispatch.py tests/test_properties.py)
 for ((i = 0; i < processes; i++)); do part "cuda$i" -k cuda --part "$i/$processes" "${tables[@]}"; done
+for scan in hopper portable; do
+  for ((i = 0; i < processes; i++)); do
+    part "cuda-$scan$i" -k cuda --part "$i/$processes" --prefer "scan=$scan" tests/test_attention.py
+  done
+done
 part configs tests/test_configs.py
 part compile -m gpu tests/test_cuda_compile.py
 wait "${jobs[@]}"

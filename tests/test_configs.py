@@ -52,7 +52,7 @@ def module_of(name: str) -> Backend:
 
 
 @BACKENDS
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_configuration_agrees(case: Case, number: int, name: str) -> None:
     backend = module_of(name)

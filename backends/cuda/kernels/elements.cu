@@ -130,8 +130,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int kv_row = head_row / p.heads_q * p.heads_kv + head_row % p.heads_q / p.group;
   int* counts = p.column_count + i64(kv_row) * p.length_k;
   const i64 arena = arena_of(group);
-  for (int i = threadIdx.x; i < total; i += kThreads)
-    p.rank[arena + i] = atomicAdd(counts + p.entries[arena + i].column, 1);
+  for (int first = 0; first < total; first += kThreads) {
+    const int i = first + threadIdx.x;
+    const u32 inside = __ballot_sync(kAllLanes, i < total);
+    if (i >= total) break;
+    // One atomic for all lanes with the same column: every row has a sink's.
+    const int column = p.entries[arena + i].column;
+    const u32 peers = __match_any_sync(inside, column);
+    const int leader = __ffs(peers) - 1;
+    int arrived = 0;
+    if (lane_id() == leader) arrived = atomicAdd(counts + column, __popc(peers));
+    arrived = __shfl_sync(peers, arrived, leader);
+    p.rank[arena + i] = arrived + __popc(peers & ((1u << lane_id()) - 1u));
+  }
 }
 
 // Sum of `mine` over the threads before this one, and over all of them. `sums` is shared memory.
