@@ -1,4 +1,5 @@
-"""A few small calls of the cuda backend for compute-sanitizer: lists, dense tiles, both scans."""
+"""A few small calls of the cuda backend for compute-sanitizer: lists, dense tiles, both scans, keys
+that hundreds of queries keep."""
 
 from __future__ import annotations
 
@@ -11,12 +12,16 @@ for length, head_dim, sharpness, is_causal, dtype in (
     (200, 64, 1.0, True, torch.bfloat16),
     (160, 64, 0.05, False, torch.bfloat16),
     (600, 64, 0.05, True, torch.bfloat16),
+    (1100, 64, 4.0, True, torch.bfloat16),
+    (1100, 64, 0.05, True, torch.bfloat16),
     (130, 33, 4.0, True, torch.float16),
     (130, 32, 1.0, False, torch.float32),
 ):
     query, key, value = (
         torch.randn(1, 2, length, head_dim, device="cuda", dtype=dtype) for _ in range(3)
     )
+    if sharpness == 4.0:  # the first key is a sink
+        query[..., 0], key[:, :, 0, 0] = 4.0, 16.0
     inputs = [x.requires_grad_() for x in (query * sharpness, key, value)]
     out = adasplash2.entmax_attention(*inputs, is_causal=is_causal, backend="cuda")
     torch.autograd.grad(out, inputs, torch.randn_like(out))
