@@ -359,6 +359,8 @@ def _table() -> Iterator[Case]:
     for data in ("minus_infinity", "huge_negative", "nan_query", "ties"):
         yield Case(f"{data}-bfloat16", data=data, dtype=BFLOAT16, is_causal=True)
         yield Case(f"{data}-float64", data=data, dtype=FLOAT64, is_causal=True)
+    for data in ("inf_query", "nan_key", "nan_value"):
+        yield Case(f"{data}-bfloat16", data=data, dtype=BFLOAT16, alpha=2.0, heads_q=4, heads_kv=2)
     # Rows of one key, whose weight `u` is off one as their large scores are rounded.
     yield Case("huge_negative-alpha1.25-bfloat16", data="huge_negative", alpha=1.25,
                dtype=BFLOAT16, is_causal=True)  # fmt: skip
