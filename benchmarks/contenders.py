@@ -254,19 +254,24 @@ def adasplash(
     return adasplash.adasplash_v1(query, key, value, alpha=case.alpha, is_causal=case.is_causal)
 
 
-_tuned: set[tuple[int, int]] = set()
-"""Lengths and head_dims for which adasplash v2 has tuned: its choice depends on nothing else."""
+TUNED_ROWS = 2**16
+"""Query rows, of all heads together, that fill a GPU several times over."""
+
+_tuned: set[tuple[int, int, str]] = set()
+"""Lengths, head_dims and dtypes for which adasplash v2 has tuned: its choice rests on these."""
 
 
 def _tune_v2(v2: Callable[..., Tensor], case: AttentionCase, *tensors: Tensor) -> None:
-    """Let it tune on one head: on all of them 65,536 positions took it over five minutes."""
-    if (case.length, case.head_dim) in _tuned:
+    """Let it tune on as many heads as fill the GPU: on more, long rows took it minutes."""
+    asked = case.length, case.head_dim, case.dtype
+    if asked in _tuned:
         return
-    leaves = [t[:1, :1].detach().clone().requires_grad_() for t in tensors]
+    heads = max(1, TUNED_ROWS // case.length)
+    leaves = [t[:, :heads].detach().clone().requires_grad_() for t in tensors]
     with torch.enable_grad():
         out = v2(*leaves)
         torch.autograd.grad(out, leaves, torch.ones_like(out))
-    _tuned.add((case.length, case.head_dim))
+    _tuned.add(asked)
 
 
 def adasplash_refusal(version: str, case: AttentionCase) -> str | None:
