@@ -360,13 +360,21 @@ def certain_rise(mass, slope, r, opt: tl.constexpr):
 
 
 @triton.jit
-def leap(mass, slope, dispersion):
+def leap(mass, slope, count):
     """A step to the root at alpha = 1.5 if no key leaves the support on the way, by ``mass - 2 d
     slope + d^2 count = 1``. It errs by the third order, Newton's by the second, but may pass the
-    root. ``dispersion = count mass / slope^2`` is that of a sample of the scores.
-    """
-    curvature = tl.minimum(dispersion * (1.0 - 1.0 / mass), 1.0)
-    return (mass - 1.0) / (slope * (1.0 + tl.sqrt(1.0 - curvature)))
+    root."""
+    root = tl.sqrt(tl.maximum(slope * slope - count * (mass - 1.0), 0.0))
+    return (mass - 1.0) / tl.where(slope > 0.0, slope + root, 1.0)
+
+
+@triton.jit
+def is_near(mass, slope, most, tolerance):
+    """Whether ``sum p`` is one within ``tolerance`` after a :func:`leap`, about ``d = (mass - 1) /
+    (2 slope)`` long. It takes ``p`` of a key that enters or leaves for at most ``d^2`` more or
+    less; ``most`` is how many can: the size of the support below the root."""
+    error = mass - 1.0
+    return error * error * most < 4.0 * tolerance * slope * slope
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from adasplash2.backends.triton.kernels.common import (
     head_of,
     in_halves,
     is_marked,
+    is_near,
     larger,
     largest,
     leap,
@@ -83,15 +84,14 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def sift(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
          CHUNK: tl.constexpr):  # fmt: skip
-    """``sum p``, ``sum u`` and the number of those above ``t`` among the maxima of ``count``
-    candidates, and how many are left: tiles without a maximum above some row's ``t`` are dropped,
-    and the others move up, in order. Where ``is_first`` the candidates are the tiles themselves.
+    """``sum p`` and ``sum u`` of the maxima of ``count`` candidates, and how many are left: tiles
+    without a maximum above some row's ``t`` are dropped, and the others move up, in order. Where
+    ``is_first`` the candidates are the tiles themselves.
 
     Bounds only rise, so that no later pass misses what was dropped.
     """
     mass = tl.full((opt.block_q,), 0.0, tl.float32)
     slope = tl.full((opt.block_q,), 0.0, tl.float32)
-    above = tl.full((opt.block_q,), 0.0, tl.float32)
     left = 0
     for chunk in range(0, count, CHUNK):
         places = chunk + tl.arange(0, CHUNK)
@@ -102,9 +102,7 @@ def sift(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
         p, u = weights(x, shape.r, opt)
         mass += tl.sum(p, 1)
         slope += tl.sum(u, 1)
-        inside = x > 0.0
-        above += tl.sum(inside.to(tl.float32), 1)
-        kept = tl.max(inside.to(tl.int32), 0)
+        kept = tl.max((x > 0.0).to(tl.int32), 0)
         goal = left + tl.cumsum(kept, 0) - kept
         moves = (kept > 0) & (goal < places)
         pointers = maxima + goal[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
@@ -113,24 +111,20 @@ def sift(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
         tl.store(candidates + goal, numbers, mask=moves | ((kept > 0) & is_first))
         left += tl.sum(kept, 0)
     tl.debug_barrier()  # what moved is read back by other threads
-    return mass, slope, above, left
+    return mass, slope, left
 
 
 @triton.jit
 def bound_of(candidates, maxima, top, pending, tiles, shape, opt: tl.constexpr,
              CHUNK: tl.constexpr):  # fmt: skip
-    """A lower bound of ``t``, the dispersion of the maxima above it (:func:`leap`), and how many
-    candidates are left: certain rises on the tiles' maxima, from ``tau >= max z - 1``."""
+    """A lower bound of ``t`` and how many candidates are left: certain rises on the tiles' maxima,
+    from ``tau >= max z - 1``."""
     t = tl.where(pending, -1.0, INFINITY)
-    dispersion = tl.full((opt.block_q,), 1.0, tl.float32)
     left = tiles
     for step in range(BOUND_STEPS):
-        mass, slope, above, left = sift(
-            candidates, maxima, top, t, left, step == 0, shape, opt, CHUNK
-        )
+        mass, slope, left = sift(candidates, maxima, top, t, left, step == 0, shape, opt, CHUNK)
         t += tl.where(mass > 1.0, certain_rise(mass, slope, shape.r, opt), 0.0)
-        dispersion = above * mass / tl.where(slope > 0.0, slope * slope, 1.0)
-    return t - BOUND_SLACK, dispersion, left
+    return t - BOUND_SLACK, left
 
 
 @triton.jit
@@ -154,8 +148,10 @@ def list_live(lists, live, candidates, maxima, top, t, open_end, count, shape, o
 
 
 @triton.jit
-def sum_tiles(mass, slope, row_block, keys, entries, shape, opt: tl.constexpr, EDGE: tl.constexpr):
-    """Add ``sum p`` and ``sum u`` over the entries that need no mask, or the others where EDGE."""
+def sum_tiles(sums, row_block, keys, entries, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+    """Add ``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support over the entries
+    that need no mask, or the others where EDGE."""
+    mass, slope, count = sums
     numbers, open_end, end = entries
     for index in range(open_end if EDGE else 0, end if EDGE else open_end):
         first = tl.load(numbers + index) * opt.block_k
@@ -163,7 +159,9 @@ def sum_tiles(mass, slope, row_block, keys, entries, shape, opt: tl.constexpr, E
         p, u = weights(distances(row_block, k, first, shape, opt, EDGE), shape.r, opt)
         mass += tl.sum(p, 1)
         slope += tl.sum(u, 1)
-    return mass, slope
+        if opt.alpha == 1.5:
+            count += tl.sum(tl.where(u > 0.0, 1.0, 0.0), 1)
+    return mass, slope, count
 
 
 @triton.jit
@@ -203,7 +201,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         poisoned = ((top != top) | (top == INFINITY)) & inside
         pending = inside & (poisoned == 0) & (top > -INFINITY)
         top = tl.where(pending, top, 0.0)
-        t, dispersion, left = bound_of(candidates, maxima, top, pending, end, shape, opt, CHUNK)
+        t, left = bound_of(candidates, maxima, top, pending, end, shape, opt, CHUNK)
         numbers = lists + at_block.to(tl.int64) * tiles
         flags = live + at_block.to(tl.int64) * tiles
         found_open, found = list_live(
@@ -211,6 +209,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         )
         lo = t
         hi = tl.where(pending, HIGHEST, INFINITY)
+        most = tl.full((opt.block_q,), 0.0, tl.float32)
         steps = tl.full((opt.block_q,), 0, tl.int32)
         step = 0
         waiting = any_of(pending)
@@ -221,21 +220,25 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 threshold = shape.c * top + t
             row_block = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)
-            mass = tl.full((opt.block_q,), 0.0, tl.float32)
-            slope = tl.full((opt.block_q,), 0.0, tl.float32)
-            mass, slope = sum_tiles(mass, slope, row_block, keys, entries, shape, opt, False)
-            mass, slope = sum_tiles(mass, slope, row_block, keys, entries, shape, opt, True)
+            zeros = tl.full((opt.block_q,), 0.0, tl.float32)
+            sums = zeros, zeros, zeros
+            sums = sum_tiles(sums, row_block, keys, entries, shape, opt, False)
+            mass, slope, count = sum_tiles(sums, row_block, keys, entries, shape, opt, True)
             if opt.steep:
                 moved, lo, hi, final = guarded(t, lo, hi, mass, slope, shape.r, tolerance, step,
                                                opt)  # fmt: skip
             else:
                 certain = t + rise(mass, slope, shape.r, opt)
                 lo = tl.maximum(lo, certain)
-                final = (tl.abs(mass - 1.0) <= tolerance) | (certain == t)
                 moved = certain
                 if opt.alpha == 1.5:
-                    ahead = t + leap(mass, slope, dispersion)
-                    moved = tl.where(final | (mass < 1.0), certain, ahead)
+                    most = tl.where(mass >= 1.0, count, most)
+                    solved = is_near(mass, slope, most, tolerance)
+                    ahead = t + leap(mass, slope, count)
+                    moved = tl.where(solved | (mass > 1.0), ahead, certain)
+                else:
+                    solved = tl.abs(mass - 1.0) <= tolerance
+                final = solved | (certain == t)
             steps += pending.to(tl.int32)
             t = tl.where(pending, moved, t)
             pending = pending & (final == 0)
