@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import data
 import harness
@@ -249,29 +251,48 @@ def adasplash(
     import adasplash
 
     if version == "v2":
-        _tune_v2(adasplash.adasplash_v2, case, query, key, value)
-        return adasplash.adasplash_v2(query, key, value)
+        v2 = importlib.import_module("adasplash.adasplash_v2")
+        _tune_v2(v2, case, query, key, value)
+        return v2.sparse_attn(query, key, value)
     return adasplash.adasplash_v1(query, key, value, alpha=case.alpha, is_causal=case.is_causal)
 
 
 TUNED_ROWS = 2**16
 """Query rows, of all heads together, that fill a GPU several times over."""
 
+TUNED_LENGTH = 2**14
+"""The longest length that adasplash v2 tunes at: at 65,536 four minutes were not enough for it on
+an H200. Longer ones take what it chose here."""
+
 _tuned: set[tuple[int, int, str]] = set()
 """Lengths, head_dims and dtypes for which adasplash v2 has tuned: its choice rests on these."""
 
 
-def _tune_v2(v2: Callable[..., Tensor], case: AttentionCase, *tensors: Tensor) -> None:
+def _tune_v2(v2: Any, case: AttentionCase, *tensors: Tensor) -> None:
     """Let it tune on as many heads as fill the GPU: on more, long rows took it minutes."""
     asked = case.length, case.head_dim, case.dtype
     if asked in _tuned:
         return
-    heads = max(1, TUNED_ROWS // case.length)
-    leaves = [t[:, :heads].detach().clone().requires_grad_() for t in tensors]
+    length = min(case.length, TUNED_LENGTH)
+    heads = max(1, TUNED_ROWS // length)
+    leaves = [t[:, :heads, :length].detach().clone().requires_grad_() for t in tensors]
     with torch.enable_grad():
-        out = v2(*leaves)
+        out = v2.sparse_attn(*leaves)
         torch.autograd.grad(out, leaves, torch.ones_like(out))
+    if length < case.length:
+        adopt_choices(vars(v2).values(), length, case.length)
     _tuned.add(asked)
+
+
+def adopt_choices(kernels: Iterable[Any], chosen_for: int, length: int) -> None:
+    """Make the Triton kernels that tune by ``N_CTX`` take at ``length`` what they chose."""
+    for kernel in kernels:
+        if "N_CTX" not in getattr(kernel, "keys", ()):
+            continue
+        place = kernel.keys.index("N_CTX")
+        for key, config in list(kernel.cache.items()):
+            if key[place] == chosen_for:
+                kernel.cache[*key[:place], length, *key[place + 1 :]] = config
 
 
 def adasplash_refusal(version: str, case: AttentionCase) -> str | None:

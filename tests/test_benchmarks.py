@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,16 @@ def test_references_are_as_small_as_what_is_compared() -> None:
     case = blocks(131072, 0.75, heads=4, heads_kv=4)
     query, key, value = (torch.randn(1, 4, 512, 64) for _ in "qkv")
     assert contenders.flex_expected(case, (query, key, value)).shape == query.shape
+
+
+def test_a_rival_that_tunes_for_too_long_takes_what_it_chose_at_another_length() -> None:
+    kernel = types.SimpleNamespace(
+        keys=["H_DIM", "N_CTX"],
+        cache={(64, 512, "fp16"): "a", (64, 256, "fp16"): "b", (128, 512, "fp16"): "c"},
+    )
+    contenders.adopt_choices([kernel, "no kernel", types.SimpleNamespace(keys=["x"])], 512, 2048)
+    assert kernel.cache.items() >= {(64, 2048, "fp16"): "a", (128, 2048, "fp16"): "c"}.items()
+    assert len(kernel.cache) == 5
 
 
 def test_what_must_be_asked_for_says_so() -> None:

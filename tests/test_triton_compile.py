@@ -29,6 +29,8 @@ from adasplash2.backends.triton import launch, rows
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Shared memory that a block may ask for, by compute capability."""
 
+LIMITS = {capability: sizes.Limits(shared, capability == 90) for capability, shared in SHARED.items()}
+
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 TYPES = {
@@ -85,7 +87,7 @@ def problem(head_dim: int, dtype: torch.dtype, alpha: float, is_causal: bool) ->
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """What the backend asks to be compiled."""
     asked: list[Launch] = []
-    monkeypatch.setattr(launch, "_scan_programs", lambda device: 264)
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(
         launch,
         "compile_only",
@@ -121,7 +123,7 @@ def test_attention_compiles(
     launches: list[Launch],
 ) -> None:
     asked = problem(head_dim, dtype, alpha, is_causal)
-    config = next(sizes.configs(asked, SHARED[capability]))
+    config = next(sizes.configs(asked, LIMITS[capability]))
     backend.precompile(asked, config)
     assert [kernel.__name__ for kernel, *_ in launches] == [
         *("solve", "output", "output", "grad_query", "grad_query"),
@@ -151,9 +153,9 @@ def test_every_configuration_fits() -> None:
     """Each problem that is not refused has a configuration, also with little shared memory."""
     for dtype in backend.DTYPES:
         for head_dim in (1, 16, 40, 64, 80, 128, 200, 256):
-            for shared in SHARED.values():
-                found = list(sizes.configs(problem(head_dim, dtype, 1.5, True), shared))
-                assert found, (dtype, head_dim, shared)
+            for limits in LIMITS.values():
+                found = list(sizes.configs(problem(head_dim, dtype, 1.5, True), limits))
+                assert found, (dtype, head_dim, limits)
                 assert len({tuple(config.items()) for config in found}) == len(found)
 
 
@@ -174,7 +176,7 @@ def test_what_is_multiplied_in_halves() -> None:
 @pytest.mark.parametrize(("head_dim", "products"), [(15, 4), (16, 3)])
 def test_halves_are_a_product_each(head_dim: int, products: int, launches: list[Launch]) -> None:
     asked = problem(head_dim, torch.bfloat16, 1.5, False)
-    backend.precompile(asked, next(sizes.configs(asked, SHARED[90])))
+    backend.precompile(asked, next(sizes.configs(asked, LIMITS[90])))
     kernel, arguments, options = next(x for x in launches if x[0].__name__ == "grad_query")
     compiled = compile_for(90, kernel, arguments, options)
     loops = 2  # over the entries that need no mask, and the others
@@ -232,7 +234,7 @@ def test_a_launch_finds_the_kernel_compiled_for_its_flags() -> None:
 
 def test_kernels_are_kept_by_layout_of_the_tensors() -> None:
     p = problem(64, torch.bfloat16, 1.5, True)
-    config = next(sizes.configs(p, SHARED[90]))
+    config = next(sizes.configs(p, LIMITS[90]))
     plan = launch._plan(p, tuple(config.items()))
     whole = torch.zeros(1, 4, 1000, 72, dtype=torch.bfloat16)
     views = [whole[..., :64], whole[..., 1:65], whole[..., 8:], whole[:, :, ::2, :64]]

@@ -75,7 +75,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             reasons.append(f"{problem.rows} rows of {problem.length} exceed 2^31 - 1 either way")
     elif max(problem.length_q, problem.length_k) * problem.batch * problem.heads_q > limit:
         reasons.append("the rows of all heads together exceed 2^31 - 1")
-    elif next(sizes.configs(problem, _shared_memory(problem.device)), None) is None:
+    elif next(sizes.configs(problem, _limits(problem.device)), None) is None:
         reasons.append(
             f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs more "
             f"shared memory than a block has on {problem.device}"
@@ -88,7 +88,7 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     if isinstance(problem, RowProblem):
         chunk = min(MAX_ROW_CHUNK, max(16, 1 << (problem.length - 1).bit_length()))
         return [{"chunk": chunk, "warps": max(1, min(8, chunk // 512))}]
-    return list(sizes.configs(problem, _shared_memory(problem.device)))
+    return list(sizes.configs(problem, _limits(problem.device)))
 
 
 def versions() -> Mapping[str, str]:
@@ -183,13 +183,15 @@ def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
     return rows.backward(problem, y, grad_y, config, launch.launch)
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may ask for."""
+def _limits(device: torch.device) -> sizes.Limits:
+    """What the device sets to block sizes."""
     if INTERPRETED:
-        return INTERPRETER_SHARED
+        return sizes.Limits(INTERPRETER_SHARED)
     properties: Any = torch.cuda.get_device_properties(device)
-    optin = getattr(properties, "shared_memory_per_block_optin", None)  # not on ROCm
-    return int(properties.shared_memory_per_block if optin is None else optin)
+    if torch.version.hip is not None:
+        return sizes.Limits(int(properties.shared_memory_per_block))
+    capability = properties.major, properties.minor
+    return sizes.Limits(int(properties.shared_memory_per_block_optin), capability == (9, 0))
 
 
 @functools.cache

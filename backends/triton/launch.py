@@ -37,11 +37,6 @@ MAXIMA_CHUNK = 4096
 LIST_CHUNK = 256
 """Row blocks that the transposition looks at together."""
 
-PROGRAMS_PER_SM = 2
-"""Blocks of the scan that a multiprocessor holds; each owns a slice of tile maxima, so that these
-take memory by the device and not by the square of the length."""
-
-
 CACHED_PLANS = 1024
 
 CACHED_LAYOUTS = 64
@@ -120,8 +115,7 @@ class Plan(NamedTuple):
     layout: sizes.Saved
     shape: sizes.Shape
     opt: sizes.Options
-    options: dict[str, int]
-    scan_options: dict[str, int]
+    options: dict[str, dict[str, int]]
     compiled: dict[Any, Compiled]
 
     def compiled_for(self, tensors: Sequence[Tensor]) -> Compiled:
@@ -140,8 +134,7 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         sizes.Saved(problem, config),
         sizes.Shape.of(problem),
         sizes.Options.of(problem, config),
-        {"num_warps": int(config["warps"]), "num_stages": int(config["stages"])},
-        {"num_warps": int(config["scan_warps"]), "num_stages": int(config["scan_stages"])},
+        {kernel: sizes.launch_options(config, kernel) for kernel in sizes.KERNELS},
         {},
     )
 
@@ -160,7 +153,8 @@ class Call:
         self.plan = plan = _plan(problem, tuple(config.items()))
         self.grid = plan.grid
         self.compiled = plan.compiled_for((*self.inputs, *more))
-        self.programs = min(_scan_programs(problem.device), plan.grid.heads * plan.grid.blocks)
+        programs = sizes.residents(config, "solve") * _multiprocessors(problem.device)
+        self.programs = min(programs, plan.grid.heads * plan.grid.blocks)
         self.arguments: dict[str, Any] = {
             "shape": plan.shape,
             "opt": plan.opt,
@@ -179,9 +173,10 @@ class Call:
         unit = inner == 1 or tensor.shape[3] == 1
         return tensor if unit and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
 
-    def __call__(self, kernel: Any, grid: int, options: dict[str, int], **flags: bool) -> None:
+    def __call__(self, kernel: Any, grid: int, **flags: bool) -> None:
         """Launch ``kernel``. What differs between calls of one plan, and is compiled for, is in
         ``flags``."""
+        options = self.plan.options[kernel.__name__]
         self.arguments.update(flags)
         variant = tuple(flags.values())
         self.run(Launch(kernel, grid, self.arguments, options, self.compiled, variant))
@@ -190,7 +185,7 @@ class Call:
         """For all blocks, and in the way that keeps what is not finite apart for those that need
         it."""
         for safe in (False, True):
-            self(kernel, grid, self.plan.options, **flags, SAFE=safe)
+            self(kernel, grid, **flags, SAFE=safe)
 
     def means(self, out_u: Tensor) -> sizes.Heads:
         """The saved means as a tensor with heads; nothing is behind them without a gradient."""
@@ -242,7 +237,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
         "SPAN": span,
     }
     with on_device(problem.device):
-        call(forward_kernels.solve, call.programs, call.plan.scan_options, COUNT=count)
+        call(forward_kernels.solve, call.programs, COUNT=count)
         call.twice(forward_kernels.output, row_blocks, COUNT=count)
     if not problem.needs_grad:
         saved = saved.new_empty(0)
@@ -282,7 +277,7 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
     with on_device(problem.device):
         call.twice(backward_kernels.grad_query, grid.heads * grid.blocks)
         call.arguments |= by_key
-        call(backward_kernels.transpose_lists, key_tiles, {"num_warps": 4})
+        call(backward_kernels.transpose_lists, key_tiles)
         call.twice(backward_kernels.grad_key_value, key_tiles)
     grad_query, grad_key, grad_value = (grad.to(problem.dtype) for grad in grads)
     return grad_query, grad_key, grad_value
@@ -300,7 +295,7 @@ def tolerance(problem: Problem) -> float:
     return 1e-3 if problem.alpha < 1.5 else 2.0**-21
 
 
-def _scan_programs(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     if sizes.INTERPRETED:
-        return 2
-    return PROGRAMS_PER_SM * int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -18,6 +18,7 @@ from adasplash2.backends.triton.kernels.common import (
     distance,
     distances,
     entries_at,
+    entry_of,
     finite_part,
     head_of,
     is_marked,
@@ -61,8 +62,12 @@ def grad_query_tiles(acc, row_block, grad, delta, spread, keys, values, entries,
                      opt: tl.constexpr, SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds K`` over the entries that need no mask, or the others where EDGE."""
     numbers, open_end, end = entries
-    for index in range(open_end if EDGE else 0, end if EDGE else open_end):
-        first, k, v = load_pair(numbers, index, keys, values, shape, opt, EDGE)
+    start = open_end if EDGE else 0
+    stop = end if EDGE else open_end
+    number = entry_of(numbers, start, stop)
+    for index in range(start, stop):
+        first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
+        number = entry_of(numbers, index + 1, stop)
         x = distances(row_block, k, first, shape, opt, EDGE)
         _, u = weights(x, shape.r, opt)
         dp = matmul(grad, tl.trans(v))
@@ -156,8 +161,12 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
     part: tl.constexpr = opt.block_q // PARTS
     blocks = tl.cdiv(shape.length_q, opt.block_q)
     length = shape.length_q
-    for index in range(open_end * PARTS if EDGE else 0, end * PARTS if EDGE else open_end * PARTS):
-        entry = tl.load(numbers + index // PARTS)
+    start = open_end * PARTS if EDGE else 0
+    stop = end * PARTS if EDGE else open_end * PARTS
+    upcoming = entry_of(numbers, start // PARTS, stop // PARTS)
+    for index in range(start, stop):
+        entry = upcoming
+        upcoming = entry_of(numbers, (index + 1) // PARTS, stop // PARTS)
         member = (entry // blocks).to(tl.int64)
         first_row = (entry % blocks * PARTS + index % PARTS) * part
         q_head = (q_base + member * q_member, q_row)

@@ -174,9 +174,19 @@ def entries_at(lists, counts, number, capacity):
 
 
 @triton.jit
-def load_pair(numbers, index, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+def entry_of(numbers, index, stop):
+    """An entry of a list, zero from ``stop`` on.
+
+    Loops load it an iteration ahead: else Triton waits for a tile as soon as it is asked for, since
+    the entry of the next is asked for behind it.
+    """
+    return tl.load(numbers + index, mask=index < stop, other=0)
+
+
+@triton.jit
+def load_pair(number, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr):
     """``(first_key, k, v)`` of a list's entry."""
-    first = tl.load(numbers + index) * opt.block_k
+    first = number * opt.block_k
     length = shape.length_k
     k = load_tile(keys, first, length, opt.block_k, opt.head_dim, opt.padded, EDGE)
     v = load_tile(values, first, length, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE)
@@ -223,6 +233,17 @@ def halves(x, TYPE: tl.constexpr):
     second."""
     first = x.to(TYPE)
     return first, (x - first.to(tl.float32)).to(TYPE)
+
+
+@triton.jit
+def cut_to(x, TYPE: tl.constexpr):
+    """``x >= 0``, rounded to the digits of a 16-bit type (ties up, below its normal numbers to more
+    than it holds), in fewer and faster instructions than a conversion there and back."""
+    if TYPE == tl.bfloat16 or TYPE == tl.float16:
+        dropped: tl.constexpr = 23 - TYPE.fp_mantissa_width
+        bits = x.to(tl.int32, bitcast=True) + (1 << (dropped - 1))
+        x = (bits & -(1 << dropped)).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit

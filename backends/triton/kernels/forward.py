@@ -16,8 +16,10 @@ from adasplash2.backends.triton.kernels.common import (
     any_of,
     certain_rise,
     count_bad,
+    cut_to,
     distances,
     entries_at,
+    entry_of,
     finite_part,
     guarded,
     head_of,
@@ -153,14 +155,19 @@ def sum_tiles(sums, row_block, keys, entries, shape, opt: tl.constexpr, EDGE: tl
     that need no mask, or the others where EDGE."""
     mass, slope, count = sums
     numbers, open_end, end = entries
-    for index in range(open_end if EDGE else 0, end if EDGE else open_end):
-        first = tl.load(numbers + index) * opt.block_k
+    start = open_end if EDGE else 0
+    stop = end if EDGE else open_end
+    number = entry_of(numbers, start, stop)
+    for index in range(start, stop):
+        first = number * opt.block_k
+        number = entry_of(numbers, index + 1, stop)
         k = load_tile(keys, first, shape.length_k, opt.block_k, opt.head_dim, opt.padded, EDGE)
-        p, u = weights(distances(row_block, k, first, shape, opt, EDGE), shape.r, opt)
+        x = distances(row_block, k, first, shape, opt, EDGE)
+        p, u = weights(x, shape.r, opt)
         mass += tl.sum(p, 1)
         slope += tl.sum(u, 1)
         if opt.alpha == 1.5:
-            count += tl.sum(tl.where(u > 0.0, 1.0, 0.0), 1)
+            count += opt.block_k + tl.sum(x.to(tl.int32, bitcast=True) >> 31, 1)
     return mass, slope, count
 
 
@@ -221,7 +228,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             row_block = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)
             zeros = tl.full((opt.block_q,), 0.0, tl.float32)
-            sums = zeros, zeros, zeros
+            sums = zeros, zeros, zeros.to(tl.int32)
             sums = sum_tiles(sums, row_block, keys, entries, shape, opt, False)
             mass, slope, count = sum_tiles(sums, row_block, keys, entries, shape, opt, True)
             if opt.steep:
@@ -283,7 +290,7 @@ def scaled(u, u_scale, TYPE: tl.constexpr, opt: tl.constexpr):
     if opt.steep:
         u = in_halves(tl.minimum(u, LARGEST), TYPE)
     elif not opt.halved:
-        u = u.to(TYPE).to(tl.float32)
+        u = cut_to(u, TYPE)
     return u
 
 
@@ -295,8 +302,12 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, o
     mask, or the others where EDGE."""
     acc, acc_u, spoiled, mass, slope, kept = sums
     numbers, open_end, end = entries
-    for index in range(open_end if EDGE else 0, end if EDGE else open_end):
-        first, k, v = load_pair(numbers, index, keys, values, shape, opt, EDGE)
+    start = open_end if EDGE else 0
+    stop = end if EDGE else open_end
+    number = entry_of(numbers, start, stop)
+    for index in range(start, stop):
+        first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
+        number = entry_of(numbers, index + 1, stop)
         x = distances(row_block, k, first, shape, opt, EDGE)
         p, u = weights(x, shape.r, opt)
         mass += tl.sum(p, 1)
