@@ -263,7 +263,6 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
         "live": parts["live"],
         "poison": parts["poison"],
         "scale": problem.scores.scale,
-        "shift": (grid.blocks - 1).bit_length(),
         "unsafe": call.empty(most, dtype=torch.int8),
         "delta_out": delta,
         "delta_in": delta,

@@ -120,9 +120,9 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
 
 
 @triton.jit
-def transpose_lists(live, lists, counts, shape, shift, opt: tl.constexpr, CHUNK: tl.constexpr):
-    """Per key tile, the row blocks of its group's heads for which it is live, as ``block`` and from
-    bit ``shift`` on ``member``: first those that see all of it, then those that need the mask."""
+def transpose_lists(live, lists, counts, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """Per key tile, the row blocks of its group's heads for which it is live, as ``member *
+    blocks + block``: first those that see all of it, then those that need the mask."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     blocks = tl.cdiv(shape.length_q, opt.block_q)
     number = tl.program_id(0)
@@ -140,14 +140,13 @@ def transpose_lists(live, lists, counts, shape, shift, opt: tl.constexpr, CHUNK:
             # The end of the keys needs no mask: what lies beyond it is not stored.
             whole = open_tiles(entry % blocks * opt.block_q, tiles * opt.block_k, opt) > tile
             chosen = ((alive != 0) & (whole == (edge == 0))).to(tl.int32)
-            packed = (entry // blocks << shift) + entry % blocks
-            tl.store(numbers + found + tl.cumsum(chosen, 0) - chosen, packed, mask=chosen > 0)
+            tl.store(numbers + found + tl.cumsum(chosen, 0) - chosen, entry, mask=chosen > 0)
             found += tl.sum(chosen, 0)
         tl.store(counts + 2 * number + edge, found)
 
 
 @triton.jit
-def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, shape, shift,
+def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, shape,
                    opt: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
                    SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds^T Q`` and ``p^T dO`` over the entries that need no mask, or the others where EDGE.
@@ -160,6 +159,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
     top_in, t_in, delta_in, spread_in, first_head = thresholds
     numbers, open_end, end = entries
     part: tl.constexpr = opt.block_q // PARTS
+    blocks = tl.cdiv(shape.length_q, opt.block_q)
     length = shape.length_q
     start = open_end * PARTS if EDGE else 0
     stop = end * PARTS if EDGE else open_end * PARTS
@@ -167,8 +167,8 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
     for index in range(start, stop):
         entry = upcoming
         upcoming = entry_of(numbers, (index + 1) // PARTS, stop // PARTS)
-        member = (entry >> shift).to(tl.int64)
-        first_row = ((entry & ((1 << shift) - 1)) * PARTS + index % PARTS) * part
+        member = (entry // blocks).to(tl.int64)
+        first_row = (entry % blocks * PARTS + index % PARTS) * part
         q_head = (q_base + member * q_member, q_row)
         q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, True)
         g_head = (g_base + member * g_member, g_row)
@@ -196,7 +196,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
 
 @triton.jit
 def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in, lists, counts,
-                   poison, grad_k, grad_v, unsafe, shape, shift, scale, opt: tl.constexpr,
+                   poison, grad_k, grad_v, unsafe, shape, scale, opt: tl.constexpr,
                    PARTS: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """``dK`` and ``dV`` of a key tile."""
     number = tl.program_id(0)
@@ -229,7 +229,7 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
     for edge in tl.static_range(2):
         sums = grad_key_tiles(
             sums, k, v, first_key, (q_base, query.head, q_row), (g_base, grad_out.head, g_row),
-            thresholds, entries, shape, shift, opt, prob_scale, PARTS, SAFE, edge == 1,
+            thresholds, entries, shape, opt, prob_scale, PARTS, SAFE, edge == 1,
         )  # fmt: skip
     acc_k, acc_v, spoiled = sums
     poisoned = (at_key - kv_row.to(tl.int64) * length < tl.load(poison + kv_row))[:, None]
