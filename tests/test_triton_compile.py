@@ -3,6 +3,7 @@ and what the package promises without a GPU."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -137,6 +138,28 @@ def test_attention_compiles(
         assert compiled.metadata.shared <= SHARED[capability], kernel.__name__
         if dtype != torch.float32 and kernel.__name__ != "transpose_lists":
             assert TENSOR_CORES[capability] in compiled.asm["ptx"], kernel.__name__
+
+
+def test_tiles_are_asked_for_before_those_in_use_are_done_with(launches: list[Launch]) -> None:
+    """A loop that waits for all it has asked for has nothing on the way while it computes."""
+    asked = problem(64, torch.bfloat16, 1.5, True)
+    backend.precompile(asked, next(sizes.configs(asked, LIMITS[90])))
+    for kernel, arguments, options in launches:
+        if kernel.__name__ not in ("solve", "output", "grad_query") or arguments.get("SAFE"):
+            continue
+        code = compile_for(90, kernel, arguments, options).asm["ttgir"]
+        in_loops = re.findall(r"async_wait %.* \{num = (\d+) : i32\}", code)
+        assert len(in_loops) == (4 if kernel.__name__ == "solve" else 2)
+        assert "0" not in in_loops, kernel.__name__
+
+
+def test_registers_are_limited_where_that_was_measured() -> None:
+    narrow, wide = (problem(width, torch.bfloat16, 1.5, True) for width in (64, 128))
+    for asked, capability, expected in ((narrow, 90, 3), (narrow, 80, 2), (wide, 90, 2)):
+        config = next(sizes.configs(asked, LIMITS[capability]))
+        assert sizes.residents(config, "solve") == expected
+        assert ("maxnreg" in sizes.launch_options(config, "output")) == (expected == 3)
+        assert "maxnreg" not in sizes.launch_options(config, "grad_key_value")
 
 
 @pytest.mark.parametrize("alpha", [1.5, 1.25, 3.0])

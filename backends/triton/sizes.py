@@ -153,6 +153,7 @@ class RowOptions(NamedTuple):
 
     alpha: float
     steep: bool
+    exact: bool = True
 
     @classmethod
     def of(cls, problem: RowProblem) -> RowOptions:

@@ -313,12 +313,19 @@ def distances(row_block, k, first_key, shape, opt: tl.constexpr, EDGE: tl.conste
 
 
 @triton.jit
-def positive(x):
-    """``x`` where it is above zero, else zero, also for NaN."""
+def positive(x, opt: tl.constexpr):
+    """``x`` where it is above zero, else zero, also for NaN.
+
+    It is above one by rounding alone. Cut there, where not ``opt.exact``, NVIDIA's assembler puts
+    both limits into the instruction before; a maximum takes two.
+    """
     if INTERPRETED:  # whose maximum keeps NaN, against the definition
-        return tl.where(x > 0.0, x, 0.0)
+        x = tl.where(x > 0.0, x, 0.0)
     else:
-        return tl.maximum(x, 0.0)
+        x = tl.maximum(x, 0.0)
+    if not opt.exact:
+        x = tl.minimum(x, 1.0)
+    return x
 
 
 @triton.jit
@@ -340,10 +347,10 @@ def power(x, exponent):
 def weights(x, r, opt: tl.constexpr):
     """``p`` and ``u`` of distances ``x``; zeros where ``x`` is not above zero, also for NaN."""
     if opt.alpha == 1.5:
-        u = positive(x)
+        u = positive(x, opt)
         p = u * u
     elif opt.alpha == 2.0:
-        p = positive(x)
+        p = positive(x, opt)
         u = tl.where(x > 0.0, 1.0, 0.0)
     else:
         inside = tl.where(x > 0.0, x, 1.0)
