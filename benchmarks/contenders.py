@@ -287,9 +287,10 @@ def _tune_v2(v2: Any, case: AttentionCase, *tensors: Tensor) -> None:
 def adopt_choices(kernels: Iterable[Any], chosen_for: int, length: int) -> None:
     """Make the Triton kernels that tune by ``N_CTX`` take at ``length`` what they chose."""
     for kernel in kernels:
-        if "N_CTX" not in getattr(kernel, "keys", ()):
+        keys = getattr(kernel, "keys", None)
+        if not isinstance(keys, list) or "N_CTX" not in keys:
             continue
-        place = kernel.keys.index("N_CTX")
+        place = keys.index("N_CTX")
         for key, config in list(kernel.cache.items()):
             if key[place] == chosen_for:
                 kernel.cache[*key[:place], length, *key[place + 1 :]] = config

@@ -132,6 +132,11 @@ class Case:
         """Grows as the time of a dense solution does."""
         raise NotImplementedError
 
+    def shape(self) -> Case:
+        """What those who tune or compile for it do not do again for: the same for cases that
+        differ in their numbers alone."""
+        return self
+
     def generator(self, seed: int = 1) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed)
 
@@ -162,6 +167,9 @@ class AttentionCase(Case):
     def __str__(self) -> str:
         shape = f"length {self.length}, {self.heads} heads of {self.head_dim}"
         return f"{self.dtype}, {shape}, {self.data_words()}"
+
+    def shape(self) -> AttentionCase:
+        return dataclasses.replace(self, sharpness=1.0, layer=0, block_sparsity=0.0)
 
     def data_words(self) -> str:
         """Its data, in words."""
@@ -226,7 +234,7 @@ class Contender:
         refusal: takes a case on one of them, says in a sentence what is against it, or None.
         softmax: whether it computes softmax instead of entmax.
         tunes: whether it compiles or tunes anew for each shape. It is then checked on the shape
-            that is timed, not on the short case, and each case is reckoned to cost that again.
+            that is timed, not on the short case, and each shape is reckoned to cost that again.
         reference: what it computes, of a case and the tensors of its first positions, in float64;
             None where that is the case's softmax or entmax.
     """
@@ -384,7 +392,15 @@ class Budget:
 
     def saw(self, case: Case, contender: Contender, seconds: float, compiling: float = 0.0) -> None:
         """Notes what a call of each mode takes together, and what the next shape takes beside."""
-        self._seen[contender.name, case.dtype] = _Seen(case.work(), seconds, compiling)
+        key = contender.name, case.dtype
+        before = self._seen.get(key)
+        if before and before.shape == case.shape():
+            compiling = max(compiling, before.compiling)
+        self._seen[key] = _Seen(case.shape(), case.work(), seconds, compiling)
+
+    def saw_fail(self, case: Case, contender: Contender, seconds: float) -> None:
+        """Notes what a warm-up took that came to nothing."""
+        self._seen[contender.name, case.dtype] = _Seen(None, case.work(), 0.0, seconds)
 
     def used(self, contender: Contender, seconds: float) -> None:
         self._used[contender.name] = self._used.get(contender.name, 0.0) + seconds
@@ -401,7 +417,9 @@ class Budget:
             calls = WARM_UPS[case.device]
             if call > BUDGET_MS / 1e3:
                 calls = min(calls, 2)
-            warm_up = seen.compiling + calls * call
+            warm_up = calls * call
+            if case.shape() != seen.shape:
+                warm_up += seen.compiling
             if warm_up >= self.for_warm_up():
                 return (
                     f"would take about {warm_up:.0f} s to warm up; left are {left:.0f} s of "
@@ -413,6 +431,7 @@ class Budget:
 class _Seen(NamedTuple):
     """What a contender's last case took, in seconds."""
 
+    shape: Case | None  # None: not compiled for
     work: float
     seconds: float
     compiling: float
@@ -585,7 +604,7 @@ def _warm_up(case: Case, contender: Contender, inputs: Inputs, budget: Budget) -
             took = time.monotonic() - began
             budget.used(contender, took)
             if isinstance(failed, TimeoutError):
-                budget.saw(case, contender, 0.0, took)
+                budget.saw_fail(case, contender, took)
             # SDPA says in warnings why an implementation does not run.
             words = dict.fromkeys(str(w.message).partition(" (Triggered")[0] for w in said)
             raise _Failed(" ".join([_words(failed), *words])) from failed

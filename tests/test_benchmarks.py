@@ -148,7 +148,7 @@ def test_a_rival_that_tunes_for_too_long_takes_what_it_chose_at_another_length()
         keys=["H_DIM", "N_CTX"],
         cache={(64, 512, "fp16"): "a", (64, 256, "fp16"): "b", (128, 512, "fp16"): "c"},
     )
-    contenders.adopt_choices([kernel, "no kernel", types.SimpleNamespace(keys=["x"])], 512, 2048)
+    contenders.adopt_choices([kernel, "none", {}, types.SimpleNamespace(keys=["x"])], 512, 2048)
     assert kernel.cache.items() >= {(64, 2048, "fp16"): "a", (128, 2048, "fp16"): "c"}.items()
     assert len(kernel.cache) == 5
 
@@ -230,11 +230,14 @@ def test_compiling_takes_at_most_half_of_what_is_left() -> None:
 
 @pytest.mark.parametrize("tunes", [True, False])
 def test_who_compiles_each_shape_is_charged_for_it(tunes: bool) -> None:
-    """Who compiles once takes part in later cases, whatever that took."""
+    """Who compiles once takes part in later cases, whatever that took; and all in those of the same
+    shape."""
     contender = harness.Contender("compiled", failing, tunes=tunes)
-    case, budget = blocks(128, 0.0), harness.Budget(100.0)
+    budget = harness.Budget(200.0, limit=50.0)
     times = {mode: [1.0] for mode in (*harness.MODES, harness.BACKWARD)}
-    harness._Entrant(case, contender, case.inputs(), 0.0, 60.0, times).tell(budget)
+    for case, warm_up in ((blocks(128, 0.0), 60.0), (blocks(128, 0.5), 0.1)):
+        assert budget.why_not(case, contender) is None
+        harness._Entrant(case, contender, case.inputs(), 0.0, warm_up, times).tell(budget)
     assert (budget.why_not(blocks(256, 0.0), contender) is not None) is tunes
 
 
