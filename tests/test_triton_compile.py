@@ -30,7 +30,7 @@ from adasplash2.backends.triton import launch, rows
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Shared memory that a block may ask for, by compute capability."""
 
-LIMITS = {capability: sizes.Limits(shared, capability == 90) for capability, shared in SHARED.items()}
+LIMITS = {arch: sizes.Limits(shared, arch == 90) for arch, shared in SHARED.items()}
 
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 

@@ -28,6 +28,7 @@ from adasplash2.backends.triton.kernels.common import (
     mark_rows,
     matmul,
     open_tiles,
+    portion,
     row_block_at,
     rows_at,
     scores,
@@ -61,9 +62,7 @@ def score_gradient(x, u, dp, delta, spread, opt: tl.constexpr, SAFE: tl.constexp
 def grad_query_tiles(acc, row_block, grad, delta, spread, keys, values, entries, shape,
                      opt: tl.constexpr, SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds K`` over the entries that need no mask, or the others where EDGE."""
-    numbers, open_end, end = entries
-    start = open_end if EDGE else 0
-    stop = end if EDGE else open_end
+    numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
@@ -157,16 +156,14 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
     q_base, q_member, q_row = queries
     g_base, g_member, g_row = grads
     top_in, t_in, delta_in, spread_in, first_head = thresholds
-    numbers, open_end, end = entries
+    numbers, start, stop = portion(entries, EDGE)
     part: tl.constexpr = opt.block_q // PARTS
     blocks = tl.cdiv(shape.length_q, opt.block_q)
     length = shape.length_q
-    start = open_end * PARTS if EDGE else 0
-    stop = end * PARTS if EDGE else open_end * PARTS
-    upcoming = entry_of(numbers, start // PARTS, stop // PARTS)
-    for index in range(start, stop):
+    upcoming = entry_of(numbers, start, stop)
+    for index in range(start * PARTS, stop * PARTS):
         entry = upcoming
-        upcoming = entry_of(numbers, (index + 1) // PARTS, stop // PARTS)
+        upcoming = entry_of(numbers, (index + 1) // PARTS, stop)
         member = (entry // blocks).to(tl.int64)
         first_row = (entry % blocks * PARTS + index % PARTS) * part
         q_head = (q_base + member * q_member, q_row)

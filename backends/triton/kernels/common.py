@@ -174,6 +174,13 @@ def entries_at(lists, counts, number, capacity):
 
 
 @triton.jit
+def portion(entries, EDGE: tl.constexpr):
+    """The list, and where in it those that need no mask begin and end, or the others where EDGE."""
+    numbers, open_end, end = entries
+    return numbers, open_end if EDGE else 0, end if EDGE else open_end
+
+
+@triton.jit
 def entry_of(numbers, index, stop):
     """An entry of a list, zero from ``stop`` on.
 
@@ -239,7 +246,7 @@ def halves(x, TYPE: tl.constexpr):
 def cut_to(x, TYPE: tl.constexpr):
     """``x >= 0``, rounded to the digits of a 16-bit type (ties up, below its normal numbers to more
     than it holds), in fewer and faster instructions than a conversion there and back."""
-    if TYPE == tl.bfloat16 or TYPE == tl.float16:
+    if tl.bfloat16 == TYPE or tl.float16 == TYPE:
         dropped: tl.constexpr = 23 - TYPE.fp_mantissa_width
         bits = x.to(tl.int32, bitcast=True) + (1 << (dropped - 1))
         x = (bits & -(1 << dropped)).to(tl.float32, bitcast=True)
@@ -319,10 +326,8 @@ def positive(x, opt: tl.constexpr):
     It is above one by rounding alone. Cut there, where not ``opt.exact``, NVIDIA's assembler puts
     both limits into the instruction before; a maximum takes two.
     """
-    if INTERPRETED:  # whose maximum keeps NaN, against the definition
-        x = tl.where(x > 0.0, x, 0.0)
-    else:
-        x = tl.maximum(x, 0.0)
+    # The interpreter's maximum keeps NaN, against the definition.
+    x = tl.where(x > 0.0, x, 0.0) if INTERPRETED else tl.maximum(x, 0.0)
     if not opt.exact:
         x = tl.minimum(x, 1.0)
     return x

@@ -35,6 +35,7 @@ from adasplash2.backends.triton.kernels.common import (
     mark_rows,
     matmul,
     open_tiles,
+    portion,
     rise,
     row_block_at,
     scores,
@@ -154,9 +155,7 @@ def sum_tiles(sums, row_block, keys, entries, shape, opt: tl.constexpr, EDGE: tl
     """Add ``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support over the entries
     that need no mask, or the others where EDGE."""
     mass, slope, count = sums
-    numbers, open_end, end = entries
-    start = open_end if EDGE else 0
-    stop = end if EDGE else open_end
+    numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
         first = number * opt.block_k
@@ -301,9 +300,7 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, o
     """Add values weighted by ``p``, and by ``u`` where GRADIENT, over the entries that need no
     mask, or the others where EDGE."""
     acc, acc_u, spoiled, mass, slope, kept = sums
-    numbers, open_end, end = entries
-    start = open_end if EDGE else 0
-    stop = end if EDGE else open_end
+    numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
