@@ -212,6 +212,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     saved[layout.cleared :].zero_()
     block_q = int(call.config["block_q"])
     span = int(call.config["span"])
+    # A slice for each program, so that they take memory by the device, not by the length squared.
     maxima = call.programs * -(-call.grid.tiles // span) * span * block_q
     count = counted is not None
     call.arguments |= {
