@@ -296,6 +296,7 @@ def tolerance(problem: Problem) -> float:
     return 1e-3 if problem.alpha < 1.5 else 2.0**-21
 
 
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if sizes.INTERPRETED:
         return 1

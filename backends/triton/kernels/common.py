@@ -403,11 +403,13 @@ def leap(mass, slope, count):
 
 @triton.jit
 def is_near(mass, slope, most, tolerance):
-    """Whether ``sum p`` is one within ``tolerance`` after a :func:`leap`, about ``d = (mass - 1) /
-    (2 slope)`` long. It takes ``p`` of a key that enters or leaves for at most ``d^2`` more or
-    less; ``most`` is how many can: the size of the support below the root."""
+    """Whether ``sum p`` is one within ``tolerance`` as it is, or after a :func:`leap`, about ``d =
+    (mass - 1) / (2 slope)`` long. It takes ``p`` of a key that enters or leaves for at most ``d^2``
+    more or less; ``most`` is how many can: the size of the support below the root, infinite where
+    no ``t`` below it was seen."""
     error = mass - 1.0
-    return error * error * most < 4.0 * tolerance * slope * slope
+    near = error * error * most < 4.0 * tolerance * slope * slope
+    return near | (tl.abs(error) <= tolerance)
 
 
 @triton.jit

@@ -215,7 +215,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         )
         lo = t
         hi = tl.where(pending, HIGHEST, INFINITY)
-        most = tl.full((opt.block_q,), 0.0, tl.float32)
+        most = tl.full((opt.block_q,), INFINITY, tl.float32)
         steps = tl.full((opt.block_q,), 0, tl.int32)
         step = 0
         waiting = any_of(pending)
