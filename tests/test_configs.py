@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 
 import pytest
 import reference
@@ -75,6 +76,46 @@ def test_more_tiles_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> Non
     config = {**backend.configs(problem_of(case, inputs))[0], "block_q": 32, "block_k": 16}
     monkeypatch.setattr(launch, "MAXIMA_CHUNK", 2 * 32)
     got = forward_and_backward(backend, case, inputs, config)
+    assert_agrees(case, inputs, got)
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Lets the Triton backend cut lists of key tiles into short pieces; how many it made."""
+    if "triton" not in usable_backends():
+        pytest.skip("the Triton backend cannot run here")
+    from adasplash2.backends.triton import launch, sizes
+
+    made: list[int] = []
+    run = launch.launch
+
+    def watched(asked: launch.Launch) -> None:
+        run(asked)
+        if asked.kernel.__name__ == "cut_lists":
+            made.append(int(asked.arguments["cuts"][-1]))
+
+    monkeypatch.setattr(launch, "launch", watched)
+    monkeypatch.setattr(sizes, "SHORTEST_PIECE", 1)
+    monkeypatch.setattr(sizes, "PIECES", 64)
+    launch._plan.cache_clear()  # has kernels compiled for other numbers
+    yield made
+    launch._plan.cache_clear()
+
+
+@pytest.mark.parametrize("heads_kv", [2, 1])
+def test_a_key_that_all_rows_keep(heads_kv: int, cut: list[int]) -> None:
+    """The lists of its tile are longer than all others."""
+    backend = module_of("triton")
+    case = Case(
+        "sink", length_q=150, length_k=150, is_causal=True, heads_q=2, heads_kv=heads_kv, batch=1
+    )
+    inputs = case.inputs(device_of(backend.name))
+    inputs.key[:, :, 3] = 0.0
+    inputs.key[..., 3, 0] = 4.0
+    inputs.query[..., 0] = 4.0
+    config = {**backend.configs(problem_of(case, inputs))[0], "block_q": 16, "block_k": 16}
+    got = forward_and_backward(backend, case, inputs, config)
+    assert cut[0] > 10
     assert_agrees(case, inputs, got)
 
 

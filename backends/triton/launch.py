@@ -37,6 +37,12 @@ MAXIMA_CHUNK = 4096
 LIST_CHUNK = 256
 """Row blocks that the transposition looks at together."""
 
+TILES_CHUNK = 1024
+"""Key tiles whose lists are cut together."""
+
+ADDED_ROWS = 16
+"""Keys for which a program adds the sums of pieces."""
+
 CACHED_PLANS = 1024
 
 CACHED_LAYOUTS = 64
@@ -271,7 +277,18 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
         "CHUNK": LIST_CHUNK,
         "PARTS": int(call.config["parts"]),
     }
+    pieces = sizes.most_pieces(grid, _multiprocessors(problem.device))
+    block_k = int(call.config["block_k"])
+    across = sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v)
     by_key = {
+        "key_tiles": key_tiles,
+        "cuts": call.empty(key_tiles + 1, dtype=torch.int32),
+        "owners": call.empty(pieces + 1, dtype=torch.int32),
+        "partials": call.empty(pieces * block_k * across, dtype=torch.float32),
+        "MOST": pieces,
+        "SHORTEST": sizes.SHORTEST_PIECE,
+        "TILES": TILES_CHUNK,
+        "ROWS": ADDED_ROWS,
         "lists": call.empty(key_tiles * grid.group * grid.blocks, dtype=torch.int32),
         "counts": call.empty(key_tiles * 2, dtype=torch.int32),
     }
@@ -279,7 +296,12 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
         call.twice(backward_kernels.grad_query, grid.heads * grid.blocks)
         call.arguments |= by_key
         call(backward_kernels.transpose_lists, key_tiles)
-        call.twice(backward_kernels.grad_key_value, key_tiles)
+        if pieces:
+            call(backward_kernels.cut_lists, 1)
+        call(backward_kernels.grad_key_value, pieces + key_tiles, SAFE=False)
+        if pieces:
+            call(backward_kernels.add_pieces, pieces * (block_k // ADDED_ROWS))
+        call(backward_kernels.grad_key_value, key_tiles, SAFE=True)
     grad_query, grad_key, grad_value = (grad.to(problem.dtype) for grad in grads)
     return grad_query, grad_key, grad_value
 

@@ -191,21 +191,115 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
     return acc_k, acc_v, spoiled
 
 
+@triton.jit(do_not_specialize=["key_tiles"])
+def cut_lists(counts, cuts, owners, key_tiles, MOST: tl.constexpr, SHORTEST: tl.constexpr,
+              TILES: tl.constexpr):  # fmt: skip
+    """Cut long lists of key tiles into pieces, at most MOST in all.
+
+    ``cuts``: per key tile, the pieces of the tiles before it; and of all. A list that stays whole
+    has none. ``owners``: per piece, its tile; and at MOST the number of pieces.
+    """
+    total = 0
+    for first in range(0, key_tiles, TILES):
+        tiles = first + tl.arange(0, TILES)
+        total += tl.sum(tl.load(counts + 2 * tiles + 1, mask=tiles < key_tiles, other=0), 0)
+    # No piece is shorter, so that there are no more than MOST.
+    length = tl.maximum(tl.cdiv(total, MOST), SHORTEST)
+    found = 0
+    for first in range(0, key_tiles, TILES):
+        tiles = first + tl.arange(0, TILES)
+        count = tl.load(counts + 2 * tiles + 1, mask=tiles < key_tiles, other=0)
+        pieces = count // length
+        pieces = tl.where(pieces > 1, pieces, 0)
+        slots = found + tl.cumsum(pieces, 0) - pieces
+        tl.store(cuts + tiles, slots, mask=tiles < key_tiles)
+        for piece in range(0, tl.max(pieces, 0)):
+            tl.store(owners + slots + piece, tiles, mask=piece < pieces)
+        found += tl.sum(pieces, 0)
+    tl.store(cuts + key_tiles, found)
+    tl.store(owners + MOST, found)
+
+
+@triton.jit
+def work_of(program, cuts, owners, MOST: tl.constexpr):
+    """``(tile, piece, pieces)`` of a program: the first MOST have a piece each, the others a list
+    that is whole. A tile of -1: nothing to do."""
+    cut = program < MOST
+    owner = tl.load(owners + program, mask=program < tl.load(owners + MOST), other=-1)
+    tile = tl.where(cut, owner, program - MOST)
+    first = tl.load(cuts + tile, mask=tile >= 0, other=0)
+    pieces = tl.load(cuts + tile + 1, mask=tile >= 0, other=0) - first
+    nothing = (not cut) & (pieces > 0)
+    return tl.where(nothing, -1, tile), tl.where(cut, program - first, 0), pieces
+
+
+@triton.jit
+def piece_of(entries, piece, pieces):
+    """The entries of one of the pieces of a list."""
+    numbers, open_end, end = entries
+    first = piece * end // pieces
+    count = (piece + 1) * end // pieces - first
+    return numbers + first, tl.minimum(tl.maximum(open_end - first, 0), count), count
+
+
+@triton.jit
+def partial_sums(partials, slot, first_row, ROWS: tl.constexpr, opt: tl.constexpr):
+    """Pointers to rows of the sums for keys and for values of the piece in a slot."""
+    rows = (slot * opt.block_k + first_row + tl.arange(0, ROWS))[:, None]
+    base = partials + rows * (opt.padded + opt.padded_v)
+    of_keys = base + tl.arange(0, opt.padded)[None, :]
+    return of_keys, base + opt.padded + tl.arange(0, opt.padded_v)[None, :]
+
+
+@triton.jit
+def store_keys(acc_k, acc_v, spoiled, at_head, first_key, poison, grad_k, grad_v, unsafe, shape,
+               scale, ROWS: tl.constexpr, opt: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+    """Store ``dK`` and ``dV`` of ROWS keys from their sums, and mark what is not finite."""
+    kv_row, batch, kv_head = at_head
+    prob_scale: tl.constexpr = PROB_SCALE if grad_v.base.dtype.element_ty == tl.float16 else 1.0
+    at_key, inside = rows_at(kv_row, first_key, shape.length_k, ROWS)
+    length = shape.length_k
+    poisoned = (at_key - kv_row.to(tl.int64) * length < tl.load(poison + kv_row))[:, None]
+    result_k = tl.where(poisoned, float("nan"), acc_k * scale)
+    result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
+    if SAFE:
+        result_v = tl.where(spoiled > 0.0, float("nan"), result_v)
+    head = head_of(grad_k, batch, kv_head)
+    store_tile(head, first_key, length, result_k, ROWS, opt.head_dim, opt.padded)
+    head = head_of(grad_v, batch, kv_head)
+    store_tile(head, first_key, length, result_v, ROWS, opt.head_dim_v, opt.padded_v)
+    if not SAFE:
+        # One mark for both: a sum that overflows costs time alone.
+        mark_rows(unsafe + at_key, result_k + tl.sum(result_v, 1)[:, None], inside)
+
+
+@triton.jit
+def tile_at(number, shape, opt: tl.constexpr):
+    """``(kv_row, batch, kv_head)`` and the first key of a key tile."""
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    heads_kv = shape.heads_q // shape.group
+    kv_row = number // tiles
+    return (kv_row, kv_row // heads_kv, kv_row % heads_kv), number % tiles * opt.block_k
+
+
 @triton.jit
 def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in, lists, counts,
-                   poison, grad_k, grad_v, unsafe, shape, scale, opt: tl.constexpr,
-                   PARTS: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
-    """``dK`` and ``dV`` of a key tile."""
+                   cuts, owners, partials, poison, grad_k, grad_v, unsafe, shape, scale,
+                   opt: tl.constexpr, PARTS: tl.constexpr, MOST: tl.constexpr,
+                   SAFE: tl.constexpr):  # fmt: skip
+    """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
     number = tl.program_id(0)
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
-    kv_row = number // tiles
-    first_key = number % tiles * opt.block_k
+    piece = 0
+    pieces = 0
+    if MOST and not SAFE:
+        number, piece, pieces = work_of(number, cuts, owners, MOST)
+        if number < 0:
+            return
+    at_head, first_key = tile_at(number, shape, opt)
+    kv_row, batch, kv_head = at_head
     at_key, inside = rows_at(kv_row, first_key, shape.length_k, opt.block_k)
     if SAFE and not is_marked(unsafe + at_key, inside):
         return
-    heads_kv = shape.heads_q // shape.group
-    batch = kv_row // heads_kv
-    kv_head = kv_row % heads_kv
     first_head = kv_head * shape.group
     prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     length = shape.length_k
@@ -215,6 +309,8 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
     v = load_tile(values, first_key, length, opt.block_k, opt.head_dim_v, opt.padded_v, True)
     capacity = shape.group * tl.cdiv(shape.length_q, opt.block_q)
     entries = entries_at(lists, counts, number, capacity)
+    if MOST and not SAFE:
+        entries = piece_of(entries, piece, tl.maximum(pieces, 1))
     q_base, q_row = head_of(query, batch, first_head)
     g_base, g_row = head_of(grad_out, batch, first_head)
     thresholds = (top_in, t_in, delta_in, spread_in, kv_row * shape.group)
@@ -229,22 +325,35 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
             thresholds, entries, shape, opt, prob_scale, PARTS, SAFE, edge == 1,
         )  # fmt: skip
     acc_k, acc_v, spoiled = sums
-    poisoned = (at_key - kv_row.to(tl.int64) * length < tl.load(poison + kv_row))[:, None]
-    result_k = tl.where(poisoned, float("nan"), acc_k * scale)
-    result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
-    if SAFE:
-        result_v = tl.where(spoiled > 0.0, float("nan"), result_v)
-    store_tile(
-        head_of(grad_k, batch, kv_head),
-        first_key,
-        length,
-        result_k,
-        opt.block_k,
-        opt.head_dim,
-        opt.padded,
-    )
-    w_head = head_of(grad_v, batch, kv_head)
-    store_tile(w_head, first_key, length, result_v, opt.block_k, opt.head_dim_v, opt.padded_v)
-    if not SAFE:
-        # One mark for both: a sum that overflows costs time alone.
-        mark_rows(unsafe + at_key, result_k + tl.sum(result_v, 1)[:, None], inside)
+    if pieces > 0:
+        slot = tl.load(cuts + number) + piece
+        of_keys, of_values = partial_sums(partials, slot, 0, opt.block_k, opt)
+        tl.store(of_keys, acc_k)
+        tl.store(of_values, acc_v)
+    else:
+        store_keys(acc_k, acc_v, spoiled, at_head, first_key, poison, grad_k, grad_v, unsafe, shape,
+                   scale, opt.block_k, opt, SAFE)  # fmt: skip
+
+
+@triton.jit
+def add_pieces(cuts, owners, partials, poison, grad_k, grad_v, unsafe, shape, scale,
+               opt: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """``dK`` and ``dV`` of ROWS keys of a tile whose list is cut, from its pieces in order."""
+    parts: tl.constexpr = opt.block_k // ROWS
+    slot = tl.program_id(0) // parts
+    if slot >= tl.load(owners + MOST):
+        return
+    number = tl.load(owners + slot)
+    if slot != tl.load(cuts + number):
+        return
+    first_row = tl.program_id(0) % parts * ROWS
+    acc_k = tl.full((ROWS, opt.padded), 0.0, tl.float32)
+    acc_v = tl.full((ROWS, opt.padded_v), 0.0, tl.float32)
+    # Unrolled, so that several pieces are on the way.
+    for piece in tl.range(slot, tl.load(cuts + number + 1), loop_unroll_factor=4):
+        of_keys, of_values = partial_sums(partials, piece, first_row, ROWS, opt)
+        acc_k += tl.load(of_keys)
+        acc_v += tl.load(of_values)
+    at_head, first_key = tile_at(number, shape, opt)
+    store_keys(acc_k, acc_v, acc_v, at_head, first_key + first_row, poison, grad_k, grad_v, unsafe,
+               shape, scale, ROWS, opt, False)  # fmt: skip
