@@ -364,7 +364,14 @@ def _table() -> Iterator[Case]:
     # Rows of one key, whose weight `u` is off one as their large scores are rounded.
     yield Case("huge_negative-alpha1.25-bfloat16", data="huge_negative", alpha=1.25,
                dtype=BFLOAT16, is_causal=True)  # fmt: skip
-    yield Case("sink-long", data="sink", length_q=1100, length_k=1100, is_causal=True, heads_q=1)
+    # Keys that nearly all of many rows keep, and what is not finite among their sums.
+    sink = Case("sink-long", data="sink", length_q=1100, length_k=1100, is_causal=True, heads_q=1)
+    grouped = replace(sink, heads_q=4, heads_kv=1, head_dim=64)
+    yield sink
+    yield replace(grouped, name="sink-long-gqa-bfloat16", dtype=BFLOAT16)
+    yield replace(grouped, name="sink-long-gqa-float16", dtype=FLOAT16, alpha=2.0)
+    yield replace(sink, name="nan_key-long-bfloat16", data="nan_key", dtype=BFLOAT16)
+    yield replace(sink, name="nan_value-long", data="nan_value", heads_q=2)
 
     # Flat rows: supports of over 512, over 1,024 and about half of all keys.
     flat = Case("flat", length_q=70, length_k=1500, sharpness=0.01)

@@ -126,7 +126,7 @@ def test_cuda_graphs_capture_forward_and_backward(name: str) -> None:
     backend = module_of(name)
     if backend.name == "cpu":
         pytest.skip("a graph holds kernels of the GPU")
-    case = Case("graph", length_q=300, length_k=300, is_causal=True, dtype=BFLOAT16, head_dim=64)
+    case = Case("graph", length_q=1100, length_k=1100, is_causal=True, dtype=BFLOAT16, head_dim=64)
     inputs = case.inputs("cuda")
     config = backend.configs(problem_of(case, inputs))[0]
     forward_and_backward(backend, case, inputs, config)  # compiles
