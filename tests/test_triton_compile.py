@@ -3,6 +3,7 @@ and what the package promises without a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -151,6 +152,28 @@ def test_tiles_are_asked_for_before_those_in_use_are_done_with(launches: list[La
         in_loops = re.findall(r"async_wait %.* \{num = (\d+) : i32\}", code)
         assert len(in_loops) == (4 if kernel.__name__ == "solve" else 2)
         assert "0" not in in_loops, kernel.__name__
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "cut"),
+    [(200, 4, False), (2048, 4, True), (4096, 16, True), (16384, 16, False)],
+    ids=["short", "long", "longer", "many"],
+)
+def test_lists_are_cut_where_they_are_long_and_few(
+    length: int, heads: int, cut: bool, launches: list[Launch]
+) -> None:
+    asked = dataclasses.replace(
+        problem(64, torch.bfloat16, 1.5, True),
+        **dict.fromkeys(("heads_q", "heads_kv"), heads),
+        **dict.fromkeys(("length_q", "length_k"), length),
+    )
+    backend.precompile(asked, next(sizes.configs(asked, LIMITS[90])))
+    names = [kernel.__name__ for kernel, *_ in launches]
+    assert ("cut_lists" in names) == ("add_pieces" in names) == cut
+    kernel, arguments, options = launches[names.index("grad_key_value")]
+    assert (arguments["MOST"] > 0) == cut
+    compiled = compile_for(90, kernel, arguments, options)
+    assert TENSOR_CORES[90] in compiled.asm["ptx"]
 
 
 def test_registers_are_limited_where_that_was_measured() -> None:
