@@ -128,8 +128,8 @@ class Shape(NamedTuple):
 class Options(NamedTuple):
     """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
     closed form; ``exact`` asks for scores relative to their row's maximum, to float32's round-off
-    also where they are large; ``steep``: see :func:`is_steep`; ``halved``: see
-    :func:`is_halved`."""
+    also where they are large; ``steep``: see :func:`is_steep`; ``shallow``: see
+    :func:`is_shallow`; ``halved``: see :func:`is_halved`."""
 
     block_q: int
     block_k: int
@@ -142,6 +142,7 @@ class Options(NamedTuple):
     alpha: float
     exact: bool
     steep: bool
+    shallow: bool
     halved: bool
 
     @classmethod
@@ -156,8 +157,9 @@ class Options(NamedTuple):
             causal=problem.scores.is_causal,
             sign=(problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
             alpha=compiled_alpha(problem.alpha),
-            exact=problem.dtype == torch.float32 or is_steep(problem.alpha),
+            exact=problem.dtype == torch.float32 or compiled_alpha(problem.alpha) == 0.0,
             steep=is_steep(problem.alpha),
+            shallow=is_shallow(problem.alpha),
             halved=is_halved(problem),
         )
 
@@ -167,16 +169,25 @@ class RowOptions(NamedTuple):
 
     alpha: float
     steep: bool
+    shallow: bool
     exact: bool = True
 
     @classmethod
     def of(cls, problem: RowProblem) -> RowOptions:
-        return cls(compiled_alpha(problem.alpha), is_steep(problem.alpha))
+        alpha = problem.alpha
+        return cls(compiled_alpha(alpha), is_steep(alpha), is_shallow(alpha))
 
 
 def is_steep(alpha: float) -> bool:
     """Whether ``p = x^(1 / (alpha - 1))`` is concave, with an infinite slope at ``x = 0``."""
     return alpha > 2.0
+
+
+def is_shallow(alpha: float) -> bool:
+    """Whether ``1 / (alpha - 1)`` is so large that a power takes the digits of its base: see
+    ``kernels/common.py``. Thresholds near the upper end of their window, which are those of larger
+    alphas, are finer there as they are."""
+    return alpha < 1.5
 
 
 def is_halved(problem: Problem) -> bool:
@@ -229,7 +240,7 @@ class Saved:
 
     ``out_u`` ``(rows, head_dim_v)`` float32: means of the values weighted by ``u``.
     ``top``, ``t`` ``(rows,)`` float32: ``tau = c top + t``.
-    ``spread`` ``(rows,)`` float32: 0 where one key has all probability, else 1; float32 alone.
+    ``spread`` ``(rows,)`` float32: 0 where one key has all probability, else 1; where ``exact``.
     ``counts`` ``(heads, blocks, 2)`` int32: entries of a list that need no mask, and all of them.
     ``lists`` ``(heads, blocks, tiles)`` int32: numbers of the live tiles, ascending.
     ``live`` ``(heads, blocks, tiles)`` int8: the same as flags.

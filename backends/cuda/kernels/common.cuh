@@ -251,16 +251,51 @@ __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < kInf; }
 
 // --- the mathematics of one score ----------------------------------------------------------
 
-// x^exponent of x > 0. log2 x is taken in two parts, since the rounding of a large one would grow
-// to several ulps of the power.
-__device__ __forceinline__ float power(float x, float exponent) {
-  constexpr int kRootHalf = 0x3f3504f3;  // x / 2^whole lies between the roots of 1/2 and 2
-  const int bits = __float_as_int(x), whole = (bits - kRootHalf) >> 23;
-  const float part = exponent * log2f(__int_as_float(bits - whole * (1 << 23)));
-  const float most = exponent * float(whole), sum = most + part;
-  const float lost = fmaf(exponent, float(whole), -most) + (part - (sum - most));
+// x = 2^whole rest > 0, where the rest lies between the roots of 1/2 and 2.
+struct Binary {
+  int whole;
+  float rest;
+};
+__device__ __forceinline__ Binary split_binary(float x) {
+  const int bits = __float_as_int(x), whole = (bits - 0x3f3504f3) >> 23;
+  return {whole, __int_as_float(bits - whole * (1 << 23))};
+}
+
+// 2^(exponent (whole + rest)). The logarithm comes in two parts, since the rounding of a large one
+// would grow to several ulps of the power.
+__device__ __forceinline__ float power_of_two(Binary log2, float exponent) {
+  const float part = exponent * log2.rest;
+  const float most = exponent * float(log2.whole), sum = most + part;
+  const float lost = fmaf(exponent, float(log2.whole), -most) + (part - (sum - most));
   const float y = exp2f(sum);
   return fmaf(y, 0.69314718f * lost, y);
+}
+
+// x^exponent of x > 0.
+__device__ __forceinline__ float power(float x, float exponent) {
+  const Binary parts = split_binary(x);
+  return power_of_two({parts.whole, log2f(parts.rest)}, exponent);
+}
+
+// log2(1 + w) of w > -1, right to a few of its own ulps also where w is far below an ulp of 1.
+__device__ __forceinline__ Binary log2_above_one(float w) {
+  const Binary parts = split_binary(1.f + w);
+  const float d = parts.whole == 0 ? w : parts.rest - 1.f;
+  const float f = d / (2.f + d), g = f * f;  // log(1 + d) = 2 artanh(f), |f| < 0.172
+  const float series =
+      fmaf(g, fmaf(g, fmaf(g, fmaf(g, 1.f / 9.f, 1.f / 7.f), 0.2f), 1.f / 3.f), 1.f);
+  return {parts.whole, 2.8853900818f * f * series};
+}
+
+// (1 + w)^exponent of w > -1.
+__device__ __forceinline__ float power_above_one(float w, float exponent) {
+  return power_of_two(log2_above_one(w), exponent);
+}
+
+// 1 - mass^-exponent, right to round-off also where the power is nearly 1.
+__device__ __forceinline__ float shortfall(float mass, float exponent) {
+  const Binary log2 = log2_above_one(mass - 1.f);
+  return -expm1f(-0.69314718f * exponent * (float(log2.whole) + log2.rest));
 }
 
 // p = x^r
@@ -318,12 +353,13 @@ constexpr float kHighest = kAlpha == AlphaKind::kGeneral ? -0x1p-126f : 0.f;
 // end at the root. Above, it drops with infinite slope at every score, and steps can circle around
 // one: hence the bisections. They halve the floats between lo and hi, not the window, since the
 // root of equal scores is tiny. A step of less than an ulp takes an ulp, to close the bracket.
+// `roundoff` is that of f.
 __device__ __forceinline__ bool refine_general(const Moments<float>& m, float r, float lo, float hi,
-                                               float& t, int step_number) {
+                                               float& t, float roundoff, int step_number) {
   const float f = m.s2 - 1.f, ulp = kEpsilon * fabsf(t);
-  const float step = (m.s2 - power(m.s2, 1.f - 1.f / r)) / m.s1;
+  const float step = m.s2 * shortfall(m.s2, 1.f / r) / m.s1;
   const bool still = fabsf(step) <= ulp;
-  const bool done = fabsf(f) <= kEpsilon * (4.f + r) || (still && r >= 1.f);
+  const bool done = fabsf(f) <= roundoff || (still && r >= 1.f);
   const float next = t + (still && !done ? copysignf(ulp, f) : step);
   const bool inside = next >= lo && next < hi;
   if (done || hi - lo <= ulp) {
@@ -331,7 +367,7 @@ __device__ __forceinline__ bool refine_general(const Moments<float>& m, float r,
     return true;
   }
   const bool bisect = step_number > kFreeSteps && step_number % 2;
-  const int low = __float_as_int(lo), high = __float_as_int(hi);  // both are negative
+  const int low = __float_as_int(lo), high = __float_as_int(hi);  // of the same sign
   t = inside && !bisect ? next : __int_as_float(low + (high - low) / 2);
   return false;
 }
@@ -348,9 +384,10 @@ __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& 
     lo = t;
   else
     hi = t;
-  if constexpr (kAlpha == AlphaKind::kGeneral) return refine_general(m, r, lo, hi, t, step_number);
-  const float step = refinement_step<kAlpha>(m, r);
   const float roundoff = kEpsilon * (4.f + r);
+  if constexpr (kAlpha == AlphaKind::kGeneral)
+    return refine_general(m, r, lo, hi, t, roundoff, step_number);
+  const float step = refinement_step<kAlpha>(m, r);
   const float slack = 4.f * kEpsilon * r * m.s1 * fabsf(t);
   const float next = t + step;
   const bool inside = next >= lo && next <= hi;

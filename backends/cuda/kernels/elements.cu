@@ -31,6 +31,15 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
   return r;
 }
 
+// The column of a saved survivor, in its range whatever became of it.
+__device__ __forceinline__ int column_of(const Params& p, const Entry& entry) {
+  return int(min(u32(entry.column), u32(p.length_k - 1)));
+}
+
+__device__ __forceinline__ Entry entry_at(const Params& p, const Entry* saved) {
+  return {column_of(p, *saved), saved->x};
+}
+
 // Entries of one (batch, key head) in the arena of records.
 __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
   return arena_of(kv_row * p.group * p.groups_q);
@@ -120,10 +129,25 @@ extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_const
 
 // Count the survivors of each column; the order of arrival becomes an entry's rank. Ranks
 // differ from run to run, but the columns are sorted by row before anything is summed.
+//
+// What the forward saved may have been written over meanwhile: the rows of a group whose lists do
+// not follow each other are taken for poisoned, and columns are kept in their range.
 extern "C" __global__ void __launch_bounds__(kThreads)
     count_columns(const __grid_constant__ Params p) {
   const int group = blockIdx.x;
   if (p.flat[group]) return;
+  bool broken = false;
+  if (threadIdx.x < kGroupRows) {
+    const int at = group * kGroupRows + threadIdx.x, count = p.row_count[at];
+    const bool last = threadIdx.x == kGroupRows - 1;
+    const int next = last ? p.row_start[at] + max(count, 0) : p.row_start[at + 1];
+    broken = count < -1 || count > kMaxRow || next != p.row_start[at] + max(count, 0) ||
+             (threadIdx.x == 0 && p.row_start[at] != 0) || (last && next > kGroupRows * kArenaRow);
+  }
+  if (__syncthreads_or(broken)) {
+    if (threadIdx.x < kGroupRows) p.row_count[group * kGroupRows + threadIdx.x] = -1;
+    return;
+  }
   const int last = group * kGroupRows + kGroupRows - 1;
   const int total = p.row_start[last] + max(p.row_count[last], 0);
   const int head_row = group / p.groups_q;
@@ -135,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const u32 inside = __ballot_sync(kAllLanes, i < total);
     if (i >= total) break;
     // One atomic for all lanes with the same column: every row has a sink's.
-    const int column = p.entries[arena + i].column;
+    const int column = column_of(p, p.entries[arena + i]);
     const u32 peers = __match_any_sync(inside, column);
     const int leader = __ffs(peers) - 1;
     int arrived = 0;
@@ -226,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_co
     float value[kBatch][8] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      entry[i] = first + i < count ? entries[first + i] : Entry{-1, 0.f};
+      entry[i] = first + i < count ? entry_at(p, entries + first + i) : Entry{-1, 0.f};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
       if (entry[i].column >= 0) load8<kHeadDimV>(values + entry[i].column * p.v.row, at, value[i]);
@@ -260,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_co
     float key[kBatch][8] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      entry[i] = first + i < count ? entries[first + i] : Entry{-1, 0.f};
+      entry[i] = first + i < count ? entry_at(p, entries + first + i) : Entry{-1, 0.f};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
       if (entry[i].column >= 0) load8<kHeadDim>(keys + entry[i].column * p.k.row, at, key[i]);

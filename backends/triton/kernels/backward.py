@@ -21,6 +21,7 @@ from adasplash2.backends.triton.kernels.common import (
     entry_of,
     finite_part,
     head_of,
+    is_inside,
     is_marked,
     load_pair,
     load_thresholds,
@@ -35,6 +36,7 @@ from adasplash2.backends.triton.kernels.common import (
     store_tile,
     weighted,
     weights,
+    with_bad,
 )
 
 
@@ -54,7 +56,7 @@ def score_gradient(x, u, dp, delta, spread, opt: tl.constexpr, SAFE: tl.constexp
         dp = dp * spread
     ds = u * (dp - delta)
     if SAFE:
-        ds = tl.where(x > 0.0, ds, 0.0)
+        ds = tl.where(is_inside(x, opt), ds, 0.0)
     return ds
 
 
@@ -152,7 +154,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
 
     A row block is taken in PARTS: all of its rows do not fit the registers beside two sums.
     """
-    acc_k, acc_v, spoiled = sums
+    acc_k, acc_v, bad = sums
     q_base, q_member, q_row = queries
     g_base, g_member, g_row = grads
     top_in, t_in, delta_in, spread_in, first_head = thresholds
@@ -187,8 +189,8 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
         ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], opt, SAFE)
         acc_k += weighted(ds, finite_part(q, SAFE), opt)
         if SAFE:
-            spoiled += count_bad(x, grad)
-    return acc_k, acc_v, spoiled
+            bad = count_bad(bad, is_inside(x, opt), grad)
+    return acc_k, acc_v, bad
 
 
 @triton.jit(do_not_specialize=["key_tiles"])
@@ -252,7 +254,7 @@ def partial_sums(partials, slot, first_row, ROWS: tl.constexpr, opt: tl.constexp
 
 
 @triton.jit
-def store_keys(acc_k, acc_v, spoiled, at_head, first_key, poison, grad_k, grad_v, unsafe, shape,
+def store_keys(acc_k, acc_v, bad, at_head, first_key, poison, grad_k, grad_v, unsafe, shape,
                scale, ROWS: tl.constexpr, opt: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """Store ``dK`` and ``dV`` of ROWS keys from their sums, and mark what is not finite."""
     kv_row, batch, kv_head = at_head
@@ -263,7 +265,7 @@ def store_keys(acc_k, acc_v, spoiled, at_head, first_key, poison, grad_k, grad_v
     result_k = tl.where(poisoned, float("nan"), acc_k * scale)
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
     if SAFE:
-        result_v = tl.where(spoiled > 0.0, float("nan"), result_v)
+        result_v = with_bad(result_v, bad)
     head = head_of(grad_k, batch, kv_head)
     store_tile(head, first_key, length, result_k, ROWS, opt.head_dim, opt.padded)
     head = head_of(grad_v, batch, kv_head)
@@ -314,24 +316,25 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
     q_base, q_row = head_of(query, batch, first_head)
     g_base, g_row = head_of(grad_out, batch, first_head)
     thresholds = (top_in, t_in, delta_in, spread_in, kv_row * shape.group)
+    none = tl.full((opt.block_k, opt.padded_v if SAFE else 1), 0.0, tl.float32)
     sums = (
         tl.full((opt.block_k, opt.padded), 0.0, tl.float32),
         tl.full((opt.block_k, opt.padded_v), 0.0, tl.float32),
-        tl.full((opt.block_k, opt.padded_v if SAFE else 1), 0.0, tl.float32),
+        (none, none),
     )
     for edge in tl.static_range(2):
         sums = grad_key_tiles(
             sums, k, v, first_key, (q_base, query.head, q_row), (g_base, grad_out.head, g_row),
             thresholds, entries, shape, opt, prob_scale, PARTS, SAFE, edge == 1,
         )  # fmt: skip
-    acc_k, acc_v, spoiled = sums
+    acc_k, acc_v, bad = sums
     if pieces > 0:
         slot = tl.load(cuts + number) + piece
         of_keys, of_values = partial_sums(partials, slot, 0, opt.block_k, opt)
         tl.store(of_keys, acc_k)
         tl.store(of_values, acc_v)
     else:
-        store_keys(acc_k, acc_v, spoiled, at_head, first_key, poison, grad_k, grad_v, unsafe, shape,
+        store_keys(acc_k, acc_v, bad, at_head, first_key, poison, grad_k, grad_v, unsafe, shape,
                    scale, opt.block_k, opt, SAFE)  # fmt: skip
 
 
@@ -355,5 +358,5 @@ def add_pieces(cuts, owners, partials, poison, grad_k, grad_v, unsafe, shape, sc
         acc_k += tl.load(of_keys)
         acc_v += tl.load(of_values)
     at_head, first_key = tile_at(number, shape, opt)
-    store_keys(acc_k, acc_v, acc_v, at_head, first_key + first_row, poison, grad_k, grad_v, unsafe,
+    store_keys(acc_k, acc_v, None, at_head, first_key + first_row, poison, grad_k, grad_v, unsafe,
                shape, scale, ROWS, opt, False)  # fmt: skip

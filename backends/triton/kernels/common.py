@@ -3,7 +3,8 @@
 Notation: ``s = q . k`` (times the sign of the scale), ``top`` the largest ``s`` of a row,
 ``c = (alpha - 1) |scale|``, ``x = c (s - top) - t`` the distance of a key above the threshold
 ``tau = c top + t``, and ``r = 1 / (alpha - 1)``. Then ``p = [x]_+^r`` with ``sum p = 1`` and
-``u = p^(2 - alpha) = [x]_+^(r - 1)``.
+``u = p^(2 - alpha) = [x]_+^(r - 1)``. Where ``opt.shallow``, ``t`` is kept with 1 added and ``x``
+with 1 taken away: near alpha = 1 all that matters is in digits that a number near 1 does not have.
 
 Arguments: ``query``, ``key`` and other tensors with heads are ``sizes.Heads``, ``shape`` is a
 ``sizes.Shape``, ``opt`` the compile-time ``sizes.Options``. A *head* ``(address, row stride)`` is
@@ -121,10 +122,23 @@ def finite_part(tile, SAFE: tl.constexpr):
 
 
 @triton.jit
-def count_bad(weights, tile):
-    """How many entries with a weight are not finite, by row of weights and column of the tile."""
-    kept = tl.where(weights > 0.0, 1.0, 0.0).to(tile.dtype)
-    return matmul(kept, tl.where(is_finite(tile), 0.0, 1.0).to(tile.dtype))
+def count_bad(bad, kept, tile):
+    """Add to ``bad`` how many entries of the tile that are kept are +inf, and how many -inf, by row
+    of ``kept`` and column of the tile; NaN is both."""
+    above, below = bad
+    kept = kept.to(tile.dtype)
+    above += matmul(kept, tl.where(tile < INFINITY, 0.0, 1.0).to(tile.dtype))
+    below += matmul(kept, tl.where(tile > -INFINITY, 0.0, 1.0).to(tile.dtype))
+    return above, below
+
+
+@triton.jit
+def with_bad(total, bad):
+    """A sum of finite entries and what :func:`count_bad` counted beside them."""
+    above, below = bad
+    infinite = tl.where(above > 0.0, INFINITY, -INFINITY)
+    infinite = tl.where((above > 0.0) & (below > 0.0), float("nan"), infinite)
+    return tl.where((above > 0.0) | (below > 0.0), infinite, total)
 
 
 @triton.jit
@@ -170,7 +184,9 @@ def row_block_at(number, shape, opt: tl.constexpr):
 def entries_at(lists, counts, number, capacity):
     """The entries of list ``number``."""
     numbers = lists + number.to(tl.int64) * capacity
-    return numbers, tl.load(counts + 2 * number), tl.load(counts + 2 * number + 1)
+    # What was saved may have been written over: nothing outside the list is read.
+    end = tl.minimum(tl.maximum(tl.load(counts + 2 * number + 1), 0), capacity)
+    return numbers, tl.minimum(tl.maximum(tl.load(counts + 2 * number), 0), end), end
 
 
 @triton.jit
@@ -192,9 +208,11 @@ def entry_of(numbers, index, stop):
 
 @triton.jit
 def load_pair(number, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr):
-    """``(first_key, k, v)`` of a list's entry."""
-    first = number * opt.block_k
+    """``(first_key, k, v)`` of a list's entry; of some tile where it is none, see
+    :func:`entries_at`."""
     length = shape.length_k
+    tiles = length // opt.block_k if not EDGE else tl.cdiv(length, opt.block_k)
+    first = tl.maximum(tl.minimum(number, tiles - 1), 0) * opt.block_k
     k = load_tile(keys, first, length, opt.block_k, opt.head_dim, opt.padded, EDGE)
     v = load_tile(values, first, length, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE)
     return first, k, v
@@ -239,7 +257,8 @@ def halves(x, TYPE: tl.constexpr):
     """``x`` as a sum of two numbers of a narrower type: what rounding takes from the first is the
     second."""
     first = x.to(TYPE)
-    return first, (x - first.to(tl.float32)).to(TYPE)
+    rest = tl.where(is_finite(first), x - first.to(tl.float32), 0.0)  # inf - inf is none
+    return first, rest.to(TYPE)
 
 
 @triton.jit
@@ -309,7 +328,7 @@ def column(top, opt: tl.constexpr):
 
 @triton.jit
 def distances(row_block, k, first_key, shape, opt: tl.constexpr, EDGE: tl.constexpr):
-    """``x`` of a row block and a key tile; below zero where a key may not be seen."""
+    """``x`` of a row block and a key tile; off the support where a key may not be seen."""
     q, top, t, first_row = row_block
     x = distance(scores(q, k, opt), column(top, opt), t[:, None], shape.c, opt)
     if EDGE:
@@ -334,13 +353,19 @@ def positive(x, opt: tl.constexpr):
 
 
 @triton.jit
-def power(x, exponent):
-    """``x^exponent`` of ``x > 0``. ``log2 x`` is taken in two parts, since the rounding of a large
-    one would grow to several ulps of the power."""
+def split_binary(x):
+    """``whole`` and ``rest`` of ``x = 2^whole rest > 0``, where ``rest`` lies between the roots of
+    1/2 and 2."""
     bits = x.to(tl.int32, bitcast=True)
-    whole = (bits - 0x3F3504F3) >> 23  # x / 2^whole lies between the roots of 1/2 and 2
-    rest = (bits - whole * (1 << 23)).to(tl.float32, bitcast=True)
-    part = exponent * tl.log2(rest)
+    whole = (bits - 0x3F3504F3) >> 23
+    return whole, (bits - whole * (1 << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two(whole, part, exponent):
+    """``2^(exponent (whole + part))``. The logarithm comes in two parts, since the rounding of a
+    large one would grow to several ulps of the power."""
+    part = exponent * part
     most = exponent * whole.to(tl.float32)
     total = most + part
     lost = tl.fma(exponent, whole.to(tl.float32), -most) + (part - (total - most))
@@ -349,14 +374,60 @@ def power(x, exponent):
 
 
 @triton.jit
+def power(x, exponent):
+    """``x^exponent`` of ``x > 0``."""
+    whole, rest = split_binary(x)
+    return power_of_two(whole, tl.log2(rest), exponent)
+
+
+@triton.jit
+def log2_above_one(w):
+    """``log2(1 + w)`` of ``w > -1``, as a whole number and a rest that is right to a few of its
+    own ulps, also where ``w`` is far below an ulp of 1."""
+    whole, rest = split_binary(1.0 + w)
+    d = tl.where(whole == 0, w, rest - 1.0)
+    f = d / (2.0 + d)  # log(1 + d) = 2 artanh(f), |f| < 0.172
+    g = f * f
+    series = 1.0 + g * (1.0 / 3.0 + g * (0.2 + g * (1.0 / 7.0 + g * (1.0 / 9.0))))
+    return whole, 2.8853900818 * f * series
+
+
+@triton.jit
+def power_above_one(w, exponent):
+    """``(1 + w)^exponent`` of ``w > -1``."""
+    whole, rest = log2_above_one(w)
+    return power_of_two(whole, rest, exponent)
+
+
+@triton.jit
+def shortfall(mass, exponent):
+    """``1 - mass^-exponent`` of ``mass > 0``, to round-off also where the power is nearly 1."""
+    whole, rest = log2_above_one(mass - 1.0)
+    y = 0.69314718 * exponent * (whole.to(tl.float32) + rest)
+    series = 1.0 - y / 2.0 * (1.0 - y / 3.0 * (1.0 - y / 4.0 * (1.0 - y / 5.0 * (1.0 - y / 6.0))))
+    return tl.where(tl.abs(y) < 0.1, y * series, 1.0 - tl.exp(-y))
+
+
+@triton.jit
+def is_inside(x, opt: tl.constexpr):
+    """Which keys of distances ``x`` are in the support."""
+    return x > (-1.0 if opt.shallow else 0.0)
+
+
+@triton.jit
 def weights(x, r, opt: tl.constexpr):
-    """``p`` and ``u`` of distances ``x``; zeros where ``x`` is not above zero, also for NaN."""
+    """``p`` and ``u`` of distances ``x``; zeros off the support, also for NaN."""
     if opt.alpha == 1.5:
         u = positive(x, opt)
         p = u * u
     elif opt.alpha == 2.0:
         p = positive(x, opt)
         u = tl.where(x > 0.0, 1.0, 0.0)
+    elif opt.shallow:
+        inside = is_inside(x, opt)
+        w = tl.where(inside, x, 0.0)
+        p = tl.where(inside, power_above_one(w, r), 0.0)
+        u = p / (1.0 + w)
     else:
         inside = tl.where(x > 0.0, x, 1.0)
         p = tl.where(x > 0.0, power(inside, r), 0.0)
@@ -378,7 +449,7 @@ def rise(mass, slope, r, opt: tl.constexpr):
         gap = mass - 1.0
     else:
         safe = tl.where(mass > 0.0, mass, 1.0)
-        gap = mass - power(safe, 1.0 - 1.0 / r)
+        gap = safe * shortfall(safe, 1.0 / r) if opt.shallow else mass - power(safe, 1.0 - 1.0 / r)
     return gap / tl.where(slope > 0.0, slope, 1.0)
 
 

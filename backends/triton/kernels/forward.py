@@ -24,6 +24,7 @@ from adasplash2.backends.triton.kernels.common import (
     guarded,
     head_of,
     in_halves,
+    is_inside,
     is_marked,
     is_near,
     larger,
@@ -43,6 +44,7 @@ from adasplash2.backends.triton.kernels.common import (
     store_tile,
     weighted,
     weights,
+    with_bad,
 )
 
 BOUND_STEPS = tl.constexpr(3)
@@ -53,7 +55,13 @@ LARGEST = tl.constexpr(65504.0)
 """Of float16's numbers."""
 
 BOUND_SLACK = tl.constexpr(1e-6)
-"""What rounding may add to a bound."""
+"""See :func:`slack`."""
+
+
+@triton.jit
+def slack(r):
+    """What rounding may add to a bound; near alpha = 1 the powers of more would overflow."""
+    return BOUND_SLACK * tl.minimum(1.0, 1.0 / r)
 
 
 @triton.jit
@@ -105,7 +113,7 @@ def sift(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
         p, u = weights(x, shape.r, opt)
         mass += tl.sum(p, 1)
         slope += tl.sum(u, 1)
-        kept = tl.max((x > 0.0).to(tl.int32), 0)
+        kept = tl.max(is_inside(x, opt).to(tl.int32), 0)
         goal = left + tl.cumsum(kept, 0) - kept
         moves = (kept > 0) & (goal < places)
         pointers = maxima + goal[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
@@ -122,12 +130,12 @@ def bound_of(candidates, maxima, top, pending, tiles, shape, opt: tl.constexpr,
              CHUNK: tl.constexpr):  # fmt: skip
     """A lower bound of ``t`` and how many candidates are left: certain rises on the tiles' maxima,
     from ``tau >= max z - 1``."""
-    t = tl.where(pending, -1.0, INFINITY)
+    t = tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
     left = tiles
     for step in range(BOUND_STEPS):
         mass, slope, left = sift(candidates, maxima, top, t, left, step == 0, shape, opt, CHUNK)
         t += tl.where(mass > 1.0, certain_rise(mass, slope, shape.r, opt), 0.0)
-    return t - BOUND_SLACK, left
+    return t - slack(shape.r), left
 
 
 @triton.jit
@@ -141,8 +149,8 @@ def list_live(lists, live, candidates, maxima, top, t, open_end, count, shape, o
         places = chunk + tl.arange(0, CHUNK)
         numbers = tl.load(candidates + places, mask=places < count, other=0)
         highest = load_maxima(maxima, chunk, count, opt, CHUNK)
-        above = shape.c * (highest - top[:, None]) - t[:, None] > 0.0
-        alive = tl.max(above.to(tl.int32), 0)
+        x = shape.c * (highest - top[:, None]) - t[:, None]
+        alive = tl.max(is_inside(x, opt).to(tl.int32), 0)
         tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
         tl.store(lists + found + tl.cumsum(alive, 0) - alive, numbers, mask=alive > 0)
         found_open += tl.sum(tl.where(numbers < open_end, alive, 0), 0)
@@ -251,7 +259,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             step += 1
             waiting = any_of(pending) & (step < MAX_STEPS)
             # The next step may fall back to `lo`.
-            bound = tl.where(waiting, lo, t) - BOUND_SLACK
+            bound = tl.where(waiting, lo, t) - slack(shape.r)
             bound = tl.where(pending | (waiting == 0), bound, INFINITY)
             # Through memory: else the compiler hands the maxima to the threads that hold `bound`.
             tl.store(t_out + at_row, bound, mask=inside)
@@ -266,7 +274,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         t = tl.where(poisoned, float("nan"), t)
         tl.store(top_out + at_row, top, mask=inside)
         tl.store(t_out + at_row, t, mask=inside)
-        tl.store(tau_out + at_row, shape.c * top + t, mask=inside)
+        tau = shape.c * top + (t - 1.0 if opt.shallow else t)
+        tl.store(tau_out + at_row, tau, mask=inside)
         if COUNT:
             tl.store(iterations + at_row, steps, mask=inside)
 
@@ -299,7 +308,7 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, o
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add values weighted by ``p``, and by ``u`` where GRADIENT, over the entries that need no
     mask, or the others where EDGE."""
-    acc, acc_u, spoiled, mass, slope, kept = sums
+    acc, acc_u, bad, mass, slope, kept = sums
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
@@ -314,15 +323,15 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, o
             slope += tl.sum(u, 1)
             acc_u += weighted(u, finite_part(v, SAFE), opt)
         if SAFE:
-            spoiled += count_bad(x, v)
+            bad = count_bad(bad, is_inside(x, opt), v)
         if COUNT:
-            kept += tl.sum((x > 0.0).to(tl.int32), 1)
+            kept += tl.sum(is_inside(x, opt).to(tl.int32), 1)
             rows = row_block[3] + tl.arange(0, opt.block_q)
             columns = first + tl.arange(0, opt.block_k)
             places = marks + (rows // MARK)[:, None] * tl.cdiv(shape.length_k, MARK)
             places += (columns // MARK)[None, :]
-            tl.store(places, tl.full(x.shape, 1, tl.int8), mask=x > 0.0)
-    return acc, acc_u, spoiled, mass, slope, kept
+            tl.store(places, tl.full(x.shape, 1, tl.int8), mask=is_inside(x, opt))
+    return acc, acc_u, bad, mass, slope, kept
 
 
 @triton.jit
@@ -352,10 +361,11 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
         marks += (
             (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_q, MARK) * across
         )
+    none = tl.full((opt.block_q, opt.padded_v if SAFE else 1), 0.0, tl.float32)
     sums = (
         tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32),
         tl.full((opt.block_q, opt.padded_v if GRADIENT else 1), 0.0, tl.float32),
-        tl.full((opt.block_q, opt.padded_v if SAFE else 1), 0.0, tl.float32),
+        (none, none),
         tl.full((opt.block_q,), 0.0, tl.float32),
         tl.full((opt.block_q,), 0.0, tl.float32),
         tl.full((opt.block_q,), 0, tl.int32),
@@ -372,17 +382,17 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     for edge in tl.static_range(2):
         sums = weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt,
                            scale, GRADIENT, SAFE, COUNT, MARK, edge == 1)  # fmt: skip
-    acc, acc_u, spoiled, mass, slope, kept = sums
+    acc, acc_u, bad, mass, slope, kept = sums
     result = acc / tl.where(mass > 0.0, mass * scale, 1.0)[:, None]
     if SAFE:
-        result = tl.where(spoiled > 0.0, float("nan"), result)
+        result = with_bad(result, bad)
     result = tl.where((t != t)[:, None], float("nan"), result)
     outs = head_of(out, batch, head)
     store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
     if GRADIENT:
         mean = acc_u / tl.where(slope > 0.0, slope, 1.0)[:, None]
-        if SAFE:  # a bad value in the support spoils the whole row's gradient
-            mean = tl.where((tl.max(spoiled, 1) > 0.0)[:, None], float("nan"), mean)
+        if SAFE:
+            mean = with_bad(mean, bad)
         if opt.exact:
             if opt.steep:  # as in the sum
                 top_u = tl.max(scaled(top_u[:, None], u_scale, value.base.dtype.element_ty, opt), 1)

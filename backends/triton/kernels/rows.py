@@ -9,12 +9,17 @@ from adasplash2.backends.triton.kernels.common import (
     HIGHEST,
     INFINITY,
     guarded,
+    is_finite,
     larger,
     largest,
     power,
     rise,
     weights,
 )
+
+SMALLEST = tl.constexpr(2.0**-126)
+LARGEST = tl.constexpr(3.3895314e38)
+"""Of bfloat16's numbers: its smallest normal one, and its largest, which float32 has too."""
 
 
 @triton.jit
@@ -53,7 +58,7 @@ def entmax_rows(
     poisoned = (top != top) | (top == INFINITY)
     pending = (top > -INFINITY) & (poisoned == 0)
     top = tl.where(pending, top, 0.0)
-    t = tl.where(pending, -1.0, INFINITY)
+    t = tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
     lo = t
     hi = tl.where(pending, HIGHEST, INFINITY)
     mass = 1.0
@@ -82,14 +87,19 @@ def entmax_rows(
 
 
 @triton.jit
-def load_sensitivity(row, start, length, exponent, opt: tl.constexpr, CHUNK: tl.constexpr):
-    """``u = y^(2 - alpha)`` on the support, 0 off it, NaN where ``y`` is."""
+def load_probabilities(row, start, length, CHUNK: tl.constexpr):
     at = start + tl.arange(0, CHUNK)
-    y = tl.load(row + at, mask=at < length, other=0.0).to(tl.float32)
+    return tl.load(row + at, mask=at < length, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_sensitivity(row, start, length, least, exponent, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """``u = (y / least)^(2 - alpha)`` on the support, 0 off it, NaN where ``y`` is."""
+    y = load_probabilities(row, start, length, CHUNK)
     if opt.alpha == 1.5:
         u = tl.sqrt(y)
     else:
-        u = tl.where(y > 0.0, power(tl.where(y > 0.0, y, 1.0), exponent), y)
+        u = tl.where(y > 0.0, power(tl.where(y > 0.0, y / least, 1.0), exponent), y)
     return u
 
 
@@ -104,19 +114,33 @@ def entmax_rows_grad(
     opt: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """``dx = u (dy - sum u dy / sum u)``; off the support nothing is felt, not even a NaN."""
+    """``dx = u (dy - sum u dy / sum u)``; off the support nothing is felt, not even a NaN.
+
+    Above alpha = 2 ``u`` may leave float32: it is taken relative to the largest one, that of the
+    least ``y``, and a gradient that leaves float32 stops at its end.
+    """
     row = y + tl.program_id(0).to(tl.int64) * length
     grads = grad_y + tl.program_id(0).to(tl.int64) * stride_grad_y
     written = grad_x + tl.program_id(0).to(tl.int64) * length
+    least = 1.0
+    if opt.steep:
+        lowest = tl.full((CHUNK,), 1.0, tl.float32)
+        for start in range(0, length, CHUNK):
+            p = load_probabilities(row, start, length, CHUNK)
+            lowest = tl.where((p > 0.0) & (p < lowest), p, lowest)
+        least = tl.maximum(tl.min(lowest, 0), SMALLEST)
     sum_u = tl.full((CHUNK,), 0.0, tl.float32)
     weighted = tl.full((CHUNK,), 0.0, tl.float32)
     for start in range(0, length, CHUNK):
-        u = load_sensitivity(row, start, length, exponent, opt, CHUNK)
+        u = load_sensitivity(row, start, length, least, exponent, opt, CHUNK)
         sum_u += u
         weighted += tl.where(u == 0.0, 0.0, u * load_chunk(grads, start, length, CHUNK))
     total = tl.sum(sum_u, 0)
     delta = tl.sum(weighted, 0) / tl.where(total == 0.0, 1.0, total)
     for start in range(0, length, CHUNK):
-        u = load_sensitivity(row, start, length, exponent, opt, CHUNK)
+        u = load_sensitivity(row, start, length, least, exponent, opt, CHUNK)
         dx = tl.where(u == 0.0, 0.0, u * (load_chunk(grads, start, length, CHUNK) - delta))
+        if opt.steep:
+            scaled = dx * tl.minimum(power(least, exponent), LARGEST)
+            dx = tl.where(is_finite(dx), tl.clamp(scaled, -LARGEST, LARGEST), dx)
         store_chunk(written, start, length, dx, CHUNK)
