@@ -34,6 +34,11 @@ MIN_CAPABILITY = (8, 0)
 """``cp.async`` and bfloat16 matrix fragments."""
 
 
+LARGEST_POWER = {2: 1024.0, 4: 16.0}
+"""By bytes of the dtype, the largest ``1 / (alpha - 1)`` of attention: thresholds are kept in float32
+near 1, and the power takes that many of their units of round-off."""
+
+
 def unavailable() -> str | None:
     """Why nothing can run here, in a sentence; None where it can."""
     if not torch.cuda.is_available():
@@ -73,6 +78,12 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         )
     if isinstance(problem, RowProblem):
         return reasons + rows.refusals(problem)
+    smallest = 1.0 + 1.0 / LARGEST_POWER[problem.dtype.itemsize]
+    if 1.0 < problem.alpha < smallest:
+        reasons.append(
+            f"alpha must be at least {smallest:g} for {problem.dtype} in these kernels, whose "
+            f"thresholds have too few digits for {problem.alpha:g}"
+        )
     if sizes.Counts.of(problem).rows > 2**31 - 1:
         reasons.append("the query rows of all heads together exceed 2^31 - 1")
     widths, itemsize = (problem.head_dim, problem.head_dim_v), problem.dtype.itemsize

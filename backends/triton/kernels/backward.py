@@ -14,6 +14,7 @@ import triton.language as tl
 from adasplash2.backends.triton.kernels.common import (
     PROB_SCALE,
     allowed,
+    checked,
     count_bad,
     distance,
     distances,
@@ -79,7 +80,8 @@ def grad_query_tiles(acc, row_block, grad, delta, spread, keys, values, entries,
 
 @triton.jit
 def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
-               delta_out, unsafe, shape, scale, opt: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+               delta_out, unsafe, shape, scale, opt: tl.constexpr, CHUNK: tl.constexpr,
+               SAFE: tl.constexpr):  # fmt: skip
     """``delta`` and ``dQ`` of a row block."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
@@ -97,7 +99,7 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     delta = spread * tl.sum(grad.to(tl.float32) * mean, 1)
     keys = head_of(key, batch, kv_head)
     values = head_of(value, batch, kv_head)
-    entries = entries_at(lists, counts, at_block, tiles)
+    entries, right = checked(entries_at(lists, counts, at_block, tiles), shape, opt, CHUNK)
     top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
     row_block = (q, top, t, first_row)
     acc = tl.full((opt.block_q, opt.padded), 0.0, tl.float32)
@@ -105,7 +107,7 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
         acc = grad_query_tiles(
             acc, row_block, grad, delta, spread, keys, values, entries, shape, opt, SAFE, edge == 1
         )
-    result = tl.where((t != t)[:, None], float("nan"), acc * scale)
+    result = tl.where((t != t)[:, None] | (right == 0), float("nan"), acc * scale)
     store_tile(
         head_of(grad_q, batch, head),
         first_row,

@@ -184,9 +184,29 @@ def row_block_at(number, shape, opt: tl.constexpr):
 def entries_at(lists, counts, number, capacity):
     """The entries of list ``number``."""
     numbers = lists + number.to(tl.int64) * capacity
-    # What was saved may have been written over: nothing outside the list is read.
-    end = tl.minimum(tl.maximum(tl.load(counts + 2 * number + 1), 0), capacity)
-    return numbers, tl.minimum(tl.maximum(tl.load(counts + 2 * number), 0), end), end
+    return numbers, tl.load(counts + 2 * number), tl.load(counts + 2 * number + 1)
+
+
+@triton.jit
+def checked(entries, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """The entries of a saved list of key tiles, and whether they are some: what was saved may have
+    been written over since. If so there are none, so that nothing else is read.
+
+    Entries are looked at before the loop over tiles: a limit inside it would keep Triton from
+    asking for tiles ahead.
+    """
+    numbers, open_end, end = entries
+    whole = shape.length_k // opt.block_k
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    right = (open_end >= 0) & (open_end <= end) & (end <= tiles)
+    end = tl.where(right, end, 0)
+    for chunk in range(0, end, CHUNK):
+        places = chunk + tl.arange(0, CHUNK)
+        found = tl.load(numbers + places, mask=places < end, other=0)
+        limit = tl.where(places < open_end, whole, tiles)
+        outside = ((found < 0) | (found >= limit)) & (places < end)
+        right = right & (any_of(outside) == 0)
+    return (numbers, tl.where(right, open_end, 0), tl.where(right, end, 0)), right
 
 
 @triton.jit
@@ -208,11 +228,9 @@ def entry_of(numbers, index, stop):
 
 @triton.jit
 def load_pair(number, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr):
-    """``(first_key, k, v)`` of a list's entry; of some tile where it is none, see
-    :func:`entries_at`."""
+    """``(first_key, k, v)`` of a list's entry."""
+    first = number * opt.block_k
     length = shape.length_k
-    tiles = length // opt.block_k if not EDGE else tl.cdiv(length, opt.block_k)
-    first = tl.maximum(tl.minimum(number, tiles - 1), 0) * opt.block_k
     k = load_tile(keys, first, length, opt.block_k, opt.head_dim, opt.padded, EDGE)
     v = load_tile(values, first, length, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE)
     return first, k, v
