@@ -35,8 +35,8 @@ MIN_CAPABILITY = (8, 0)
 
 
 LARGEST_POWER = {2: 1024.0, 4: 16.0}
-"""By bytes of the dtype, the largest ``1 / (alpha - 1)`` of attention: thresholds are kept in float32
-near 1, and the power takes that many of their units of round-off."""
+"""By bytes of the dtype, the largest ``1 / (alpha - 1)`` of attention: the power makes that much of
+the round-off of thresholds, which are kept in float32."""
 
 
 def unavailable() -> str | None:

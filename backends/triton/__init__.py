@@ -1,6 +1,6 @@
 """GPUs that Triton compiles for: one dense pass, then live tiles only.
 
-``solve`` (``kernels/forward.py``) computes every score once and keeps maxima of rows and tiles,
+``solve`` (``kernels/solve.py``) computes every score once and keeps maxima of rows and tiles,
 from which it bounds each row's threshold and lists the tiles that can hold support. Newton's steps,
 outputs and gradients visit listed tiles only. Nothing waits for the host, so CUDA graphs can
 capture forward and backward, and there are no floating-point atomics: equal calls give equal bits.

@@ -17,7 +17,8 @@ from triton.runtime.jit import MockTensor
 
 from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.kernels import backward as backward_kernels
-from adasplash2.backends.triton.kernels import forward as forward_kernels
+from adasplash2.backends.triton.kernels import output as output_kernels
+from adasplash2.backends.triton.kernels import solve as solve_kernels
 from adasplash2.contract import Config, Forward
 from adasplash2.problem import Inputs, Problem
 
@@ -200,7 +201,7 @@ class Call:
         return sizes.Heads(out_u, head * self.problem.heads_q, head, row)
 
     def threshold(self, t: Tensor, tau: Tensor) -> Tensor:
-        """What ``distance`` in ``kernels/common.py`` subtracts."""
+        """What ``distance`` in ``kernels/score.py`` subtracts."""
         return t if self.plan.opt.exact else tau
 
 
@@ -244,8 +245,8 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
         "SPAN": span,
     }
     with on_device(problem.device):
-        call(forward_kernels.solve, call.programs, COUNT=count)
-        call.twice(forward_kernels.output, row_blocks, COUNT=count)
+        call(solve_kernels.solve, call.programs, COUNT=count)
+        call.twice(output_kernels.output, row_blocks, COUNT=count)
     if not problem.needs_grad:
         saved = saved.new_empty(0)
     return Forward(out.to(problem.dtype), tau, saved)

@@ -23,7 +23,7 @@ LIST_KERNELS = ("transpose_lists", "cut_lists", "add_pieces")
 """Names of the kernels of ``kernels/backward.py`` without matrix products."""
 
 KERNELS = ("solve", "output", "grad_query", "grad_key_value", *LIST_KERNELS)
-"""Names of the kernels of ``kernels/forward.py`` and ``kernels/backward.py``."""
+"""Names of the kernels of attention, in ``kernels/``."""
 
 MAX_STAGES = 3
 """Stages of a loop: a tile is asked for one stage less ahead of its products. A fourth gained
@@ -185,7 +185,7 @@ def is_steep(alpha: float) -> bool:
 
 def is_shallow(alpha: float) -> bool:
     """Whether ``1 / (alpha - 1)`` is so large that a power takes the digits of its base: see
-    ``kernels/common.py``. Thresholds near the upper end of their window, which are those of larger
+    ``kernels/score.py``. Thresholds near the upper end of their window, which are those of larger
     alphas, are finer there as they are."""
     return alpha < 1.5
 

@@ -11,33 +11,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adasplash2.backends.triton.kernels.common import (
+from adasplash2.backends.triton.kernels.arithmetic import (
     PROB_SCALE,
-    allowed,
-    checked,
     count_bad,
+    finite_part,
+    matmul,
+    weighted,
+    with_bad,
+)
+from adasplash2.backends.triton.kernels.score import (
+    allowed,
     distance,
     distances,
+    is_inside,
+    open_tiles,
+    scores,
+)
+from adasplash2.backends.triton.kernels.threshold import (
+    weights,
+)
+from adasplash2.backends.triton.kernels.work import (
+    checked,
     entries_at,
     entry_of,
-    finite_part,
     head_of,
-    is_inside,
     is_marked,
     load_pair,
     load_thresholds,
     load_tile,
     mark_rows,
-    matmul,
-    open_tiles,
     portion,
     row_block_at,
     rows_at,
-    scores,
     store_tile,
-    weighted,
-    weights,
-    with_bad,
+    tile_at,
 )
 
 
@@ -275,15 +282,6 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, poison, grad_k, grad_v, un
     if not SAFE:
         # One mark for both: a sum that overflows costs time alone.
         mark_rows(unsafe + at_key, result_k + tl.sum(result_v, 1)[:, None], inside)
-
-
-@triton.jit
-def tile_at(number, shape, opt: tl.constexpr):
-    """``(kv_row, batch, kv_head)`` and the first key of a key tile."""
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
-    heads_kv = shape.heads_q // shape.group
-    kv_row = number // tiles
-    return (kv_row, kv_row // heads_kv, kv_row % heads_kv), number % tiles * opt.block_k
 
 
 @triton.jit

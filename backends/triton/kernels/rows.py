@@ -5,19 +5,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adasplash2.backends.triton.kernels.common import (
-    HIGHEST,
+from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
-    guarded,
     is_finite,
     larger,
     largest,
     power,
+)
+from adasplash2.backends.triton.kernels.threshold import (
+    HIGHEST,
+    guarded,
     rise,
     weights,
 )
 
 SMALLEST = tl.constexpr(2.0**-126)
+
 LARGEST = tl.constexpr(3.3895314e38)
 """Of bfloat16's numbers: its smallest normal one, and its largest, which float32 has too."""
 

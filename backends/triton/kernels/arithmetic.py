@@ -1,0 +1,170 @@
+"""Arithmetic that kernels share: reductions that keep NaN, products in 16 bits, powers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash2.backends.triton import sizes
+
+INFINITY = tl.constexpr(float("inf"))
+
+INTERPRETED = tl.constexpr(sizes.INTERPRETED)
+
+PROB_SCALE = tl.constexpr(1024.0)
+"""Factor of probabilities that are rounded to float16, whose smallest normal number is 6e-5."""
+
+
+@triton.jit
+def larger(a, b):
+    """The maximum, NaN where either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(x, AXIS: tl.constexpr):
+    """The maximum along an axis, NaN where one is in it."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        spoiled = tl.max((x != x).to(tl.int32), AXIS) > 0
+        return tl.where(spoiled, float("nan"), tl.max(tl.where(x != x, -INFINITY, x), AXIS))
+    else:
+        return tl.reduce(x, AXIS, larger)
+
+
+@triton.jit
+def any_of(flags):
+    """Whether one of a vector's booleans is set."""
+    return tl.max(flags.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < INFINITY
+
+
+@triton.jit
+def finite_part(tile, SAFE: tl.constexpr):
+    """The tile, with zeros for what is not finite where SAFE, so that ``0 * inf`` adds nothing."""
+    if SAFE:
+        tile = tl.where(is_finite(tile), tile, tl.zeros_like(tile))
+    return tile
+
+
+@triton.jit
+def count_bad(bad, kept, tile):
+    """Add to ``bad`` how many entries of the tile that are kept are +inf, and how many -inf, by row
+    of ``kept`` and column of the tile; NaN is both."""
+    above, below = bad
+    kept = kept.to(tile.dtype)
+    above += matmul(kept, tl.where(tile < INFINITY, 0.0, 1.0).to(tile.dtype))
+    below += matmul(kept, tl.where(tile > -INFINITY, 0.0, 1.0).to(tile.dtype))
+    return above, below
+
+
+@triton.jit
+def with_bad(total, bad):
+    """A sum of finite entries and what :func:`count_bad` counted beside them."""
+    above, below = bad
+    infinite = tl.where(above > 0.0, INFINITY, -INFINITY)
+    infinite = tl.where((above > 0.0) & (below > 0.0), float("nan"), infinite)
+    return tl.where((above > 0.0) | (below > 0.0), infinite, total)
+
+
+@triton.jit
+def matmul(a, b):
+    """``a b`` in float32; float32 operands are not cut to TensorFloat-32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def halves(x, TYPE: tl.constexpr):
+    """``x`` as a sum of two numbers of a narrower type: what rounding takes from the first is the
+    second."""
+    first = x.to(TYPE)
+    rest = tl.where(is_finite(first), x - first.to(tl.float32), 0.0)  # inf - inf is none
+    return first, rest.to(TYPE)
+
+
+@triton.jit
+def cut_to(x, TYPE: tl.constexpr):
+    """``x >= 0``, rounded to the digits of a 16-bit type (ties up, below its normal numbers to more
+    than it holds), in fewer and faster instructions than a conversion there and back."""
+    if tl.bfloat16 == TYPE or tl.float16 == TYPE:
+        dropped: tl.constexpr = 23 - TYPE.fp_mantissa_width
+        bits = x.to(tl.int32, bitcast=True) + (1 << (dropped - 1))
+        x = (bits & -(1 << dropped)).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def in_halves(x, TYPE: tl.constexpr):
+    """``x`` as its two halves add up to it, which float32 holds exactly."""
+    first, second = halves(x, TYPE)
+    return first.to(tl.float32) + second.to(tl.float32)
+
+
+@triton.jit
+def weighted(x, tile, opt: tl.constexpr):
+    """``x tile``, where ``x`` is ``u`` or ``ds``, whose rounding to 16 bits may be too much: see
+    ``sizes.is_halved``."""
+    if opt.halved:
+        first, second = halves(x, tile.dtype)
+        return matmul(first, tile) + matmul(second, tile)
+    else:
+        return matmul(x.to(tile.dtype), tile)
+
+
+@triton.jit
+def split_binary(x):
+    """``whole`` and ``rest`` of ``x = 2^whole rest > 0``, where ``rest`` lies between the roots of
+    1/2 and 2."""
+    bits = x.to(tl.int32, bitcast=True)
+    whole = (bits - 0x3F3504F3) >> 23
+    return whole, (bits - whole * (1 << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two(whole, part, exponent):
+    """``2^(exponent (whole + part))``. The logarithm comes in two parts, since the rounding of a
+    large one would grow to several ulps of the power."""
+    part = exponent * part
+    most = exponent * whole.to(tl.float32)
+    total = most + part
+    lost = tl.fma(exponent, whole.to(tl.float32), -most) + (part - (total - most))
+    y = tl.exp2(total)
+    return y + y * (0.69314718 * lost)
+
+
+@triton.jit
+def power(x, exponent):
+    """``x^exponent`` of ``x > 0``."""
+    whole, rest = split_binary(x)
+    return power_of_two(whole, tl.log2(rest), exponent)
+
+
+@triton.jit
+def log2_above_one(w):
+    """``log2(1 + w)`` of ``w > -1``, as a whole number and a rest that is right to a few of its
+    own ulps, also where ``w`` is far below an ulp of 1."""
+    whole, rest = split_binary(1.0 + w)
+    d = tl.where(whole == 0, w, rest - 1.0)
+    f = d / (2.0 + d)  # log(1 + d) = 2 artanh(f), |f| < 0.172
+    g = f * f
+    series = 1.0 + g * (1.0 / 3.0 + g * (0.2 + g * (1.0 / 7.0 + g * (1.0 / 9.0))))
+    return whole, 2.8853900818 * f * series
+
+
+@triton.jit
+def power_above_one(w, exponent):
+    """``(1 + w)^exponent`` of ``w > -1``."""
+    whole, rest = log2_above_one(w)
+    return power_of_two(whole, rest, exponent)
+
+
+@triton.jit
+def shortfall(mass, exponent):
+    """``1 - mass^-exponent`` of ``mass > 0``, to round-off also where the power is nearly 1."""
+    whole, rest = log2_above_one(mass - 1.0)
+    y = 0.69314718 * exponent * (whole.to(tl.float32) + rest)
+    series = 1.0 - y / 2.0 * (1.0 - y / 3.0 * (1.0 - y / 4.0 * (1.0 - y / 5.0 * (1.0 - y / 6.0))))
+    return tl.where(tl.abs(y) < 0.1, y * series, 1.0 - tl.exp(-y))

@@ -1,0 +1,157 @@
+"""The output over the lists of live tiles."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash2.backends.triton.kernels.arithmetic import (
+    PROB_SCALE,
+    count_bad,
+    cut_to,
+    finite_part,
+    in_halves,
+    matmul,
+    weighted,
+    with_bad,
+)
+from adasplash2.backends.triton.kernels.score import (
+    distances,
+    is_inside,
+)
+from adasplash2.backends.triton.kernels.threshold import (
+    weights,
+)
+from adasplash2.backends.triton.kernels.work import (
+    entries_at,
+    entry_of,
+    head_of,
+    is_marked,
+    load_pair,
+    load_thresholds,
+    load_tile,
+    mark_rows,
+    portion,
+    row_block_at,
+    store_tile,
+)
+
+LARGEST = tl.constexpr(65504.0)
+"""Of float16's numbers."""
+
+
+@triton.jit
+def scaled(u, u_scale, TYPE: tl.constexpr, opt: tl.constexpr):
+    """``u`` for the sums of :func:`output`, as :func:`weighted` takes it: the weights of one key's
+    row must be one, however ``u`` is rounded."""
+    u = u * u_scale
+    if opt.steep:
+        u = in_halves(tl.minimum(u, LARGEST), TYPE)
+    elif not opt.halved:
+        u = cut_to(u, TYPE)
+    return u
+
+
+@triton.jit
+def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt: tl.constexpr,
+                SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
+                COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """Add values weighted by ``p``, and by ``u`` where GRADIENT, over the entries that need no
+    mask, or the others where EDGE."""
+    acc, acc_u, bad, mass, slope, kept = sums
+    numbers, start, stop = portion(entries, EDGE)
+    number = entry_of(numbers, start, stop)
+    for index in range(start, stop):
+        first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
+        number = entry_of(numbers, index + 1, stop)
+        x = distances(row_block, k, first, shape, opt, EDGE)
+        p, u = weights(x, shape.r, opt)
+        mass += tl.sum(p, 1)
+        acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
+        if GRADIENT:
+            u = scaled(u, u_scale, v.dtype, opt)
+            slope += tl.sum(u, 1)
+            acc_u += weighted(u, finite_part(v, SAFE), opt)
+        if SAFE:
+            bad = count_bad(bad, is_inside(x, opt), v)
+        if COUNT:
+            kept += tl.sum(is_inside(x, opt).to(tl.int32), 1)
+            rows = row_block[3] + tl.arange(0, opt.block_q)
+            columns = first + tl.arange(0, opt.block_k)
+            places = marks + (rows // MARK)[:, None] * tl.cdiv(shape.length_k, MARK)
+            places += (columns // MARK)[None, :]
+            tl.store(places, tl.full(x.shape, 1, tl.int8), mask=is_inside(x, opt))
+    return acc, acc_u, bad, mass, slope, kept
+
+
+@triton.jit
+def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, unsafe, support,
+           marks, shape, opt: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
+           COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+    """``out = sum p v / sum p`` and, where GRADIENT, ``out_u = sum u v / sum u`` for the backward.
+
+    Launched twice: rows whose result is not finite are marked ``unsafe``, and only their blocks
+    are done again where SAFE, by a loop in which values that are not finite reach the rows alone
+    whose support holds them. ``spread``: 0 where one key has it all, whose ``ds`` is zero.
+    """
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
+    batch, head, kv_head = at_head
+    if SAFE and not is_marked(unsafe + at_row, inside):
+        return
+    queries = head_of(query, batch, head)
+    q = load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded, True)
+    keys = head_of(key, batch, kv_head)
+    values = head_of(value, batch, kv_head)
+    entries = entries_at(lists, counts, at_block, tiles)
+    top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
+    scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
+    if COUNT:
+        across = tl.cdiv(shape.length_k, MARK)
+        marks += (
+            (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_q, MARK) * across
+        )
+    none = tl.full((opt.block_q, opt.padded_v if SAFE else 1), 0.0, tl.float32)
+    sums = (
+        tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32),
+        tl.full((opt.block_q, opt.padded_v if GRADIENT else 1), 0.0, tl.float32),
+        (none, none),
+        tl.full((opt.block_q,), 0.0, tl.float32),
+        tl.full((opt.block_q,), 0.0, tl.float32),
+        tl.full((opt.block_q,), 0, tl.int32),
+    )
+    row_block = (q, top, t, first_row)
+    u_scale = scale
+    if opt.exact:
+        _, top_u = weights(-t, shape.r, opt)
+    if opt.steep:
+        # Other keys have up to 2^23 times as much, as far as `t` resolves them: in float16 too. One
+        # may outweigh all others, and its `dp - delta` be their part: so `slope` sums what is
+        # multiplied.
+        u_scale = (1.0 / 256.0 / tl.where(top_u > 0.0, top_u, 1.0))[:, None]
+    for edge in tl.static_range(2):
+        sums = weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt,
+                           scale, GRADIENT, SAFE, COUNT, MARK, edge == 1)  # fmt: skip
+    acc, acc_u, bad, mass, slope, kept = sums
+    result = acc / tl.where(mass > 0.0, mass * scale, 1.0)[:, None]
+    if SAFE:
+        result = with_bad(result, bad)
+    result = tl.where((t != t)[:, None], float("nan"), result)
+    outs = head_of(out, batch, head)
+    store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
+    if GRADIENT:
+        mean = acc_u / tl.where(slope > 0.0, slope, 1.0)[:, None]
+        if SAFE:
+            mean = with_bad(mean, bad)
+        if opt.exact:
+            if opt.steep:  # as in the sum
+                top_u = tl.max(scaled(top_u[:, None], u_scale, value.base.dtype.element_ty, opt), 1)
+            tl.store(spread + at_row, tl.where(slope == top_u, 0.0, 1.0), mask=inside)
+        means = head_of(out_u, batch, head)
+        store_tile(
+            means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v
+        )
+    if COUNT:
+        tl.store(support + at_row, kept, mask=inside)
+    if not SAFE:
+        mark_rows(unsafe + at_row, result, inside)

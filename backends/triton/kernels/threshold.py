@@ -1,0 +1,140 @@
+"""The mathematics of a row's threshold: probabilities, and steps to the root of ``sum p = 1``.
+
+``x`` is the distance of a key above the threshold, see ``score.py``, and ``r = 1 / (alpha - 1)``.
+Then ``p = [x]_+^r`` and ``u = p^(2 - alpha) = [x]_+^(r - 1)``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash2.backends.triton.kernels.arithmetic import (
+    INTERPRETED,
+    power,
+    power_above_one,
+    shortfall,
+)
+from adasplash2.backends.triton.kernels.score import (
+    is_inside,
+)
+
+HIGHEST = tl.constexpr(-(2.0**-126))
+"""Upper end of the window of ``t``. ``n`` equal keys have ``t = -n^(1 - alpha)``, for large alphas
+less than any float32; but the nearest key must keep a distance to it."""
+
+EPSILON = tl.constexpr(2.0**-23)
+
+FREE_STEPS = tl.constexpr(8)
+"""Newton's steps above alpha = 2 before every other one becomes a bisection."""
+
+
+@triton.jit
+def positive(x, opt: tl.constexpr):
+    """``x`` where it is above zero, else zero, also for NaN.
+
+    It is above one by rounding alone. Cut there, where not ``opt.exact``, NVIDIA's assembler puts
+    both limits into the instruction before; a maximum takes two.
+    """
+    # The interpreter's maximum keeps NaN, against the definition.
+    x = tl.where(x > 0.0, x, 0.0) if INTERPRETED else tl.maximum(x, 0.0)
+    if not opt.exact:
+        x = tl.minimum(x, 1.0)
+    return x
+
+
+@triton.jit
+def weights(x, r, opt: tl.constexpr):
+    """``p`` and ``u`` of distances ``x``; zeros off the support, also for NaN."""
+    if opt.alpha == 1.5:
+        u = positive(x, opt)
+        p = u * u
+    elif opt.alpha == 2.0:
+        p = positive(x, opt)
+        u = tl.where(x > 0.0, 1.0, 0.0)
+    elif opt.shallow:
+        inside = is_inside(x, opt)
+        w = tl.where(inside, x, 0.0)
+        p = tl.where(inside, power_above_one(w, r), 0.0)
+        u = p / (1.0 + w)
+    else:
+        inside = tl.where(x > 0.0, x, 1.0)
+        p = tl.where(x > 0.0, power(inside, r), 0.0)
+        u = p / inside
+    return p, u
+
+
+@triton.jit
+def rise(mass, slope, r, opt: tl.constexpr):
+    """Newton's step for ``g(t) = (sum p)^(1/r) - 1`` from ``mass = sum p``, ``slope = sum u``.
+
+    ``g`` is a norm of ``[z - t]_+`` less one: convex and falling for ``r >= 1``, so that steps
+    from below the root never pass it; and linear where few keys hold the mass, so that two or
+    three steps suffice. For ``r < 1`` see :func:`guarded`.
+    """
+    if opt.alpha == 1.5:
+        gap = mass - tl.sqrt(mass)
+    elif opt.alpha == 2.0:
+        gap = mass - 1.0
+    else:
+        safe = tl.where(mass > 0.0, mass, 1.0)
+        gap = safe * shortfall(safe, 1.0 / r) if opt.shallow else mass - power(safe, 1.0 - 1.0 / r)
+    return gap / tl.where(slope > 0.0, slope, 1.0)
+
+
+@triton.jit
+def certain_rise(mass, slope, r, opt: tl.constexpr):
+    """A step from ``t`` that does not pass the root, where ``mass >= 1``. A concave ``p`` stays
+    above its chord ``x^r - d x^(r - 1)``, which falls to zero at ``x``."""
+    if opt.steep:
+        return (mass - 1.0) / tl.where(slope > 0.0, slope, 1.0)
+    else:
+        return rise(mass, slope, r, opt)
+
+
+@triton.jit
+def leap(mass, slope, count):
+    """A step to the root at alpha = 1.5 if no key leaves the support on the way, by ``mass - 2 d
+    slope + d^2 count = 1``. It errs by the third order, Newton's by the second, but may pass the
+    root."""
+    root = tl.sqrt(tl.maximum(slope * slope - count * (mass - 1.0), 0.0))
+    return (mass - 1.0) / tl.where(slope > 0.0, slope + root, 1.0)
+
+
+@triton.jit
+def is_near(mass, slope, most, tolerance):
+    """Whether ``sum p`` is one within ``tolerance`` as it is, or after a :func:`leap`, about ``d =
+    (mass - 1) / (2 slope)`` long. It takes ``p`` of a key that enters or leaves for at most ``d^2``
+    more or less; ``most`` is how many can: the size of the support below the root, infinite where
+    no ``t`` below it was seen."""
+    error = mass - 1.0
+    near = error * error * most < 4.0 * tolerance * slope * slope
+    return near | (tl.abs(error) <= tolerance)
+
+
+@triton.jit
+def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
+    """A step above alpha = 2: where ``t`` moves, ``[lo, hi]`` around the root, and whether that is
+    final.
+
+    ``sum p`` drops with infinite slope at every key, and Newton's steps can circle around one:
+    after FREE_STEPS every other step is a bisection. It halves the floats between ``lo`` and
+    ``hi``, not the window, since the root of equal keys is tiny. A step of less than an ulp takes
+    an ulp, so that the bracket closes.
+    """
+    low = mass >= 1.0
+    lo = tl.where(low, t, lo)
+    hi = tl.where(low, hi, t)
+    ulp = EPSILON * tl.abs(t)
+    solved = tl.abs(mass - 1.0) <= tolerance
+    newton = rise(mass, slope, r, opt)
+    newton = tl.where((tl.abs(newton) > ulp) | solved, newton, tl.where(low, ulp, -ulp))
+    inside = (t + newton >= lo) & (t + newton < hi)
+    first = lo.to(tl.int32, bitcast=True)
+    last = hi.to(tl.int32, bitcast=True)  # both are negative
+    middle = (first + (last - first) // 2).to(tl.float32, bitcast=True)
+    bisect = (step > FREE_STEPS) & (step % 2 == 1)
+    otherwise = tl.where(solved, t, middle)
+    moved = tl.where(inside & (solved | (bisect == 0)), t + newton, otherwise)
+    closed = hi - lo <= ulp
+    return tl.where(closed & (solved == 0), t, moved), lo, hi, solved | closed

@@ -1,0 +1,170 @@
+"""Which rows and tiles a program works on, and where they lie in memory.
+
+``query``, ``key`` and other tensors with heads are ``sizes.Heads``, ``shape`` is a ``sizes.Shape``,
+``opt`` the compile-time ``sizes.Options``. A *head* ``(address, row stride)`` is one head of a
+tensor; *entries* ``(numbers, open, end)`` are a list of which the first ``open`` need no mask.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash2.backends.triton.kernels.arithmetic import (
+    INFINITY,
+    any_of,
+    is_finite,
+)
+
+
+@triton.jit
+def head_of(tensor, batch, head):
+    base = tensor.base + batch.to(tl.int64) * tensor.batch + head.to(tl.int64) * tensor.head
+    return base, tensor.row
+
+
+@triton.jit
+def tile_pointers(head, first, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    base, stride = head
+    rows = tl.arange(0, BLOCK)[:, None] * stride
+    return base + first.to(tl.int64) * stride + rows + tl.arange(0, PADDED)[None, :]
+
+
+@triton.jit
+def tile_mask(first, length, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    rows = first + tl.arange(0, BLOCK)[:, None]
+    return (rows < length) & (tl.arange(0, PADDED)[None, :] < WIDTH)
+
+
+@triton.jit
+def load_tile(
+    head, first, length, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first`` and following of a head; zeros from ``length`` (where EDGE) and WIDTH on."""
+    pointers = tile_pointers(head, first, BLOCK, PADDED)
+    if EDGE:
+        mask = tile_mask(first, length, BLOCK, WIDTH, PADDED)
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif WIDTH != PADDED:
+        tile = tl.load(pointers, mask=tl.arange(0, PADDED)[None, :] < WIDTH, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    head, first, length, tile, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    mask = tile_mask(first, length, BLOCK, WIDTH, PADDED)
+    element = head[0].dtype.element_ty
+    tl.store(tile_pointers(head, first, BLOCK, PADDED), tile.to(element), mask=mask)
+
+
+@triton.jit
+def mark_rows(unsafe, tile, inside):
+    """Store for each row of a tile whether it has an entry that is not finite.
+
+    By rows and not as one number: Triton 3.7.1 compiles no scalar of a product for sm_100.
+    """
+    tl.store(unsafe, tl.max(tl.where(is_finite(tile), 0, 1), 1).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def is_marked(unsafe, inside):
+    return any_of(tl.load(unsafe, mask=inside, other=0))
+
+
+@triton.jit
+def rows_at(head_row, first, length, BLOCK: tl.constexpr):
+    """Offsets of BLOCK rows of a head in a ``(heads, length)`` array, and which of them exist."""
+    rows = first + tl.arange(0, BLOCK)
+    return head_row.to(tl.int64) * length + rows, rows < length
+
+
+@triton.jit
+def row_block_at(number, shape, opt: tl.constexpr):
+    """The row block that is ``number`` in launch order (head by head, so that keys and values stay
+    in the L2, and longest rows first): its place among all, ``(batch, head, kv_head)``, its first
+    row, and :func:`rows_at`."""
+    blocks = tl.cdiv(shape.length_q, opt.block_q)
+    head_row = number // blocks
+    block = blocks - 1 - number % blocks
+    head = head_row % shape.heads_q
+    at_head = (head_row // shape.heads_q, head, head // shape.group)
+    first_row = block * opt.block_q
+    at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
+    return head_row * blocks + block, at_head, first_row, at_row, inside
+
+
+@triton.jit
+def tile_at(number, shape, opt: tl.constexpr):
+    """``(kv_row, batch, kv_head)`` and the first key of a key tile."""
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    heads_kv = shape.heads_q // shape.group
+    kv_row = number // tiles
+    return (kv_row, kv_row // heads_kv, kv_row % heads_kv), number % tiles * opt.block_k
+
+
+@triton.jit
+def entries_at(lists, counts, number, capacity):
+    """The entries of list ``number``."""
+    numbers = lists + number.to(tl.int64) * capacity
+    return numbers, tl.load(counts + 2 * number), tl.load(counts + 2 * number + 1)
+
+
+@triton.jit
+def checked(entries, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """The entries of a saved list of key tiles, and whether they are some: what was saved may have
+    been written over since. If so there are none, so that nothing else is read.
+
+    Entries are looked at before the loop over tiles: a limit inside it would keep Triton from
+    asking for tiles ahead.
+    """
+    numbers, open_end, end = entries
+    whole = shape.length_k // opt.block_k
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    right = (open_end >= 0) & (open_end <= end) & (end <= tiles)
+    end = tl.where(right, end, 0)
+    for chunk in range(0, end, CHUNK):
+        places = chunk + tl.arange(0, CHUNK)
+        found = tl.load(numbers + places, mask=places < end, other=0)
+        limit = tl.where(places < open_end, whole, tiles)
+        outside = ((found < 0) | (found >= limit)) & (places < end)
+        right = right & (any_of(outside) == 0)
+    return (numbers, tl.where(right, open_end, 0), tl.where(right, end, 0)), right
+
+
+@triton.jit
+def portion(entries, EDGE: tl.constexpr):
+    """The list, and where in it those that need no mask begin and end, or the others where EDGE."""
+    numbers, open_end, end = entries
+    return numbers, open_end if EDGE else 0, end if EDGE else open_end
+
+
+@triton.jit
+def entry_of(numbers, index, stop):
+    """An entry of a list, zero from ``stop`` on.
+
+    Loops load it an iteration ahead: else Triton waits for a tile as soon as it is asked for, since
+    the entry of the next is asked for behind it.
+    """
+    return tl.load(numbers + index, mask=index < stop, other=0)
+
+
+@triton.jit
+def load_pair(number, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+    """``(first_key, k, v)`` of a list's entry."""
+    first = number * opt.block_k
+    length = shape.length_k
+    k = load_tile(keys, first, length, opt.block_k, opt.head_dim, opt.padded, EDGE)
+    v = load_tile(values, first, length, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE)
+    return first, k, v
+
+
+@triton.jit
+def load_thresholds(top, t, at_row, inside, opt: tl.constexpr):
+    """``top`` and ``t`` where ``opt.exact``, else zero and ``tau``; see :func:`distance`."""
+    top = tl.load(top + at_row, mask=inside, other=0.0) if opt.exact else 0.0
+    return top, tl.load(t + at_row, mask=inside, other=INFINITY)
