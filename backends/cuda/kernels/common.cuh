@@ -6,7 +6,7 @@
 //   ADASPLASH2_HEAD_DIM     head_dim of queries and keys, 1 to 256
 //   ADASPLASH2_HEAD_DIM_V   head_dim of values, 1 to 256
 //   ADASPLASH2_ALPHA        an AlphaKind
-//   ADASPLASH2_CAUSAL       0 or 1
+//   ADASPLASH2_CAUSAL       0 or 1, see score.cuh
 //   ADASPLASH2_ALIGNED      1 where every row of every tensor starts on 16 bytes
 // and for the scans, which keep lists,
 //   ADASPLASH2_CAPACITY     memory of a warp's lists, in entries of a lane
@@ -30,7 +30,6 @@ using i64 = long long;
 constexpr int kHeadDim = ADASPLASH2_HEAD_DIM;
 constexpr int kHeadDimV = ADASPLASH2_HEAD_DIM_V;
 constexpr AlphaKind kAlpha = static_cast<AlphaKind>(ADASPLASH2_ALPHA);
-constexpr bool kCausal = ADASPLASH2_CAUSAL;
 constexpr bool kAligned = ADASPLASH2_ALIGNED;
 
 template <int width>
@@ -411,12 +410,6 @@ __device__ __forceinline__ i64 arena_of(int group) { return i64(group) * kGroupR
 __device__ __forceinline__ void mark_tile(const Params& p, int head_row, int row, int column) {
   p.tiles[(i64(head_row) * ((p.length_q + 63) / 64) + row / 64) * ((p.length_k + 63) / 64) +
           column / 64] = 1;
-}
-
-// The rows that a poisoned row's NaN reaches: every key it may see.
-__device__ __forceinline__ void poison_keys(const Params& p, int batch, int kv_head, int row) {
-  atomicMax(p.poison + batch * p.heads_kv + kv_head,
-            kCausal ? min(row + 1, p.length_k) : p.length_k);
 }
 
 // --- shared memory, copies and matrix fragments --------------------------------------------

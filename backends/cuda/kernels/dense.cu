@@ -3,7 +3,8 @@
 // Blocks without a flat group return at once, so the launch needs no word from the host.
 //
 // Here z = (alpha-1) scale q.k, x = z - tau, p = x^r, u = x^(r-1).
-#include "common.cuh"
+#include "score.cuh"
+#include "work.cuh"
 
 namespace adasplash2 {
 
@@ -169,21 +170,14 @@ constexpr int kParts = kTile / 8;
 using Scores = float[kParts][4];
 
 // The rows of a block and the keys they walk over.
-struct Block {
+struct Block : QueryBlock<kRows> {
   const Params& p;
-  int head_row, batch, head, kv_head, first_row, tiles;
-  bool flat[2];  // of the lane's two rows
+  int first_row, tiles;  // the warp's
+  bool flat[2];          // of the lane's two rows
 
-  __device__ Block(const Params& params) : p(params) {
-    const int blocks = (p.length_q + kRows - 1) / kRows;
-    head_row = blockIdx.x / blocks;
-    const int block = blocks - 1 - blockIdx.x % blocks;
-    batch = head_row / p.heads_q;
-    head = head_row % p.heads_q;
-    kv_head = head / p.group;
-    first_row = block * kRows + warp_id() * 16;
-    const int seen = kCausal ? min(p.length_k, block * kRows + kRows) : p.length_k;
-    tiles = (seen + kTile - 1) / kTile;
+  __device__ Block(const Params& params) : QueryBlock(params, blockIdx.x), p(params) {
+    first_row = first + warp_id() * 16;
+    tiles = (seen_end(first + kRows - 1, p.length_k) + kTile - 1) / kTile;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const int row = row_of_slot(slot);
@@ -191,13 +185,12 @@ struct Block {
     }
   }
   __device__ int row_of_slot(int slot) const { return first_row + slot * 8 + lane_id() / 4; }
-  __device__ int first_of_block() const { return first_row - warp_id() * 16; }
 
   __device__ bool allowed(int slot, int key) const {
-    return key < p.length_k && (!kCausal || key <= row_of_slot(slot));
+    return is_seen(row_of_slot(slot), key, p.length_k);
   }
   __device__ bool edge(int tile) const {  // whether some pair of the warp's is forbidden
-    return (tile + 1) * kTile > p.length_k || (kCausal && (tile + 1) * kTile > first_row + 1);
+    return !all_seen(first_row, (tile + 1) * kTile, p.length_k);
   }
 
   // body(first key, keys, values) for each tile of keys, nearest first, with the next one
@@ -232,8 +225,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) char shared[];
   const Block b(p);
   if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
-  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row,
-                                       b.first_of_block(), p.length_q);
+  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row, b.first,
+                                       p.length_q);
   copy_commit();
   char* stages = shared + kBytes;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
@@ -354,10 +347,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) char shared[];
   const Block b(p);
   if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
-  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row,
-                                       b.first_of_block(), p.length_q);
+  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row, b.first,
+                                       p.length_q);
   load_tile<kRows, kHeadDimV, kThreads>(shared + kBytes, row_of(p.grad_o, b.batch, b.head, 0),
-                                        p.grad_o.row, b.first_of_block(), p.length_q);
+                                        p.grad_o.row, b.first, p.length_q);
   copy_commit();
   char* stages = shared + kBytes + kBytesV;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
@@ -440,12 +433,11 @@ constexpr int kStripParts = kStrip / 8;
 template <bool want_k, bool want_v>
 __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char* shared) {
   __shared__ float row_top[kTile], row_t[kTile], row_delta[kTile], row_factor[kTile];
-  const int blocks = (p.length_k + kRows - 1) / kRows;
-  const int kv_row = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-  const int first_key = block * kRows + warp_id() * 16;
-  const int first_head_row = batch * p.heads_q + kv_head * p.group;
-  const int start = kCausal ? block * kRows / kTile * kTile : 0;
+  const KeyBlock<kRows> block(p, blockIdx.x);
+  const int batch = block.batch, kv_head = block.kv_head;
+  const int first_key = block.first + warp_id() * 16;
+  const int first_head_row = block.head_row(p);
+  const int start = first_row_of(block.first) / kTile * kTile;
 
   bool any = false;
   for (int i = threadIdx.x; i < p.group * p.groups_q; i += kThreads)
@@ -453,10 +445,10 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
            p.flat[i64(first_head_row) * p.groups_q + i];
   if (!__syncthreads_or(any)) return;
 
-  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.k, batch, kv_head, 0), p.k.row,
-                                       block * kRows, p.length_k);
+  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.k, batch, kv_head, 0), p.k.row, block.first,
+                                       p.length_k);
   load_tile<kRows, kHeadDimV, kThreads>(shared + kBytes, row_of(p.v, batch, kv_head, 0), p.v.row,
-                                        block * kRows, p.length_k);
+                                        block.first, p.length_k);
   copy_commit();
   char* queries_at = shared + kBytes + kBytesV;
   char* grads_at = queries_at + kBytes;
@@ -517,7 +509,7 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
             const int at = strip + n * 8 + lane_id() % 4 * 2 + i % 2;
             const int key = first_key + i / 2 * 8 + lane_id() / 4;
             const float x = Threshold{row_top[at], row_t[at]}.distance(c, s[n][i]);
-            const bool kept = x > 0.f && key < p.length_k && (!kCausal || key <= first_row + at);
+            const bool kept = x > 0.f && is_seen(first_row + at, key, p.length_k);
             s[n][i] = kept ? kProbScale * row_factor[at] * probability(x, p.r) : 0.f;
             if constexpr (want_k)
               dp[n][i] = kept ? weight(x, p.r) * (dp[n][i] - row_delta[at]) : 0.f;

@@ -11,6 +11,8 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "score.cuh"
+#include "work.cuh"
 
 namespace adasplash2 {
 
@@ -109,19 +111,13 @@ __device__ __forceinline__ float* second_output(const Params& p, int head_row, i
 }
 
 // The query rows of a block, and what its lanes see of them.
-struct Block {
+struct Block : QueryBlock<kBlockRows> {
   const Params& p;
-  int head_row, batch, head, kv_head, first;  // the block's first row
-  int first_row;                              // the warp's
-  bool flat[2];                               // of the lane's two rows
+  int first_row;  // the warp's
+  bool flat[2];   // of the lane's two rows
 
-  __device__ __forceinline__ explicit Block(const Params& params) : p(params) {
-    const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
-    head_row = blockIdx.x / blocks;
-    first = (blocks - 1 - blockIdx.x % blocks) * kBlockRows;
-    batch = head_row / p.heads_q;
-    head = head_row % p.heads_q;
-    kv_head = head / p.group;
+  __device__ __forceinline__ explicit Block(const Params& params)
+      : QueryBlock(params, blockIdx.x), p(params) {
     first_row = first + warp_id() * 16;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
@@ -133,16 +129,16 @@ struct Block {
   }
   // How many tiles of so many keys the block sees.
   __device__ __forceinline__ int tiles(int keys) const {
-    return ((kCausal ? min(p.length_k, first + kBlockRows) : p.length_k) + keys - 1) / keys;
+    return (seen_end(first + kBlockRows - 1, p.length_k) + keys - 1) / keys;
   }
   __device__ __forceinline__ int seen(int slot) const {  // keys
-    return kCausal ? min(p.length_k, row(slot) + 1) : p.length_k;
+    return seen_end(row(slot), p.length_k);
   }
   // Scores of keys that a row does not see become minus infinity.
   template <int count>
   __device__ __forceinline__ void mask(float (&s)[count], int first_key) const {
     constexpr int keys = count * 2;
-    if (first_key + keys <= p.length_k && !(kCausal && first_key + keys > first_row + 1)) return;
+    if (all_seen(first_row, first_key + keys, p.length_k)) return;
     const int limit[2] = {seen(0) - first_key - lane_id() % 4 * 2,
                           seen(1) - first_key - lane_id() % 4 * 2};
 #pragma unroll

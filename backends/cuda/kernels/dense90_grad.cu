@@ -200,24 +200,15 @@ struct alignas(16) Queries {
 };
 
 // The keys of a block.
-struct KeyBlock {
-  int batch, kv_head, first, start;  // start: the first query that may see them
+struct Keys : KeyBlock<kBlockRows> {
+  int start;  // the first query that may see them
 
-  __device__ __forceinline__ explicit KeyBlock(const Params& p) {
-    const int blocks = (p.length_k + kBlockRows - 1) / kBlockRows;
-    const int kv_row = blockIdx.x / blocks;
-    batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    first = blockIdx.x % blocks * kBlockRows;
-    start = kCausal ? first : 0;
-  }
-  // The first of the rows of the heads that share the keys.
-  __device__ __forceinline__ int head_row(const Params& p) const {
-    return batch * p.heads_q + kv_head * p.group;
-  }
+  __device__ __forceinline__ explicit Keys(const Params& p)
+      : KeyBlock(p, blockIdx.x), start(first_row_of(first)) {}
 };
 
 __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* queries,
-                                             const Params& p, const KeyBlock& b,
+                                             const Params& p, const Keys& b,
                                              const TensorMap& query_map,
                                              const TensorMap& grad_map) {
   GradRing ring;
@@ -262,7 +253,7 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
 
 __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* own,
                                                  const Queries* queries, const Params& p,
-                                                 const KeyBlock& b) {
+                                                 const Keys& b) {
   constexpr int kSteps = kGradQueries / 16;
   constexpr bool kOverlap = kNarrow;  // else too few registers
   const int first_key = b.first + warp_id() * 16;
@@ -298,11 +289,9 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     settled(s), settled(dp), settled(grad_k), settled(grad_v), settled(probs), settled(weights);
     const Queries& q = queries[ring.stage];
     // Queries before these do not see the keys of the lane's two rows.
-    int from[2] = {0, 0};
-    if (kCausal)
-      for (int slot = 0; slot < 2; ++slot)
-        from[slot] = first_key + slot * 8 + lane_id() / 4 - q.first - lane_id() % 4 * 2;
-    const bool edge = kCausal && q.first < first_key + 15;
+    const int first_query = q.first + lane_id() % 4 * 2, key = first_key + lane_id() / 4;
+    const int from[2] = {first_row_of(key) - first_query, first_row_of(key + 8) - first_query};
+    const bool edge = q.first < first_row_of(first_key + 15);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       float prob[8];
@@ -380,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[GradColumns::kBarriers];
   __shared__ __align__(16) Queries queries[kGradStages];
-  const KeyBlock b(p);
+  const Keys b(p);
   bool any = false;
   for (int i = threadIdx.x; i < p.group * p.groups_q; i += kThreads)
     any |= i % p.groups_q * kGroupRows + kGroupRows > b.start &&

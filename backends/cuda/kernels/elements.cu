@@ -4,7 +4,8 @@
 //
 // Backward, per row: dp_j = dO . v_j, delta = sum u dp / sum u, ds_j = u_j (dp_j - delta),
 // dQ = scale sum ds_j k_j; per column: dK = scale sum ds_i q_i, dV = sum p_i dO_i.
-#include "common.cuh"
+#include "score.cuh"
+#include "work.cuh"
 
 namespace adasplash2 {
 
@@ -13,20 +14,14 @@ constexpr int kBatch = 4;     // gathers in flight per lane
 constexpr int kMaxRow = 256;  // survivors of one row at most: four lists of the scan
 
 // A row in the order of the arena: groups of kGroupRows rows, head by head.
-struct Row {
-  int at, head_row, row, batch, head, kv_head;
+struct Row : Head {
+  int at, row;
   bool inside;
 };
 
 __device__ __forceinline__ Row row_at(const Params& p, int at) {
-  Row r;
   const int per_head = p.groups_q * kGroupRows;
-  r.at = at;
-  r.head_row = at / per_head;
-  r.row = at % per_head;
-  r.batch = r.head_row / p.heads_q;
-  r.head = r.head_row % p.heads_q;
-  r.kv_head = r.head / p.group;
+  Row r{Head(p, at / per_head), at, at % per_head};
   r.inside = r.head_row < p.batch * p.heads_q && r.row < p.length_q;
   return r;
 }
@@ -81,7 +76,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const int block = blockIdx.x - key_blocks;
     const int of_queries = (p.length_q + kCheckRows - 1) / kCheckRows;
     first_head = block / of_queries, heads = 1;
-    const Scalar* rows = row_of(p.q, first_head / p.heads_q, first_head % p.heads_q, 0);
+    const Head of(p, first_head);
+    const Scalar* rows = row_of(p.q, of.batch, of.head, 0);
     found = has_infinite<kHeadDim>(rows, p.q.row, block % of_queries * kCheckRows, p.length_q);
   }
   if (!__syncthreads_or(found)) return;
@@ -150,8 +146,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   const int last = group * kGroupRows + kGroupRows - 1;
   const int total = p.row_start[last] + max(p.row_count[last], 0);
-  const int head_row = group / p.groups_q;
-  const int kv_row = head_row / p.heads_q * p.heads_kv + head_row % p.heads_q / p.group;
+  const Head of(p, group / p.groups_q);
+  const int kv_row = of.batch * p.heads_kv + of.kv_head;
   int* counts = p.column_count + i64(kv_row) * p.length_k;
   const i64 arena = arena_of(group);
   for (int first = 0; first < total; first += kThreads) {

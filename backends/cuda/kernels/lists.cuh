@@ -14,7 +14,8 @@
 // Scores are those of the tensor cores, q.k; z = c * score. Bounds are in units of scores.
 #pragma once
 
-#include "common.cuh"
+#include "score.cuh"
+#include "work.cuh"
 
 namespace adasplash2 {
 
@@ -34,10 +35,6 @@ constexpr int kDealGrow = 3;
 constexpr int kSpare = 2;        // entries by which lists may grow before strips have to make way
 constexpr int kFirstSteps = 3;   // raises to the first bounds
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
-
-// The order of tiles: the first one, where models keep their attention sinks, then from the nearest
-// on. Both have high scores, which make high bounds.
-__device__ __forceinline__ int nth_tile(int i, int tiles) { return i == 0 ? 0 : tiles - i; }
 
 struct Survivor {
   float score;
@@ -414,8 +411,10 @@ struct Lists {
           if (row < p.length_q) {
             const i64 at_tau = i64(head_row) * p.length_q + row;
             p.tau[at_tau] = s.poisoned ? kNaN : s.empty ? kInf : fmaf(p.c, s.top, s.tau);
-            if (s.poisoned)
-              poison_keys(p, head_row / p.heads_q, head_row % p.heads_q / p.group, row);
+            if (s.poisoned) {
+              const Head of(p, head_row);
+              poison_keys(p, of.batch, of.kv_head, row);
+            }
             if (p.iterations) p.iterations[at_tau] = s.steps;
           }
         }

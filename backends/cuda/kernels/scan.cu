@@ -147,7 +147,7 @@ __device__ __forceinline__ void mask_scores(Scores& s, int first_row, int first_
       for (int j = 0; j < 2; ++j) {
         const int key = first_key + n * 8 + lane % 4 * 2 + j;
         const int row = first_row + slot * 8 + lane / 4;
-        if (key >= length_k || (kCausal && key > row)) s[slot / 2][n][slot % 2 * 2 + j] = -kInf;
+        if (!is_seen(row, key, length_k)) s[slot / 2][n][slot % 2 * 2 + j] = -kInf;
       }
 }
 
@@ -156,28 +156,25 @@ constexpr int kQueryBytes = kHalf ? 0 : kBlockRows * tile_stride<kDim>;
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char shared[];
-  const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
-  const int head_row = blockIdx.x / blocks;            // head-major: K of one head stays in the L2
-  const int block = blocks - 1 - blockIdx.x % blocks;  // longest rows first
-  const int batch = head_row / p.heads_q, head = head_row % p.heads_q;
+  const QueryBlock<kBlockRows> block(p, blockIdx.x);
   const int warp = warp_id();
-  const int first_row = block * kBlockRows + warp * kWarpRows;
-  const int group = head_row * p.groups_q + first_row / kGroupRows;
-  const Scalar* keys = row_of(p.k, batch, head / p.group, 0);
+  const int first_row = block.first + warp * kWarpRows;
+  const int group = block.head_row * p.groups_q + first_row / kGroupRows;
+  const Scalar* keys = row_of(p.k, block.batch, block.kv_head, 0);
 
   char* queries_at = shared + kStages * kStageBytes + kWarps * Lists<kSlots>::kBytes +
                      warp * (kQueryBytes / kWarps);
   Queries queries;
-  u32 dead = load_queries(queries, p, row_of(p.q, batch, head, 0), first_row, queries_at);
+  u32 dead =
+      load_queries(queries, p, row_of(p.q, block.batch, block.head, 0), first_row, queries_at);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot)
     if (first_row + slot * 8 + lane_id() / 4 >= p.length_q) dead |= 1u << slot;
   Lists<kSlots> lists;
   lists.start(shared_address(shared) + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
 
-  const int seen = kCausal ? min(p.length_k, block * kBlockRows + kBlockRows) : p.length_k;
   const bool outside = first_row >= p.length_q;
-
+  const int seen = seen_end(block.first + kBlockRows - 1, p.length_k);
   const int tiles = (seen + kTileKeys - 1) / kTileKeys;
   const auto load = [&](int i) {
     load_tile<kTileKeys, kHeadDim, kThreads>(shared + i % kStages * kStageBytes, keys, p.k.row,
@@ -194,10 +191,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
 #pragma unroll 1
     for (int part = kTileKeys / kChunk - 1; part >= 0; --part) {
       const int first_key = tile * kTileKeys + part * kChunk;
-      if (outside || first_key >= p.length_k || (kCausal && first_key >= first_row + kWarpRows))
-        continue;
-      const bool edge =
-          first_key + kChunk > p.length_k || (kCausal && first_key + kChunk > first_row + 1);
+      if (outside || !any_seen(first_row + kWarpRows - 1, first_key, p.length_k)) continue;
+      const bool edge = !all_seen(first_row, first_key + kChunk, p.length_k);
       Scores s;
       products(s, queries, stage_at + part * kChunk * tile_stride<kDim>);
       if (edge) mask_scores(s, first_row, first_key, p.length_k);

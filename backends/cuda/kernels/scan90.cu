@@ -57,21 +57,16 @@ __device__ __forceinline__ void multiply(Scores& s, const Left (&q)[kDim / 16], 
 // --- loads ---------------------------------------------------------------------------------
 
 // A block of queries: where it is, and how many tiles of keys it may see.
-struct Item {
-  int head_row, batch, head, block, tiles;
+struct Item : QueryBlock<kBlockRows> {
+  int tiles;
 
-  __device__ __forceinline__ Item(const Params& p, int number) {
-    const int blocks = (p.length_q + kBlockRows - 1) / kBlockRows;
-    head_row = number / blocks;            // head-major: K of one head stays in the L2
-    block = blocks - 1 - number % blocks;  // longest rows first
-    batch = head_row / p.heads_q, head = head_row % p.heads_q;
-    const int seen = kCausal ? min(p.length_k, block * kBlockRows + kBlockRows) : p.length_k;
-    tiles = (seen + kTileKeys - 1) / kTileKeys;
+  __device__ __forceinline__ Item(const Params& p, int number) : QueryBlock(p, number) {
+    tiles = (seen_end(first + kBlockRows - 1, p.length_k) + kTileKeys - 1) / kTileKeys;
   }
   __device__ __forceinline__ bool is_worth_it(const Params& p) const {
-    const int first = block * (kBlockRows / kGroupRows);
+    const int group = first / kGroupRows;
     bool any = false;
-    for (int i = first; i < min(p.groups_q, first + kBlockRows / kGroupRows); ++i)
+    for (int i = group; i < min(p.groups_q, group + kBlockRows / kGroupRows); ++i)
       any |= p.flat[i64(head_row) * p.groups_q + i] == kLookAgain;
     return any;
   }
@@ -143,8 +138,8 @@ __device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& 
 __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRing& at, u32 stages,
                                         u32 full, u32 empty) {
   const int warp = uniform(warp_id());
-  const int first_of_group = item.block * kBlockRows + warp / 4 * kRows;
-  const int first_row = item.block * kBlockRows + warp * 16;
+  const int first_of_group = item.first + warp / 4 * kRows;
+  const int first_row = item.first + warp * 16;
   const int group = item.head_row * p.groups_q + first_row / kGroupRows;
   Left q[kDim / 16];
   u32 dead = load_queries(q, p, row_of(p.q, item.batch, item.head, 0), first_row);
@@ -176,9 +171,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     at.advance();
   };
   // Keys beyond these are seen by none of the group's rows; none at all by a group without rows.
-  int last_seen = first_of_group >= p.length_q ? -1
-                  : kCausal                    ? first_of_group + kRows - 1
-                                               : p.length_k;
+  int last_seen =
+      first_of_group >= p.length_q ? -1 : seen_end(first_of_group + kRows - 1, p.length_k) - 1;
   const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     lists.template filter<kParts>(score, column, p);
@@ -195,12 +189,12 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     multiply(s, q, tile);
     give_back();
     bool sifted;
-    if (first_key + kTileKeys > p.length_k || (kCausal && first_key + kTileKeys > first_row + 1))
+    if (!all_seen(first_row, first_key + kTileKeys, p.length_k))
       sifted = look(
           [&](int slot, int n, int j) {
             const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
             const int row = first_row + slot * 8 + lane_id() / 4;
-            return key < p.length_k && (!kCausal || key <= row) ? s[n * 4 + slot * 2 + j] : -kInf;
+            return is_seen(row, key, p.length_k) ? s[n * 4 + slot * 2 + j] : -kInf;
           },
           first_key);
     else

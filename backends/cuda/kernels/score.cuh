@@ -1,0 +1,42 @@
+// Which keys a query may see. Masks are named here and nowhere else.
+#pragma once
+
+#include "common.cuh"
+
+namespace adasplash2 {
+
+constexpr bool kCausal = ADASPLASH2_CAUSAL;
+
+// Whether a query sees a key.
+__device__ __forceinline__ bool is_seen(int row, int key, int length_k) {
+  return key < length_k && (!kCausal || key <= row);
+}
+
+// Where the keys end that a query sees, or some query up to it.
+__device__ __forceinline__ int seen_end(int last_row, int length_k) {
+  return kCausal ? min(length_k, last_row + 1) : length_k;
+}
+
+// Whether queries from `first_row` on see every key before `end`.
+__device__ __forceinline__ bool all_seen(int first_row, int end, int length_k) {
+  return end <= length_k && !(kCausal && end > first_row + 1);
+}
+
+// Whether some query up to `last_row` sees a key from `first_key` on.
+__device__ __forceinline__ bool any_seen(int last_row, int first_key, int length_k) {
+  return first_key < length_k && !(kCausal && first_key > last_row);
+}
+
+// The first query that may see a key, and whether it may be later than `row`.
+__device__ __forceinline__ int first_row_of(int key) { return kCausal ? key : 0; }
+
+// The order in which a scan takes tiles: the first one, where models keep their attention sinks,
+// then from the nearest on. Both have high scores, which make high bounds.
+__device__ __forceinline__ int nth_tile(int i, int tiles) { return i == 0 ? 0 : tiles - i; }
+
+// The rows that a poisoned row's NaN reaches: every key it may see.
+__device__ __forceinline__ void poison_keys(const Params& p, int batch, int kv_head, int row) {
+  atomicMax(p.poison + batch * p.heads_kv + kv_head, seen_end(row, p.length_k));
+}
+
+}  // namespace adasplash2
