@@ -185,6 +185,7 @@ struct Block : QueryBlock<kRows> {
     }
   }
   __device__ int row_of_slot(int slot) const { return first_row + slot * 8 + lane_id() / 4; }
+  __device__ int first_of_block() const { return first_row - warp_id() * 16; }
 
   __device__ bool allowed(int slot, int key) const {
     return is_seen(row_of_slot(slot), key, p.length_k);
@@ -225,8 +226,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) char shared[];
   const Block b(p);
   if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
-  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row, b.first,
-                                       p.length_q);
+  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row,
+                                       b.first_of_block(), p.length_q);
   copy_commit();
   char* stages = shared + kBytes;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
@@ -347,10 +348,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) char shared[];
   const Block b(p);
   if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
-  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row, b.first,
-                                       p.length_q);
+  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row,
+                                       b.first_of_block(), p.length_q);
   load_tile<kRows, kHeadDimV, kThreads>(shared + kBytes, row_of(p.grad_o, b.batch, b.head, 0),
-                                        p.grad_o.row, b.first, p.length_q);
+                                        p.grad_o.row, b.first_of_block(), p.length_q);
   copy_commit();
   char* stages = shared + kBytes + kBytesV;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;

@@ -206,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   if (outside) return;
   lists.sift(p);
   __syncwarp();
-  const u32 overfull = lists.flat ? 3u : lists.write(p, head_row, group, first_row);
+  const u32 overfull = lists.flat ? 3u : lists.write(p, block.head_row, group, first_row);
   if (overfull) lists.hand_over(p, group, first_row, overfull);
 #pragma unroll
   for (int part = 0; part < kSlots / 2; ++part)

@@ -1,4 +1,5 @@
-// What a block of threads works on: heads, and blocks of their queries or keys.
+// What a block of threads works on: heads, and blocks of their queries or keys. Numbers of blocks
+// are unsigned: a signed division takes registers that some kernels do not have.
 #pragma once
 
 #include "common.cuh"
@@ -22,11 +23,11 @@ template <int rows>
 struct QueryBlock : Head {
   int first;  // query
 
-  __device__ __forceinline__ QueryBlock(const Params& p, int number)
+  __device__ __forceinline__ QueryBlock(const Params& p, u32 number)
       : QueryBlock(p, number, (p.length_q + rows - 1) / rows) {}
 
  private:
-  __device__ __forceinline__ QueryBlock(const Params& p, int number, int blocks)
+  __device__ __forceinline__ QueryBlock(const Params& p, u32 number, int blocks)
       : Head(p, number / blocks), first((blocks - 1 - number % blocks) * rows) {}
 };
 
@@ -35,7 +36,7 @@ template <int rows>
 struct KeyBlock {
   int kv_row, batch, kv_head, first;  // key
 
-  __device__ __forceinline__ KeyBlock(const Params& p, int number) {
+  __device__ __forceinline__ KeyBlock(const Params& p, u32 number) {
     const int blocks = (p.length_k + rows - 1) / rows;
     kv_row = number / blocks;
     batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
