@@ -125,7 +125,8 @@ def _register(name: str, attention: Callable[..., Any]) -> None:
 
 def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
     """The configs of a model and its parts, with what each says."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in held if config is not None}
     for key in getattr(model.config, "sub_configs", {}):
         sub = getattr(model.config, key, None)
         if sub is not None:

@@ -147,7 +147,8 @@ def _visible(
 ) -> Visible:
     """Which keys are visible: as the mask says, else as the call or the module says."""
     if mask is None:
-        # Only models that never asked for a mask come here: ours is never None.
+        # Only models that never asked for a mask come here: ours is never None. The flags mean
+        # what they mean to transformers' SDPA.
         causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
         if length_q == 1 or causal is False:
             return Visible(0, None, False)

@@ -27,7 +27,9 @@ class Coverage:
     def __str__(self) -> str:
         total = len(self.ours) + len(self.others)
         lines = [f"{len(self.ours)} of {total} attention layers run {self.name}"]
-        lines += [f"  not {layer or 'the model itself'}: {why}" for layer, why in self.others.items()]
+        lines += [
+            f"  not {layer or 'the model itself'}: {why}" for layer, why in self.others.items()
+        ]
         return "\n".join(lines)
 
 
@@ -41,7 +43,9 @@ def cover(model: nn.Module, name: str) -> Coverage:
     ours: list[str] = []
     others: dict[str, str] = {}
     modules = dict(model.named_modules())
-    asking = {path for path, module in modules.items() if "ALL_ATTENTION_FUNCTIONS" in _names(module)}
+    asking = {
+        path for path, module in modules.items() if "ALL_ATTENTION_FUNCTIONS" in _names(module)
+    }
     alone = {
         path
         for path, module in modules.items()
@@ -54,7 +58,10 @@ def cover(model: nn.Module, name: str) -> Coverage:
             if chosen == name:
                 ours.append(path)
             else:
-                others[path] = f"the config of {type(module).__name__} says {chosen!r}"
+                others[path] = (
+                    f"the config of {type(module).__name__} says {chosen!r}: transformers did not "
+                    "set it"
+                )
         elif path in alone:
             inner = path + "." if path else ""
             if not any(other.startswith(inner) for other in asking | alone if other != path):

@@ -88,6 +88,23 @@ class StatedMask(Tensor):
     def statement(self) -> Statement:
         return self._known or read(self.numbers)
 
+    def _same(self, func: Any, args: Any, kwargs: dict[str, Any]) -> StatedMask | None:
+        """The answer to what layers, checkpoints and model parallelism do to any argument: still
+        this mask, perhaps elsewhere. None where its numbers are needed."""
+        if func is Tensor.detach:
+            return self
+        if func is Tensor.__getitem__:
+            index = args[0] if isinstance(args[0], tuple) else (args[0],)
+            if not all(isinstance(i, slice) or i is Ellipsis for i in index):
+                return None
+            with torch._C.DisableTorchFunctionSubclass():
+                return self if Tensor.__getitem__(self, index).shape == self.shape else None
+        scalar = torch.zeros((), dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        if not scalar.is_floating_point():
+            return None
+        blank = scalar.expand(self.shape)
+        return StatedMask.of(blank, self._known, lambda: self.numbers.to(*args, **kwargs))
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -95,10 +112,13 @@ class StatedMask(Tensor):
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func is Tensor.detach:  # checkpoints detach what they are given; there is no gradient
-            return args[0]
+        kwargs = kwargs or {}
+        if func in _SAME:
+            same = args[0]._same(func, args[1:], kwargs)
+            if same is not None:
+                return same
         args, kwargs = torch.utils._pytree.tree_map_only(
-            StatedMask, lambda mask: mask.numbers, (args, kwargs or {})
+            StatedMask, lambda mask: mask.numbers, (args, kwargs)
         )
         return func(*args, **kwargs)
 
@@ -112,6 +132,8 @@ _ABOUT = {
     *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_meta", "layout")),
 }
 """Questions that shape, dtype and device answer."""
+
+_SAME = {Tensor.detach, Tensor.__getitem__, Tensor.to}
 
 
 def statement_of(mask: Tensor) -> Statement:
@@ -155,7 +177,7 @@ def read(mask: Tensor) -> Statement:
     if span is None:
         return Statement(None, OTHER)
     start, stop = span
-    rows, keys = first.shape
+    rows = first.shape[0]
     expected = torch.zeros_like(first)
     expected[:, start:stop] = True
     if first.equal(expected):
@@ -175,7 +197,7 @@ def _span(row: Tensor) -> tuple[int, int] | None:
 
 def is_tracing(like: Tensor | None = None) -> bool:
     """Whether numbers cannot be read: a compiler, an export, a CUDA graph, no data at all."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     if like is not None and (like.is_meta or isinstance(like, torch._subclasses.FakeTensor)):
         return True
@@ -185,8 +207,9 @@ def is_tracing(like: Tensor | None = None) -> bool:
 def mask_function() -> Callable[..., Tensor]:
     """What ``transformers.AttentionMaskInterface`` calls for our attention.
 
-    transformers asks by keywords: from 5.0 on where the queries stand is ``q_offset``, a number,
-    or a tensor for a static cache; before, ``cache_position``, a tensor.
+    transformers asks by keywords. Where the queries stand is ``q_offset``, a number, or a tensor
+    for a static cache; in older releases ``cache_position``, a tensor, and ``kv_offset`` may be
+    one too.
     """
     from transformers import masking_utils as theirs
 
@@ -196,8 +219,8 @@ def mask_function() -> Callable[..., Tensor]:
         *,
         batch_size: int,
         kv_length: int,
-        kv_offset: int = 0,
-        q_length: int | None = None,
+        kv_offset: int | Tensor = 0,
+        q_length: int = 0,
         q_offset: int | Tensor = 0,
         cache_position: Tensor | None = None,
         mask_function: Callable[..., Any] = theirs.causal_mask_function,
@@ -210,14 +233,18 @@ def mask_function() -> Callable[..., Tensor]:
         **rest: Any,
     ) -> Tensor:
         if cache_position is None:
-            asked = {"q_length": q_length, "q_offset": q_offset, "device": device}
+            asked: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device}
         else:
-            q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
+            q_length, q_offset, device = (
+                cache_position.shape[0],
+                cache_position[0],
+                cache_position.device,
+            )
             asked = {"cache_position": cache_position}
-        assert q_length is not None
 
         def numbers() -> Tensor:
-            out: Tensor = theirs.eager_mask(
+            make: Any = theirs.eager_mask
+            out: Tensor = make(
                 batch_size=batch_size,
                 kv_length=kv_length,
                 kv_offset=kv_offset,
@@ -267,18 +294,20 @@ def _stated(
     q_length: int,
     q_offset: int | Tensor,
     kv_length: int,
-    kv_offset: int,
+    kv_offset: int | Tensor,
     attention_mask: Tensor | None,
     local_size: int | None,
 ) -> Statement | None:
     """A pattern that is known by name, in words; None where only its numbers can tell."""
-    length = kv_length
+    length, kv_offset = kv_length, int(kv_offset)
     if causal:
         # The keys up to the last query. Where the queries stand is a tensor for a static cache.
         length = int(q_offset) + q_length - kv_offset
     if local_size is not None and kv_offset + max(length, kv_length) > local_size:
         # A single query may see a part of the keys; of several each sees another.
-        return Statement(None, WINDOW.format(size=local_size, keys=length)) if q_length > 1 else None
+        return (
+            Statement(None, WINDOW.format(size=local_size, keys=length)) if q_length > 1 else None
+        )
     start, stop = 0, min(length, kv_length)
     if attention_mask is not None:
         # Keys beyond the end of a padding mask are hidden. All sequences must hide the same.
@@ -302,7 +331,7 @@ def _assumed(
     causal: bool,
     certain: bool,
     q_offset: int | Tensor,
-    kv_offset: int,
+    kv_offset: int | Tensor,
     local_size: int | None,
     static: bool,
 ) -> Statement:
@@ -312,6 +341,7 @@ def _assumed(
     tensor holds no padding and positions no packing is known when the graph runs.
     """
     q_length, kv_length = mask.shape[-2], mask.shape[-1]
+    kv_offset = 0 if isinstance(kv_offset, Tensor) else kv_offset  # then q_offset is one too
     if local_size is not None and kv_offset + kv_length > local_size:
         return Statement(None, WINDOW.format(size=local_size, keys=kv_length))
     if causal and static:
