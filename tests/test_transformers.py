@@ -80,6 +80,7 @@ MAMBA = {"mamba_n_groups": 1, "mamba_d_state": 8}
 BIG_BIRD = {**SEQ2SEQ, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
 T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 MOE = {"num_experts": 2, "num_experts_per_tok": 1}
+LLAMA4 = {"attention_chunk_size": 4, "moe_layers": [], "intermediate_size_mlp": 16}
 GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 FALCON_H1 = {**MAMBA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
 
@@ -109,8 +110,9 @@ ARCHITECTURES = [
     ("BartForCausalLM", "Bart", SEQ2SEQ, TEXT, "equal"),
     ("CLIPTextModel", "CLIPText", ENCODER, TEXT, "equal"),
     ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 12}, TEXT, "equal"),
-    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 5}, TEXT, "window"),
-    ("Gemma3ForCausalLM", "Gemma3Text", {**DECODER, "sliding_window": 5}, TEXT, "window"),
+    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 5}, TEXT, "chunk of 5"),
+    ("Gemma3ForCausalLM", "Gemma3Text", {**DECODER, "sliding_window": 5}, TEXT, "chunk of 5"),
+    ("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}, TEXT, "chunk of 4"),
     ("Gemma2ForCausalLM", "Gemma2", DECODER, TEXT, "softcap"),
     ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS}, TEXT, "s_aux"),
     ("DogeForCausalLM", "Doge", DECODER, TEXT, "biases"),
