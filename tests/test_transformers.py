@@ -1,0 +1,774 @@
+"""Our attention in models of transformers: equal to the model's own, or refused in words.
+
+Runs with the newest and with the oldest release that pyproject.toml allows, see the Makefile.
+Models are tiny and random. With alpha = 1 ours is softmax, so a model's eager attention is the
+reference for everything but the numbers of entmax, which other files hold.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adasplash2
+from adasplash2.integrations import transformers as integration
+
+transformers = pytest.importorskip("transformers")
+from adasplash2.integrations.transformers import masks  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+OLD = transformers.__version__.startswith("4.")
+TOKENS = torch.arange(24).reshape(2, 12) * 7 % 50 + 3
+SHORTER = TOKENS[:, :9] % 40 + 4
+
+DECODER = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ENCODER = {k: v for k, v in DECODER.items() if k not in ("head_dim", "num_key_value_heads")}
+GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SEQ2SEQ = {
+    "vocab_size": 60,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+AUDIO = {
+    **ENCODER,
+    "conv_dim": [16, 16],
+    "conv_kernel": [4, 4],
+    "conv_stride": [4, 4],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+MAMBA = {"mamba_n_groups": 1, "mamba_d_state": 8}
+BIG_BIRD = {**SEQ2SEQ, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
+T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+MOE = {"num_experts": 2, "num_experts_per_tok": 1}
+LLAMA4 = {"attention_chunk_size": 4, "moe_layers": [], "intermediate_size_mlp": 16}
+GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+FALCON_H1 = {**MAMBA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+
+TEXT = {"input_ids": TOKENS}
+PAIR = {"input_ids": TOKENS, "decoder_input_ids": SHORTER}
+IMAGE = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)}
+WAVE = {"input_values": torch.linspace(-9, 9, 2 * 320).sin().reshape(2, 320)}
+SPECTRUM = torch.linspace(-9, 9, 2 * 8 * 32).cos().reshape(2, 8, 32)
+
+ARCHITECTURES = [
+    # model, config, its arguments, inputs, what happens: "equal", "none" (no layer is ours), else
+    # a word of the refusal. A second outcome is that of the oldest release.
+    ("LlamaForCausalLM", "Llama", DECODER, TEXT, "equal"),
+    ("Qwen2ForCausalLM", "Qwen2", DECODER, TEXT, "equal"),
+    ("Qwen3ForCausalLM", "Qwen3", DECODER, TEXT, "equal"),
+    ("PhiForCausalLM", "Phi", DECODER, TEXT, "equal"),
+    ("GPTNeoXForCausalLM", "GPTNeoX", DECODER, TEXT, "equal"),
+    ("OlmoeForCausalLM", "Olmoe", {**DECODER, **MOE}, TEXT, "equal", "none"),
+    ("MixtralForCausalLM", "Mixtral", {**DECODER, "num_local_experts": 2}, TEXT, "equal"),
+    ("GPT2LMHeadModel", "GPT2", GPT, TEXT, "equal"),
+    ("GPTBigCodeForCausalLM", "GPTBigCode", GPT, TEXT, "equal"),
+    ("OPTForCausalLM", "OPT", {**DECODER, "word_embed_proj_dim": 32, "ffn_dim": 48}, TEXT, "equal"),
+    ("BioGptForCausalLM", "BioGpt", DECODER, TEXT, "equal"),
+    ("FalconH1ForCausalLM", "FalconH1", {**DECODER, **FALCON_H1}, TEXT, "equal"),
+    ("BertLMHeadModel", "Bert", {**ENCODER, "is_decoder": True}, TEXT, "equal", "none"),
+    ("BigBirdPegasusForCausalLM", "BigBirdPegasus", BIG_BIRD, TEXT, "equal"),
+    ("BartForCausalLM", "Bart", SEQ2SEQ, TEXT, "equal"),
+    ("CLIPTextModel", "CLIPText", ENCODER, TEXT, "equal"),
+    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 12}, TEXT, "equal"),
+    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 5}, TEXT, "chunk of 5"),
+    ("Gemma3ForCausalLM", "Gemma3Text", {**DECODER, "sliding_window": 5}, TEXT, "chunk of 5"),
+    ("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}, TEXT, "chunk of 4"),
+    ("Gemma2ForCausalLM", "Gemma2", DECODER, TEXT, "softcap"),
+    ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS}, TEXT, "s_aux"),
+    ("DogeForCausalLM", "Doge", DECODER, TEXT, "biases"),
+    ("BertModel", "Bert", ENCODER, TEXT, "equal", "none"),
+    ("DistilBertModel", "DistilBert", {**ENCODER, "dim": 32}, TEXT, "equal", "none"),
+    ("LayoutLMModel", "LayoutLM", ENCODER, TEXT, "equal"),
+    ("SplinterModel", "Splinter", ENCODER, TEXT, "equal"),
+    ("ModernBertModel", "ModernBert", {**ENCODER, "local_attention": 4}, TEXT, "window", "none"),
+    ("BartModel", "Bart", SEQ2SEQ, PAIR, "equal"),
+    ("MarianModel", "Marian", SEQ2SEQ, PAIR, "equal"),
+    (
+        "WhisperModel",
+        "Whisper",
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16},
+        {"input_features": SPECTRUM, "decoder_input_ids": SHORTER},
+        "equal",
+    ),
+    ("ViTModel", "ViT", VISION, IMAGE, "equal"),
+    ("Dinov2Model", "Dinov2", VISION, IMAGE, "equal"),
+    ("SiglipVisionModel", "SiglipVision", VISION, IMAGE, "equal"),
+    ("Wav2Vec2Model", "Wav2Vec2", AUDIO, WAVE, "equal"),
+    ("HubertModel", "Hubert", AUDIO, WAVE, "equal"),
+    ("T5Model", "T5", {**T5, "decoder_start_token_id": 0}, PAIR, "none"),
+    ("BloomForCausalLM", "Bloom", DECODER, TEXT, "none"),
+    ("GPTJForCausalLM", "GPTJ", {**GPT, "rotary_dim": 8}, TEXT, "none"),
+    ("DebertaV2Model", "DebertaV2", ENCODER, TEXT, "none"),
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Layers that are not ours cost a warning, which one test is about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s).*attention layers run")
+        yield
+
+
+def make(model: str, config: str, arguments: dict[str, Any], implementation: str = "eager") -> Any:
+    torch.manual_seed(0)
+    configuration = getattr(transformers, config + "Config")(**arguments)
+    configuration._attn_implementation = implementation
+    return getattr(transformers, model)(configuration).eval()
+
+
+def llama(implementation: str = "eager", **arguments: Any) -> Any:
+    return make("LlamaForCausalLM", "Llama", {**DECODER, **arguments}, implementation)
+
+
+def run(model: nn.Module, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        out = model(**inputs)
+    logits: Tensor = out.logits if "logits" in out else out.last_hidden_state
+    return logits
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def everything_or_refused(
+    model: nn.Module, name: str, inputs: dict[str, Tensor], refusal: str
+) -> bool:
+    """Whether ``model`` with our attention equals itself with eager; otherwise it is refused."""
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    expected = run(model, **inputs)
+    model.set_attn_implementation(name)  # type: ignore[operator]
+    words = ""
+    try:
+        close(run(model, **inputs), expected)
+    except ValueError as error:
+        words = str(error)
+    assert refusal in words or not words
+    return not words
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "arguments", "inputs", "outcomes"),
+    [pytest.param(*case[:4], case[4:], id=f"{case[0]}-{case[4]}") for case in ARCHITECTURES],
+)
+def test_architectures(
+    model: str,
+    config: str,
+    arguments: dict[str, Any],
+    inputs: dict[str, Tensor],
+    outcomes: tuple[str, ...],
+) -> None:
+    """Equal to eager, or refused: as it is, with another last token, with padding."""
+    if not hasattr(transformers, model):
+        pytest.skip(f"transformers {transformers.__version__} has no {model}")
+    ours = make(model, config, arguments)
+    outcome = outcomes[-1] if OLD else outcomes[0]
+    if outcome == "none":
+        with pytest.raises(ValueError, match="cannot run our attention: 0 of"):
+            integration.apply(ours, alpha=1.0)
+        assert ours.config._attn_implementation == "eager"
+        return
+    name = integration.apply(ours, alpha=1.0).name
+    assert everything_or_refused(ours, name, inputs, outcome) == (outcome == "equal")
+    if "input_ids" in inputs:
+        padding = torch.ones_like(TOKENS)
+        padding[0, -3:] = 0
+        padded = {**inputs, "attention_mask": padding}
+        word = "attention_mask cannot be computed" if outcome == "equal" else ""
+        assert not everything_or_refused(ours, name, padded, word)
+    decoded = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    if outcome == "equal" and (decoded != "input_ids" or model.endswith(("LM", "HeadModel"))):
+        changed = inputs[decoded].clone()
+        changed[:, -1] = 5
+        close(run(ours, **{**inputs, decoded: changed})[:, :-1], run(ours, **inputs)[:, :-1])
+
+
+@pytest.mark.parametrize("model", ["BloomForCausalLM", "GPTJForCausalLM", "GPTNeoForCausalLM"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_models_that_never_ask_keep_their_masks(model: str, padded: bool) -> None:
+    """Set by its config, a model may take our masks and compute attention itself."""
+    arguments = {**DECODER, **GPT, "rotary_dim": 8}
+    if model.startswith("GPTNeo"):
+        arguments = {"vocab_size": 60, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+        arguments |= {"attention_types": [[["global", "local"], 1]], "window_size": 4}
+    padding = torch.ones_like(TOKENS)
+    padding[0, :3] = 0 if padded else 1
+    integration.register("adasplash2-forced")
+    config = model.removesuffix("ForCausalLM")
+    expected = run(make(model, config, arguments), **TEXT, attention_mask=padding)
+    ours = make(model, config, arguments)
+    ours.config._attn_implementation_internal = "adasplash2-forced"
+    close(run(ours, **TEXT, attention_mask=padding), expected)
+
+
+def test_apply_tells_which_layers_are_ours() -> None:
+    model = make("BigBirdPegasusModel", "BigBirdPegasus", BIG_BIRD)
+    with pytest.warns(UserWarning, match="4 of 6 attention layers run"):
+        found = integration.apply(model)
+    assert set(found.ours) == {
+        f"decoder.layers.{i}.{kind}" for i in (0, 1) for kind in ("self_attn", "encoder_attn")
+    }
+    assert all("in its own code" in why for why in found.others.values())
+    assert len(found.others) == 2
+    assert "not encoder.layers.0.self_attn" in str(found)
+
+    found = integration.apply(llama(), example=TEXT)
+    assert found.ours == ("model.layers.0.self_attn", "model.layers.1.self_attn")
+    assert not found.others
+
+
+def test_apply_counts_what_ran_in_an_example() -> None:
+    """The decoder's cross attention asks for ours but has nothing to attend to."""
+    model = make("BartForCausalLM", "Bart", SEQ2SEQ)
+    found = integration.apply(model, example=TEXT)
+    assert [layer.rsplit(".")[-1] for layer in found.ours] == ["self_attn"] * 2
+    assert all("example" in why for why in found.others.values())
+    assert len(found.others) == 2
+
+
+def test_apply_reaches_the_parts_of_a_model() -> None:
+    text, vision = {**ENCODER, "projection_dim": 16}, {**VISION, "projection_dim": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    config._attn_implementation = "eager"
+    model = transformers.CLIPModel(config).eval()
+    found = integration.apply(model, alpha=1.0)
+    assert {layer.split(".")[0] for layer in found.ours} == {"text_model", "vision_model"}
+    assert len(found.ours) == 4
+
+
+def test_models_do_not_change_each_other() -> None:
+    sparse, soft = llama(), llama()
+    integration.apply(sparse, alpha=2.0)
+    expected = run(sparse, **TEXT)
+    integration.apply(soft, alpha=1.0)
+    close(run(sparse, **TEXT), expected)
+    assert (run(soft, **TEXT) - expected).abs().max() > 1e-4
+
+
+def test_apply_wants_a_model() -> None:
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
+        integration.apply(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "my_flash", "a|b", "a/b"])
+def test_names_of_transformers_are_not_taken(name: str) -> None:
+    with pytest.raises(ValueError, match="name must not be"):
+        integration.register(name)
+
+
+def test_alpha_is_refused_when_it_is_registered() -> None:
+    with pytest.raises(ValueError, match=r"alpha must be .*at least 1.*0\.5"):
+        integration.register("adasplash2-bad", alpha=0.5)
+
+
+@pytest.mark.parametrize("call", ["register", "apply"])
+def test_backend_arrives(call: str) -> None:
+    model = llama()
+    if call == "register":
+        integration.register("adasplash2-nowhere", backend="nowhere")
+        model.set_attn_implementation("adasplash2-nowhere")
+    else:
+        integration.apply(model, backend="nowhere")
+    with pytest.raises(ValueError, match=r"backend.*nowhere"):
+        run(model, **TEXT)
+
+
+# Modules that call our attention
+
+QKV = torch.randn(3, 1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def attend(mask: Tensor | None = None, *, queries: int = 6, **arguments: Any) -> Tensor:
+    """Our attention of the last ``queries`` tokens of six."""
+    integration.register("adasplash2-module", alpha=1.5)
+    attention = transformers.AttentionInterface()["adasplash2-module"]
+    module = nn.Module()
+    if "module_is_causal" in arguments:
+        module.is_causal = arguments.pop("module_is_causal")
+    q, k, v = QKV
+    out: Tensor = attention(module, q[:, :, -queries:], k, v, mask, **arguments)[0]
+    return out.transpose(1, 2)
+
+
+def exact(causal: bool) -> Tensor:
+    return adasplash2.entmax_attention(*QKV, alpha=1.5, is_causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_module_or_a_call_says_whether_it_is_causal(causal: bool) -> None:
+    assert (exact(True) - exact(False)).abs().max() > 0.1
+    close(attend(module_is_causal=causal), exact(causal))
+    close(attend(is_causal=causal), exact(causal))
+    close(attend(is_causal=causal, module_is_causal=not causal), exact(causal))
+
+
+def test_who_does_not_say_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="neither attention_mask nor is_causal"):
+        attend()
+    with pytest.raises(ValueError, match=r"needs as many queries as keys.*got 3 and 6"):
+        attend(queries=3, is_causal=True)
+    close(attend(queries=1), exact(False)[:, :, -1:])
+
+
+def triangle(rows: int = 6, keys: int = 6, start: int = 0, more: int = 0) -> Tensor:
+    """Causal over ``keys`` keys, after ``start`` and before ``more`` hidden ones."""
+    mask = torch.zeros(1, 1, rows, start + keys + more, dtype=torch.bool)
+    mask[..., start : start + keys] = torch.ones(rows, keys).tril(keys - rows).bool()
+    return mask
+
+
+def additive(mask: Tensor, dtype: torch.dtype = torch.float32, low: float | None = None) -> Tensor:
+    value = torch.finfo(dtype).min if low is None else low
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, value)
+
+
+READABLE = [
+    ("causal", triangle(), (0, 6, True)),
+    ("all", torch.ones(1, 1, 6, 6).bool(), (0, 6, False)),
+    ("one row for all", torch.ones(1, 1, 1, 6).bool(), (0, 6, False)),
+    ("batch and heads", triangle().expand(3, 2, 6, 6).clone(), (0, 6, True)),
+    ("static cache", triangle(more=4), (0, 6, True)),
+    ("second turn", triangle(rows=2), (0, 6, True)),
+    ("one token", triangle(rows=1, keys=4, more=2), (0, 4, False)),
+    ("window of one token", triangle(rows=1, keys=4, start=2), (2, 6, False)),
+]
+
+
+@pytest.mark.parametrize(("mask", "says"), [pytest.param(*c[1:], id=c[0]) for c in READABLE])
+@pytest.mark.parametrize("kind", ["bool", "lowest", "-inf", "-1e4", "half"])
+def test_masks_are_read(mask: Tensor, says: tuple[int, int, bool], kind: str) -> None:
+    forms: dict[str, Callable[[], Tensor]] = {
+        "bool": lambda: mask,
+        "lowest": lambda: additive(mask),
+        "-inf": lambda: additive(mask, low=-torch.inf),
+        "-1e4": lambda: additive(mask, low=-1e4),
+        "half": lambda: additive(mask, torch.float16),
+    }
+    assert masks.read(forms[kind]()).visible == says
+
+
+def without(mask: Tensor, *place: int) -> Tensor:
+    mask = mask.clone()
+    mask[place] = ~mask[place]
+    return mask
+
+
+UNREADABLE = [
+    ("another sequence", without(triangle().expand(2, 1, 6, 6), 1, 0, 5, 0), "padding"),
+    ("another head", without(triangle().expand(1, 2, 6, 6), 0, 1, 5, 0), "padding"),
+    ("a hole", without(triangle(), 0, 0, 5, 2), "only causal"),
+    ("a hole above", without(triangle(), 0, 0, 3, 2), "only causal"),
+    ("a look ahead", without(triangle(), 0, 0, 2, 3), "only causal"),
+    ("a row of nothing", torch.zeros(1, 1, 6, 6).bool(), "only causal"),
+    ("a window", triangle() & ~triangle().roll(3, 2), "only causal"),
+    ("rows before the keys", triangle(rows=6, keys=4), "only causal"),
+    ("a bias", additive(triangle()) - 0.5, "biases"),
+    ("NaN", additive(triangle(), low=torch.nan), "biases"),
+    ("integers", triangle().int(), "bools or floats"),
+]
+
+
+@pytest.mark.parametrize(("mask", "why"), [pytest.param(*c[1:], id=c[0]) for c in UNREADABLE])
+def test_masks_that_hide_more_are_refused(mask: Tensor, why: str) -> None:
+    statement = masks.read(mask)
+    assert statement.visible is None
+    assert why in statement.refusal
+    if mask.shape[-1] == 6:
+        with pytest.raises(ValueError, match=f"attention_mask cannot be computed: .*{why}"):
+            attend(mask)
+
+
+def test_masks_say_more_than_flags() -> None:
+    """Eager knows masks only; BigBirdPegasus' decoder is causal and its modules say it is not."""
+    close(attend(triangle(), module_is_causal=False), exact(True))
+    close(attend(additive(triangle()), is_causal=False), exact(True))
+    close(attend(torch.ones(1, 1, 6, 6).bool(), module_is_causal=True), exact(False))
+    close(attend(torch.ones(1, 1, 6, 9).bool()), exact(False))  # longer: cut, as eager cuts it
+    with pytest.raises(ValueError, match=r"attention_mask must be .*6, 6.* got \(1, 6\)"):
+        attend(torch.ones(1, 6).bool())
+    with pytest.raises(ValueError, match=r"attention_mask must be .* got \(1, 1, 6, 5\)"):
+        attend(torch.ones(1, 1, 6, 5).bool())
+
+
+def test_a_mask_is_read_once_and_again_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Tensor] = []
+    read = masks.read
+    monkeypatch.setattr(masks, "read", lambda mask: reads.append(mask) or read(mask))
+    mask = additive(triangle())
+    attend(mask)
+    attend(mask)
+    assert len(reads) == 1
+    mask.zero_()
+    close(attend(mask), exact(False))
+    assert len(reads) == 2
+    with torch.inference_mode():
+        mask = triangle()
+        close(attend(mask), exact(True))
+        mask.fill_(True)
+        close(attend(mask), exact(False))
+
+
+@pytest.mark.parametrize("rows_per_call", [0, 10**6])  # padded with queries; one by one
+@pytest.mark.parametrize("queries", [2, 5])
+def test_several_tokens_against_a_cache(
+    queries: int, rows_per_call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adasplash2.integrations.transformers import attention
+
+    monkeypatch.setattr(attention, "ROWS_PER_CALL", rows_per_call)
+    close(attend(triangle(rows=queries), queries=queries), exact(True)[:, :, -queries:])
+
+
+HARMLESS = {
+    "position_ids": torch.arange(6),
+    "cache_position": torch.arange(6),
+    "use_cache": True,
+    "output_hidden_states": True,
+    "max_length_q": 6,
+    "deterministic": True,
+    "softcap": None,
+    "a_new_keyword": None,
+    "another": False,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_keywords_are_ignored(name: str) -> None:
+    close(attend(is_causal=True, **{name: HARMLESS[name]}), exact(True))
+
+
+REFUSED = {
+    "softcap": 30.0,
+    "s_aux": torch.zeros(2),
+    "sinks": torch.zeros(2),
+    "position_bias": torch.zeros(1, 2, 6, 6),
+    "head_mask": torch.ones(2),
+    "cu_seq_lens_q": torch.tensor([0, 6]),
+    "cu_seq_lens_k": torch.tensor([0, 6]),
+    "block_indices": torch.zeros(1, 2, 6, 1),
+    "indices": torch.zeros(1, 6, 2),
+    "seq_idx": torch.zeros(1, 6),
+    "a_new_keyword": 0,
+    "block_table": True,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_keywords_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be None"):
+        attend(is_causal=True, **{name: REFUSED[name]})
+
+
+def test_dropout_says_what_to_set() -> None:
+    with pytest.raises(ValueError, match=r"dropout must be 0.*attention_dropout=0.*got 0\.1"):
+        attend(is_causal=True, dropout=0.1)
+    model = llama(attention_dropout=0.1)
+    integration.apply(model, alpha=1.0)
+    run(model, **TEXT)
+    with pytest.raises(ValueError, match="attention_dropout=0"):
+        run(model.train(), **TEXT)
+
+
+def test_windows_that_are_not_reached() -> None:
+    close(attend(is_causal=True, sliding_window=6), exact(True))
+    close(attend(triangle(rows=1, keys=4, start=2), queries=1, sliding_window=4), windowed(4))
+    with pytest.raises(ValueError, match=r"sliding_window must be None or at least.*6.*got 5"):
+        attend(is_causal=True, sliding_window=5)
+
+
+def windowed(keys: int) -> Tensor:
+    q, k, v = QKV
+    return adasplash2.entmax_attention(q[:, :, -1:], k[:, :, -keys:], v[:, :, -keys:], alpha=1.5)
+
+
+def test_probabilities_are_none_with_a_warning() -> None:
+    model = llama()
+    integration.apply(model, alpha=1.0)
+    expected = run(model, **TEXT)
+    with pytest.warns(UserWarning, match="no attention probabilities"), torch.no_grad():
+        out = model(**TEXT, output_attentions=True)
+    close(out.logits, expected)
+    assert not any(isinstance(p, Tensor) for p in out.attentions or ())
+
+
+# Whole models
+
+
+def test_entmax_trains_and_is_observed() -> None:
+    seen: list[tuple[int | None, bool, float | None]] = []
+
+    def observe(
+        layer: int | None, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: Any
+    ) -> None:
+        assert query.shape == (2, 4, 12, 8)
+        assert key.shape == value.shape == (2, 2, 12, 8)
+        seen.append((layer, causal, scale))
+
+    model = llama()
+    integration.apply(model, observer=observe)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    assert seen == [(0, True, 8**-0.5), (1, True, 8**-0.5)]
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert weight.grad.isfinite().all()
+    assert weight.grad.any()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
+    def gradient(checkpointed: bool) -> Tensor:
+        model = llama().train()
+        integration.apply(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        grad: Tensor = model.model.layers[0].self_attn.q_proj.weight.grad
+        return grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=0, atol=0)
+
+
+def steps(model: Any, cache: Any, turns: list[int]) -> Tensor:
+    """Logits of ``TOKENS``, given in turns of so many."""
+    logits, start = [], 0
+    for turn in turns:
+        place = {"cache_position": torch.arange(start, start + turn)} if OLD else {}
+        with torch.no_grad():
+            part = TOKENS[:, start : start + turn]
+            logits.append(model(part, past_key_values=cache, use_cache=True, **place).logits)
+        start += turn
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("turns", [[9, 1, 1, 1], [6, 4, 2], [1, 11], [12]], ids=str)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_caches_and_turns_equal_the_whole(turns: list[int], kind: str, alpha: float) -> None:
+    model = llama()
+    if alpha == 1.0:
+        expected = run(model, **TEXT)
+    integration.apply(model, alpha=alpha)
+    if alpha != 1.0:
+        expected = run(model, **TEXT)
+    cache = transformers.DynamicCache()
+    if kind == "static":
+        cache = transformers.StaticCache(config=model.config, max_cache_len=20)
+    close(steps(model, cache, turns), expected)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_window_that_bites_when_decoding(kind: str) -> None:
+    """One new token sees a run of keys, which needs no mask."""
+    arguments = {**DECODER, "sliding_window": 5}
+    expected = run(make("MistralForCausalLM", "Mistral", arguments), **TEXT)
+    model = make("MistralForCausalLM", "Mistral", arguments)
+    integration.apply(model, alpha=1.0)
+    cache = transformers.DynamicCache(config=model.config)
+    if kind == "static":
+        cache = transformers.StaticCache(config=model.config, max_cache_len=20)
+    close(steps(model, cache, [5, 1, 1, 1, 1, 1, 1, 1]), expected)
+
+
+def test_padding_that_hides_nothing_or_the_same_from_all() -> None:
+    model = llama()
+    everything = torch.ones_like(TOKENS)
+    name = integration.apply(model, alpha=1.0).name
+    assert everything_or_refused(model, name, {**TEXT, "attention_mask": everything}, "")
+    bert = make("BartModel", "Bart", SEQ2SEQ)
+    name = integration.apply(bert, alpha=1.0).name
+    tail = everything.clone()
+    tail[:, 8:] = 0
+    assert everything_or_refused(bert, name, {**PAIR, "attention_mask": tail}, "")
+    for padding in (tail, 1 - tail):
+        inputs = {**TEXT, "attention_mask": padding}
+        name = integration.apply(model, alpha=1.0).name
+        assert not everything_or_refused(model, name, inputs, "padding is not supported")
+
+
+def test_packing_is_refused_not_ignored() -> None:
+    model = llama()
+    name = integration.apply(model, alpha=1.0).name
+    packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+    for places in (torch.arange(12).expand(2, -1), packed):
+        inputs = {**TEXT, "position_ids": places, "use_cache": False}
+        equal = everything_or_refused(model, name, inputs, "padding, packing, window")
+        assert equal == (places is not packed)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_numbers_are_made_where_words_suffice(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask of 32,768 tokens would take 4 GiB."""
+    model = llama()
+    integration.apply(model)
+    monkeypatch.setattr("transformers.masking_utils.eager_mask", None)
+    cache = transformers.DynamicCache()
+    mask = {"attention_mask": torch.ones_like(TOKENS)} if masked else {}
+    run(model, **TEXT, **mask, past_key_values=cache)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    if not (OLD and not masked):  # there only numbers tell that positions pack nothing
+        model.train()(TOKENS, use_cache=False, **mask)
+
+
+def test_a_stated_mask_is_eagers_mask_for_others() -> None:
+    numbers = additive(triangle())
+    known = masks.Statement(masks.Visible(0, 6, True))
+    mask = masks.StatedMask.of(torch.zeros(()).expand(1, 1, 6, 6), known, lambda: numbers)
+    assert mask.shape == (1, 1, 6, 6)
+    assert mask[:, :, :, :6] is mask
+    assert mask.detach() is mask
+    moved = mask.to(torch.float64)
+    assert type(moved) is masks.StatedMask
+    assert moved.dtype == torch.float64
+    assert "numbers" not in vars(mask)
+    torch.testing.assert_close(moved + 0, numbers.double())
+    torch.testing.assert_close(mask + 1, numbers + 1)
+    torch.testing.assert_close(mask[:, :, 2:, :3], numbers[:, :, 2:, :3])
+    torch.testing.assert_close(torch.cat([mask, mask]), torch.cat([numbers, numbers]))
+    assert mask.to(torch.bool).equal(numbers.bool())
+
+
+# Compilers
+
+COMPILED = [
+    ("LlamaForCausalLM", "Llama", DECODER, TEXT),
+    ("LlamaForCausalLM", "Llama", DECODER, {**TEXT, "use_cache": False}),
+    ("LlamaForCausalLM", "Llama", DECODER, {**TEXT, "attention_mask": torch.ones_like(TOKENS)}),
+    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 12}, TEXT),
+    ("BigBirdPegasusForCausalLM", "BigBirdPegasus", BIG_BIRD, {**TEXT, "use_cache": False}),
+    ("BartModel", "Bart", SEQ2SEQ, {**PAIR, "use_cache": False}),
+]
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("case", range(len(COMPILED)))
+def test_compiled_models_equal_eager(case: int, fullgraph: bool) -> None:
+    model, config, arguments, inputs = COMPILED[case]
+    ours = make(model, config, arguments)
+    integration.apply(ours)
+    expected = run(ours, **inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=fullgraph, backend="aot_eager")
+    if OLD and config in ("BigBirdPegasus", "Bart"):  # there they make their masks by hand
+        with pytest.raises(Exception, match="mask cannot be read while compiling"):
+            run(compiled, **inputs)
+    else:
+        close(run(compiled, **inputs), expected)
+
+
+@pytest.mark.slow
+def test_compiled_by_the_default_compiler() -> None:
+    model = llama(num_hidden_layers=1)
+    integration.apply(model)
+    expected = run(model, **TEXT, use_cache=False)
+    torch._dynamo.reset()
+    close(run(torch.compile(model, fullgraph=True), **TEXT, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_models_equal_eager(strict: bool) -> None:
+    model = llama()
+    integration.apply(model)
+    inputs = {"use_cache": False, "attention_mask": torch.ones_like(TOKENS)}
+    exported = torch.export.export(model, (TOKENS,), inputs, strict=strict)
+    assert "adasplash2.attention_forward" in str(exported.graph)
+    with torch.no_grad():
+        found = exported.module()(TOKENS, **inputs).logits
+    close(found, run(model, **TEXT, **inputs))
+
+
+@pytest.mark.parametrize("compiler", ["compile", "export"])
+@pytest.mark.parametrize("input_name", ["attention_mask", "position_ids"])
+def test_what_a_graph_has_no_room_for_fails_when_it_runs(compiler: str, input_name: str) -> None:
+    """Numbers cannot be read while tracing; what was assumed is checked in the graph."""
+    model = llama()
+    integration.apply(model)
+    good = {
+        "attention_mask": torch.ones_like(TOKENS),
+        "position_ids": torch.arange(12).repeat(2, 1),
+    }[input_name]
+    bad = good.clone()
+    bad[0, :5] = 0 if input_name == "attention_mask" else torch.arange(7, 12)
+    inputs = {"use_cache": False, input_name: good}
+    graph: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    if compiler == "export":
+        graph = torch.export.export(model, (TOKENS,), inputs).module()
+    with torch.no_grad():
+        graph(TOKENS, **inputs)
+        with pytest.raises(RuntimeError, match="without padding and packing"):
+            graph(TOKENS, **{**inputs, input_name: bad})
+
+
+def test_tracing_refuses_what_it_can_see() -> None:
+    """Own masks, static caches and windows that bite are refused while tracing, in words."""
+    model = llama()
+    integration.apply(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="mask cannot be read while compiling"):
+        run(compiled, **TEXT, attention_mask=triangle(12, 12).expand(2, 1, 12, 12))
+    model = make("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 5})
+    integration.apply(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="window or chunk of 5"):
+        run(compiled, **TEXT)
+
+
+# The range of releases
+
+
+def test_both_ends_of_the_range_are_what_is_tested() -> None:
+    """The lower bound is the pinned oldest release, and this runs with one of the two pins."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def pin(file: str) -> str:
+        found = re.search(r"^transformers==(\S+)", (ROOT / "requirements" / file).read_text(), re.M)
+        assert found
+        return found[1]
+
+    for extra in ("transformers", "examples"):
+        asked = next(line for line in extras[extra] if line.startswith("transformers"))
+        assert asked == f"transformers>={pin('oldest.txt').removesuffix('.0')}"
+    assert transformers.__version__ in (pin("oldest.txt"), pin("test.txt"))
