@@ -58,8 +58,10 @@ _words.maxstring = _words.maxother = 80
 class Unsafe(OSError):
     """Somebody else could put files into the folder. The message is for :func:`warn`."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
+    @staticmethod
+    def of(path: Path, reason: str) -> Unsafe:
+        """That ``path`` is so."""
+        return Unsafe(
             f"adasplash2 does without its cache, since {path} {reason}: a folder that is the "
             f"user's alone is needed, and {VARIABLE} can name one"
         )
@@ -292,14 +294,17 @@ def sizes() -> list[int]:
     return found
 
 
-def kept_parts() -> list[str]:
-    """The :data:`PARTS` that are there.
+def kept_parts() -> list[str] | None:
+    """The :data:`PARTS` that are there; None where the folder is not.
 
     Raises:
         OSError: the folder cannot be looked into.
     """
     folder = directory()
-    return [name for name in os.listdir(folder) if name in PARTS] if os.path.lexists(folder) else []
+    try:
+        return [name for name in PARTS if name in os.listdir(folder)]
+    except FileNotFoundError:
+        return None
 
 
 def clear(parts: list[str]) -> None:
@@ -355,7 +360,7 @@ def _resolve(path: Path, make: bool = False) -> Path:
             if links > _LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
             if reason := _exposed(found):
-                raise Unsafe(step, reason)
+                raise Unsafe.of(step, reason)
             target = Path(os.readlink(step))
             place = Path(target.anchor) if target.is_absolute() else place
             names += reversed(target.parts[1:] if target.is_absolute() else target.parts)
@@ -377,7 +382,7 @@ def _check_folder(path: Path, is_parent: bool = False) -> None:
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     if reason := _exposed(found, is_parent):
-        raise Unsafe(path, reason)
+        raise Unsafe.of(path, reason)
 
 
 def _exposed(found: os.stat_result, is_parent: bool = False) -> str | None:

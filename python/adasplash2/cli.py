@@ -192,8 +192,9 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # names of files and devices hold what they like
             stream.reconfigure(errors="backslashreplace")
     for each in (console, errors):
-        if not each.is_terminal and "COLUMNS" not in os.environ:
-            each.width = WIDE
+        if not each.is_terminal:
+            columns = os.environ.get("COLUMNS", "")
+            each.width = int(columns) if columns.isdecimal() and int(columns) else WIDE
 
 
 @main.command()
@@ -457,7 +458,7 @@ def clear(yes: bool) -> None:
     folder = cache.directory()
     try:
         parts = cache.kept_parts()
-        if not os.path.lexists(folder):
+        if parts is None:
             console.print(f"{folder} does not exist: nothing to delete", soft_wrap=True)
             return
         words = ", ".join(parts) or "nothing"

@@ -301,7 +301,7 @@ class _Passing(Exception):
     """A decision that is not to be remembered."""
 
     def __init__(self, choice: Choice) -> None:
-        super().__init__()
+        super().__init__(choice)
         self.choice = choice
 
 
