@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,7 +19,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from adasplash2 import cache, cli, dispatch, records
+import adasplash2
+from adasplash2 import cache, cli, dispatch, records, tuning
+from adasplash2.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +80,270 @@ def test_explain_tells_who_runs_a_call() -> None:
     assert "chosen" in text
 
 
+def test_explain_of_softmax_answers_as_python_does() -> None:
+    told = answer("explain", *TINY, "--alpha", "1")
+    q = torch.ones(1, 2, 16, 8, requires_grad=True)
+    expected = dataclasses.asdict(adasplash2.explain(q, q, q, alpha=1))
+    assert {key: told[key] for key in expected} == json.loads(json.dumps(expected))
+    assert "softmax" in run("explain", *TINY, "--alpha", "1").stdout
+
+
+# Every option, by what it changes
+
+
+class Seen(Exception):
+    """Ends a command where its options have arrived."""
+
+
+OPTIONS = [
+    ((), {}),
+    (("--shape", "2,6,32,16"), {"batch": 2, "heads_q": 6, "length_q": 32, "head_dim": 16}),
+    (("--heads-kv", "1"), {"heads_kv": 1}),
+    (("--length-k", "5"), {"length_k": 5}),
+    (("--dtype", "float16"), {"dtype": torch.float16}),
+    (("--alpha", "1.7"), {"alpha": 1.7}),
+    (("--no-grad",), {"needs_grad": False}),
+    (("--device", "cpu"), {"device": torch.device("cpu")}),
+]
+
+
+@pytest.mark.parametrize(("options", "changed"), OPTIONS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("command", ["explain", "tune"])
+def test_options_of_a_call_arrive(
+    monkeypatch: pytest.MonkeyPatch, command: str, options: tuple[str, ...], changed: dict[str, Any]
+) -> None:
+    seen: list[Problem] = []
+
+    def see(problem: Any, *_: Any, **__: Any) -> Any:
+        seen.append(problem if command == "explain" else problem[0][0])
+        raise Seen
+
+    monkeypatch.setattr(
+        *((dispatch, "explain", see) if command == "explain" else (tuning, "tune", see))
+    )
+    shape = () if "--shape" in options else ("--shape", "1,2,16,8")
+    for causal in ("--causal", "--no-causal"):
+        result = CliRunner().invoke(cli.main, [command, *shape, *options, causal])
+        assert isinstance(result.exception, Seen), result.output
+        asked = seen[-1]
+        expected = {
+            "batch": 1, "heads_q": 2, "heads_kv": changed.get("heads_q", 2), "length_q": 16,
+            "length_k": changed.get("length_q", 16), "head_dim": 8, "dtype": torch.float32,
+            "alpha": 1.5, "needs_grad": True, **changed,
+        }  # fmt: skip
+        assert {key: getattr(asked, key) for key in expected} == expected
+        assert asked.scores.is_causal is (causal == "--causal")
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        (("--seconds", "7"), 7),
+        (("--seconds", "7", "--quick"), 7),
+        (("--quick",), cli.QUICK_SECONDS["cpu"]),
+        ((), cli.SECONDS["cpu"]),
+    ],
+)
+def test_tune_has_the_seconds_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], seconds: float
+) -> None:
+    told = []
+    monkeypatch.setattr(
+        tuning, "tune", lambda able, *, seconds, progress: told.append(seconds) or []
+    )
+    run("tune", "--device", "cpu", *options)
+    assert told == [seconds]
+
+
+def test_tune_measures_what_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(tuning, "tune", lambda able, **_: told.append(able) or [])
+    run("tune", "--device", "cpu", "--shape", "1,2,16,8", "--shape", "1,2,64,8", "--backend", "cpu")
+    assert [problem.length_q for problem, _ in told[0]] == [16, 64]
+    assert [list(backends) for _, backends in told[0]] == [["cpu"], ["cpu"]]
+    run("tune", "--device", "cpu", "--shape", "1,2,16,8", "--backend", "cuda")
+    assert [list(backends) for _, backends in told[1]] == [[]]
+    for quick in ([], ["--quick"]):
+        run("tune", "--device", "cpu", *quick)
+        common = cli.common_problems(torch.device("cpu"), bool(quick))
+        assert [problem for problem, _ in told[-1]] == list(common)
+
+
+def test_explain_asks_the_backend_it_is_told_to() -> None:
+    assert answer("explain", *TINY, "--backend", "cpu")["why"].startswith("forced")
+    assert answer("explain", *TINY, "--backend", "cuda", code=cli.NO)["chosen"] is None
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[Any, ...]:
+    """What ``bench`` gives to :func:`entmax_attention`: a query, and keywords."""
+    calls: list[Any] = []
+
+    def attention(query: Any, key: Any, value: Any, **keywords: Any) -> Any:
+        calls.append((query.detach().clone(), keywords))
+        return query + 0 * (key + value)
+
+    monkeypatch.setattr(cli, "entmax_attention", attention)
+    run("bench", "--device", "cpu", "--length", "32", *options)
+    return calls[0]
+
+
+def test_options_of_bench_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, keywords = compared(monkeypatch)
+    assert query.shape == (1, 8, 32, 64)
+    assert query.dtype == torch.float32
+    assert query.std() == pytest.approx(4.0, rel=0.1)
+    assert keywords == {"alpha": 1.5, "is_causal": True}
+    assert compared(monkeypatch, "--alpha", "2")[1] == {"alpha": 2.0, "is_causal": True}
+    assert compared(monkeypatch, "--no-causal")[1] == {"alpha": 1.5, "is_causal": False}
+    assert torch.equal(compared(monkeypatch, "--sharpness", "8")[0], 2 * query)
+    assert compared(monkeypatch, "--heads", "3")[0].shape == (1, 3, 32, 64)
+    assert compared(monkeypatch, "--head-dim", "16")[0].shape == (1, 8, 32, 16)
+    assert compared(monkeypatch, "--dtype", "float64")[0].dtype == torch.float64
+
+
+def test_the_options_are_those_that_are_tried() -> None:
+    """A new one needs a test above."""
+    names = {name: {o for p in c.params for o in p.opts} for name, c in cli.main.commands.items()}
+    call = {"--heads-kv", "--length-k", "--dtype", "--causal", "--alpha", "--grad", "--device"}
+    assert names["explain"] == call | {"--shape", "--backend", "--json"}
+    assert names["tune"] == call | {"--quick", "--shape", "--backend", "--seconds", "--json"}
+    assert names["bench"] == {
+        "--length", "--heads", "--head-dim", "--dtype", "--causal", "--alpha", "--sharpness",
+        "--device", "--json",
+    }  # fmt: skip
+
+
+# What is printed, and where
+
+
+def started(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "adasplash2", *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_tune_tells_on_standard_error_what_it_does() -> None:
+    result = run("tune", *TINY, "--shape", "1,2,64,8", "--seconds", "20", "--json")
+    json.loads(result.stdout)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 4
+    for line, length in zip(lines, (16, 64, 16, 64), strict=True):
+        assert f"lengths {length},{length}" in line
+
+
+def test_bench_tells_on_standard_error_what_it_does() -> None:
+    result = run("bench", "--length", "32", "--length", "64", "--device", "cpu", "--heads", "1")
+    assert result.stderr.splitlines() == ["1/2 length 32", "2/2 length 64"]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_what_is_printed_fits_the_columns(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """A record takes few lines of them."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    tuned = run("tune", *TINY, "--seconds", "20").stdout.splitlines()
+    shown = run("cache", "show").stdout.splitlines()
+    bench = run("bench", "--length", "32", "--device", "cpu", "--heads", "1").stdout.splitlines()
+    for lines in (tuned[:-1], shown[:-1], bench):
+        assert max(map(len, lines)) <= columns
+    if columns >= 60:
+        assert len(tuned) <= 9
+        assert len(shown) <= 7
+        assert len(bench) <= 6
+
+
+def test_an_empty_cache_says_so() -> None:
+    assert "no records" in run("cache", "show").stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("ADASPLASH2_BACKEND", "nowhere", "must be one of cuda, triton, cpu"),
+        ("ADASPLASH2_BACKEND", "cuda", "not usable, torch sees no CUDA device"),
+        ("ADASPLASH2_AUTOTUNE", "always", "must be one of off, cached, on; cached is taken"),
+        ("ADASPLASH2_LOG", "loud", "must be one of"),
+        ("ADASPLASH2_ISA", "mmx", "must be one of"),
+        ("ADASPLASH2_CACHE_DIR", "/dev/null", "Not a directory"),
+        ("ADASPLASH2_CACHE_DIR", "/dev/null/more", "Not a directory"),
+        ("ADASPLASH2_CACHEDIR", "/tmp", "no such variable"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="words for a machine without a GPU")
+def test_info_names_a_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    is_backend = variable == "ADASPLASH2_BACKEND"
+    if is_backend:
+        monkeypatch.setattr(dispatch, "FORCED", value)
+    told = run("info", code=cli.NO if is_backend else 0).stdout
+    [line] = [line for line in told.splitlines() if line.startswith(variable)]
+    assert value in line
+    assert words in line
+
+
+def test_info_of_an_instruction_set_that_is_none_has_no_traceback() -> None:
+    with started("info", ADASPLASH2_ISA="mmx") as process:
+        told, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert re.search(rb"ADASPLASH2_ISA +mmx: must be one of", told)
+    assert b"Traceback" not in said
+
+
+def test_info_has_nothing_against_right_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"BACKEND": "cpu", "AUTOTUNE": "on", "LOG": "DEBUG", "ISA": "baseline"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"ADASPLASH2_{name}", value)
+    told = {each["variable"]: each["trouble"] for each in answer("info")["environment"]}
+    assert told == dict.fromkeys(cli.SETTINGS)
+
+
+def test_info_shows_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answer("info")["packages"]["transformers"] == cli._version("transformers")
+    assert "transformers" in run("info").stdout
+
+
+def test_a_reader_that_leaves_gets_no_traceback() -> None:
+    with started("info") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(timeout=120) in (0, 1)
+
+
+def test_ctrl_c_is_no_answer() -> None:
+    with started("tune", "--device", "cpu", "--seconds", "60") as process:
+        assert process.stderr is not None
+        process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert b"Traceback" not in said
+
+
+def test_any_name_can_be_printed(tmp_path: Path) -> None:
+    """A cache folder whose name is in no coding of the terminal."""
+    folder = os.fsencode(tmp_path) + b"/\xff\xe4\xb8\xad"
+    variables = {
+        "ADASPLASH2_CACHE_DIR": os.fsdecode(folder),
+        "PYTHONIOENCODING": "ascii",
+        "NO_COLOR": "1",
+        "FORCE_COLOR": "1",
+    }
+    with started("info", **variables) as process:
+        told, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert b"Traceback" not in said
+    assert rb"\udcff\u4e2d" in told
+    assert b"\x1b[3" not in told
+    with started("cache", "path", **variables) as process:
+        assert process.communicate(timeout=120)[0].rstrip(b"\n") == folder
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a device that is here")
 def test_explain_of_a_device_that_is_not_here_exits_with_1() -> None:
     told = answer("explain", "--shape", "1,2,16,8", "--device", "cuda", code=cli.NO)
@@ -92,7 +364,6 @@ def test_explain_of_a_device_that_is_not_here_exits_with_1() -> None:
             ("explain", *TINY, "--alpha", "0.5"),
             "alpha must be a finite number of at least 1, got 0.5",
         ),
-        (("explain", *TINY, "--alpha", "1"), "softmax"),
         (("explain", *TINY, "--dtype", "int8"), "int8"),
         (("explain", *TINY, "--backend", "nowhere"), "got 'nowhere'"),
         (("explain", "--shape", "1,2,16,8", "--device", "tpu"), "must be cpu, cuda or cuda:N"),
@@ -178,17 +449,76 @@ def test_cache_show_tells_records_of_other_versions(monkeypatch: pytest.MonkeyPa
     assert "other versions" in run("cache", "show").stdout
 
 
+@pytest.mark.parametrize("call", ["shutil.rmtree", "os.listdir", "os.lstat"])
 def test_a_cache_that_cannot_be_deleted_exits_with_3(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     (folder / "speeds").mkdir(parents=True)
+    module, _, name = call.partition(".")
+    real = getattr(sys.modules[module], name)
 
-    def refuse(path: Path) -> None:
-        raise PermissionError("Permission denied")
+    def refuse(path: Path, *rest: Any, **more: Any) -> Any:
+        if str(path).startswith(str(folder)):
+            raise PermissionError("Permission denied")
+        return real(path, *rest, **more)
 
-    monkeypatch.setattr("shutil.rmtree", refuse)
-    result = run("cache", "clear", "--yes", code=cli.CACHE_FAILED)
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refuse)
+        result = run("cache", "clear", "--yes", code=cli.CACHE_FAILED)
     assert "cannot be deleted: Permission denied" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
+@pytest.mark.parametrize(
+    ("level", "mode"), [("cache", 0o000), ("cache", 0o500), ("cache/speeds", 0o500)]
+)
+def test_a_folder_without_permission_exits_with_3(level: str, mode: int) -> None:
+    """As its owner, who is not root."""
+    (tmp := Path(tempfile.mkdtemp())).chmod(0o755)  # pytest's own folders are closed to others
+    folder = tmp / "cache"
+    (folder / "speeds" / "inner").mkdir(parents=True)
+    for path in (tmp, folder, folder / "speeds", folder / "speeds" / "inner"):
+        os.chown(path, 54321, 54321)
+    (tmp / level).chmod(mode)
+    code = (
+        "import os, adasplash2.cli as cli, platformdirs, filelock\n"
+        "os.setgroups([]); os.setgid(54321); os.setuid(54321)\n"
+        f"os.environ['ADASPLASH2_CACHE_DIR'] = {str(folder)!r}\n"
+        "cli.main(['cache', 'clear', '--yes'])"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+        )
+    finally:
+        shutil.rmtree(tmp)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == cli.CACHE_FAILED, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_clear_deletes_links_and_not_what_they_lead_to(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "victim" / "inner").mkdir(parents=True)
+    (folder / "speeds").mkdir(parents=True)
+    (folder / "speeds" / "link").symlink_to(tmp_path / "victim")
+    (folder / "cuda").symlink_to(tmp_path / "victim")
+    assert "deleted" in run("cache", "clear", "--yes").stdout
+    assert list(folder.iterdir()) == []
+    assert (tmp_path / "victim" / "inner").exists()
+
+
+def test_clear_where_others_could_lead_it_elsewhere_exits_with_3(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "speeds").mkdir(parents=True)
+    tmp_path.chmod(0o777)
+    result = run("cache", "clear", "--yes", code=cli.CACHE_FAILED)
+    assert "can be written by others" in result.stderr
+    tmp_path.chmod(0o700)
+    folder.chmod(0o777)  # this one can be cleared: what is unsafe should go
+    run("cache", "clear", "--yes")
+    assert list(folder.iterdir()) == []
 
 
 def test_bench_stands_beside_sdpa() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ import torch
 
 pytest.importorskip("cupy", reason="CuPy is not installed: nothing to compile with")
 
-from adasplash2 import cache
 from adasplash2.backends import cuda
 from adasplash2.backends.cuda import compile as compiler
 from adasplash2.backends.cuda import launch, plan, sizes
@@ -175,66 +173,6 @@ def test_an_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
         compiler.compile_unit("rows.cu", {}, "sm_90")
 
 
-# The disk cache
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counter[str]:
-    """A cache folder of its own and a compiler that counts what it is asked for."""
-    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_warned", set())
-    asked: Counter[str] = Counter()
-
-    def compile_unit(unit: str, defines: dict[str, int], arch: str) -> compiler.Compiled:
-        asked[unit] += 1
-        return compiler.Compiled(f"{unit} {defines} {arch}".encode(), "")
-
-    monkeypatch.setattr(compiler, "compile_unit", compile_unit)
-    return asked
-
-
-def test_a_unit_is_compiled_once(compiled: Counter[str]) -> None:
-    path = compiler.cubin_path("rows.cu", {"DTYPE": 0}, "sm_90")
-    assert path.read_bytes() == b"rows.cu {'DTYPE': 0} sm_90"
-    assert compiler.cubin_path("rows.cu", {"DTYPE": 0}, "sm_90") == path
-    assert compiled == {"rows.cu": 1}
-    others = [({"DTYPE": 1}, "sm_90"), ({"DTYPE": 0}, "sm_80")]
-    assert path not in {compiler.cubin_path("rows.cu", *other) for other in others}
-    assert compiled == {"rows.cu": 3}
-
-
-def test_changed_sources_are_compiled_anew(
-    compiled: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = compiler.cubin_path("rows.cu", {}, "sm_90")
-    monkeypatch.setattr(compiler, "sources_hash", lambda: "another")
-    assert compiler.cubin_path("rows.cu", {}, "sm_90") != before
-    assert compiled == {"rows.cu": 2}
-
-
-@pytest.mark.parametrize("keep", [0, 5])
-def test_a_cut_off_cubin_is_compiled_anew(compiled: Counter[str], keep: int) -> None:
-    path = compiler.cubin_path("rows.cu", {}, "sm_90")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:keep])
-    with pytest.warns(RuntimeWarning, match="damaged"):
-        again = compiler.cubin_path("rows.cu", {}, "sm_90")
-    assert again.read_bytes() == whole
-    assert compiled == {"rows.cu": 2}
-
-
-def test_a_cache_that_takes_no_cubin_costs_a_warning(
-    compiled: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.warns(RuntimeWarning, match="cannot keep compiled kernels") as told:
-        paths = [compiler.cubin_path("rows.cu", {}, arch) for arch in ("sm_80", "sm_90")]
-    assert len(told) == 1
-    assert [path.read_bytes() for path in paths] == [b"rows.cu {} sm_80", b"rows.cu {} sm_90"]
-    assert compiled == {"rows.cu": 2}
-
-
 def test_versions_hold_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     found = dict(cuda.versions())
     assert set(found) == {"cupy", "nvrtc", "kernels"}
@@ -291,6 +229,10 @@ class Driver:
         self.asked.append(("pop",))
         return 0
 
+    def cuFuncSetAttribute(self, *arguments: int) -> int:  # noqa: N802
+        self.asked.append(("attribute", *arguments))
+        return self.status
+
     def cuMemsetD8Async(self, *arguments: int) -> int:  # noqa: N802
         self.asked.append(("zero", *arguments))
         return self.status
@@ -330,8 +272,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def kernel(shared_bytes: int = 0) -> launch.Kernel:
-    function = SimpleNamespace(kernel=SimpleNamespace(ptr=300), max_dynamic_shared_size_bytes=0)
-    module = SimpleNamespace(get_function=lambda name: function)
+    module = SimpleNamespace(get_function=lambda name: SimpleNamespace(ptr=300))
     return launch.Kernel(module, "scan", shared_bytes)
 
 
@@ -352,6 +293,7 @@ def test_a_launch_passes_the_bytes_of_its_fields(driver: Driver) -> None:
         ("push", 103),
         ("zero", 64, 0, 5, 203),
         ("launch", 300, 6, 2, 1, 32, 1, 1, 0, 203),
+        ("attribute", 300, 8, 1000),
         ("launch", 300, MAPPED, 1, 1, 64, 1, 1, 1000, 203),
         ("pop",),
     ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import timeit
@@ -17,6 +20,7 @@ import torch
 
 import adasplash2
 from adasplash2 import dispatch, records, tuning
+from adasplash2.backends.cuda import compile as compiler
 from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem, row_problem
 from adasplash2.records import Record
 
@@ -206,6 +210,247 @@ def test_a_refusal_is_not_remembered_as_an_answer(register: Register) -> None:
     assert dispatch.choose(problem()).backend is first
 
 
+# What may pass
+
+
+def too_many_files() -> OSError:
+    return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def wrapped(error: Exception) -> Exception:
+    """As a library tells of it."""
+    found = ImportError("libfoo.so cannot be loaded")
+    found.__cause__ = error
+    return found
+
+
+PASSING = [
+    too_many_files(),
+    OSError(errno.ENOMEM, "whatever"),
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: out of memory"),
+    ImportError("libfoo.so.1: cannot open shared object file: Too many open files"),
+    wrapped(too_many_files()),
+    wrapped(MemoryError()),
+]
+FINAL = [
+    ModuleNotFoundError("No module named 'foo'"),
+    ImportError("libfoo.so.1: cannot open shared object file: No such file or directory"),
+    OSError("libfoo.so.1 is missing"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    RuntimeError("no driver"),
+]
+
+
+def fails_to_load(monkeypatch: pytest.MonkeyPatch, module: Any, error: Any, where: str) -> Any:
+    """Let a backend fail where it is imported or asked; returns what ends that."""
+    tried = []
+
+    def fail(*_: Any) -> Any:
+        tried.append(1)
+        raise error
+
+    patch = pytest.MonkeyPatch()
+    if where == "asked":
+        patch.setattr(module, "unavailable", fail)
+    else:
+        real = dispatch.importlib.import_module
+        patch.setattr(
+            dispatch.importlib,
+            "import_module",
+            lambda name: fail() if name == module.__name__ else real(name),
+        )
+    return patch, tried
+
+
+@pytest.mark.parametrize("where", ["asked", "imported"])
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_a_failure_that_passes_is_asked_again(
+    register: Register, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+) -> None:
+    first = register("first")
+    patch, tried = fails_to_load(monkeypatch, first, error, where)
+    for _ in range(2):
+        with pytest.raises(dispatch.BackendRefused, match="first: it"):
+            dispatch.choose(problem())
+    assert len(tried) == 2
+    assert not adasplash2.available_backends()[0].usable
+    patch.undo()
+    assert dispatch.choose(problem()).backend is first
+    assert adasplash2.available_backends()[0].usable
+
+
+@pytest.mark.parametrize("where", ["asked", "imported"])
+@pytest.mark.parametrize("error", FINAL, ids=repr)
+def test_a_failure_that_stays_is_remembered(
+    register: Register, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+) -> None:
+    patch, tried = fails_to_load(monkeypatch, register("first"), error, where)
+    second = register("second")
+    for length in range(1, 5):
+        assert dispatch.choose(problem(length)).backend is second
+    patch.undo()
+    assert len(tried) == 1
+
+
+def test_ctrl_c_is_no_failure_of_a_backend(
+    register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = register("first")
+    patch, _ = fails_to_load(monkeypatch, first, KeyboardInterrupt(), "imported")
+    with pytest.raises(KeyboardInterrupt):
+        dispatch.choose(problem())
+    patch.undo()
+    assert dispatch.choose(problem()).backend is first
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_what_stood_in_does_so_for_good_only_where_a_backward_has_to_meet_it(
+    register: Register, monkeypatch: pytest.MonkeyPatch, needs_grad: bool
+) -> None:
+    """Also where the decision has long been dropped from memory."""
+    first, second = register("first"), register("second")
+    asked = problem(needs_grad=needs_grad)
+    patch, _ = fails_to_load(monkeypatch, first, too_many_files(), "imported")
+    assert dispatch.choose(asked).backend is second
+    assert dispatch.explain(asked).chosen == "second"
+    patch.undo()
+    for _ in range(2):
+        assert dispatch.choose(asked).backend is (second if needs_grad else first)
+        assert dispatch.choose(problem(99, needs_grad=True)).backend is first
+        dispatch._decide.cache_clear()
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("what", ["file", "versions"])
+def test_records_that_cannot_be_read_now_are_read_later(
+    register: Register,
+    measured: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    needs_grad: bool,
+    what: str,
+) -> None:
+    first = register("first")
+    for each in (problem(), problem(needs_grad=True), problem(4096, needs_grad=True)):
+        measured(first, 1.0, problem_class=records.problem_class(each))
+
+    def fail(*_: Any) -> Any:
+        raise too_many_files()
+
+    asked = problem(needs_grad=needs_grad)
+    with monkeypatch.context() as patch:
+        if what == "file":
+            patch.setattr(records.cache, "read", fail)
+        else:
+            patch.setattr(first, "versions", fail)
+        patch.setattr(records.cache, "_warned", set())
+        with pytest.warns(RuntimeWarning, match="cannot read measured speeds .*Too many open"):
+            assert dispatch.choose(asked).config == {"block": 64}
+    assert dispatch.choose(asked).config == {"block": 64 if needs_grad else 128}
+    assert dispatch.choose(problem(4096, needs_grad=True)).config == {"block": 128}
+
+
+def test_a_process_without_descriptors_recovers() -> None:
+    """Nothing is free at the first call; then there is."""
+    code = (
+        "import os, resource, torch, adasplash2\n"
+        "q = torch.ones(1, 1, 2, 4)\n"
+        "taken = []\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "try:\n"
+        "    while True: taken.append(os.open('/dev/null', os.O_RDONLY))\n"
+        "except OSError: pass\n"
+        "try: adasplash2.entmax_attention(q, q, q); print('ran')\n"
+        "except adasplash2.BackendRefused as error: print('refused')\n"
+        "for handle in taken: os.close(handle)\n"
+        "adasplash2.entmax_attention(q, q, q)\n"
+        "adasplash2.entmax_attention(q.requires_grad_(), q, q).sum().backward()\n"
+        "print({status.name: status.reason for status in adasplash2.available_backends()})"
+    )
+    done = run(code, ADASPLASH2_AUTOTUNE="cached")
+    assert done.returncode == 0, done.stderr
+    first, reasons = done.stdout.splitlines()
+    assert first == "refused"
+    assert "'cpu': 'ready'" in reasons
+    assert "Too many open files" not in reasons
+
+
+# Exceptions and answers go to other processes
+
+
+def refused() -> None:
+    """In a module of its own, for processes that are started anew."""
+    q = torch.ones(1, 1, 2, 4)
+    adasplash2.entmax_attention(q, q, q, backend="cuda")
+
+
+COPIES = {
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_a_refusal_can_be_copied(register: Register, duplicate: Any) -> None:
+    register("first", refusals=("it is Tuesday",))
+    with pytest.raises(dispatch.BackendRefused) as caught:
+        dispatch.choose(problem())
+    caught.value.add_note("a note")
+    copied = duplicate(caught.value)
+    assert type(copied) is dispatch.BackendRefused
+    assert str(copied) == str(caught.value)
+    assert copied.answers == caught.value.answers == (dispatch.Answer("first", ("it is Tuesday",)),)
+    assert copied.__notes__ == ["a note"]
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_answers_can_be_copied(register: Register, duplicate: Any) -> None:
+    register("first")
+    asked = problem()
+    [status] = adasplash2.available_backends()
+    for value in (
+        asked,
+        dispatch.choose(asked),
+        dispatch.explain(asked),
+        status,
+        dispatch.Answer("first", ("no",)),
+        compiler.CompileError("log"),
+        records.Record(
+            problem_class="a",
+            backend="b",
+            versions={},
+            config={},
+            milliseconds=1.0,
+            default_milliseconds=1.0,
+            measured=records.now(),
+        ),
+        records.cache.Unsafe.of(Path("/x"), "is not"),
+        tuning.Trial("first", {}, is_default=True),
+    ):
+        copied = duplicate(value)
+        assert type(copied) is type(value)
+        assert copied == value or str(copied) == str(value)
+    stats = duplicate(adasplash2.AttentionStats(*torch.ones(4, 2), backend="cpu"))
+    assert stats.backend == "cpu"
+    assert torch.equal(stats.empty_tiles, torch.ones(2))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cuda backend does not refuse")
+def test_a_refusal_comes_out_of_a_pool() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import multiprocessing, test_dispatch\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        try: pool.apply_async(test_dispatch.refused).get(60)\n"
+        "        except Exception as error: print(type(error).__name__, error)\n"
+    )
+    done = run(code)
+    assert done.stdout.startswith("BackendRefused backend 'cuda' cannot run"), done.stderr
+
+
 def test_explain_tells_the_choice_and_why_not_the_others(register: Register) -> None:
     register("first", unavailable="there is no such device")
     register("second", refusals=("it is Tuesday", "the moon is full"))
@@ -341,7 +586,7 @@ def test_one_without_a_record_is_not_even_imported(register: Register, measured:
     measured(register("first"), 1.0)
     dispatch.REGISTRY["broken"] = "made_up_broken"
     dispatch.choose(problem())
-    assert dispatch._load.cache_info().currsize == 1
+    assert list(dispatch._loaded) == ["first"]
 
 
 def test_a_faster_one_that_refuses_is_passed_over(register: Register, measured: Any) -> None:
@@ -539,12 +784,12 @@ def microseconds(call: Callable[[], object], number: int) -> float:
 
 
 def test_a_decision_that_was_made_costs_little(register: Register) -> None:
-    """Below 5 microseconds on a quiet machine (benchmarks/overhead.py); tests share theirs."""
+    """Below 5 microseconds; 0.6 on a quiet machine (benchmarks/overhead.py)."""
     register("first")
     asked = problem()
     dispatch.choose(asked)
     equal = problem()  # as each call makes its own
-    assert microseconds(lambda: dispatch.choose(equal), 10_000) < 50
+    assert microseconds(lambda: dispatch.choose(equal), 10_000) < 5
 
 
 def test_available_backends_print_a_sentence(register: Register) -> None:
@@ -557,7 +802,7 @@ def test_available_backends_print_a_sentence(register: Register) -> None:
 
 
 def test_a_call_costs_little_above_its_backends() -> None:
-    """20 microseconds are the aim (benchmarks/overhead.py); tests share their machine."""
+    """20 microseconds on a quiet machine (benchmarks/overhead.py); tests share theirs."""
     tensors = Inputs(*torch.randn(3, 1, 1, 4, 8))
     asked = attention_problem(
         tensors, alpha=1.5, scale=None, is_causal=False, enable_gqa=False, needs_grad=False
@@ -565,7 +810,22 @@ def test_a_call_costs_little_above_its_backends() -> None:
     chosen, config = dispatch.choose(asked, "cpu")
     direct = microseconds(lambda: chosen.forward(asked, tensors, config), 300)
     call = microseconds(lambda: adasplash2.entmax_attention(*tensors, backend="cpu"), 300)
-    assert call - direct < 200
+    assert call - direct < 40
+
+
+def test_the_environment_says_what_measurements_are_for(tmp_path: Path) -> None:
+    """``on`` makes a record at the first call, ``off`` ignores it, ``cached`` uses it."""
+    nothing = "the first that can, nothing measured for its class\n"
+    for mode, files in (("cached", 0), ("on", 1), ("off", 1), ("", 1)):
+        done = run(
+            f"{CALL}; print(adasplash2.explain(q, q, q).why)",
+            ADASPLASH2_CACHE_DIR=str(tmp_path),
+            ADASPLASH2_AUTOTUNE=mode,
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(list(tmp_path.rglob("*.json"))) == files
+        is_measured = done.stdout.startswith("measured ")
+        assert is_measured if mode in ("on", "") else done.stdout == nothing
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from adasplash2 import cache, records
+from adasplash2.backends import cuda, triton
 from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem
 from adasplash2.records import Record, Store, problem_class
 
@@ -243,6 +245,30 @@ def test_a_file_that_breaks_before_a_write_is_set_aside(content: Callable[[], by
         {"backend": 7},
         {"problem_class": None},
         {"more": 1},
+        {"milliseconds": 10**400},
+        {"milliseconds": 10**5000},
+        {"milliseconds": 1e300},
+        {"milliseconds": 1e-300},
+        {"milliseconds": [1.0]},
+        {"default_milliseconds": -(10**400)},
+        {"config": {"block": 2**63}},
+        {"config": {"block": -(10**5000)}},
+        {"config": {"block": True}},
+        {"config": {"block": "x" * 10**6}},
+        {"config": {"\udcff": 1}},
+        {"config": {"isa": "\x1b[31m"}},
+        {"config": {str(i): i for i in range(1000)}},
+        {"versions": {"torch": "\ud800"}},
+        {"versions": {"": "1"}},
+        {"backend": "\udcff"},
+        {"backend": "a\nb"},
+        {"backend": ""},
+        {"problem_class": "x" * 1000},
+        {"problem_class": "a class\x00"},
+        {"measured": "yesterday"},
+        {"measured": "2026-01-01T00:00:00"},
+        {"measured": "9" * 200},
+        {"measured": 2026},
     ],
 )
 def test_a_broken_record_takes_no_other_with_it(change: dict[str, Any]) -> None:
@@ -250,9 +276,217 @@ def test_a_broken_record_takes_no_other_with_it(change: dict[str, Any]) -> None:
     path = Store(CPU).path
     data = json.loads(path.read_text())
     data["records"][0] |= change
-    path.write_text(json.dumps(data))
-    with pytest.warns(RuntimeWarning, match="leaves out a record"):
+    path.write_text(dumped(data))
+    with pytest.warns(RuntimeWarning, match="leaves out a record") as told:
         assert list(Store(CPU)) == [record("two")]
+    [text] = [str(warning.message) for warning in told]
+    assert text.isascii()
+    assert text.isprintable()
+    assert len(text) < 600
+
+
+def dumped(data: object) -> str:
+    """JSON, whose numbers may have more digits than Python writes."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        return json.dumps(data)
+    finally:
+        sys.set_int_max_str_digits(before)
+
+
+def test_many_broken_records_are_one_warning() -> None:
+    Store(CPU).add([record(str(i)) for i in range(20)])
+    path = Store(CPU).path
+    path.write_text(path.read_text().replace('"milliseconds": 2.0', '"milliseconds": -2.0'))
+    with pytest.warns(RuntimeWarning, match=r"and 19 more: milliseconds is no time: -2\.0") as told:
+        assert list(Store(CPU)) == []
+    assert len(told) == 1
+
+
+def test_the_least_and_most_of_a_time_are_times() -> None:
+    both = [record("fast", 1e-6), record("slow", 1e9)]
+    Store(CPU).add(both)
+    assert known() == both
+
+
+def test_a_date_in_the_future_pushes_nothing_out() -> None:
+    planted = [
+        record(versions={"kernels": f"planted {i}"}, measured=f"{2990 + i}-01-01T00:00:00+00:00")
+        for i in range(records.KEPT_VERSIONS)
+    ]
+    Store(CPU).add(planted)
+    Store(CPU).add([record(measured=records.now())])
+    found = {r.versions["kernels"] for r in known()}
+    assert "abc" in found
+    assert len(found) == records.KEPT_VERSIONS
+
+
+def test_a_file_never_grows_beyond_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_BYTES", 10_000)
+    made = [record(str(i), measured=f"2026-01-01T00:00:{i:02d}+00:00") for i in range(60)]
+    Store(CPU).add(made)
+    assert Store(CPU).path.stat().st_size <= 10_000
+    assert 5 < len(known()) < 60
+    assert record("59", measured="2026-01-01T00:00:59+00:00") in known()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "huge", "of others"])
+def test_what_is_no_file_of_ours_is_set_aside(tmp_path: Path, kind: str) -> None:
+    """And not waited for, not followed, not read."""
+    Store(CPU).add([record()])
+    path = Store(CPU).path
+    path.rename(tmp_path / "elsewhere")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    elif kind == "huge":
+        path.touch()
+        os.truncate(path, 2**40)
+    else:
+        path.write_bytes((tmp_path / "elsewhere").read_bytes())
+        path.chmod(0o666)
+    with pytest.warns(RuntimeWarning, match=r"set .* aside"):
+        assert list(Store(CPU)) == []
+    assert silently(lambda: Store(CPU).add([record("new")]))
+    assert known() == [record("new")]
+    assert json.loads((tmp_path / "elsewhere").read_text())["records"]
+
+
+def test_a_folder_that_others_can_write_is_neither_read_nor_written() -> None:
+    Store(CPU).add([record()])
+    path = Store(CPU).path
+    before = path.read_bytes()
+    path.parent.chmod(0o777)
+    with warnings.catch_warnings(record=True, action="always") as told:
+        store = Store(CPU)
+        assert list(store) == []
+        assert not store.add([record("new")])
+    [warning] = told
+    assert "can be written by others (mode 777)" in str(warning.message)
+    assert list(store) == [record("new")]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_file_size_limit_costs_a_warning(size: int) -> None:
+    """As a full disk: the write itself fails, in a process of its own."""
+    code = f"""
+import resource, warnings
+store.add([record("before")])
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+with warnings.catch_warnings(record=True, action="always") as told:
+    assert not store.add([record("after")])
+assert "File too large" in str(told[0].message), told[0].message
+"""
+    assert start(code).wait(timeout=120) == 0
+    assert known() == [record("before")]
+
+
+def test_a_shortage_while_reading_is_raised_to_be_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    Store(CPU).add([record()])
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "read", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            Store(CPU)
+    assert known() == [record()]
+
+
+def test_a_device_whose_name_cannot_be_read_now_gets_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A record would lie where nobody looks for it."""
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    named = records.identity(CPU)
+    records.identity.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            records.identity(CPU)
+    assert records.identity(CPU) == named
+
+
+# What a record holds for
+
+
+@pytest.mark.parametrize("part", ["core", "isa", "threads", "torch", "adasplash2"])
+def test_a_cpu_record_holds_for_one_core_and_its_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str
+) -> None:
+    """The compiled core is changed by a byte, in a copy."""
+    from adasplash2.backends import cpu
+
+    Store(CPU).add([record(backend="cpu", versions=records.versions(cpu))])
+    assert Store(CPU).find("a class", cpu) is not None
+    if part == "core":
+        content = bytearray(Path(cpu._core.__file__).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / "core.so").write_bytes(content)
+        changed = SimpleNamespace(
+            __file__=str(tmp_path / "core.so"), isa=cpu._core.isa, usable_isas=cpu._core.usable_isas
+        )
+        monkeypatch.setattr(cpu, "_core", changed)
+        cpu._core_hash.cache_clear()
+    elif part == "isa":
+        monkeypatch.setattr(cpu, "_core", SimpleNamespace(isa=lambda: "another"))
+    elif part == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    elif part == "torch":
+        monkeypatch.setattr(torch, "__version__", "0.0")
+    else:
+        monkeypatch.setattr(records, "version", lambda name: "0.0")
+    try:
+        assert Store(CPU).find("a class", cpu) is None
+    finally:
+        monkeypatch.undo()
+        cpu._core_hash.cache_clear()
+
+
+def copied_package(monkeypatch: pytest.MonkeyPatch, module: Any, folder: Path) -> Path:
+    """A copy of a backend's files, which its ``resources`` reads instead."""
+    copy = folder / "package"
+    shutil.copytree(Path(module.__file__).parent, copy, ignore=shutil.ignore_patterns("*cache*"))
+    monkeypatch.setattr(module, "resources", SimpleNamespace(files=lambda name: copy))
+    return copy
+
+
+TRITON = Path(triton.__file__).parent
+TRITON_SOURCES = sorted(str(path.relative_to(TRITON)) for path in TRITON.rglob("*.py"))
+
+
+@pytest.mark.parametrize("source", TRITON_SOURCES)
+def test_a_triton_record_holds_for_one_set_of_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+) -> None:
+    digest = triton._source_digest
+    copy = copied_package(monkeypatch, triton, tmp_path)
+    before = digest.__wrapped__()
+    assert before == digest()
+    (copy / source).write_bytes((copy / source).read_bytes() + b"\n")
+    assert digest.__wrapped__() != before
+
+
+@pytest.mark.parametrize("module", [triton, cuda], ids=["triton", "cuda"])
+def test_records_hold_for_the_hash_of_the_sources(
+    monkeypatch: pytest.MonkeyPatch, module: Any
+) -> None:
+    monkeypatch.setattr(cuda.compiler, "nvrtc_version", lambda: (13, 0))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(__version__="1"))
+    monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: "3.0")
+    Store(CPU).add([record(backend=module.name, versions=records.versions(module))])
+    assert Store(CPU).find("a class", module) is not None
+    monkeypatch.setattr(triton, "_source_digest", lambda: "another")
+    monkeypatch.setattr(cuda.compiler, "sources_hash", lambda: "another" * 9)
+    assert Store(CPU).find("a class", module) is None
 
 
 @pytest.mark.parametrize("entry", [None, 1, "x", [], {}])
@@ -292,10 +526,10 @@ def test_a_folder_in_the_files_place_is_ignored() -> None:
 def test_a_file_that_may_not_be_read_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     Store(CPU).add([record()])
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, limit: int) -> bytes:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(cache, "read", refuse)
     with pytest.warns(RuntimeWarning, match="cannot read measured speeds .*Permission denied"):
         assert list(Store(CPU)) == []
 

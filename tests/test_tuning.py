@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from adasplash2 import records, tuning
+from adasplash2 import cache, records, tuning
 from adasplash2.backends import cpu
 from adasplash2.contract import Config, Forward
 from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem
@@ -257,6 +258,64 @@ def test_compilation_runs_in_other_processes(
     assert len(pids) == 2
     assert str(os.getpid()) not in pids
     assert told[0] == ("compiling 3 variants", 0, 3)
+
+
+def test_nothing_is_imported_from_the_working_directory(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not by what starts a process, nor by what it is told to import; but a program's own modules
+    are found there."""
+    here = tmp_path / "here"
+    here.mkdir()
+    planted = f"open({str(here / 'planted')!r}, 'a').write(__name__)\n"
+    for name in ("pickle", "json", "torch", "signal", "queue", "adasplash2", "sitecustomize"):
+        (here / f"{name}.py").write_text(planted)
+    (here / "their_own_module.py").write_text(MODULE)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", f":{here}")
+    for entry in ("", str(here)):
+        monkeypatch.setattr(sys, "path", [entry, *sys.path])
+    theirs = jobs("b")[0]._replace(module="their_own_module")
+    done = tuning.compile_all([*jobs("a"), theirs], 60, 60)
+    assert not (here / "planted").exists()
+    assert {job.module for job in done} == {"made_up_compiler", "their_own_module"}
+
+
+def test_what_is_compiled_where_the_cache_is_unsafe_is_found(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Processes that compile put it where this one looks, for its own use."""
+    (tmp_path / "made_up_keeper.py").write_text(
+        "from adasplash2 import cache\n"
+        "def precompile(problem, config):\n"
+        "    cache.keep_sealed('cuda', 'unit', '.cubin', b'kernel')\n"
+    )
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path / "cache"))
+    asked = jobs("a")[0]._replace(module="made_up_keeper")
+    assert tuning.compile_all([asked], 60, 60) == [asked]
+    assert cache.find_sealed("cuda", "unit", ".cubin") == b"kernel"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_processes_that_cannot_be_started_cost_a_warning(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, left = tuning.subprocess.Popen, [1]
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        if not left:
+            raise OSError(errno.EMFILE, "Too many open files")
+        left.pop()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(tuning.subprocess, "Popen", start)
+    assert len(tuning.compile_all(jobs("a", "b"), 60, 60)) == 2
+    assert "1 of 2 compilers" in caplog.text
+    assert tuning.compile_all(jobs("a", "b"), 60, 60) == []
+    assert "0 of 2 compilers" in caplog.text
 
 
 def test_a_variant_that_does_not_compile_stops_no_other(compiler: Path, capfd: Any) -> None:

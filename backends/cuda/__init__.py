@@ -12,7 +12,8 @@ Rows in dense tiles multiply their zeros too: there a key or value, or an output
 not finite reaches the gradients and outputs of every row of its block, as in softmax attention.
 Without a scan, heads with a query, key or value that is not finite take the element path.
 
-Needs CuPy, which brings NVRTC, and neither Triton nor a compiler.
+Needs CuPy, which brings NVRTC, and neither Triton nor a compiler. Importing this package imports
+neither CuPy nor NumPy, which CuPy needs: :func:`unavailable` says which is missing.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.backends.cuda import launch, rows, sizes
-from adasplash2.backends.cuda import plan as plans
+from adasplash2.backends.cuda import sizes
 from adasplash2.contract import AttentionStats, Config, Forward
 from adasplash2.problem import Inputs, Problem, RowProblem
 
@@ -40,27 +40,36 @@ the round-off of thresholds, which are kept in float32."""
 
 
 def unavailable() -> str | None:
-    """Why nothing can run here, in a sentence; None where it can."""
+    """See :meth:`adasplash2.contract.Backend.unavailable`."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.hip is not None:
         return "this is a ROCm build of torch; these kernels are for NVIDIA GPUs"
+    no_cupy = "CuPy is not installed (pip install cupy-cuda13x or cupy-cuda12x)"
     try:
         import cupy
+    except ModuleNotFoundError as error:
+        if error.name == "cupy":
+            return no_cupy
+        if error.name == "numpy":
+            return "NumPy, which CuPy needs, is not installed (pip install numpy)"
+        raise
+    if not hasattr(cupy, "RawModule"):  # a folder named cupy is not CuPy
+        return no_cupy
+    try:
         from cupy.cuda import nvrtc
 
         nvrtc.getVersion()
-        if not hasattr(cupy, "RawModule"):  # a folder named cupy is not CuPy
-            return "CuPy is not installed (pip install cupy-cuda13x or cupy-cuda12x)"
-    except ImportError:
-        return "CuPy is not installed (pip install cupy-cuda13x or cupy-cuda12x)"
     except Exception as error:
-        return f"NVRTC cannot be loaded through CuPy ({error})"
+        raise RuntimeError(f"NVRTC cannot be loaded through CuPy ({error})") from error
     return None
 
 
 def refusals(problem: Problem | RowProblem) -> list[str]:
     """All reasons why this problem cannot run here; empty: it can."""
+    from adasplash2.backends.cuda import launch, rows
+    from adasplash2.backends.cuda import plan as plans
+
     reasons = []
     if problem.device.type != "cuda":
         reasons.append(f"tensors are on {problem.device}, this backend needs a CUDA device")
@@ -99,6 +108,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     """The shapes of the scan that the device has room for."""
+    from adasplash2.backends.cuda import plan as plans
+
     return [{}] if isinstance(problem, RowProblem) else plans.configs(problem)
 
 
@@ -116,6 +127,9 @@ def backward(
     problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
+    from adasplash2.backends.cuda import launch
+    from adasplash2.backends.cuda import plan as plans
+
     query, key, value, grad_out = (_unit_stride(x) for x in (*inputs, grad_out))
     grad_query, grad_key, grad_value = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
@@ -164,11 +178,15 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
 
 def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
     """Entmax of each row of ``x``."""
+    from adasplash2.backends.cuda import rows
+
     return rows.forward(problem, x)
 
 
 def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
     """Gradient of ``x`` from the output ``y`` and its gradient."""
+    from adasplash2.backends.cuda import rows
+
     return rows.backward(problem, y, grad_y)
 
 
@@ -186,9 +204,12 @@ def versions() -> Mapping[str, str]:
 def precompile(problem: Problem | RowProblem, config: Config) -> None:
     """See :meth:`adasplash2.contract.Backend.precompile`; for tensors whose rows lie on 16 bytes
     where their width allows it. Others may take a variant more."""
+    from adasplash2.backends.cuda import launch
+    from adasplash2.backends.cuda import plan as plans
+
     if isinstance(problem, RowProblem):
         arch = compiler.architecture(torch.cuda.get_device_capability(problem.device))
-        compiler.cubin_path("rows.cu", launch.row_defines(problem), arch)
+        compiler.cubin("rows.cu", launch.row_defines(problem), arch)
         return
     widths = problem.head_dim, problem.head_dim_v
     aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
@@ -203,6 +224,9 @@ def _forward(
     recorded: dict[str, Tensor],
     support: Tensor | None = None,
 ) -> Forward:
+    from adasplash2.backends.cuda import launch
+    from adasplash2.backends.cuda import plan as plans
+
     query, key, value = (_unit_stride(x) for x in inputs)
     plan = plans.plan(problem, config, launch.is_aligned(query, key, value))
     shape = (problem.batch, problem.heads_q, problem.length_q)

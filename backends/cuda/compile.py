@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -95,30 +93,22 @@ def compile_unit(unit: str, defines: dict[str, int], arch: str) -> Compiled:
         nvrtc.destroyProgram(program)
 
 
-def cubin_path(unit: str, defines: dict[str, int], arch: str) -> Path:
-    """Path of the compiled ``unit``, from the disk cache where it is there and undamaged."""
+def cubin(unit: str, defines: dict[str, int], arch: str) -> bytes:
+    """The compiled ``unit``, from the disk cache where it is there and undamaged."""
     key = hashlib.sha256()
     for part in (CACHE_VERSION, nvrtc_version(), arch, unit, sorted(defines.items())):
         key.update(f"{part}\n".encode())
     key.update(sources_hash().encode())
-    name, folder = f"{Path(unit).stem}-{arch}-{key.hexdigest()[:32]}", cache.directory() / FOLDER
-    path = cache.find_sealed(folder, name, SUFFIX)
-    if path is not None:
-        return path
-    cubin = compile_unit(unit, defines, arch).cubin
+    name = f"{Path(unit).stem}-{arch}-{key.hexdigest()[:32]}"
+    found = cache.find_sealed(FOLDER, name, SUFFIX)
+    if found is not None:
+        return found
+    made = compile_unit(unit, defines, arch).cubin
     try:
-        return cache.write_sealed(folder, name, SUFFIX, cubin)
+        cache.keep_sealed(FOLDER, name, SUFFIX, made)
     except OSError as error:
         cache.warn(
-            f"adasplash2 cannot keep compiled kernels in {folder} ({error}); "
+            f"adasplash2 cannot keep compiled kernels in {cache.directory() / FOLDER} ({error}); "
             "they are compiled again in every process"
         )
-        return cache.write_sealed(_scratch(), name, SUFFIX, cubin)
-
-
-@functools.cache
-def _scratch() -> Path:
-    """Where cubins are put that the cache does not take: gone with the process."""
-    folder = tempfile.TemporaryDirectory(prefix="adasplash2-", ignore_cleanup_errors=True)
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
+    return made

@@ -227,10 +227,12 @@ class Kernel:
 
     def __init__(self, module: Any, name: str, shared_bytes: int) -> None:
         found = module.get_function(name)
-        if shared_bytes:
-            found.max_dynamic_shared_size_bytes = shared_bytes
         self._found = found  # keeps its module loaded
-        self._function = found.kernel.ptr
+        self._function = found.ptr
+        if shared_bytes:
+            check(
+                driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
+            )
         self._shared_bytes = shared_bytes
         self._launch = driver().cuLaunchKernel
 
@@ -247,11 +249,13 @@ class Kernel:
 
 
 _HANDLE, _INT, _SIZE = ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CUfunction_attribute
 _SIGNATURES = {
     "cuCtxPushCurrent_v2": (_HANDLE,),
     "cuCtxPopCurrent_v2": (_HANDLE,),
     "cuDeviceGet": (_HANDLE, ctypes.c_int),
     "cuDevicePrimaryCtxRetain": (_HANDLE, ctypes.c_int),
+    "cuFuncSetAttribute": (_HANDLE, ctypes.c_int, ctypes.c_int),
     "cuGetErrorName": (ctypes.c_int, _HANDLE),
     "cuLaunchKernel": (_HANDLE, *[_INT] * 7, _HANDLE, _HANDLE, _HANDLE),
     "cuMemsetD8Async": (_HANDLE, ctypes.c_ubyte, _SIZE, _HANDLE),
@@ -364,7 +368,10 @@ def kernel(
 
 @cache
 def _module(device: int, unit: str, options: tuple[tuple[str, int], ...]) -> Any:
-    import cupy
+    """From memory: what was checked is what the driver loads."""
+    from cupy.cuda import function
 
     arch = compiler.architecture(torch.cuda.get_device_capability(device))
-    return cupy.RawModule(path=str(compiler.cubin_path(unit, dict(options), arch)))
+    module = function.Module()
+    module.load(compiler.cubin(unit, dict(options), arch))
+    return module

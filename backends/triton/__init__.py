@@ -42,7 +42,7 @@ MAX_ROW_CHUNK = 8192
 
 
 def unavailable() -> str | None:
-    """Why nothing can run here, in a sentence; None where it can."""
+    """See :meth:`adasplash2.contract.Backend.unavailable`."""
     if not INTERPRETED and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if importlib.util.find_spec("triton") is None:

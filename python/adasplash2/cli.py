@@ -1,7 +1,8 @@
 """The command ``adasplash2``: what works here, what would run, measure, look into the cache.
 
 Exit codes: 0 for success; 1 where the answer is no (nothing can run the call, nothing could be
-measured); 2 for a wrong command line; 3 where the cache could not be written or deleted.
+measured); 2 for a wrong command line; 3 where the cache could not be written, read or deleted; 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import logging
 import math
+import os
 import platform
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,19 +26,21 @@ import click
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from adasplash2 import cache, dispatch, records, tuning
+from adasplash2 import _core, cache, dispatch, records, tuning
 from adasplash2.backends import REGISTRY
+from adasplash2.contract import Backend
 from adasplash2.functional import entmax_attention
 from adasplash2.problem import DTYPES, Inputs, Problem, RowProblem, attention_problem, check_alpha
 
-NO, CACHE_FAILED = 1, 3
+NO, CACHE_FAILED, INTERRUPTED = 1, 3, 130
 """Exit codes beside 0 and click's 2."""
 
-PACKAGES = ("torch", "cupy", "triton", "numpy", "filelock", "platformdirs")
+PACKAGES = ("torch", "cupy", "triton", "transformers", "numpy", "filelock", "platformdirs")
 """Whose versions ``info`` tells where they are installed."""
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -50,7 +54,10 @@ BENCH_LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384)}
 BENCH_ROUNDS = 5
 
 WIDE = 200
-"""Columns of tables that go to a file or a pipe."""
+"""Columns of what goes to a file or a pipe, where ``COLUMNS`` says nothing."""
+
+MAX_SHOWN = 200
+"""Characters of a configuration: what a record may hold is longer."""
 
 console = Console(highlight=False, markup=False)
 errors = Console(stderr=True, highlight=False, markup=False)
@@ -167,12 +174,27 @@ class Call:
         return dataclasses.replace(problem, device=self.device)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Interruptible(click.Group):
+    """Ctrl-C is no answer: click would exit with 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED)
+
+
+@click.group(cls=_Interruptible, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("adasplash2"), prog_name="adasplash2")
 def main() -> None:
     """Exact sparse attention: what runs here, how fast, and what is remembered of it."""
-    if not console.is_terminal:
-        console.width = WIDE
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files and devices hold what they like
+            stream.reconfigure(errors="backslashreplace")
+    for each in (console, errors):
+        if not each.is_terminal:
+            columns = os.environ.get("COLUMNS", "")
+            each.width = int(columns) if columns.isdecimal() and int(columns) else WIDE
 
 
 @main.command()
@@ -180,7 +202,7 @@ def main() -> None:
 def info(as_json: bool) -> None:
     """Versions, devices, backends and why each is or is not usable, the cache.
 
-    Exits with 1 if no backend is usable.
+    Exits with 1 if no backend is usable, or the one that the environment forces is not.
     """
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -193,11 +215,12 @@ def info(as_json: bool) -> None:
         "threads": torch.get_num_threads(),
         "backends": [dataclasses.asdict(status) for status in backends],
         "backend_versions": {
-            name: dict(module.versions()) for name, module in dispatch.usable().items()
+            name: _backend_versions(module) for name, module in dispatch.usable().items()
         },
         "forced_backend": dispatch.FORCED,
         "autotune": dispatch.AUTOTUNE,
         "cache": str(cache.directory()),
+        "environment": _environment(),
     }
     if as_json:
         _print_json(found)
@@ -219,9 +242,73 @@ def info(as_json: bool) -> None:
             )
         table.add_row("autotune", dispatch.AUTOTUNE)
         table.add_row("cache", str(cache.directory()))
+        for setting in _environment():
+            trouble = f": {setting['trouble']}" if setting["trouble"] else ""
+            table.add_row(setting["variable"], f"{_shown(setting['value'])}{trouble}")
         console.print(table)
-    if not any(status.usable for status in backends):
+    asked = [s for s in backends if dispatch.FORCED in (None, s.name)]
+    if not any(status.usable for status in asked):
         sys.exit(NO)
+
+
+def _environment() -> list[dict[str, Any]]:
+    """The library's variables that are set: what they say, and what is wrong with it."""
+    found = []
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("ADASPLASH2_") and value:
+            check = SETTINGS.get(name)
+            known = ", ".join(SETTINGS)
+            trouble = check(value) if check else f"there is no such variable, only {known}"
+            found.append({"variable": name, "value": value, "trouble": trouble})
+    return found
+
+
+def _backend_trouble(value: str) -> str | None:
+    if value not in REGISTRY:
+        return f"must be one of {', '.join(REGISTRY)}; calls that name no backend raise"
+    statuses = {status.name: status for status in dispatch.available_backends()}
+    return None if statuses[value].usable else f"not usable, {statuses[value].reason}"
+
+
+def _autotune_trouble(value: str) -> str | None:
+    if value not in dispatch.AUTOTUNE_MODES:
+        return f"must be one of {', '.join(dispatch.AUTOTUNE_MODES)}; {dispatch.AUTOTUNE} is taken"
+    return None
+
+
+def _isa_trouble(value: str) -> str | None:
+    names = _core.usable_isas()
+    return None if value in names else f"must be one of {', '.join(names)} on this processor"
+
+
+def _log_trouble(value: str) -> str | None:
+    names = [name.lower() for name in logging.getLevelNamesMapping()]
+    return None if value.lower() in names else f"must be one of {', '.join(names)}"
+
+
+def _cache_trouble(value: str) -> str | None:
+    try:
+        cache.check()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+SETTINGS: dict[str, Callable[[str], str | None]] = {
+    "ADASPLASH2_BACKEND": _backend_trouble,
+    "ADASPLASH2_AUTOTUNE": _autotune_trouble,
+    cache.VARIABLE: _cache_trouble,
+    "ADASPLASH2_ISA": _isa_trouble,
+    "ADASPLASH2_LOG": _log_trouble,
+}
+"""The environment variables, and what tells what is wrong with a value."""
+
+
+def _backend_versions(module: Backend) -> dict[str, str]:
+    try:
+        return dict(module.versions())
+    except Exception as error:
+        return {"unknown": f"({error})"}
 
 
 @main.command()
@@ -235,8 +322,6 @@ def explain(backend: str | None, as_json: bool, device: torch.device | None, **c
     Exits with 1 if none can.
     """
     problem = Call(device=device or default_device(), **call).problem()
-    if problem.alpha == 1.0:
-        raise click.UsageError("alpha = 1 is softmax and goes to torch: no backend is asked")
     try:
         told = dispatch.explain(problem, backend)
     except ValueError as error:
@@ -287,9 +372,8 @@ def tune(
         _print_json({"outcomes": [_outcome(o) for o in outcomes], "kept": kept})
     else:
         _print_outcomes(outcomes)
-        console.print(
-            f"{len(found)} records " + (f"in {records.Store(device).path}" if kept else "")
-        )
+        where = f" in {records.Store(device).path}" if kept else ""
+        console.print(f"{len(found)} records{where}", soft_wrap=True)
     if not kept:
         _fail("the records could not be kept: see the warning above", CACHE_FAILED)
     missing = [outcome.problem_class for outcome in outcomes if not outcome.records]
@@ -325,7 +409,7 @@ def cache_group() -> None:
 @cache_group.command()
 def path() -> None:
     """Print the folder; it need not exist."""
-    click.echo(cache.directory())
+    click.echo(os.fsencode(cache.directory()))
 
 
 @cache_group.command()
@@ -339,8 +423,7 @@ def show(as_json: bool) -> None:
     rows = [
         (device, record, _is_valid(record, valid.get(record.backend))) for device, record in found
     ]
-    files = [file for file in cache.directory().rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
+    sizes = cache.sizes()
     if as_json:
         listed = [
             {"device": str(device), "valid": ok, **dataclasses.asdict(record)}
@@ -349,27 +432,23 @@ def show(as_json: bool) -> None:
         _print_json(
             {
                 "path": str(cache.directory()),
-                "files": len(files),
-                "bytes": size,
+                "files": len(sizes),
+                "bytes": sum(sizes),
                 "records": listed,
             }
         )
         return
-    table = _table("device", "class", "backend", "ms", "default ms", "config", "")
     for device, record, ok in rows:
-        table.add_row(
-            str(device),
-            record.problem_class,
-            record.backend,
-            f"{record.milliseconds:.3g}",
-            f"{record.default_milliseconds:.3g}",
-            _words(record.config),
-            "" if ok else "other versions",
+        _print_record(
+            f"{device}: {record.problem_class}",
+            f"{record.backend}: {record.milliseconds:.3g} ms, default ms "
+            f"{record.default_milliseconds:.3g}, {_words(record.config)}"
+            + ("" if ok else ", of other versions: not used"),
         )
-    console.print(table)
-    console.print(
-        f"{len(files)} files, {size / 2**20:.1f} MiB in {cache.directory()}", soft_wrap=True
-    )
+    if not rows:
+        console.print("no records: adasplash2 tune makes them")
+    size = f"{len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB"
+    console.print(f"{size} in {cache.directory()}", soft_wrap=True)
 
 
 @cache_group.command()
@@ -377,18 +456,18 @@ def show(as_json: bool) -> None:
 def clear(yes: bool) -> None:
     """Delete everything kept. Exits with 3 if that fails."""
     folder = cache.directory()
-    if not folder.exists():
-        click.echo(f"{folder} does not exist: nothing to delete")
-        return
-    parts = [part for part in cache.PARTS if (folder / part).exists()]
-    if not yes:
-        click.confirm(f"Delete {', '.join(parts) or 'nothing'} in {folder}?", abort=True)
     try:
-        for part in parts:
-            shutil.rmtree(folder / part)
+        parts = cache.kept_parts()
+        if parts is None:
+            console.print(f"{folder} does not exist: nothing to delete", soft_wrap=True)
+            return
+        words = ", ".join(parts) or "nothing"
+        if not yes:
+            click.confirm(f"Delete {words} in {folder}?", abort=True)
+        cache.clear(parts)
     except OSError as error:
         _fail(f"{folder} cannot be deleted: {error}", CACHE_FAILED)
-    click.echo(f"deleted {', '.join(parts) or 'nothing'} in {folder}")
+    console.print(f"deleted {words} in {folder}", soft_wrap=True)
 
 
 @main.command()
@@ -496,11 +575,19 @@ def _compare(
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[tuning.Progress]:
-    """A bar on standard error; nothing where that is no terminal or ``quiet``."""
+    """A bar on standard error; where that is no terminal, or ``quiet``, a line a class."""
+    if quiet or not errors.is_terminal:
+        told: list[str] = []
+
+        def tell(text: str, done: int, total: int) -> None:
+            if text and text not in told[-1:]:
+                told.append(text)
+                errors.print(f"{done + 1}/{total} {text}", soft_wrap=True)
+
+        yield tell
+        return
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(
-        *columns, console=errors, transient=True, disable=quiet or not errors.is_terminal
-    ) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
         def advance(text: str, done: int, total: int) -> None:
@@ -510,22 +597,17 @@ def _progress(quiet: bool) -> Iterator[tuning.Progress]:
 
 
 def _print_outcomes(outcomes: Sequence[tuning.Outcome]) -> None:
-    table = _table("class", "backend", "default ms", "tuned ms", "gain", "candidates", "config")
     for outcome in outcomes:
+        lines = []
         for record in outcome.records:
             candidates = [t for t in outcome.trials if t.backend == record.backend and any(t.times)]
-            table.add_row(
-                outcome.problem_class,
-                record.backend,
-                f"{record.default_milliseconds:.3g}",
-                f"{record.milliseconds:.3g}",
-                f"{record.default_milliseconds / record.milliseconds:.2f}x",
-                str(len(candidates)),
-                _words(record.config),
+            lines.append(
+                f"{record.backend}: default ms {record.default_milliseconds:.3g}, "
+                f"tuned ms {record.milliseconds:.3g}, "
+                f"{record.default_milliseconds / record.milliseconds:.2f}x, "
+                f"{len(candidates)} candidates, {_words(record.config)}"
             )
-        if not outcome.records:
-            table.add_row(outcome.problem_class, "none", "", "", "", "", "")
-    console.print(table)
+        _print_record(outcome.problem_class, *(lines or ["nothing was measured"]))
     late = Counter(t.backend for o in outcomes for t in o.trials if t.error == tuning.LATE)
     for name, count in late.items():
         console.print(
@@ -559,15 +641,26 @@ def _is_valid(record: records.Record, backend: Any) -> bool:
     return backend is not None and dict(record.versions) == records.versions(backend)
 
 
+def _print_record(head: str, *lines: str) -> None:
+    """A head and what is below it; each wraps by itself."""
+    console.print(head)
+    for line in lines:
+        console.print(Padding(line, (0, 0, 0, 2), expand=False))
+
+
 def _table(*heads: str) -> Table:
-    table = Table(box=None, show_header=any(heads), pad_edge=False)
+    table = Table(box=None, show_header=any(heads), pad_edge=False, padding=(0, 1, 0, 0))
     for head in heads:
         table.add_column(head, overflow="fold")
     return table
 
 
 def _words(config: Any) -> str:
-    return ", ".join(f"{name}={value}" for name, value in config.items()) or "-"
+    return _shown(", ".join(f"{name}={value}" for name, value in config.items()) or "-")
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def _version(package: str) -> str | None:

@@ -64,7 +64,13 @@ class Backend(Protocol):
         """Short name, as users give it to ``backend=``."""
 
     def unavailable(self) -> str | None:
-        """Why nothing can run here, in a sentence; None where it can. Cheap, never raises."""
+        """Why nothing can run here, in a sentence; None where it can. Cheap.
+
+        Raises:
+            Exception: whatever keeps it from an answer. An answer is remembered, and so is an
+                error that will come again; one that may pass, as a shortage of memory or of file
+                descriptors does, is not.
+        """
 
     def versions(self) -> Mapping[str, str]:
         """What compiled code and measured speeds depend on beside the device, the releases of

@@ -20,12 +20,15 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from adasplash2 import cache
 from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend, Config
+from adasplash2.failures import may_pass
 from adasplash2.problem import Problem, RowProblem
 from adasplash2.records import Record, Store, problem_class
 
@@ -55,6 +58,14 @@ class Choice(NamedTuple):
 
     backend: Backend
     config: Config
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the module's name: modules cannot be copied."""
+        return _choice, (cast(ModuleType, self.backend).__name__, self.config)
+
+
+def _choice(module: str, config: Config) -> Choice:
+    return Choice(cast(Backend, importlib.import_module(module)), config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +101,18 @@ class BackendRefused(ValueError):
         answers: what each backend that was asked has against it.
     """
 
-    def __init__(self, problem: Problem | RowProblem, answers: tuple[Answer, ...]) -> None:
+    def __init__(self, message: str, answers: tuple[Answer, ...] = ()) -> None:
+        super().__init__(message)  # alone, as copying and pickling an exception expect
         self.answers = answers
+
+    @staticmethod
+    def of(problem: Problem | RowProblem, answers: tuple[Answer, ...]) -> BackendRefused:
+        """That all of ``answers`` are against ``problem``."""
         asked = f"backend {answers[0].name!r}" if len(answers) == 1 else "no backend"
         verb = "cannot run" if len(answers) == 1 else "can run"
         lines = [f"{asked} {verb} {describe(problem)}"]
         lines += [f"  {answer.name}: {reason}" for answer in answers for reason in answer.reasons]
-        super().__init__("\n".join(lines))
+        return BackendRefused("\n".join(lines), answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +155,18 @@ def choose(problem: Problem | RowProblem, backend: str | None = None) -> Choice:
 
     The answer to equal arguments is the same throughout a process, whatever is measured meanwhile:
     the forward and the backward of one call ask separately and must meet in the same backend and
-    configuration.
+    configuration. Except that of a problem without gradient, which nothing has to meet, where a
+    backend could not be asked for a reason that may pass.
 
     Raises:
         ValueError: there is no backend of that name.
         BackendRefused: none that was asked can run the problem.
     """
-    return _decide(problem, FORCED if backend is None else backend)
+    forced = FORCED if backend is None else backend
+    try:
+        return _decide(problem, forced)
+    except _Passing as passing:
+        return passing.choice
 
 
 def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explanation:
@@ -154,9 +175,16 @@ def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explan
     Raises:
         ValueError: there is no backend of that name.
     """
+    if problem.alpha == 1.0:
+        return Explanation(
+            problem=describe(problem),
+            chosen="torch.nn.functional.scaled_dot_product_attention",
+            config={},
+            notes=("alpha = 1 is softmax: no backend is asked",),
+        )
     forced = FORCED if backend is None else backend
     try:
-        choice = _decide(problem, forced)
+        choice = choose(problem, backend)
     except BackendRefused:
         chosen, config, why = None, cast(Config, {}), ""
     else:
@@ -182,8 +210,8 @@ def available_backends() -> list[BackendStatus]:
     """Every backend there is, in the order in which they are asked, usable here or not."""
     statuses = []
     for name in REGISTRY:
-        module, reason = _load(name)
-        statuses.append(BackendStatus(name, module is not None, reason))
+        found = _load(name)
+        statuses.append(BackendStatus(name, found.module is not None, found.reason))
     return statuses
 
 
@@ -206,7 +234,7 @@ def able(problem: Problem | RowProblem, backend: str | None = None) -> dict[str,
     """The backends that can run ``problem``, by name; of these alone ``backend`` if it is given."""
     found = {}
     for name in REGISTRY if backend is None else (backend,):
-        module, _ = _load(name)
+        module = _load(name).module
         if module is not None and not module.refusals(problem):
             found[name] = module
     return found
@@ -214,37 +242,82 @@ def able(problem: Problem | RowProblem, backend: str | None = None) -> dict[str,
 
 def usable() -> dict[str, Backend]:
     """The backends that can run something here, by name."""
-    loaded = {name: _load(name)[0] for name in REGISTRY}
+    loaded = {name: _load(name).module for name in REGISTRY}
     return {name: module for name, module in loaded.items() if module is not None}
 
 
 def forget() -> None:
     """Ask every backend anew and read records anew, as after a change of the registry. Not between
     a forward and its backward, which must meet in the same decision."""
-    _load.cache_clear()
+    _loaded.clear()
     _decide.cache_clear()
-    _store.cache_clear()
+    _held.clear()
+    _stores.clear()
     _seen.clear()
 
 
-@functools.cache
-def _load(name: str) -> tuple[Backend | None, str]:
-    """The module of a backend, or None, and why it is or is not usable."""
+class _Loaded(NamedTuple):
+    """The module of a backend, or None, why it is or is not usable, and whether that stays so."""
+
+    module: Backend | None
+    reason: str
+    is_final: bool = True
+
+
+_loaded: dict[str, _Loaded] = {}
+"""What is final of what was found about backends."""
+
+
+def _load(name: str) -> _Loaded:
+    found = _loaded.get(name)
+    if found is None:
+        found = _look(name)
+        if found.is_final:
+            _loaded[name] = found
+    return found
+
+
+def _look(name: str) -> _Loaded:
     try:
         module = cast(Backend, importlib.import_module(REGISTRY[name]))
     except Exception as error:  # a broken installation raises whatever it likes
-        return None, f"its module does not import ({type(error).__name__}: {error})"
-    reason = module.unavailable()
-    return (module, "ready") if reason is None else (None, reason)
+        reason = f"its module does not import ({type(error).__name__}: {error})"
+        return _Loaded(None, reason, not may_pass(error))
+    try:
+        against = module.unavailable()
+    except Exception as error:
+        reason = f"it cannot tell whether it can run here ({type(error).__name__}: {error})"
+        return _Loaded(None, reason, not may_pass(error))
+    return _Loaded(module, "ready") if against is None else _Loaded(None, against)
 
 
 def _ask(name: str, problem: Problem | RowProblem) -> Answer:
-    module, reason = _load(name)
-    return Answer(name, (reason,) if module is None else tuple(module.refusals(problem)))
+    found = _load(name)
+    module = found.module
+    return Answer(name, (found.reason,) if module is None else tuple(module.refusals(problem)))
+
+
+class _Passing(Exception):
+    """A decision that is not to be remembered."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__(choice)
+        self.choice = choice
+
+
+_held: dict[tuple[Problem | RowProblem, str | None], Choice] = {}
+"""Decisions about calls with a backward that were made while a backend could not be asked: they
+hold, also when it can."""
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
 def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
+    """
+    Raises:
+        _Passing: with the decision, where it may be another at the next call.
+    """
+    if (held := _held.get((problem, forced))) is not None:
+        return held
     if forced is not None and forced not in REGISTRY:
         known = ", ".join(repr(name) for name in REGISTRY)
         source = " from ADASPLASH2_BACKEND" if forced == FORCED else ""
@@ -257,7 +330,7 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
             break
         answers.append(answer)
     else:
-        raise BackendRefused(problem, tuple(answers))
+        raise BackendRefused.of(problem, tuple(answers))
     if AUTOTUNE == "on":
         _tune_once(problem, forced)
     # The first that can holds its place until one behind it has been measured to be faster: what
@@ -270,13 +343,21 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
                 continue
             if not _ask(other, problem).reasons:
                 name, record = other, rival
-    module = cast(Backend, _load(name)[0])
+    module = cast(Backend, _load(name).module)
     configs = module.configs(problem)
     tuned = record is not None and record.config in configs
     choice = Choice(module, record.config if record is not None and tuned else configs[0])
     if logger.isEnabledFor(logging.DEBUG):
         why = _why(problem, choice, forced)
         logger.debug("%s: %s %s, %s", describe(problem), name, dict(choice.config), why)
+    asked = names[: names.index(name) + 1]
+    if any(other not in _loaded for other in asked):
+        if problem.needs_grad:
+            _held[problem, forced] = choice
+        else:
+            raise _Passing(choice)
+    elif AUTOTUNE != "off" and not _is_seen(problem, name):
+        raise _Passing(choice)
     return choice
 
 
@@ -296,24 +377,46 @@ _seen: dict[tuple[torch.device, str], dict[str, Record | None]] = {}
 _seen_lock = threading.RLock()
 
 
-@functools.cache
+_stores: dict[torch.device, Store] = {}
+
+
 def _store(device: torch.device) -> Store:
-    return Store(device)
+    """The records of ``device``.
+
+    Raises:
+        Exception: they cannot be read now, for a reason that may pass.
+    """
+    with _seen_lock:
+        if device not in _stores:
+            _stores[device] = Store(device)
+        return _stores[device]
 
 
 def _record(problem: Problem | RowProblem, name: str) -> Record | None:
-    """The record of a backend for the class of ``problem``, the same throughout a process."""
+    """The record of a backend for the class of ``problem``. The answer is the same throughout a
+    process, but where something that may pass keeps it from being read and no backward has to meet
+    in it."""
     if AUTOTUNE == "off":
         return None
     label = problem_class(problem)
     with _seen_lock:
         seen = _seen.setdefault((problem.device, label), {})
         if name not in seen:
-            store = _store(problem.device)
-            known = name in store.names(label)
-            module = _load(name)[0] if known else None
-            seen[name] = None if module is None else store.find(label, module)
+            try:
+                store = _store(problem.device)
+                module = _load(name).module if name in store.names(label) else None
+                found = None if module is None else store.find(label, module)
+            except Exception as error:  # whatever versions are read from
+                cache.warn(f"adasplash2 cannot read measured speeds of {name!r} ({error})")
+                if may_pass(error) and not problem.needs_grad:
+                    return None
+                found = None
+            seen[name] = found
         return seen[name]
+
+
+def _is_seen(problem: Problem | RowProblem, name: str) -> bool:
+    return name in _seen.get((problem.device, problem_class(problem)), {})
 
 
 def _tune_once(problem: Problem | RowProblem, forced: str | None) -> None:
@@ -330,7 +433,10 @@ def _tune_once(problem: Problem | RowProblem, forced: str | None) -> None:
             return
         logger.info("measuring %s for %s", ", ".join(missing), label)
         found = _in_a_thread(functools.partial(_measure, problem, missing))
-        _store(problem.device).add(found)
+        try:
+            _store(problem.device).add(found)
+        except Exception as error:
+            cache.warn(f"adasplash2 cannot keep measured speeds ({error})")
         for record in found:
             seen[record.backend] = record
 

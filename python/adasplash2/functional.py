@@ -147,13 +147,6 @@ def explain(
     _check_options(scale, is_causal, enable_gqa, backend)
     inputs = _attention_inputs(query, key, value)
     problem = _attention_problem(inputs, alpha, is_causal, scale, enable_gqa)
-    if alpha == 1.0:
-        return dispatch.Explanation(
-            problem=dispatch.describe(problem),
-            chosen="torch.nn.functional.scaled_dot_product_attention",
-            config={},
-            notes=("alpha = 1 is softmax: no backend is asked",),
-        )
     return dispatch.explain(problem, backend)
 
 

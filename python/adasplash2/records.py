@@ -24,6 +24,7 @@ import torch
 
 from adasplash2 import cache
 from adasplash2.contract import Backend, Config
+from adasplash2.failures import may_pass
 from adasplash2.problem import Problem, RowProblem
 
 FORMAT = "adasplash2 measured speeds"
@@ -36,6 +37,20 @@ without growing for ever."""
 
 FOLDER = "speeds"
 """Of :data:`adasplash2.cache.PARTS`."""
+
+MAX_BYTES = 8 * 2**20
+"""Of a file: some 10,000 records."""
+
+MAX_NAME, MAX_TEXT, MAX_ENTRIES = 300, 8192, 64
+"""Characters of a name in a record and of a text in its tables, and entries of a table."""
+
+MAX_INTEGER = 2**63 - 1
+MILLISECONDS = 1e-6, 1e9
+"""Least and most of a time."""
+
+SKEW = datetime.timedelta(days=1)
+"""How far the clocks of machines that share a folder may differ. What is dated later is taken for
+the oldest, and pushes nothing out."""
 
 
 def problem_class(problem: Problem | RowProblem) -> str:
@@ -103,18 +118,53 @@ class Record:
         expected = {field.name for field in fields(Record)}
         if not isinstance(data, dict) or set(data) != expected:
             raise ValueError(f"a record has the fields {', '.join(sorted(expected))}")
-        record = Record(**data)
         for name in ("problem_class", "backend", "measured"):
-            if not isinstance(data[name], str):
-                raise ValueError(f"{name} is no text: {data[name]!r}")
+            if not _is_name(data[name]):
+                raise ValueError(f"{name} is no name: {cache.shown(data[name])}")
         for name in ("milliseconds", "default_milliseconds"):
-            if type(data[name]) not in (int, float) or not 0 < data[name] < math.inf:
-                raise ValueError(f"{name} is no time: {data[name]!r}")
-        for name, types in (("versions", (str,)), ("config", (str, int))):
-            mapping = data[name]
-            if not isinstance(mapping, dict) or any(type(v) not in types for v in mapping.values()):
-                raise ValueError(f"{name} is no table: {mapping!r}")
-        return record
+            least, most = MILLISECONDS
+            if type(data[name]) not in (int, float) or not least <= data[name] <= most:
+                raise ValueError(f"{name} is no time: {cache.shown(data[name])}")
+        for name, is_value in (("versions", _is_text), ("config", _is_setting)):
+            table = data[name]
+            if (
+                not isinstance(table, dict)
+                or len(table) > MAX_ENTRIES
+                or not all(_is_name(key) and is_value(value) for key, value in table.items())
+            ):
+                raise ValueError(f"{name} is no table: {cache.shown(table)}")
+        if _time(data["measured"]) is None:
+            raise ValueError(f"measured is no time: {cache.shown(data['measured'])}")
+        return Record(**data)
+
+    @property
+    def age(self) -> datetime.datetime:
+        """When it was measured; the beginning of time where its date is in the future."""
+        time = _time(self.measured)
+        latest = datetime.datetime.now(datetime.UTC) + SKEW
+        return time if time and time <= latest else datetime.datetime.fromtimestamp(0, datetime.UTC)
+
+
+def _is_text(value: object) -> bool:
+    """Whether it can be shown: no control characters, no halves of characters."""
+    return type(value) is str and 0 < len(value) <= MAX_TEXT and value.isprintable()
+
+
+def _is_name(value: object) -> bool:
+    return _is_text(value) and len(str(value)) <= MAX_NAME
+
+
+def _is_setting(value: object) -> bool:
+    return _is_text(value) or (type(value) is int and abs(value) <= MAX_INTEGER)
+
+
+def _time(text: str) -> datetime.datetime | None:
+    """A point in time as :func:`now` writes it."""
+    try:
+        time = datetime.datetime.fromisoformat(text)
+        return time.astimezone(datetime.UTC) if time.tzinfo else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def now() -> str:
@@ -143,8 +193,9 @@ def _processor() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    except OSError as error:
+        if may_pass(error):  # else the name would be another one in this process
+            raise
     return platform.processor() or "unknown"
 
 
@@ -157,7 +208,11 @@ class _Newer(ValueError):
 
 
 class Store:
-    """The records of one device: those of its file, and those added in this process."""
+    """The records of one device: those of its file, and those added in this process.
+
+    Raises:
+        OSError: they cannot be read now, for a reason that may pass.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.identity = identity(device)
@@ -188,6 +243,8 @@ class Store:
         there meanwhile; False where the disk would not have them."""
         new = {record.key: record for record in records}
         self._records |= new
+        if cache.private() in self.path.parents:  # of which has been warned
+            return False
         try:
             with cache.locked(self.path):
                 for path in cache.leftovers(self.path):
@@ -197,6 +254,9 @@ class Store:
         except _Newer as error:
             cache.warn(f"adasplash2 keeps no measured speeds in {self.path}: {error}")
             return False
+        except cache.Unsafe as error:
+            cache.warn(str(error))
+            return False
         except OSError as error:
             cache.warn(f"adasplash2 cannot keep measured speeds in {self.path} ({error})")
             return False
@@ -205,16 +265,21 @@ class Store:
     def _text(self, records: Iterable[Record]) -> bytes:
         kept: list[Record] = []
         count: dict[tuple[str, str], int] = {}
-        for record in sorted(records, key=lambda r: r.measured, reverse=True):
+        for record in sorted(records, key=lambda r: r.age, reverse=True):
             about = record.problem_class, record.backend
             count[about] = count.get(about, 0) + 1
             if count[about] <= KEPT_VERSIONS:
                 kept.append(record)
+        while len(text := self._json(kept)) > MAX_BYTES:  # the oldest go
+            kept = kept[: len(kept) // 2]
+        return text
+
+    def _json(self, records: list[Record]) -> bytes:
         content = {
             "format": FORMAT,
             "schema": SCHEMA,
             "device": dict(self.identity),
-            "records": [asdict(record) for record in sorted(kept, key=lambda r: r.key)],
+            "records": [asdict(record) for record in sorted(records, key=lambda r: r.key)],
         }
         return (json.dumps(content, indent=1) + "\n").encode()
 
@@ -227,7 +292,11 @@ class Store:
                     return self._parse_or_set_aside()
         except _Newer as error:
             cache.warn(f"adasplash2 ignores the measured speeds in {self.path}: {error}")
+        except cache.Unsafe as error:
+            cache.warn(str(error))
         except OSError as error:
+            if may_pass(error):
+                raise
             cache.warn(f"adasplash2 cannot read measured speeds from {self.path} ({error})")
         return []
 
@@ -248,32 +317,42 @@ class Store:
             OSError, _Newer, _NotOurs: it cannot be read, or not by us.
         """
         try:
-            content = self.path.read_bytes()
+            content = cache.read(self.path, MAX_BYTES)
         except FileNotFoundError:
             return []
-        records = []
+        except cache.Unfit as error:
+            raise _NotOurs(str(error)) from None
+        records, broken = [], []
         for data in self._check(content):
             try:
                 records.append(Record.parse(data))
             except ValueError as error:
-                cache.warn(f"adasplash2 leaves out a record of {self.path}: {error}")
+                broken.append(str(error))
+        if broken:
+            more = f", and {len(broken) - 1} more" if broken[1:] else ""
+            cache.warn(f"adasplash2 leaves out a record of {self.path}{more}: {broken[0]}")
         return records
 
     def _check(self, content: bytes) -> list[Any]:
         try:
-            data = json.loads(content)
+            data = json.loads(content, parse_int=_integer)
         except (ValueError, RecursionError) as error:  # also text that is not UTF-8
             raise _NotOurs(f"it is not JSON ({error})") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise _NotOurs(f"its format is not {FORMAT!r}")
         schema = data.get("schema")
         if type(schema) is int and schema > SCHEMA:
-            raise _Newer(f"they have schema {schema}, this release reads {SCHEMA}")
+            raise _Newer(f"they have schema {cache.shown(schema)}, this release reads {SCHEMA}")
         if type(schema) is not int or schema != SCHEMA:  # True equals 1
-            raise _NotOurs(f"its schema is {schema!r}, not {SCHEMA}")
+            raise _NotOurs(f"its schema is {cache.shown(schema)}, not {SCHEMA}")
         if data.get("device") != self.identity:
-            raise _NotOurs(f"it is about another device, {data.get('device')!r}")
+            raise _NotOurs(f"it is about another device, {cache.shown(data.get('device'))}")
         found = data.get("records")
         if not isinstance(found, list):
             raise _NotOurs("it has no list of records")
         return found
+
+
+def _integer(digits: str) -> int | float:
+    """Python refuses thousands of digits, and with them the file: such a number is infinite."""
+    return int(digits) if len(digits) < 100 else float(digits)

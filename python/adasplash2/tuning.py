@@ -30,7 +30,7 @@ from typing import BinaryIO, NamedTuple, TextIO, cast
 import torch
 from torch import Tensor
 
-from adasplash2 import records
+from adasplash2 import cache, records
 from adasplash2.contract import Backend, Config
 from adasplash2.problem import Inputs, Problem, RowProblem
 from adasplash2.records import Record
@@ -288,8 +288,7 @@ def compile_all(
         variants.setdefault(job.variant, []).append(job)
     waiting = deque(variants.values())
     count = max(1, min(len(waiting), (os.cpu_count() or 2) - 1, MAX_COMPILERS))
-    command = [sys.executable, "-c", _WORKER]
-    workers = [subprocess.Popen(command, stdin=PIPE, stdout=PIPE) for _ in range(count)]
+    workers = _start(count)
     answers: SimpleQueue[tuple[Job, bool] | None] = SimpleQueue()
     for worker in workers:
         threading.Thread(target=_employ, args=(worker, waiting, answers), daemon=True).start()
@@ -320,6 +319,34 @@ def compile_all(
     return done
 
 
+def _start(count: int) -> list[subprocess.Popen[bytes]]:
+    """Processes that wait for orders; fewer where the system has no more.
+
+    Nothing is imported from the working directory: Python is told so (``-P``), and what its
+    variable says is left out, where an empty entry means that directory.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment[cache.VARIABLE] = str(cache.writable())
+    command = [sys.executable, "-P", "-c", _WORKER]
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            workers.append(subprocess.Popen(command, stdin=PIPE, stdout=PIPE, env=environment))
+    except OSError as error:
+        logger.warning("%d of %d compilers can be started: %s", len(workers), count, error)
+    return workers
+
+
+def _search_path() -> list[str]:
+    """``sys.path``, with the working directory last: it holds a program's own modules, and must
+    hide none of the others."""
+    try:
+        here = os.getcwd()
+    except OSError:  # deleted
+        return [folder for folder in sys.path if os.path.isabs(folder)]
+    return sorted(sys.path, key=lambda folder: os.path.realpath(folder) == here)
+
+
 def _employ(
     worker: subprocess.Popen[bytes],
     waiting: deque[list[Job]],
@@ -330,7 +357,7 @@ def _employ(
     assert worker.stdout is not None
     try:
         with worker.stdin as orders, worker.stdout as results:
-            pickle.dump(sys.path, orders)
+            pickle.dump(_search_path(), orders)
             while True:
                 for job in waiting.popleft():
                     pickle.dump(tuple(job), orders)
@@ -345,7 +372,8 @@ def _employ(
 
 
 _WORKER = """
-import os, pickle, sys
+import os, pickle, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for who gives the orders
 sys.path[:] = pickle.load(sys.stdin.buffer)
 output = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
