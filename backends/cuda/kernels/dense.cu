@@ -191,7 +191,7 @@ struct Block : QueryBlock<kRows> {
     return is_seen(row_of_slot(slot), key, p.length_k);
   }
   __device__ bool edge(int tile) const {  // whether some pair of the warp's is forbidden
-    return !all_seen(first_row, (tile + 1) * kTile, p.length_k);
+    return some_hidden(first_row, (tile + 1) * kTile, p.length_k);
   }
 
   // body(first key, keys, values) for each tile of keys, nearest first, with the next one

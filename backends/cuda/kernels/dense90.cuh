@@ -138,7 +138,7 @@ struct Block : QueryBlock<kBlockRows> {
   template <int count>
   __device__ __forceinline__ void mask(float (&s)[count], int first_key) const {
     constexpr int keys = count * 2;
-    if (all_seen(first_row, first_key + keys, p.length_k)) return;
+    if (!some_hidden(first_row, first_key + keys, p.length_k)) return;
     const int limit[2] = {seen(0) - first_key - lane_id() % 4 * 2,
                           seen(1) - first_key - lane_id() % 4 * 2};
 #pragma unroll

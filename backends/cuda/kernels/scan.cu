@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
     for (int part = kTileKeys / kChunk - 1; part >= 0; --part) {
       const int first_key = tile * kTileKeys + part * kChunk;
       if (outside || !any_seen(first_row + kWarpRows - 1, first_key, p.length_k)) continue;
-      const bool edge = !all_seen(first_row, first_key + kChunk, p.length_k);
+      const bool edge = some_hidden(first_row, first_key + kChunk, p.length_k);
       Scores s;
       products(s, queries, stage_at + part * kChunk * tile_stride<kDim>);
       if (edge) mask_scores(s, first_row, first_key, p.length_k);

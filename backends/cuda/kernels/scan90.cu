@@ -189,7 +189,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     multiply(s, q, tile);
     give_back();
     bool sifted;
-    if (!all_seen(first_row, first_key + kTileKeys, p.length_k))
+    if (some_hidden(first_row, first_key + kTileKeys, p.length_k))
       sifted = look(
           [&](int slot, int n, int j) {
             const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;

@@ -17,9 +17,9 @@ __device__ __forceinline__ int seen_end(int last_row, int length_k) {
   return kCausal ? min(length_k, last_row + 1) : length_k;
 }
 
-// Whether queries from `first_row` on see every key before `end`.
-__device__ __forceinline__ bool all_seen(int first_row, int end, int length_k) {
-  return end <= length_k && !(kCausal && end > first_row + 1);
+// Whether some query from `first_row` on does not see some key before `end`.
+__device__ __forceinline__ bool some_hidden(int first_row, int end, int length_k) {
+  return end > length_k || (kCausal && end > first_row + 1);
 }
 
 // Whether some query up to `last_row` sees a key from `first_key` on.
