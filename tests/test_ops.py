@@ -81,16 +81,16 @@ def filled_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("filled_memory")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("needs_grad", [True, False])
-def test_opcheck_attention_forward(device: str, requires_grad: bool, needs_grad: bool) -> None:
-    arguments = (*inputs(device, requires_grad=requires_grad), *OPTIONS, needs_grad)
+@pytest.mark.parametrize("saved_bytes", [ops.AS_NEEDED, 0, 1 << 20])
+def test_opcheck_attention_forward(device: str, requires_grad: bool, saved_bytes: int) -> None:
+    arguments = (*inputs(device, requires_grad=requires_grad), *OPTIONS, saved_bytes)
     torch.library.opcheck(ops.attention_forward, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_attention_backward(device: str) -> None:
     tensors = inputs(device, requires_grad=False)
-    out, tau, saved = ops.attention_forward(*tensors, *OPTIONS, True)
+    out, tau, saved = ops.attention_forward(*tensors, *OPTIONS, ops.AS_NEEDED)
     arguments = (torch.randn_like(out), *tensors, out, tau, saved, *OPTIONS)
     torch.library.opcheck(ops.attention_backward, arguments)
 
@@ -98,10 +98,10 @@ def test_opcheck_attention_backward(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_entmax(device: str) -> None:
     x = torch.randn(3, 5, 11, device=device)
-    torch.library.opcheck(ops.entmax_forward, (x, 1.5, "", False))
-    torch.library.opcheck(ops.entmax_forward, (x.clone().requires_grad_(), 1.3, "", False))
-    y = ops.entmax_forward(x, 1.5, "", False)
-    torch.library.opcheck(ops.entmax_backward, (torch.randn_like(y), y, 1.5, ""))
+    torch.library.opcheck(ops.entmax_forward, (x, 1.5, -1, "", False))
+    torch.library.opcheck(ops.entmax_forward, (x.clone().requires_grad_(), 1.3, 1, "", False))
+    y = ops.entmax_forward(x, 1.5, -1, "", False)
+    torch.library.opcheck(ops.entmax_backward, (torch.randn_like(y), y, 1.5, -1, ""))
 
 
 # torch.compile
@@ -184,7 +184,7 @@ def test_cotangents_of_any_stride() -> None:
 
 
 def test_thresholds_and_what_is_saved_have_no_gradient() -> None:
-    out, tau, saved = ops.attention_forward(*inputs(), *OPTIONS, False)
+    out, tau, saved = ops.attention_forward(*inputs(), *OPTIONS, 0)
     assert out.requires_grad
     assert not tau.requires_grad
     assert not saved.requires_grad
@@ -194,7 +194,7 @@ def test_thresholds_and_what_is_saved_have_no_gradient() -> None:
 
 def test_only_a_call_with_gradients_saves() -> None:
     def saved(*tensors: Tensor) -> int:
-        return ops.attention_forward(*tensors, *OPTIONS, False)[2].numel()
+        return ops.attention_forward(*tensors, *OPTIONS, 0)[2].numel()
 
     tensors = inputs()
     assert saved(*tensors) > 0
@@ -245,9 +245,9 @@ def test_forward_and_backward_run_in_the_same_backend(monkeypatch: pytest.Monkey
         def __getattr__(self, attribute: str) -> Any:
             return getattr(cpu, attribute)
 
-        def forward(self, problem: Problem, inputs: Inputs, config: Any) -> Forward:
+        def forward(self, problem: Problem, inputs: Inputs, *more: Any) -> Forward:
             calls.append(f"{self.name} forward")
-            return cpu.forward(problem, inputs, config)
+            return cpu.forward(problem, inputs, *more)
 
         def backward(self, *arguments: Any) -> Any:
             calls.append(f"{self.name} backward")

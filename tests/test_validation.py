@@ -150,9 +150,9 @@ def test_stats_have_no_softmax() -> None:
 
 def test_operators_have_no_softmax() -> None:
     with pytest.raises(ValueError, match=says("alpha", "greater than 1")):
-        ops.attention_forward(*GOOD.values(), 1.0, None, False, False, "", False)
+        ops.attention_forward(*GOOD.values(), 1.0, None, False, False, "", 0)
     with pytest.raises(ValueError, match=says("alpha", "greater than 1")):
-        ops.entmax_forward(tensor(2, 3), 1.0, "", False)
+        ops.entmax_forward(tensor(2, 3), 1.0, -1, "", False)
 
 
 BAD_ENTMAX = [

@@ -17,9 +17,12 @@ from adasplash2.problem import (
     attention_problem,
     check_alpha,
     check_alpha_above_one,
+    check_dim,
+    check_flag,
     check_scale,
     check_tensor,
     row_problem,
+    shown,
 )
 
 
@@ -83,7 +86,7 @@ def entmax_attention(
         Goncalves et al. 2026, *AdaSplash-2* (finding the threshold from a histogram).
     """
     alpha = check_alpha(alpha)
-    _check_options(scale, is_causal, enable_gqa, backend)
+    scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
     if torch._C._is_any_autocast_enabled() or alpha == 1.0:  # else checked where it is validated
         query, key, value = _attention_inputs(query, key, value)
     if alpha == 1.0:
@@ -119,7 +122,7 @@ def attention_stats(
             ``alpha = 1``: softmax has no threshold and no zeros.
     """
     alpha = check_alpha_above_one(alpha)
-    _check_options(scale, is_causal, enable_gqa, backend)
+    scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
     inputs = _attention_inputs(query, key, value)
     return ops.attention_stats(inputs, alpha, scale, is_causal, enable_gqa, backend)
 
@@ -144,7 +147,7 @@ def explain(
             explained, not raised.
     """
     alpha = check_alpha(alpha)
-    _check_options(scale, is_causal, enable_gqa, backend)
+    scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
     inputs = _attention_inputs(query, key, value)
     problem = _attention_problem(inputs, alpha, is_causal, scale, enable_gqa)
     if alpha == 1.0:
@@ -189,16 +192,11 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
     alpha = check_alpha(alpha)
     check_tensor("x", x)
     _check_backend(backend)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {dim!r}")
-    if not -x.dim() <= dim < x.dim() and x.dim() > 0:
-        raise IndexError(f"dim must be from {-x.dim()} to {x.dim() - 1}, got {dim}")
+    dim = check_dim(dim, x.dim())
     if alpha == 1.0:
         row_problem(x, alpha=alpha, needs_grad=False)
         return torch.softmax(x, dim)
-    last = dim in (-1, x.dim() - 1)
-    y = ops.rows(x if last else x.movedim(dim, -1), alpha, backend or "")
-    return y if last else y.movedim(-1, dim)
+    return ops.rows(x, alpha, dim, backend or "")
 
 
 def entmax15(x: Tensor, dim: int = -1) -> Tensor:
@@ -243,16 +241,19 @@ def _attention_problem(
 
 def _check_options(
     scale: float | None, is_causal: bool, enable_gqa: bool, backend: str | None
-) -> None:
-    """What an operator's schema would refuse in the dispatcher's words rather than ours."""
-    check_scale(scale, head_dim=1)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
-    if not isinstance(enable_gqa, bool):
-        raise TypeError(f"enable_gqa must be True or False, got {enable_gqa!r}")
+) -> tuple[float | None, bool, bool]:
+    """What an operator's schema would refuse in the dispatcher's words rather than ours; the first
+    three as Python's own types."""
+    if scale is not None:
+        scale = check_scale(scale, head_dim=1)
     _check_backend(backend)
+    is_causal = check_flag("is_causal", is_causal)
+    return scale, is_causal, check_flag("enable_gqa", enable_gqa)
 
 
 def _check_backend(backend: str | None) -> None:
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be the name of a backend or None, got {backend!r}")
+    if backend is None:
+        return
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be the name of a backend or None, got {shown(backend)}")
+    dispatch.check_name(backend)
