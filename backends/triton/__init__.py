@@ -11,6 +11,7 @@ on CPU tensors, slowly. ``import adasplash2`` does not import Triton.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -124,9 +125,13 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
 
 
 def saved_bound(problem: Problem) -> int:
-    """The most of any configuration: smaller blocks have longer lists."""
+    """The most of any configuration: smaller blocks have longer lists. Kernels, and thus these, are
+    made for one ``head_dim``."""
     if problem.device.type != ("cpu" if INTERPRETED else "cuda") or problem.dtype not in DTYPES:
         return 0
+    problem = dataclasses.replace(
+        problem, head_dim=int(problem.head_dim), head_dim_v=int(problem.head_dim_v)
+    )
     blocks = {(c["block_q"], c["block_k"]): c for c in configs(problem)}
     totals = [sizes.Saved(problem, config).total for config in blocks.values()]
     return functools.reduce(torch.sym_max, totals) if totals else 0

@@ -204,9 +204,7 @@ class Call:
         return t if self.plan.opt.exact else tau
 
 
-def forward(
-    call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: int = -1
-) -> Forward:
+def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: int = -1) -> Forward:
     """Output, thresholds and saved parts, in ``saved_bytes`` if that is positive; ``counted``
     receives ``iterations``, ``support`` and ``marks`` of tiles with support."""
     problem = call.problem

@@ -47,7 +47,9 @@ def entmax_attention(
 
     Any strides and any lengths, also unequal ones. bfloat16 and float16 are read as they are and
     computed in float32. Under ``torch.autocast`` the inputs are cast as SDPA casts them.
-    Differentiable once, in reverse mode; works in ``torch.compile(fullgraph=True)``.
+    Differentiable once, in reverse mode, also under ``vmap``, ``grad``, ``vjp`` and ``jacrev`` of
+    :mod:`torch.func`. ``torch.compile`` makes one graph of it, which serves all values of ``alpha``
+    and ``scale`` where these change.
 
     What happens at the edges:
 
@@ -63,10 +65,11 @@ def entmax_attention(
         key: ``(batch, heads_kv, length_k, head_dim)``, dtype and device of ``query``.
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax
-            and always goes to SDPA, whatever ``backend`` says.
+            and always goes to SDPA. NumPy's numbers and tensors without dimensions are read as
+            numbers; reading one waits for its device, and breaks a graph that is compiled.
         is_causal: query ``i`` sees keys ``j <= i``, aligned top-left as SDPA aligns it, also where
             the lengths differ.
-        scale: factor of the scores; ``1 / sqrt(head_dim)`` where None.
+        scale: factor of the scores, a number as ``alpha``; ``1 / sqrt(head_dim)`` where None.
         enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
             a key and value head.
         backend: name of the backend to run; None lets the dispatcher choose. See :func:`explain`
@@ -164,7 +167,8 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
     r"""alpha-entmax of ``x`` along ``dim``: like softmax, with true zeros.
 
     With :math:`z = (\alpha - 1) x` it is :math:`p = [z - \tau]_+^{1 / (\alpha - 1)}`,
-    :math:`\sum p = 1`. Differentiable once, in reverse mode; works in ``torch.compile``.
+    :math:`\sum p = 1`. Differentiable once, in reverse mode; works in ``torch.compile`` and
+    :mod:`torch.func` as :func:`entmax_attention`.
 
     Entries of -inf get probability zero; a row of nothing else gives zeros and zero gradients.
     NaN or +inf makes its row NaN. bfloat16 and float16 are computed in float32.
@@ -172,7 +176,8 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
     Args:
         x: any shape but a scalar, float32, float64, bfloat16 or float16, any strides. Where
             ``dim`` is not the last dimension, or has a stride, it is copied once.
-        alpha: any finite number of at least 1; 1 is :func:`torch.softmax` and goes there.
+        alpha: any finite number of at least 1, as in :func:`entmax_attention`; 1 is
+            :func:`torch.softmax` and goes there.
         dim: the dimension along which probabilities sum to 1.
         backend: name of the backend to run; None lets the dispatcher choose.
 

@@ -88,11 +88,16 @@ def _in_memory(name: str, tensor: Tensor) -> Tensor:
 
 class _ReverseMode(torch.autograd.Function):
     @classmethod
-    def under_dispatch(cls, *args: Any) -> Any:
-        """``apply`` in an autograd kernel, where one transform of :mod:`torch.func` at most is to
-        be served, and torch sees to the others beneath."""
+    def on_plain(cls, *args: Any) -> Any:
+        """``apply`` without what it does for transforms of :mod:`torch.func`."""
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+    @classmethod
+    def in_kernel(cls, *args: Any) -> Any:
+        """``apply`` in an autograd kernel, where one transform at most is to be served, and torch
+        sees to the others beneath."""
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(*args)
+            return cls.on_plain(*args)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -169,12 +174,7 @@ def _attention_backward(
         alpha, scale = _read(numbers)
     inputs = Inputs(query, key, value)
     problem = _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, True)
-    rows = (problem.batch, problem.heads_q, problem.length_q)
-    out_shape = (*rows, problem.head_dim_v)
-    check_like("grad_out", grad_out, query, out_shape, problem.dtype)
-    check_like("out", out, query, out_shape, problem.dtype)
-    check_like("tau", tau, query, rows, problem.compute_dtype)
-    check_like("saved", saved, query, (saved.numel(),), torch.uint8)
+    _check_backward(problem, grad_out, out, tau, saved)
     if problem.is_empty:
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     chosen, config = choose(problem, backend or None)
@@ -182,9 +182,36 @@ def _attention_backward(
 
 
 def _attention_backward_fake(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    tau: Tensor,
+    saved: Tensor,
+    alpha: float,
+    scale: float | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    backend: str,
+    numbers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Inputs(query, key, value)
+    problem = _shape_problem(inputs, alpha, scale, is_causal, enable_gqa, numbers)
+    _check_backward(problem, grad_out, out, tau, saved)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _check_backward(
+    problem: Problem, grad_out: Tensor, out: Tensor, tau: Tensor, saved: Tensor
+) -> None:
+    """What is inside ``saved``, its backend checks."""
+    rows = (problem.batch, problem.heads_q, problem.length_q)
+    shape, dtype, device = (*rows, problem.head_dim_v), problem.dtype, problem.device
+    check_like("grad_out", grad_out, shape, dtype, device)
+    check_like("out", out, shape, dtype, device)
+    check_like("tau", tau, rows, problem.compute_dtype, device)
+    check_like("saved", saved, (saved.numel(),), torch.uint8, device)
 
 
 def _attention_forward_vmap(
@@ -285,7 +312,7 @@ def _attention_autograd(
             if query.is_meta or detect_fake_mode(inputs):
                 problem = _shape_problem(inputs, alpha, scale, is_causal, enable_gqa, numbers)
                 saved_bytes = saved_bound(problem, backend or None)
-        return _Attention.under_dispatch(*inputs, options, saved_bytes, numbers)
+        return _Attention.in_kernel(*inputs, options, saved_bytes, numbers)
     with _below_autograd():
         return attention_forward(query, key, value, *options, saved_bytes, numbers)
 
@@ -366,7 +393,7 @@ def _entmax_backward(
         alpha, _ = _read(numbers)
     y_last = _last(y, dim)
     problem = row_problem(y_last, alpha=check_alpha_above_one(alpha), needs_grad=True)
-    check_like("grad_y", grad_y, y, y.shape, y.dtype)
+    check_like("grad_y", grad_y, y.shape, y.dtype, y.device)
     shape = y_last.shape
     if not problem.rows * problem.length:
         return _unlast(y.new_zeros(shape), shape, dim)
@@ -376,6 +403,7 @@ def _entmax_backward(
 
 
 def _entmax_backward_fake(grad_y: Tensor, y: Tensor, alpha: float, dim: int, *_: Any) -> Tensor:
+    check_like("grad_y", grad_y, y.shape, y.dtype, y.device)
     shape = _last(y, dim).shape
     return _unlast(y.new_empty(shape), shape, dim)
 
@@ -429,7 +457,7 @@ def _entmax_autograd(
     if numbers is None and (numbers := _symbols(alpha, None)) is not None:
         alpha, _ = UNREAD
     if _differentiated(x):
-        return _Entmax.under_dispatch(x, alpha, dim, backend, numbers)
+        return _Entmax.in_kernel(x, alpha, dim, backend, numbers)
     with _below_autograd():
         return entmax_forward(x, alpha, dim, backend, needs_grad, numbers)
 
@@ -444,7 +472,7 @@ def _unlast(y: Tensor, shape: torch.Size, dim: int) -> Tensor:
     place, since who changes an output must not find that it is a view."""
     if dim == -1:
         return y if y.shape == shape else y.resize_(shape)
-    placed = y.view(shape).movedim(-1, dim)
+    placed = (y if y.shape == shape else y.view(shape)).movedim(-1, dim)
     return y.as_strided_(placed.shape, placed.stride())
 
 
@@ -460,16 +488,19 @@ UNREAD = 0.0, None
 """``alpha`` and ``scale`` beside ``numbers``."""
 
 
+_CPU = torch.device("cpu")
+
+
 def _symbols(alpha: float, scale: float | None) -> Tensor | None:
     """``numbers`` where one of the two is a symbol of a graph that is being traced."""
     if not isinstance(alpha, torch.SymFloat) and not isinstance(scale, torch.SymFloat):
         return None
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    zero = torch.zeros((), dtype=torch.float64, device=_CPU)
     return torch.stack([zero + (math.nan if x is None else x) for x in (alpha, scale)])
 
 
 def _read(numbers: Tensor) -> tuple[float, float | None]:
-    check_like("numbers", numbers, numbers, (2,), torch.float64)
+    check_like("numbers", numbers, (2,), torch.float64, _CPU)
     alpha, scale = numbers.tolist()
     return alpha, None if math.isnan(scale) else scale
 
@@ -485,9 +516,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tenso
         for name, tensor in zip(Inputs._fields, (query, key, value), strict=True):
             check_tensor(name, tensor)  # torch's dispatcher would say it in other words
         if not _is_compiling():  # and a transform's rules see other shapes
-            _attention_problem(Inputs(query, key, value), *options[:4], False)
+            alpha, scale, is_causal, enable_gqa, _ = options
+            inputs = Inputs(query, key, value)
+            _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, False)
     elif _differentiated(query, key, value):
-        out: Tensor = _Attention.apply(query, key, value, options)[0]
+        out: Tensor = _Attention.on_plain(query, key, value, options)[0]
         return out
     out = call(query, key, value, *options, 0)[0]
     return out
@@ -499,7 +532,7 @@ def rows(x: Tensor, alpha: float, dim: int, backend: str) -> Tensor:
     if not _is_plain(x):
         call = entmax_forward
     elif _differentiated(x):
-        y: Tensor = _Entmax.apply(x, alpha, dim, backend)
+        y: Tensor = _Entmax.on_plain(x, alpha, dim, backend)
         return y
     y = call(x, alpha, dim, backend, False)
     return y
@@ -607,7 +640,7 @@ def _once(operator: Callable[..., Any]) -> Callable[..., Any]:
                 "differentiated again (double backward)"
             )
 
-    return Once.under_dispatch
+    return Once.in_kernel
 
 
 def _operator(

@@ -293,13 +293,13 @@ def _as_float(name: str, value: object, allowed: str) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} must be {allowed}: it has no gradient, pass {name}.detach()")
     # First what a tracer knows. Symbols are numbers that a graph is traced with.
-    number = value if isinstance(value, (int, float)) else _item(value)
+    number: Any = value if isinstance(value, (int, float)) else _item(value)
     if isinstance(number, bool) or not isinstance(number, (numbers.Real, *_SYMBOLS)):
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
     try:
         return float(number)
-    except OverflowError:
-        return math.copysign(math.inf, number)
+    except OverflowError:  # of an integer or a fraction
+        return -math.inf if number < 0.0 else math.inf
 
 
 _SYMBOLS = torch.SymInt, torch.SymFloat
@@ -325,10 +325,11 @@ def check_dim(dim: int, dims: int) -> int:
         IndexError: there is no such dimension.
     """
     if type(dim) is not int:
-        number = _item(dim)
-        if isinstance(number, bool) or not hasattr(number, "__index__"):
-            raise TypeError(f"dim must be an int, got {shown(dim)}")
-        dim = operator.index(number)
+        number: Any = _item(dim)
+        try:
+            dim = operator.index(None if isinstance(number, bool) else number)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"dim must be an int, got {shown(dim)}") from None
     if dims == 0:
         raise ValueError("x must have at least 1 dimension, got a 0-dimensional tensor")
     if not -dims <= dim < dims:
@@ -370,9 +371,9 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def check_like(
-    name: str, tensor: Tensor, other: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Refuse what does not go with ``other``, strided and on its device, as kernels will read it.
+    """Refuse what is not strided, of this shape and dtype, and on this device.
 
     Raises:
         TypeError: another dtype or layout.
@@ -380,11 +381,11 @@ def check_like(
     """
     if tensor.shape != shape:
         raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype != dtype:
+    if tensor.dtype is not dtype:
         raise TypeError(f"{name} must have the dtype {dtype}, got {tensor.dtype}")
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on {other.device}, got {tensor.device}")
-    if tensor.layout != torch.strided:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
 
 
