@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,3 +334,18 @@ def test_what_the_copy_engine_takes() -> None:
     assert launch.is_aligned(keys, keys[:, :1].expand(-1, 3, -1, -1), keys.transpose(1, 2))
     assert not launch.is_aligned(keys[:, :, :1].expand(-1, -1, 8, -1))
     assert not launch.is_aligned(keys[..., 1:33])
+
+
+def test_the_bound_of_what_is_saved() -> None:
+    """It is what every configuration saves; less is refused, more is not."""
+    x = torch.empty(1, 2, 100, 64, dtype=torch.bfloat16, device="meta")
+    asked = attention_problem(
+        Inputs(x, x, x), alpha=1.5, scale=None, is_causal=True, enable_gqa=False, needs_grad=True
+    )
+    assert cuda.saved_bound(asked) == 0  # not this backend's device
+    asked = dataclasses.replace(asked, device=torch.device("cuda"))
+    saved = sizes.Saved(sizes.Counts.of(asked))
+    assert cuda.saved_bound(asked) == saved.total
+    saved.check(torch.empty(saved.total + 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=f"saved must have {saved.total} bytes"):
+        saved.check(torch.empty(saved.total - 1, dtype=torch.uint8))

@@ -759,8 +759,10 @@ def test_nothing_is_measured_while_a_graph_is_captured(
     assert not tuned
 
 
-def test_on_measures_for_a_traced_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The real tuner on the real backend, met first by a fake tensor."""
+def test_a_compiled_call_is_measured_when_it_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The real tuner on the real backend: a trace asks for no decision, since it may be kept."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -771,6 +773,10 @@ def test_on_measures_for_a_traced_call(monkeypatch: pytest.MonkeyPatch, tmp_path
     with FakeTensorMode(shape_env=ShapeEnv()):
         q = torch.empty(1, 1, 33, 8, requires_grad=True)
         assert adasplash2.entmax_attention(q, q, q).shape == q.shape
+    assert not list(records.Store(torch.device("cpu")))
+    torch._dynamo.reset()
+    q = torch.randn(1, 1, 33, 8, requires_grad=True)
+    torch.compile(adasplash2.entmax_attention, backend="aot_eager")(q, q, q).sum().backward()
     [record] = records.Store(torch.device("cpu"))
     assert record.problem_class.endswith("training")
     dispatch.forget()

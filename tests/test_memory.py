@@ -27,16 +27,20 @@ def resident(field):
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
 
-heads, length, sharpness, alpha = (float(argument) for argument in sys.argv[1:])
+heads, length, sharpness, alpha, compiled = (float(argument) for argument in sys.argv[1:])
 shape = (1, int(heads), int(length), 64)
 torch.set_num_threads(2)
 torch.manual_seed(0)
 
 def forward_and_backward(tensors):
     leaves = [t.requires_grad_() for t in tensors[:3]]
-    out = adasplash2.entmax_attention(*leaves, alpha=alpha, is_causal=True, backend="cpu")
-    return torch.autograd.grad(out, leaves, tensors[3])
+    return torch.autograd.grad(attend(*leaves), leaves, tensors[3])
 
+def attend(*leaves):
+    return adasplash2.entmax_attention(*leaves, alpha=alpha, is_causal=True, backend="cpu")
+
+if compiled:
+    attend = torch.compile(attend, backend="aot_eager", dynamic=True)
 forward_and_backward([torch.randn(1, 1, 64, 64) for _ in range(4)])  # loads what loads lazily
 tensors = [torch.randn(shape) for _ in range(4)]
 tensors[0] *= sharpness
@@ -47,10 +51,12 @@ print(resident("VmHWM") - before)
 """
 
 
-def peak_above_inputs(*, heads: int, length: int, sharpness: float, alpha: float = 1.5) -> int:
+def peak_above_inputs(
+    *, heads: int, length: int, sharpness: float, alpha: float = 1.5, compiled: bool = False
+) -> int:
     """Bytes at the peak of a forward and backward above query, key, value and the output's
     gradient; output and gradients count."""
-    arguments = [str(number) for number in (heads, length, sharpness, alpha)]
+    arguments = [str(number) for number in (heads, length, sharpness, alpha, int(compiled))]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=False
     )
@@ -73,6 +79,15 @@ def test_grows_with_the_length(sharpness: float) -> None:
         peak_above_inputs(heads=1, length=length, sharpness=sharpness) for length in (2048, 8192)
     )
     assert long < 6 * short  # linear: 4; quadratic: 16
+
+
+def test_a_compiled_step_touches_no_more() -> None:
+    """Its ``saved`` has room for 512 entries a row, of which these rows need 20 or so."""
+    eager, compiled = (
+        peak_above_inputs(heads=4, length=8192, sharpness=4.0, compiled=compiled)
+        for compiled in (False, True)
+    )
+    assert compiled < 1.1 * eager
 
 
 @pytest.mark.slow

@@ -6,8 +6,13 @@ same ones.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
+import random
+import subprocess
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,12 +21,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.func import grad, vmap
 
 import adasplash2
 from adasplash2 import dispatch, ops
 from adasplash2.contract import Forward
-from adasplash2.problem import Inputs, Problem
+from adasplash2.problem import Inputs, Problem, attention_problem
 
 DEVICES = [
     pytest.param("cpu"),
@@ -80,17 +89,20 @@ def filled_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("filled_memory")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("needs_grad", [True, False])
-def test_opcheck_attention_forward(device: str, requires_grad: bool, needs_grad: bool) -> None:
-    arguments = (*inputs(device, requires_grad=requires_grad), *OPTIONS, needs_grad)
+@pytest.mark.parametrize(
+    ("requires_grad", "saved_bytes"),
+    # 0 with gradients leaves the length to autograd: by data, but in a trace by shapes.
+    [(True, ops.AS_NEEDED), (True, 1 << 20), (False, ops.AS_NEEDED), (False, 1 << 20), (False, 0)],
+)
+def test_opcheck_attention_forward(device: str, requires_grad: bool, saved_bytes: int) -> None:
+    arguments = (*inputs(device, requires_grad=requires_grad), *OPTIONS, saved_bytes)
     torch.library.opcheck(ops.attention_forward, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_attention_backward(device: str) -> None:
     tensors = inputs(device, requires_grad=False)
-    out, tau, saved = ops.attention_forward(*tensors, *OPTIONS, True)
+    out, tau, saved = ops.attention_forward(*tensors, *OPTIONS, ops.AS_NEEDED)
     arguments = (torch.randn_like(out), *tensors, out, tau, saved, *OPTIONS)
     torch.library.opcheck(ops.attention_backward, arguments)
 
@@ -98,10 +110,10 @@ def test_opcheck_attention_backward(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_entmax(device: str) -> None:
     x = torch.randn(3, 5, 11, device=device)
-    torch.library.opcheck(ops.entmax_forward, (x, 1.5, "", False))
-    torch.library.opcheck(ops.entmax_forward, (x.clone().requires_grad_(), 1.3, "", False))
-    y = ops.entmax_forward(x, 1.5, "", False)
-    torch.library.opcheck(ops.entmax_backward, (torch.randn_like(y), y, 1.5, ""))
+    torch.library.opcheck(ops.entmax_forward, (x, 1.5, -1, "", False))
+    torch.library.opcheck(ops.entmax_forward, (x.clone().requires_grad_(), 1.3, 1, "", False))
+    y = ops.entmax_forward(x, 1.5, -1, "", False)
+    torch.library.opcheck(ops.entmax_backward, (torch.randn_like(y), y, 1.5, -1, ""))
 
 
 # torch.compile
@@ -123,6 +135,105 @@ def test_compiled_attention_equals_eager(device: str, dynamic: bool, compiler: s
         assert_equal(found, gradients(lambda *t, a=alpha: block(*t, alpha=a), *tensors))
         with torch.no_grad():
             assert_equal([compiled(*tensors)], [block(*tensors)])
+
+
+def several(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float = 1.5,
+    scale: float | None = None,
+) -> Tensor:
+    once = attend(2.0 * query, key, value, alpha=alpha, scale=scale)
+    twice = attend(once, key, value, alpha=alpha, scale=scale)
+    return adasplash2.entmax(twice, alpha, dim=1) * adasplash2.sparsemax(twice)
+
+
+def assert_compiles(
+    calls: list[tuple[int, Any, Any]],
+    graphs: int,
+    function: Callable[..., Tensor] = several,
+    *,
+    dynamic: bool | None = None,
+    dtype: torch.dtype = torch.float32,
+    mode: Any = torch.enable_grad,
+    mark: bool = False,
+    compiler: str = "aot_eager",
+) -> None:
+    """``function`` in ``calls`` of a length, alpha and scale: compiled into so many ``graphs``,
+    with neither a graph break nor a warning, and to the same numbers."""
+    torch._dynamo.reset()
+    counters.clear()
+    counted = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(function, backend=counted, dynamic=dynamic)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for length, alpha, scale in calls:
+            tensors = [torch.randn(2, 3, length, 16, dtype=dtype) for _ in "qkv"]
+            if mark:
+                for tensor in tensors:
+                    torch._dynamo.mark_dynamic(tensor, 2)
+            with mode():
+                leaves = [t.requires_grad_(mode is torch.enable_grad) for t in tensors]
+                results = []
+                for one in (compiled, function):
+                    out = one(*leaves, alpha, scale)
+                    results.append([out.detach()])
+                    if mode is torch.enable_grad:
+                        ones = torch.ones_like(out)
+                        results[-1] += torch.autograd.grad(out, leaves, ones)
+            for one, other in zip(*results, strict=True):
+                tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert not counters["graph_break"]
+    assert counted.frame_count == counters["stats"]["unique_graphs"] == graphs
+    from_torch = "torch.jit.script"  # what torch says of itself
+    assert [str(w.message) for w in warned if from_torch not in str(w.message)] == []
+
+
+MODES = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+SAME, LENGTHS = [(9, 1.5, None)] * 3, [(n, 1.5, None) for n in (7, 9, 33, 600)]
+ALPHAS = (1.5, 1.6, 1.75, 1.9, 2.0)
+
+
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_never_breaks_a_graph(mode: Any, dtype: torch.dtype) -> None:
+    assert_compiles(SAME, 1, dynamic=False, dtype=dtype, mode=mode)
+
+
+@MODES
+def test_one_graph_for_all_lengths(mode: Any) -> None:
+    assert_compiles(LENGTHS, 1, dynamic=True, mode=mode)
+    assert_compiles(LENGTHS, 2, mode=mode)
+    assert_compiles(LENGTHS, 1, mode=mode, mark=True)
+
+
+@MODES
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [(alpha, None) for alpha in ALPHAS],
+        [(alpha, alpha / 9) for alpha in ALPHAS],
+        [(1.5, alpha / 9) for alpha in ALPHAS],
+        [(alpha, None) for alpha in (2, 3, 4, 5, 6)],
+    ],
+    ids=["alpha", "both", "scale", "integers"],
+)
+def test_numbers_that_change_do_not_compile_anew(mode: Any, numbers: list[Any]) -> None:
+    """The first change makes them symbols: a second graph, and no third."""
+    assert_compiles([(9, *pair) for pair in numbers], 2, mode=mode)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_inductor_does_not_compile_numbers_anew_either(mode: Any) -> None:
+    """It makes constants of numbers that it cannot make tensors of."""
+
+    def once(query: Tensor, key: Tensor, value: Tensor, alpha: Any, scale: Any) -> Tensor:
+        return attend(query, key, value, alpha=alpha, scale=scale)
+
+    calls = [(9, alpha, alpha / 9) for alpha in ALPHAS]
+    assert_compiles(calls, 2, once, compiler="inductor", mode=mode)
 
 
 @pytest.mark.parametrize("dim", [-1, 0, 1])
@@ -184,7 +295,7 @@ def test_cotangents_of_any_stride() -> None:
 
 
 def test_thresholds_and_what_is_saved_have_no_gradient() -> None:
-    out, tau, saved = ops.attention_forward(*inputs(), *OPTIONS, False)
+    out, tau, saved = ops.attention_forward(*inputs(), *OPTIONS, 0)
     assert out.requires_grad
     assert not tau.requires_grad
     assert not saved.requires_grad
@@ -194,7 +305,7 @@ def test_thresholds_and_what_is_saved_have_no_gradient() -> None:
 
 def test_only_a_call_with_gradients_saves() -> None:
     def saved(*tensors: Tensor) -> int:
-        return ops.attention_forward(*tensors, *OPTIONS, False)[2].numel()
+        return ops.attention_forward(*tensors, *OPTIONS, 0)[2].numel()
 
     tensors = inputs()
     assert saved(*tensors) > 0
@@ -245,9 +356,9 @@ def test_forward_and_backward_run_in_the_same_backend(monkeypatch: pytest.Monkey
         def __getattr__(self, attribute: str) -> Any:
             return getattr(cpu, attribute)
 
-        def forward(self, problem: Problem, inputs: Inputs, config: Any) -> Forward:
+        def forward(self, problem: Problem, inputs: Inputs, *more: Any) -> Forward:
             calls.append(f"{self.name} forward")
-            return cpu.forward(problem, inputs, config)
+            return cpu.forward(problem, inputs, *more)
 
         def backward(self, *arguments: Any) -> Any:
             calls.append(f"{self.name} backward")
@@ -286,12 +397,472 @@ def test_forward_mode_is_refused(function: Callable[..., Tensor], requires_grad:
             function(dual, key, value)
 
 
-def test_functorch_transforms_are_refused_not_wrong() -> None:
-    x = torch.randn(3, 5)
-    with pytest.raises(RuntimeError, match=r"functorch transforms"):
-        torch.func.grad(lambda x: adasplash2.entmax15(x).square().sum())(x)
-    with pytest.raises(RuntimeError, match=r"functorch transforms"):
-        torch.func.jvp(adasplash2.entmax15, (x,), (x,))
+# torch.func
+
+
+def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attend(query, key, value, is_causal=False).square().sum()
+
+
+INPUTS = inputs(requires_grad=False)
+
+
+def samples(*batched: bool) -> list[Tensor]:
+    """Inputs of three samples, or of one for all where not ``batched``."""
+    torch.manual_seed(0)
+    return [
+        torch.stack([t.detach() * (1.0 + i) for i in range(3)]) if many else t.detach()
+        for t, many in zip(inputs(), batched, strict=True)
+    ]
+
+
+def slices(tensors: list[Tensor], batched: tuple[bool, ...]) -> list[list[Tensor]]:
+    return [
+        [t[i] if many else t for t, many in zip(tensors, batched, strict=True)] for i in range(3)
+    ]
+
+
+SOME_BATCHED = [
+    (True, True, True),
+    (True, False, False),
+    (False, True, False),
+    (False, False, True),
+    (False, True, True),
+]
+
+
+@pytest.mark.parametrize("batched", SOME_BATCHED)
+def test_vmap_and_per_sample_gradients(batched: tuple[bool, ...]) -> None:
+    tensors = samples(*batched)
+    dims = tuple(0 if many else None for many in batched)
+    singles = slices(tensors, batched)
+    assert_near([vmap(attend, dims)(*tensors)], [torch.stack([attend(*one) for one in singles])])
+    found = vmap(grad(loss, (0, 1, 2)), dims)(*tensors)
+    expected = [grad(loss, (0, 1, 2))(*one) for one in singles]
+    assert_near(list(found), [torch.stack(each) for each in zip(*expected, strict=True)])
+
+
+@pytest.mark.parametrize("batched", SOME_BATCHED)
+def test_gradients_through_vmap(batched: tuple[bool, ...]) -> None:
+    tensors = samples(*batched)
+    dims = tuple(0 if many else None for many in batched)
+
+    def mapped(*tensors: Tensor) -> Tensor:
+        return vmap(attend, dims)(*tensors).square().sum()
+
+    def looped(*tensors: Tensor) -> Tensor:
+        singles = slices(list(tensors), batched)
+        return torch.stack([attend(*one).square().sum() for one in singles]).sum()
+
+    expected = gradients(looped, *tensors)
+    assert_near(gradients(mapped, *tensors), expected)
+    assert_near(
+        list(grad(lambda *t: expected_scale() * mapped(*t), (0, 1, 2))(*tensors)), expected[1:]
+    )
+
+
+def expected_scale() -> Tensor:
+    """The cotangent that ``gradients`` gives a scalar."""
+    return torch.randn((), generator=torch.Generator().manual_seed(1))
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_over_any_dimension() -> None:
+    query, key, value = samples(True, True, True)
+    expected = torch.stack([attend(query[i], key[i], value[i]) for i in range(3)], 1)
+    moved = query.movedim(0, 2), key.movedim(0, -1), value.movedim(0, 1)
+    assert_near([vmap(attend, (2, -1, 1), out_dims=1)(*moved)], [expected])
+    twice = vmap(vmap(lambda q, k, v: attend(q[None], k[None], v[None])[0]))
+    assert_near([twice(query, key, value)], [vmap(attend)(query, key, value)])
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+def test_vmap_of_entmax(dim: int, in_dim: int) -> None:
+    def one(x: Tensor) -> Tensor:
+        return adasplash2.entmax(x, 1.3, dim)
+
+    def squares(x: Tensor) -> Tensor:
+        return one(x).square().sum()
+
+    x = torch.randn(3, 4, 5)
+    singles = x.unbind(in_dim)
+    assert_near([vmap(one, in_dim)(x)], [torch.stack([one(s) for s in singles])])
+    expected = torch.stack([gradients(squares, s)[1] / expected_scale() for s in singles])
+    assert_near([vmap(grad(squares), in_dim)(x)], [expected])
+
+
+def test_jacobians() -> None:
+    query, key, value = (t.detach()[:1, :2, :3] for t in inputs())
+    small = query, key, value
+
+    def output(*tensors: Tensor) -> Tensor:
+        return attend(*tensors)
+
+    rows = [
+        torch.autograd.grad(out, leaves, retain_graph=True)
+        for leaves in [[t.clone().requires_grad_() for t in small]]
+        for out in output(*leaves).flatten()
+    ]
+    expected = [torch.stack(each) for each in zip(*rows, strict=True)]
+    shape = output(*small).shape
+    for found in (
+        torch.func.jacrev(output, (0, 1, 2))(*small),
+        torch.autograd.functional.jacobian(output, small, vectorize=True),
+    ):
+        assert_near([j.reshape(-1, *j.shape[len(shape) :]) for j in found], expected)
+    x = torch.randn(2, 4)
+    found = torch.func.jacrev(adasplash2.entmax15)(x)
+    assert_near([found], [torch.autograd.functional.jacobian(adasplash2.entmax15, x)])
+    stacked = torch.stack([query, 2.0 * query])
+    per_sample = vmap(torch.func.jacrev(lambda q: attend(q, key, value)))(stacked)
+    each = [torch.func.jacrev(lambda q: attend(q, key, value))(q) for q in stacked]
+    assert_near([per_sample], [torch.stack(each)])
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.project(x).unflatten(-1, (3, 8)).unbind(-2)
+        return attend(query[None, None], key[None, None], value[None, None])[0, 0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_per_sample_gradients_of_a_module(compiled: bool) -> None:
+    torch._dynamo.reset()
+    layer, x = Layer(), torch.randn(3, 7, 8)
+    weights = {name: weight.detach() for name, weight in layer.named_parameters()}
+
+    def one(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    function = vmap(grad(one), (None, 0))
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = function(weights, x)
+    for i in range(3):
+        layer.zero_grad()
+        layer(x[i]).square().sum().backward()
+        for name, weight in layer.named_parameters():
+            assert weight.grad is not None
+            assert_near([found[name][i]], [weight.grad])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q: loss(q, *INPUTS[1:]),
+        lambda q: adasplash2.entmax15(q, 0).square().sum(),
+    ],
+)
+def test_transforms_refuse_what_there_is_not(function: Callable[[Tensor], Tensor]) -> None:
+    """Forward mode and second derivatives, in our words: never a zero instead."""
+    query = INPUTS[0]
+    first = "no forward-mode derivatives"
+    with pytest.raises(RuntimeError, match=first):
+        torch.func.jvp(function, (query,), (query,))
+    with pytest.raises(RuntimeError, match=first):
+        torch.func.jacfwd(function)(query)
+    with pytest.raises(RuntimeError, match=first):
+        torch.func.hessian(function)(query)
+    second = "no second derivatives"
+    with pytest.raises(RuntimeError, match=second):
+        grad(lambda q: grad(function)(q).square().sum())(query)
+    with pytest.raises(RuntimeError, match=second):
+        torch.func.jacrev(torch.func.jacrev(function))(query)
+    leaf = query.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=second):
+        grad(function)(leaf).square().sum().backward()
+
+
+def test_transforms_check_what_one_sample_has() -> None:
+    query, key, value = samples(True, True, True)
+    with pytest.raises(ValueError, match=r"query must have 4 dimensions.*got 3"):
+        vmap(attend)(query[0], key[0], value[0])
+    with pytest.raises(ValueError, match=r"key must have the batch of query \(2\), got 1"):
+        vmap(attend)(query, key[:, :1], value)
+    for one in (adasplash2.entmax15, lambda x: ops.entmax_forward(x, 1.5, -1, "", False)):
+        with pytest.raises(ValueError, match="at least 1 dimension"):
+            vmap(one)(torch.randn(3))
+    with pytest.raises(TypeError, match="query must be a tensor with data"):
+        vmap(lambda *t: adasplash2.attention_stats(*t, enable_gqa=True).tau)(query, key, value)
+
+
+# Tensors without data
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_training_without_data(where: str) -> None:
+    mode = FakeTensorMode() if where == "fake" else contextlib.nullcontext()
+    with mode:
+        tensors = [
+            torch.empty(t.shape, device="meta" if where == "meta" else "cpu") for t in inputs()
+        ]
+        leaves = [t.requires_grad_() for t in tensors]
+        out = attend(*leaves)
+        rows = adasplash2.entmax(leaves[0], 1.3, dim=1)
+        (out.sum() + rows.sum()).backward()
+    assert out.shape == attend(*inputs()).shape
+    assert rows.shape == leaves[0].shape
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert (leaf.grad.shape, leaf.grad.device) == (leaf.shape, leaf.device)
+
+
+def test_a_model_made_on_meta_trains() -> None:
+    with torch.device("meta"):
+        layer, x = Layer(), torch.randn(7, 8)
+    layer(x).sum().backward()
+    assert layer.project.weight.grad is not None
+
+
+def test_joint_graphs_are_exported() -> None:
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    tensors = inputs()
+    graph = aot_export_joint_simple(lambda *t: (attend(*t),), tensors, trace_joint=True)
+    assert "adasplash2.attention_backward" in str(graph.graph)
+
+    def both(*tensors: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(attend(*tensors).sum(), tensors))
+
+    for mode in ("real", "fake", "symbolic"):
+        assert_equal(make_fx(both, tracing_mode=mode)(*tensors)(*tensors), both(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("meta", torch.float32), ("cpu", torch.float64), ("meta", torch.bfloat16)],
+)
+def test_default_device_and_dtype_change_nothing(device: str, dtype: torch.dtype) -> None:
+    tensors = inputs()
+    empty = [t.detach()[:, :, :0] for t in tensors]
+
+    def everything() -> list[Tensor]:
+        found = []
+        for q, k, v in (tensors, empty, (tensors[0], *empty[1:])):
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            out = attend(*leaves)
+            stats = adasplash2.attention_stats(q, k, v, is_causal=True, enable_gqa=True)
+            rows = adasplash2.entmax15(leaves[0], dim=0)
+            found += [out, rows, stats.tau, stats.support, stats.iterations, stats.empty_tiles]
+            found += torch.autograd.grad(out.sum() + rows.square().sum(), leaves)
+            found.append(attend(*(t.detach() for t in (q, k, v))))
+            adasplash2.explain(q, k, v, enable_gqa=True)
+        return found
+
+    expected, before = everything(), torch.get_default_dtype()
+    torch.set_default_device(device)
+    torch.set_default_dtype(dtype)
+    try:
+        found = everything()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    assert [t.device.type for t in found] == ["cpu"] * len(expected)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: adasplash2.entmax15(x),
+        lambda x: adasplash2.entmax15(x, dim=0),
+        lambda x: adasplash2.entmax(x, 1.3, dim=-2),
+        lambda x: adasplash2.entmax15(x[:0], dim=1),
+        lambda x: adasplash2.entmax15(x.transpose(0, 2)),
+        lambda x: attend(x, x, x),
+        lambda x: attend(x[:, :, :0], x, x),
+        lambda x: attend(x, x[:, :, :0], x[:, :, :0]),
+    ],
+)
+def test_outputs_are_changed_in_place_as_softmaxs(
+    mode: Any, function: Callable[[Tensor], Tensor]
+) -> None:
+    with mode():
+        x = torch.randn(2, 3, 5, 8, requires_grad=True)
+        for argument in (x, x * 1.0):
+            out = function(argument)
+            assert not out._is_view()
+            out.masked_fill_(out < 0.1, 0.0)
+            out.mul_(2.0)
+            out.detach_()
+
+
+def test_a_gradient_from_a_changed_output_is_refused() -> None:
+    x = torch.randn(2, 3, 5, 8, requires_grad=True)
+    for out in (adasplash2.entmax15(x), adasplash2.entmax15(x, dim=1), attend(x, x, x)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.mul_(2.0).sum().backward()
+
+
+# Raw operators
+
+
+def test_operators_check_all_their_tensors() -> None:
+    tensors = inputs(requires_grad=False)
+    out, tau, saved = ops.attention_forward(*tensors, *OPTIONS, ops.AS_NEEDED)
+    good = dict(
+        zip(
+            ("grad_out", "query", "key", "value", "out", "tau", "saved"),
+            (torch.ones_like(out), *tensors, out, tau, saved),
+            strict=True,
+        )
+    )
+    for name in ("grad_out", "out", "tau"):
+        for change, error in (
+            (lambda t: t[:1], ValueError),
+            (lambda t: t[..., :1], ValueError),
+            (lambda t: t.mT, ValueError),
+            (lambda t: t.double(), TypeError),
+            (lambda t: t.to("meta"), ValueError),
+            (lambda t: t.to_sparse(), TypeError),
+        ):
+            with pytest.raises(error, match=rf"{name} must"):
+                ops.attention_backward(*{**good, name: change(good[name])}.values(), *OPTIONS)
+    for change, error in (
+        (lambda t: t[:-1], ValueError),
+        (lambda t: t[:0], ValueError),
+        (lambda t: t.view(1, -1), ValueError),
+        (lambda t: t.float(), TypeError),
+        (lambda t: t.to("meta"), ValueError),
+    ):
+        with pytest.raises(error, match="saved must"):
+            ops.attention_backward(*{**good, "saved": change(saved)}.values(), *OPTIONS)
+    with pytest.raises(ValueError, match="saved_bytes must be at least"):
+        ops.attention_forward(*tensors, *OPTIONS, 100)
+    y = ops.entmax_forward(tensors[0], 1.5, 1, "", False)
+    for grad_y, error in (
+        (y[:1], ValueError),
+        (y.double(), TypeError),
+        (y.to("meta"), ValueError),
+    ):
+        with pytest.raises(error, match="grad_y must"):
+            ops.entmax_backward(grad_y, y, 1.5, 1, "")
+    with pytest.raises(IndexError, match="dim must"):
+        ops.entmax_forward(tensors[0], 1.5, 4, "", False)
+
+
+def test_what_is_saved_may_be_longer_than_need_be_and_lie_anywhere() -> None:
+    tensors = inputs(requires_grad=False)
+    out, tau, saved = ops.attention_forward(*tensors, *OPTIONS, ops.AS_NEEDED)
+    grad_out = torch.randn_like(out)
+    expected = ops.attention_backward(grad_out, *tensors, out, tau, saved, *OPTIONS)
+    *_, longer = ops.attention_forward(*tensors, *OPTIONS, 1 << 16)
+    assert longer.numel() == 1 << 16
+    odd = torch.cat([saved.new_zeros(3), saved])[3:]
+    apart = saved.repeat_interleave(2)[::2]
+    for other in (longer, odd, apart):
+        found = ops.attention_backward(grad_out, *tensors, out, tau, other, *OPTIONS)
+        assert_equal(list(found), list(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length_k", [3, 70, 600])
+@pytest.mark.parametrize("sharpness", [0.0, 1.0])
+def test_the_bound_holds(
+    dtype: torch.dtype, is_causal: bool, length_k: int, sharpness: float
+) -> None:
+    """Equal scores, which all keys of a row survive, up to the most that a list holds."""
+    tensors = inputs(dtype=dtype, length_q=65, length_k=length_k, requires_grad=False)
+    query = sharpness * tensors[0]
+    options = (1.5, None, is_causal, True, "cpu")
+    saved = ops.attention_forward(query, *tensors[1:], *options, ops.AS_NEEDED)[2]
+    problem = attention_problem(
+        Inputs(query, *tensors[1:]),
+        alpha=1.5,
+        scale=None,
+        is_causal=is_causal,
+        enable_gqa=True,
+        needs_grad=True,
+    )
+    bound = dispatch.saved_bound(problem, "cpu")
+    assert saved.numel() <= bound
+    if length_k == 70 and not sharpness and not is_causal:
+        assert saved.numel() == bound  # no list is longer than the keys: the bound is met
+    ops.attention_forward(query, *tensors[1:], *options, bound)
+
+
+FUZZ = """
+import random, sys, torch
+from adasplash2 import ops
+
+generator = random.Random(int(sys.argv[1]))
+torch.manual_seed(0)
+for sharpness, causal in ((1.0, False), (1.0, True), (0.0, False)):
+    query, key = torch.randn(1, 4, 70, 8) * sharpness, torch.randn(1, 2, 600, 8)
+    options = (1.5, None, causal, True, "cpu")
+    out, tau, saved = ops.attention_forward(query, key, key, *options, -1)
+    ones, refused = torch.ones_like(out), 0
+    for _ in range(150):
+        changed = saved.clone()
+        # Offsets and what else comes first are the most dangerous, and few.
+        reach = generator.choice((560, 2248, saved.numel()))
+        for _ in range(generator.choice((1, 3, 50))):
+            at = generator.randrange(min(reach, saved.numel()))
+            changed[at] ^= 1 << generator.randrange(8)
+        try:
+            ops.attention_backward(ones, query, key, key, out, tau, changed, *options)
+        except ValueError as error:
+            assert "saved must be what attention_forward" in str(error), error
+            refused += 1
+    assert 0 < refused < 150, refused
+print("done")
+"""
+
+
+def test_changed_bits_of_what_is_saved_never_crash() -> None:
+    """In a process of its own, with a new seed each time."""
+    seed = str(random.SystemRandom().randrange(2**32))
+    done = subprocess.run(
+        [sys.executable, "-c", FUZZ, seed], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), f"seed {seed}: {done.stderr}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["begin", "offset", "length", "key below", "key above", "support", "flat", "last"],
+)
+def test_each_part_of_what_is_saved_is_checked(change: str) -> None:
+    query, key = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 6, 8)
+    options = (1.5, None, True, False, "cpu")
+    out, tau, saved = ops.attention_forward(query, key, key, *options, ops.AS_NEEDED)
+    rows = 5
+    offsets = saved[: 8 * (rows + 1)].view(torch.int64)
+    entries = int(offsets[-1])
+    support = saved[8 * (rows + 1) + 12 * rows + 4 * entries :][: 4 * rows].view(torch.int32)
+    keys = saved[-4 * entries :].view(torch.int32)
+    assert int(support.sum()) == entries
+    assert int(keys[0]) == 0  # the first row sees one key
+    if change == "begin":
+        offsets[0] = -1
+    elif change == "offset":
+        offsets[2] += 1
+    elif change == "length":
+        offsets[-1] += 1
+    elif change == "key below":
+        keys[0] = -1
+    elif change == "key above":
+        keys[0] = 1  # a key there is, but not for this row
+    elif change == "support":
+        support[1] += 1
+    elif change == "flat":
+        support[-1] = -8
+    else:
+        offsets[-1] = 2**62
+    with pytest.raises(ValueError, match="saved must be what attention_forward"):
+        ops.attention_backward(torch.ones_like(out), query, key, key, out, tau, saved, *options)
 
 
 # No allowed pair

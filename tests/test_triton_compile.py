@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile with")
 
@@ -32,6 +34,25 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Shared memory that a block may ask for, by compute capability."""
 
 LIMITS = {arch: sizes.Limits(shared, arch == 90) for arch, shared in SHARED.items()}
+
+
+def with_symbols(problem: Problem) -> Problem:
+    """Its shapes as symbols, as a trace with dynamic shapes has them."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    shape = (problem.batch, problem.heads_q, problem.length_q, problem.head_dim)
+    context = StatelessSymbolicContext([DimDynamic.DYNAMIC] * 4)
+    fake = mode.from_tensor(torch.empty(shape, device="meta"), symbolic_context=context)
+    batch, heads, length, head_dim = fake.shape
+    return dataclasses.replace(
+        problem,
+        batch=batch,
+        heads_q=heads,
+        heads_kv=heads // problem.group_size,
+        length_q=length,
+        length_k=length,
+        head_dim=head_dim,
+    )
+
 
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
@@ -276,6 +297,34 @@ def test_a_launch_finds_the_kernel_compiled_for_its_flags() -> None:
         )
     assert kernel.described == calls[:2]
     assert kernel.launched == [(False, 3, False), (True, 4, True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [16, 64, 256])
+@pytest.mark.parametrize("capability", LIMITS)
+def test_the_bound_of_what_is_saved(
+    monkeypatch: pytest.MonkeyPatch, capability: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """For every configuration, and the same where the shapes are symbols."""
+    monkeypatch.setattr(backend, "_limits", lambda device: LIMITS[capability])
+    gpu = torch.device("cuda")
+    asked = dataclasses.replace(problem(head_dim, dtype, 1.5, True), device=gpu)
+    totals = [sizes.Saved(asked, c).total for c in sizes.configs(asked, LIMITS[capability])]
+    assert backend.saved_bound(asked) == max(totals)
+    symbolic = backend.saved_bound(with_symbols(asked))
+    assert isinstance(symbolic, torch.SymInt)
+    assert symbolic.node.hint == max(totals)
+    assert backend.saved_bound(dataclasses.replace(asked, device=torch.device("cpu"))) == 0
+
+
+def test_what_is_saved_may_be_longer_but_not_shorter() -> None:
+    asked = problem(64, torch.bfloat16, 1.5, True)
+    layout = sizes.Saved(asked, next(sizes.configs(asked, LIMITS[90])))
+    exact, longer = (torch.zeros(layout.total + n, dtype=torch.uint8) for n in (0, 100))
+    for part, piece in layout.split(longer).items():
+        assert piece.shape == layout.split(exact)[part].shape
+    with pytest.raises(ValueError, match=f"saved must have {layout.total} bytes"):
+        layout.split(exact[:-1])
 
 
 def test_kernels_are_kept_by_layout_of_the_tensors() -> None:

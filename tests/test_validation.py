@@ -4,8 +4,11 @@ argument, what came and what is allowed."""
 from __future__ import annotations
 
 import re
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +23,30 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu")
 
 
 GOOD = {"query": tensor(2, 4, 5, 8), "key": tensor(2, 4, 6, 8), "value": tensor(2, 4, 6, 7)}
+
+NO_NUMBERS = {
+    "bool": np.bool_(True),
+    "array": np.ones(1),
+    "complex": np.complex64(1.5),
+    "decimal": Decimal("1.5"),
+    "bool tensor": torch.tensor(True),
+    "complex tensor": torch.tensor(1.5j),
+    "trained": torch.tensor(1.5, requires_grad=True),
+    "type": float,
+}
+NO_FLAGS = {"float": 1.0, "none": None, "array": np.ones(1, bool), "tensor": torch.tensor(True)}
+NO_TENSORS: dict[str, tuple[Any, str]] = {
+    "numpy": (np.ones((2, 4, 5, 8), np.float32), "ndarray"),
+    "nested": (torch.nested.nested_tensor([tensor(4, 5, 8), tensor(4, 6, 8)]), "nested"),
+    "jagged": (
+        torch.nested.nested_tensor([tensor(5, 8), tensor(6, 8)], layout=torch.jagged),
+        "strided",
+    ),
+    "mkldnn": (tensor(2, 4, 5, 8).to_mkldnn(), "strided"),
+    "csr": (tensor(5, 8).to_sparse_csr(), "strided"),
+    "quantized": (torch.quantize_per_tensor(tensor(2, 4, 5, 8), 0.1, 0, torch.qint8), "float32"),
+    "float8": (tensor(2, 4, 5, 8).to(torch.float8_e4m3fn), "float32"),
+}
 
 BAD_ATTENTION = [
     # case, arguments, error, what the message says in this order
@@ -92,6 +119,28 @@ BAD_ATTENTION = [
         (f"scale {scale!r}", {"scale": scale}, TypeError, "scale", "real number", repr(scale))
         for scale in ("1", False, 1j)
     ),
+    *(
+        (f"huge {name}", {name: 10**digits}, ValueError, name, "finite", got)
+        for name in ("alpha", "scale")
+        for digits, got in ((400, "1000"), (5000, "a int"))
+    ),
+    *(
+        (f"{name} {kind}", {name: value}, TypeError, name, "real number")
+        for name in ("alpha", "scale")
+        for kind, value in NO_NUMBERS.items()
+    ),
+    *(
+        (f"{name} {kind}", {name: value}, TypeError, name, "True or False")
+        for name in ("is_causal", "enable_gqa")
+        for kind, value in NO_FLAGS.items()
+    ),
+    *(
+        (f"{name} {kind}", {name: value}, TypeError, name, word)
+        for name in ("query", "key", "value")
+        for kind, (value, word) in NO_TENSORS.items()
+    ),
+    ("backend empty", {"backend": ""}, ValueError, "backend", "'cpu'", "''"),
+    ("backend surrogate", {"backend": "\ud800"}, ValueError, "backend", "'cpu'"),
     ("is_causal", {"is_causal": 1}, TypeError, "is_causal", "True or False", "1"),
     ("enable_gqa", {"enable_gqa": None}, TypeError, "enable_gqa", "True or False", "None"),
     ("backend type", {"backend": 3}, TypeError, "backend", "name", "3"),
@@ -116,7 +165,7 @@ def test_attention_refuses(
         adasplash2.entmax_attention(**{**GOOD, **arguments})
 
 
-@cases(BAD_ATTENTION, without="backend name")  # softmax asks no backend
+@cases(BAD_ATTENTION)
 def test_softmax_attention_refuses_alike(
     arguments: dict[str, Any], error: type[Exception], words: list[str]
 ) -> None:
@@ -137,6 +186,50 @@ def test_the_good_arguments_are_good() -> None:
     assert adasplash2.entmax_attention(**GOOD).shape == (2, 4, 5, 7)
 
 
+NUMBERS = {
+    "np.float32": np.float32,
+    "np.float64": np.float64,
+    "np.float16": np.float16,
+    "np array": np.array,
+    "tensor": torch.tensor,
+    "float32 tensor": lambda number: torch.tensor(number, dtype=torch.float32),
+    "fraction": Fraction,
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS.values(), ids=NUMBERS.keys())
+def test_numbers_of_any_kind_are_numbers(kind: Any) -> None:
+    options = {"alpha": 1.25, "scale": 0.5}
+    given = {name: kind(value) for name, value in options.items()}
+    for function in (adasplash2.entmax_attention, lambda **o: adasplash2.attention_stats(**o).tau):
+        assert torch.equal(function(**GOOD, **given), function(**GOOD, **options))
+    x = torch.randn(3, 5)
+    assert torch.equal(adasplash2.entmax(x, kind(1.25)), adasplash2.entmax(x, 1.25))
+    assert torch.equal(adasplash2.entmax(x, kind(1.0)), torch.softmax(x, -1))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int8, torch.tensor, np.array])
+def test_integers_of_any_kind_are_integers(kind: Any) -> None:
+    x = torch.randn(3, 5)
+    assert torch.equal(adasplash2.entmax15(x, kind(0)), adasplash2.entmax15(x, 0))
+    assert torch.equal(adasplash2.entmax(x, kind(2), kind(-2)), adasplash2.sparsemax(x, 0))
+
+
+def test_numpys_bools_are_bools() -> None:
+    for flag in (True, False):
+        given = adasplash2.entmax_attention(**GOOD, is_causal=np.bool_(flag))
+        assert torch.equal(given, adasplash2.entmax_attention(**GOOD, is_causal=flag))
+
+
+def test_statistics_of_tensors_of_special_kinds() -> None:
+    """No dispatcher prepares what they read: signs that are lazy, zeros without memory."""
+    query, key, value = (torch.randn(t.shape) for t in GOOD.values())
+    for special in (torch._neg_view(query), torch._efficientzerotensor(query.shape)):
+        plain = torch.empty(query.shape).copy_(special)
+        found, expected = (adasplash2.attention_stats(q, key, value).tau for q in (special, plain))
+        assert torch.equal(found, expected)
+
+
 def test_options_go_by_keyword() -> None:
     with pytest.raises(TypeError, match="positional"):
         adasplash2.entmax_attention(*GOOD.values(), 1.5)  # type: ignore[misc]
@@ -149,9 +242,9 @@ def test_stats_have_no_softmax() -> None:
 
 def test_operators_have_no_softmax() -> None:
     with pytest.raises(ValueError, match=says("alpha", "greater than 1")):
-        ops.attention_forward(*GOOD.values(), 1.0, None, False, False, "", False)
+        ops.attention_forward(*GOOD.values(), 1.0, None, False, False, "", 0)
     with pytest.raises(ValueError, match=says("alpha", "greater than 1")):
-        ops.entmax_forward(tensor(2, 3), 1.0, "", False)
+        ops.entmax_forward(tensor(2, 3), 1.0, -1, "", False)
 
 
 BAD_ENTMAX = [
@@ -166,6 +259,15 @@ BAD_ENTMAX = [
     ("alpha 0.5", {"alpha": 0.5}, ValueError, "alpha", "at least 1", "0.5"),
     ("alpha nan", {"alpha": NAN}, ValueError, "alpha", "at least 1", "nan"),
     ("alpha str", {"alpha": "2"}, TypeError, "alpha", "real number", "'2'"),
+    ("dim none", {"dim": None}, TypeError, "dim", "int", "None"),
+    ("dim np.bool_", {"dim": np.bool_(True)}, TypeError, "dim", "int"),
+    ("dim np.float32", {"dim": np.float32(1)}, TypeError, "dim", "int"),
+    ("dim bool tensor", {"dim": torch.tensor(True)}, TypeError, "dim", "int"),
+    ("dim array", {"dim": np.zeros(1, int)}, TypeError, "dim", "int"),
+    ("dim huge", {"dim": 10**5000}, IndexError, "dim", "-2 to 1", "a int"),
+    ("alpha huge", {"alpha": 10**400}, ValueError, "alpha", "finite", "1000"),
+    *((f"x {kind}", {"x": x}, TypeError, "x", word) for kind, (x, word) in NO_TENSORS.items()),
+    ("backend empty", {"backend": ""}, ValueError, "backend", "'cpu'", "''"),
     ("backend type", {"backend": b"cpu"}, TypeError, "backend", "name", "b'cpu'"),
     ("backend name", {"backend": "nowhere"}, ValueError, "backend", "'cpu'", "'nowhere'"),
 ]

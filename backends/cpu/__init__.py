@@ -23,6 +23,9 @@ from adasplash2.problem import Inputs, Problem, RowProblem
 
 name = "cpu"
 
+SAVED_ALIGNMENT = 8
+"""Bytes: what ``saved`` holds is read as 64-bit numbers."""
+
 
 def unavailable() -> str | None:
     """None: the core is compiled with the package and runs on every processor."""
@@ -61,15 +64,28 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
     """Nothing: the core is compiled with the package."""
 
 
-def saved_bytes(problem: Problem, config: Config) -> int | None:
-    """None: the lists are as long as the support, which only the data knows."""
-    return None
+def saved_bound(problem: Problem) -> int:
+    """Every row with the longest list that it can have; the data decides what is in use."""
+    if problem.device.type != "cpu":
+        return 0
+    dtype = _dtype_name(problem.dtype)
+    fixed = _core.saved_bytes(dtype, rows=0, entries=0)
+    a_row = _core.saved_bytes(dtype, rows=1, entries=0) - fixed
+    an_entry = _core.saved_bytes(dtype, rows=0, entries=1) - fixed
+    rows = problem.batch * problem.heads_q * problem.length_q
+    longest = torch.sym_min(problem.length_k, _core.LIST_CAPACITY)
+    return fixed + rows * (a_row + longest * an_entry)
 
 
-def forward(problem: Problem, inputs: Inputs, config: Config) -> Forward:
-    """See :meth:`adasplash2.contract.Backend.forward`."""
+def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int = -1) -> Forward:
+    """See :meth:`adasplash2.contract.Backend.forward`. Nothing touches the memory beyond what is
+    saved, so a length for the worst case costs none."""
     out, tau, kept = _run(problem, inputs, config, keep=problem.needs_grad)
-    saved = torch.empty(kept.bytes if kept else 0, dtype=torch.uint8)
+    needed = kept.bytes if kept else 0
+    if 0 < saved_bytes < needed:
+        raise ValueError(f"saved_bytes must be at least {needed} here, got {saved_bytes}")
+    length = max(saved_bytes, needed)
+    saved = torch.empty(length, dtype=torch.uint8, device=problem.device)
     if kept:
         kept.save(saved.data_ptr())
     return Forward(out, tau, saved)
@@ -81,7 +97,11 @@ def backward(
     """See :meth:`adasplash2.contract.Backend.backward`."""
     query, key, value = (_unit_stride(t) for t in inputs)
     grad_out = _unit_stride(grad_out)
-    grads = [torch.empty(t.shape, dtype=t.dtype) for t in inputs]
+    device = problem.device
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs]
+    saved = forward.saved
+    if saved.data_ptr() % SAVED_ALIGNMENT or not saved.is_contiguous():
+        saved = saved.clone(memory_format=torch.contiguous_format)
     _core.attention_backward(
         dims=_dims(problem),
         dtype=_dtype_name(problem.dtype),
@@ -95,8 +115,8 @@ def backward(
         grad_query=_reference(grads[0]),
         grad_key=_reference(grads[1]),
         grad_value=_reference(grads[2]),
-        saved=forward.saved.data_ptr(),
-        saved_bytes=forward.saved.numel(),
+        saved=saved.data_ptr(),
+        saved_bytes=saved.numel(),
         threads=torch.get_num_threads(),
         isa=str(config["isa"]),
     )
@@ -108,9 +128,10 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     rows = (problem.batch, problem.heads_q, problem.length_q)
     side = _core.TILE_ROWS
     tiles_q, tiles_k = -(-problem.length_q // side), -(-problem.length_k // side)
-    support = torch.empty(rows, dtype=torch.int32)
-    iterations = torch.empty(rows, dtype=torch.int32)
-    live = torch.zeros((*rows[:2], tiles_q, tiles_k), dtype=torch.uint8)
+    device = problem.device
+    support = torch.empty(rows, dtype=torch.int32, device=device)
+    iterations = torch.empty(rows, dtype=torch.int32, device=device)
+    live = torch.zeros((*rows[:2], tiles_q, tiles_k), dtype=torch.uint8, device=device)
     _, tau, _ = _run(
         problem,
         inputs,
@@ -129,7 +150,8 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
 
 def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
     """See :meth:`adasplash2.contract.Backend.rows_forward`."""
-    y = torch.empty((problem.rows, problem.length), dtype=problem.dtype)
+    shape = (problem.rows, problem.length)
+    y = torch.empty(shape, dtype=problem.dtype, device=problem.device)
     _core.entmax_forward(
         problem.rows,
         problem.length,
@@ -177,8 +199,9 @@ def _run(
 ) -> tuple[Tensor, Tensor, _core.Kept | None]:
     rows = (problem.batch, problem.heads_q, problem.length_q)
     query, key, value = (_unit_stride(t) for t in inputs)
-    out = torch.empty((*rows, problem.head_dim_v), dtype=problem.dtype)
-    tau = torch.empty(rows, dtype=problem.compute_dtype)
+    device = problem.device
+    out = torch.empty((*rows, problem.head_dim_v), dtype=problem.dtype, device=device)
+    tau = torch.empty(rows, dtype=problem.compute_dtype, device=device)
     kept = _core.attention_forward(
         dims=_dims(problem),
         dtype=_dtype_name(problem.dtype),

@@ -113,14 +113,16 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     return [{}] if isinstance(problem, RowProblem) else plans.configs(problem)
 
 
-def saved_bytes(problem: Problem, config: Config) -> int | None:
-    """Length of ``Forward.saved``."""
-    return sizes.Saved(sizes.Counts.of(problem)).total if problem.needs_grad else 0
+def saved_bound(problem: Problem) -> int:
+    """What every configuration saves."""
+    if problem.device.type != "cuda" or problem.dtype not in launch.DTYPE_CODES:
+        return 0
+    return sizes.Saved(sizes.Counts.of(problem)).total
 
 
-def forward(problem: Problem, inputs: Inputs, config: Config) -> Forward:
+def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int = -1) -> Forward:
     """Attention output, thresholds and the survivors for the backward."""
-    return _forward(problem, inputs, config, {})
+    return _forward(problem, inputs, config, {}, saved_bytes=saved_bytes)
 
 
 def backward(
@@ -135,6 +137,7 @@ def backward(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
     )
     plan = plans.plan(problem, config, launch.is_aligned(query, key, value, grad_out))
+    plan.saved.check(forward.saved)
     scratch, steps = plan.scratch, plan.backward
     memory = torch.empty(scratch.total, dtype=torch.uint8, device=problem.device)
     call = plan.call()
@@ -223,6 +226,7 @@ def _forward(
     config: Config,
     recorded: dict[str, Tensor],
     support: Tensor | None = None,
+    saved_bytes: int = -1,
 ) -> Forward:
     from adasplash2.backends.cuda import launch
     from adasplash2.backends.cuda import plan as plans
@@ -233,7 +237,9 @@ def _forward(
     device = problem.device
     out = torch.empty((*shape, problem.head_dim_v), dtype=problem.dtype, device=device)
     tau = torch.empty(shape, dtype=torch.float32, device=device)
-    saved = torch.empty(plan.saved.total, dtype=torch.uint8, device=device)
+    length = saved_bytes if saved_bytes > 0 else plan.saved.total
+    saved = torch.empty(length, dtype=torch.uint8, device=device)
+    plan.saved.check(saved)
     steps = plan.scans + (plan.forward if support is None else plan.forward_recorded)
     call = plan.call()
     call.put_parts(saved, plan.saved_places)

@@ -218,6 +218,11 @@ class Saved:
         }
         self.offsets, self.total = parts(self._sizes)
 
+    def check(self, saved: torch.Tensor) -> None:
+        """Raise ``ValueError`` where ``saved`` is too short. It may be longer."""
+        if saved.numel() < self.total:
+            raise ValueError(f"saved must have {self.total} bytes here, got {saved.numel()}")
+
     def span(self, saved: torch.Tensor, name: str) -> tuple[int, int]:
         """Address and bytes of one part."""
         return saved.data_ptr() + self.offsets[name], self._sizes[name]

@@ -11,6 +11,7 @@ on CPU tensors, slowly. ``import adasplash2`` does not import Triton.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -123,16 +124,25 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         launch.backward(call, result, result.out)
 
 
-def saved_bytes(problem: Problem, config: Config) -> int | None:
-    """Length of ``Forward.saved``."""
-    return sizes.Saved(problem, config).total if problem.needs_grad else 0
+def saved_bound(problem: Problem) -> int:
+    """The most of any configuration: smaller blocks have longer lists. Kernels, and thus these, are
+    made for one ``head_dim``."""
+    if problem.device.type != ("cpu" if INTERPRETED else "cuda") or problem.dtype not in DTYPES:
+        return 0
+    problem = dataclasses.replace(
+        problem, head_dim=int(problem.head_dim), head_dim_v=int(problem.head_dim_v)
+    )
+    blocks = {(c["block_q"], c["block_k"]): c for c in configs(problem)}
+    totals = [sizes.Saved(problem, config).total for config in blocks.values()]
+    return functools.reduce(torch.sym_max, totals) if totals else 0
 
 
-def forward(problem: Problem, inputs: Inputs, config: Config) -> Forward:
+def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int = -1) -> Forward:
     """Attention output, thresholds and the lists for the backward."""
     from adasplash2.backends.triton import launch
 
-    return launch.forward(launch.Call(problem, inputs, config, launch.launch))
+    call = launch.Call(problem, inputs, config, launch.launch)
+    return launch.forward(call, saved_bytes=saved_bytes)
 
 
 def backward(

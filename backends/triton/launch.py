@@ -205,18 +205,19 @@ class Call:
         return t if self.plan.opt.exact else tau
 
 
-def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
-    """Output, thresholds and saved parts; ``counted`` receives ``iterations``, ``support`` and
-    ``marks`` of tiles with support."""
+def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: int = -1) -> Forward:
+    """Output, thresholds and saved parts, in ``saved_bytes`` if that is positive; ``counted``
+    receives ``iterations``, ``support`` and ``marks`` of tiles with support."""
     problem = call.problem
     shape = (problem.batch, problem.heads_q, problem.length_q)
     row_blocks = call.grid.heads * call.grid.blocks
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
     tau = call.empty(*shape, dtype=torch.float32)
     layout = call.plan.layout
-    saved = call.empty(layout.total, dtype=torch.uint8)
+    length = saved_bytes if saved_bytes > 0 else layout.total
+    saved = call.empty(length, dtype=torch.uint8)
     parts = layout.split(saved)
-    saved[layout.cleared :].zero_()
+    saved[layout.cleared : layout.total].zero_()
     block_q = int(call.config["block_q"])
     span = int(call.config["span"])
     # A slice for each program, so that they take memory by the device, not by the length squared.

@@ -272,8 +272,14 @@ class Saved:
         self.cleared = sum(self._bytes[: list(lengths).index("poison")])
 
     def split(self, saved: Tensor) -> dict[str, Tensor]:
-        """The parts of ``saved``, each a little longer where that aligns the next."""
-        pieces = zip(self._dtypes.items(), saved.split(self._bytes), strict=True)
+        """The parts of ``saved``, each a little longer where that aligns the next.
+
+        Raises:
+            ValueError: ``saved`` is too short. It may be longer.
+        """
+        if saved.numel() < self.total:
+            raise ValueError(f"saved must have {self.total} bytes here, got {saved.numel()}")
+        pieces = zip(self._dtypes.items(), saved[: self.total].split(self._bytes), strict=True)
         return {part: piece.view(dtype) for (part, dtype), piece in pieces}
 
 

@@ -27,7 +27,7 @@ class Forward(NamedTuple):
     ``tau``: ``(batch, heads_q, length_q)``, compute dtype; threshold of ``(alpha-1) * s``;
     ``+inf`` for a row without an allowed key, NaN for a poisoned row.
     ``saved``: 1-D uint8, what the backward of the same backend needs; its layout is the
-    backend's own. Empty where ``problem.needs_grad`` is False.
+    backend's own, its end may be unused. Empty where ``problem.needs_grad`` is False.
     """
 
     out: Tensor
@@ -87,16 +87,21 @@ class Backend(Protocol):
         """Compile into a disk cache what a forward of ``problem`` needs, and a backward where it
         has gradients. Launches nothing, and may run in another process than the call."""
 
-    def saved_bytes(self, problem: Problem, config: Config) -> int | None:
-        """Length of ``Forward.saved``; None where it depends on the data."""
+    def saved_bound(self, problem: Problem) -> int:
+        """Bytes that suffice for ``Forward.saved``, whatever the data and the configuration; 0
+        where the device is not one of this backend's. Lengths and heads may be symbols."""
 
-    def forward(self, problem: Problem, inputs: Inputs, config: Config) -> Forward:
-        """Attention output, thresholds and what the backward needs."""
+    def forward(
+        self, problem: Problem, inputs: Inputs, config: Config, saved_bytes: int = -1
+    ) -> Forward:
+        """Attention output, thresholds and what the backward needs, in ``saved_bytes`` where that
+        is positive; ``ValueError`` where it is too few."""
 
     def backward(
         self, problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, each in the shape and dtype of its input."""
+        """Gradients of query, key and value, each in the shape and dtype of its input;
+        ``ValueError`` where ``forward.saved`` cannot be what this backend saved."""
 
     def stats(self, problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         """A forward that records what it did."""

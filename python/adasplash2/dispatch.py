@@ -169,6 +169,33 @@ def choose(problem: Problem | RowProblem, backend: str | None = None) -> Choice:
         return passing.choice
 
 
+def check_name(backend: str, source: str = "") -> None:
+    """Refuse what is not the name of a backend.
+
+    Raises:
+        ValueError: the registry has no backend of that name.
+    """
+    if backend not in REGISTRY:
+        known = ", ".join(repr(name) for name in REGISTRY)
+        raise ValueError(f"backend must be None or one of {known}, got {backend!r}{source}")
+
+
+def saved_bound(problem: Problem, backend: str | None = None) -> int:
+    """Bytes that suffice for ``Forward.saved`` whichever backend runs ``problem``: what is compiled
+    for them is kept on disk, and may be run where something else was measured or is forced.
+    Lengths and heads may be symbols.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if backend is not None:
+        check_name(backend)
+    modules = (_load(name).module for name in ((backend,) if backend else REGISTRY))
+    bounds = [module.saved_bound(problem) for module in modules if module is not None]
+    concerned = [bound for bound in bounds if not isinstance(bound, int) or bound > 0]
+    return functools.reduce(torch.sym_max, concerned) if concerned else 0
+
+
 def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explanation:
     """What :func:`choose` decides, and what every other backend says.
 
@@ -318,10 +345,8 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     """
     if (held := _held.get((problem, forced))) is not None:
         return held
-    if forced is not None and forced not in REGISTRY:
-        known = ", ".join(repr(name) for name in REGISTRY)
-        source = " from ADASPLASH2_BACKEND" if forced == FORCED else ""
-        raise ValueError(f"backend must be None or one of {known}, got {forced!r}{source}")
+    if forced is not None:
+        check_name(forced, " from ADASPLASH2_BACKEND" if forced == FORCED else "")
     names = tuple(REGISTRY) if forced is None else (forced,)
     answers: list[Answer] = []
     for name in names:

@@ -17,9 +17,12 @@ from adasplash2.problem import (
     attention_problem,
     check_alpha,
     check_alpha_above_one,
+    check_dim,
+    check_flag,
     check_scale,
     check_tensor,
     row_problem,
+    shown,
 )
 
 
@@ -44,7 +47,9 @@ def entmax_attention(
 
     Any strides and any lengths, also unequal ones. bfloat16 and float16 are read as they are and
     computed in float32. Under ``torch.autocast`` the inputs are cast as SDPA casts them.
-    Differentiable once, in reverse mode; works in ``torch.compile(fullgraph=True)``.
+    Differentiable once, in reverse mode, also under ``vmap``, ``grad``, ``vjp`` and ``jacrev`` of
+    :mod:`torch.func`. ``torch.compile`` makes one graph of it, which serves all values of ``alpha``
+    and ``scale`` where these change.
 
     What happens at the edges:
 
@@ -60,10 +65,11 @@ def entmax_attention(
         key: ``(batch, heads_kv, length_k, head_dim)``, dtype and device of ``query``.
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax
-            and always goes to SDPA, whatever ``backend`` says.
+            and always goes to SDPA. NumPy's numbers and tensors without dimensions are read as
+            numbers; reading one waits for its device, and breaks a graph that is compiled.
         is_causal: query ``i`` sees keys ``j <= i``, aligned top-left as SDPA aligns it, also where
             the lengths differ.
-        scale: factor of the scores; ``1 / sqrt(head_dim)`` where None.
+        scale: factor of the scores, a number as ``alpha``; ``1 / sqrt(head_dim)`` where None.
         enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
             a key and value head.
         backend: name of the backend to run; None lets the dispatcher choose. See :func:`explain`
@@ -83,7 +89,7 @@ def entmax_attention(
         Goncalves et al. 2026, *AdaSplash-2* (finding the threshold from a histogram).
     """
     alpha = check_alpha(alpha)
-    _check_options(scale, is_causal, enable_gqa, backend)
+    scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
     if torch._C._is_any_autocast_enabled() or alpha == 1.0:  # else checked where it is validated
         query, key, value = _attention_inputs(query, key, value)
     if alpha == 1.0:
@@ -119,7 +125,7 @@ def attention_stats(
             ``alpha = 1``: softmax has no threshold and no zeros.
     """
     alpha = check_alpha_above_one(alpha)
-    _check_options(scale, is_causal, enable_gqa, backend)
+    scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
     inputs = _attention_inputs(query, key, value)
     return ops.attention_stats(inputs, alpha, scale, is_causal, enable_gqa, backend)
 
@@ -144,7 +150,7 @@ def explain(
             explained, not raised.
     """
     alpha = check_alpha(alpha)
-    _check_options(scale, is_causal, enable_gqa, backend)
+    scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
     inputs = _attention_inputs(query, key, value)
     problem = _attention_problem(inputs, alpha, is_causal, scale, enable_gqa)
     return dispatch.explain(problem, backend)
@@ -154,7 +160,8 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
     r"""alpha-entmax of ``x`` along ``dim``: like softmax, with true zeros.
 
     With :math:`z = (\alpha - 1) x` it is :math:`p = [z - \tau]_+^{1 / (\alpha - 1)}`,
-    :math:`\sum p = 1`. Differentiable once, in reverse mode; works in ``torch.compile``.
+    :math:`\sum p = 1`. Differentiable once, in reverse mode; works in ``torch.compile`` and
+    :mod:`torch.func` as :func:`entmax_attention`.
 
     Entries of -inf get probability zero; a row of nothing else gives zeros and zero gradients.
     NaN or +inf makes its row NaN. bfloat16 and float16 are computed in float32.
@@ -162,7 +169,8 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
     Args:
         x: any shape but a scalar, float32, float64, bfloat16 or float16, any strides. Where
             ``dim`` is not the last dimension, or has a stride, it is copied once.
-        alpha: any finite number of at least 1; 1 is :func:`torch.softmax` and goes there.
+        alpha: any finite number of at least 1, as in :func:`entmax_attention`; 1 is
+            :func:`torch.softmax` and goes there.
         dim: the dimension along which probabilities sum to 1.
         backend: name of the backend to run; None lets the dispatcher choose.
 
@@ -182,16 +190,11 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
     alpha = check_alpha(alpha)
     check_tensor("x", x)
     _check_backend(backend)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {dim!r}")
-    if not -x.dim() <= dim < x.dim() and x.dim() > 0:
-        raise IndexError(f"dim must be from {-x.dim()} to {x.dim() - 1}, got {dim}")
+    dim = check_dim(dim, x.dim())
     if alpha == 1.0:
         row_problem(x, alpha=alpha, needs_grad=False)
         return torch.softmax(x, dim)
-    last = dim in (-1, x.dim() - 1)
-    y = ops.rows(x if last else x.movedim(dim, -1), alpha, backend or "")
-    return y if last else y.movedim(-1, dim)
+    return ops.rows(x, alpha, dim, backend or "")
 
 
 def entmax15(x: Tensor, dim: int = -1) -> Tensor:
@@ -236,16 +239,19 @@ def _attention_problem(
 
 def _check_options(
     scale: float | None, is_causal: bool, enable_gqa: bool, backend: str | None
-) -> None:
-    """What an operator's schema would refuse in the dispatcher's words rather than ours."""
-    check_scale(scale, head_dim=1)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
-    if not isinstance(enable_gqa, bool):
-        raise TypeError(f"enable_gqa must be True or False, got {enable_gqa!r}")
+) -> tuple[float | None, bool, bool]:
+    """What an operator's schema would refuse in the dispatcher's words rather than ours; the first
+    three as Python's own types."""
+    if scale is not None:
+        scale = check_scale(scale, head_dim=1)
     _check_backend(backend)
+    is_causal = check_flag("is_causal", is_causal)
+    return scale, is_causal, check_flag("enable_gqa", enable_gqa)
 
 
 def _check_backend(backend: str | None) -> None:
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be the name of a backend or None, got {backend!r}")
+    if backend is None:
+        return
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be the name of a backend or None, got {shown(backend)}")
+    dispatch.check_name(backend)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
+import operator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -231,8 +233,7 @@ def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
         TypeError, ValueError: as :func:`attention_problem`.
     """
     check_tensor("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must have at least 1 dimension, got a 0-dimensional tensor")
+    check_dim(-1, x.dim())
     length = x.shape[-1]
     return RowProblem(
         rows=math.prod(x.shape[:-1]),
@@ -253,11 +254,10 @@ def check_alpha(alpha: float) -> float:
     """
     if type(alpha) is float and 1.0 <= alpha < math.inf:  # every call comes by, some twice
         return alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha must be a real number of at least 1, got {alpha!r}")
-    if not 1.0 <= alpha < math.inf:  # also refuses NaN
-        raise ValueError(f"alpha must be a finite number of at least 1, got {alpha!r}")
-    return float(alpha)
+    number = _as_float("alpha", alpha, "a real number of at least 1")
+    if not 1.0 <= number < math.inf:  # also refuses NaN
+        raise ValueError(f"alpha must be a finite number of at least 1, got {shown(alpha)}")
+    return number
 
 
 def check_alpha_above_one(alpha: float) -> float:
@@ -281,23 +281,111 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a real number or None, got {scale!r}")
-    if not -math.inf < scale < math.inf:  # also refuses NaN
-        raise ValueError(f"scale must be finite, got {scale!r}")
-    return float(scale)
+    number = scale if type(scale) is float else _as_float("scale", scale, "a real number or None")
+    if not -math.inf < number < math.inf:  # also refuses NaN
+        raise ValueError(f"scale must be finite, got {shown(scale)}")
+    return number
+
+
+def _as_float(name: str, value: object, allowed: str) -> float:
+    """A Python or NumPy number, or a tensor of no dimensions, as a float; infinite where no float
+    is large enough."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name} must be {allowed}: it has no gradient, pass {name}.detach()")
+    # First what a tracer knows. Symbols are numbers that a graph is traced with.
+    number: Any = value if isinstance(value, (int, float)) else _item(value)
+    if isinstance(number, bool) or not isinstance(number, (numbers.Real, *_SYMBOLS)):
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+    try:
+        return float(number)
+    except OverflowError:  # of an integer or a fraction
+        return -math.inf if number < 0.0 else math.inf
+
+
+_SYMBOLS = torch.SymInt, torch.SymFloat
+
+
+def check_flag(name: str, value: object) -> bool:
+    """``value`` as a bool.
+
+    Raises:
+        TypeError: it is neither True nor False, nor NumPy's.
+    """
+    flag = value if isinstance(value, (bool, Tensor)) else _item(value)
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return flag
+
+
+def check_dim(dim: int, dims: int) -> int:
+    """``dim`` of a tensor of ``dims`` dimensions, counted from the end: -1 is the last.
+
+    Raises:
+        TypeError: ``dim`` is no integer.
+        IndexError: there is no such dimension.
+    """
+    if type(dim) is not int:
+        number: Any = _item(dim)
+        try:
+            dim = operator.index(None if isinstance(number, bool) else number)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"dim must be an int, got {shown(dim)}") from None
+    if dims == 0:
+        raise ValueError("x must have at least 1 dimension, got a 0-dimensional tensor")
+    if not -dims <= dim < dims:
+        raise IndexError(f"dim must be from {-dims} to {dims - 1}, got {shown(dim)}")
+    return dim if dim < 0 else dim - dims
+
+
+def _item(value: Any) -> object:
+    """What NumPy's scalars, and arrays and tensors of no dimensions, hold; else ``value``."""
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        item: object = value.item()
+        return item
+    return value
+
+
+def shown(value: object) -> str:
+    """``repr`` for a message: short, and never an error (integers beyond 4,300 digits are one)."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def check_tensor(name: str, tensor: object) -> None:
     """Refuse what no shape can make right.
 
     Raises:
-        TypeError: ``tensor`` is no tensor, not strided, or of a dtype outside :data:`DTYPES`.
+        TypeError: ``tensor`` is no tensor, not strided, nested, or of a dtype outside
+            :data:`DTYPES`.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     _check_dtype(name, tensor.dtype)
     if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a tensor of one shape, got a nested tensor")
+
+
+def check_like(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse what is not strided, of this shape and dtype, and on this device.
+
+    Raises:
+        TypeError: another dtype or layout.
+        ValueError: another shape or device.
+    """
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name} must have the dtype {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
 
 

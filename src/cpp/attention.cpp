@@ -264,31 +264,67 @@ struct Columns {
   }
 };
 
+[[noreturn]] void refuse_saved() {
+  throw std::invalid_argument(
+      "saved must be what attention_forward of these arguments saved, unchanged");
+}
+
+// `saved` comes by way of others, who may have changed it: nothing is read or written where it
+// points before it is known to point into the arrays. It may be longer than what is in it.
+template <class T>
+Saved<T> saved_of(const BackwardArguments& a) {
+  const AttentionProblem& p = a.problem;
+  const int64_t rows = p.rows();
+  if (Saved<T>::bytes(rows, 0) > a.saved_bytes) refuse_saved();
+  const int64_t entries = static_cast<const int64_t*>(a.saved)[rows];
+  const int64_t most = rows * (p.length_k < kListCapacity ? p.length_k : kListCapacity);
+  if (entries < 0 || entries > most || Saved<T>::bytes(rows, entries) > a.saved_bytes)
+    refuse_saved();
+  return Saved<T>(const_cast<void*>(a.saved), rows, entries);
+}
+
+// Rows [first, end) of the head that starts at row `head`: lists lie one behind another, are as
+// long as the row's support says, and hold keys that it may see. Whether a row is flat.
+template <class T>
+bool check_lists(const Saved<T>& saved, const AttentionProblem& p, int64_t head, int64_t first,
+                 int64_t end) {
+  bool flat = false;
+  for (int64_t i = first; i < end; ++i) {
+    const int64_t row = head + i, support = saved.support[row], n = support > 0 ? support : 0;
+    const int64_t begin = saved.offsets[row], visible = p.scores.visible(i).end;
+    if ((row == 0 && begin != 0) || begin < 0 || begin > saved.offsets[p.rows()] - n ||
+        saved.offsets[row + 1] != begin + n || n > kListCapacity || support > visible ||
+        -1 - support > visible)
+      refuse_saved();
+    uint32_t last = 0;  // unsigned: a negative key is a large one
+    for (int64_t e = begin; e < begin + n; ++e) {
+      const uint32_t key = uint32_t(saved.keys[e]);
+      last = key > last ? key : last;
+    }
+    if (int64_t(last) >= visible && n > 0) refuse_saved();
+    flat |= support < 0;
+  }
+  return flat;
+}
+
 template <class T>
 void backward(const BackwardArguments& a) {
   const AttentionProblem& p = a.problem;
   const Kernels<T>& k = kernels_for<T>(*a.kernels, p.dtype);
   const int64_t element = size_of(p.dtype), rows = p.rows(), blocks = p.blocks_per_head();
 
-  const int64_t entries =
-      a.saved_bytes >= (rows + 1) * 8 ? static_cast<const int64_t*>(a.saved)[rows] : -1;
-  if (entries < 0 || Saved<T>::bytes(rows, entries) != a.saved_bytes)
-    throw std::invalid_argument("saved does not belong to a forward of this problem");
-  const Saved<T> saved(const_cast<void*>(a.saved), rows, entries);
+  const Saved<T> saved = saved_of<T>(a);
+  const int64_t entries = saved.offsets[rows];
 
   // Which row blocks hold a flat row.
   Buffer<uint8_t> flat_blocks(p.batch * p.heads_q * blocks);
+  parallel_for(p.batch * p.heads_q * blocks, a.threads, [&](int64_t i, int) {
+    const int64_t head = i / blocks, first = i % blocks * kBlockRows;
+    const int64_t end = first + kBlockRows < p.length_q ? first + kBlockRows : p.length_q;
+    flat_blocks[i] = check_lists(saved, p, head * p.length_q, first, end);
+  });
   bool any_flat = false;
-  for (int64_t head = 0; head < p.batch * p.heads_q; ++head)
-    for (int64_t block = 0; block < blocks; ++block) {
-      uint8_t flat = 0;
-      const int64_t end =
-          (block + 1) * kBlockRows < p.length_q ? (block + 1) * kBlockRows : p.length_q;
-      for (int64_t i = block * kBlockRows; i < end; ++i)
-        flat |= saved.support[head * p.length_q + i] < 0;
-      flat_blocks[head * blocks + block] = flat;
-      any_flat |= flat != 0;
-    }
+  for (int64_t i = 0; i < flat_blocks.size(); ++i) any_flat |= flat_blocks[i] != 0;
   std::unique_ptr<Panels<T>> packed_keys, packed_values;
   if (any_flat) {
     packed_keys = std::make_unique<Panels<T>>(k, p, a.key, p.head_dim, a.threads);
@@ -369,6 +405,11 @@ void backward(const BackwardArguments& a) {
 }
 
 }  // namespace
+
+int64_t saved_bytes(Dtype dtype, int64_t rows, int64_t entries) {
+  return dtype == Dtype::kFloat64 ? Saved<double>::bytes(rows, entries)
+                                  : Saved<float>::bytes(rows, entries);
+}
 
 std::unique_ptr<Kept> attention_forward(const ForwardArguments& arguments) {
   return arguments.problem.dtype == Dtype::kFloat64 ? forward<double>(arguments)

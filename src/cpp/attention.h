@@ -28,6 +28,10 @@ class Kept {
   virtual void save(void* to) = 0;
 };
 
+// Bytes of what is kept of `rows` rows whose lists hold `entries` together: linear in both. No list
+// is longer than kListCapacity.
+int64_t saved_bytes(Dtype dtype, int64_t rows, int64_t entries);
+
 // Null where nothing is kept.
 std::unique_ptr<Kept> attention_forward(const ForwardArguments& arguments);
 
@@ -35,8 +39,8 @@ struct BackwardArguments {
   AttentionProblem problem;
   const KernelTable* kernels;
   TensorRef query, key, value, grad_out, grad_query, grad_key, grad_value;
-  const void* saved;
-  int64_t saved_bytes;
+  const void* saved;    // on 8 bytes
+  int64_t saved_bytes;  // may be more than were saved
   int threads;
 };
 

@@ -80,6 +80,13 @@ PYBIND11_MODULE(_core, m) {
   m.def("usable_isas", &usable_isas);
   m.def("isa", [] { return std::string(kernels().isa); });
 
+  m.def(
+      "saved_bytes",
+      [](const std::string& dtype, std::int64_t rows, std::int64_t entries) {
+        return saved_bytes(dtype_of(dtype), rows, entries);
+      },
+      py::arg("dtype"), py::arg("rows"), py::arg("entries"));
+
   py::class_<Kept>(m, "Kept")
       .def_property_readonly("bytes", &Kept::bytes)
       .def(
