@@ -141,10 +141,7 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         iterations=iterations.data_ptr(),
         tiles=live.data_ptr(),
     )
-    allowed = tiles_q * tiles_k
-    if problem.scores.is_causal:  # tile (i, j) holds an allowed pair where j <= i
-        allowed = sum(min(i + 1, tiles_k) for i in range(tiles_q))
-    empty = 1.0 - live.sum(dim=(2, 3), dtype=torch.float64) / allowed
+    empty = 1.0 - live.sum(dim=(2, 3), dtype=torch.float64) / problem.allowed_tiles(side)
     return AttentionStats(tau, support, iterations, empty, backend=name)
 
 

@@ -73,7 +73,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
     reasons = []
     if problem.device.type != "cuda":
         reasons.append(f"tensors are on {problem.device}, this backend needs a CUDA device")
-    if problem.dtype not in launch.DTYPE_CODES:
+    if problem.dtype not in sizes.DTYPE_CODES:
         reasons.append(f"dtype {problem.dtype} is computed by other backends only")
     if problem.alpha == 1.0:
         reasons.append("alpha = 1 is softmax, which these kernels do not compute")
@@ -115,7 +115,7 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
 
 def saved_bound(problem: Problem) -> int:
     """What every configuration saves."""
-    if problem.device.type != "cuda" or problem.dtype not in launch.DTYPE_CODES:
+    if problem.device.type != "cuda" or problem.dtype not in sizes.DTYPE_CODES:
         return 0
     return sizes.Saved(sizes.Counts.of(problem)).total
 
@@ -169,11 +169,7 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     result = _forward(
         problem, inputs, config, {"iterations": iterations, "tiles": tiles}, support=support
     )
-    allowed = torch.ones((tiles_q, tiles_k), dtype=torch.bool, device=device)
-    if problem.scores.is_causal:
-        allowed = allowed.tril()
-    live = (tiles.bool() & allowed).sum((-1, -2))
-    empty = 1.0 - live.double() / max(1, int(allowed.sum()))
+    empty = 1.0 - tiles.sum((-1, -2), dtype=torch.float64) / problem.allowed_tiles(64)
     return AttentionStats(
         tau=result.tau, support=support, iterations=iterations, empty_tiles=empty, backend=name
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import compile as compiler
+from adasplash2.backends.cuda import sizes
 from adasplash2.problem import Problem, RowProblem
 
 _POINTER = np.uint64
@@ -66,10 +67,6 @@ PARAMS = np.dtype(
 )
 """``Params`` of ``kernels/common.cuh``, field by field."""
 
-DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-"""The values of ``ADASPLASH2_DTYPE``."""
-
-
 GENERAL_ALPHA = 2
 """The ``AlphaKind`` of an alpha without a closed form."""
 
@@ -82,7 +79,7 @@ def alpha_code(alpha: float) -> int:
 def defines(problem: Problem, aligned: bool) -> dict[str, int]:
     """What ``kernels/common.cuh`` expects to be defined."""
     return {
-        "DTYPE": DTYPE_CODES[problem.dtype],
+        "DTYPE": sizes.DTYPE_CODES[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
         "ALPHA": alpha_code(problem.alpha),
@@ -94,7 +91,7 @@ def defines(problem: Problem, aligned: bool) -> dict[str, int]:
 def row_defines(problem: RowProblem) -> dict[str, int]:
     """The same for the kernels of ``entmax``, which have no heads."""
     return {
-        "DTYPE": DTYPE_CODES[problem.dtype],
+        "DTYPE": sizes.DTYPE_CODES[problem.dtype],
         "HEAD_DIM": 16,
         "HEAD_DIM_V": 16,
         "ALPHA": alpha_code(problem.alpha),

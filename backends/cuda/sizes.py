@@ -10,6 +10,9 @@ import torch
 
 from adasplash2.problem import Problem
 
+DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""The values of ``ADASPLASH2_DTYPE``."""
+
 GROUP_ROWS = 16
 """``kGroupRows``: query rows that are an element group or a flat one together."""
 

@@ -172,10 +172,7 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     }
     call = launch.Call(problem, inputs, config, launch.launch)
     tau = launch.forward(call, counted).tau
-    allowed = tiles_q * tiles_k
-    if problem.scores.is_causal:  # tile (i, j) holds an allowed pair where j <= i
-        allowed = sum(min(i + 1, tiles_k) for i in range(tiles_q))
-    empty = 1.0 - marks.sum((2, 3), dtype=torch.float64) / allowed
+    empty = 1.0 - marks.sum((2, 3), dtype=torch.float64) / problem.allowed_tiles(side)
     return AttentionStats(tau, counted["support"], counted["iterations"], empty, backend=name)
 
 

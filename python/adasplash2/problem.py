@@ -92,6 +92,13 @@ class Problem:
             per_head = seen * (seen + 1) // 2 + (self.length_q - seen) * self.length_k
         return self.batch * self.heads_q * per_head
 
+    def allowed_tiles(self, side: int) -> int:
+        """Tiles of ``side`` queries by ``side`` keys with an allowed pair, of one head."""
+        rows, columns = -(-self.length_q // side), -(-self.length_k // side)
+        if self.scores.is_causal:  # tile (i, j) holds one where j <= i
+            return sum(min(i + 1, columns) for i in range(rows))
+        return rows * columns
+
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:

@@ -19,9 +19,10 @@ from adasplash2.backends.triton.kernels.score import (
     is_inside,
 )
 
-HIGHEST = tl.constexpr(-(2.0**-126))
+HIGHEST = tl.constexpr(-(2.0**-100))
 """Upper end of the window of ``t``. ``n`` equal keys have ``t = -n^(1 - alpha)``, for large alphas
-less than any float32; but the nearest key must keep a distance to it."""
+less than any float32; but the nearest key must keep a distance to it, and one that leaves room for
+sums of ``u``, which is up to its inverse."""
 
 EPSILON = tl.constexpr(2.0**-23)
 
