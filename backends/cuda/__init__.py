@@ -67,8 +67,8 @@ def unavailable() -> str | None:
 
 def refusals(problem: Problem | RowProblem) -> list[str]:
     """All reasons why this problem cannot run here; empty: it can."""
-    from adasplash2.backends.cuda import launch, rows
     from adasplash2.backends.cuda import plan as plans
+    from adasplash2.backends.cuda import rows
 
     reasons = []
     if problem.device.type != "cuda":
