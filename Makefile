@@ -9,7 +9,7 @@ CPP   := $(wildcard src/cpp/*.h src/cpp/*.cpp python/adasplash2/include/adasplas
 CUDA  := $(wildcard backends/cuda/kernels/*.cu backends/cuda/kernels/*.cuh)
 PY    := python backends tests benchmarks examples
 
-.PHONY: help demo test gpu lint format bench targets clean
+.PHONY: help demo test sanitize gpu lint format bench targets clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -22,6 +22,9 @@ test: $(VENV)/.built $(VENV)/.oldest ## run the tests
 	$(BIN)/python -m pytest
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_transformers.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_attention.py tests/test_entmax.py tests/test_configs.py
+
+sanitize: $(VENV)/.tested ## build the core with ASan and UBSan and run the tables of tests for the CPU
+	PYTHON=$(BIN)/python bash tests/sanitize.sh $(OUTPUT)/sanitize
 
 gpu: $(VENV)/.examples $(VENV)/.built ## what only a GPU can show: tests, sanitizer, tuning, benchmarks
 	PYTHON=$(BIN)/python tests/on_gpu.sh $(OUTPUT)/gpu

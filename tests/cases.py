@@ -33,6 +33,16 @@ TOLERANCES: dict[torch.dtype, Tolerance] = {
     FLOAT64: Tolerance(out=1e-10, gradient=1e-10),
     FLOAT32: Tolerance(out=1e-5, gradient=1e-4),
 }
+CPU_TOLERANCES: dict[torch.dtype, Tolerance] = {
+    FLOAT64: Tolerance(out=2e-14, gradient=1e-13),
+    FLOAT32: Tolerance(out=5e-6, gradient=5e-6),
+}
+"""Of the CPU backend, which sums with compensation and in no dtype but the one it computes in."""
+
+
+def tolerances(backend: str) -> dict[torch.dtype, Tolerance]:
+    return CPU_TOLERANCES if backend == "cpu" else TOLERANCES
+
 
 DENSE_FACTOR = 2.0
 """An ill-conditioned float32 case may err this many times as much as dense float32 does."""

@@ -47,18 +47,36 @@ def entmax(scores: Tensor, alpha: float) -> Tensor:
     if alpha == 1.0:
         highest = scores.amax(dim=-1, keepdim=True)
         return torch.where(highest == -math.inf, 0.0, torch.softmax(scores, dim=-1))
-    return probabilities_and_tau((alpha - 1.0) * scores, alpha)[0]
+    return entmax_and_tau(scores, alpha)[0]
+
+
+def entmax_and_tau(scores: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """``p`` and ``tau``, the threshold of ``z = (alpha-1) * scores``; ``tau`` is +inf for a row
+    without keys.
+
+    In float64 only differences of scores are multiplied by ``alpha - 1``: they are exact near the
+    maximum, and the products neither overflow nor vanish. Other dtypes do as anyone would.
+    """
+    if scores.dtype != torch.float64:
+        return probabilities_and_tau((alpha - 1.0) * scores, alpha)
+    return _solve(scores, alpha - 1.0, alpha)
 
 
 def probabilities_and_tau(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """``p`` and ``tau`` of rows ``z = (alpha-1) * s``; ``tau`` is +inf for a row without keys."""
-    if z.shape[-1] == 0:
-        return z, torch.full(z.shape[:-1], math.inf, dtype=z.dtype, device=z.device)
-    highest = z.amax(dim=-1, keepdim=True)  # NaN where the row has one
+    """The same from ``z``, where that is what is known."""
+    return _solve(z, 1.0, alpha)
+
+
+def _solve(x: Tensor, factor: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """``p`` and ``tau`` of ``z = factor * x``."""
+    if x.shape[-1] == 0:
+        return x, torch.full(x.shape[:-1], math.inf, dtype=x.dtype, device=x.device)
+    highest = x.amax(dim=-1, keepdim=True)  # NaN where the row has one
     empty, poisoned = highest == -math.inf, torch.isnan(highest) | (highest == math.inf)
     # tau >= max z - 1, so nothing changes for scores below that if they move up to it; this
     # keeps the sums free of cancellation, and of -inf.
-    y = torch.where(empty | poisoned, 0.0, z - highest).clamp(min=-1.0)
+    below = torch.where(empty | poisoned, 0.0, x - highest).clamp(min=-1.0 / factor)
+    y = factor * below
     if alpha == 1.5:
         shifted_tau = _tau_entmax15(y)
         p = (y - shifted_tau).clamp(min=0.0) ** 2
@@ -66,18 +84,18 @@ def probabilities_and_tau(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         shifted_tau = _tau_sparsemax(y)
         p = (y - shifted_tau).clamp(min=0.0)
     elif y.dtype == torch.float64:
-        p, shifted_tau = _bisect(y, alpha)
+        p, shifted_tau = _bisect(below, factor, alpha)
     else:
         p, shifted_tau = _bisect_tau(y, alpha)
     p = p / p.sum(dim=-1, keepdim=True)
-    tau = torch.where(empty, math.inf, highest + shifted_tau)
+    tau = torch.where(empty, math.inf, factor * highest + shifted_tau)
     p, tau = torch.where(empty, 0.0, p), torch.where(poisoned, math.nan, tau)
     return torch.where(poisoned, math.nan, p), tau.squeeze(-1)
 
 
 def bisection(z: Tensor, alpha: float) -> Tensor:
     """``p`` of finite rows by bisection for any alpha > 1, also those with a closed form."""
-    p = _bisect((z - z.amax(dim=-1, keepdim=True)).clamp(min=-1.0), alpha)[0]
+    p = _bisect((z - z.amax(dim=-1, keepdim=True)).clamp(min=-1.0), 1.0, alpha)[0]
     return p / p.sum(dim=-1, keepdim=True)
 
 
@@ -97,7 +115,8 @@ def _tau_entmax15(y: Tensor) -> Tensor:
     mean = ordered.cumsum(dim=-1) / k
     spread = (ordered**2).cumsum(dim=-1) - k * mean**2
     tau = mean - ((1.0 - spread) / k).clamp(min=0.0).sqrt()
-    support = (tau <= ordered).sum(dim=-1, keepdim=True)
+    inside = (tau <= ordered) & (ordered > -1.0)  # what was moved up to -1 is outside
+    support = inside.sum(dim=-1, keepdim=True)
     # The same formula once more on the support alone, with sums that do not cancel.
     kept = k <= support
     mean = torch.where(kept, ordered, 0.0).sum(dim=-1, keepdim=True) / support
@@ -105,38 +124,63 @@ def _tau_entmax15(y: Tensor) -> Tensor:
     return mean - ((1.0 - spread) / support).clamp(min=0.0).sqrt()
 
 
-def _bisect(y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """``p`` (not yet normalised) and ``tau`` for any alpha > 1.
+def _bisect(below: Tensor, factor: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """``p`` (not yet normalised) and ``tau`` of ``y = factor * below`` for any alpha > 1."""
+    solve = _bisect_highest if alpha <= 2.0 else _bisect_lowest
+    return solve(below, factor, alpha)
 
-    First the support, by halving the sorted row: key ``k`` is in it if the keys above it alone do
-    not reach a sum of 1 with ``tau = y_k``. Then the distance ``x`` of ``tau`` below the lowest
-    key of the support, so that the smallest probability, ``x^r``, is as exact as the others: for
-    alpha > 2 ``tau`` itself could not resolve it.
-    """
+
+def _bisect_highest(below: Tensor, factor: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """Bisection for the logarithm of the largest ``p``, that of ``y = 0``, which lies between
+    ``1 / n`` and 1. ``tau`` is ``-p^(alpha-1)``, near -1 as alpha nears 1, where ``p`` is
+    ``exp(r log1p(y - (1 + tau)))``: nothing is lost, and the limit is softmax."""
+    y, r = factor * below, 1.0 / (alpha - 1.0)
+
+    def p_at(log_highest: Tensor) -> Tensor:
+        near_one = (alpha - 1.0) * log_highest > math.log(0.5)
+        w = y + torch.expm1((alpha - 1.0) * log_highest)
+        x = y + torch.exp((alpha - 1.0) * log_highest)
+        log = torch.where(near_one, torch.log1p(w.clamp(min=-1.0)), torch.log(x.clamp(min=0.0)))
+        return torch.exp(r * log)
+
+    low = torch.full_like(y[..., :1], -math.log(y.shape[-1]) - 1.0)
+    high = torch.zeros_like(low)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        short = p_at(middle).sum(dim=-1, keepdim=True) < 1.0
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return p_at(high), -torch.exp((alpha - 1.0) * high)
+
+
+def _bisect_lowest(below: Tensor, factor: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """First the support, by halving the sorted row: key ``k`` is in it if the keys above it alone
+    do not reach a sum of 1 with ``tau = y_k``. Then its lowest probability ``u``, by bisection,
+    so that it is as exact as the others: ``tau``, ``u^(alpha-1)`` below the lowest key, could not
+    resolve it, and may even underflow."""
     r = 1.0 / (alpha - 1.0)
-    ordered = y.sort(dim=-1, descending=True).values
+    ordered = below.sort(dim=-1, descending=True).values
     lowest_in = torch.zeros_like(ordered[..., :1], dtype=torch.long)
-    first_out = torch.full_like(lowest_in, y.shape[-1])
-    for _ in range(max(1, y.shape[-1]).bit_length() + 1):
+    first_out = torch.full_like(lowest_in, below.shape[-1])
+    for _ in range(max(1, below.shape[-1]).bit_length() + 1):
         middle = (lowest_in + first_out) // 2
-        edge = ordered.gather(-1, middle.clamp(max=y.shape[-1] - 1))
-        inside = ((ordered - edge).clamp(min=0.0) ** r).sum(dim=-1, keepdim=True) < 1.0
-        inside &= middle < first_out
+        edge = ordered.gather(-1, middle.clamp(max=below.shape[-1] - 1))
+        mass = ((factor * (ordered - edge)).clamp(min=0.0) ** r).sum(dim=-1, keepdim=True)
+        inside = (mass < 1.0) & (middle < first_out)
         lowest_in = torch.where(inside, middle, lowest_in)
         first_out = torch.where(inside, first_out, middle.maximum(lowest_in + 1))
     edge = ordered.gather(-1, lowest_in)
-    above, kept = y - edge, y >= edge
+    above = factor * (below - edge)
 
     def p_at(u: Tensor) -> Tensor:
-        x = u ** (1.0 / min(1.0, r))
-        return torch.where(kept, (above + x).clamp(min=0.0) ** r, 0.0)
+        p = (above + u ** (alpha - 1.0)).clamp(min=0.0) ** r
+        return torch.where(above > 0.0, p, torch.where(above == 0.0, u, 0.0))
 
     low, high = torch.zeros_like(edge), torch.ones_like(edge)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         short = p_at(middle).sum(dim=-1, keepdim=True) < 1.0
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-    return p_at(high), edge - high ** (1.0 / min(1.0, r))
+    return p_at(high), factor * edge - high ** (alpha - 1.0)
 
 
 def _bisect_tau(y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -158,10 +202,15 @@ def entmax_gradient(p: Tensor, grad_p: Tensor, alpha: float) -> Tensor:
     inside = p != 0.0  # NaN counts as inside
     u = torch.where(inside, torch.where(inside, p, 1.0) ** (2.0 - alpha), 0.0)
     u = torch.where(p.isnan(), math.nan, u)  # NaN ** 0 is 1
-    weighted = torch.where(inside, u * grad_p, 0.0)
-    mass = u.sum(dim=-1, keepdim=True)
-    delta = weighted.sum(dim=-1, keepdim=True) / torch.where(mass == 0.0, 1.0, mass)
-    return torch.where(inside, u * (grad_p - delta), 0.0)
+    # Only ratios count in delta: relative to the largest, that of the lowest p, none overflows.
+    lowest = torch.where(inside, p, 1.0).amin(dim=-1, keepdim=True) if alpha > 2.0 else 1.0
+    ratio = torch.where(inside, torch.where(inside, p / lowest, 1.0) ** (2.0 - alpha), 0.0)
+    ratio = torch.where(p.isnan(), math.nan, ratio)
+    weighted = torch.where(inside, ratio * grad_p, 0.0)
+    mass = ratio.sum(dim=-1, keepdim=True)
+    distance = grad_p - weighted.sum(dim=-1, keepdim=True) / torch.where(mass == 0.0, 1.0, mass)
+    felt = inside & ((distance != 0.0) | p.isnan())  # an infinite u times zero is zero
+    return torch.where(felt, u * distance, 0.0)
 
 
 def entmax_gradient_magnitude(p: Tensor, grad_p: Tensor, alpha: float) -> Tensor:
@@ -212,7 +261,7 @@ def attention(
         tau = torch.full(scores.shape[:-1], math.nan, dtype=dtype, device=scores.device)
     else:
         z = (alpha - 1.0) * scores
-        p, tau = probabilities_and_tau(z, alpha)
+        p, tau = entmax_and_tau(scores, alpha)
     p = torch.where(allowed, p, 0.0)
     return Attention(_weighted_sum(p, value), p, z, tau)
 

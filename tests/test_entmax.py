@@ -18,8 +18,8 @@ from cases import (
     FLOAT32_FLOOR,
     FLOAT64,
     ROUNDING_FACTOR,
-    TOLERANCES,
     device_of,
+    tolerances,
     usable_backends,
 )
 from torch import Tensor
@@ -83,12 +83,13 @@ def assert_agrees(x: Tensor, alpha: float, backend: str, *, well_conditioned: bo
     got = run(x, grad_y, alpha, backend)
     exact = dense(x, grad_y, alpha, FLOAT64)
     magnitude = exact[0], reference.entmax_gradient_magnitude(exact[0], grad_y.double(), alpha)
+    limits = tolerances(backend)
     for index, what in enumerate(("out", "gradient")):
         expected, floor = exact[index], FLOAT32_FLOOR * reference.norm(magnitude[index])
-        if x.dtype in TOLERANCES and well_conditioned:
-            allowed = getattr(TOLERANCES[x.dtype], what) * reference.norm(expected)
+        if x.dtype in limits and well_conditioned:
+            allowed = getattr(limits[x.dtype], what) * reference.norm(expected)
         elif x.dtype == FLOAT64:
-            allowed = getattr(TOLERANCES[x.dtype], what) * reference.norm(magnitude[index])
+            allowed = getattr(limits[x.dtype], what) * reference.norm(magnitude[index])
         elif x.dtype == FLOAT32:
             rival = dense_errors(x, grad_y, alpha, exact)[index]
             allowed = max(floor, DENSE_FACTOR * rival)

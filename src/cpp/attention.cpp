@@ -161,6 +161,7 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
   const Panels<T> packed_keys(k, p, a.key, p.head_dim, a.threads);
   Workspaces workspaces(k.forward_workspace(p), a.threads);
   auto kept = std::make_unique<KeptLists<T>>(p, a.threads);
+  std::vector<Work> work(size_t(a.threads < 1 ? 1 : a.threads));
 
   parallel_for(p.batch * p.heads_q * blocks, a.threads, [&](int64_t i, int thread) {
     // Head by head, so that one head's keys and values stay in the cache; within it the long
@@ -186,6 +187,7 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
     task.results.tiles = a.tiles ? a.tiles + (head * blocks + block) * key_tiles : nullptr;
     task.workspace = workspaces.of(thread);
     k.forward(task);
+    work[size_t(thread)].add(task.work);
 
     if (a.support)
       for (int64_t r = 0; r < task.rows; ++r) {
@@ -205,6 +207,8 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
     }
     kept->blocks[head * blocks + block] = {thread, at, int64_t(list.keys.size()) - at};
   });
+  if (a.work)
+    for (const Work& one : work) a.work->add(one);
   if (!a.keep) return nullptr;
   return kept;
 }

@@ -26,13 +26,13 @@ struct BackwardRows {
       : task(t),
         problem(p),
         power(power_of<T>(p.alpha)),
-        multiplier(T((p.alpha.value - 1.0) * p.scores.scale)),
+        multiplier(T(multiplier_of<K>(p.alpha, p.scores.scale))),
         scale(T(p.scores.scale)) {
     Arena arena{static_cast<char*>(t.workspace)};
     score_stride = panels<T>(p.length_k) * kKeys + kLanes<T>;
     grad_out = arena.take<T>(p.head_dim_v);
     grad_query = arena.take<T>(kTileRows * p.head_dim);
-    list = arena.take<T>(3 * kListStride<T>);
+    list = arena.take<T>(2 * kListStride<T>);
     if (any_flat) {
       query_packed = arena.take<T>(kTileRows * p.head_dim);
       grad_out_packed = arena.take<T>(kTileRows * p.head_dim_v);
@@ -61,32 +61,38 @@ struct BackwardRows {
   ADASPLASH2_INLINE void list_row(int64_t i) {
     const int64_t begin = task.offsets[i], n = task.offsets[i + 1] - begin;
     const int32_t* keys = task.keys + begin;
-    T *p = list, *dp = list + kListStride<T>, *ds = list + 2 * kListStride<T>;
-    __builtin_memcpy(p, task.probabilities + begin, size_t(n) * sizeof(T));
+    T *ds = list, *dp = list + kListStride<T>;
+    __builtin_memcpy(ds, task.probabilities + begin, size_t(n) * sizeof(T));
     const S* dout = row_of(task.grad_out, i);
     for (int64_t k = 0; k < problem.head_dim_v; ++k) grad_out[k] = to_compute(dout[k]);
     for (int64_t j = 0; j < n; ++j)
       dp[j] = dot(grad_out, row_of(task.value, keys[j]), problem.head_dim_v);
-    store(p + n, Vec<T>{});
+    store(ds + n, Vec<T>{});
     store(dp + n, Vec<T>{});
 
-    Sum<T> total, weighted;
-    for (int64_t j = 0; j < n; j += kLanes<T>) {
-      const Vec<T> u = sensitivity<K>(load(p + j), power);
-      total.add(u);
-      weighted.add(u == T(0) ? u : u * load(dp + j));  // off the support nothing is felt
-      store(ds + j, u);
-    }
-    const T delta = weighted.total() / total.total();
-    for (int64_t j = 0; j < n; j += kLanes<T>)
-      store(ds + j, load(ds + j) * (load(dp + j) - delta) * scale);
+    score_gradients<K>(ds, dp, n, scale, power);
     __builtin_memcpy(task.grad_scores + begin, ds, size_t(n) * sizeof(T));
+    const T unit = into_range(ds, n);
     gather_rows<false>(ds, keys, n, static_cast<const S*>(task.key.data), task.key.stride,
                        problem.head_dim, grad_query);
-    write(i, grad_query);
+    write(i, grad_query, unit);
   }
 
-  ADASPLASH2_INLINE void write(int64_t i, const T* row) {
+  // Steep ds may be so large that their products with keys overflow with both signs, whose sum is
+  // NaN: such a row is divided by the unit that is returned.
+  ADASPLASH2_INLINE T into_range(T* ds, int64_t n) const {
+    const T unit = sizeof(T) == 4 ? T(0x1p64) : T(0x1p512);
+    if (!is_steep<K>(power)) return T(1);
+    T most = 0;
+    for (int64_t j = 0; j < n; ++j) most = magnitude(ds[j]) > most ? magnitude(ds[j]) : most;
+    if (!(most > unit)) return T(1);
+    for (int64_t j = 0; j < n; ++j) ds[j] /= unit;
+    return unit;
+  }
+
+  ADASPLASH2_INLINE void write(int64_t i, T* row, T unit) {
+    if (unit != T(1))
+      for (int64_t k = 0; k < problem.head_dim; ++k) row[k] *= unit;
     store_storage(static_cast<S*>(task.grad_query.data) + i * task.grad_query.stride, row,
                   problem.head_dim);
   }
@@ -99,7 +105,7 @@ struct BackwardRows {
     const int64_t keys = problem.scores.visible(task.row_begin + first + rows - 1).end;
     const int64_t panel_end = panels<T>(keys);
     for (int64_t panel = 0; panel < panel_end; ++panel) {
-      const Tile<T> z = scores_tile(
+      const Tile<T> x = scores_tile(
           query_packed, task.packed_keys + panel * kKeys * problem.head_dim, problem.head_dim);
       const Tile<T> dp =
           scores_tile(grad_out_packed, task.packed_values + panel * kKeys * problem.head_dim_v,
@@ -107,44 +113,38 @@ struct BackwardRows {
       for (int r = 0; r < kTileRows; ++r)
         for (int v = 0; v < kTileVectors; ++v) {
           const int64_t at = r * score_stride + panel * kKeys + v * kLanes<T>;
-          store(scores + at, z.rows[r][v] * multiplier);
+          store(scores + at, x.rows[r][v] * multiplier);
           store(grads + at, dp.rows[r][v]);
         }
     }
-    for (int64_t r = 0; r < kTileRows; ++r)
-      flat_row(first + r, r < rows && task.support[first + r] < 0, panel_end * kKeys,
-               scores + r * score_stride, grads + r * score_stride);
+    T units[kTileRows];
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      T* ds = scores + r * score_stride;
+      flat_row(first + r, r < rows && task.support[first + r] < 0, panel_end * kKeys, ds,
+               grads + r * score_stride);
+      units[r] = into_range(ds, panel_end * kKeys);
+    }
     for (int64_t k = 0; k < kTileRows * problem.head_dim; ++k) grad_query[k] = T(0);
     for (int64_t r = 0; r < kTileRows; r += kWeightedRows)
       add_weighted_rows<kWeightedRows>(
           scores + r * score_stride, score_stride, 1, keys, static_cast<const S*>(task.key.data),
           task.key.stride, problem.head_dim, grad_query + r * problem.head_dim, problem.head_dim);
     for (int64_t r = 0; r < rows; ++r)
-      if (task.support[first + r] < 0) write(first + r, grad_query + r * problem.head_dim);
+      if (task.support[first + r] < 0)
+        write(first + r, grad_query + r * problem.head_dim, units[r]);
   }
 
   // Scores -> ds * scale in place; zeros for a row that is not flat.
-  ADASPLASH2_INLINE void flat_row(int64_t i, bool is_flat, int64_t width, T* z, const T* dp) {
+  ADASPLASH2_INLINE void flat_row(int64_t i, bool is_flat, int64_t width, T* x, const T* dp) {
     if (!is_flat) {
-      for (int64_t j = 0; j < width; j += kLanes<T>) store(z + j, Vec<T>{});
+      for (int64_t j = 0; j < width; j += kLanes<T>) store(x + j, Vec<T>{});
       return;
     }
     const KeyRange visible = problem.scores.visible(task.row_begin + i);
-    Sum<T> total, weighted;
-    for (int64_t j = 0; j < width; j += kLanes<T>) {
-      const Vec<T> masked = mask_keys<T>(load(z + j), j, visible);
-      const Vec<T> p = probability<K>(above<T>(masked, task.thresholds[i]), power);
-      const Vec<T> u = sensitivity<K>(p, power);
-      total.add(u);
-      weighted.add(u == T(0) ? u : u * load(dp + j));  // off the support nothing is felt
-      store(z + j, u);
-    }
-    const T delta = weighted.total() / total.total();
-    task.delta[i] = delta;
-    for (int64_t j = 0; j < width; j += kLanes<T>) {
-      const Vec<T> u = load(z + j);
-      store(z + j, u == T(0) ? u : u * (load(dp + j) - delta) * scale);
-    }
+    for (int64_t j = 0; j < width; j += kLanes<T>)
+      store(x + j,
+            probability<K>(mask_keys<T>(load(x + j), j, visible), task.thresholds[i], power));
+    task.delta[i] = score_gradients<K>(x, dp, width, scale, power);
   }
 };
 
@@ -180,7 +180,7 @@ struct BackwardKeys {
       : task(t),
         problem(p),
         power(power_of<T>(p.alpha)),
-        multiplier(T((p.alpha.value - 1.0) * p.scores.scale)),
+        multiplier(T(multiplier_of<K>(p.alpha, p.scores.scale))),
         scale(T(p.scores.scale)) {
     Arena arena{static_cast<char*>(t.workspace)};
     grad_keys = arena.take<T>(kTaskKeys<T> * p.head_dim);
@@ -285,7 +285,7 @@ struct BackwardKeys {
   ADASPLASH2_INLINE void flat_tile(int64_t head, int64_t first, int64_t rows, int64_t at,
                                    int64_t key) {
     const int64_t panel = (task.key_begin + key) / kKeys;
-    const Tile<T> z =
+    const Tile<T> x =
         scores_tile(query_packed + at * problem.head_dim,
                     task.packed_keys + panel * kKeys * problem.head_dim, problem.head_dim);
     const Tile<T> dp =
@@ -299,9 +299,9 @@ struct BackwardKeys {
         Vec<T> p = {}, ds = {};
         if (is_flat) {
           const int64_t first_key = task.key_begin + key + v * kLanes<T>;
-          p = probability<K>(above<T>(z.rows[r][v] * multiplier, task.thresholds[i]), power);
+          p = probability<K>(x.rows[r][v] * multiplier, task.thresholds[i], power);
           const Vec<T> u = sensitivity<K>(p, power);
-          ds = u == T(0) ? u : u * (dp.rows[r][v] - task.delta[i]) * scale;
+          ds = score_gradient<K>(u, dp.rows[r][v] - task.delta[i], scale, power);
           const Ints<T> seen = mask_keys<T>(Vec<T>{}, first_key, visible) == T(0);
           p = seen ? p : Vec<T>{};
           ds = seen ? ds : Vec<T>{};

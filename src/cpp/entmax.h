@@ -29,7 +29,7 @@ ADASPLASH2_INLINE void entmax_rows(const EntmaxTask<ComputeOf<S>>& task) {
   constexpr int L = kLanes<T>;
   const EntmaxWorkspace<T> ws(task.length, task.workspace);
   const Power<T> power = power_of<T>(*task.alpha);
-  const T multiplier = T(task.alpha->value - 1.0);
+  const T multiplier = T(multiplier_of<K>(*task.alpha, 1.0));
   const int64_t n = task.length, whole = n / L * L;
   for (int64_t i = 0; i < task.rows; ++i) {
     const S* x = static_cast<const S*>(task.x) + i * task.stride_x;
@@ -38,7 +38,7 @@ ADASPLASH2_INLINE void entmax_rows(const EntmaxTask<ComputeOf<S>>& task) {
     if (whole < n) store(ws.values + whole, load_partial(x + whole, int(n - whole)) * multiplier);
     const DenseRow<T> row = solve_dense<K, T>(ws.values, n, ws.candidates, power);
     const auto p_at = [&](int64_t j) {
-      return probability<K>(above<T>(load(ws.values + j), row.threshold), power) * row.scale;
+      return probability<K>(load(ws.values + j), row.threshold, power) * row.scale;
     };
     const bool empty = row.state == RowState::kEmpty;
     for (int64_t j = 0; j < n; j += L) {
@@ -66,24 +66,13 @@ ADASPLASH2_INLINE void entmax_backward_rows(const EntmaxBackwardTask& task) {
     const S* y = static_cast<const S*>(task.y) + i * n;
     const S* dy = static_cast<const S*>(task.grad_y) + i * task.stride_grad_y;
     S* dx = static_cast<S*>(task.grad_x) + i * n;
-    Sum<T> total, weighted;
     for (int64_t j = 0; j < n; j += L) {
       const bool full = j < whole;
-      const Vec<T> p = full ? load_compute(y + j) : load_partial(y + j, int(n - whole));
-      const Vec<T> g = full ? load_compute(dy + j) : load_partial(dy + j, int(n - whole));
-      const Vec<T> u = sensitivity<K>(p, power);
-      total.add(u);
-      weighted.add(u == T(0) ? u : u * g);  // off the support nothing is felt
-      store(ws.values + j, u);
-      store(ws.candidates + j, g);
+      store(ws.values + j, full ? load_compute(y + j) : load_partial(y + j, int(n - whole)));
+      store(ws.candidates + j, full ? load_compute(dy + j) : load_partial(dy + j, int(n - whole)));
     }
-    const T mass = total.total(), delta = mass == T(0) ? T(0) : weighted.total() / mass;
-    for (int64_t j = 0; j < n; j += L) {
-      const Vec<T> u = load(ws.values + j);
-      T grad[L];
-      store(grad, u == T(0) ? u : u * (load(ws.candidates + j) - delta));
-      store_storage(dx + j, grad, j < whole ? L : n - whole);
-    }
+    score_gradients<K>(ws.values, ws.candidates, n, T(1), power);
+    store_storage(dx, ws.values, n);
   }
 }
 

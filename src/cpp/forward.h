@@ -60,15 +60,15 @@ ADASPLASH2_INLINE int clamp_lane(int64_t lane) {
   return lane < 0 ? 0 : (lane > kLanes<T> ? kLanes<T> : int(lane));
 }
 
-// z where the key may be seen, -inf elsewhere.
+// The values where the key may be seen, -inf elsewhere.
 template <class T>
-ADASPLASH2_INLINE Vec<T> mask_keys(Vec<T> z, int64_t first_key, KeyRange visible) {
+ADASPLASH2_INLINE Vec<T> mask_keys(Vec<T> values, int64_t first_key, KeyRange visible) {
   const Keys<T> keys = iota<T>();
   const Ints<T> lane = __builtin_convertvector(keys, Ints<T>);
   const int64_t begin = visible.begin - first_key, end = visible.end - first_key;
   const Ints<T> out =
       (lane < Ints<T>{} + clamp_lane<T>(begin)) | (lane >= Ints<T>{} + clamp_lane<T>(end));
-  return out ? broadcast(-kInfinity<T>) : z;
+  return out ? broadcast(-kInfinity<T>) : values;
 }
 
 template <class S, AlphaKind K>
@@ -84,13 +84,14 @@ struct ForwardBlock {
   T lo[kBlockRows];
   int64_t count[kBlockRows], trigger[kBlockRows];
   bool flat[kBlockRows];
+  Work work;
 
   ADASPLASH2_INLINE explicit ForwardBlock(const ForwardTask<T>& t)
       : task(t),
         problem(*t.problem),
         ws(*t.problem, t.workspace),
         power(power_of<T>(t.problem->alpha)),
-        multiplier(T((t.problem->alpha.value - 1.0) * t.problem->scores.scale)) {}
+        multiplier(T(multiplier_of<K>(t.problem->alpha, t.problem->scores.scale))) {}
 
   ADASPLASH2_INLINE KeyRange visible(int64_t i) const {
     return problem.scores.visible(task.row_begin + i);
@@ -150,6 +151,7 @@ struct ForwardBlock {
         if (key >= any.end || key + kKeys <= any.begin || all_flat(first, last)) continue;
         const Tile<T> tile =
             scores_tile(ws.query + first * problem.head_dim, packed, problem.head_dim);
+        ++work.tiles;
         if (key >= all.begin && key + kKeys <= all.end && last - first + 1 == kTileRows)
           collect<false>(tile, first, kTileRows, key);
         else
@@ -171,13 +173,13 @@ struct ForwardBlock {
     for (int r = 0; r < kTileRows; ++r) {
       if (Masked && r >= rows) continue;
       const int64_t i = first + r;
-      Vec<T> z[kTileVectors];
+      Vec<T> x[kTileVectors];
       unsigned above[kTileVectors], any = 0;
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
-        z[v] = tile.rows[r][v] * multiplier;
-        if (Masked) z[v] = mask_keys<T>(z[v], key + v * kLanes<T>, visible(i));
-        above[v] = not_below(z[v], broadcast(lo[i]));
+        x[v] = tile.rows[r][v] * multiplier;
+        if (Masked) x[v] = mask_keys<T>(x[v], key + v * kLanes<T>, visible(i));
+        above[v] = not_below(x[v], broadcast(lo[i]));
         any |= above[v];
       }
       if (!any || flat[i]) continue;
@@ -186,8 +188,9 @@ struct ForwardBlock {
       int64_t n = count[i];
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v)
-        n += compress<T>(z[v], iota<T>() + int32_t(key + v * kLanes<T>), above[v], values + n,
+        n += compress<T>(x[v], iota<T>() + int32_t(key + v * kLanes<T>), above[v], values + n,
                          keys + n);
+      work.appended += n - count[i];
       count[i] = n;
       if (n >= trigger[i]) tighten_row(i);
     }
@@ -196,6 +199,7 @@ struct ForwardBlock {
   __attribute__((noinline)) void tighten_row(int64_t i) {
     const Tightened<T> row = tighten<K, T>(ws.list_values + i * kListStride<T>,
                                            ws.list_keys + i * kListStride<T>, count[i], power);
+    ++work.tightenings;
     count[i] = row.count;
     // A poisoned row is flat too: its NaN has to reach every gradient it touches.
     flat[i] = row.state == RowState::kPoisoned || row.count > kListCapacity * 3 / 4;
@@ -218,7 +222,8 @@ struct ForwardBlock {
     int64_t support = 0;
     if (row.state == RowState::kSolved)
       support = solve_list<K, T>(values, keys, row, power, &threshold, &steps);
-    record(i, threshold, int32_t(support), steps);
+    work.solved += row.count;
+    record(i, row.state, threshold, int32_t(support), steps);
     gather_rows<false>(values, keys, support, static_cast<const S*>(task.value.data),
                        task.value.stride, problem.head_dim_v, ws.out);
     write_out(i, ws.out);
@@ -226,11 +231,13 @@ struct ForwardBlock {
       for (int64_t j = 0; j < support; ++j) task.results.tiles[keys[j] / kBlockRows] = 1;
   }
 
-  ADASPLASH2_INLINE void record(int64_t i, const Threshold<T>& threshold, int32_t support,
-                                int32_t steps) {
-    const T shifted = threshold.tau + threshold.rest;
+  ADASPLASH2_INLINE void record(int64_t i, RowState state, const Threshold<T>& threshold,
+                                int32_t support, int32_t steps) {
+    work.steps += steps;
+    work.flat_rows += flat[i];
     task.results.thresholds[i] = threshold;
-    task.results.tau[i] = shifted == kInfinity<T> ? shifted : threshold.max + shifted;
+    task.results.tau[i] =
+        state == RowState::kEmpty ? kInfinity<T> : tau_of<K>(threshold, problem.alpha);
     task.results.support[i] = support;
     if (task.results.iterations) task.results.iterations[i] = steps;
   }
@@ -252,9 +259,9 @@ struct ForwardBlock {
       for (int r = 0; r < kTileRows; ++r)
         for (int v = 0; v < kTileVectors; ++v) {
           const int64_t key = panel * kKeys + v * kLanes<T>;
-          Vec<T> z = tile.rows[r][v] * multiplier;
-          z = mask_keys<T>(z, key, r < rows ? visible(first + r) : KeyRange{0, 0});
-          store(ws.scores + r * ws.score_stride + key, z);
+          const KeyRange seen = r < rows ? visible(first + r) : KeyRange{0, 0};
+          store(ws.scores + r * ws.score_stride + key,
+                mask_keys<T>(tile.rows[r][v] * multiplier, key, seen));
         }
     }
     for (int64_t r = 0; r < kTileRows; ++r) {
@@ -278,9 +285,9 @@ struct ForwardBlock {
   // Scores -> probabilities in place.
   ADASPLASH2_INLINE void solve_flat_row(int64_t i, T* scores, int64_t width) {
     const DenseRow<T> row = solve_dense<K, T>(scores, width, ws.candidates, power);
-    record(i, row.threshold, int32_t(-1 - row.support), row.steps);
+    record(i, row.state, row.threshold, int32_t(-1 - row.support), row.steps);
     for (int64_t j = 0; j < width; j += kLanes<T>) {
-      const Vec<T> p = probability<K>(above<T>(load(scores + j), row.threshold), power) * row.scale;
+      const Vec<T> p = probability<K>(load(scores + j), row.threshold, power) * row.scale;
       store(scores + j, p);
     }
     if (row.state == RowState::kPoisoned || !task.results.tiles) return;
@@ -297,6 +304,7 @@ static void forward(ForwardTask<ComputeOf<S>>& task) {
     task.list_values = block.ws.list_values;
     task.list_keys = block.ws.list_keys;
     task.list_stride = kListStride<ComputeOf<S>>;
+    task.work = block.work;
   });
 }
 

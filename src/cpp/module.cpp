@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <stdexcept>
@@ -12,6 +13,7 @@
 #include "attention.h"
 #include "entmax_rows.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 using namespace adasplash2;
@@ -78,6 +80,19 @@ PYBIND11_MODULE(_core, m) {
   m.attr("BINS") = kBins;
 
   m.def("usable_isas", &usable_isas);
+  // For tests: a loop whose task `failing` throws; returns how many tasks ran.
+  m.def(
+      "fail_in_parallel",
+      [](std::int64_t tasks, int threads, std::int64_t failing) {
+        const py::gil_scoped_release release;
+        std::atomic<std::int64_t> done{0};
+        parallel_for(tasks, threads, [&](std::int64_t i, int) {
+          if (i == failing) throw std::runtime_error("task " + std::to_string(i) + " failed");
+          ++done;
+        });
+        return done.load();
+      },
+      py::arg("tasks"), py::arg("threads"), py::arg("failing"));
   m.def("isa", [] { return std::string(kernels().isa); });
 
   m.def(
@@ -86,6 +101,14 @@ PYBIND11_MODULE(_core, m) {
         return saved_bytes(dtype_of(dtype), rows, entries);
       },
       py::arg("dtype"), py::arg("rows"), py::arg("entries"));
+  py::class_<Work>(m, "Work")
+      .def(py::init<>())
+      .def_readonly("tiles", &Work::tiles)
+      .def_readonly("appended", &Work::appended)
+      .def_readonly("tightenings", &Work::tightenings)
+      .def_readonly("solved", &Work::solved)
+      .def_readonly("steps", &Work::steps)
+      .def_readonly("flat_rows", &Work::flat_rows);
 
   py::class_<Kept>(m, "Kept")
       .def_property_readonly("bytes", &Kept::bytes)
@@ -98,7 +121,7 @@ PYBIND11_MODULE(_core, m) {
       [](const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
          double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
          const Tensor& out, Address tau, bool keep, int threads, const std::string& isa,
-         std::int64_t scan_rows, Address support, Address iterations, Address tiles) {
+         std::int64_t scan_rows, Address support, Address iterations, Address tiles, Work* work) {
         ForwardArguments a = {};
         a.kernels = &kernels(isa);
         a.problem = problem_of(dims, dtype, alpha, scale, is_causal);
@@ -113,13 +136,15 @@ PYBIND11_MODULE(_core, m) {
         a.support = pointer<std::int32_t>(support);
         a.iterations = pointer<std::int32_t>(iterations);
         a.tiles = pointer<std::uint8_t>(tiles);
+        a.work = work;
         const py::gil_scoped_release release;
         return attention_forward(a);
       },
       py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("tau"),
       py::arg("keep"), py::arg("threads"), py::arg("isa"), py::arg("scan_rows"),
-      py::arg("support") = 0, py::arg("iterations") = 0, py::arg("tiles") = 0);
+      py::arg("support") = 0, py::arg("iterations") = 0, py::arg("tiles") = 0,
+      py::arg("work") = nullptr);
 
   m.def(
       "attention_backward",

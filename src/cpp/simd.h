@@ -112,6 +112,12 @@ struct Sum {
     lost = (next - value) - y;
     value = next;
   }
+  // Where terms or sums may be infinite: there nothing is lost, and inf - inf must not make NaN
+  // of what plain addition makes inf.
+  ADASPLASH2_INLINE void add_any(Vec<T> x) {
+    add(x);
+    lost = lost == lost ? lost : Vec<T>{};
+  }
   ADASPLASH2_INLINE T total() const { return sum<T>(value); }
 };
 
@@ -286,18 +292,20 @@ struct FloatFormat<float> {
   static constexpr int kMantissaBits = 23, kBias = 127, kLogTerms = 5, kExpTerms = 9;
   using Bits = int32_t;
   static constexpr Bits kMantissaMask = 0x7fffff, kUpperBits = ~0xfff;
-  static constexpr float kRound = 0x1.8p23f;
+  static constexpr float kRound = 0x1.8p23f, kSmallest = 0x1p-126f, kLargest = 0x1.fffffep127f;
+  static constexpr float kLift = 0x1p24f;
 };
 template <>
 struct FloatFormat<double> {
   static constexpr int kMantissaBits = 52, kBias = 1023, kLogTerms = 12, kExpTerms = 15;
   using Bits = int64_t;
   static constexpr Bits kMantissaMask = 0xfffffffffffff, kUpperBits = ~0x7ffffff;
-  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kRound = 0x1.8p52, kSmallest = 0x1p-1022;
+  static constexpr double kLargest = 0x1.fffffffffffffp1023, kLift = 0x1p53;
 };
 
-// x = 2^exponent * 2^fraction with |fraction| <= 1/2, for positive normal numbers. Apart, the two
-// are exact and nearly exact; their sum would lose the fraction's last bits.
+// x = 2^exponent * 2^fraction with |fraction| <= 1/2, for positive numbers. Apart, the two are
+// exact and nearly exact; their sum would lose the fraction's last bits.
 template <class T>
 struct Logarithm {
   Vec<T> exponent, fraction;
@@ -307,10 +315,12 @@ struct Logarithm {
 template <class T>
 ADASPLASH2_INLINE Logarithm<T> log2(Vec<T> x) {
   using F = FloatFormat<T>;
-  const Ints<T> bits = bits_as<Ints<T>>(x);
+  const Ints<T> subnormal = x < F::kSmallest;
+  const Ints<T> bits = bits_as<Ints<T>>(subnormal ? x * F::kLift : x);
   const Ints<T> one = bits_as<Ints<T>>(broadcast(T(1)));
   Vec<T> m = bits_as<Vec<T>>((bits & F::kMantissaMask) | one);
-  Vec<T> exponent = __builtin_convertvector((bits >> F::kMantissaBits) - F::kBias, Vec<T>);
+  const Ints<T> bias = F::kBias + (subnormal & (F::kMantissaBits + 1));
+  Vec<T> exponent = __builtin_convertvector((bits >> F::kMantissaBits) - bias, Vec<T>);
   const Ints<T> high = m > T(1.4142135623730951);
   m = high ? m * T(0.5) : m;
   exponent = high ? exponent + T(1) : exponent;
@@ -326,11 +336,13 @@ ADASPLASH2_INLINE Vec<T> round_to_whole(Vec<T> x) {
   return (x + FloatFormat<T>::kRound) - FloatFormat<T>::kRound;
 }
 
-// x^r of positive normal numbers, to |r| round-offs; 0 below the normal range, inf above.
+// (x + rest)^r of positive numbers, `rest` below the round-off of x; the error is that of log(x)
+// times |r|. 0 below the normal range, inf above.
 template <class T>
-ADASPLASH2_INLINE Vec<T> power_of_positive(Vec<T> x, T r) {
+ADASPLASH2_INLINE Vec<T> power_of_positive(Vec<T> x, Vec<T> rest_of_x, T r) {
   using F = FloatFormat<T>;
-  const Logarithm<T> log = log2<T>(x);
+  Logarithm<T> log = log2<T>(x);
+  log.fraction += rest_of_x / x * T(1.4426950408889634);  // 1 / ln 2
   // The upper half of r's bits times a whole exponent is exact.
   const T r_high = bits_as<T>(bits_as<typename F::Bits>(r) & F::kUpperBits);
   const Vec<T> large = r_high * log.exponent;

@@ -1,37 +1,12 @@
 // The threshold of one row: histogram, bracket, guarded refinement, probabilities.
+//
+// A row's values are its scores z = (alpha-1) s for alpha 1.5 and 2, where the factor is a power
+// of two and loses nothing, and its scores s for every other alpha.
 #pragma once
 
-#include "simd.h"
+#include "power.h"
 
 namespace adasplash2::ADASPLASH2_ISA {
-
-// After this many steps every other one is a bisection: above alpha = 2, where f is not convex
-// and has infinite slopes, guarded steps alone can circle.
-constexpr int kFreeSteps = 4;
-constexpr int kMaxSteps = kFreeSteps + 2 * 64;
-
-template <class T>
-constexpr T kInfinity = T(__builtin_inf());
-template <class T>
-constexpr T kNan = T(__builtin_nan(""));
-template <class T>
-constexpr T kEpsilon = sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52);
-
-template <class T>
-struct Power {
-  T exponent;           // r
-  T powers[kBins + 1];  // for histogram_bracket
-  T gradient_exponent;  // 2 - alpha
-};
-
-template <class T>
-ADASPLASH2_INLINE Power<T> power_of(const Alpha& alpha) {
-  Power<T> power;
-  power.exponent = T(alpha.exponent);
-  power.gradient_exponent = T(2.0 - alpha.value);
-  for (int k = 0; k <= kBins; ++k) power.powers[k] = T(alpha.powers[k]);
-  return power;
-}
 
 template <AlphaKind K>
 struct Kind {
@@ -51,19 +26,26 @@ ADASPLASH2_INLINE void with_kind(AlphaKind kind, F f) {
   }
 }
 
-template <class T>
-ADASPLASH2_INLINE Vec<T> raise(Vec<T> x, T exponent) {  // x > 0, or NaN
-  const Vec<T> y = power_of_positive<T>(x, exponent);
-  return x == x ? y : x;
+// What q . k is multiplied by to give a row's values.
+template <AlphaKind K>
+ADASPLASH2_INLINE double multiplier_of(const Alpha& alpha, double scale) {
+  return K == AlphaKind::kGeneral ? scale : (alpha.value - 1.0) * scale;
 }
 
-// p = [x]_+^r of x = y - tau. NaN stays NaN.
+// y = z - max z of a row's values.
 template <AlphaKind K, class T>
-ADASPLASH2_INLINE Vec<T> probability(Vec<T> x, const Power<T>& power) {
-  const Ints<T> out = x <= T(0);
-  if constexpr (K == AlphaKind::k15) return out ? Vec<T>{} : x * x;
-  if constexpr (K == AlphaKind::k2) return out ? Vec<T>{} : x;
-  return out ? Vec<T>{} : raise<T>(x, power.exponent);
+ADASPLASH2_INLINE Vec<T> shifted(Vec<T> values, T max, const Power<T>& power) {
+  if constexpr (K == AlphaKind::kGeneral) return (values - max) * power.factor;
+  return values - max;
+}
+
+// p of a row's values. NaN stays NaN.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE Vec<T> probability(Vec<T> values, const Threshold<T>& threshold,
+                                     const Power<T>& power) {
+  if constexpr (K == AlphaKind::kGeneral) return power_probability<T>(values, threshold, power);
+  const Vec<T> x = ((values - threshold.max) - threshold.tau) - threshold.rest;
+  return x <= T(0) ? Vec<T>{} : (K == AlphaKind::k15 ? x * x : x);
 }
 
 ADASPLASH2_INLINE Vec<float> vsqrt(Vec<float> x) {
@@ -96,18 +78,72 @@ ADASPLASH2_INLINE Vec<T> sensitivity(Vec<T> p, const Power<T>& power) {
   return out ? Vec<T>{} : raise<T>(p, power.gradient_exponent);
 }
 
+// Whether u grows without bound as p falls, and may leave T's range.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE bool is_steep(const Power<T>& power) {
+  return K == AlphaKind::kGeneral && power.gradient_exponent < T(0);
+}
+
+// ds = scale u (dp - delta). A steep u may be infinite: times zero it is zero, and what is made of
+// numbers is no more than the largest that T holds, so that zeros of q and k stay zeros.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE Vec<T> score_gradient(Vec<T> u, Vec<T> from_delta, T scale,
+                                        const Power<T>& power) {
+  const Vec<T> ds = u * from_delta * scale;
+  if (is_steep<K>(power)) {
+    const T largest = FloatFormat<T>::kLargest;
+    const Vec<T> bounded = vmax<T>(vmin<T>(ds, broadcast(largest)), broadcast(-largest));
+    const Ints<T> are_numbers = (u == u) & (from_delta - from_delta == T(0));
+    return u == T(0) ? u : (are_numbers ? (ds == ds ? bounded : Vec<T>{}) : ds);
+  }
+  return u == T(0) ? u : ds;  // off the support nothing is felt
+}
+
+// Probabilities p[0..width) of a row (zeros behind them to the end of a vector) become ds;
+// returns delta = sum u dp / sum u.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T scale,
+                                    const Power<T>& power) {
+  // Only ratios of the u count in delta: with the largest as their unit none overflows.
+  const bool steep = is_steep<K>(power);
+  T unit = T(1);
+  if (steep) {
+    Vec<T> least = broadcast(T(1));
+    for (int64_t j = 0; j < width; j += kLanes<T>) {
+      const Vec<T> one = load(p + j);
+      least = one > T(0) ? vmin<T>(one, least) : least;
+    }
+    unit = smallest<T>(least);
+  }
+  Sum<T> total, weighted;
+  for (int64_t j = 0; j < width; j += kLanes<T>) {
+    const Vec<T> one = load(p + j);
+    const Vec<T> u = sensitivity<K>(steep ? one / unit : one, power);
+    total.add(u);
+    weighted.add_any(u == T(0) ? u : u * load(dp + j));
+    if (!steep) store(p + j, u);
+  }
+  const T mass = total.total(), delta = mass == T(0) ? T(0) : weighted.total() / mass;
+  for (int64_t j = 0; j < width; j += kLanes<T>) {
+    const Vec<T> u = steep ? sensitivity<K>(load(p + j), power) : load(p + j);
+    store(p + j, score_gradient<K>(u, load(dp + j) - delta, scale, power));
+  }
+  return delta;
+}
+
 template <class T>
 ADASPLASH2_INLINE void pad(T* values, int64_t n) {
   store(values + n, broadcast(-kInfinity<T>));
 }
 
-// Counts of values[i] - max per bin, of a padded list. Two sets of counters, since consecutive
-// scores often share a bin and an increment waits for the one before it.
-template <class T>
-ADASPLASH2_INLINE void histogram(const T* values, int64_t n, T max, int* counts) {
+// Counts of z - max z per bin, of a padded list. Two sets of counters, since consecutive scores
+// often share a bin and an increment waits for the one before it.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE void histogram(const T* values, int64_t n, T max, const Power<T>& power,
+                                 int* counts) {
   int sets[2][kBins] = {};
   for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const Vec<T> bin = (load(values + i) - max + T(1)) * T(kBins);
+    const Vec<T> bin = (shifted<K>(load(values + i), max, power) + T(1)) * T(kBins);
     const Vec<T> clamped = vmin<T>(vmax<T>(bin, Vec<T>{}), broadcast(T(kBins - 1)));
     const Keys<T> bins = __builtin_convertvector(clamped, Keys<T>);
     int32_t lanes[kLanes<T>];
@@ -127,70 +163,39 @@ struct Pass {
 };
 
 template <AlphaKind K, class T>
-ADASPLASH2_INLINE Pass<T> moments_at(const T* values, int64_t n, T max, T t,
-                                     const Power<T>& power) {
+ADASPLASH2_INLINE Pass<T> moments_at(const T* values, int64_t n, T max, T t) {
   Sum<T> s0, s1, s2;
   Vec<T> above = broadcast(T(2)), below = broadcast(-T(2));
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     const Vec<T> x = (load(values + i) - max) - t;
     const Ints<T> in = x > T(0);
     const Vec<T> kept = in ? x : Vec<T>{};
-    if constexpr (K == AlphaKind::kGeneral) {
-      const Vec<T> p = in ? raise<T>(x, power.exponent) : Vec<T>{};
-      const Vec<T> slope = in ? p / x : Vec<T>{};
-      s2.add(p);
-      s1.add(slope);
-      s0.add(in ? slope / x : Vec<T>{});
-    } else {
-      s0.add(in ? broadcast(T(1)) : Vec<T>{});
-      s1.add(kept);
-      if (K == AlphaKind::k15) s2.add(kept * kept);
-      above = vmin<T>(above, in ? x : above);
-      below = vmax<T>(below, in ? below : x);
-    }
+    s0.add(in ? broadcast(T(1)) : Vec<T>{});
+    s1.add(kept);
+    if (K == AlphaKind::k15) s2.add(kept * kept);
+    above = vmin<T>(above, in ? x : above);
+    below = vmax<T>(below, in ? below : x);
   }
   return {{s0.total(), s1.total(), s2.total()}, smallest<T>(above), largest<T>(below)};
 }
 
-template <class T>
-ADASPLASH2_INLINE T magnitude(T x) {
-  return x < T(0) ? -x : x;
-}
-
-// x = z - threshold.
-template <class T>
-ADASPLASH2_INLINE Vec<T> above(Vec<T> z, const Threshold<T>& threshold) {
-  return ((z - threshold.max) - threshold.tau) - threshold.rest;
-}
-
 // Threshold of a padded list that holds every score above bracket.lo.
-// Newton on the exact segment (alpha 1.5, 2) or Halley, inside a bracket that each pass
-// tightens; a step out of it becomes a bisection.
+// Newton on the exact segment (alpha 1.5, 2), inside a bracket that each pass tightens; a step out
+// of it becomes a bisection.
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE Threshold<T> refine(const T* values, int64_t n, T max, Bracket<T> bracket,
-                                      const Power<T>& power, int32_t* steps) {
+                                      int32_t* steps) {
   T t = bracket.start;
   int step = 0;
   while (step < kMaxSteps) {
-    const Pass<T> pass = moments_at<K>(values, n, max, t, power);
+    const Pass<T> pass = moments_at<K>(values, n, max, t);
     ++step;
     const T f = excess<K>(pass.moments);
     (f >= T(0) ? bracket.lo : bracket.hi) = t;
-    T d = refinement_step<K>(pass.moments, power.exponent);
+    T d = refinement_step<K>(pass.moments, T(0));
     const bool small = magnitude(d) <= T(2) * kEpsilon<T> * magnitude(t);
-    bool done;
-    if (K == AlphaKind::kGeneral) {
-      // Either f is zero to its round-off, or t can move no closer and f says so too: above
-      // alpha = 2 the slope is infinite at a score, and a short step alone proves nothing.
-      const T roundoff = kEpsilon<T> * (T(4) + power.exponent);
-      const bool still = magnitude(d) <= kEpsilon<T> / 4 * magnitude(t);
-      done = magnitude(f) <= roundoff ||
-             (still && magnitude(f) <= roundoff + T(4) * kEpsilon<T> * power.exponent *
-                                                      pass.moments.s1 * magnitude(t));
-    } else {
-      // No score lies between t and t + d: the support is right and the step was exact.
-      done = d < pass.above && d >= pass.below;
-    }
+    // No score lies between t and t + d: the support is right and the step was exact.
+    bool done = d < pass.above && d >= pass.below;
     const bool bisect = !done && step > kFreeSteps && step % 2 == 0;
     if (bisect || !(t + d >= bracket.lo && t + d <= bracket.hi)) {
       d = (bracket.lo + bracket.hi) / 2 - t;
@@ -210,7 +215,7 @@ ADASPLASH2_INLINE Threshold<T> refine(const T* values, int64_t n, T max, Bracket
 enum class RowState { kSolved, kEmpty, kPoisoned };
 
 // Raises the lower bound of a list by its histogram, and drops what fell below it. The list
-// has room for one more vector. `lo` bounds the threshold of z, not of z - max.
+// has room for one more vector. `lo` bounds the threshold of the values, `bracket` that of y.
 template <class T>
 struct Tightened {
   RowState state;
@@ -218,6 +223,18 @@ struct Tightened {
   T max, lo;
   Bracket<T> bracket;
 };
+
+// max + y in units of the values, less what rounding might have lifted it by.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE T below_max(T max, T y, const Power<T>& power) {
+  if constexpr (K == AlphaKind::kGeneral) {
+    // y is off by round-offs of 1, and those of sums of powers move it by up to alpha-1 as many.
+    const T margin = T(4) * kEpsilon<T> * (magnitude(max) + power.exponent + T(1));
+    return (max + y * power.exponent) - margin;
+  } else {
+    return (max + y) - T(2) * kEpsilon<T> * (magnitude(max) + T(1));
+  }
+}
 
 template <AlphaKind K, class T>
 __attribute__((noinline)) static Tightened<T> tighten(T* values, int32_t* keys, int64_t count,
@@ -235,12 +252,10 @@ __attribute__((noinline)) static Tightened<T> tighten(T* values, int32_t* keys, 
   if (count == 0) return result;
 
   int counts[kBins];
-  histogram(values, count, result.max, counts);
+  histogram<K>(values, count, result.max, power, counts);
   result.state = RowState::kSolved;
   result.bracket = histogram_bracket<K>(counts, power.powers);
-  // Rounding in max + lo must not lift the bound above the true threshold.
-  const T scale = magnitude(result.max) + T(1);
-  result.lo = (result.max + result.bracket.lo) - T(2) * kEpsilon<T> * scale;
+  result.lo = below_max<K>(result.max, result.bracket.lo, power);
 
   int64_t kept = 0;
   for (int64_t i = 0; i < count; i += kLanes<T>) {
@@ -259,17 +274,37 @@ __attribute__((noinline)) static Tightened<T> tighten(T* values, int32_t* keys, 
   return result;
 }
 
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE Threshold<T> threshold_of(const T* values, const Tightened<T>& row,
+                                            const Power<T>& power, int32_t* steps) {
+  if constexpr (K == AlphaKind::kGeneral)
+    return power.factor < T(1)
+               ? refine_gentle(values, row.count, row.max, row.bracket.lo, power, steps)
+               : refine_steep(values, row.count, row.max, row.lo, row.bracket.start, power, steps);
+  else
+    return refine<K>(values, row.count, row.max, row.bracket, steps);
+}
+
+// tau, the threshold of z, of a row's values.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE T tau_of(const Threshold<T>& threshold, const Alpha& alpha) {
+  if constexpr (K == AlphaKind::kGeneral)
+    return T(double(threshold.max) * (alpha.value - 1.0) - double(base_of(threshold)) -
+             double(threshold.tau));
+  return threshold.max + (threshold.tau + threshold.rest);
+}
+
 // Turns a tightened list into probabilities (normalised, zeros dropped) in place and returns
 // their number.
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE int64_t solve_list(T* values, int32_t* keys, const Tightened<T>& row,
                                      const Power<T>& power, Threshold<T>* threshold,
                                      int32_t* steps) {
-  *threshold = refine<K>(values, row.count, row.max, row.bracket, power, steps);
+  *threshold = threshold_of<K>(values, row, power, steps);
   Sum<T> total;
   int64_t kept = 0;
   for (int64_t i = 0; i < row.count; i += kLanes<T>) {
-    const Vec<T> p = probability<K>(above<T>(load(values + i), *threshold), power);
+    const Vec<T> p = probability<K>(load(values + i), *threshold, power);
     total.add(p);
     Keys<T> k;
     __builtin_memcpy(&k, keys + i, sizeof(k));
@@ -306,7 +341,7 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
     return {RowState::kPoisoned, {kNan<T>, kNan<T>, kNan<T>}, kNan<T>, 0, 0};
   if (max == -kInfinity<T>) return {RowState::kEmpty, {max, kInfinity<T>, T(0)}, T(0), 0, 0};
 
-  const T reach = (max - T(1)) - T(2) * kEpsilon<T> * (magnitude(max) + T(1));
+  const T reach = below_max<K>(max, -T(1), power);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     const Vec<T> v = load(values + i);
@@ -315,10 +350,10 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
   }
   const Tightened<T> row = tighten<K, T>(candidates, nullptr, count, power);
   DenseRow<T> result = {RowState::kSolved, {}, 0, 0, 0};
-  result.threshold = refine<K>(candidates, row.count, max, row.bracket, power, &result.steps);
+  result.threshold = threshold_of<K>(candidates, row, power, &result.steps);
   Sum<T> total;
   for (int64_t i = 0; i < row.count; i += kLanes<T>) {
-    const Vec<T> p = probability<K>(above<T>(load(candidates + i), result.threshold), power);
+    const Vec<T> p = probability<K>(load(candidates + i), result.threshold, power);
     total.add(p);
     result.support += __builtin_popcount(not_below(p, Vec<T>{}));
   }

@@ -36,8 +36,7 @@ struct KeyRange {
   int64_t begin, end;
 };
 
-// s = scale * (q . k) over visible(i); kernels form z = multiplier * (q . k) with
-// multiplier = (alpha-1) * scale. The one place where a mask or a bias enters.
+// s = scale * (q . k) over visible(i). The one place where a mask or a bias enters.
 struct ScoreTransform {
   double scale;
   bool is_causal;
@@ -80,12 +79,31 @@ struct AttentionProblem {
   }
 };
 
-// The threshold of a row's scores z is max + tau + rest. The three are kept apart: z - max is
-// nearly exact, and `rest` holds what tau loses to rounding, which matters where the slope of p
-// is steep (alpha above 2 at the edge of the support).
+// alpha 1.5 and 2: the threshold of a row's scores z is max + tau + rest. The three are kept
+// apart: z - max is nearly exact, and `rest` holds what tau loses to rounding.
+// Other alphas: max is a score s of the support, see power.h for all three.
 template <class T>
 struct Threshold {
   T max, tau, rest;
+};
+
+// What a forward did, counted for tests: time shows too late that the bound no longer works.
+struct Work {
+  int64_t tiles = 0;        // tiles of scores computed by the scan
+  int64_t appended = 0;     // entries put into lists
+  int64_t tightenings = 0;  // of lists during the scan
+  int64_t solved = 0;       // entries that the thresholds of lists were found on
+  int64_t steps = 0;        // passes over those, and over flat rows
+  int64_t flat_rows = 0;
+
+  ADASPLASH2_INLINE void add(const Work& other) {
+    tiles += other.tiles;
+    appended += other.appended;
+    tightenings += other.tightenings;
+    solved += other.solved;
+    steps += other.steps;
+    flat_rows += other.flat_rows;
+  }
 };
 
 // What the forward knows of each query row (arrays over all rows, in T = float or double).
@@ -112,6 +130,7 @@ struct ForwardTask {
   T* list_values;
   int32_t* list_keys;
   int64_t list_stride;
+  Work work;
 };
 
 template <class T>

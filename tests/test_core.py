@@ -1,0 +1,85 @@
+"""The C++ core where the public functions do not show it: the work it does, errors in its
+threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case
+
+from adasplash2 import _core
+
+
+def work_of(case: Case) -> _core.Work:
+    """What the forward of a case does, in this machine's first instruction set."""
+    inputs = case.inputs()
+    rows = (case.batch, case.heads_q, case.length_q)
+    out = torch.empty(*rows, case.head_dim, dtype=case.dtype)
+    tau = torch.empty(rows, dtype=case.dtype)
+    query, key, value, to = ((t.data_ptr(), *t.stride()[:3]) for t in (*inputs[:3], out))
+    work = _core.Work()
+    _core.attention_forward(
+        dims=(case.batch, case.heads_q, case.heads_q, case.length_q, case.length_k, case.head_dim,
+              case.head_dim),
+        dtype=str(case.dtype).removeprefix("torch."), alpha=case.alpha,
+        scale=case.head_dim**-0.5, is_causal=case.is_causal, query=query, key=key, value=value,
+        out=to, tau=tau.data_ptr(), keep=False, threads=2, isa=_core.isa(),
+        scan_rows=64, work=work,
+    )  # fmt: skip
+    return work
+
+
+WORK = {
+    # alpha, c, is_causal: entries appended and lists tightened a row, entries left, passes a row
+    (1.25, 4.0, False): (120.0, 2.9, 16.0, 3.7),
+    (1.25, 4.0, True): (91.0, 2.2, 12.5, 3.5),
+    (1.5, 1.0, False): (150.0, 3.5, 25.0, 1.5),
+    (1.5, 1.0, True): (112.0, 2.6, 20.5, 1.45),
+    (1.5, 4.0, False): (93.0, 2.1, 4.0, 1.2),
+    (1.5, 4.0, True): (75.0, 1.7, 3.7, 1.2),
+    (2.0, 1.0, False): (99.0, 2.35, 5.2, 1.2),
+    (2.0, 1.0, True): (79.0, 1.85, 4.8, 1.2),
+    (3.0, 1.0, False): (90.0, 2.0, 2.6, 6.6),
+    (3.0, 4.0, True): (70.0, 1.45, 1.5, 4.5),
+}
+"""What 1,024 Gaussian rows may take, a tenth above what the widest instruction set takes."""
+
+
+@pytest.mark.parametrize(("alpha", "c", "is_causal"), WORK)
+def test_the_scan_does_little_work(alpha: float, c: float, is_causal: bool) -> None:
+    """The bound that rises during the scan is what spares work: results do not show it."""
+    length = 1024
+    work = work_of(Case("work", length_q=length, length_k=length, head_dim=64, heads_q=1,
+                        sharpness=c, alpha=alpha, is_causal=is_causal))  # fmt: skip
+    appended, tightenings, solved, steps = WORK[alpha, c, is_causal]
+    assert work.appended <= appended * length
+    assert work.tightenings <= tightenings * length
+    assert work.solved <= solved * length
+    assert work.steps <= steps * length
+    assert work.flat_rows == 0
+
+
+def test_causal_tiles_are_skipped() -> None:
+    causal, full = (
+        work_of(Case("tiles", length_q=1024, length_k=1024, heads_q=1, is_causal=is_causal)).tiles
+        for is_causal in (True, False)
+    )
+    assert 0.5 < causal / full < 0.52
+
+
+def test_flat_rows_are_seen_early() -> None:
+    """A row's list stops growing once the row is known to be flat, and equal scores are."""
+    work = work_of(Case("flat", length_q=64, length_k=4096, data="equal", heads_q=1))
+    assert work.flat_rows == 64
+    assert work.appended <= 64 * 600
+    assert work.tiles <= 64 * 600 / 16
+    assert work.steps <= 2 * 64
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_an_error_in_a_worker_thread_is_raised(threads: int) -> None:
+    """From whichever thread, once all are back; the next loop is not impaired."""
+    for failing in (0, 57, 99):
+        with pytest.raises(RuntimeError, match=f"^task {failing} failed$"):
+            _core.fail_in_parallel(100, threads, failing)
+    assert _core.fail_in_parallel(100, threads, -1) == 100
