@@ -97,7 +97,8 @@ def _tau_entmax15(y: Tensor) -> Tensor:
     mean = ordered.cumsum(dim=-1) / k
     spread = (ordered**2).cumsum(dim=-1) - k * mean**2
     tau = mean - ((1.0 - spread) / k).clamp(min=0.0).sqrt()
-    support = (tau <= ordered).sum(dim=-1, keepdim=True)
+    inside = (tau <= ordered) & (ordered > -1.0)  # what was moved up to -1 is outside
+    support = inside.sum(dim=-1, keepdim=True)
     # The same formula once more on the support alone, with sums that do not cancel.
     kept = k <= support
     mean = torch.where(kept, ordered, 0.0).sum(dim=-1, keepdim=True) / support
