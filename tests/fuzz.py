@@ -50,6 +50,9 @@ STEPS = 200
 
 NEAR_ONE = 1.05
 
+LARGEST = 300
+"""Length of most problems at most; one in twenty is ten times as long."""
+
 
 # What is drawn
 
@@ -263,12 +266,15 @@ def draw_attention(draw: Draw, largest: int) -> Attention:
         query[..., 0], key[..., 0] = draw.one_of(-1.0, 1.0), draw.one_of(30.0, 1000.0)
         traits.add("far")
     elif kind < 0.26 and length_k:  # half of a row's mass on each of two equal keys
+        alpha = draw.one_of(2.0, 2.0, alpha)
+        dtype = draw.one_of(dtype, BFLOAT16, FLOAT16)
         key[:] = 0.0
         query[..., 0] = query[..., 0].abs() + 1.0
         chosen = draw.index(length_k), draw.index(length_k)
         key[:, :, chosen, 0] = 60.0 if dtype.itemsize == 2 else 1000.0
-        epsilon = torch.finfo(dtype).eps
-        value = 1.0 + epsilon * (4.0 * value).round().clamp(-3.0, 3.0)
+        steps = torch.randint(4, value.shape, generator=draw.generator)
+        value = 1.0 + torch.finfo(dtype).eps * steps
+        scale = draw.one_of(None, 1.0)
         traits.add("pair")
     elif kind < 0.3 and length_k:  # what carries the sum has little of the mass
         key *= 0.01
@@ -644,8 +650,8 @@ def check_stats(
         error = error + 64.0 * slack.unit * (finite(exact.tau) - top).abs()
     error = error + slack.unit * top.abs() + slack.tiny
     empty = exact.tau == math.inf
-    judge("tau", torch.where(empty, 0.0, tau).unsqueeze(-1),
-          torch.where(empty, 0.0, exact.tau).unsqueeze(-1), error.unsqueeze(-1), judged)  # fmt: skip
+    of_rows = (torch.where(empty, 0.0, t).unsqueeze(-1) for t in (tau, exact.tau))
+    judge("tau", *of_rows, error.unsqueeze(-1), judged)
     judge.holds("tau of an empty row", (tau == math.inf) == empty, judged)
     vanishing = slack.tiny ** (alpha - 1.0)
     certain = (found.x > found.x_error + vanishing) & (found.p > 0.0)
@@ -693,7 +699,7 @@ def run(
     numbers: range,
     backend: str,
     *,
-    largest: int = 300,
+    largest: int = LARGEST,
     seconds: float = math.inf,
     say: Callable[[str], None] = print,
 ) -> Report:
@@ -703,7 +709,7 @@ def run(
         if time.monotonic() - start > seconds:
             break
         again = f"python tests/fuzz.py --backend {backend} --seed {seed} --only {number}"
-        again += f" --largest {largest}" if largest != 300 else ""
+        again += f" --largest {largest}" if largest != LARGEST else ""
         try:
             what, verdict = check(seed, number, backend, largest)
         except adasplash2.BackendRefused:
@@ -735,7 +741,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="a new one where it is not given")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="one problem alone")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many")
-    parser.add_argument("--largest", type=int, default=300, help="length of most problems at most")
+    parser.add_argument(
+        "--largest", type=int, default=LARGEST, help="length of most problems at most"
+    )
     arguments = parser.parse_args()
     usable = [status.name for status in adasplash2.available_backends() if status.usable]
     if arguments.backend not in usable:
