@@ -489,16 +489,44 @@ def test_the_histogram_starts_close(
     case = Case("iterations", length_q=length, length_k=length, head_dim=64, alpha=alpha,
                 is_causal=is_causal)  # fmt: skip
     iterations = stats(case.inputs(device_of(backend)), case, backend).iterations
-    assert iterations.min() >= 0
+    assert iterations.min() >= 1
     # The GPU starts from the running bound instead of a histogram: a step or so more.
     assert iterations.double().mean() <= (2.0 if backend == "cpu" else 3.5)
+
+
+BELOW = pytest.mark.xfail(
+    strict=True,
+    reason="the step lands an ulp below the bracket of the histogram, whose edge is the threshold "
+    "of equal scores: up to 26 bisections, and tau ten ulps off",
+)
+
+MOST_STEPS = {1.1: 5, 1.25: 4, 1.5: 3, 1.75: 5, 2.0: 3}
+"""Of a row on the CPU; one less is what these cases take."""
 
 
 @on_every_backend
 @interpreted(alpha=1.5)
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_iterations_are_bounded(alpha: float, backend: str) -> None:
-    """Bisection guards every row: none circles, also where Newton would."""
+    """Bisection guards every row: none circles, also where Newton would. The CPU starts from a
+    histogram. Above alpha = 2 a key next to the threshold takes many steps, and no more than these.
+    """
+    most = 50 if alpha > 2.0 else MOST_STEPS[alpha] if backend == "cpu" else 12
     for sharpness in (1e-3, 1.0, 30.0, 1e3):
         case = Case("bounded", alpha=alpha, sharpness=sharpness, length_k=300)
-        assert stats(case.inputs(device_of(backend)), case, backend).iterations.max() <= 64
+        iterations = stats(case.inputs(device_of(backend)), case, backend).iterations
+        assert iterations.min() >= 1
+        assert iterations.max() <= most
+
+
+@pytest.mark.parametrize("alpha", [1.25, *(pytest.param(a, marks=BELOW) for a in (1.5, 2.0))])
+def test_equal_scores_take_few_steps(alpha: float) -> None:
+    """Also where the histogram's edge is the threshold: rows of 1 to 60 scores of zero."""
+    zeros = torch.zeros(1, 1, 60, 1)
+    got = adasplash2.attention_stats(
+        zeros, zeros, zeros, alpha=alpha, is_causal=True, backend="cpu"
+    )
+    count = torch.arange(1, 61)
+    assert got.iterations.max() <= 4
+    exact = -(count.double() ** (1.0 - alpha))
+    assert ((got.tau[0, 0] - exact).abs() <= 4.0 * FLOAT32_FLOOR * exact.abs()).all()
