@@ -9,7 +9,7 @@ CPP   := $(wildcard src/cpp/*.h src/cpp/*.cpp python/adasplash2/include/adasplas
 CUDA  := $(wildcard backends/cuda/kernels/*.cu backends/cuda/kernels/*.cuh)
 PY    := python backends tests benchmarks examples
 
-.PHONY: help demo test sanitize gpu lint format bench targets clean
+.PHONY: help demo test fuzz sanitize gpu lint format bench targets clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -19,9 +19,12 @@ demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; w
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
 
 test: $(VENV)/.built $(VENV)/.oldest ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --expect-backends cpu
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_transformers.py
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_attention.py tests/test_entmax.py tests/test_configs.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --expect-backends triton tests/test_attention.py tests/test_entmax.py tests/test_configs.py tests/test_fuzz.py
+
+fuzz: $(VENV)/.built ## 20,000 random problems; FUZZ="--backend cuda"
+	$(BIN)/python tests/fuzz.py --problems 20000 $(FUZZ)
 
 sanitize: $(VENV)/.tested ## build the core with ASan and UBSan and run the tables of tests for the CPU
 	PYTHON=$(BIN)/python bash tests/sanitize.sh $(OUTPUT)/sanitize

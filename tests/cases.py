@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -415,39 +416,15 @@ def _table() -> Iterator[Case]:
 CASES: tuple[Case, ...] = tuple(_table())
 
 
-INTERPRETED: dict[str, set[str]] = {
-    "test_agrees_with_the_reference": {
-        *("grid-float32-alpha1.5-causal", "grid-float32-alpha2-full", "lengths-1x200-full"),
-        *("grid-float32-alpha1.25-causal", "grid-float16-alpha1.5-causal", "lengths-200x1-causal"),
-        *("grid-bfloat16-alpha1.5-full", "lengths-65x63-causal", "gqa-6to2-causal", "ties-alpha2"),
-        *("head_dim-1-float32", "head_dim-1-value-256-float16", "head_dim-17-value-33-float32"),
-        *("scale-negative", "scale-zero", "layout-sliced-float32", "layout-inner_stride-bfloat16"),
-        *("minus_infinity-alpha1.5", "nan_query-alpha1.5"),
-        *("nan_key-alpha1.5", "nan_value-alpha2", "local-alpha1.5"),
-        *("grid-float32-alpha3-causal", "ties-alpha3", "dominated-float16"),
-        *("1-1.5-dtype0", "200-2.0-dtype2", "65-1.25-dtype3", "1023-1.75-dtype0"),
-        *("200-3.0-dtype0", "65-3.0-dtype3"),
-    },
-    "test_every_configuration_agrees": {"causal-1", "causal-2", "gqa-1", "gqa-3"},
-    "test_a_key_that_all_rows_keep": {"1"},
-    "test_more_tiles_than_a_program_holds": {""},
-    "test_stats_agree_with_the_reference": {"local-causal-alpha1.5-dtype1"},
-    "test_gradient_of_one_input_alone": {"query"},
-    "test_strided_output_gradient": {"transposed", "inner_stride"},
-    "test_iterations_are_bounded": {"1.5"},
-    "test_long_rows_flat_and_sharp": {"700-1000.0-1.5", "5000-0.05-1.5", "700-0.05-3.0"},
-    "test_gradient_of_a_rounded_output": {"1.5-dtype0", "1.25-dtype1"},
-    "test_every_dimension": {"-1-dtype2"},
-    "test_strides": {"columns", "slice", "transposed"},
-    "test_special_entries": {"1.5", "1.75", "2.0", "3.0"},
-}
-"""The tests and their parameters, as test names have them, that Triton's interpreter runs."""
+def named(*names: str) -> tuple[Case, ...]:
+    """Cases of the table, by their names."""
+    table = {case.name: case for case in CASES}
+    return tuple(table[name] for name in names)
 
 
-def is_interpreted(test: str) -> bool:
-    """Whether the test, by its name, is run in Triton's interpreter."""
-    function, _, parameters = test.removesuffix("]").partition("[")
-    return parameters.removesuffix("-triton") in INTERPRETED.get(function, set())
+interpreted = pytest.mark.interpreted
+"""Marks what Triton's interpreter runs, where a case takes seconds: ``interpreted(alpha=2.0)`` the
+parametrisations with this value, or one of these where a tuple is given; ``interpreted()`` all."""
 
 
 def usable_backends() -> list[str]:

@@ -1,19 +1,23 @@
 """What every test shares: one seed, and GPU tests skipped where there is no GPU.
 
 With TRITON_INTERPRET=1, the second run of ``make test``, only the Triton backend is tested, in its
-interpreter, on the cases of ``cases.INTERPRETED``: a case takes seconds there.
+interpreter, on what is marked ``cases.interpreted``: a case takes seconds there.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import random
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from cases import is_interpreted, usable_backends
+from cases import usable_backends
 
+import adasplash2
 from adasplash2 import dispatch
 from adasplash2.backends import REGISTRY
 from adasplash2.backends.triton.sizes import INTERPRETED
@@ -32,10 +36,92 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="every N-th test from the I-th on, for N processes side by side",
     )
     parser.addoption(
+        "--expect-backends",
+        metavar="NAME,...",
+        default="",
+        help="backends that must be usable here, and pass tests where any are by backend: else the "
+        "run fails, whatever its tests say",
+    )
+    parser.addoption(
+        "--fuzz-seed",
+        metavar="SEED",
+        type=int,
+        default=random.SystemRandom().getrandbits(32),
+        help="of the random problems; a new one where it is not given",
+    )
+    parser.addoption(
         "--prefer",
         metavar="KEY=VALUE",
         help="backends run with the first configuration that has this, where they offer one",
     )
+
+
+def expected_backends(config: pytest.Config) -> list[str]:
+    return [name for name in config.getoption("--expect-backends").split(",") if name]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A backend that cannot run is no parameter of any test: it would be missed by nobody."""
+    reasons = {status.name: status for status in adasplash2.available_backends()}
+    for name in expected_backends(session.config):
+        if name not in reasons:
+            raise pytest.UsageError(f"--expect-backends: there is no backend {name!r}")
+        if not reasons[name].usable:
+            raise pytest.UsageError(f"--expect-backends: {name} cannot run: {reasons[name].reason}")
+
+
+OUTCOMES = pytest.StashKey[dict[str, Counter[str]]]()
+"""By backend, how many of its tests passed, failed or were skipped."""
+
+
+def backend_of(item: pytest.Item) -> str | None:
+    """The backend that a test is about, by its parameters."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    found = parameters.get("backend", parameters.get("name"))
+    return found if found in REGISTRY else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    report = yield
+    name = backend_of(item)
+    if name and (report.when == "call" or report.outcome != "passed"):
+        outcomes = item.config.stash.setdefault(OUTCOMES, {})
+        outcomes.setdefault(name, Counter())[report.outcome] += report.when != "teardown"
+    return report
+
+
+def idle_backends(config: pytest.Config) -> list[str]:
+    """Expected backends of which no test has passed, in a run with tests by backend."""
+    outcomes = config.stash.get(OUTCOMES, {})
+    expected = expected_backends(config) if outcomes else []
+    return [name for name in expected if not outcomes.get(name, Counter())["passed"]]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if idle_backends(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for name, counts in sorted(config.stash.get(OUTCOMES, {}).items()):
+        told = ", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
+        terminalreporter.write_line(f"backend {name}: {told}")
+    for name in idle_backends(config):
+        terminalreporter.write_line(f"backend {name}: expected, but no test passed", red=True)
+    if config.stash.get(FUZZED, False):
+        seed = config.getoption("--fuzz-seed")
+        terminalreporter.write_line(f"random problems: again with --fuzz-seed {seed}")
+
+
+FUZZED = pytest.StashKey[bool]()
+"""Whether a test has drawn random problems."""
+
+
+@pytest.fixture
+def fuzz_seed(request: pytest.FixtureRequest) -> int:
+    request.config.stash[FUZZED] = True
+    return int(request.config.getoption("--fuzz-seed"))
 
 
 @pytest.fixture(autouse=True)
@@ -65,13 +151,29 @@ def _preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     dispatch.forget()
 
 
+def is_chosen(item: pytest.Item, marker: pytest.Mark) -> bool:
+    """Whether a mark ``interpreted(...)`` is of the values that a test is run with."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return all(
+        parameters[name] in (values if isinstance(values, tuple) else (values,))
+        for name, values in marker.kwargs.items()
+    )
+
+
+def is_interpreted(item: pytest.Item) -> bool:
+    """Whether Triton's interpreter runs a test."""
+    if backend_of(item) not in (None, "triton"):
+        return False
+    return any(is_chosen(item, marker) for marker in item.iter_markers("interpreted"))
+
+
 @pytest.hookimpl(trylast=True)  # parts of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if part := config.getoption("--part"):
         first, step = map(int, part.split("/"))
         items[:] = items[first::step]
     if INTERPRETED:
-        chosen = [item for item in items if is_interpreted(item.name)]
+        chosen = [item for item in items if is_interpreted(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
         return

@@ -22,6 +22,8 @@ from cases import (
     Case,
     Inputs,
     device_of,
+    interpreted,
+    named,
     tolerances,
     usable_backends,
 )
@@ -147,7 +149,24 @@ def skip_if_tiles_spread(case: Case, backend: str) -> None:
         pytest.skip("keys and values that are not finite reach all rows of a dense tile")
 
 
+# What each reaches in the Triton backend, where others of the table do not.
+REACHING = named(
+    *("grid-float32-alpha1.5-causal", "grid-float32-alpha2-full", "grid-float32-alpha1.25-causal"),
+    *("grid-float16-alpha1.5-causal", "grid-bfloat16-alpha1.5-full"),
+    *("grid-float32-alpha3-causal", "ties-alpha2", "ties-alpha3"),
+    *("lengths-1x200-full", "lengths-200x1-causal", "lengths-65x63-causal", "gqa-6to2-causal"),
+    # Padded and narrow heads, two halves of `u` and `ds`.
+    *("head_dim-1-float32", "head_dim-1-value-256-float16", "head_dim-17-value-33-float32"),
+    "dominated-float16",
+    *("scale-negative", "scale-zero", "layout-sliced-float32", "layout-inner_stride-bfloat16"),
+    # Poisoned rows, and blocks that are done again with what is not finite kept apart.
+    *("minus_infinity-alpha1.5", "nan_query-alpha1.5", "nan_key-alpha1.5", "nan_value-alpha2"),
+    "local-alpha1.5",
+)
+
+
 @on_every_backend
+@interpreted(case=REACHING)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_reference(case: Case, backend: str) -> None:
     if case.data != "gaussian":
@@ -354,6 +373,7 @@ def test_gradcheck(case: Case, alpha: float, backend: str) -> None:
 
 
 @on_every_backend
+@interpreted(wanted="query")
 @pytest.mark.parametrize("wanted", ["query", "key", "value"])
 def test_gradient_of_one_input_alone(wanted: str, backend: str) -> None:
     case = Case("one", is_causal=True)
@@ -366,6 +386,7 @@ def test_gradient_of_one_input_alone(wanted: str, backend: str) -> None:
 
 
 @on_every_backend
+@interpreted(layout=("transposed", "inner_stride"))
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "inner_stride"])
 def test_strided_output_gradient(layout: str, backend: str) -> None:
     """What arrives from autograd has any strides: a sum's gradient is one number, expanded."""
@@ -415,6 +436,7 @@ STATS_CASES = [
 
 
 @on_every_backend
+@interpreted(case=tuple(c for c in STATS_CASES if c.name == "local-causal-alpha1.5"), dtype=FLOAT32)
 @pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16, FLOAT16])
 @pytest.mark.parametrize("case", STATS_CASES, ids=lambda case: case.name)
 def test_stats_agree_with_the_reference(case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -474,15 +496,44 @@ def test_the_histogram_starts_close(
     case = Case("iterations", length_q=length, length_k=length, head_dim=64, alpha=alpha,
                 is_causal=is_causal)  # fmt: skip
     iterations = stats(case.inputs(device_of(backend)), case, backend).iterations
-    assert iterations.min() >= 0
+    assert iterations.min() >= 1
     # The GPU starts from the running bound instead of a histogram: a step or so more.
     assert iterations.double().mean() <= (2.0 if backend == "cpu" else 3.5)
 
 
+BELOW = pytest.mark.xfail(
+    strict=True,
+    reason="the step lands an ulp below the bracket of the histogram, whose edge is the threshold "
+    "of equal scores: up to 26 bisections, and tau ten ulps off",
+)
+
+MOST_STEPS = {1.1: 5, 1.25: 4, 1.5: 3, 1.75: 5, 2.0: 3}
+"""Of a row on the CPU; one less is what these cases take."""
+
+
 @on_every_backend
+@interpreted(alpha=1.5)
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_iterations_are_bounded(alpha: float, backend: str) -> None:
-    """Bisection guards every row: none circles, also where Newton would."""
+    """Bisection guards every row: none circles, also where Newton would. The CPU starts from a
+    histogram. Above alpha = 2 a key next to the threshold takes many steps, and no more than these.
+    """
+    most = 50 if alpha > 2.0 else MOST_STEPS[alpha] if backend == "cpu" else 12
     for sharpness in (1e-3, 1.0, 30.0, 1e3):
         case = Case("bounded", alpha=alpha, sharpness=sharpness, length_k=300)
-        assert stats(case.inputs(device_of(backend)), case, backend).iterations.max() <= 64
+        iterations = stats(case.inputs(device_of(backend)), case, backend).iterations
+        assert iterations.min() >= 1
+        assert iterations.max() <= most
+
+
+@pytest.mark.parametrize("alpha", [1.25, *(pytest.param(a, marks=BELOW) for a in (1.5, 2.0))])
+def test_equal_scores_take_few_steps(alpha: float) -> None:
+    """Also where the histogram's edge is the threshold: rows of 1 to 60 scores of zero."""
+    zeros = torch.zeros(1, 1, 60, 1)
+    got = adasplash2.attention_stats(
+        zeros, zeros, zeros, alpha=alpha, is_causal=True, backend="cpu"
+    )
+    count = torch.arange(1, 61)
+    assert got.iterations.max() <= 4
+    exact = -(count.double() ** (1.0 - alpha))
+    assert ((got.tau[0, 0] - exact).abs() <= 4.0 * FLOAT32_FLOOR * exact.abs()).all()

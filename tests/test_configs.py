@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import reference
 import torch
-from cases import BFLOAT16, FLOAT32, Case, Inputs, device_of, usable_backends
+from cases import BFLOAT16, FLOAT32, Case, Inputs, device_of, interpreted, usable_backends
 
 from adasplash2 import problem as problems
 from adasplash2.backends import REGISTRY
@@ -53,6 +53,8 @@ def module_of(name: str) -> Backend:
 
 
 @BACKENDS
+@interpreted(case=CASES[0], number=(1, 2))
+@interpreted(case=CASES[1], number=(1, 3))
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_configuration_agrees(case: Case, number: int, name: str) -> None:
@@ -65,6 +67,7 @@ def test_every_configuration_agrees(case: Case, number: int, name: str) -> None:
     assert_agrees(case, inputs, got)
 
 
+@interpreted()
 def test_more_tiles_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton backend's maxima of tiles, 64 of a row block at a time elsewhere, two here."""
     if "triton" not in usable_backends():
@@ -102,6 +105,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     launch._plan.cache_clear()
 
 
+@interpreted(heads_kv=1)
 @pytest.mark.parametrize("heads_kv", [2, 1])
 def test_a_key_that_all_rows_keep(heads_kv: int, cut: list[int]) -> None:
     """The lists of its tile are longer than all others."""

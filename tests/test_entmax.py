@@ -19,6 +19,7 @@ from cases import (
     FLOAT64,
     ROUNDING_FACTOR,
     device_of,
+    interpreted,
     tolerances,
     usable_backends,
 )
@@ -102,6 +103,12 @@ def assert_agrees(x: Tensor, alpha: float, backend: str, *, well_conditioned: bo
 
 
 @on_every_backend
+@interpreted(length=1, alpha=1.5, dtype=FLOAT32)
+@interpreted(length=200, alpha=2.0, dtype=BFLOAT16)
+@interpreted(length=65, alpha=1.25, dtype=FLOAT16)
+@interpreted(length=1023, alpha=1.75, dtype=FLOAT32)
+@interpreted(length=200, alpha=3.0, dtype=FLOAT32)
+@interpreted(length=65, alpha=3.0, dtype=FLOAT16)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 15, 16, 17, 31, 64, 65, 200, 1023])
@@ -112,16 +119,23 @@ def test_agrees_with_the_reference(
 
 
 @on_every_backend
+@interpreted(length=700, factor=1e3, alpha=1.5, dtype=FLOAT32)
+@interpreted(length=5000, factor=0.05, alpha=1.5, dtype=FLOAT32)
+@interpreted(length=700, factor=0.05, alpha=3.0, dtype=FLOAT32)
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("factor", [1e-4, 0.05, 10.0, 1e3])
 @pytest.mark.parametrize("length", [700, 5000])
-def test_long_rows_flat_and_sharp(length: int, factor: float, alpha: float, backend: str) -> None:
-    for dtype in (FLOAT32, FLOAT64):
-        x = gaussian(3, length, factor=factor, dtype=dtype)
-        assert_agrees(x, alpha, backend, well_conditioned=alpha <= 2 and factor < 10)
+def test_long_rows_flat_and_sharp(
+    length: int, factor: float, alpha: float, dtype: torch.dtype, backend: str
+) -> None:
+    x = gaussian(3, length, factor=factor, dtype=dtype)
+    assert_agrees(x, alpha, backend, well_conditioned=alpha <= 2 and factor < 10)
 
 
 @on_every_backend
+@interpreted(alpha=1.5, dtype=BFLOAT16)
+@interpreted(alpha=1.25, dtype=FLOAT16)
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
 def test_gradient_of_a_rounded_output(alpha: float, dtype: torch.dtype, backend: str) -> None:
@@ -135,6 +149,7 @@ def test_gradient_of_a_rounded_output(alpha: float, dtype: torch.dtype, backend:
 
 
 @on_every_backend
+@interpreted(dim=-1, dtype=BFLOAT16)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
 def test_every_dimension(dim: int, dtype: torch.dtype, backend: str) -> None:
@@ -150,6 +165,7 @@ def test_every_dimension(dim: int, dtype: torch.dtype, backend: str) -> None:
 
 
 @on_every_backend
+@interpreted(layout=("columns", "slice", "transposed"))
 @pytest.mark.parametrize("layout", ["rows", "columns", "slice", "expanded", "vector", "transposed"])
 def test_strides(layout: str, backend: str) -> None:
     base = gaussian(12, 40)
@@ -169,6 +185,7 @@ def test_strides(layout: str, backend: str) -> None:
 
 
 @on_every_backend
+@interpreted(alpha=(1.5, 1.75, 2.0, 3.0))
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_special_entries(alpha: float, backend: str) -> None:
     inf, nan = math.inf, math.nan

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 from adasplash2.backends import triton as backend
 from adasplash2.backends.triton import sizes
-from adasplash2.problem import Problem, RowProblem, ScoreTransform
+from adasplash2.problem import Inputs, Problem, RowProblem, ScoreTransform
 
 if sizes.INTERPRETED:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
@@ -250,10 +253,22 @@ def test_halves_are_a_product_each(head_dim: int, products: int, launches: list[
     assert compiled.asm["ttir"].count("tt.dot ") == loops * products
 
 
-def test_versions_name_what_results_depend_on() -> None:
-    versions = backend.versions()
-    assert versions["triton"] == triton.__version__
-    assert len(versions["kernels"]) == 64
+def test_versions_name_what_results_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A digest of every file of the package, so that a change of any invalidates measurements."""
+    assert backend.versions()["triton"] == triton.__version__
+    source = Path(backend.__file__).parent
+    copy = tmp_path / "triton"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(backend.resources, "files", lambda package: copy)
+    digest = backend._source_digest.__wrapped__
+    seen = {backend.versions()["kernels"]}
+    assert digest() in seen
+    for file in copy.rglob("*.py"):
+        file.write_bytes(file.read_bytes() + b"\n")
+        assert digest() not in seen, file
+        seen.add(digest())
 
 
 def test_triton_is_imported_only_when_used() -> None:
@@ -325,6 +340,24 @@ def test_what_is_saved_may_be_longer_but_not_shorter() -> None:
         assert piece.shape == layout.split(exact)[part].shape
     with pytest.raises(ValueError, match=f"saved must have {layout.total} bytes"):
         layout.split(exact[:-1])
+
+
+@pytest.mark.parametrize("stride", [64, launch.LONGEST_STRIDE, launch.LONGEST_STRIDE + 1, 1 << 30])
+def test_strides_beyond_32_bits_are_copied(stride: int) -> None:
+    """A tile's offsets are 32 bits wide. Nothing is in memory here, only shapes."""
+    asked = problem(64, torch.bfloat16, 1.5, True)
+    size = (1, 4, 1000, 64)
+    rows = torch.empty_strided(
+        size, (1000 * stride, 0, stride, 1), dtype=asked.dtype, device="meta"
+    )
+    inputs = Inputs(*(torch.empty(size, dtype=asked.dtype, device="meta") for _ in range(3)))
+    config = next(sizes.configs(asked, LIMITS[90]))
+    with mock.patch.object(launch, "_multiprocessors", return_value=132):
+        call = launch.Call(asked, inputs._replace(key=rows), config, launch.compile_only)
+    block = max(int(config["block_q"]), sizes.SPANS[-1] * int(config["block_k"]))
+    for prepared in (call.inputs[1], call.prepared(rows)):
+        assert prepared.stride(2) * block < 2**31
+        assert (prepared.stride() == rows.stride()) == (stride <= launch.LONGEST_STRIDE)
 
 
 def test_kernels_are_kept_by_layout_of_the_tensors() -> None:

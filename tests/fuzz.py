@@ -1,0 +1,771 @@
+"""Random problems for a backend, each held to the float64 reference by an error bound of its own.
+
+    python tests/fuzz.py --problems 20000 --backend cpu
+
+What is drawn follows from the seed and the number of a problem alone, so that a failure can be had
+again by itself: the line that reports it ends with the command. Shapes, strides, dtypes, alphas and
+scales are drawn with their edges more often than a user meets them, and so are values: ties,
+constant rows, sinks, common shifts, subnormals, the largest numbers, NaN and infinities.
+
+Bounds come from the data, entry by entry. Each score may be off by the rounding of the products it
+is made of, each threshold by as much as its row's scores. How far that moves a probability is
+evaluated, not estimated: ``p`` at both ends of the interval that ``z - tau`` may lie in. What is
+summed may err by the rounding of its terms' magnitudes, a 16-bit result by its own rounding beyond
+that. Where such an interval holds a jump (the gradient above alpha = 2 at the edge of the support,
+a NaN that a row may or may not keep) there is no right answer, and none is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import reference
+import torch
+from cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, device_of
+from torch import Tensor
+
+import adasplash2
+
+KNOWN = frozenset({"near-one", "infinite", "steep", "shifted", "equal"})
+"""Traits of problems with faults that are known: such a problem runs, but is not judged.
+
+``near-one``: alpha below 1.05. ``infinite``: infinities in values or their gradients. ``steep``:
+``p^(2 - alpha)`` beyond the dtype's numbers, and thresholds below 2^-60. ``shifted``: scores far
+from zero with an alpha other than 1.5 and 2. ``equal``: ``tau`` of equal scores at alpha = 2.
+"""
+
+ROUNDINGS = 4.0
+"""Units of round-off that a short computation may err by: a score, a power, a quotient."""
+
+STEPS = 200
+"""Solver steps that no row may need more of; half precision of a bisection alone is 64."""
+
+NEAR_ONE = 1.05
+
+LARGEST = 300
+"""Length of most problems at most; one in twenty is ten times as long."""
+
+
+# What is drawn
+
+
+class Draw:
+    """Decisions from a seed and a number."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        self.random = random.Random(f"{seed}/{number}")
+        self.generator = torch.Generator().manual_seed(self.random.getrandbits(62))
+
+    def chance(self, share: float) -> bool:
+        return self.random.random() < share
+
+    def one_of(self, *options: Any) -> Any:
+        return self.random.choice(options)
+
+    def integer(self, low: int, high: int) -> int:
+        """From both ends included, small ones as often as large ones."""
+        return min(high, int(math.exp(self.random.uniform(math.log(low), math.log(high + 1)))))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=FLOAT64)
+
+    def index(self, size: int) -> int:
+        return self.random.randrange(size)
+
+
+def draw_alpha(draw: Draw) -> float:
+    kind = draw.random.random()
+    if kind < 0.3:
+        return 1.5
+    if kind < 0.5:
+        return 2.0
+    if kind < 0.7:
+        return draw.random.uniform(NEAR_ONE, 2.0)
+    if kind < 0.85:
+        return draw.random.uniform(2.0, 4.0)
+    if kind < 0.9:
+        return draw.random.uniform(4.0, 50.0)
+    if kind < 0.95:
+        return 1.0 + 10.0 ** draw.random.uniform(-12.0, -1.0)
+    nearly = draw.one_of(1.5, 2.0)
+    return draw.one_of(math.nextafter(nearly, 0.0), math.nextafter(nearly, 9.0), nearly + 1e-7)
+
+
+def draw_values(draw: Draw, *shape: int) -> Tensor:
+    """Numbers of a size that suits every dtype, sometimes quantised so that many are equal."""
+    x = draw.normal(*shape) * draw.one_of(1.0, 1.0, 1.0, 0.01, 10.0, 100.0)
+    if draw.chance(0.25):
+        x = (x * 4).round() / 4
+    return x
+
+
+def lay_out(draw: Draw, tensor: Tensor) -> Tensor:
+    """The tensor with other strides, and NaN in what lies between its entries; where one of them is
+    to be zero, the first of a dimension in place of all."""
+    kind = draw.one_of("as it is", "as it is", "permuted", "sliced", "spread", "expanded")
+    dim = draw.index(tensor.dim())
+    if kind == "permuted":
+        order = draw.random.sample(range(tensor.dim()), tensor.dim())
+        back = [order.index(place) for place in range(tensor.dim())]
+        return tensor.permute(order).contiguous().permute(back)
+    if kind == "sliced":
+        before = [draw.integer(1, 4) - 1 for _ in tensor.shape]
+        padded = [
+            size + one + draw.index(3) for size, one in zip(tensor.shape, before, strict=True)
+        ]
+        window = tensor.new_full(padded, math.nan)
+        for place, (one, size) in enumerate(zip(before, tensor.shape, strict=True)):
+            window = window.narrow(place, one, size)
+        return window.copy_(tensor)
+    if kind == "spread":
+        step = draw.integer(2, 3)
+        wide = tensor.new_full((*tensor.shape[:-1], step * tensor.shape[-1]), math.nan)
+        return wide[..., ::step].copy_(tensor)
+    if kind == "expanded" and tensor.shape[dim]:
+        return tensor.narrow(dim, 0, 1).expand(tensor.shape)
+    return tensor
+
+
+def poison(draw: Draw, tensor: Tensor, *bad: float) -> None:
+    """One or two entries of ``bad`` somewhere, in place."""
+    for _ in range(draw.integer(1, 2) if tensor.numel() else 0):
+        tensor[tuple(draw.index(size) for size in tensor.shape)] = draw.one_of(*bad)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``entmax(x, alpha, dim)`` and its gradient."""
+
+    x: Tensor
+    grad_y: Tensor
+    alpha: float
+    dim: int
+    traits: set[str] = field(default_factory=set)
+
+    def describe(self) -> str:
+        return (
+            f"rows {tuple(self.x.shape)} strides {self.x.stride()} {self.x.dtype} "
+            f"alpha={self.alpha!r} dim={self.dim} {sorted(self.traits)}"
+        )
+
+
+def draw_rows(draw: Draw, largest: int) -> Rows:
+    dtype, alpha = draw.one_of(*DTYPES), draw_alpha(draw)
+    if draw.chance(0.05):
+        rows, length = draw.one_of((0, 5), (5, 0), (0, 0), (1, 1))
+    elif draw.chance(0.1):
+        rows, length = draw.integer(1, 3), draw.integer(largest, 20 * largest)
+    else:
+        rows, length = draw.integer(1, 40), draw.integer(1, largest)
+    x, traits = draw_values(draw, rows, length), set()
+    kind = draw.random.random()
+    if kind < 0.1:
+        x = x[:, :1].expand(rows, length).clone()
+        traits.add("constant")
+    elif kind < 0.2:
+        x += draw.one_of(-1.0, 1.0) * 10.0 ** draw.random.uniform(1.0, 4.0)
+        traits.add("far")
+    elif kind < 0.25 and length:
+        x[:, draw.index(length)] += 10.0 ** draw.random.uniform(0.0, 4.0)
+        traits.add("sink")
+    elif kind < 0.3:
+        x *= torch.finfo(dtype).tiny * draw.one_of(0.1, 4.0)
+        traits.add("subnormal")
+    elif kind < 0.35:
+        x = x.clamp(-1.0, 1.0) * torch.finfo(dtype).max
+        traits.update(("largest",))
+    elif kind < 0.45 and length:
+        x[draw.normal(rows, length) > draw.one_of(-1.0, 0.0, 1.0)] = -math.inf
+        x[:1] = -math.inf
+        traits.add("excluded")
+    elif kind < 0.55:
+        poison(draw, x, math.nan, math.inf, -math.inf)
+        traits.add("poisoned")
+    grad_y = draw_values(draw, rows, length)
+    if draw.chance(0.05):
+        poison(draw, grad_y, math.nan, math.inf)
+        traits.add("infinite")
+    shape: tuple[int, ...] = (rows, length)
+    dim = draw.one_of(1, 1, -1, 0)
+    if rows and rows % 2 == 0 and draw.chance(0.3):
+        shape, dim = (2, rows // 2, length), draw.index(3)
+    x, grad_y = (lay_out(draw, t.to(dtype).reshape(shape)) for t in (x, grad_y))
+    if alpha < NEAR_ONE:
+        traits.add("near-one")
+    return Rows(x, grad_y, alpha, dim, traits)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One call of ``entmax_attention``, its gradients and its statistics."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    alpha: float
+    scale: float | None
+    is_causal: bool
+    traits: set[str] = field(default_factory=set)
+
+    def describe(self) -> str:
+        tensors = (self.query, self.key, self.value, self.grad_out)
+        return (
+            f"attention {' '.join(f'{tuple(t.shape)}:{t.stride()}' for t in tensors)} "
+            f"{self.query.dtype} alpha={self.alpha!r} scale={self.scale!r} "
+            f"causal={self.is_causal} {sorted(self.traits)}"
+        )
+
+
+def draw_scale(draw: Draw) -> float | None:
+    if draw.chance(0.6):
+        return None
+    sign = draw.one_of(-1.0, 1.0)
+    return draw.one_of(0.0, sign * 0.3, sign, sign * 10.0 ** draw.random.uniform(-8.0, 5.0))
+
+
+def draw_attention(draw: Draw, largest: int) -> Attention:
+    dtype, alpha, is_causal = draw.one_of(*DTYPES), draw_alpha(draw), draw.chance(0.5)
+    batch, heads_kv, group = draw.one_of(1, 1, 2), draw.one_of(1, 1, 2, 3), draw.one_of(1, 1, 2, 4)
+    length_q, length_k = draw.integer(1, largest), draw.integer(1, largest)
+    if draw.chance(0.3):
+        length_k = length_q
+    if draw.chance(0.06):
+        batch, heads_kv, group = 1, 1, 1
+        length_q, length_k = draw.integer(1, 4), draw.integer(largest, 10 * largest)
+        if draw.chance(0.3):
+            length_q, length_k, is_causal = length_k, length_q, False
+    if draw.chance(0.04):
+        length_q, length_k = draw.one_of((0, length_k), (length_q, 0), (0, 0))
+    head_dim = draw.one_of(1, draw.integer(1, 256), draw.integer(1, 64), 16, 64)
+    head_dim_v = draw.one_of(head_dim, head_dim, draw.integer(1, 256), 1)
+    heads = batch, heads_kv * group
+    query = draw_values(draw, *heads, length_q, head_dim)
+    key = draw_values(draw, batch, heads_kv, length_k, head_dim)
+    value = draw_values(draw, batch, heads_kv, length_k, head_dim_v)
+    grad_out = draw_values(draw, *heads, length_q, head_dim_v)
+    scale, traits = draw_scale(draw), set()
+
+    kind = draw.random.random()
+    if kind < 0.06:
+        key[:] = key[:, :, :1].clone() if length_k else key
+        traits.add("constant")
+    elif kind < 0.14 and length_k:
+        query[..., 0] = 1.0
+        key[:, :, draw.index(length_k), 0] += draw.one_of(1.0, 2.5, 30.0) * head_dim**0.5
+        traits.add("sink")
+    elif kind < 0.17:
+        query[..., 0], key[..., 0] = draw.one_of(-1.0, 1.0), draw.one_of(30.0, 1000.0)
+        traits.add("far")
+    elif kind < 0.26 and length_k:  # half of a row's mass on each of two equal keys
+        alpha, is_causal = draw.one_of(2.0, 2.0, 2.0, alpha), False
+        dtype = draw.one_of(dtype, BFLOAT16, FLOAT16)
+        key[:] = 0.0
+        query[..., 0] = query[..., 0].abs() + 1.0
+        chosen = [draw.index(length_k), length_k - 1]
+        key[:, :, chosen, 0] = 60.0 if dtype.itemsize == 2 else 1000.0
+        steps = torch.randint(4, value.shape, generator=draw.generator)
+        value = 1.0 + torch.finfo(dtype).eps * steps
+        scale = draw.one_of(None, 1.0)
+        traits.add("pair")
+    elif kind < 0.3 and length_k:  # what carries the sum has little of the mass
+        key *= 0.01
+        query[..., 0], key[..., 0] = 1.0, 0.0
+        key[:, :, 0, 0] = (0.97 / max(alpha - 1.0, 1e-3)) * head_dim**0.5
+        value[:, :, 0] = 0.0
+        value[:, :, 1:] = value[:, :, 1:].abs() * 100.0
+        scale = None
+        traits.add("hidden")
+    elif kind < 0.33:
+        value = value.clamp(-1.0, 1.0) * torch.finfo(dtype).max
+        grad_out = grad_out * 1e-3 / max(1.0, grad_out.abs().max().item() if length_q else 1.0)
+        if dtype != FLOAT16:
+            value, grad_out = value * 2.0**-9, grad_out * 2.0**-9
+        traits.add("largest")
+    elif kind < 0.36:
+        tiny = torch.finfo(dtype).tiny
+        value, grad_out = value * tiny, grad_out
+        traits.add("subnormal")
+    elif kind < 0.44 and length_k:
+        query[..., 0] = query[..., 0].abs() + 0.1
+        key[:, :, draw.index(2) :: draw.integer(1, 3), 0] = -math.inf
+        traits.add("excluded")
+        if scale is not None:
+            scale = abs(scale) or None
+    elif kind < 0.5:
+        poison(draw, draw.one_of(query, key), math.nan, math.inf, -math.inf)
+        traits.add("poisoned")
+    elif kind < 0.55:
+        bad = draw.one_of(value, grad_out)
+        poison(draw, bad, math.nan, math.inf)
+        traits.update(("poisoned", "infinite") if bad.isinf().any() else ("poisoned",))
+    query, key, value, grad_out = (
+        lay_out(draw, t.to(dtype)) for t in (query, key, value, grad_out)
+    )
+    if alpha < NEAR_ONE:
+        traits.add("near-one")
+    return Attention(query, key, value, grad_out, alpha, scale, is_causal, traits)
+
+
+# How far off a right answer may be
+
+
+def highest_of(tensor: Tensor) -> Tensor:
+    """Maxima along the last dimension, which is kept; -inf of nothing."""
+    return torch.nn.functional.pad(tensor, (0, 1), value=-math.inf).amax(dim=-1, keepdim=True)
+
+
+class Slack(NamedTuple):
+    """What one backend may err by in one dtype."""
+
+    unit: float  # of round-off of the arithmetic
+    narrow: float  # of weights that are rounded to 16 bits before a product
+    tiny: float  # numbers below count as zero
+    largest: float  # beyond it are none
+
+
+def slack_of(dtype: torch.dtype, backend: str) -> Slack:
+    computed_in = torch.finfo(FLOAT64 if dtype == FLOAT64 else FLOAT32)
+    narrow = torch.finfo(dtype).eps if dtype.itemsize == 2 and backend != "cpu" else 0.0
+    return Slack(computed_in.eps, narrow, computed_in.tiny, computed_in.max)
+
+
+class Interval(NamedTuple):
+    """``p`` and ``u`` of every entry with how far either may be off, and ``x = z - tau`` with the
+    error ``x_error`` that they follow from."""
+
+    p: Tensor
+    p_error: Tensor
+    u: Tensor
+    u_error: Tensor
+    x: Tensor
+    x_error: Tensor
+
+
+def interval(p: Tensor, y: Tensor, score_error: Tensor, alpha: float, slack: Slack) -> Interval:
+    """From exact ``p``, shifted scores ``y = z - max z`` and errors of ``z``; rows that are not
+    finite or empty have no meaning."""
+    allowed = y > -math.inf
+    y = torch.where(allowed, y, -2.0)
+    r = 1.0 / (alpha - 1.0)
+    inside = p > 0.0
+    top = highest_of(p).clamp(min=0.0) ** (alpha - 1.0)
+    # By the smaller numbers: z - tau would lose them where z is large.
+    x = torch.where(inside, p ** (alpha - 1.0), torch.where(allowed, y + top, -1.0))
+    u = torch.where(inside, p ** (2.0 - alpha), 0.0)
+    own = ROUNDINGS * slack.unit * (y.abs().clamp(max=2.0) + top) + score_error + slack.tiny
+    if "steep" in KNOWN and alpha > 4.0:
+        own = own + 2.0**-60
+    # The threshold moves as the scores do, and by what rounding leaves of `sum p - 1`.
+    near = allowed & (x > -8.0 * own)
+    left = (alpha - 1.0) / u.sum(dim=-1, keepdim=True).clamp(min=slack.tiny)
+    threshold = highest_of(torch.where(near, own, 0.0)).clamp(min=0.0)
+    x_error = own + threshold + ROUNDINGS * slack.unit * left.clamp(max=1.0)
+
+    def both(power: Callable[[Tensor], Tensor], at_x: Tensor) -> Tensor:
+        high, low = power((x + x_error).clamp(min=0.0)), power((x - x_error).clamp(min=0.0))
+        return (high - at_x).abs().maximum((at_x - low).abs())
+
+    p_error = both(lambda x: x**r, p) + ROUNDINGS * slack.unit * p + slack.tiny
+    if alpha > 2.0:  # between two thresholds a key's `p` may jump; then the sum of all is made one
+        share = p_error.sum(dim=-1, keepdim=True).clamp(max=0.99)
+        p_error = p_error + p * share / (1.0 - share)
+
+    def sensitivity(x: Tensor) -> Tensor:
+        return torch.where(x > 0.0, torch.where(x > 0.0, x, 1.0) ** (r - 1.0), 0.0)
+
+    smallest = slack.tiny ** (2.0 - alpha) if alpha < 2.0 else 0.0
+    u_error = both(sensitivity, u) + 2.0 * ROUNDINGS * slack.unit * u + smallest
+    return Interval(
+        p,
+        torch.where(allowed, p_error, 0.0),
+        u,
+        torch.where(allowed, u_error, 0.0),
+        x,
+        torch.where(allowed, x_error, 0.0),
+    )
+
+
+def judge(
+    what: str, got: Tensor, exact: Tensor, error: Tensor, backend: str, judged: Tensor | None = None
+) -> str | None:
+    """What is wrong with ``got``, or None. A 16-bit result must be what some number within
+    ``error`` rounds to, by ties to even. ``judged`` ``(...)``: rows that have a right answer."""
+    dtype, got = got.dtype, got.detach().cpu()
+    assert got.shape == exact.shape, f"{what}: shape {got.shape} in place of {exact.shape}"
+    low, high = (exact - error).to(dtype).double(), (exact + error).to(dtype).double()
+    got = got.double()
+    finite = exact.isfinite()
+    right = torch.where(finite, (got >= low) & (got <= high), ~got.isfinite())
+    if backend == "cpu":
+        right &= finite | (got.isnan() == exact.isnan())
+    # A result that may overflow may be infinite; one whose bound says nothing may be anything.
+    right |= error == math.inf
+    right |= finite & ~high.isfinite() & (got == math.inf)
+    right |= finite & ~low.isfinite() & (got == -math.inf)
+    if judged is not None:
+        right |= ~judged.unsqueeze(-1)
+    if right.all():
+        return None
+    wrong = (~right).nonzero()
+    place = tuple(wrong[0].tolist())
+    return (
+        f"{what}: {len(wrong)} of {got.numel()} entries, first at {place}: got {got[place]:.9g}, "
+        f"exact {exact[place]:.9g}, error allowed {error[place]:.3g}"
+    )
+
+
+def largest_share(got: Tensor, exact: Tensor, error: Tensor) -> float:
+    """The most of its bound that an entry uses, in float32 and float64."""
+    if got.dtype.itemsize == 2 or not got.numel():
+        return 0.0
+    share = (got.detach().cpu().double() - exact).abs() / error
+    return share[share.isfinite()].max().item() if share.isfinite().any() else 0.0
+
+
+class Verdict(NamedTuple):
+    """What was found about a problem: ``failures``, empty if all is right, and how much of the
+    bounds was used at most."""
+
+    failures: list[str]
+    shares: dict[str, float]
+
+
+class Judge:
+    """Collects a verdict."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.verdict = Verdict([], {})
+
+    def __call__(
+        self, what: str, got: Tensor, exact: Tensor, error: Tensor, judged: Tensor | None = None
+    ) -> None:
+        if failure := judge(what, got, exact, error, self.backend, judged):
+            self.verdict.failures.append(failure)
+        if judged is not None:
+            error = torch.where(judged.unsqueeze(-1), error, math.nan)
+        self.verdict.shares[what] = largest_share(got, exact, error)
+
+    def holds(self, what: str, condition: Tensor, judged: Tensor) -> None:
+        if (wrong := judged & ~condition).any():
+            self.verdict.failures.append(f"{what}: {wrong.sum().item()} rows")
+
+
+def check_rows(rows: Rows, backend: str) -> Verdict:
+    judge = Judge(backend)
+    leaf = rows.x.to(device_of(backend)).detach().requires_grad_()
+    y = adasplash2.entmax(leaf, rows.alpha, rows.dim, backend=backend)
+    (gradient,) = torch.autograd.grad(y, leaf, rows.grad_y.to(leaf.device))
+    if rows.traits & KNOWN:
+        return judge.verdict
+    y, gradient = (t.detach().cpu().movedim(rows.dim, -1) for t in (y, gradient))
+    x, grad_y = (t.double().movedim(rows.dim, -1) for t in (rows.x, rows.grad_y))
+    slack = slack_of(rows.x.dtype, "cpu")  # rows are no products
+
+    top = highest_of(x)
+    sound = top.isfinite()
+    x = torch.where(sound, x - top, x)
+    exact = reference.entmax(x, rows.alpha)
+    z = (rows.alpha - 1.0) * torch.where(sound, x, -math.inf)
+    shift = slack.unit * far(top, rows.alpha).expand_as(z)
+    error = interval(torch.where(sound, exact, 0.0), z, shift, rows.alpha, slack).p_error
+    sizes = highest_of(rows.x.double().movedim(rows.dim, -1).abs().nan_to_num()).squeeze(-1)
+    within = sizes * max(1.0, rows.alpha - 1.0) < slack.largest / 4.0
+    judge("y", y, exact, error, within if "shifted" in KNOWN else None)
+
+    # The gradient is the formula's at the output as it is.
+    exact = reference.entmax_gradient(y.double(), grad_y, rows.alpha)
+    size = reference.entmax_gradient_magnitude(y.double().nan_to_num(), grad_y, rows.alpha)
+    powers = 1.0 + abs(2.0 - rows.alpha)
+    error = (2.0 * ROUNDINGS * powers * slack.unit * size).nan_to_num() + slack.tiny
+    decided = (highest_of(size) < 1e30).squeeze(-1) if "steep" in KNOWN else None
+    judge("gradient", gradient, exact, error, decided)
+    return judge.verdict
+
+
+def far(top: Tensor, alpha: float) -> Tensor:
+    """What rounding is relative to while scores are multiplied before their maximum goes."""
+    if "shifted" not in KNOWN or alpha in (1.5, 2.0):
+        return torch.zeros_like(top)
+    return (alpha - 1.0) * finite(top).abs()
+
+
+def check_attention(case: Attention, backend: str) -> Verdict:
+    judge = Judge(backend)
+    device = device_of(backend)
+    options = {"alpha": case.alpha, "scale": case.scale, "is_causal": case.is_causal}
+    group = case.query.shape[1] // case.key.shape[1]
+    chosen = {**options, "enable_gqa": group > 1, "backend": backend}
+    tensors = case.query, case.key, case.value
+    leaves = [t.to(device).detach().requires_grad_() for t in tensors]
+    out = adasplash2.entmax_attention(*leaves, **chosen)
+    stats = adasplash2.attention_stats(*(t.detach() for t in leaves), **chosen)
+
+    exact = reference.attention(*tensors, **options)
+    bounds = Bounds(case, exact, slack_of(case.query.dtype, backend))
+    judged = bounds.judged
+    if backend == "cuda" and not all(t.isfinite().all() for t in tensors[1:]):
+        judged = torch.zeros_like(judged)  # see the docstring of that backend
+    grad_out = case.grad_out.double()
+    if case.alpha > 2.0:  # the gradient jumps at the edge of the support
+        grad_out = torch.where(bounds.unclear.any(dim=-1, keepdim=True), 0.0, grad_out)
+    gradients = torch.autograd.grad(out, leaves, grad_out.to(out.dtype).to(out.device))
+    if case.traits & KNOWN:
+        return judge.verdict
+
+    judge("out", out, exact.out, bounds.of_output(), judged)
+    check_stats(judge, stats, exact, bounds, judged)
+    found = reference.attention_gradients(*tensors, grad_out, **options, p=exact.probabilities)
+    if case.alpha > 2.0 and "steep" in KNOWN:
+        lowest = bounds.found.x - bounds.found.x_error
+        judged = judged & ~((lowest < 1e-30) & (exact.probabilities > 0.0)).any(dim=-1)
+    # A row without a right answer leaves none to the keys it may see.
+    unsure = (~judged).unsqueeze(-1) & bounds.allowed
+    sure = bounds.over_group(unsure.double().mT).sum(dim=-1) == 0.0
+    errors = bounds.of_gradients(grad_out)
+    for index, name in enumerate(reference.Gradients._fields):
+        rows = judged if name == "query" else sure
+        judge(f"gradient of {name}", gradients[index], found[index], errors[index], rows)
+    return judge.verdict
+
+
+class Bounds:
+    """How far output and gradients of one attention call may be off, entry by entry."""
+
+    def __init__(self, case: Attention, exact: reference.Attention, slack: Slack) -> None:
+        self.case, self.slack = case, slack
+        self.heads_kv = case.key.shape[1]
+        self.group = case.query.shape[1] // self.heads_kv
+        self.scale = abs(case.query.shape[-1] ** -0.5 if case.scale is None else case.scale)
+        self.p = finite(exact.probabilities)
+        # Magnitudes, what is not finite left out: what it reaches is not finite either.
+        self.query = finite(case.query.double()).abs()
+        self.key, self.value = (
+            finite(t.double()).repeat_interleave(self.group, dim=1) for t in (case.key, case.value)
+        )
+        self.allowed = reference.allowed_keys(*self.p.shape[2:], case.is_causal)
+        self.highest = highest_of(exact.z)
+        sound = self.highest.isfinite()  # rows that are neither empty nor poisoned
+        y = torch.where(sound, exact.z - self.highest, -math.inf)
+
+        products = self.query @ self.key.abs().mT
+        size = (case.alpha - 1.0) * self.scale * products
+        # Multiples of a quarter add up without rounding: one product by the scale is left.
+        whole = all((4.0 * t).frac().eq(0.0).all() for t in (self.query, self.key))
+        whole = whole and bool((products < 2.0**18).all())
+        roundings = 1.0 if whole else terms(case.query.shape[-1])
+        error = roundings * slack.unit * size + slack.tiny * (size > 0.0)
+        self.found = interval(torch.where(sound, self.p, 0.0), y, error, case.alpha, slack)
+        self.unclear = (y > -math.inf) & (self.found.x.abs() <= self.found.x_error)
+
+        # A score that may overflow may poison its row, a bad value may or may not be kept.
+        factor = max(1.0, case.alpha - 1.0) * max(1.0, self.scale, (case.alpha - 1.0) * self.scale)
+        calm = highest_of(products).squeeze(-1) * factor < slack.largest / 16.0
+        bad = ~case.value.isfinite().all(dim=-1).repeat_interleave(self.group, dim=1)
+        self.judged = calm & ~(self.unclear & bad.unsqueeze(-2)).any(dim=-1)
+
+        self.by_row = terms((self.p > 0.0).sum(dim=-1, keepdim=True)) * slack.unit
+        count = self.over_group((self.p > 0.0).sum(dim=-2).double().unsqueeze(-1))
+        self.by_key = terms(count) * slack.unit
+        # float16 keeps weights above 2^-35 in part: they are multiplied by 1024 first.
+        narrow = 2.0 * slack.narrow * self.p + 2.0**-35 * (self.p > 0.0) * (slack.narrow > 0.0)
+        self.weight = self.found.p_error + narrow
+        self.least = torch.finfo(case.query.dtype).smallest_normal * 2.0**-20
+
+    def over_group(self, by_head: Tensor) -> Tensor:
+        return by_head.unflatten(1, (self.heads_kv, self.group)).sum(dim=2)
+
+    def of_output(self) -> Tensor:
+        error = (self.weight + self.by_row * self.p) @ self.value.abs() + self.least
+        # Two equal keys have half each at alpha = 2: nothing in such a row is rounded but the
+        # result. (At other alphas a half is not what comes out of a power.)
+        halves = ((self.p == 0.5).sum(dim=-1) == 2) & (self.case.alpha == 2.0)
+        whole = "pair" in self.case.traits and self.case.query.dtype != FLOAT64
+        return torch.where((halves & whole).unsqueeze(-1), 0.0, error)
+
+    def of_gradients(self, grad_out: Tensor) -> reference.Gradients:
+        _, _, u, u_error, *_ = self.found
+        narrow = self.slack.narrow
+        grad = finite(grad_out)
+        dp, dp_size = grad @ self.value.mT, grad.abs() @ self.value.abs().mT
+        dp_error = terms(self.value.shape[-1]) * self.slack.unit * dp_size
+
+        # delta = sum u dp / sum u. Other weights u' move it by sum (u' - u) (dp - delta) / sum u',
+        # and never out of the dp of what may be kept.
+        total = u.sum(dim=-1, keepdim=True)
+        safe = torch.where(total > 0.0, total, 1.0)
+        delta = (u * dp).sum(dim=-1, keepdim=True) / safe
+        off = (dp - delta).abs()
+        rest = total - u_error.sum(dim=-1, keepdim=True)
+        moved = (u_error * off).sum(dim=-1, keepdim=True) / torch.where(rest > 0.0, rest, 1.0)
+        most = highest_of(torch.where(u + u_error > 0.0, off, 0.0)).clamp(min=0.0)
+        moved = torch.where(rest > 0.0, moved.minimum(most), most)
+        rounded = (u * (dp_error + (self.by_row + narrow) * dp_size)).sum(dim=-1, keepdim=True)
+        delta_error = moved + rounded / safe
+
+        ds = u * off
+        ds_error = u_error * off + (u + u_error) * (delta_error + dp_error) + narrow * ds
+        ds_error = torch.where(self.allowed, ds_error + self.slack.tiny, 0.0)
+        query, key, grad = self.query, self.key.abs(), grad.abs()
+        of_query = (ds_error + self.by_row * ds) @ key
+        of_key = self.over_group(ds_error.mT @ query) + self.by_key * self.over_group(ds.mT @ query)
+        of_value = self.over_group(self.weight.mT @ grad)
+        of_value = of_value + self.by_key * self.over_group(self.p.mT @ grad)
+        # Where a term may overflow so may its sum.
+        of_query, of_key = (
+            torch.where(size * max(1.0, self.scale) < self.slack.largest * 2.0**-24,
+                        self.scale * size + self.least, math.inf)
+            for size in (of_query, of_key)
+        )  # fmt: skip
+        return reference.Gradients(of_query, of_key, of_value + self.least)
+
+
+def terms(count: Tensor | int) -> Any:
+    """Units of round-off that a sum of so many terms may err by: one after the other, and alike."""
+    return ROUNDINGS + count / 8.0
+
+
+def finite(tensor: Tensor) -> Tensor:
+    return tensor.nan_to_num(0.0, 0.0, 0.0)
+
+
+def check_stats(
+    judge: Judge,
+    stats: adasplash2.AttentionStats,
+    exact: reference.Attention,
+    bounds: Bounds,
+    judged: Tensor,
+) -> None:
+    found, slack, alpha = bounds.found, bounds.slack, bounds.case.alpha
+    tau, support, steps = (t.cpu() for t in (stats.tau, stats.support, stats.iterations))
+    near = (found.x > -found.x_error) & (exact.z > -math.inf)
+    top = finite(bounds.highest).squeeze(-1)
+    error = highest_of(torch.where(near, found.x_error, 0.0)).clamp(min=0.0).squeeze(-1)
+    if "equal" in KNOWN and alpha == 2.0:
+        error = error + 64.0 * slack.unit * (finite(exact.tau) - top).abs()
+    error = error + slack.unit * top.abs() + slack.tiny
+    empty = exact.tau == math.inf
+    of_rows = (torch.where(empty, 0.0, t).unsqueeze(-1) for t in (tau, exact.tau))
+    judge("tau", *of_rows, error.unsqueeze(-1), judged)
+    judge.holds("tau of an empty row", (tau == math.inf) == empty, judged)
+    vanishing = slack.tiny ** (alpha - 1.0)
+    certain = (found.x > found.x_error + vanishing) & (found.p > 0.0)
+    sound = exact.tau.isfinite() & judged
+    judge.holds("support too small", support >= certain.sum(dim=-1), sound)
+    judge.holds("support too large", support <= near.sum(dim=-1), sound)
+    judge.holds("iterations", (steps >= 0) & (steps <= STEPS), judged)
+    tiles = stats.empty_tiles.cpu()
+    if sound.all() and exact.z.numel():
+        least, most = (
+            reference.empty_tiles(kept.double(), bounds.case.is_causal) for kept in (near, certain)
+        )
+        right = (tiles >= least - 1e-12) & (tiles <= most + 1e-12)
+        judge.holds("empty tiles", right, torch.ones_like(right))
+
+
+# Running
+
+
+def check(seed: int, number: int, backend: str, largest: int) -> tuple[str, Verdict]:
+    """One problem: what it is, and what was found. Raises what the library raises."""
+    draw = Draw(seed, number)
+    if number % 2:
+        rows = draw_rows(draw, largest)
+        return rows.describe(), check_rows(rows, backend)
+    attention = draw_attention(draw, largest)
+    return attention.describe(), check_attention(attention, backend)
+
+
+@dataclass
+class Report:
+    """What came of many problems."""
+
+    lines: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    shares: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> int:
+        return self.counts["failed"]
+
+
+def run(
+    seed: int,
+    numbers: range,
+    backend: str,
+    *,
+    largest: int = LARGEST,
+    seconds: float = math.inf,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Check problems ``numbers`` of ``seed``; a line for each failure goes to ``say``."""
+    report, start, told = Report(), time.monotonic(), time.monotonic()
+    for number in numbers:
+        if time.monotonic() - start > seconds:
+            break
+        again = f"python tests/fuzz.py --backend {backend} --seed {seed} --only {number}"
+        again += f" --largest {largest}" if largest != LARGEST else ""
+        try:
+            what, verdict = check(seed, number, backend, largest)
+        except adasplash2.BackendRefused:
+            report.counts["refused"] += 1
+            continue
+        except Exception as error:
+            what, verdict = "", Verdict([f"{type(error).__name__}: {error}"], {})
+        report.counts["rows" if number % 2 else "attention"] += 1
+        for kind, share in verdict.shares.items():
+            key = f"{'rows' if number % 2 else 'attention'}, {kind}"
+            report.shares[key] = max(report.shares.get(key, (0.0, 0)), (share, number))
+        if verdict.failures:
+            report.counts["failed"] += 1
+            for failure in verdict.failures:
+                report.counts[failure.split(":")[0]] += 1
+            line = f"{verdict.failures[0]}\n    {what}\n    again: {again}"
+            report.lines.append(line)
+            say(line)
+        if time.monotonic() - told > 30.0:
+            told = time.monotonic()
+            say(f"... {number} problems, {report.failed} failed")
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--problems", type=int, default=300)
+    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--seed", type=int, help="a new one where it is not given")
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="one problem alone")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument(
+        "--largest", type=int, default=LARGEST, help="length of most problems at most"
+    )
+    arguments = parser.parse_args()
+    usable = [status.name for status in adasplash2.available_backends() if status.usable]
+    if arguments.backend not in usable:
+        parser.error(f"--backend must be one of {', '.join(usable)}, got {arguments.backend!r}")
+    seed = random.SystemRandom().getrandbits(32) if arguments.seed is None else arguments.seed
+    numbers = range(arguments.problems)
+    if arguments.only is not None:
+        numbers = range(arguments.only, arguments.only + 1)
+    print(f"seed {seed}, backend {arguments.backend}", flush=True)
+    report = run(
+        seed, numbers, arguments.backend, largest=arguments.largest, seconds=arguments.seconds
+    )
+    for kind, (share, number) in sorted(report.shares.items()):
+        print(f"{kind}: {share:.2f} of the bound at most (problem {number})")
+    print(", ".join(f"{kind} {count}" for kind, count in report.counts.most_common()))
+    print(f"{report.failed} of {len(numbers)} failed, seed {seed}")
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
