@@ -87,6 +87,7 @@ def _solve(x: Tensor, factor: float, alpha: float) -> tuple[Tensor, Tensor]:
         p, shifted_tau = _bisect(below, factor, alpha)
     else:
         p, shifted_tau = _bisect_tau(y, alpha)
+    p = torch.where(x == -math.inf, 0.0, p)  # tau may be an ulp below the end of the window
     p = p / p.sum(dim=-1, keepdim=True)
     tau = torch.where(empty, math.inf, factor * highest + shifted_tau)
     p, tau = torch.where(empty, 0.0, p), torch.where(poisoned, math.nan, tau)
@@ -199,6 +200,8 @@ def entmax_gradient(p: Tensor, grad_p: Tensor, alpha: float) -> Tensor:
     """Gradient of the scores ``s``: ``u (dp - sum u dp / sum u)``, ``u = p^(2-alpha)`` on the
     support (Correia, Niculae, Martins 2019). Keys off the support have no part in it, whatever
     ``grad_p`` holds there."""
+    if p.shape[-1] == 0:
+        return p * grad_p
     inside = p != 0.0  # NaN counts as inside
     u = torch.where(inside, torch.where(inside, p, 1.0) ** (2.0 - alpha), 0.0)
     u = torch.where(p.isnan(), math.nan, u)  # NaN ** 0 is 1
