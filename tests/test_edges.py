@@ -177,8 +177,10 @@ def test_attention_gradients_of_equal_scores(length: int, alpha: float, backend:
     inputs.key[..., 1] *= 1e3
     out, got = attend(inputs, case, backend)
     assert reference.relative_error(out, expect(inputs, case)[0]) < 1e-5
+    assert not got.query.isnan().any()
     for gradient, expected in zip(got, expect(inputs, case)[1], strict=True):
-        assert not gradient.isnan().any()
+        # A key's sum over rows may be infinite with both signs where the exact one is out of range.
+        assert not gradient[expected.abs() < 1e38].isnan().any()
         largest = expected.abs().max()
         if largest < 1e38:
             assert reference.relative_error(gradient, expected) < 1e-4
