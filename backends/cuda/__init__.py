@@ -26,7 +26,7 @@ from torch import Tensor
 from adasplash2.backends.cuda import compile as compiler
 from adasplash2.backends.cuda import sizes
 from adasplash2.contract import AttentionStats, Config, Forward
-from adasplash2.problem import Inputs, Problem, RowProblem
+from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals
 
 name = "cuda"
 
@@ -85,6 +85,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             f"{problem.device} has compute capability {capability[0]}.{capability[1]}, "
             f"the kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
         )
+    reasons += float32_refusals(problem)
     if isinstance(problem, RowProblem):
         return reasons + rows.refusals(problem)
     smallest = 1.0 + 1.0 / LARGEST_POWER[problem.dtype.itemsize]

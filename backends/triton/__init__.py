@@ -26,7 +26,7 @@ from torch import Tensor
 from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.sizes import INTERPRETED
 from adasplash2.contract import AttentionStats, Config, Forward
-from adasplash2.problem import Inputs, Problem, RowProblem
+from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals
 
 name = "triton"
 
@@ -70,6 +70,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             reasons.append(
                 f"{problem.device} has compute capability {major}.{minor}, Triton needs {least}"
             )
+    reasons += float32_refusals(problem)
     limit = 2**31 - 1
     if isinstance(problem, RowProblem):
         if max(problem.rows, problem.length) > limit:

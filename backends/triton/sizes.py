@@ -254,7 +254,7 @@ class Saved:
         grid = Grid.of(problem, config)
         pairs = grid.heads * grid.blocks * grid.tiles
         lengths = {
-            "out_u": (torch.float32, grid.rows * problem.head_dim_v * problem.needs_grad),
+            "out_u": (torch.float32, grid.rows * problem.head_dim_v * int(problem.needs_grad)),
             "top": (torch.float32, grid.rows),
             "t": (torch.float32, grid.rows),
             "spread": (torch.float32, grid.rows),

@@ -19,6 +19,9 @@ from torch import Tensor
 MAX_HEAD_DIM = 256
 """Largest ``head_dim`` of queries, keys and values; what the kernels' registers are cut for."""
 
+FLOAT32_MAX_ALPHA = 64.0
+"""Beyond it distances from a threshold fall below float32's numbers as a rule."""
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """dtypes read as they are; bfloat16 and float16 are computed in float32."""
 
@@ -110,6 +113,25 @@ class RowProblem:
     device: torch.device
     alpha: float
     needs_grad: bool
+
+
+def float32_refusals(problem: Problem | RowProblem) -> list[str]:
+    """Reasons against large alphas where thresholds are kept in float32.
+
+    ``n`` equal scores lie ``n^(1 - alpha)`` above theirs, and above alpha = 2 the inverse of that
+    is what their gradients are multiplied by.
+    """
+    if problem.alpha > FLOAT32_MAX_ALPHA:
+        return [f"alpha must be at most {FLOAT32_MAX_ALPHA:g} here, got {problem.alpha:g}"]
+    if isinstance(problem, RowProblem) or not problem.needs_grad or problem.length_k < 2:
+        return []
+    largest = 1.0 + 126.0 / math.log2(problem.length_k)
+    if problem.alpha <= max(2.0, largest):
+        return []
+    return [
+        f"alpha must be at most {largest:.4g} for gradients over {problem.length_k} keys, which "
+        f"leave float32 beyond it, got {problem.alpha:g}"
+    ]
 
 
 def attention_problem(

@@ -344,9 +344,8 @@ constexpr float kSureStep = 1.f / 32.f;
 // Newton's steps before every other one becomes a bisection. Convex rows need no more.
 constexpr int kFreeSteps = 8;
 // Upper end of tau's window. n equal scores have their threshold n^(1-alpha) below them, which is
-// less than any float32 for large alpha; but the largest score must keep a distance to it, and one
-// that leaves room for sums of u, which is up to its inverse.
-constexpr float kHighest = kAlpha == AlphaKind::kGeneral ? -0x1p-100f : 0.f;
+// less than any float32 for large alpha; but the largest score must keep a distance to it.
+constexpr float kHighest = kAlpha == AlphaKind::kGeneral ? -0x1p-126f : 0.f;
 
 // refine() without a closed form: Newton's step for (sum x^r)^(1/r), which is a line in t where
 // one score or equal ones hold the mass. Up to alpha = 2 it is convex, so that steps from below

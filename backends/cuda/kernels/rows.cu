@@ -157,8 +157,8 @@ __device__ __forceinline__ float sensitivity(float y, float least, float exponen
   return power(y / least, exponent);
 }
 
-// The smallest normal number, and the largest that bfloat16 holds.
-constexpr float kLeast = 0x1p-126f, kMost = 0x1.fep127f;
+// The smallest normal number, and the largest.
+constexpr float kLeast = 0x1p-126f, kMost = 0x1.fffffep127f;
 
 // dx = u (dy - sum u dy / sum u). Above alpha = 2 u may leave float32: it is taken relative to the
 // largest one, that of the least y, and a gradient that leaves float32 stops at its end.
@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     least = fmaxf(over_block(least, floats, [](float a, float b) { return fminf(a, b); }), kLeast);
   }
-  const float largest = steep ? fminf(power(least, exponent), kMost) : 1.f;
+  const float largest = steep ? power(least, exponent) : 1.f;
   float total = 0.f, weighted = 0.f;
   for (int j = threadIdx.x; j < p.length; j += kThreads) {
     const float u = sensitivity(to_float(y[j]), least, exponent);
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int j = threadIdx.x; j < p.length; j += kThreads) {
     const float u = sensitivity(to_float(y[j]), least, exponent);
     float dx = u == 0.f ? 0.f : u * (to_float(grad_y[j]) - delta);
-    if (steep && is_finite(dx)) dx = fmaxf(fminf(dx * largest, kMost), -kMost);
+    if (steep && dx != 0.f && is_finite(dx)) dx = fmaxf(fminf(dx * largest, kMost), -kMost);
     store(grad_x + j, dx);
   }
 }

@@ -21,8 +21,8 @@ from adasplash2.backends.triton.kernels.threshold import (
 
 SMALLEST = tl.constexpr(2.0**-126)
 
-LARGEST = tl.constexpr(3.3895314e38)
-"""Of bfloat16's numbers: its smallest normal one, and its largest, which float32 has too."""
+LARGEST = tl.constexpr(3.4028235e38)
+"""Of float32's numbers, the smallest normal one and the largest."""
 
 
 @triton.jit
@@ -144,6 +144,6 @@ def entmax_rows_grad(
         u = load_sensitivity(row, start, length, least, exponent, opt, CHUNK)
         dx = tl.where(u == 0.0, 0.0, u * (load_chunk(grads, start, length, CHUNK) - delta))
         if opt.steep:
-            scaled = dx * tl.minimum(power(least, exponent), LARGEST)
-            dx = tl.where(is_finite(dx), tl.clamp(scaled, -LARGEST, LARGEST), dx)
+            scaled = tl.clamp(dx * power(least, exponent), -LARGEST, LARGEST)
+            dx = tl.where(is_finite(dx) & (dx != 0.0), scaled, dx)
         store_chunk(written, start, length, dx, CHUNK)

@@ -19,10 +19,9 @@ from adasplash2.backends.triton.kernels.score import (
     is_inside,
 )
 
-HIGHEST = tl.constexpr(-(2.0**-100))
+HIGHEST = tl.constexpr(-(2.0**-126))
 """Upper end of the window of ``t``. ``n`` equal keys have ``t = -n^(1 - alpha)``, for large alphas
-less than any float32; but the nearest key must keep a distance to it, and one that leaves room for
-sums of ``u``, which is up to its inverse."""
+less than any float32; but the nearest key must keep a distance to it."""
 
 EPSILON = tl.constexpr(2.0**-23)
 
