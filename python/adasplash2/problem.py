@@ -19,7 +19,7 @@ from torch import Tensor
 MAX_HEAD_DIM = 256
 """Largest ``head_dim`` of queries, keys and values; what the kernels' registers are cut for."""
 
-FLOAT32_MAX_ALPHA = 64.0
+FLOAT32_MAX_ALPHA = 32.0
 """Beyond it distances from a threshold fall below float32's numbers as a rule."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -144,6 +144,7 @@ def entmax_rows_grad(
         u = load_sensitivity(row, start, length, least, exponent, opt, CHUNK)
         dx = tl.where(u == 0.0, 0.0, u * (load_chunk(grads, start, length, CHUNK) - delta))
         if opt.steep:
-            scaled = tl.clamp(dx * power(least, exponent), -LARGEST, LARGEST)
+            scaled = dx * power(least, exponent)
+            scaled = tl.where(is_finite(scaled), scaled, tl.where(dx > 0.0, LARGEST, -LARGEST))
             dx = tl.where(is_finite(dx) & (dx != 0.0), scaled, dx)
         store_chunk(written, start, length, dx, CHUNK)
