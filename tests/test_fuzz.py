@@ -77,15 +77,15 @@ def test_thresholds_of_attention_are_exact_to_round_off(alpha: float, backend: s
 @interpreted()
 @on_every_backend
 def test_small_probabilities_of_float16_are_kept(backend: str) -> None:
-    """A key with nearly all of the mass and a value of zero: the others, of about 1e-7, are the
-    output. Rounded to float16 as they are they have one digit, if any."""
+    """A key with nearly all of the mass and a value of zero: the others, of about 2e-8, are the
+    output. Rounded to float16 as they are they would be zero."""
     generator = torch.Generator().manual_seed(5)
-    query, key = torch.ones(1, 1, 16, 1), 5e-5 * torch.randn(1, 1, 6, 1, generator=generator)
+    query, key = torch.ones(1, 1, 16, 1), 1e-5 * torch.randn(1, 1, 6, 1, generator=generator)
     key[:, :, 0] = 1.0
     value = 1e4 * (1.0 + torch.rand(1, 1, 6, 4, generator=generator))
     value[:, :, 0] = 0.0
     tensors = [t.to(FLOAT16) for t in (query, key, value, torch.ones(1, 1, 16, 4))]
-    case = fuzz.Attention(*tensors, alpha=1.5, scale=1.9995, is_causal=False)
+    case = fuzz.Attention(*tensors, alpha=1.5, scale=1.9997, is_causal=False)
     assert not fuzz.check_attention(case, backend).failures
 
 
