@@ -589,8 +589,8 @@ class Bounds:
         self.judged = calm & ~(self.unclear & bad.unsqueeze(-2)).any(dim=-1)
 
         if "equal" in KNOWN and case.alpha in (1.5, 2.0):
-            spread = (self.p * finite(y).abs()).sum(dim=-1)
-            self.judged &= (spread > 2e-6) | ((self.p > 0.0).sum(dim=-1) <= 2)
+            spread = highest_of(torch.where(self.p > 0.0, -finite(y), 0.0)).squeeze(-1)
+            self.judged &= (spread > 1e-5) | ((self.p > 0.0).sum(dim=-1) <= 2)
 
         self.by_row = terms((self.p > 0.0).sum(dim=-1, keepdim=True)) * slack.unit
         count = self.over_group((self.p > 0.0).sum(dim=-2).double().unsqueeze(-1))
