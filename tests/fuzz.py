@@ -38,7 +38,7 @@ KNOWN = frozenset({"near-one", "infinite", "steep", "shifted", "equal"})
 """Faults that are known: what they reach is drawn and run, but not judged.
 
 ``near-one``: alpha below 1.05. ``infinite``: infinities in values or their gradients. ``steep``:
-``p^(2 - alpha)`` beyond the dtype's numbers, gradients of attention above alpha 8, thresholds below
+``p^(2 - alpha)`` beyond the dtype's numbers, gradients of attention above alpha 4, thresholds below
 2^-58. ``shifted``: scores far from zero with an alpha other than 1.5 and 2. ``equal``: rows of
 nearly equal scores at alpha 1.5 and 2, whose threshold is off by a round-off of one, far more than
 its own.
@@ -542,7 +542,7 @@ def check_attention(case: Attention, backend: str) -> Verdict:
     if case.alpha > 2.0 and "steep" in KNOWN:
         lowest = bounds.found.x - bounds.found.x_error
         judged = judged & ~((lowest < 1e-30) & (exact.probabilities > 0.0)).any(dim=-1)
-        judged = judged & (case.alpha < 8.0)
+        judged = judged & (case.alpha <= 4.0)
     # A row without a right answer leaves none to the keys it may see.
     unsure = (~judged).unsqueeze(-1) & bounds.allowed
     sure = bounds.over_group(unsure.double().mT).sum(dim=-1) == 0.0
