@@ -244,6 +244,10 @@ def draw_attention(draw: Draw, largest: int) -> Attention:
             length_q, length_k, is_causal = length_k, length_q, False
     if draw.chance(0.04):
         length_q, length_k = draw.one_of((0, length_k), (length_q, 0), (0, 0))
+    is_flat = draw.chance(0.06)  # supports that no list of keys holds
+    if is_flat:
+        batch, heads_kv, group = 1, 1, draw.one_of(1, 2)
+        length_q, length_k = draw.integer(1, largest // 4), draw.integer(2 * largest, 5 * largest)
     head_dim = draw.one_of(1, draw.integer(1, 256), draw.integer(1, 64), 16, 64)
     head_dim_v = draw.one_of(head_dim, head_dim, draw.integer(1, 256), 1)
     heads = batch, heads_kv * group
@@ -254,7 +258,13 @@ def draw_attention(draw: Draw, largest: int) -> Attention:
     scale, traits = draw_scale(draw), set()
 
     kind = draw.random.random()
-    if kind < 0.06:
+    if is_flat:
+        query, scale, is_causal = 1e-3 * query.clamp(-2.0, 2.0), draw.one_of(None, -0.1), False
+        alpha = draw.one_of(1.25, 1.5, 2.0)
+        if draw.chance(0.25):
+            poison(draw, value, math.nan)
+        traits.add("flat")
+    elif kind < 0.06:
         key[:] = key[:, :, :1].clone() if length_k else key
         traits.add("constant")
     elif kind < 0.14 and length_k:
@@ -333,8 +343,9 @@ class Slack(NamedTuple):
 
 def slack_of(dtype: torch.dtype, backend: str) -> Slack:
     computed_in = torch.finfo(FLOAT64 if dtype == FLOAT64 else FLOAT32)
+    unit = computed_in.eps * (2.0 if dtype == FLOAT64 else 1.0)  # the reference's own are as large
     narrow = torch.finfo(dtype).eps if dtype.itemsize == 2 and backend != "cpu" else 0.0
-    return Slack(computed_in.eps, narrow, computed_in.tiny, computed_in.max)
+    return Slack(unit, narrow, computed_in.tiny, computed_in.max)
 
 
 class Interval(NamedTuple):
@@ -367,7 +378,8 @@ def interval(p: Tensor, y: Tensor, score_error: Tensor, alpha: float, slack: Sla
     near = allowed & (x > -8.0 * own)
     left = (alpha - 1.0) / u.sum(dim=-1, keepdim=True).clamp(min=slack.tiny)
     threshold = highest_of(torch.where(near, own, 0.0)).clamp(min=0.0)
-    x_error = own + threshold + ROUNDINGS * slack.unit * left.clamp(max=1.0)
+    rounded = terms(inside.sum(dim=-1, keepdim=True)) * slack.unit
+    x_error = own + threshold + rounded * left.clamp(max=1.0)
 
     def both(power: Callable[[Tensor], Tensor], at_x: Tensor) -> Tensor:
         high, low = power((x + x_error).clamp(min=0.0)), power((x - x_error).clamp(min=0.0))
@@ -580,7 +592,8 @@ class Bounds:
         # float16 keeps weights above 2^-35 in part: they are multiplied by 1024 first.
         narrow = 2.0 * slack.narrow * self.p + 2.0**-35 * (self.p > 0.0) * (slack.narrow > 0.0)
         self.weight = self.found.p_error + narrow
-        self.least = torch.finfo(case.query.dtype).smallest_normal * 2.0**-20
+        longest = max(self.p.shape[-1], self.p.shape[-2] * self.group)
+        self.least = slack.tiny * slack.unit * (8 + longest)  # below the normal numbers
 
     def over_group(self, by_head: Tensor) -> Tensor:
         return by_head.unflatten(1, (self.heads_kv, self.group)).sum(dim=2)

@@ -404,6 +404,27 @@ def test_strided_output_gradient(layout: str, backend: str) -> None:
         assert torch.equal(one, other)
 
 
+@on_every_backend
+@interpreted(dtype=FLOAT16)
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
+def test_results_are_rounded_to_even(
+    dtype: torch.dtype, alpha: float, backend: str, request: pytest.FixtureRequest
+) -> None:
+    """Two equal keys: the mean of neighbours is a tie, that of the largest numbers is no infinity.
+    (The interpreter computes bfloat16 in float32: there a GPU alone can show it.)"""
+    if backend == "triton" and alpha == 1.5:
+        reason = "the weights are rounded to 16 bits before they are multiplied, their sum is not"
+        request.applymarker(pytest.mark.xfail(strict=INTERPRETED, reason=reason))
+    one, two = torch.finfo(dtype).eps, 2.0 * torch.finfo(dtype).eps
+    largest = torch.finfo(dtype).max if dtype == FLOAT16 else 2.0**127
+    values = [[1.0, 1.0 + one, largest], [1.0 + one, 1.0 + two, largest]]
+    value = torch.tensor(values, dtype=dtype, device=device_of(backend)).view(1, 1, 2, 3)
+    query, key = torch.ones_like(value[..., :1, :1]), torch.ones_like(value[..., :1])
+    out = adasplash2.entmax_attention(query, key, value, alpha=alpha, backend=backend)
+    assert out.flatten().double().tolist() == [1.0, 1.0 + two, largest]
+
+
 # Statistics.
 
 
@@ -501,12 +522,6 @@ def test_the_histogram_starts_close(
     assert iterations.double().mean() <= (2.0 if backend == "cpu" else 3.5)
 
 
-BELOW = pytest.mark.xfail(
-    strict=True,
-    reason="the step lands an ulp below the bracket of the histogram, whose edge is the threshold "
-    "of equal scores: up to 26 bisections, and tau ten ulps off",
-)
-
 MOST_STEPS = {1.1: 5, 1.25: 4, 1.5: 3, 1.75: 5, 2.0: 3}
 """Of a row on the CPU; one less is what these cases take."""
 
@@ -526,7 +541,7 @@ def test_iterations_are_bounded(alpha: float, backend: str) -> None:
         assert iterations.max() <= most
 
 
-@pytest.mark.parametrize("alpha", [1.25, *(pytest.param(a, marks=BELOW) for a in (1.5, 2.0))])
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
 def test_equal_scores_take_few_steps(alpha: float) -> None:
     """Also where the histogram's edge is the threshold: rows of 1 to 60 scores of zero."""
     zeros = torch.zeros(1, 1, 60, 1)

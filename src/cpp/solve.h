@@ -255,6 +255,9 @@ __attribute__((noinline)) static Tightened<T> tighten(T* values, int32_t* keys, 
   histogram<K>(values, count, result.max, power, counts);
   result.state = RowState::kSolved;
   result.bracket = histogram_bracket<K>(counts, power.powers);
+  // It is rounded as numbers near one are: the right step must not seem to leave it.
+  result.bracket.lo -= T(2) * kEpsilon<T>;
+  result.bracket.hi += T(2) * kEpsilon<T>;
   result.lo = below_max<K>(result.max, result.bracket.lo, power);
 
   int64_t kept = 0;
