@@ -386,7 +386,9 @@ def interval(p: Tensor, y: Tensor, score_error: Tensor, alpha: float, slack: Sla
         return (high - at_x).abs().maximum((at_x - low).abs())
 
     if alpha < NEAR_ONE:  # as softmax: a logarithm errs by itself, and by what its score does
-        by = ROUNDINGS * slack.unit * (2.0 - p.clamp(min=1e-300).log())
+        # Near the end of the window a power takes the digits of its base.
+        base = r * (y.abs() + 1.0 - top) / x.clamp(min=1e-300)
+        by = ROUNDINGS * slack.unit * (2.0 - p.clamp(min=1e-300).log() + base)
         moved = r * (score_error + highest_of(torch.where(inside, score_error, 0.0)))
         share = torch.expm1((by + moved).clamp(max=50.0))
         p_error, u_error = (one * share + slack.tiny for one in (p, u))

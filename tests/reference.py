@@ -87,7 +87,8 @@ def _solve(x: Tensor, factor: float, alpha: float) -> tuple[Tensor, Tensor]:
         p, shifted_tau = _bisect(below, factor, alpha)
     else:
         p, shifted_tau = _bisect_tau(y, alpha)
-    p = torch.where(x == -math.inf, 0.0, p)  # tau may be an ulp below the end of the window
+    # Nothing is above tau there; by rounding it may be an ulp below the end of the window.
+    p = torch.where(below <= -1.0 / factor, 0.0, p)
     p = p / p.sum(dim=-1, keepdim=True)
     tau = torch.where(empty, math.inf, factor * highest + shifted_tau)
     p, tau = torch.where(empty, 0.0, p), torch.where(poisoned, math.nan, tau)

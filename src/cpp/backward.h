@@ -301,7 +301,7 @@ struct BackwardKeys {
           const int64_t first_key = task.key_begin + key + v * kLanes<T>;
           p = probability<K>(x.rows[r][v] * multiplier, task.thresholds[i], power);
           const Vec<T> u = sensitivity<K>(p, power);
-          ds = score_gradient<K>(u, dp.rows[r][v] - task.delta[i], scale, power);
+          ds = score_gradient<K>(p, u, dp.rows[r][v] - task.delta[i], scale, power);
           const Ints<T> seen = mask_keys<T>(Vec<T>{}, first_key, visible) == T(0);
           p = seen ? p : Vec<T>{};
           ds = seen ? ds : Vec<T>{};

@@ -84,19 +84,22 @@ ADASPLASH2_INLINE bool is_steep(const Power<T>& power) {
   return K == AlphaKind::kGeneral && power.gradient_exponent < T(0);
 }
 
-// ds = scale u (dp - delta). A steep u may be infinite: times zero it is zero, and what is made of
-// numbers is no more than the largest that T holds, so that zeros of q and k stay zeros.
+// ds = scale u (dp - delta) of p and its u, which is not read where steep: it may leave the range
+// where ds does not, so that its root comes in twice. Infinite all the same, times zero it is zero,
+// and what is made of numbers is no more than the largest that T holds, so that zeros of q and k
+// stay zeros.
 template <AlphaKind K, class T>
-ADASPLASH2_INLINE Vec<T> score_gradient(Vec<T> u, Vec<T> from_delta, T scale,
+ADASPLASH2_INLINE Vec<T> score_gradient(Vec<T> p, Vec<T> u, Vec<T> from_delta, T scale,
                                         const Power<T>& power) {
-  const Vec<T> ds = u * from_delta * scale;
   if (is_steep<K>(power)) {
+    const Vec<T> root = raise<T>(p, power.gradient_exponent / 2);
+    const Vec<T> ds = from_delta * scale * root * root;
     const T largest = FloatFormat<T>::kLargest;
     const Vec<T> bounded = vmax<T>(vmin<T>(ds, broadcast(largest)), broadcast(-largest));
-    const Ints<T> are_numbers = (u == u) & (from_delta - from_delta == T(0));
-    return u == T(0) ? u : (are_numbers ? (ds == ds ? bounded : Vec<T>{}) : ds);
+    const Ints<T> are_numbers = (p == p) & (from_delta - from_delta == T(0));
+    return p == T(0) ? p : (are_numbers ? (ds == ds ? bounded : Vec<T>{}) : ds);
   }
-  return u == T(0) ? u : ds;  // off the support nothing is felt
+  return u == T(0) ? u : u * from_delta * scale;  // off the support nothing is felt
 }
 
 // Probabilities p[0..width) of a row (zeros behind them to the end of a vector) become ds;
@@ -125,8 +128,8 @@ ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T scale,
   }
   const T mass = total.total(), delta = mass == T(0) ? T(0) : weighted.total() / mass;
   for (int64_t j = 0; j < width; j += kLanes<T>) {
-    const Vec<T> u = steep ? sensitivity<K>(load(p + j), power) : load(p + j);
-    store(p + j, score_gradient<K>(u, load(dp + j) - delta, scale, power));
+    const Vec<T> kept = load(p + j);  // p where steep, else u
+    store(p + j, score_gradient<K>(kept, kept, load(dp + j) - delta, scale, power));
   }
   return delta;
 }

@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     least = fmaxf(over_block(least, floats, [](float a, float b) { return fminf(a, b); }), kLeast);
   }
-  const float largest = steep ? power(least, exponent) : 1.f;
+  const float root = steep ? power(least, 0.5f * exponent) : 1.f;  // of the largest u
   float total = 0.f, weighted = 0.f;
   for (int j = threadIdx.x; j < p.length; j += kThreads) {
     const float u = sensitivity(to_float(y[j]), least, exponent);
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int j = threadIdx.x; j < p.length; j += kThreads) {
     const float u = sensitivity(to_float(y[j]), least, exponent);
     float dx = u == 0.f ? 0.f : u * (to_float(grad_y[j]) - delta);
-    if (steep && dx != 0.f && is_finite(dx)) dx = fmaxf(fminf(dx * largest, kMost), -kMost);
+    if (steep && dx != 0.f && is_finite(dx)) dx = fmaxf(fminf(dx * root * root, kMost), -kMost);
     store(grad_x + j, dx);
   }
 }

@@ -144,7 +144,8 @@ def entmax_rows_grad(
         u = load_sensitivity(row, start, length, least, exponent, opt, CHUNK)
         dx = tl.where(u == 0.0, 0.0, u * (load_chunk(grads, start, length, CHUNK) - delta))
         if opt.steep:
-            scaled = dx * power(least, exponent)
+            root = power(least, 0.5 * exponent)  # of the largest u, which may leave the range alone
+            scaled = dx * root * root
             scaled = tl.where(is_finite(scaled), scaled, tl.where(dx > 0.0, LARGEST, -LARGEST))
             dx = tl.where(is_finite(dx) & (dx != 0.0), scaled, dx)
         store_chunk(written, start, length, dx, CHUNK)
