@@ -1118,3 +1118,12 @@ def test_whoever_watches_operators_sees_them(dispatched: list[str]) -> None:
     with Dispatches():
         out.sum().backward()
     assert dispatched == ["attention_backward"]
+
+
+def test_compiled_softmax_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    query = torch.randn(1, 2, 8, 4)
+    compiled = torch.compile(
+        lambda q, alpha: adasplash2.entmax_attention(q, q, q, alpha=alpha), backend="aot_eager"
+    )
+    compiled(query, 1.0)
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]

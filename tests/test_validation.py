@@ -297,3 +297,28 @@ def test_tracing_refuses_with_the_same_words() -> None:
         adasplash2.entmax_attention(
             torch.ones(2, 4, 5, 8), torch.ones(2, 4, 6, 9), torch.ones(2, 4, 6, 9)
         )
+
+
+def test_a_scale_beyond_the_range_is_refused() -> None:
+    query = torch.randn(1, 2, 8, 4)
+    with pytest.raises(ValueError, match=r"scale times alpha - 1 must be at most 3\.4e\+38"):
+        adasplash2.entmax_attention(query, query, query, scale=1e308)
+    wide = query.double()
+    assert adasplash2.entmax_attention(wide, wide, wide, scale=1e300).isfinite().all()
+
+
+def test_numbers_without_a_value_are_refused_in_words() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(TypeError, match="a number must be known here"):
+        adasplash2.entmax(x, torch.tensor(1.5, device="meta"))
+    with pytest.raises(TypeError, match="a number must be known here"):
+        torch.vmap(lambda alpha: adasplash2.entmax(x, alpha))(torch.tensor([1.2, 1.5]))
+
+
+def test_every_public_function_knows_the_meta_device() -> None:
+    """Autocast does not."""
+    query = torch.empty(1, 2, 8, 4, device="meta")
+    assert adasplash2.entmax_attention(query, query, query, alpha=1).shape == query.shape
+    assert adasplash2.explain(query, query, query).chosen is None
+    with pytest.raises(adasplash2.BackendRefused):
+        adasplash2.attention_stats(query, query, query)

@@ -28,7 +28,12 @@ SAVED_ALIGNMENT = 8
 
 
 def unavailable() -> str | None:
-    """None: the core is compiled with the package and runs on every processor."""
+    """None, unless ``ADASPLASH2_ISA`` asks for what is not here: the core is compiled with the
+    package and runs on every processor."""
+    try:
+        _core.isa()
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -423,6 +423,10 @@ def show(as_json: bool) -> None:
     rows = [
         (device, record, _is_valid(record, valid.get(record.backend))) for device, record in found
     ]
+    try:
+        cache.kept_parts()
+    except OSError as error:
+        _fail(f"the cache in {cache.directory()} cannot be read ({error})", CACHE_FAILED)
     sizes = cache.sizes()
     if as_json:
         listed = [

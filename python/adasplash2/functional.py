@@ -216,7 +216,8 @@ def _attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> Inputs:
     check_tensor("key", key)
     check_tensor("value", value)
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    # Where autocast knows nothing of a device (meta), asking is an error.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (
             t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)

@@ -637,7 +637,8 @@ def _once(operator: Callable[..., Any]) -> Callable[..., Any]:
         def backward(ctx: Any, *grads: Tensor) -> Any:
             raise RuntimeError(
                 "adasplash2 has no second derivatives: the gradient of entmax cannot be "
-                "differentiated again (double backward)"
+                "differentiated again (double backward, which torch.autograd.functional.jvp "
+                "needs too)"
             )
 
     return Once.in_kernel

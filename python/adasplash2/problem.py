@@ -152,20 +152,22 @@ def attention_problem(
             message names the argument, what came and what is allowed.
     """
     query, key, value = inputs
-    # A loop asks the same again and again: what has been validated is looked up.
-    try:
-        return _validated(
-            _described(query),
-            _described(key),
-            _described(value),
-            alpha,
-            scale,
-            is_causal,
-            enable_gqa,
-            needs_grad,
-        )
-    except (AttributeError, RuntimeError, TypeError):
-        pass  # no strided tensors, or sizes that are symbols, or an error that comes again below
+    # A loop asks the same again and again: what has been validated is looked up. A compiler asks
+    # once, and warns of look-ups that it cannot see into.
+    if not torch.compiler.is_compiling():
+        try:
+            return _validated(
+                _described(query),
+                _described(key),
+                _described(value),
+                alpha,
+                scale,
+                is_causal,
+                enable_gqa,
+                needs_grad,
+            )
+        except (AttributeError, RuntimeError, TypeError):
+            pass  # no strided tensors, sizes that are symbols, or an error that comes again below
     for name, tensor in zip(Inputs._fields, inputs, strict=True):
         check_tensor(name, tensor)
     q, k, v = map(_described, inputs)
@@ -230,6 +232,8 @@ def _validate(
             raise ValueError(
                 f"query must have a multiple of the heads of key ({heads_kv}), got {heads_q}"
             )
+    alpha = check_alpha(alpha)
+    scale = _check_factor(alpha, check_scale(scale, head_dim), dtype)
     return Problem(
         batch=batch,
         heads_q=heads_q,
@@ -240,8 +244,8 @@ def _validate(
         head_dim_v=head_dim_v,
         dtype=dtype,
         device=device,
-        alpha=check_alpha(alpha),
-        scores=ScoreTransform(scale=check_scale(scale, head_dim), is_causal=bool(is_causal)),
+        alpha=alpha,
+        scores=ScoreTransform(scale=scale, is_causal=bool(is_causal)),
         needs_grad=needs_grad,
         strided=tuple(
             name
@@ -299,6 +303,17 @@ def check_alpha_above_one(alpha: float) -> float:
     if alpha == 1.0:
         raise ValueError("alpha must be greater than 1 here (1 is softmax), got 1.0")
     return alpha
+
+
+def _check_factor(alpha: float, scale: float, dtype: torch.dtype) -> float:
+    """``scale``, of which the kernels make one factor with ``alpha`` in the compute dtype."""
+    limit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+    if abs(scale) * max(1.0, alpha - 1.0) > limit:
+        raise ValueError(
+            f"scale times alpha - 1 must be at most {limit:.3g} for {dtype}, got scale {scale:g} "
+            f"with alpha {alpha:g}"
+        )
+    return scale
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -369,7 +384,13 @@ def check_dim(dim: int, dims: int) -> int:
 def _item(value: Any) -> object:
     """What NumPy's scalars, and arrays and tensors of no dimensions, hold; else ``value``."""
     if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
-        item: object = value.item()
+        try:
+            item: object = value.item()
+        except RuntimeError:  # a tensor without a number: of a trace, a transform, the meta device
+            raise TypeError(
+                f"a number must be known here, got a tensor without one: {type(value).__name__} on "
+                f"{getattr(value, 'device', 'no device')}; pass a Python number"
+            ) from None
         return item
     return value
 
