@@ -338,7 +338,11 @@ def exact(causal: bool) -> Tensor:
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_module_or_a_call_says_whether_it_is_causal(causal: bool) -> None:
     assert (exact(True) - exact(False)).abs().max() > 0.1
-    close(attend(module_is_causal=causal), exact(causal))
+    if causal:  # eager would hide nothing, SDPA later keys
+        with pytest.raises(ValueError, match="no attention_mask though it says is_causal"):
+            attend(module_is_causal=True)
+    else:
+        close(attend(module_is_causal=False), exact(False))
     close(attend(is_causal=causal), exact(causal))
     close(attend(is_causal=causal, module_is_causal=not causal), exact(causal))
 

@@ -147,8 +147,8 @@ def _visible(
 ) -> Visible:
     """Which keys are visible: as the mask says, else as the call or the module says."""
     if mask is None:
-        # Only models that never asked for a mask come here: ours is never None. The flags mean
-        # what they mean to transformers' SDPA.
+        # Only models that never asked for a mask come here: ours is never None. What a call says
+        # is taken, of a module only that nothing is hidden.
         causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
         if length_q == 1 or causal is False:
             return Visible(0, None, False)
@@ -156,6 +156,12 @@ def _visible(
             raise ValueError(
                 f"{type(module).__name__} gives neither attention_mask nor is_causal: set "
                 "module.is_causal to say whether queries may see later keys"
+            )
+        if is_causal is None:
+            # Eager would hide nothing and SDPA later keys: they differ, so neither is taken.
+            raise ValueError(
+                f"{type(module).__name__} gives no attention_mask though it says is_causal: "
+                "give the model an attention_mask"
             )
         if length_q != length_k:
             raise ValueError(
