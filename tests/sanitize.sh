@@ -14,8 +14,14 @@ shift || true
   --config-settings=cmake.define.ADASPLASH2_SANITIZE=ON \
   --config-settings=install.strip=false .
 
+# An editable install finds itself before PYTHONPATH: here it must not.
+cat >"$folder/site/sitecustomize.py" <<'PROGRAM'
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
+PROGRAM
+
 # The interpreter itself is not instrumented, so the runtime must come first. Python frees little
-# at its end: leaks are not looked for. PYTHONPATH puts this build before an editable one.
+# at its end: leaks are not looked for.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=86:detect_stack_use_after_return=0
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:exitcode=86
