@@ -27,7 +27,7 @@ __device__ __forceinline__ bool any_seen(int last_row, int first_key, int length
   return first_key < length_k && !(kCausal && first_key > last_row);
 }
 
-// The first query that may see a key, and whether it may be later than `row`.
+// The first query that may see a key.
 __device__ __forceinline__ int first_row_of(int key) { return kCausal ? key : 0; }
 
 // The order in which a scan takes tiles: the first one, where models keep their attention sinks,
