@@ -1,73 +1,96 @@
 #!/usr/bin/env bash
-# What only a GPU can show, side by side where it may be: tests/on_gpu.sh OUTPUT [PROCESSES].
-# PYTHON names the interpreter that has the package (default .venv/bin/python). Tests first, then
-# compute-sanitizer, then what must have the GPU to itself: tuning and the benchmarks. All of it runs,
-# whatever fails; what has failed is told at the end, and then the exit code is 1.
+# What only a GPU can show: tests/on_gpu.sh OUTPUT [STAGE...], by default all stages:
+#   tests  every table of tests on each backend, as many side by side as there are cores, on all GPUs
+#   fuzz   random problems, FUZZ_SECONDS for each backend
+#   tools  compute-sanitizer over one small call of each kind
+#   speed  tuning and the benchmarks, which must have the machine to themselves
+# PYTHON names the interpreter that has the package (default .venv/bin/python), PROCESSES how many run
+# side by side. All of it runs, whatever fails; what has failed is told at the end, and then the exit
+# code is 1.
 set -u
 cd "$(dirname "$0")/.."
-out=$(realpath -m "${1:?where to write}") processes=${2:-8}
-python=${PYTHON:-.venv/bin/python}
+out=$(realpath -m "${1:?where to write}")
+shift
+stages=("${@:-tests fuzz tools speed}")
+python=${PYTHON:-.venv/bin/python} processes=${PROCESSES:-$(nproc)} seconds=${FUZZ_SECONDS:-300}
 mkdir -p "$out"
 export ADASPLASH2_CACHE_DIR="$out/cache" TRITON_CACHE_DIR="$out/triton" PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=2
+gpus=$(nvidia-smi -L | wc -l) started=0
+failed="$out/failed"
+: >"$failed"
 
-failed=()
 check() { # name, command: what it says goes to OUTPUT/name.txt
   local name=$1
   shift
-  "$@" >"$out/$name.txt" 2>&1 || failed+=("$name")
+  "$@" >"$out/$name.txt" 2>&1 || echo "$name" >>"$failed"
 }
-declare -A jobs
+beside() { # the same, beside others, when a core is free
+  while (($(jobs -rp | wc -l) >= processes)); do wait -n; done
+  CUDA_VISIBLE_DEVICES=$((started++ % gpus)) check "$@" &
+}
 part() { # name, backends that must be here, pytest arguments
-  local name=$1 backends=$2
-  shift 2
-  "$python" -m pytest -q --tb=short -p no:cacheprovider --expect-backends "$backends" "$@" \
-    >"$out/$name.txt" 2>&1 &
-  jobs[$name]=$!
+  beside "$1" "$python" -m pytest -q --tb=short -p no:cacheprovider --expect-backends "${@:2}"
 }
-join() {
-  for name in "${!jobs[@]}"; do wait "${jobs[$name]}" || failed+=("$name"); done
-  jobs=()
-}
-tables=(tests/test_attention.py tests/test_entmax.py tests/test_ops.py tests/test_determinism.py
-  tests/test_dispatch.py tests/test_properties.py tests/test_fuzz.py)
-for ((i = 0; i < processes; i++)); do
-  part "cuda$i" cuda -k cuda --part "$i/$processes" "${tables[@]}"
-done
-for scan in hopper portable; do
-  for ((i = 0; i < processes; i++)); do
-    part "cuda-$scan$i" cuda -k cuda --part "$i/$processes" --prefer "scan=$scan" \
-      tests/test_attention.py
+
+tests() {
+  # Kernels are compiled as the tests ask for them: Triton's take most of the time, and go first.
+  local tables=(tests/test_{attention,entmax,edges,ops,determinism,dispatch,properties,fuzz}.py)
+  local parts=$((processes < 48 ? 16 : processes / 3)) i scan
+  for ((i = 0; i < parts; i++)); do
+    part "triton$i" triton -k triton --part "$i/$parts" "${tables[@]}"
   done
-done
-part configs cuda,triton tests/test_configs.py
-part compile cuda,triton -m gpu tests/test_cuda_compile.py
-join
-for ((i = 0; i < processes; i++)); do
-  part "triton$i" triton -k triton --part "$i/$processes" "${tables[@]}"
-done
-join
-tail -qn 1 "$out"/*.txt
+  for ((i = 0; i < parts; i++)); do
+    part "cuda$i" cuda -k cuda --part "$i/$parts" "${tables[@]}"
+  done
+  for scan in hopper portable; do
+    for ((i = 0; i < parts / 2; i++)); do
+      part "cuda-$scan$i" cuda -k cuda --part "$i/$((parts / 2))" --prefer "scan=$scan" \
+        tests/test_attention.py
+    done
+  done
+  for ((i = 0; i < 4; i++)); do part "gpu$i" "" -m gpu --part "$i/4" tests; done
+  part configs cuda,triton tests/test_configs.py
+  wait
+  tail -qn 1 "$out"/*.txt
+}
 
-for backend in cuda triton; do
-  check "fuzz-$backend" "$python" tests/fuzz.py --backend $backend --problems 20000 --seconds 300
-  tail -n 1 "$out/fuzz-$backend.txt"
-done
+fuzz() {
+  local backend
+  for backend in cuda triton; do
+    beside "fuzz-$backend" "$python" tests/fuzz.py --backend $backend --problems 20000 \
+      --seconds "$seconds"
+  done
+  wait
+  tail -qn 1 "$out"/fuzz-*.txt
+}
 
-for tool in memcheck racecheck; do
-  check $tool timeout 300 compute-sanitizer --tool $tool --error-exitcode 1 \
-    "$python" tests/small_calls.py
-  grep -h "SUMMARY" "$out/$tool.txt" || tail -n 3 "$out/$tool.txt"
-done
+tools() {
+  local tool
+  for tool in memcheck racecheck; do
+    beside $tool timeout 300 compute-sanitizer --tool $tool --error-exitcode 1 \
+      "$python" tests/small_calls.py
+  done
+  wait
+  grep -H "SUMMARY" "$out/memcheck.txt" "$out/racecheck.txt" || tail -n 3 "$out"/*check.txt
+}
 
-"$python" -m adasplash2 tune --quick --json >"$out/tune.json" || failed+=(tune)
-for program in first_call overhead; do
-  check $program "$python" benchmarks/$program.py --device cuda --json "$out/$program.json"
-  cat "$out/$program.txt"
-done
-check benchmarks "$python" benchmarks/all.py --output "$out/benchmarks"
+speed() {
+  "$python" -m adasplash2 tune --quick --json >"$out/tune.json" || echo tune >>"$failed"
+  local program
+  for program in first_call overhead; do
+    check $program "$python" benchmarks/$program.py --device cuda --json "$out/$program.json"
+    cat "$out/$program.txt"
+  done
+  check benchmarks "$python" benchmarks/all.py --output "$out/benchmarks"
+}
 
-if ((${#failed[@]})); then
-  echo "failed: ${failed[*]}"
+for stage in ${stages[*]}; do
+  declare -F "$stage" >/dev/null || { echo "no stage $stage: tests fuzz tools speed" && exit 2; }
+  $stage
+done
+if [[ -s $failed ]]; then
+  echo "failed: $(sort "$failed" | paste -sd ' ')"
   exit 1
 fi
 echo "all passed"
