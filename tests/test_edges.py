@@ -17,6 +17,7 @@ from cases import (
     FLOAT64,
     Case,
     device_of,
+    interpreted,
     usable_backends,
 )
 from torch import Tensor
@@ -186,6 +187,22 @@ def test_attention_gradients_of_equal_scores(length: int, alpha: float, backend:
             assert reference.relative_error(gradient, expected) < 1e-4
         assert (gradient[expected == 0.0] == 0.0).all()
     assert got.key[..., 1:].abs().max() == 0.0  # the queries are zero there
+
+
+@on_every_backend
+@interpreted()
+def test_gradients_of_scores_beyond_float16(backend: str) -> None:
+    """Above alpha = 2 a small probability has a large one: 1e5 here, where what is asked for, the
+    gradients of queries and keys, mostly fits."""
+    case = Case("steep", alpha=3.0, length_q=9, head_dim=3, dtype=FLOAT16, heads_q=1,
+                length_k=1500, sharpness=1e-6)  # fmt: skip
+    inputs = case.inputs()
+    got, expected = attend(inputs, case, backend), expect(inputs, case)
+    for one, exact in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+        rounded = exact.to(FLOAT16)
+        assert torch.equal(one.isinf(), rounded.isinf())
+        kept = rounded.isfinite()
+        assert reference.relative_error(one[kept], exact[kept]) < 1e-3
 
 
 # Infinities.

@@ -94,6 +94,12 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             f"alpha must be at least {smallest:g} for {problem.dtype} in these kernels, whose "
             f"thresholds have too few digits for {problem.alpha:g}"
         )
+    if problem.dtype == torch.float16 and problem.alpha > 2.0 and problem.needs_grad:
+        reasons.append(
+            f"alpha must be at most 2 for gradients in torch.float16 in these kernels, got "
+            f"{problem.alpha:g}: beyond it small probabilities have gradients that float16 cannot "
+            "hold"
+        )
     if sizes.Counts.of(problem).rows > 2**31 - 1:
         reasons.append("the query rows of all heads together exceed 2^31 - 1")
     widths, itemsize = (problem.head_dim, problem.head_dim_v), problem.dtype.itemsize

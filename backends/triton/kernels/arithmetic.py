@@ -115,6 +115,18 @@ def weighted(x, tile, opt: tl.constexpr):
 
 
 @triton.jit
+def gradient_product(ds, tile, opt: tl.constexpr):
+    """``ds tile``. Above alpha = 2 a small probability makes ``ds`` as large as it likes, which
+    float16 cannot hold: then each row goes as a multiple of its largest."""
+    if opt.steep and tile.dtype == tl.float16:
+        most = tl.max(tl.abs(ds), 1)[:, None]
+        most = tl.where((most > 1.0) & is_finite(most), most, 1.0)
+        return most * weighted(ds / most, tile, opt)
+    else:
+        return weighted(ds, tile, opt)
+
+
+@triton.jit
 def split_binary(x):
     """``whole`` and ``rest`` of ``x = 2^whole rest > 0``, where ``rest`` lies between the roots of
     1/2 and 2."""

@@ -15,8 +15,8 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     PROB_SCALE,
     count_bad,
     finite_part,
+    gradient_product,
     matmul,
-    weighted,
     with_bad,
 )
 from adasplash2.backends.triton.kernels.score import (
@@ -81,7 +81,7 @@ def grad_query_tiles(acc, row_block, grad, delta, spread, keys, values, entries,
         _, u = weights(x, shape.r, opt)
         dp = matmul(grad, tl.trans(v))
         ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], opt, SAFE)
-        acc += weighted(ds, finite_part(k, SAFE), opt)
+        acc += gradient_product(ds, finite_part(k, SAFE), opt)
     return acc
 
 
@@ -196,7 +196,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
         p, u = weights(x, shape.r, opt)
         acc_v += matmul((p * SCALE).to(grad.dtype), finite_part(grad, SAFE))
         ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], opt, SAFE)
-        acc_k += weighted(ds, finite_part(q, SAFE), opt)
+        acc_k += gradient_product(ds, finite_part(q, SAFE), opt)
         if SAFE:
             bad = count_bad(bad, is_inside(x, opt), grad)
     return acc_k, acc_v, bad
