@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import adasplash2
-from adasplash2 import cache, cli, dispatch, records, tuning
+from adasplash2 import backends, cache, cli, dispatch, records, tuning
 from adasplash2.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def test_info_tells_versions_devices_backends_and_the_cache(folder: Path) -> Non
 
 
 def test_info_says_why_a_backend_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "REGISTRY", {"broken": "adasplash2_no_such_module"})
+    monkeypatch.setattr(backends, "REGISTRY", {"broken": "adasplash2_no_such_module"})
     dispatch.forget()
     assert "does not import" in run("info", code=cli.NO).stdout
     dispatch.forget()
@@ -412,7 +412,7 @@ def test_tune_that_cannot_keep_exits_with_3(
 
 
 def test_tune_where_nothing_can_run_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "REGISTRY", {})
+    monkeypatch.setattr(backends, "REGISTRY", {})
     assert "nothing was measured" in run("tune", *TINY, code=cli.NO).stderr
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import adasplash2
-from adasplash2 import dispatch, records, tuning
+from adasplash2 import backends, dispatch, records, tuning
 from adasplash2.backends.cuda import compile as compiler
 from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem, row_problem
 from adasplash2.records import Record
@@ -36,7 +36,7 @@ def problem(length: int = 5, **changes: Any) -> Problem:
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Register]:
     """Put a made-up backend at the end of a registry that starts empty."""
-    monkeypatch.setattr(dispatch, "REGISTRY", {})
+    monkeypatch.setattr(backends, "REGISTRY", {})
     monkeypatch.setattr(dispatch, "FORCED", None)
     dispatch.forget()
 
@@ -54,7 +54,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Register]:
         module.versions = lambda: {"kernels": "abc"}
         module.configs = lambda problem: [{"block": 64}, {"block": 128}]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        dispatch.REGISTRY[name] = module.__name__
+        backends.REGISTRY[name] = module.__name__
         return module
 
     yield add
@@ -83,7 +83,7 @@ def test_one_that_refuses_is_passed_over(register: Register) -> None:
 
 
 def test_one_that_does_not_import_is_passed_over(register: Register) -> None:
-    dispatch.REGISTRY["broken"] = "adasplash2_no_such_module"
+    backends.REGISTRY["broken"] = "adasplash2_no_such_module"
     register("second")
     assert dispatch.choose(problem()).backend.name == "second"
     broken, second = adasplash2.available_backends()
@@ -99,7 +99,7 @@ def test_any_error_of_an_import_is_a_reason(
     def fail(name: str) -> ModuleType:
         raise error
 
-    dispatch.REGISTRY["broken"] = "made_up_broken"
+    backends.REGISTRY["broken"] = "made_up_broken"
     monkeypatch.setattr(dispatch.importlib, "import_module", fail)
     with pytest.raises(dispatch.BackendRefused, match=f"{type(error).__name__}: {error}"):
         dispatch.choose(problem(), "broken")
@@ -137,7 +137,7 @@ def test_a_forced_one_that_is_unavailable_says_why(register: Register, forced: s
 def test_where_none_can_every_reason_is_told(register: Register) -> None:
     register("first", unavailable="there is no such device")
     register("second", refusals=("it is Tuesday", "the moon is full"))
-    dispatch.REGISTRY["broken"] = "adasplash2_no_such_module"
+    backends.REGISTRY["broken"] = "adasplash2_no_such_module"
     with pytest.raises(dispatch.BackendRefused) as caught:
         dispatch.choose(row_problem(torch.ones(3, 7), alpha=2.0, needs_grad=True))
     lines = str(caught.value).splitlines()
@@ -584,7 +584,7 @@ def test_the_order_decides_where_the_first_was_not_measured(
 
 def test_one_without_a_record_is_not_even_imported(register: Register, measured: Any) -> None:
     measured(register("first"), 1.0)
-    dispatch.REGISTRY["broken"] = "made_up_broken"
+    backends.REGISTRY["broken"] = "made_up_broken"
     dispatch.choose(problem())
     assert list(dispatch._loaded) == ["first"]
 

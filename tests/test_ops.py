@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
 import adasplash2
-from adasplash2 import dispatch, ops
+from adasplash2 import backends, dispatch, ops
 from adasplash2.contract import Forward
 from adasplash2.problem import Inputs, Problem, attention_problem
 
@@ -365,7 +365,7 @@ def test_forward_and_backward_run_in_the_same_backend(monkeypatch: pytest.Monkey
             return cpu.backward(*arguments)
 
     spies = {name: Spy(name) for name in ("one", "two")}
-    monkeypatch.setattr(dispatch, "REGISTRY", {name: name for name in spies})
+    monkeypatch.setattr(backends, "REGISTRY", {name: name for name in spies})
     monkeypatch.setattr(dispatch, "FORCED", None)
     monkeypatch.setattr(dispatch.importlib, "import_module", spies.__getitem__)
     dispatch.forget()

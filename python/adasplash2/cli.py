@@ -35,7 +35,8 @@ from adasplash2 import _core, cache, dispatch, records, tuning
 from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend
 from adasplash2.functional import entmax_attention
-from adasplash2.problem import DTYPES, Inputs, Problem, RowProblem, attention_problem, check_alpha
+from adasplash2.options import check_alpha
+from adasplash2.problem import DTYPES, Inputs, Problem, RowProblem, attention_problem
 
 NO, CACHE_FAILED, INTERRUPTED = 1, 3, 130
 """Exit codes beside 0 and click's 2."""

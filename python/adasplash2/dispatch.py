@@ -26,9 +26,10 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from adasplash2 import cache
-from adasplash2.backends import REGISTRY
+from adasplash2 import backends as registry
 from adasplash2.contract import Backend, Config
 from adasplash2.failures import may_pass
+from adasplash2.options import check_backend
 from adasplash2.problem import Problem, RowProblem
 from adasplash2.records import Record, Store, problem_class
 
@@ -169,17 +170,6 @@ def choose(problem: Problem | RowProblem, backend: str | None = None) -> Choice:
         return passing.choice
 
 
-def check_name(backend: str, source: str = "") -> None:
-    """Refuse what is not the name of a backend.
-
-    Raises:
-        ValueError: the registry has no backend of that name.
-    """
-    if backend not in REGISTRY:
-        known = ", ".join(repr(name) for name in REGISTRY)
-        raise ValueError(f"backend must be None or one of {known}, got {backend!r}{source}")
-
-
 def saved_bound(problem: Problem, backend: str | None = None) -> int:
     """Bytes that suffice for ``Forward.saved`` whichever backend runs ``problem``: what is compiled
     for them is kept on disk, and may be run where something else was measured or is forced.
@@ -188,9 +178,8 @@ def saved_bound(problem: Problem, backend: str | None = None) -> int:
     Raises:
         ValueError: there is no backend of that name.
     """
-    if backend is not None:
-        check_name(backend)
-    modules = (_load(name).module for name in ((backend,) if backend else REGISTRY))
+    check_backend(backend)
+    modules = (_load(name).module for name in ((backend,) if backend else registry.REGISTRY))
     bounds = [module.saved_bound(problem) for module in modules if module is not None]
     concerned = [bound for bound in bounds if not isinstance(bound, int) or bound > 0]
     return functools.reduce(torch.sym_max, concerned) if concerned else 0
@@ -218,7 +207,7 @@ def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explan
         chosen, config = choice.backend.name, choice.config
         why = _why(problem, choice, forced)
     others = []
-    for name in REGISTRY:
+    for name in registry.REGISTRY:
         if name != chosen:
             reasons = _ask(name, problem).reasons
             if forced:
@@ -236,7 +225,7 @@ def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explan
 def available_backends() -> list[BackendStatus]:
     """Every backend there is, in the order in which they are asked, usable here or not."""
     statuses = []
-    for name in REGISTRY:
+    for name in registry.REGISTRY:
         found = _load(name)
         statuses.append(BackendStatus(name, found.module is not None, found.reason))
     return statuses
@@ -260,7 +249,7 @@ def describe(problem: Problem | RowProblem) -> str:
 def able(problem: Problem | RowProblem, backend: str | None = None) -> dict[str, Backend]:
     """The backends that can run ``problem``, by name; of these alone ``backend`` if it is given."""
     found = {}
-    for name in REGISTRY if backend is None else (backend,):
+    for name in registry.REGISTRY if backend is None else (backend,):
         module = _load(name).module
         if module is not None and not module.refusals(problem):
             found[name] = module
@@ -269,7 +258,7 @@ def able(problem: Problem | RowProblem, backend: str | None = None) -> dict[str,
 
 def usable() -> dict[str, Backend]:
     """The backends that can run something here, by name."""
-    loaded = {name: _load(name).module for name in REGISTRY}
+    loaded = {name: _load(name).module for name in registry.REGISTRY}
     return {name: module for name, module in loaded.items() if module is not None}
 
 
@@ -306,7 +295,7 @@ def _load(name: str) -> _Loaded:
 
 def _look(name: str) -> _Loaded:
     try:
-        module = cast(Backend, importlib.import_module(REGISTRY[name]))
+        module = cast(Backend, importlib.import_module(registry.REGISTRY[name]))
     except Exception as error:  # a broken installation raises whatever it likes
         reason = f"its module does not import ({type(error).__name__}: {error})"
         return _Loaded(None, reason, not may_pass(error))
@@ -346,8 +335,8 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     if (held := _held.get((problem, forced))) is not None:
         return held
     if forced is not None:
-        check_name(forced, " from ADASPLASH2_BACKEND" if forced == FORCED else "")
-    names = tuple(REGISTRY) if forced is None else (forced,)
+        check_backend(forced, " from ADASPLASH2_BACKEND" if forced == FORCED else "")
+    names = tuple(registry.REGISTRY) if forced is None else (forced,)
     answers: list[Answer] = []
     for name in names:
         answer = _ask(name, problem)

@@ -5,25 +5,30 @@ Their names and shapes follow :func:`torch.nn.functional.scaled_dot_product_atte
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adasplash2 import dispatch, ops
 from adasplash2.contract import AttentionStats
-from adasplash2.problem import (
-    Inputs,
-    Problem,
-    attention_problem,
+from adasplash2.options import (
+    Options,
     check_alpha,
     check_alpha_above_one,
+    check_backend,
     check_dim,
-    check_flag,
-    check_scale,
-    check_tensor,
-    row_problem,
-    shown,
+    check_options,
 )
+from adasplash2.problem import Inputs, Problem, check_tensor, row_problem, validated
+from adasplash2.torch_fastpath import is_autocast_on
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def entmax_attention(
@@ -88,30 +93,47 @@ def entmax_attention(
         Correia, Niculae, Martins 2019, *Adaptively Sparse Transformers* (its gradient);
         Goncalves et al. 2026, *AdaSplash-2* (finding the threshold from a histogram).
     """
-    alpha = check_alpha(alpha)
-    scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
-    if torch._C._is_any_autocast_enabled() or alpha == 1.0:  # else checked where it is validated
-        query, key, value = _attention_inputs(query, key, value)
-    if alpha == 1.0:
-        inputs = Inputs(query, key, value)
-        _attention_problem(inputs, alpha, is_causal, scale, enable_gqa)
+    options = check_options(
+        alpha=alpha, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, backend=backend
+    )
+    inputs = Inputs(query, key, value)
+    if is_autocast_on() or options.alpha == 1.0:  # else checked where it is validated
+        inputs = _cast(inputs)
+    if options.alpha == 1.0:
+        problem = _problem(inputs, options)
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            *inputs,
+            is_causal=problem.scores.is_causal,
+            scale=options.scale,
+            enable_gqa=options.enable_gqa,
         )
-    return ops.attention(query, key, value, alpha, scale, is_causal, enable_gqa, backend or "")
+    return ops.attention(inputs, options)
 
 
-def attention_stats(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    alpha: float = 1.5,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    backend: str | None = None,
-) -> AttentionStats:
+def _takes_what(
+    like: Callable[P, Any],
+) -> Callable[[Callable[[Inputs, Options], R]], Callable[P, R]]:
+    """Give a function of a call the arguments of ``like``: the list of options stands once."""
+    signature = inspect.signature(like)
+
+    def decorate(body: Callable[[Inputs, Options], R]) -> Callable[P, R]:
+        @functools.wraps(body)
+        def function(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            inputs = Inputs(*(bound.arguments.pop(name) for name in Inputs._fields))
+            options = check_options(**bound.arguments)
+            return body(_cast(inputs), options)
+
+        returns = inspect.signature(body).return_annotation
+        function.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_takes_what(entmax_attention)
+def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
     """How sparse one attention call is, and what it took to find its thresholds.
 
     Arguments as for :func:`entmax_attention`; no gradient, and not for ``torch.compile``.
@@ -124,23 +146,12 @@ def attention_stats(
         TypeError, ValueError, BackendRefused: as :func:`entmax_attention`, and ``ValueError`` for
             ``alpha = 1``: softmax has no threshold and no zeros.
     """
-    alpha = check_alpha_above_one(alpha)
-    scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
-    inputs = _attention_inputs(query, key, value)
-    return ops.attention_stats(inputs, alpha, scale, is_causal, enable_gqa, backend)
+    check_alpha_above_one(options.alpha)
+    return ops.attention_stats(inputs, options)
 
 
-def explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    alpha: float = 1.5,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    backend: str | None = None,
-) -> dispatch.Explanation:
+@_takes_what(entmax_attention)
+def explain(inputs: Inputs, options: Options) -> dispatch.Explanation:
     """Which backend would run this call of :func:`entmax_attention`, and why not the others.
 
     Computes nothing. ``print`` shows the answer as a table.
@@ -149,11 +160,7 @@ def explain(
         TypeError, ValueError: as :func:`entmax_attention`; a call that every backend refuses is
             explained, not raised.
     """
-    alpha = check_alpha(alpha)
-    scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
-    inputs = _attention_inputs(query, key, value)
-    problem = _attention_problem(inputs, alpha, is_causal, scale, enable_gqa)
-    return dispatch.explain(problem, backend)
+    return dispatch.explain(_problem(inputs, options), options.backend or None)
 
 
 def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = None) -> Tensor:
@@ -189,12 +196,12 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
     """
     alpha = check_alpha(alpha)
     check_tensor("x", x)
-    _check_backend(backend)
+    backend = check_backend(backend)
     dim = check_dim(dim, x.dim())
     if alpha == 1.0:
         row_problem(x, alpha=alpha, needs_grad=False)
         return torch.softmax(x, dim)
-    return ops.rows(x, alpha, dim, backend or "")
+    return ops.rows(x, alpha, dim, backend)
 
 
 def entmax15(x: Tensor, dim: int = -1) -> Tensor:
@@ -210,49 +217,18 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     return entmax(x, 2.0, dim)
 
 
-def _attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+def _cast(inputs: Inputs) -> Inputs:
     """The tensors, cast as an autocast region asks (to its dtype, but never from float64)."""
-    check_tensor("query", query)
-    check_tensor("key", key)
-    check_tensor("value", value)
-    device = query.device.type
+    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+        check_tensor(name, tensor)
+    device = inputs.query.device.type
     # Where autocast knows nothing of a device (meta), asking is an error.
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        query, key, value = (
-            t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)
-        )
-    return Inputs(query, key, value)
+        return Inputs(*(t if t.dtype == torch.float64 else t.to(dtype) for t in inputs))
+    return inputs
 
 
-def _attention_problem(
-    inputs: Inputs, alpha: float, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> Problem:
-    return attention_problem(
-        inputs,
-        alpha=alpha,
-        scale=scale,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in inputs),
-    )
-
-
-def _check_options(
-    scale: float | None, is_causal: bool, enable_gqa: bool, backend: str | None
-) -> tuple[float | None, bool, bool]:
-    """What an operator's schema would refuse in the dispatcher's words rather than ours; the first
-    three as Python's own types."""
-    if scale is not None:
-        scale = check_scale(scale, head_dim=1)
-    _check_backend(backend)
-    is_causal = check_flag("is_causal", is_causal)
-    return scale, is_causal, check_flag("enable_gqa", enable_gqa)
-
-
-def _check_backend(backend: str | None) -> None:
-    if backend is None:
-        return
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be the name of a backend or None, got {shown(backend)}")
-    dispatch.check_name(backend)
+def _problem(inputs: Inputs, options: Options) -> Problem:
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return validated(inputs, options, needs_grad)

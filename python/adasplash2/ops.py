@@ -20,62 +20,61 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from operator import or_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch._guards import detect_fake_mode
-from torch.autograd import forward_ad
 
+from adasplash2 import options as asked
 from adasplash2.contract import AttentionStats, Forward
-from adasplash2.dispatch import choose, saved_bound
+from adasplash2.dispatch import Choice, choose, saved_bound
+from adasplash2.options import Options, check_alpha_above_one, check_dim
 from adasplash2.problem import (
     Inputs,
     Problem,
     RowProblem,
-    attention_problem,
-    check_alpha_above_one,
-    check_dim,
     check_like,
     check_tensor,
     row_problem,
+    validated,
+)
+from adasplash2.torch_fastpath import (
+    apply_plain,
+    below_autograd,
+    beneath,
+    in_kernel,
+    is_forward_mode,
+    is_in_a_transform,
+    is_in_memory,
+    is_plain,
+    is_without_data,
 )
 
 _LIBRARY = torch.library.Library("adasplash2", "DEF")
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 AS_NEEDED = -1
 """``saved_bytes`` of a call whose ``saved`` may have the length that its data asks for."""
 
 
-def attention_stats(
-    inputs: Inputs,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    backend: str | None,
-) -> AttentionStats:
+def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
     """Run one attention forward that records what it did; no operator, no gradient."""
-    problem = _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, False)
+    problem = _problem(inputs, options, False)
     inputs = Inputs(*map(_in_memory, Inputs._fields, inputs))
     if problem.is_empty:
         tau = _nothing_forward(problem, inputs.query, 0).tau
         counts = torch.zeros_like(tau, dtype=torch.int32)
         empty_tiles = tau.new_zeros(tau.shape[:2], dtype=torch.float64)
         return AttentionStats(tau, counts, counts.clone(), empty_tiles, backend="none")
-    chosen, config = choose(problem, backend)
+    chosen, config = choose(problem, options.backend or None)
     with torch.no_grad():
         return chosen.stats(problem, inputs, config)
 
 
 def _in_memory(name: str, tensor: Tensor) -> Tensor:
     """What a kernel reads that no dispatcher prepares: neither negated lazily nor left out."""
-    if type(tensor) in _PLAIN_TYPES and _keys(tensor).raw_repr() in _PLAIN_KEYS:
+    if is_in_memory(tensor):
         return tensor
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or detect_fake_mode(tensor):
+    if is_in_a_transform(tensor) or is_without_data(tensor):
         raise TypeError(
             f"{name} must be a tensor with data, got one inside a transform or a trace: "
             "attention_stats works in neither"
@@ -87,66 +86,81 @@ def _in_memory(name: str, tensor: Tensor) -> Tensor:
 
 
 class _ReverseMode(torch.autograd.Function):
-    @classmethod
-    def on_plain(cls, *args: Any) -> Any:
-        """``apply`` without what it does for transforms of :mod:`torch.func`."""
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
-    @classmethod
-    def in_kernel(cls, *args: Any) -> Any:
-        """``apply`` in an autograd kernel, where one transform at most is to be served, and torch
-        sees to the others beneath."""
-        with enable_single_level_autograd_function():
-            return cls.on_plain(*args)
-
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError("adasplash2 has no forward-mode derivatives (jvp), only reverse mode")
+
+
+# Options, as operators take them: flat, then what is an operator's own, then `numbers`.
+
+_WIDTH = len(Options._fields)
+
+
+def _unpack(args: tuple[Any, ...], own: int) -> tuple[Options, tuple[Any, ...], Tensor | None]:
+    """The options, ``own`` arguments of the operator itself, and ``numbers``, which torch leaves
+    out where it is None."""
+    rest = _WIDTH + own
+    numbers = args[rest] if len(args) > rest else None
+    return Options._make(args[:_WIDTH]), args[_WIDTH:rest], numbers
+
+
+def _symbols(options: Options) -> Tensor | None:
+    """``numbers`` where one of the options is a symbol of a graph that is being traced."""
+    pair = options.alpha, options.scale
+    if not any(isinstance(number, torch.SymFloat) for number in pair):
+        return None
+    zero = torch.zeros((), dtype=torch.float64, device=_CPU)
+    return torch.stack([zero + (math.nan if x is None else x) for x in pair])
+
+
+def _read(options: Options, numbers: Tensor | None) -> Options:
+    """The options with alpha and scale out of ``numbers``, where these are given."""
+    if numbers is None:
+        return options
+    check_like("numbers", numbers, (2,), torch.float64, _CPU)
+    alpha, scale = numbers.tolist()
+    return options._replace(alpha=alpha, scale=None if math.isnan(scale) else scale)
+
+
+def _set_aside(options: Options, numbers: Tensor | None) -> tuple[Options, Tensor | None]:
+    """Options for a graph: symbols go to ``numbers``, and none stays."""
+    if numbers is None and (numbers := _symbols(options)) is not None:
+        options = options._replace(alpha=0.0, scale=None)
+    return options, numbers
+
+
+_CPU = torch.device("cpu")
 
 
 # Attention
 
 
 def _attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    backend: str,
-    saved_bytes: int,
-    numbers: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if numbers is not None:
-        alpha, scale = _read(numbers)
-    inputs = Inputs(query, key, value)
-    problem = _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, saved_bytes != 0)
+    options, (saved_bytes,), numbers = _unpack(args, 1)
+    return _run(Inputs(query, key, value), _read(options, numbers), saved_bytes)[0]
+
+
+_Decided = tuple[Problem, Choice]
+"""What forward found out, for backward."""
+
+
+def _run(inputs: Inputs, options: Options, saved_bytes: int) -> tuple[Forward, _Decided | None]:
+    problem = _problem(inputs, options, saved_bytes != 0)
     if problem.is_empty:
-        return _nothing_forward(problem, query, saved_bytes)
-    chosen, config = choose(problem, backend or None)
-    return chosen.forward(problem, inputs, config, saved_bytes)
+        return _nothing_forward(problem, inputs.query, saved_bytes), None
+    choice = choose(problem, options.backend or None)
+    return choice.backend.forward(problem, inputs, choice.config, saved_bytes), (problem, choice)
 
 
 def _attention_forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    backend: str,
-    saved_bytes: int,
-    numbers: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(query, key, value)
-    shapes = _shape_problem(inputs, alpha, scale, is_causal, enable_gqa, numbers)
+    options, (saved_bytes,), numbers = _unpack(args, 1)
+    shapes = _shape_problem(Inputs(query, key, value), options, numbers)
     if isinstance(saved_bytes, int) and saved_bytes < 0:
-        saved_bytes = (
-            0 if query.is_meta else torch.library.get_ctx().new_dynamic_size()  # type: ignore[assignment]
-        )
+        saved_bytes = 0 if query.is_meta else torch.library.get_ctx().new_dynamic_size()
     rows = (shapes.batch, shapes.heads_q, shapes.length_q)
     return (
         query.new_empty((*rows, shapes.head_dim_v)),
@@ -155,49 +169,33 @@ def _attention_forward_fake(
     )
 
 
-def _attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    tau: Tensor,
-    saved: Tensor,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    backend: str,
-    numbers: Tensor | None = None,
+_BACKWARD_TENSORS = 7
+"""From ``grad_out`` to ``saved``, before the options."""
+
+
+def _attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, (options, _, numbers) = args[:_BACKWARD_TENSORS], _unpack(args[_BACKWARD_TENSORS:], 0)
+    return _run_backward(tensors, _read(options, numbers), None)
+
+
+def _run_backward(
+    tensors: tuple[Tensor, ...], options: Options, decided: _Decided | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if numbers is not None:
-        alpha, scale = _read(numbers)
+    """``decided`` by the forward of the same call, where that is known."""
+    grad_out, query, key, value, out, tau, saved = tensors
     inputs = Inputs(query, key, value)
-    problem = _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, True)
+    problem = _problem(inputs, options, True) if decided is None else decided[0]
     _check_backward(problem, grad_out, out, tau, saved)
     if problem.is_empty:
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
-    chosen, config = choose(problem, backend or None)
+    chosen, config = choose(problem, options.backend or None) if decided is None else decided[1]
     return chosen.backward(problem, inputs, Forward(out, tau, saved), grad_out, config)
 
 
-def _attention_backward_fake(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    tau: Tensor,
-    saved: Tensor,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    backend: str,
-    numbers: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(query, key, value)
-    problem = _shape_problem(inputs, alpha, scale, is_causal, enable_gqa, numbers)
+def _attention_backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, query, key, value, out, tau, saved = args[:_BACKWARD_TENSORS]
+    options, _, numbers = _unpack(args[_BACKWARD_TENSORS:], 0)
+    problem = _shape_problem(Inputs(query, key, value), options, numbers)
     _check_backward(problem, grad_out, out, tau, saved)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -220,15 +218,15 @@ def _attention_forward_vmap(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *options: Any,
+    *args: Any,
 ) -> tuple[Any, Any]:
     """More batch: one call, with one ``saved`` for all."""
     n = info.batch_size
     inputs = (_folded(t, dim, n) for t, dim in zip((query, key, value), in_dims, strict=False))
-    options, saved_bytes, numbers = options[:5], options[5], options[6:]
+    options, (saved_bytes,), numbers = _unpack(args, 1)
     if not isinstance(saved_bytes, int) or saved_bytes > 0:
         saved_bytes *= n
-    out, tau, saved = attention_forward(*inputs, *options, saved_bytes, *numbers)
+    out, tau, saved = attention_forward(*inputs, *options, saved_bytes, numbers)
     return (out.unflatten(0, (n, -1)), tau.unflatten(0, (n, -1)), saved), (0, 0, None)
 
 
@@ -259,7 +257,7 @@ def _folded(tensor: Tensor, dim: int | None, n: int) -> Tensor:
 
 
 class _Attention(_ReverseMode):
-    """``options``, from ``alpha`` to ``backend``, are one argument: torch looks at each."""
+    """``options`` are one argument: torch looks at each."""
 
     @staticmethod
     def forward(
@@ -267,16 +265,21 @@ class _Attention(_ReverseMode):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        options: tuple[Any, ...],
+        options: Options,
         saved_bytes: int = AS_NEEDED,
         numbers: Tensor | None = None,
     ) -> Any:
-        inputs, more = (query, key, value), (saved_bytes, numbers)
-        out, tau, saved = _forward(attention_forward, _attention_forward, inputs, *options, *more)
+        ctx.decided = None
+        if is_plain(query, key, value):
+            inputs = Inputs(query, key, value)
+            (out, tau, saved), ctx.decided = _run(inputs, _read(options, numbers), saved_bytes)
+        else:
+            args = *options, saved_bytes, numbers
+            out, tau, saved = beneath(attention_forward, query, key, value, *args)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(tau, saved)
         ctx.save_for_backward(query, key, value, out, tau, saved)
-        ctx.options = *options, numbers
+        ctx.options, ctx.numbers = options, numbers
         return out, tau, saved
 
     @staticmethod
@@ -285,68 +288,39 @@ class _Attention(_ReverseMode):
         if grad_out is None:
             return (None,) * 6
         tensors = grad_out, *ctx.saved_tensors
-        found = _backward(attention_backward, _attention_backward, tensors, *ctx.options)
+        if _is_final(*tensors):
+            found = _run_backward(tensors, _read(ctx.options, ctx.numbers), ctx.decided)
+        else:
+            found = attention_backward(*tensors, *ctx.options, ctx.numbers)
         wanted = zip(found, ctx.needs_input_grad, strict=False)
         return *(grad if needed else None for grad, needed in wanted), None, None, None
 
 
-def _attention_autograd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    backend: str,
-    saved_bytes: int,
-    numbers: Tensor | None = None,
-) -> Any:
-    if numbers is None and (numbers := _symbols(alpha, scale)) is not None:
-        alpha, scale = UNREAD
-    options = alpha, scale, is_causal, enable_gqa, backend
+def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
+    options, (saved_bytes,), numbers = _unpack(args, 1)
+    options, numbers = _set_aside(options, numbers)
     if _differentiated(query, key, value):
         inputs = Inputs(query, key, value)
         if saved_bytes == 0:
             saved_bytes = AS_NEEDED
-            if query.is_meta or detect_fake_mode(inputs):
-                problem = _shape_problem(inputs, alpha, scale, is_causal, enable_gqa, numbers)
-                saved_bytes = saved_bound(problem, backend or None)
-        return _Attention.in_kernel(*inputs, options, saved_bytes, numbers)
-    with _below_autograd():
+            if query.is_meta or is_without_data(*inputs):
+                problem = _shape_problem(inputs, options, numbers)
+                saved_bytes = saved_bound(problem, options.backend or None)
+        return in_kernel(_Attention, *inputs, options, saved_bytes, numbers)
+    with below_autograd():
         return attention_forward(query, key, value, *options, saved_bytes, numbers)
 
 
-def _attention_problem(
-    inputs: Inputs,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    needs_grad: bool,
-) -> Problem:
-    return attention_problem(
-        inputs,
-        alpha=check_alpha_above_one(alpha),
-        scale=scale,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-        needs_grad=needs_grad,
-    )
+def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
+    check_alpha_above_one(options.alpha)
+    return validated(inputs, options, needs_grad)
 
 
-def _shape_problem(
-    inputs: Inputs,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    numbers: Tensor | None,
-) -> Problem:
+def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> Problem:
     """What a fake asks: numbers that are not known yet are stood in for."""
-    if numbers is not None or _symbols(alpha, scale) is not None:
-        alpha, scale = 1.5, None
-    return _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, True)
+    if numbers is not None or _symbols(options) is not None:
+        options = options._replace(alpha=1.5, scale=None)
+    return _problem(inputs, options, True)
 
 
 def _nothing_forward(problem: Problem, query: Tensor, saved_bytes: int) -> Forward:
@@ -359,14 +333,13 @@ def _nothing_forward(problem: Problem, query: Tensor, saved_bytes: int) -> Forwa
     )
 
 
-# Entmax of rows
+# Entmax of rows: of the options, it has alpha and a backend.
 
 
 def _entmax_forward(
     x: Tensor, alpha: float, dim: int, backend: str, needs_grad: bool, numbers: Tensor | None = None
 ) -> Tensor:
-    if numbers is not None:
-        alpha, _ = _read(numbers)
+    alpha = _read(Options(alpha), numbers).alpha
     x = _last(x, dim)
     problem = row_problem(x, alpha=check_alpha_above_one(alpha), needs_grad=needs_grad)
     if not problem.rows * problem.length:
@@ -382,15 +355,9 @@ def _entmax_forward_fake(x: Tensor, alpha: float, dim: int, *_: Any) -> Tensor:
 
 
 def _entmax_backward(
-    grad_y: Tensor,
-    y: Tensor,
-    alpha: float,
-    dim: int,
-    backend: str,
-    numbers: Tensor | None = None,
+    grad_y: Tensor, y: Tensor, alpha: float, dim: int, backend: str, numbers: Tensor | None = None
 ) -> Tensor:
-    if numbers is not None:
-        alpha, _ = _read(numbers)
+    alpha = _read(Options(alpha), numbers).alpha
     y_last = _last(y, dim)
     problem = row_problem(y_last, alpha=check_alpha_above_one(alpha), needs_grad=True)
     check_like("grad_y", grad_y, y.shape, y.dtype, y.device)
@@ -438,8 +405,8 @@ class _Entmax(_ReverseMode):
     def forward(
         ctx: Any, x: Tensor, alpha: float, dim: int, backend: str, numbers: Tensor | None = None
     ) -> Any:
-        options = alpha, dim, backend, True, numbers
-        y = _forward(entmax_forward, _entmax_forward, (x,), *options)
+        args = x, alpha, dim, backend, True, numbers
+        y = _entmax_forward(*args) if is_plain(x) else beneath(entmax_forward, *args)
         ctx.save_for_backward(y)
         ctx.options = alpha, dim, backend, numbers
         return y
@@ -447,19 +414,18 @@ class _Entmax(_ReverseMode):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         tensors = grads[0], *ctx.saved_tensors
-        grad_x = _backward(entmax_backward, _entmax_backward, tensors, *ctx.options)
-        return grad_x, None, None, None, None
+        body = _entmax_backward if _is_final(*tensors) else entmax_backward
+        return body(*tensors, *ctx.options), None, None, None, None
 
 
 def _entmax_autograd(
     x: Tensor, alpha: float, dim: int, backend: str, needs_grad: bool, numbers: Tensor | None = None
 ) -> Any:
-    if numbers is None and (numbers := _symbols(alpha, None)) is not None:
-        alpha, _ = UNREAD
+    options, numbers = _set_aside(Options(alpha), numbers)
     if _differentiated(x):
-        return _Entmax.in_kernel(x, alpha, dim, backend, numbers)
-    with _below_autograd():
-        return entmax_forward(x, alpha, dim, backend, needs_grad, numbers)
+        return in_kernel(_Entmax, x, options.alpha, dim, backend, numbers)
+    with below_autograd():
+        return entmax_forward(x, options.alpha, dim, backend, needs_grad, numbers)
 
 
 def _last(x: Tensor, dim: int) -> Tensor:
@@ -482,141 +448,41 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or problem.length == 1 else x.contiguous()
 
 
-# Numbers
-
-UNREAD = 0.0, None
-"""``alpha`` and ``scale`` beside ``numbers``."""
-
-
-_CPU = torch.device("cpu")
-
-
-def _symbols(alpha: float, scale: float | None) -> Tensor | None:
-    """``numbers`` where one of the two is a symbol of a graph that is being traced."""
-    if not isinstance(alpha, torch.SymFloat) and not isinstance(scale, torch.SymFloat):
-        return None
-    zero = torch.zeros((), dtype=torch.float64, device=_CPU)
-    return torch.stack([zero + (math.nan if x is None else x) for x in (alpha, scale)])
-
-
-def _read(numbers: Tensor) -> tuple[float, float | None]:
-    check_like("numbers", numbers, (2,), torch.float64, _CPU)
-    alpha, scale = numbers.tolist()
-    return alpha, None if math.isnan(scale) else scale
-
-
 # Calls
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    """Output of :data:`attention_forward`; ``options`` from ``alpha`` to ``backend``."""
-    call: Callable[..., Any] = _attention_forward
-    if not _is_plain(query, key, value):
-        call = attention_forward
-        for name, tensor in zip(Inputs._fields, (query, key, value), strict=True):
-            check_tensor(name, tensor)  # torch's dispatcher would say it in other words
-        if not _is_compiling():  # and a transform's rules see other shapes
-            alpha, scale, is_causal, enable_gqa, _ = options
-            inputs = Inputs(query, key, value)
-            _attention_problem(inputs, alpha, scale, is_causal, enable_gqa, False)
-    elif _differentiated(query, key, value):
-        out: Tensor = _Attention.on_plain(query, key, value, options)[0]
-        return out
-    out = call(query, key, value, *options, 0)[0]
-    return out
+def attention(inputs: Inputs, options: Options) -> Tensor:
+    """Output of :data:`attention_forward`."""
+    if is_plain(*inputs):
+        if _differentiated(*inputs):
+            return cast(Tensor, apply_plain(_Attention, *inputs, options)[0])
+        return _run(inputs, options, 0)[0].out
+    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+        check_tensor(name, tensor)  # torch's dispatcher would say it in other words
+    if not torch.compiler.is_compiling():  # and a transform's rules see other shapes
+        _problem(inputs, options, False)
+    return cast(Tensor, attention_forward(*inputs, *options, 0)[0])
 
 
 def rows(x: Tensor, alpha: float, dim: int, backend: str) -> Tensor:
     """Output of :data:`entmax_forward`."""
-    call: Callable[..., Any] = _entmax_forward
-    if not _is_plain(x):
-        call = entmax_forward
-    elif _differentiated(x):
-        y: Tensor = _Entmax.on_plain(x, alpha, dim, backend)
-        return y
-    y = call(x, alpha, dim, backend, False)
-    return y
+    if not is_plain(x):
+        return cast(Tensor, entmax_forward(x, alpha, dim, backend, False))
+    if _differentiated(x):
+        return cast(Tensor, apply_plain(_Entmax, x, alpha, dim, backend))
+    return _entmax_forward(x, alpha, dim, backend, False)
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether an operator's body, or its autograd function, may be called as it is: a pass through
-    torch's dispatcher costs 15 microseconds, and here nothing on its way beside autograd (modes,
-    transforms, tracers, profilers, kinds of tensors) would do anything."""
-    if (
-        _is_compiling()  # first: the rest is not for tracing
-        or forward_ad._current_level >= 0
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _peek_interpreter_stack() is not None
-        or _get_tracing_state() is not None
-        or _profiler_enabled()
-    ):
-        return False
-    for tensor in tensors:  # a loop, not all(): a third of the time
-        if type(tensor) not in _PLAIN_TYPES or _keys(tensor).raw_repr() not in _PLAIN_KEYS:
-            return False
-    return True
-
-
-def _forward(
-    operator: Callable[..., Any], body: Callable[..., Any], tensors: tuple[Tensor, ...], *more: Any
-) -> Any:
-    """An operator called by its autograd function: its body where that does the same."""
-    if _is_plain(*tensors):
-        return body(*tensors, *more)
-    return _beneath(operator, *tensors, *more)
-
-
-def _beneath(operator: Callable[..., Any], *args: Any) -> Any:
-    """``operator`` below the autograd whose function calls this. It has turned derivatives off,
-    which the transforms around this one, if there are any, still have to see."""
-    if _peek_interpreter_stack() is None:
-        with _below_autograd():
-            return operator(*args)
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _below_autograd():
-        return operator(*args)
-
-
-def _backward(
-    operator: Callable[..., Any], body: Callable[..., Any], tensors: tuple[Tensor, ...], *more: Any
-) -> Any:
-    """An operator without derivative, which must be told where it is to be differentiated."""
-    plain = _is_plain(*tensors) and not _differentiated(*tensors)
-    return (body if plain else operator)(*tensors, *more)
-
-
-_is_compiling = torch.compiler.is_compiling
-_keys = torch._C._dispatch_keys
-_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
-_len_torch_function_stack = torch._C._len_torch_function_stack
-_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
-_get_tracing_state = torch._C._get_tracing_state
-_profiler_enabled = torch._C._autograd._profiler_enabled
-_PLAIN_TYPES = Tensor, torch.nn.Parameter
-
-
-def _key_set(*names: str) -> int:
-    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
-    united: int = functools.reduce(or_, keys).raw_repr()
-    return united
-
-
-_PLAIN_KEYS = {
-    _key_set(device, f"Autocast{device}", *autograd)
-    for device in ("CPU", "CUDA")
-    for autograd in (("ADInplaceOrView", f"Autograd{device}"), ())
-}
-"""Dispatch keys of strided tensors in memory that are nothing beside (not negated lazily, wrapped,
-batched or without data), made outside and inside inference mode."""
-
-
-# Registration
+def _is_final(*tensors: Tensor) -> bool:
+    """Whether a gradient may be taken by its body: an operator without derivative must be told
+    where it is to be differentiated."""
+    return is_plain(*tensors) and not _differentiated(*tensors)
 
 
 def _differentiated(*tensors: Tensor) -> bool:
     """Whether autograd must see the call. Forward mode must too, if only to refuse it: a kernel
     that steps below autograd drops tangents without a word."""
-    if forward_ad._current_level >= 0:
+    if is_forward_mode():
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -625,13 +491,16 @@ def _differentiated(*tensors: Tensor) -> bool:
     return False
 
 
+# Registration
+
+
 def _once(operator: Callable[..., Any]) -> Callable[..., Any]:
     """Autograd kernel of an operator that runs, but has no derivative."""
 
     class Once(_ReverseMode):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            return _beneath(operator, *args)
+            return beneath(operator, *args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -641,7 +510,7 @@ def _once(operator: Callable[..., Any]) -> Callable[..., Any]:
                 "needs too)"
             )
 
-    return Once.in_kernel
+    return functools.partial(in_kernel, Once)
 
 
 def _operator(
@@ -661,11 +530,10 @@ def _operator(
     return operator
 
 
-_OPTIONS = "Scalar alpha, Scalar? scale, bool is_causal, bool enable_gqa, str backend"
 _NUMBERS = "Tensor? numbers=None"
 
 attention_forward = _operator(
-    f"attention_forward(Tensor query, Tensor key, Tensor value, {_OPTIONS}, SymInt saved_bytes,"
+    f"attention_forward(Tensor query, Tensor key, Tensor value, {asked.SCHEMA}, SymInt saved_bytes,"
     f" {_NUMBERS}) -> (Tensor out, Tensor tau, Tensor saved)",
     _attention_forward,
     _attention_forward_fake,
@@ -679,7 +547,7 @@ and scale (NaN where it is None) in their place."""
 
 attention_backward = _operator(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,"
-    f" Tensor tau, Tensor saved, {_OPTIONS}, {_NUMBERS})"
+    f" Tensor tau, Tensor saved, {asked.SCHEMA}, {_NUMBERS})"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     _attention_backward,
     _attention_backward_fake,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
-import operator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from adasplash2.options import Options, check_alpha, check_dim, check_scale
 
 MAX_HEAD_DIM = 256
 """Largest ``head_dim`` of queries, keys and values; what the kernels' registers are cut for."""
@@ -134,16 +134,14 @@ def float32_refusals(problem: Problem | RowProblem) -> list[str]:
     ]
 
 
-def attention_problem(
-    inputs: Inputs,
-    *,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    needs_grad: bool,
-) -> Problem:
-    """Validate one attention call.
+def attention_problem(inputs: Inputs, *, needs_grad: bool, **options: Any) -> Problem:
+    """:func:`validated`, with the fields of :class:`Options` as keywords."""
+    return validated(inputs, Options(**options), needs_grad)
+
+
+def validated(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
+    """Validate one attention call. ``options.backend`` is not looked at: a problem is the same
+    whatever runs it.
 
     Raises:
         TypeError: an argument is not of the type it must be (a tensor, a number, a floating
@@ -151,27 +149,20 @@ def attention_problem(
         ValueError: rank, shape, device, head counts, ``alpha`` or ``scale`` do not fit. The
             message names the argument, what came and what is allowed.
     """
-    query, key, value = inputs
     # A loop asks the same again and again: what has been validated is looked up. A compiler asks
     # once, and warns of look-ups that it cannot see into.
     if not torch.compiler.is_compiling():
+        query, key, value = inputs
         try:
-            return _validated(
-                _described(query),
-                _described(key),
-                _described(value),
-                alpha,
-                scale,
-                is_causal,
-                enable_gqa,
-                needs_grad,
+            return _looked_up(
+                _described(query), _described(key), _described(value), needs_grad, *options
             )
         except (AttributeError, RuntimeError, TypeError):
             pass  # no strided tensors, sizes that are symbols, or an error that comes again below
     for name, tensor in zip(Inputs._fields, inputs, strict=True):
         check_tensor(name, tensor)
     q, k, v = map(_described, inputs)
-    return _validate(q, k, v, alpha, scale, is_causal, enable_gqa, needs_grad)
+    return _validate(q, k, v, needs_grad, *options)
 
 
 _Described = tuple[torch.Size, torch.dtype, torch.device, bool]
@@ -186,13 +177,11 @@ def _validate(
     query: _Described,
     key: _Described,
     value: _Described,
-    alpha: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
     needs_grad: bool,
+    *said: Any,
 ) -> Problem:
-    """:func:`attention_problem` without the data."""
+    """:func:`validated` without the data; ``said`` are the :class:`Options`."""
+    options = Options._make(said)
     shapes = {name: t[0] for name, t in zip(Inputs._fields, (query, key, value), strict=True)}
     _check_dtype("query", query[1])
     for name, shape in shapes.items():
@@ -223,7 +212,7 @@ def _validate(
         if not 1 <= width <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim of 1 to {MAX_HEAD_DIM}, got {width}")
     if heads_kv != heads_q:
-        if not enable_gqa:
+        if not options.enable_gqa:
             raise ValueError(
                 f"key must have the heads of query ({heads_q}), got {heads_kv}; "
                 "pass enable_gqa=True to let query heads share key heads"
@@ -232,8 +221,8 @@ def _validate(
             raise ValueError(
                 f"query must have a multiple of the heads of key ({heads_kv}), got {heads_q}"
             )
-    alpha = check_alpha(alpha)
-    scale = _check_factor(alpha, check_scale(scale, head_dim), dtype)
+    alpha = check_alpha(options.alpha)
+    scale = _check_factor(alpha, check_scale(options.scale, head_dim), dtype)
     return Problem(
         batch=batch,
         heads_q=heads_q,
@@ -245,7 +234,7 @@ def _validate(
         dtype=dtype,
         device=device,
         alpha=alpha,
-        scores=ScoreTransform(scale=scale, is_causal=bool(is_causal)),
+        scores=ScoreTransform(scale=scale, is_causal=bool(options.is_causal)),
         needs_grad=needs_grad,
         strided=tuple(
             name
@@ -256,14 +245,14 @@ def _validate(
 
 
 # Types count: True equals 1.0 and is no number here.
-_validated = functools.lru_cache(maxsize=1024, typed=True)(_validate)
+_looked_up = functools.lru_cache(maxsize=1024, typed=True)(_validate)
 
 
 def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
     """Validate one ``entmax`` call over the last dimension of ``x``.
 
     Raises:
-        TypeError, ValueError: as :func:`attention_problem`.
+        TypeError, ValueError: as :func:`validated`.
     """
     check_tensor("x", x)
     check_dim(-1, x.dim())
@@ -278,33 +267,6 @@ def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
     )
 
 
-def check_alpha(alpha: float) -> float:
-    """``alpha`` as a float.
-
-    Raises:
-        TypeError: ``alpha`` is not a real number.
-        ValueError: ``alpha`` is NaN, infinite or below 1.
-    """
-    if type(alpha) is float and 1.0 <= alpha < math.inf:  # every call comes by, some twice
-        return alpha
-    number = _as_float("alpha", alpha, "a real number of at least 1")
-    if not 1.0 <= number < math.inf:  # also refuses NaN
-        raise ValueError(f"alpha must be a finite number of at least 1, got {shown(alpha)}")
-    return number
-
-
-def check_alpha_above_one(alpha: float) -> float:
-    """:func:`check_alpha` where softmax, ``alpha = 1``, has no place.
-
-    Raises:
-        TypeError, ValueError: as :func:`check_alpha`, and for 1.
-    """
-    alpha = check_alpha(alpha)
-    if alpha == 1.0:
-        raise ValueError("alpha must be greater than 1 here (1 is softmax), got 1.0")
-    return alpha
-
-
 def _check_factor(alpha: float, scale: float, dtype: torch.dtype) -> float:
     """``scale``, of which the kernels make one factor with ``alpha`` in the compute dtype."""
     limit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
@@ -314,94 +276,6 @@ def _check_factor(alpha: float, scale: float, dtype: torch.dtype) -> float:
             f"with alpha {alpha:g}"
         )
     return scale
-
-
-def check_scale(scale: float | None, head_dim: int) -> float:
-    """``scale``, or ``1 / sqrt(head_dim)`` where it is None.
-
-    Raises:
-        TypeError: ``scale`` is not a real number or None.
-        ValueError: ``scale`` is NaN or infinite.
-    """
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    number = scale if type(scale) is float else _as_float("scale", scale, "a real number or None")
-    if not -math.inf < number < math.inf:  # also refuses NaN
-        raise ValueError(f"scale must be finite, got {shown(scale)}")
-    return number
-
-
-def _as_float(name: str, value: object, allowed: str) -> float:
-    """A Python or NumPy number, or a tensor of no dimensions, as a float; infinite where no float
-    is large enough."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name} must be {allowed}: it has no gradient, pass {name}.detach()")
-    # First what a tracer knows. Symbols are numbers that a graph is traced with.
-    number: Any = value if isinstance(value, (int, float)) else _item(value)
-    if isinstance(number, bool) or not isinstance(number, (numbers.Real, *_SYMBOLS)):
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
-    try:
-        return float(number)
-    except OverflowError:  # of an integer or a fraction
-        return -math.inf if number < 0.0 else math.inf
-
-
-_SYMBOLS = torch.SymInt, torch.SymFloat
-
-
-def check_flag(name: str, value: object) -> bool:
-    """``value`` as a bool.
-
-    Raises:
-        TypeError: it is neither True nor False, nor NumPy's.
-    """
-    flag = value if isinstance(value, (bool, Tensor)) else _item(value)
-    if not isinstance(flag, bool):
-        raise TypeError(f"{name} must be True or False, got {shown(value)}")
-    return flag
-
-
-def check_dim(dim: int, dims: int) -> int:
-    """``dim`` of a tensor of ``dims`` dimensions, counted from the end: -1 is the last.
-
-    Raises:
-        TypeError: ``dim`` is no integer.
-        IndexError: there is no such dimension.
-    """
-    if type(dim) is not int:
-        number: Any = _item(dim)
-        try:
-            dim = operator.index(None if isinstance(number, bool) else number)  # type: ignore[arg-type]
-        except TypeError:
-            raise TypeError(f"dim must be an int, got {shown(dim)}") from None
-    if dims == 0:
-        raise ValueError("x must have at least 1 dimension, got a 0-dimensional tensor")
-    if not -dims <= dim < dims:
-        raise IndexError(f"dim must be from {-dims} to {dims - 1}, got {shown(dim)}")
-    return dim if dim < 0 else dim - dims
-
-
-def _item(value: Any) -> object:
-    """What NumPy's scalars, and arrays and tensors of no dimensions, hold; else ``value``."""
-    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
-        try:
-            item: object = value.item()
-        except RuntimeError:  # a tensor without a number: of a trace, a transform, the meta device
-            raise TypeError(
-                f"a number must be known here, got a tensor without one: {type(value).__name__} on "
-                f"{getattr(value, 'device', 'no device')}; pass a Python number"
-            ) from None
-        return item
-    return value
-
-
-def shown(value: object) -> str:
-    """``repr`` for a message: short, and never an error (integers beyond 4,300 digits are one)."""
-    try:
-        text = repr(value)
-    except Exception:
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def check_tensor(name: str, tensor: object) -> None:

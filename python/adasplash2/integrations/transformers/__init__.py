@@ -18,7 +18,7 @@ from torch import nn
 from adasplash2.integrations.transformers.attention import Attention, Observer
 from adasplash2.integrations.transformers.coverage import Coverage, cover, ran
 from adasplash2.integrations.transformers.masks import mask_function
-from adasplash2.problem import check_alpha
+from adasplash2.options import check_alpha
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,164 @@
+"""What we take from torch that torch does not promise: everything private stands here.
+
+Three kinds. *Saving time*: a pass through torch's dispatcher costs 15 microseconds, so a call that
+nothing but autograd would look at goes around it (:func:`is_plain`). Where torch has lost a name
+that this needs, no call is plain, and all take the public way. *Asking*: what a tensor or a thread
+is in, for which there is no public question; each has an answer that is safe where torch has lost
+it. *Autograd kernels of operators*: :func:`below_autograd` and :func:`in_kernel`, which
+``torch.library`` uses itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+
+def private(path: str) -> Any:
+    """What ``torch`` has under a dotted path; None where it has nothing."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+# Saving time
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether an operator's body, or its autograd function, may be called as it is: nothing on the
+    way through torch's dispatcher beside autograd (modes, transforms, tracers, profilers, kinds of
+    tensors) would do anything."""
+    if (
+        _is_compiling()  # first: the rest is not for tracing
+        or not _is_known
+        or forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:  # a loop, not all(): a third of the time
+        if type(tensor) not in _PLAIN_TYPES or _keys(tensor).raw_repr() not in _PLAIN_KEYS:
+            return False
+    return True
+
+
+def is_in_memory(tensor: Tensor) -> bool:
+    """Whether a kernel may read ``tensor`` as it is; False also where that is not known."""
+    return _is_known and type(tensor) in _PLAIN_TYPES and _keys(tensor).raw_repr() in _PLAIN_KEYS
+
+
+def apply_plain(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` without what it does for transforms of :mod:`torch.func`."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+_is_compiling = torch.compiler.is_compiling
+_keys = private("_C._dispatch_keys")
+_len_torch_dispatch_stack = private("_C._len_torch_dispatch_stack")
+_len_torch_function_stack = private("_C._len_torch_function_stack")
+_peek_interpreter_stack = private("_C._functorch.peek_interpreter_stack")
+_get_tracing_state = private("_C._get_tracing_state")
+_profiler_enabled = private("_C._autograd._profiler_enabled")
+_PLAIN_TYPES = Tensor, torch.nn.Parameter
+
+
+def _key_set(*names: str) -> int:
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    united: int = functools.reduce(or_, keys).raw_repr()
+    return united
+
+
+def _plain_keys() -> set[int]:
+    """Dispatch keys of strided tensors in memory that are nothing beside (not negated lazily,
+    wrapped, batched or without data), made outside and inside inference mode."""
+    return {
+        _key_set(device, f"Autocast{device}", *autograd)
+        for device in ("CPU", "CUDA")
+        for autograd in (("ADInplaceOrView", f"Autograd{device}"), ())
+    }
+
+
+_is_known = hasattr(forward_ad, "_current_level") and None not in (
+    *(_keys, _len_torch_dispatch_stack, _len_torch_function_stack, _peek_interpreter_stack),
+    *(_get_tracing_state, _profiler_enabled, private("_C.DispatchKeySet")),
+)
+_PLAIN_KEYS = _plain_keys() if _is_known else set()
+
+
+# Asking
+
+
+def is_forward_mode() -> bool:
+    """Whether a derivative in forward mode is being taken; without an answer each operand is asked
+    by autograd itself."""
+    return bool(getattr(forward_ad, "_current_level", -1) >= 0)
+
+
+def is_autocast_on() -> bool:
+    """Whether any device's autocast may be on: then it is asked by device."""
+    return _is_any_autocast_enabled is None or bool(_is_any_autocast_enabled())
+
+
+def is_without_data(*tensors: Tensor) -> bool:
+    """Whether any of ``tensors`` is of a trace: a shape without numbers."""
+    if _detect_fake_mode is not None:
+        return _detect_fake_mode(tensors) is not None
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
+def is_in_a_transform(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is wrapped by a transform of :mod:`torch.func`."""
+    return _is_wrapped is not None and bool(_is_wrapped(tensor))
+
+
+def is_transformed() -> bool:
+    """Whether a transform of :mod:`torch.func` is around this call; yes where torch cannot say."""
+    return _peek_interpreter_stack is None or _peek_interpreter_stack() is not None
+
+
+_is_any_autocast_enabled = private("_C._is_any_autocast_enabled")
+_is_wrapped = private("_C._functorch.is_functorch_wrapped_tensor")
+
+try:
+    from torch._guards import detect_fake_mode as _detect_fake_mode
+except ImportError:
+    _detect_fake_mode = None  # type: ignore[assignment]
+
+
+# Autograd kernels of operators
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Operators that are called here skip autograd's kernels."""
+    context: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return context
+
+
+def beneath(operator: Any, *args: Any) -> Any:
+    """``operator`` below the autograd whose function calls this. It has turned derivatives off,
+    which the transforms around this one, if there are any, still have to see."""
+    if not is_transformed():
+        with below_autograd():
+            return operator(*args)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
+        return operator(*args)
+
+
+def in_kernel(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` in an autograd kernel, where one transform at most is to be served, and
+    torch sees to the others beneath."""
+    with enable_single_level_autograd_function():
+        return apply_plain(function, *args)
