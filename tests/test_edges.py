@@ -198,11 +198,11 @@ def test_gradients_of_scores_beyond_float16(backend: str) -> None:
                 length_k=1500, sharpness=1e-6)  # fmt: skip
     inputs = case.inputs()
     got, expected = attend(inputs, case, backend), expect(inputs, case)
-    for one, exact in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
-        rounded = exact.to(FLOAT16)
+    for one, other in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+        rounded = other.to(FLOAT16)
         assert torch.equal(one.isinf(), rounded.isinf())
         kept = rounded.isfinite()
-        assert reference.relative_error(one[kept], exact[kept]) < 1e-3
+        assert reference.relative_error(one[kept], other[kept]) < 1e-3
 
 
 # Infinities.

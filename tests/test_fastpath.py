@@ -21,7 +21,8 @@ def without(name: str) -> ModuleType:
     """The module as it would be had torch lost ``name``."""
     parent, _, last = name.rpartition(".")
     spec = importlib.util.spec_from_file_location("fastpath_without", SOURCE)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(torch_fastpath.private(parent), last)

@@ -22,7 +22,13 @@ import torch
 
 from adasplash2 import cache, records
 from adasplash2.backends import cuda, triton
-from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem
+from adasplash2.problem import (
+    Inputs,
+    Problem,
+    RowProblem,
+    ScoreTransform,
+    attention_problem,
+)
 from adasplash2.records import Record, Store, problem_class
 
 CPU = torch.device("cpu")
@@ -92,6 +98,26 @@ def test_a_class_is_blind_to_batch_heads_scale_and_small_steps_of_length() -> No
 )
 def test_a_class_tells_what_changes_speed(changes: dict[str, Any]) -> None:
     assert problem_class(problem(**{"length": 4096, **changes})) != problem_class(problem(4096))
+
+
+@pytest.mark.parametrize("base", [Problem, ScoreTransform, RowProblem])
+def test_a_new_option_is_in_the_class(base: type) -> None:
+    """Whoever adds a field need not think of records."""
+    new = dataclasses.make_dataclass(
+        "New", [("softcap", float, dataclasses.field(default=0.0))], bases=(base,), frozen=True
+    )
+    asked = RowProblem(5, 1000, torch.float32, CPU, 1.5, True) if base is RowProblem else problem()
+    holder = asked.scores if base is ScoreTransform else asked
+    values = {field.name: getattr(holder, field.name) for field in dataclasses.fields(base)}
+
+    def label(**option: float) -> str:
+        held = new(**values, **option)
+        return problem_class(
+            dataclasses.replace(asked, scores=held) if base is ScoreTransform else held
+        )
+
+    assert label() == problem_class(asked)
+    assert label(softcap=30.0) == f"{label()} softcap 30.0"
 
 
 def test_alphas_without_a_closed_form_are_one_class() -> None:

@@ -3,7 +3,9 @@ argument, what came and what is allowed."""
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 import adasplash2
-from adasplash2 import ops
+from adasplash2 import ops, options
+from adasplash2.options import Options
+from adasplash2.problem import Inputs
 
 NAN, INF = float("nan"), float("inf")
 
@@ -322,3 +326,21 @@ def test_every_public_function_knows_the_meta_device() -> None:
     assert adasplash2.explain(query, query, query).chosen is None
     with pytest.raises(adasplash2.BackendRefused):
         adasplash2.attention_stats(query, query, query)
+
+
+def test_every_function_of_a_call_takes_its_arguments() -> None:
+    def asked(function: Callable[..., object]) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(function).parameters)
+
+    taken = asked(adasplash2.entmax_attention)
+    assert asked(adasplash2.attention_stats) == asked(adasplash2.explain) == taken
+    assert set(taken) == {*Inputs._fields, *Options._fields}
+    for name in Options._fields:
+        default = None if name == "backend" else Options._field_defaults[name]
+        assert taken[name].default == default
+        assert f" {name}" in options.SCHEMA
+    for function in (adasplash2.attention_stats, adasplash2.explain):
+        with pytest.raises(TypeError, match="no_such"):
+            function(*GOOD.values(), no_such=1)
+        with pytest.raises(TypeError, match="value"):
+            function(*list(GOOD.values())[:2])

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from adasplash2 import cache
 from adasplash2 import backends as registry
+from adasplash2 import cache
 from adasplash2.contract import Backend, Config
 from adasplash2.failures import may_pass
 from adasplash2.options import check_backend

@@ -14,8 +14,8 @@ import json
 import math
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,27 +53,63 @@ SKEW = datetime.timedelta(days=1)
 the oldest, and pushes nothing out."""
 
 
+@functools.lru_cache(maxsize=1024)
 def problem_class(problem: Problem | RowProblem) -> str:
     """What a record is about: problems that differ in batch, heads and little in length alike.
+
+    Made from all fields of ``problem``: one that :data:`_SAID` and :data:`_LEFT_OUT` do not know,
+    as an option that is new, makes classes of its own wherever it is not its default.
 
     Lengths count as the nearest power of 4. How sparse the rows will be is not known before a call
     has run: records are measured on several sparsities (:data:`adasplash2.tuning.SHARPNESS`).
     """
-    dtype = str(problem.dtype).removeprefix("torch.")
-    alpha = problem.alpha if problem.alpha in (1.5, 2.0) else "general"
-    tail = f"alpha {alpha} {'training' if problem.needs_grad else 'inference'}"
+    said = dict.fromkeys(_SAID, "")
+    for name, value, default in _fields_of(problem):
+        if name in _SAID:
+            said[name] = _SAID[name](value)
+        elif name not in _LEFT_OUT and value != default:
+            said[name] = f"{name} {value}"
     if isinstance(problem, RowProblem):
-        return f"rows {dtype} length {_bucket(problem.length)} {tail}"
-    p = problem
-    return (
-        f"attention {dtype} head_dim {p.head_dim},{p.head_dim_v} "
-        f"lengths {_bucket(p.length_q)},{_bucket(p.length_k)} "
-        f"{'causal' if p.scores.is_causal else 'full'} group {p.group_size} {tail}"
-    )
+        kind = "rows"
+    else:
+        kind = "attention"
+        said["group"] = f"group {problem.group_size}"
+        said["head_dim"] += f",{problem.head_dim_v}"
+        said["length_q"] += f",{_bucket(problem.length_k)}"
+    return " ".join((kind, *filter(None, said.values())))
+
+
+def _fields_of(part: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and default of every field, also of those within fields."""
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if is_dataclass(value):
+            yield from _fields_of(value)
+        else:
+            yield field.name, value, field.default
 
 
 def _bucket(length: int) -> int:
     return 4 ** round(math.log(length, 4)) if length > 1 else 1
+
+
+_SAID: dict[str, Callable[[Any], str]] = {
+    "dtype": lambda dtype: str(dtype).removeprefix("torch."),
+    "head_dim": lambda width: f"head_dim {width}",
+    "length": lambda length: f"length {_bucket(length)}",
+    "length_q": lambda length: f"lengths {_bucket(length)}",
+    "is_causal": lambda is_causal: "causal" if is_causal else "full",
+    "group": str,
+    "alpha": lambda alpha: f"alpha {alpha if alpha in (1.5, 2.0) else 'general'}",
+    "needs_grad": lambda needs_grad: "training" if needs_grad else "inference",
+}
+"""Fields in a class's name, in their order, and how."""
+
+_LEFT_OUT = {
+    *("device",),  # has a file of its own
+    *("batch", "rows", "scale", "strided"),  # change little
+    *("heads_q", "heads_kv", "head_dim_v", "length_k"),  # said beside another
+}
 
 
 def versions(backend: Backend) -> dict[str, str]:
