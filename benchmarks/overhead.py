@@ -71,7 +71,7 @@ def main() -> None:
         )
 
     asked, equal, trained = problem(), problem(), problem(needs_grad=True)
-    chosen, config = dispatch.choose(asked)
+    chosen, config, _ = dispatch.choose(asked)
     to_train = dispatch.choose(trained)
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     grad_out = torch.randn_like(tensors[0])

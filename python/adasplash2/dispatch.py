@@ -55,18 +55,19 @@ CACHED_DECISIONS = 4096
 
 
 class Choice(NamedTuple):
-    """What runs a problem: a backend's module and one of its configurations."""
+    """What runs a problem: a backend's module, one of its configurations, and why."""
 
     backend: Backend
     config: Config
+    why: str
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By the module's name: modules cannot be copied."""
-        return _choice, (cast(ModuleType, self.backend).__name__, self.config)
+        return _choice, (cast(ModuleType, self.backend).__name__, self.config, self.why)
 
 
-def _choice(module: str, config: Config) -> Choice:
-    return Choice(cast(Backend, importlib.import_module(module)), config)
+def _choice(module: str, config: Config, why: str) -> Choice:
+    return Choice(cast(Backend, importlib.import_module(module)), config, why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +205,7 @@ def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explan
     except BackendRefused:
         chosen, config, why = None, cast(Config, {}), ""
     else:
-        chosen, config = choice.backend.name, choice.config
-        why = _why(problem, choice, forced)
+        chosen, config, why = choice.backend.name, choice.config, choice.why
     others = []
     for name in registry.REGISTRY:
         if name != chosen:
@@ -360,10 +360,10 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     module = cast(Backend, _load(name).module)
     configs = module.configs(problem)
     tuned = record is not None and record.config in configs
-    choice = Choice(module, record.config if record is not None and tuned else configs[0])
+    config = record.config if record is not None and tuned else configs[0]
+    choice = Choice(module, config, _why(record, forced))
     if logger.isEnabledFor(logging.DEBUG):
-        why = _why(problem, choice, forced)
-        logger.debug("%s: %s %s, %s", describe(problem), name, dict(choice.config), why)
+        logger.debug("%s: %s %s, %s", describe(problem), name, dict(config), choice.why)
     asked = names[: names.index(name) + 1]
     if any(other not in _loaded for other in asked):
         if problem.needs_grad:
@@ -375,8 +375,7 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     return choice
 
 
-def _why(problem: Problem | RowProblem, choice: Choice, forced: str | None) -> str:
-    record = _record(problem, choice.backend.name)
+def _why(record: Record | None, forced: str | None) -> str:
     measured = f"measured {record.milliseconds:.3g} ms for its class" if record else ""
     if forced:
         return f"forced; {measured}" if measured else "forced"

@@ -65,7 +65,7 @@ def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
         counts = torch.zeros_like(tau, dtype=torch.int32)
         empty_tiles = tau.new_zeros(tau.shape[:2], dtype=torch.float64)
         return AttentionStats(tau, counts, counts.clone(), empty_tiles, backend="none")
-    chosen, config = choose(problem, options.backend or None)
+    chosen, config, _ = choose(problem, options.backend or None)
     with torch.no_grad():
         return chosen.stats(problem, inputs, config)
 
@@ -188,7 +188,8 @@ def _run_backward(
     _check_backward(problem, grad_out, out, tau, saved)
     if problem.is_empty:
         return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
-    chosen, config = choose(problem, options.backend or None) if decided is None else decided[1]
+    choice = choose(problem, options.backend or None) if decided is None else decided[1]
+    chosen, config, _ = choice
     return chosen.backward(problem, inputs, Forward(out, tau, saved), grad_out, config)
 
 
@@ -344,7 +345,7 @@ def _entmax_forward(
     problem = row_problem(x, alpha=check_alpha_above_one(alpha), needs_grad=needs_grad)
     if not problem.rows * problem.length:
         return _unlast(x.new_zeros(x.shape), x.shape, dim)
-    chosen, config = choose(problem, backend or None)
+    chosen, config, _ = choose(problem, backend or None)
     return _unlast(chosen.rows_forward(problem, _rows(problem, x), config), x.shape, dim)
 
 
@@ -364,7 +365,7 @@ def _entmax_backward(
     shape = y_last.shape
     if not problem.rows * problem.length:
         return _unlast(y.new_zeros(shape), shape, dim)
-    chosen, config = choose(problem, backend or None)
+    chosen, config, _ = choose(problem, backend or None)
     y_rows, grad_rows = _rows(problem, y_last), _rows(problem, _last(grad_y, dim))
     return _unlast(chosen.rows_backward(problem, y_rows, grad_rows, config), shape, dim)
 

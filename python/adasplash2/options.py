@@ -146,7 +146,9 @@ def check_flag(name: str, value: object) -> bool:
     Raises:
         TypeError: it is neither True nor False, nor NumPy's.
     """
-    flag = value if isinstance(value, (bool, Tensor)) else _item(value)
+    if value is True or value is False:
+        return value
+    flag = value if isinstance(value, Tensor) else _item(value)
     if not isinstance(flag, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return flag
