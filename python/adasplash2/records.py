@@ -81,12 +81,17 @@ def problem_class(problem: Problem | RowProblem) -> str:
 
 def _fields_of(part: Any) -> Iterator[tuple[str, Any, Any]]:
     """Name, value and default of every field, also of those within fields."""
-    for field in fields(part):
-        value = getattr(part, field.name)
+    for name, default in _fields_with_defaults(type(part)):
+        value = getattr(part, name)
         if is_dataclass(value):
             yield from _fields_of(value)
         else:
-            yield field.name, value, field.default
+            yield name, value, default
+
+
+@functools.cache
+def _fields_with_defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((field.name, field.default) for field in fields(kind))
 
 
 def _bucket(length: int) -> int:
