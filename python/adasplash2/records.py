@@ -81,7 +81,7 @@ def problem_class(problem: Problem | RowProblem) -> str:
 
 def _fields_of(part: Any) -> Iterator[tuple[str, Any, Any]]:
     """Name, value and default of every field, also of those within fields."""
-    for name, default in _fields_with_defaults(type(part)):
+    for name, default in _fields_with_defaults(type(part)):  # type: ignore[arg-type]
         value = getattr(part, name)
         if is_dataclass(value):
             yield from _fields_of(value)
@@ -90,7 +90,7 @@ def _fields_of(part: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 @functools.cache
-def _fields_with_defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
+def _fields_with_defaults(kind: type) -> tuple[tuple[str, Any], ...]:
     return tuple((field.name, field.default) for field in fields(kind))
 
 
