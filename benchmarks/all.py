@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import harness
+from harness import command_line, packages, tables
+from harness.budget import BUDGET_SECONDS
+from harness.cases import ROOT
 
 PROGRAMS = {
     "attention": "attention.py",
@@ -47,11 +49,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="default: all")
-    add("--output", type=Path, default=harness.ROOT / "output", help="folder; default output/")
+    add("--output", type=Path, default=ROOT / "output", help="folder; default output/")
     add(
         "--seconds",
-        type=harness.positive,
-        default=len(PROGRAMS) * (harness.BUDGET_SECONDS + OVERHEAD_SECONDS),
+        type=command_line.positive,
+        default=len(PROGRAMS) * (BUDGET_SECONDS + OVERHEAD_SECONDS),
         help="for all together; each gets an equal share of what is left; default %(default)s",
     )
     add("--tiny", action="store_true", help="tiny sizes, to see that everything works")
@@ -62,7 +64,7 @@ def main() -> int:
     for i, name in enumerate(options.only):
         allowed = max(1.0, (end - time.monotonic()) / (len(options.only) - i))
         outcomes.append([name, *run(name, allowed, options, passed)])
-    print(harness.table(["program", "result", "seconds", "files"], outcomes))
+    print(tables.table(["program", "result", "seconds", "files"], outcomes))
     return 0 if all(outcome[1] == "done" for outcome in outcomes) else 1
 
 
@@ -73,15 +75,15 @@ def run(
     left = {kind: options.output / f"{name}.{kind}" for kind in ("json", "png", "txt")}
     for path in left.values():
         path.unlink(missing_ok=True)
-    budget = min(harness.BUDGET_SECONDS, max(1.0, allowed - OVERHEAD_SECONDS))
+    budget = min(BUDGET_SECONDS, max(1.0, allowed - OVERHEAD_SECONDS))
     command = [sys.executable, str(Path(__file__).with_name(PROGRAMS[name]))]
     command += ["--json", str(left["json"]), "--budget", f"{budget:.0f}"]
-    if harness.missing("matplotlib"):
-        harness.progress("no pictures: matplotlib is not installed")
+    if packages.missing("matplotlib"):
+        tables.progress("no pictures: matplotlib is not installed")
     else:
         command += ["--plot", str(left["png"])]
     command += TINY[name].split() if options.tiny else []
-    harness.progress(" ".join(["running", name, *command[2:]]))
+    tables.progress(" ".join(["running", name, *command[2:]]))
     began = time.monotonic()
     with left["txt"].open("w") as text:
         try:

@@ -13,9 +13,15 @@ from typing import NamedTuple
 
 import contenders
 import data
-import harness
 from contenders import BASELINE, DENSE
-from harness import BOTH, DTYPES, FORWARD, MODES, AttentionCase, Contender, Measurement, Target
+from data import AttentionCase
+from harness import command_line, pictures, tables
+from harness.cases import DTYPES, Case
+from harness.contender import BOTH, FORWARD, MODES, Contender, LeftOut, admit
+from harness.measuring import Measurement
+from harness.memory import MEBIBYTE, no_peak_memory, peak_bytes
+from harness.runs import Run
+from harness.targets import Target
 
 OURS = contenders.name_of("cpu")
 """Whom the targets are for."""
@@ -90,11 +96,11 @@ MEMORY_LIMIT_GIB = 1.5
 
 def check_targets(
     parser: argparse.ArgumentParser,
-    entrants: Sequence[tuple[harness.Case, Contender]],
-    left_out: Sequence[harness.LeftOut],
+    entrants: Sequence[tuple[Case, Contender]],
+    left_out: Sequence[LeftOut],
 ) -> None:
     """Ends the program, before it measures, where a target could not be judged."""
-    if reason := harness.no_peak_memory("cpu"):
+    if reason := no_peak_memory("cpu"):
         parser.error(f"argument --targets: {reason}")
     present = {(case, contender.name) for case, contender in entrants}
     reasons = {(case, contender): f": {reason}" for case, contender, reason in left_out}
@@ -123,10 +129,7 @@ def judge(measurements: Sequence[Measurement]) -> list[Target]:
             )
             unit = f"x {under.contender} {under.dtype}"
             targets.append(Target(f"{mode} {text}", unit, ratio, limit, at_least))
-    peak = (
-        harness.peak_bytes(MEMORY_ENTRY.case, next(c for c in contenders.OURS if c.name == OURS))
-        / 2**30
-    )
+    peak = peak_bytes(MEMORY_ENTRY.case, next(c for c in contenders.OURS if c.name == OURS)) / 2**30
     text = "memory of forward+backward above the tensors, 32,768 positions"
     return [*targets, Target(text, "GiB", peak, MEMORY_LIMIT_GIB)]
 
@@ -135,11 +138,11 @@ def judge(measurements: Sequence[Measurement]) -> list[Target]:
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = harness.parser(__doc__)
-    harness.add_targets(parser)
+    parser = command_line.parser(__doc__)
+    command_line.add_targets(parser)
     contenders.add_rivals(parser)
     add = parser.add_argument
-    count = harness.positive_int
+    count = command_line.positive_int
     add(
         "--lengths",
         type=count,
@@ -161,20 +164,20 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add(
         "--data",
         nargs="+",
-        choices=harness.DATA,
-        default=list(harness.DATA),
+        choices=data.DATA,
+        default=list(data.DATA),
         help="default: all; real needs what capture.py writes",
     )
     add(
         "--sharpness",
-        type=harness.positive,
+        type=command_line.positive,
         nargs="+",
         metavar="FACTOR",
         help="factors of gaussian queries, higher is sparser; default 1, on cuda 1 4",
     )
     add(
         "--block-sparsity",
-        type=harness.share,
+        type=command_line.share,
         nargs="+",
         default=[0.75],
         metavar="SHARE",
@@ -189,14 +192,14 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         help="measure it too, of a forward and backward; default on cuda alone",
     )
     options = parser.parse_args()
-    harness.set_defaults(options, DEFAULTS)
+    command_line.set_defaults(options, DEFAULTS)
     options.heads_kv = options.heads_kv or options.heads
     if options.peak_memory is None:
         options.peak_memory = options.device == "cuda"
-    harness.check_device(parser, options)
+    command_line.check_device(parser, options)
     if options.heads % options.heads_kv:
         parser.error(f"argument --heads-kv: must divide --heads {options.heads}")
-    if options.peak_memory and (reason := harness.no_peak_memory(options.device)):
+    if options.peak_memory and (reason := no_peak_memory(options.device)):
         parser.error(f"argument --peak-memory: {reason}")
     return parser, options
 
@@ -251,10 +254,10 @@ def groups(options: argparse.Namespace) -> list[list[AttentionCase]]:
 def main() -> int:
     parser, options = parse()
     taking_part = contenders.on(options.device, options.rivals)
-    run = harness.Run(options)
+    run = Run(options)
     cases = groups(options)
     if options.targets:
-        check_targets(parser, *harness.admit([c for group in cases for c in group], taking_part))
+        check_targets(parser, *admit([c for group in cases for c in group], taking_part))
     sparsity: dict[str, dict[str, float]] = {}
     for group in cases:
         if not (reason := run.budget.over() or data.missing(group[0])):
@@ -265,13 +268,7 @@ def main() -> int:
             run.leave_out(group, reason)
     run.report(table(run.measurements, options.device))
     print(f"\n{sparsity_table(sparsity)}")
-    targets = judge(run.measurements) if options.targets else []
-    if targets:
-        print("", *targets, sep="\n")
-    run.save(targets)
-    if options.plot:
-        draw(run)
-    return 0 if all(target.met for target in targets) else 1
+    return run.conclude(judge, draw)
 
 
 def table(measurements: Sequence[Measurement], device: str) -> str:
@@ -284,17 +281,17 @@ def table(measurements: Sequence[Measurement], device: str) -> str:
     for m in measurements:
         case = m.case
         row = [case.dtype, str(case.length), case.data_words(), m.contender.name]
-        row += [harness.digits(ms) for ms in (m.forward, m.backward, m.both)]
+        row += [tables.digits(ms) for ms in (m.forward, m.backward, m.both)]
         for base in bases:
-            row += harness.ratios(m.times, times.get((case, base)))
+            row += tables.ratios(m.times, times.get((case, base)))
         row.append(f"{m.error:.0e}")
-        row.append(harness.digits(m.peak_bytes and m.peak_bytes / harness.MEBIBYTE))
+        row.append(tables.digits(m.peak_bytes and m.peak_bytes / MEBIBYTE))
         rows.append(row)
-    return harness.table([*head, "error", "peak MiB"], rows)
+    return tables.table([*head, "error", "peak MiB"], rows)
 
 
 def sparsity_table(found: dict[str, dict[str, float]]) -> str:
-    return harness.table(
+    return tables.table(
         ["measured on", "empty 64x64 tiles", "zeros", "keys a row", "solver steps"],
         (
             [
@@ -309,16 +306,16 @@ def sparsity_table(found: dict[str, dict[str, float]]) -> str:
     )
 
 
-def draw(run: harness.Run) -> None:
+def draw(run: Run) -> None:
     """Bars: a panel a mode, a group of bars a case of the first dtype."""
     dtype = run.options.dtypes[0]
     found = [m for m in run.measurements if m.case.dtype == dtype]
     cases = list(dict.fromkeys(m.case for m in found))
     names = list(dict.fromkeys(m.contender.name for m in found))
-    colour = harness.colours(names)
+    colour = pictures.colours(names)
     title = f"Attention, {dtype}, head_dim {run.options.head_dim}"
     width = 0.84 / max(1, len(names))
-    with harness.canvas(run.options.plot, title, run.footer(), 2, 6.0) as (_, axes):
+    with pictures.canvas(run.options.plot, title, run.footer(), 2, 6.0) as (_, axes):
         for axis, mode in zip(axes, (FORWARD, BOTH), strict=True):
             for i, name in enumerate(names):
                 at = {m.case: m.times[mode].median for m in found if m.contender.name == name}

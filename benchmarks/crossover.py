@@ -14,8 +14,11 @@ from typing import NamedTuple
 
 import contenders
 import data
-import harness
-from harness import BOTH, DTYPES, FORWARD, MODES, AttentionCase
+from data import AttentionCase
+from harness import command_line, pictures, tables
+from harness.cases import DTYPES
+from harness.contender import BOTH, FORWARD, MODES
+from harness.runs import Run
 
 DEFAULTS = {
     "cpu": {"length": 4096, "heads": 2, "dtype": "float32"},
@@ -35,17 +38,17 @@ class Point(NamedTuple):
 
 
 def parse() -> argparse.Namespace:
-    parser = harness.parser(__doc__)
+    parser = command_line.parser(__doc__)
     contenders.add_rivals(parser)
     add = parser.add_argument
-    count = harness.positive_int
+    count = command_line.positive_int
     add("--length", type=count, help="default 4096, on cuda 16384")
     add("--heads", type=count, help="default 2, on cuda 16")
     add("--head-dim", type=count, default=64, help="default %(default)s")
     add("--dtype", choices=DTYPES, help="default float32, on cuda bfloat16")
     add(
         "--block-sparsity",
-        type=harness.share,
+        type=command_line.share,
         nargs="*",
         default=[0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99],
         metavar="SHARE",
@@ -53,23 +56,23 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--sharpness",
-        type=harness.positive,
+        type=command_line.positive,
         nargs="*",
         default=[0.01, 0.05, 0.15, 0.4, 1.0, 2.0, 4.0, 8.0],
         metavar="FACTOR",
         help="of Gaussian queries; default 0.01 (nearly no zeros) to 8",
     )
     options = parser.parse_args()
-    harness.set_defaults(options, DEFAULTS)
-    harness.check_device(parser, options)
+    command_line.set_defaults(options, DEFAULTS)
+    command_line.check_device(parser, options)
     return options
 
 
 def main() -> int:
     options = parse()
     taking_part = contenders.on(options.device, options.rivals, RIVALS)
-    run = harness.Run(options)
-    base = harness.attention_case(options, length=options.length)
+    run = Run(options)
+    base = data.attention_case(options, length=options.length)
     # Sparse ones first: they are quick, and the budget is for where the crossing is.
     wanted = [
         (TILES, dataclasses.replace(base, data="blocks", block_sparsity=share))
@@ -166,19 +169,19 @@ def table(points: Sequence[Point], times: dict, names: Sequence[str]) -> str:
         row = [p.sweep, f"{100 * p.share:.2f} %", f"{p.support:.1f}"]
         for name in names:
             m = times.get((p.case, name))
-            row += [harness.digits(m.times[mode].median if m else None) for mode in MODES]
+            row += [tables.digits(m.times[mode].median if m else None) for mode in MODES]
         rows.append(row)
-    return harness.table(head, rows)
+    return tables.table(head, rows)
 
 
-def draw(run: harness.Run, points: Sequence[Point], times: dict, names: Sequence[str]) -> None:
+def draw(run: Run, points: Sequence[Point], times: dict, names: Sequence[str]) -> None:
     """A panel a sweep and mode; zeros are spread by the logarithm of what is left."""
     options = run.options
-    colour = harness.colours(names)
+    colour = pictures.colours(names)
     title = f"Time by sparsity: {options.length:,} positions, {options.heads} heads, "
     title += f"head_dim {options.head_dim}, {options.dtype}, causal"
     panels = [(sweep, mode) for sweep in (TILES, ELEMENTS) for mode in (FORWARD, BOTH)]
-    with harness.canvas(options.plot, title, run.footer(), 4, 4.0) as (_, axes):
+    with pictures.canvas(options.plot, title, run.footer(), 4, 4.0) as (_, axes):
         for axis, (sweep, mode) in zip(axes, panels, strict=True):
             at = sorted((p for p in points if p.sweep == sweep), key=lambda p: p.share)
             for name in names:

@@ -1,19 +1,20 @@
-"""Where attention cases take their queries, keys and values from.
+"""Attention cases, and where they take their queries, keys and values from.
 
-Each kind is a function from a case to query, key and value, the same at every call.
+Each kind of data is a function from a case to query, key and value, the same at every call.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from harness.cases import CHECKED_LENGTH, ROOT, Case, Inputs, reference
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from harness import AttentionCase
 
 PLANNED_GROUPS = 4
 """Key heads whose blocks are planned; more heads repeat them. Planning goes block by block."""
@@ -23,7 +24,7 @@ TOLERANCE = 0.01
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 
-CAPTURED = Path(__file__).resolve().parent.parent / "output" / "smollm2.pt"
+CAPTURED = ROOT / "output" / "smollm2.pt"
 """What ``capture.py`` writes and :func:`real` reads."""
 
 REAL_HEADS, REAL_HEADS_KV, REAL_HEAD_DIM = 9, 3, 64
@@ -37,6 +38,74 @@ GAP = 24.0
 """Score by which each code that does not fit lowers a key. alpha = 1.5 needs 2 below the row's
 maximum for an exact zero; Gaussian scores of a million keys reach 5 either way; the rest serves
 alphas down to 1.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase(Case):
+    """Self-attention; ``sharpness`` is a factor of the queries, and with it of the scores.
+
+    ``block_sparsity`` and ``block`` are read by the data ``blocks``, ``layer`` by ``real``.
+    """
+
+    batch: int = 1
+    heads: int = 8
+    heads_kv: int = 8
+    length: int
+    head_dim: int = 64
+    is_causal: bool = True
+    sharpness: float = 1.0
+    data: str = "gaussian"  # of DATA
+    block_sparsity: float = 0.0
+    block: int = 64
+    layer: int = 0
+
+    def __str__(self) -> str:
+        shape = f"length {self.length}, {self.heads} heads of {self.head_dim}"
+        return f"{self.dtype}, {shape}, {self.data_words()}"
+
+    def shape(self) -> AttentionCase:
+        return dataclasses.replace(self, sharpness=1.0, layer=0, block_sparsity=0.0)
+
+    def data_words(self) -> str:
+        """Its data, in words."""
+        words = self.data
+        if self.data == "real":
+            words += f" layer {self.layer}"
+        if self.data == "blocks":
+            words += f" {100 * self.block_sparsity:g} %"
+        return words + (f" x {self.sharpness:g}" if self.sharpness != 1.0 else "")
+
+    def inputs(self) -> Inputs:
+        tensors = DATA[self.data](self)
+        shape = (*tensors[0].shape[:3], tensors[2].shape[3])
+        generator = self.generator(2)
+        grad_out = torch.randn(
+            shape, generator=generator, device=self.device, dtype=self.torch_dtype
+        )
+        return Inputs(tensors, grad_out)
+
+    def short(self) -> AttentionCase:
+        return dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH))
+
+    def prefix(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        # The first rows of causal attention see the first keys alone.
+        if not self.is_causal:
+            return None
+        return tuple(t[:, :, :CHECKED_LENGTH] for t in tensors)
+
+    def expected(self, tensors: Sequence[Tensor], alpha: float) -> Tensor:
+        tensors = [t.cpu() for t in tensors]
+        return reference.attention(*tensors, alpha=alpha, is_causal=self.is_causal).out
+
+    def work(self) -> float:
+        return float(self.batch * self.heads * self.length**2 * self.head_dim)
+
+
+def attention_case(options: argparse.Namespace, **fields: Any) -> AttentionCase:
+    """A case with what programs have options for, and ``fields``."""
+    names = ("device", "dtype", "alpha", "heads", "head_dim")
+    shared = {name: getattr(options, name) for name in names if name not in fields}
+    return AttentionCase(**{"heads_kv": fields.get("heads") or options.heads, **shared, **fields})
 
 
 def gaussian(case: AttentionCase) -> Tensors:
@@ -209,3 +278,11 @@ def _normal(case: AttentionCase) -> Tensors:
         return torch.randn(shape, generator=generator, device=case.device, dtype=case.torch_dtype)
 
     return draw(case.heads), draw(case.heads_kv), draw(case.heads_kv)
+
+
+DATA: dict[str, Callable[[AttentionCase], tuple[Tensor, Tensor, Tensor]]] = {
+    "gaussian": gaussian,
+    "blocks": blocks,
+    "real": real,
+}
+"""Where an attention case takes its tensors from. A new kind of data is one function more."""

@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import harness
+from harness import command_line, records, tables
+from harness.cases import DTYPES
 
 STEPS = ("import torch", "import adasplash2", "device", "first call", "second call")
 
@@ -98,13 +99,24 @@ def main() -> None:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     add("--backends", nargs="+", help="default: all that can")
-    add("--dtype", choices=harness.DTYPES, help="default: bfloat16 on cuda, float32 on the CPU")
-    add("--length", type=harness.positive_int, default=1024, help="default %(default)s")
-    add("--repeats", type=harness.positive_int, default=3, help="warm runs; default %(default)s")
-    add("--threads", type=harness.positive_int, default=2, help="on the CPU; default %(default)s")
-    add("--json", type=harness.writable, metavar="PATH", help="write the measurements there")
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 on the CPU")
+    count = command_line.positive_int
+    add("--length", type=count, default=1024, help="default %(default)s")
+    add(
+        "--repeats",
+        type=count,
+        default=3,
+        help="warm runs; default %(default)s",
+    )
+    add(
+        "--threads",
+        type=count,
+        default=2,
+        help="on the CPU; default %(default)s",
+    )
+    add("--json", type=command_line.writable, metavar="PATH", help="write the measurements there")
     options = parser.parse_args()
-    harness.check_device(parser, options)
+    command_line.check_device(parser, options)
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     found: dict[str, dict[str, dict[str, float]]] = {}
     for backend in options.backends or usable(options.device):
@@ -112,9 +124,9 @@ def main() -> None:
             call = functools.partial(
                 first_call, options.device, backend, dtype, options.length, Path(folder)
             )
-            harness.progress(f"{backend}: cold")
+            tables.progress(f"{backend}: cold")
             cold = call()
-            harness.progress(f"{backend}: warm")
+            tables.progress(f"{backend}: warm")
             warm = [call() for _ in range(options.repeats)]
         medians = {step: statistics.median(run[step] for run in warm) for step in cold}
         found[backend] = {"cold": cold, "warm": medians}
@@ -123,15 +135,15 @@ def main() -> None:
         for backend, states in found.items()
         for state, times in states.items()
     ]
-    environment = harness.environment(options.device)
-    print(harness.describe(environment))
+    environment = records.environment(options.device)
+    print(records.describe(environment))
     print(
         f"{dtype}, 8 heads, length {options.length}, head_dim 64, forward and backward; seconds\n"
     )
-    print(harness.table(("backend", "cache", *STEPS, "process"), rows))
+    print(tables.table(("backend", "cache", *STEPS, "process"), rows))
     if options.json:
         record = {"program": "first_call", "environment": environment, "seconds": found}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(options.json, record)
 
 
 if __name__ == "__main__":

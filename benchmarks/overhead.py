@@ -8,15 +8,15 @@ with a ready problem; ``call`` is the public function, which validates and decid
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 import timeit
 from collections.abc import Callable
 
-import harness
 import torch
+from harness import command_line, records, tables
+from harness.targets import Target
 
 import adasplash2
 from adasplash2 import dispatch
@@ -55,11 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
-    add("--threads", type=harness.positive_int, default=1, help="on the CPU; default %(default)s")
-    add("--json", type=harness.writable, metavar="PATH", help="write the measurements there")
+    count = command_line.positive_int
+    add("--threads", type=count, default=1, help="on the CPU; default %(default)s")
+    add("--json", type=command_line.writable, metavar="PATH", help="write the measurements there")
     add("--targets", action="store_true", help="exit with 1 if one is missed")
     options = parser.parse_args()
-    harness.check_device(parser, options)
+    command_line.check_device(parser, options)
     device = options.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tensors = [torch.randn(1, 1, 16, 16, device=device, dtype=dtype) for _ in "qkv"]
@@ -99,18 +100,16 @@ def main() -> None:
         times = microseconds(calls, device)
     began = time.perf_counter()
     seconds = import_seconds()
-    harness.progress(f"imports took {time.perf_counter() - began:.0f} s")
+    tables.progress(f"imports took {time.perf_counter() - began:.0f} s")
     targets = [
-        harness.Target("a decision made before", "us", times["decision"], DECISION_US),
-        harness.Target(
-            "a call above its backend's", "us", times["call"] - times["direct"], CALL_US
-        ),
-        harness.Target("import above torch's", "s", seconds, IMPORT_S),
+        Target("a decision made before", "us", times["decision"], DECISION_US),
+        Target("a call above its backend's", "us", times["call"] - times["direct"], CALL_US),
+        Target("import above torch's", "s", seconds, IMPORT_S),
     ]
-    environment = harness.environment(device)
-    print(harness.describe(environment))
+    environment = records.environment(device)
+    print(records.describe(environment))
     print(f"backend {chosen.name}, microseconds, best of 30 blocks\n")
-    print(harness.table(("what", "us"), [(name, f"{us:.2f}") for name, us in times.items()]))
+    print(tables.table(("what", "us"), [(name, f"{us:.2f}") for name, us in times.items()]))
     print()
     for target in targets:
         print(target)
@@ -122,7 +121,7 @@ def main() -> None:
             "import_seconds": seconds,
             "targets": [target.record() for target in targets],
         }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(options.json, record)
     if options.targets and not all(target.met for target in targets):
         raise SystemExit(1)
 

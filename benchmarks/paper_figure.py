@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import contenders
 import data
-import harness
 from contenders import BASELINE
-from harness import DTYPES, Measurement
+from harness import command_line, pictures, tables
+from harness.cases import DTYPES
+from harness.measuring import Measurement
+from harness.runs import Run
 
 
 class Paper(NamedTuple):
@@ -50,10 +52,10 @@ def sparsity_at(length: int) -> float:
 
 
 def parse() -> argparse.Namespace:
-    parser = harness.parser(__doc__)
+    parser = command_line.parser(__doc__)
     contenders.add_rivals(parser)
     add = parser.add_argument
-    count = harness.positive_int
+    count = command_line.positive_int
     add(
         "--lengths",
         type=count,
@@ -62,7 +64,7 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--block-sparsity",
-        type=harness.share,
+        type=command_line.share,
         nargs="+",
         metavar="SHARE",
         help="one a length; default: the paper's, 0.51 to 0.85",
@@ -72,8 +74,8 @@ def parse() -> argparse.Namespace:
     add("--head-dim", type=count, default=64, help="default %(default)s")
     add("--dtype", choices=DTYPES, help="default bfloat16, on the CPU float32")
     options = parser.parse_args()
-    harness.set_defaults(options, DEFAULTS)
-    harness.check_device(parser, options)
+    command_line.set_defaults(options, DEFAULTS)
+    command_line.check_device(parser, options)
     options.lengths = sorted(set(options.lengths))
     if options.block_sparsity is None:
         options.block_sparsity = [sparsity_at(length) for length in options.lengths]
@@ -85,10 +87,10 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     taking_part = contenders.on(options.device, options.rivals, RIVALS)
-    run = harness.Run(options)
+    run = Run(options)
     sparsity: dict[int, dict[str, float]] = {}
     for length, share in zip(options.lengths, options.block_sparsity, strict=True):
-        case = harness.attention_case(
+        case = data.attention_case(
             options, length=length, data="blocks", block_sparsity=share, block=options.block
         )
         if reason := run.budget.over() or data.missing(case):
@@ -112,33 +114,33 @@ def table(
     for m in measurements:
         length = m.case.length
         cells = [str(length), f"{100 * sparsity[length]['empty_tiles']:.1f} %", m.contender.name]
-        cells += [harness.digits(ms) for ms in (m.forward, m.backward, m.both)]
+        cells += [tables.digits(ms) for ms in (m.forward, m.backward, m.both)]
         ratio = m.both / base[length] if length in base else None
         paper = PAPER.get(length)
         printed = (
             paper.adasplash2 / paper.flash if paper and m.contender in contenders.OURS else None
         )
-        cells += [harness.digits(ratio), harness.digits(printed), f"{m.error:.0e}"]
+        cells += [tables.digits(ratio), tables.digits(printed), f"{m.error:.0e}"]
         rows.append(cells)
     head = ["length", "empty tiles", "contender", "fwd ms", "bwd ms", "fwd+bwd ms"]
-    return harness.table([*head, f"/ {baseline}", "paper's ratio", "error"], rows)
+    return tables.table([*head, f"/ {baseline}", "paper's ratio", "error"], rows)
 
 
-def draw(run: harness.Run, sparsity: dict[int, dict[str, float]]) -> None:
+def draw(run: Run, sparsity: dict[int, dict[str, float]]) -> None:
     """Stacked bars relative to the baseline; milliseconds written above them."""
     baseline = BASELINE[run.options.device]
     base = {m.case.length: m.both for m in run.measurements if m.contender.name == baseline}
     found = [m for m in run.measurements if m.case.length in base]
     lengths = list(dict.fromkeys(m.case.length for m in found))
     names = list(dict.fromkeys(m.contender.name for m in found))
-    colour = harness.colours(names)
+    colour = pictures.colours(names)
     slots = len(names) + 1
     width = 0.86 / slots
     title = f"Forward and backward relative to {baseline}\n{run.options.heads} heads, "
     title += f"head_dim {run.options.head_dim}, {run.options.dtype}, causal"
     most = max([1.2, *(m.both / base[m.case.length] for m in found if m.contender.name in colour)])
     top = min(most, 4.0)
-    with harness.canvas(run.options.plot, title, run.footer(), 1, 2.6 * len(lengths)) as (
+    with pictures.canvas(run.options.plot, title, run.footer(), 1, 2.6 * len(lengths)) as (
         _,
         (axis,),
     ):
@@ -165,7 +167,7 @@ def draw(run: harness.Run, sparsity: dict[int, dict[str, float]]) -> None:
             axis.bar(x, forward, 0.92 * width, color=colour[name], label=name)
             axis.bar(x, backward, 0.92 * width, bottom=forward, color=colour[name], alpha=0.45)
             cut = " (cut off)" if forward + backward > top else ""
-            written(x, forward + backward, f"{harness.digits(m.both)} ms{cut}")
+            written(x, forward + backward, f"{tables.digits(m.both)} ms{cut}")
         for length in lengths:
             if paper := PAPER.get(length):
                 x = lengths.index(length) + (slots - 1) / 2 * width

@@ -11,9 +11,13 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import harness
 import torch
-from harness import DTYPES, MODES, Case, Contender, Inputs, Measurement, Target
+from harness import command_line, packages, pictures, tables
+from harness.cases import CHECKED_LENGTH, DTYPES, Case, Inputs, reference
+from harness.contender import MODES, Contender, admit
+from harness.measuring import Measurement
+from harness.runs import Run
+from harness.targets import Target
 from torch import Tensor
 
 import adasplash2
@@ -43,13 +47,13 @@ class RowCase(Case):
         return Inputs((x,), grad_out)
 
     def short(self) -> RowCase:
-        return dataclasses.replace(self, rows=min(self.rows, harness.CHECKED_LENGTH))
+        return dataclasses.replace(self, rows=min(self.rows, CHECKED_LENGTH))
 
     def work(self) -> float:
         return float(self.rows * self.columns)
 
     def expected(self, tensors: Sequence[Tensor], alpha: float) -> Tensor:
-        return harness.reference.entmax(tensors[0].cpu().double(), alpha)
+        return reference.entmax(tensors[0].cpu().double(), alpha)
 
 
 # Contenders
@@ -76,7 +80,7 @@ def softmax(case: RowCase, x: Tensor) -> Tensor:
 def package(case: RowCase, x: Tensor) -> Tensor:
     """The package ``entmax``; 16-bit inputs in float32."""
     scores = x.float() if x.dtype.itemsize == 2 else x
-    return harness.entmax_package(scores, case.alpha).to(x.dtype)
+    return packages.entmax_package(scores, case.alpha).to(x.dtype)
 
 
 def bisect(case: RowCase, x: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ def adasplash(case: RowCase, x: Tensor) -> Tensor:
 
 
 def needs(name: str, case: RowCase) -> str | None:
-    return harness.missing(name)
+    return packages.missing(name)
 
 
 def _ours(backend: str) -> Contender:
@@ -128,16 +132,16 @@ DEFAULTS = {
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = harness.parser(__doc__)
-    harness.add_targets(parser)
+    parser = command_line.parser(__doc__)
+    command_line.add_targets(parser)
     add = parser.add_argument
-    count = harness.positive_int
+    count = command_line.positive_int
     add("--rows", type=count, help="default 4096, on cuda 16384")
     add("--columns", type=count, nargs="+", help="default 512 4096, on cuda 512 4096 32768")
     add("--dtype", choices=DTYPES, help="default float32")
     options = parser.parse_args()
-    harness.set_defaults(options, DEFAULTS)
-    harness.check_device(parser, options)
+    command_line.set_defaults(options, DEFAULTS)
+    command_line.check_device(parser, options)
     return parser, options
 
 
@@ -155,22 +159,16 @@ def main() -> int:
     ]
     contenders = [c for c in CONTENDERS if options.device in c.devices]
     if options.targets:
-        _, left_out = harness.admit([TARGET_CASE], contenders)
+        _, left_out = admit([TARGET_CASE], contenders)
         if TARGET_CASE not in cases:
             parser.error(f"argument --targets: needs the case {TARGET_CASE} on the CPU")
         if left_out:
             parser.error(f"argument --targets: {left_out[0].contender}: {left_out[0].reason}")
-    run = harness.Run(options)
+    run = Run(options)
     for case in cases:
         run.measure([case], contenders)
     run.report(table(run.measurements))
-    targets = judge(run.measurements) if options.targets else []
-    if targets:
-        print("", *targets, sep="\n")
-    run.save(targets)
-    if options.plot:
-        draw(run)
-    return 0 if all(target.met for target in targets) else 1
+    return run.conclude(judge, draw)
 
 
 def table(measurements: Sequence[Measurement]) -> str:
@@ -179,18 +177,18 @@ def table(measurements: Sequence[Measurement]) -> str:
     bases = (SOFTMAX, PACKAGE)
     head = ["rows", "columns", "contender", "fwd ms", "bwd ms", "fwd+bwd ms"]
     head += [f"{mode} / {base}" for base in bases for mode in ("fwd", "fwd+bwd")]
-    return harness.table(
+    return tables.table(
         [*head, "error"],
         (
             [
                 str(m.case.rows),
                 str(m.case.columns),
                 m.contender.name,
-                *(harness.digits(ms) for ms in (m.forward, m.backward, m.both)),
+                *(tables.digits(ms) for ms in (m.forward, m.backward, m.both)),
                 *(
                     cell
                     for base in bases
-                    for cell in harness.ratios(m.times, times.get((m.case, base)))
+                    for cell in tables.ratios(m.times, times.get((m.case, base)))
                 ),
                 f"{m.error:.0e}",
             ]
@@ -199,19 +197,19 @@ def table(measurements: Sequence[Measurement]) -> str:
     )
 
 
-def draw(run: harness.Run) -> None:
-    panels: dict[str, list[harness.Line]] = {}
+def draw(run: Run) -> None:
+    panels: dict[str, list[pictures.Line]] = {}
     for mode in MODES:
         lines: dict[str, list[tuple[int, float]]] = {}
         for m in run.measurements:
             point = m.case.columns, m.times[mode].median
             lines.setdefault(m.contender.name, []).append(point)
         panels[mode] = [
-            harness.Line(name, *zip(*points, strict=True)) for name, points in lines.items()
+            pictures.Line(name, *zip(*points, strict=True)) for name, points in lines.items()
         ]
     options = run.options
     title = f"Entmax of {options.rows:,} rows, {options.dtype}"
-    harness.draw(options.plot, title, panels, "columns", "time, ms", run.footer())
+    pictures.draw(options.plot, title, panels, "columns", "time, ms", run.footer())
 
 
 def judge(measurements: Sequence[Measurement]) -> list[Target]:

@@ -7,8 +7,13 @@ import math
 from collections.abc import Sequence
 
 import contenders
-import harness
-from harness import DTYPES, AttentionCase, Measurement
+import data
+from data import AttentionCase
+from harness import command_line, pictures, tables
+from harness.cases import DTYPES
+from harness.measuring import Measurement
+from harness.memory import MEBIBYTE, no_peak_memory
+from harness.runs import Run
 
 DEFAULTS = {
     "cpu": {
@@ -40,10 +45,10 @@ AXES = ("length", "heads", "head_dim")
 
 
 def parse() -> argparse.Namespace:
-    parser = harness.parser(__doc__)
+    parser = command_line.parser(__doc__)
     contenders.add_rivals(parser)
     add = parser.add_argument
-    count = harness.positive_int
+    count = command_line.positive_int
     add("--lengths", type=count, nargs="*", help="default 4096 to 1048576, on the CPU to 32768")
     add("--length-heads", type=count, help="heads of that sweep; default 2, on the CPU 1")
     add("--heads", type=count, nargs="*", help="default 1 to 64, on the CPU 1 to 8")
@@ -59,16 +64,16 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--sharpness",
-        type=harness.positive,
+        type=command_line.positive,
         default=4.0,
         help="of the Gaussian queries; default %(default)s",
     )
     options = parser.parse_args()
-    harness.set_defaults(options, DEFAULTS)
-    harness.check_device(parser, options)
+    command_line.set_defaults(options, DEFAULTS)
+    command_line.check_device(parser, options)
     if options.memory_lengths is None:
         options.memory_lengths = options.lengths
-    if options.memory_lengths and (reason := harness.no_peak_memory(options.device)):
+    if options.memory_lengths and (reason := no_peak_memory(options.device)):
         parser.error(f"argument --memory-lengths: {reason}")
     return options
 
@@ -76,10 +81,10 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     taking_part = contenders.on(options.device, options.rivals, RIVALS)
-    run = harness.Run(options)
+    run = Run(options)
 
     def case(length: int, heads: int, head_dim: int) -> AttentionCase:
-        return harness.attention_case(
+        return data.attention_case(
             options,
             length=length,
             heads=heads,
@@ -120,7 +125,7 @@ def main() -> int:
 QUANTITIES = {
     "forward ms": lambda m: m.forward,
     "fwd+bwd ms": lambda m: m.both,
-    "peak MiB": lambda m: m.peak_bytes and m.peak_bytes / harness.MEBIBYTE,
+    "peak MiB": lambda m: m.peak_bytes and m.peak_bytes / MEBIBYTE,
 }
 
 
@@ -151,13 +156,13 @@ def table(found: dict[str, list[Measurement]]) -> str:
             axis,
             str(getattr(m.case, axis)),
             m.contender.name,
-            *(harness.digits(value(m)) for value in QUANTITIES.values()),
+            *(tables.digits(value(m)) for value in QUANTITIES.values()),
             f"{m.error:.0e}",
         ]
         for axis, measurements in found.items()
         for m in measurements
     ]
-    return harness.table(["sweep", "value", "contender", *QUANTITIES, "error"], rows)
+    return tables.table(["sweep", "value", "contender", *QUANTITIES, "error"], rows)
 
 
 def fits_table(fits: dict[str, dict[str, float | None]]) -> str:
@@ -166,11 +171,11 @@ def fits_table(fits: dict[str, dict[str, float | None]]) -> str:
         for what, by_name in fits.items()
         for name, exponent in by_name.items()
     ]
-    return harness.table([f"last {FITTED} points", "contender", "exponent"], rows)
+    return tables.table([f"last {FITTED} points", "contender", "exponent"], rows)
 
 
 def draw(
-    run: harness.Run,
+    run: Run,
     found: dict[str, list[Measurement]],
     fits: dict[str, dict[str, float | None]],
 ) -> None:
@@ -186,9 +191,9 @@ def draw(
             f"length {options.length:,}, heads {options.middle_heads}",
         ),
     )
-    colour = harness.colours(m.contender.name for ms in found.values() for m in ms)
+    colour = pictures.colours(m.contender.name for ms in found.values() for m in ms)
     title = f"Scaling of attention: causal, {options.dtype}, queries x {options.sharpness:g}"
-    with harness.canvas(options.plot, title, run.footer(), 4, 4.0, share_y=False) as (_, axes):
+    with pictures.canvas(options.plot, title, run.footer(), 4, 4.0, share_y=False) as (_, axes):
         for axis, (swept, quantities, fixed) in zip(axes, panels, strict=True):
             notes = []
             ticks: set[int] = set()

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import data
-import harness
 import torch
-from harness import AttentionCase, Case
+from data import AttentionCase
+from harness import command_line, pictures, tables
+from harness.cases import DTYPES, Case, reference
+from harness.runs import Run
 from torch import Tensor
 
 TOLERANCE = 2.0**-22
@@ -240,9 +242,9 @@ class Rows(Case):
 
 
 def parse() -> argparse.Namespace:
-    parser = harness.parser(__doc__)
+    parser = command_line.parser(__doc__)
     add = parser.add_argument
-    count = harness.positive_int
+    count = command_line.positive_int
     add("--lengths", type=count, nargs="+", default=[1024, 16384, 131072], help="of Gaussian rows")
     add("--rows", type=count, default=126, help="rows of each kind; default %(default)s")
     add("--bins", type=count, nargs="+", default=[4, 8, 16, 32], help="default 4 8 16 32")
@@ -251,13 +253,13 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=("float32", "float64"), default="float64", help="default %(default)s")
     options = parser.parse_args()
     options.device = "cpu"  # a simulation
-    harness.check_device(parser, options)
+    command_line.check_device(parser, options)
     return options
 
 
 def main() -> int:
     options = parse()
-    run = harness.Run(options)
+    run = Run(options)
     shared = {
         "device": "cpu",
         "dtype": options.dtype,
@@ -275,13 +277,13 @@ def main() -> int:
         else:
             cases.append(case)
     table: list[dict[str, object]] = []
-    curves: dict[str, list[harness.Line]] = {}
+    curves: dict[str, list[pictures.Line]] = {}
     for case in cases:
         if reason := run.budget.over():
             run.leave_out([case], reason)
             continue
-        z = in_window(case.z().to(harness.DTYPES[case.dtype]))
-        tau = harness.reference.probabilities_and_tau(z.double(), case.alpha)[1]
+        z = in_window(case.z().to(DTYPES[case.dtype]))
+        tau = reference.probabilities_and_tau(z.double(), case.alpha)[1]
         for method in methods(options.bins):
             history = errors(method, z, tau, case.alpha, case.length)
             needed = passes(history)
@@ -299,14 +301,14 @@ def main() -> int:
             )
             shown = median[: SHOWN + 1].clamp(min=FLOOR).tolist()
             curves.setdefault(str(case), []).append(
-                harness.Line(method.name, range(len(shown)), shown)
+                pictures.Line(method.name, range(len(shown)), shown)
             )
-        harness.progress(f"{case}: done, {run.budget.left():.0f} s left")
+        tables.progress(f"{case}: done, {run.budget.left():.0f} s left")
     run.results["passes"] = table
     run.results["tolerance"] = TOLERANCE
     run.save()
     run.report(
-        harness.table(
+        tables.table(
             ["rows", "method", "mean passes", "max", "in 2 or fewer", "error of the start"],
             (
                 [
@@ -322,7 +324,7 @@ def main() -> int:
         )
     )
     if options.plot:
-        harness.draw(
+        pictures.draw(
             options.plot,
             f"Threshold of entmax, alpha {options.alpha:g}: error by passes over the row",
             curves,

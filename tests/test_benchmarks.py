@@ -22,15 +22,20 @@ import all as driver  # noqa: E402
 import contenders  # noqa: E402
 import crossover  # noqa: E402
 import data  # noqa: E402
-import harness  # noqa: E402
 import scaling  # noqa: E402
 import solver  # noqa: E402
+from harness import measuring, packages  # noqa: E402
+from harness.budget import Budget  # noqa: E402
+from harness.cases import Case  # noqa: E402
+from harness.contender import BACKWARD, BOTH, MODES, Contender, admit  # noqa: E402
+from harness.contender import run as call  # noqa: E402
+from harness.measuring import measure  # noqa: E402
 
 PROGRAMS = sorted(set(driver.PROGRAMS.values()) | {"all.py", "capture.py"})
 
 
-def blocks(length: int, sparsity: float, **fields: object) -> harness.AttentionCase:
-    return harness.AttentionCase(
+def blocks(length: int, sparsity: float, **fields: object) -> data.AttentionCase:
+    return data.AttentionCase(
         **{
             "device": "cpu",
             "dtype": "float32",
@@ -98,7 +103,7 @@ def test_support_spreads_over_all_live_blocks() -> None:
     ],
 )
 def test_data_that_cannot_be_made_is_refused_with_a_reason(
-    case: harness.AttentionCase, reason: str
+    case: data.AttentionCase, reason: str
 ) -> None:
     assert re.search(reason, data.missing(case) or "")
 
@@ -164,21 +169,21 @@ def test_what_must_be_asked_for_says_so() -> None:
 # Harness
 
 
-def failing(case: harness.Case, *tensors: torch.Tensor) -> torch.Tensor:
+def failing(case: Case, *tensors: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("does not run\nhere")
 
 
-def slow(case: harness.Case, *tensors: torch.Tensor) -> torch.Tensor:
+def slow(case: Case, *tensors: torch.Tensor) -> torch.Tensor:
     while True:
         pass
 
 
 def test_a_contender_that_fails_or_hangs_is_left_out_with_its_reason() -> None:
     case = blocks(128, 0.0)
-    harness.run(case, contenders.on("cpu", [])[0], case.inputs(), harness.BOTH)  # lazy imports
-    rivals = [harness.Contender("failing", failing), harness.Contender("slow", slow)]
-    entrants, left_out = harness.admit([case], [*contenders.on("cpu", []), *rivals])
-    found = harness.measure(entrants, 1, False, harness.Budget(60, 3.0), left_out)
+    call(case, contenders.on("cpu", [])[0], case.inputs(), BOTH)  # lazy imports
+    rivals = [Contender("failing", failing), Contender("slow", slow)]
+    entrants, left_out = admit([case], [*contenders.on("cpu", []), *rivals])
+    found = measure(entrants, 1, False, Budget(60, 3.0), left_out)
     assert [m.contender.name for m in found] == ["adasplash2-cpu"]
     reasons = {entry.contender: entry.reason for entry in left_out}
     assert reasons["failing"] == "RuntimeError: does not run"
@@ -193,7 +198,7 @@ class Compiled:
         self.seen: set[object] = set()
 
     def __call__(
-        self, case: harness.AttentionCase, query: torch.Tensor, *others: torch.Tensor
+        self, case: data.AttentionCase, query: torch.Tensor, *others: torch.Tensor
     ) -> torch.Tensor:
         variant = torch.is_grad_enabled(), query.shape
         if variant not in self.seen:
@@ -203,25 +208,25 @@ class Compiled:
 
 
 def test_no_time_contains_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "BUDGET_MS", 300.0)  # which compiling takes longer than
-    monkeypatch.setattr(harness, "CHECKED_LENGTH", 64)
-    contender = harness.Contender("compiled", Compiled(0.5))
-    (m,) = harness.measure([(blocks(128, 0.0), contender)], 3)
+    monkeypatch.setattr(measuring, "BUDGET_MS", 300.0)  # which compiling takes longer than
+    monkeypatch.setattr(data, "CHECKED_LENGTH", 64)
+    contender = Contender("compiled", Compiled(0.5))
+    (m,) = measure([(blocks(128, 0.0), contender)], 3)
     assert all(t.rounds == 3 and t.highest < 450 for t in m.times.values())
 
 
 def test_who_has_no_time_for_a_round_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_warm_up", lambda *_: time.sleep(0.2) or 0.0)
-    entrants, left_out = [(blocks(128, 0.0), harness.Contender("warm", Compiled(0.0)))], []
-    assert harness.measure(entrants, 3, False, harness.Budget(0.1), left_out) == []
+    monkeypatch.setattr(measuring, "_warm_up", lambda *_: time.sleep(0.2) or 0.0)
+    entrants, left_out = [(blocks(128, 0.0), Contender("warm", Compiled(0.0)))], []
+    assert measure(entrants, 3, False, Budget(0.1), left_out) == []
     assert [e.reason for e in left_out] == ["no timed round: the 0.1 s of --budget are over"]
 
 
 def test_compiling_takes_at_most_half_of_what_is_left() -> None:
     case, left_out = blocks(128, 0.0), []
-    budget = harness.Budget(8.0, limit=60.0)
-    rivals = [harness.Contender("slow", slow), harness.Contender("quick", Compiled(0.0))]
-    found = harness.measure([(case, r) for r in rivals], 1, False, budget, left_out)
+    budget = Budget(8.0, limit=60.0)
+    rivals = [Contender("slow", slow), Contender("quick", Compiled(0.0))]
+    found = measure([(case, r) for r in rivals], 1, False, budget, left_out)
     assert [m.contender.name for m in found] == ["quick"]
     assert [entry.contender for entry in left_out] == ["slow"]
     assert budget.left() > 0
@@ -232,12 +237,12 @@ def test_compiling_takes_at_most_half_of_what_is_left() -> None:
 def test_who_compiles_each_shape_is_charged_for_it(tunes: bool) -> None:
     """Who compiles once takes part in later cases, whatever that took; and all in those of the same
     shape."""
-    contender = harness.Contender("compiled", failing, tunes=tunes)
-    budget = harness.Budget(200.0, limit=50.0)
-    times = {mode: [1.0] for mode in (*harness.MODES, harness.BACKWARD)}
+    contender = Contender("compiled", failing, tunes=tunes)
+    budget = Budget(200.0, limit=50.0)
+    times = {mode: [1.0] for mode in (*MODES, BACKWARD)}
     for case, warm_up in ((blocks(128, 0.0), 60.0), (blocks(128, 0.5), 0.1)):
         assert budget.why_not(case, contender) is None
-        harness._Entrant(case, contender, case.inputs(), 0.0, warm_up, times).tell(budget)
+        measuring._Entrant(case, contender, case.inputs(), 0.0, warm_up, times).tell(budget)
     assert (budget.why_not(blocks(256, 0.0), contender) is not None) is tunes
 
 
@@ -246,29 +251,29 @@ def test_a_gpu_that_a_rival_spoilt_is_not_blamed_on_others(monkeypatch: pytest.M
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", spoilt)
-    monkeypatch.setattr(harness.AttentionCase, "inputs", lambda case: None)
-    case, budget, left_out = blocks(128, 0.0, device="cuda"), harness.Budget(60.0), []
-    rivals = [harness.Contender(name, failing) for name in ("first", "second")]
-    assert harness.measure([(case, r) for r in rivals], 1, False, budget, left_out) == []
+    monkeypatch.setattr(data.AttentionCase, "inputs", lambda case: None)
+    case, budget, left_out = blocks(128, 0.0, device="cuda"), Budget(60.0), []
+    rivals = [Contender(name, failing) for name in ("first", "second")]
+    assert measure([(case, r) for r in rivals], 1, False, budget, left_out) == []
     assert "the GPU fails since first ran" in left_out[1].reason
     assert budget.over() == left_out[1].reason
 
 
 def test_backward_is_a_part_of_both() -> None:
     (contender,) = contenders.on("cpu", [])
-    (m,) = harness.measure([(blocks(512, 0.0), contender)], 3)
+    (m,) = measure([(blocks(512, 0.0), contender)], 3)
     assert 0 < m.backward < m.both
-    assert m.times[harness.BACKWARD].rounds == m.times[harness.BOTH].rounds == 3
+    assert m.times[BACKWARD].rounds == m.times[BOTH].rounds == 3
 
 
 def test_a_budget_leaves_out_what_does_not_fit() -> None:
-    budget, (contender,) = harness.Budget(100.0), contenders.on("cpu", [])
+    budget, (contender,) = Budget(100.0), contenders.on("cpu", [])
     budget.saw(blocks(128, 0.0), contender, 1.0)
     assert budget.why_not(blocks(256, 0.0), contender) is None
     assert "would take about" in (budget.why_not(blocks(4096, 0.0), contender) or "")
     budget.used(contender, 60.0)
     assert "its share" in (budget.why_not(blocks(128, 0.0), contender) or "")
-    assert "are over" in (harness.Budget(0.0).why_not(blocks(128, 0.0), contender) or "")
+    assert "are over" in (Budget(0.0).why_not(blocks(128, 0.0), contender) or "")
 
 
 def test_fitted_exponent() -> None:
@@ -357,7 +362,7 @@ def test_tiny_run(name: str, tmp_path: Path) -> None:
             times = [t["median"] for t in measurement["milliseconds"].values()]
             assert len(times) == 3
             assert all(math.isfinite(t) and t > 0 for t in times)
-    if harness.missing("matplotlib") is None:
+    if packages.missing("matplotlib") is None:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 

@@ -90,6 +90,7 @@ def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
+    assert arguments.keys() == set(kernel.arg_names)
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr:
@@ -306,7 +307,7 @@ def test_a_launch_finds_the_kernel_compiled_for_its_flags() -> None:
     kernel, compiled = FakeKernel(), {}
     calls = [(1, False), (2, True), (3, False), (4, True)]
     for x, safe in calls:
-        arguments = {"SAFE": safe, "x": x, "more": 0}
+        arguments = {"SAFE": safe, "x": x}
         launch.launch(
             launch.Launch(kernel, 7, arguments, {"num_warps": 4}, compiled, variant=(safe,))
         )

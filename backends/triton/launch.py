@@ -54,7 +54,7 @@ Compiled = dict[Any, Any]
 
 
 class Launch(NamedTuple):
-    """A kernel, its number of programs, arguments by name (more than it takes), Triton's options.
+    """A kernel, its number of programs, its arguments by name, Triton's options.
 
     ``compiled`` remembers what Triton has compiled, by kernel and ``variant``; whatever else it
     compiles for must be the same for all that is kept there.
@@ -69,7 +69,7 @@ class Launch(NamedTuple):
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """The arguments that the kernel takes."""
+        """The arguments in the order that the kernel takes them in."""
         return _in_order(self.kernel)(self.arguments)
 
 
@@ -100,7 +100,7 @@ Run = Callable[[Launch], None]
 
 @functools.cache
 def _in_order(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """Picks the arguments of ``kernel`` by their names."""
+    """Puts the arguments of ``kernel`` in order."""
     return operator.itemgetter(*kernel.arg_names)
 
 
@@ -162,12 +162,7 @@ class Call:
         self.compiled = plan.compiled_for((*self.inputs, *more))
         programs = sizes.residents(config, "solve") * _multiprocessors(problem.device)
         self.programs = min(programs, plan.grid.heads * plan.grid.blocks)
-        self.arguments: dict[str, Any] = {
-            "shape": plan.shape,
-            "opt": plan.opt,
-            **dict(zip(Inputs._fields, map(sizes.Heads.of, self.inputs), strict=True)),
-        }
-        """What kernels are given, by name; those to come may be given more."""
+        self.query, self.key, self.value = map(sizes.Heads.of, self.inputs)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -180,19 +175,18 @@ class Call:
         unit = inner == 1 or tensor.shape[3] == 1
         return tensor if unit and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
 
-    def __call__(self, kernel: Any, grid: int, **flags: bool) -> None:
-        """Launch ``kernel``. What differs between calls of one plan, and is compiled for, is in
-        ``flags``."""
+    def __call__(self, kernel: Any, grid: int, flags: dict[str, bool], **arguments: Any) -> None:
+        """Launch ``kernel`` with ``arguments`` and ``flags``: what it is compiled for that differs
+        between calls of one plan."""
         options = self.plan.options[kernel.__name__]
-        self.arguments.update(flags)
         variant = tuple(flags.values())
-        self.run(Launch(kernel, grid, self.arguments, options, self.compiled, variant))
+        self.run(Launch(kernel, grid, arguments | flags, options, self.compiled, variant))
 
-    def twice(self, kernel: Any, grid: int, **flags: bool) -> None:
+    def twice(self, kernel: Any, grid: int, flags: dict[str, bool], **arguments: Any) -> None:
         """For all blocks, and in the way that keeps what is not finite apart for those that need
         it."""
         for safe in (False, True):
-            self(kernel, grid, **flags, SAFE=safe)
+            self(kernel, grid, {**flags, "SAFE": safe}, **arguments)
 
     def means(self, out_u: Tensor) -> sizes.Heads:
         """The saved means as a tensor with heads; nothing is behind them without a gradient."""
@@ -223,31 +217,56 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
     # A slice for each program, so that they take memory by the device, not by the length squared.
     maxima = call.programs * -(-call.grid.tiles // span) * span * block_q
     count = counted is not None
-    call.arguments |= {
-        **{part: parts[part] for part in ("live", "lists", "counts", "poison", "taken")},
-        **(counted or dict.fromkeys(("iterations", "support", "marks"))),
-        "top_in": parts["top"],
-        "top_out": parts["top"],
-        "t_in": call.threshold(parts["t"], tau),
-        "t_out": parts["t"],
-        "tau_out": tau,
-        "spread": parts["spread"],
-        "out": sizes.Heads.of(out),
-        "out_u": call.means(parts["out_u"]),
-        "unsafe": call.empty(call.grid.rows, dtype=torch.int8),
-        "maxima": call.empty(maxima, dtype=torch.float32),
-        "candidates": call.empty(call.programs * call.grid.tiles, dtype=torch.int32),
-        "work_items": row_blocks,
-        "tolerance": tolerance(problem),
-        "GRADIENT": problem.needs_grad,
-        "CHUNK": MAXIMA_CHUNK // block_q,
-        "MARK": STATS_TILE,
-        "MAX_STEPS": MAX_STEPS,
-        "SPAN": span,
-    }
+    counters = counted or dict.fromkeys(("iterations", "support", "marks"))
+    plan, lists, counts, top = call.plan, parts["lists"], parts["counts"], parts["top"]
     with on_device(problem.device):
-        call(solve_kernels.solve, call.programs, COUNT=count)
-        call.twice(output_kernels.output, row_blocks, COUNT=count)
+        call(
+            solve_kernels.solve,
+            call.programs,
+            {"COUNT": count},
+            query=call.query,
+            key=call.key,
+            maxima=call.empty(maxima, dtype=torch.float32),
+            candidates=call.empty(call.programs * call.grid.tiles, dtype=torch.int32),
+            top_out=top,
+            t_out=parts["t"],
+            tau_out=tau,
+            live=parts["live"],
+            lists=lists,
+            counts=counts,
+            poison=parts["poison"],
+            taken=parts["taken"],
+            iterations=counters["iterations"],
+            shape=plan.shape,
+            work_items=row_blocks,
+            tolerance=tolerance(problem),
+            opt=plan.opt,
+            CHUNK=MAXIMA_CHUNK // block_q,
+            MAX_STEPS=MAX_STEPS,
+            SPAN=span,
+        )
+        call.twice(
+            output_kernels.output,
+            row_blocks,
+            {"COUNT": count},
+            query=call.query,
+            key=call.key,
+            value=call.value,
+            out=sizes.Heads.of(out),
+            out_u=call.means(parts["out_u"]),
+            spread=parts["spread"],
+            top_in=top,
+            t_in=call.threshold(parts["t"], tau),
+            lists=lists,
+            counts=counts,
+            unsafe=call.empty(call.grid.rows, dtype=torch.int8),
+            support=counters["support"],
+            marks=counters["marks"],
+            shape=plan.shape,
+            opt=plan.opt,
+            GRADIENT=problem.needs_grad,
+            MARK=STATS_TILE,
+        )
     if not problem.needs_grad:
         saved = saved.new_empty(0)
     return Forward(out.to(problem.dtype), tau, saved)
@@ -255,55 +274,103 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
 
 def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    problem, grid = call.problem, call.grid
+    problem, plan, grid = call.problem, call.plan, call.grid
     grads = [call.empty(*x.shape, dtype=call.dtype) for x in call.inputs]
-    parts = call.plan.layout.split(forward.saved)
-    key_tiles = grid.heads_kv * grid.tiles
+    grad_q, grad_k, grad_v = map(sizes.Heads.of, grads)
+    grad_out_heads = sizes.Heads.of(call.prepared(grad_out))
+    parts = plan.layout.split(forward.saved)
+    thresholds = {"top_in": parts["top"], "t_in": call.threshold(parts["t"], forward.tau)}
+    spread, scale = parts["spread"], problem.scores.scale
     delta = call.empty(grid.rows, dtype=torch.float32)
     most = max(grid.rows, grid.heads_kv * problem.length_k)
-    call.arguments |= {
-        "grad_out": sizes.Heads.of(call.prepared(grad_out)),
-        "top_in": parts["top"],
-        "t_in": call.threshold(parts["t"], forward.tau),
-        "spread_in": parts["spread"],
-        "out_u": call.means(parts["out_u"]),
-        "lists": parts["lists"],
-        "counts": parts["counts"],
-        "live": parts["live"],
-        "poison": parts["poison"],
-        "scale": problem.scores.scale,
-        "unsafe": call.empty(most, dtype=torch.int8),
-        "delta_out": delta,
-        "delta_in": delta,
-        **dict(zip(("grad_q", "grad_k", "grad_v"), map(sizes.Heads.of, grads), strict=True)),
-        "CHUNK": LIST_CHUNK,
-        "PARTS": int(call.config["parts"]),
-    }
+    unsafe = call.empty(most, dtype=torch.int8)
+    key_tiles = grid.heads_kv * grid.tiles
+    capacity = grid.gqa_group * grid.blocks
+    row_block_lists = call.empty(key_tiles * capacity, dtype=torch.int32)
+    row_block_counts = call.empty(key_tiles * 2, dtype=torch.int32)
     pieces = sizes.most_pieces(grid, _multiprocessors(problem.device))
     block_k = int(call.config["block_k"])
     across = sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v)
-    by_key = {
-        "key_tiles": key_tiles,
-        "cuts": call.empty(key_tiles + 1, dtype=torch.int32),
-        "owners": call.empty(pieces + 1, dtype=torch.int32),
+    cuts = call.empty(key_tiles + 1, dtype=torch.int32)
+    owners = call.empty(pieces + 1, dtype=torch.int32)
+    # What both kernels take that store gradients of keys.
+    of_keys = {
+        "cuts": cuts,
+        "owners": owners,
         "partials": call.empty(pieces * block_k * across, dtype=torch.float32),
+        "poison": parts["poison"],
+        "grad_k": grad_k,
+        "grad_v": grad_v,
+        "unsafe": unsafe,
+        "shape": plan.shape,
+        "scale": scale,
+        "opt": plan.opt,
         "MOST": pieces,
-        "SHORTEST": sizes.SHORTEST_PIECE,
-        "TILES": TILES_CHUNK,
-        "ROWS": ADDED_ROWS,
-        "lists": call.empty(key_tiles * grid.group * grid.blocks, dtype=torch.int32),
-        "counts": call.empty(key_tiles * 2, dtype=torch.int32),
+    }
+    by_key = {
+        "query": call.query,
+        "key": call.key,
+        "value": call.value,
+        "grad_out": grad_out_heads,
+        **thresholds,
+        "delta_in": delta,
+        "spread_in": spread,
+        "row_block_lists": row_block_lists,
+        "row_block_counts": row_block_counts,
+        **of_keys,
+        "PARTS": int(call.config["parts"]),
     }
     with on_device(problem.device):
-        call.twice(backward_kernels.grad_query, grid.heads * grid.blocks)
-        call.arguments |= by_key
-        call(backward_kernels.transpose_lists, key_tiles)
+        call.twice(
+            backward_kernels.grad_query,
+            grid.heads * grid.blocks,
+            {},
+            query=call.query,
+            key=call.key,
+            value=call.value,
+            grad_out=grad_out_heads,
+            out_u=call.means(parts["out_u"]),
+            spread_in=spread,
+            **thresholds,
+            lists=parts["lists"],
+            counts=parts["counts"],
+            grad_q=grad_q,
+            delta_out=delta,
+            unsafe=unsafe,
+            shape=plan.shape,
+            scale=scale,
+            opt=plan.opt,
+            CHUNK=LIST_CHUNK,
+        )
+        call(
+            backward_kernels.transpose_lists,
+            key_tiles,
+            {},
+            live=parts["live"],
+            row_block_lists=row_block_lists,
+            row_block_counts=row_block_counts,
+            shape=plan.shape,
+            opt=plan.opt,
+            CHUNK=LIST_CHUNK,
+        )
         if pieces:
-            call(backward_kernels.cut_lists, 1)
-        call(backward_kernels.grad_key_value, pieces + key_tiles, SAFE=False)
+            call(
+                backward_kernels.cut_lists,
+                1,
+                {},
+                row_block_counts=row_block_counts,
+                cuts=cuts,
+                owners=owners,
+                key_tiles=key_tiles,
+                MOST=pieces,
+                SHORTEST=sizes.SHORTEST_PIECE,
+                TILES=TILES_CHUNK,
+            )
+        call(backward_kernels.grad_key_value, pieces + key_tiles, {"SAFE": False}, **by_key)
         if pieces:
-            call(backward_kernels.add_pieces, pieces * (block_k // ADDED_ROWS))
-        call(backward_kernels.grad_key_value, key_tiles, SAFE=True)
+            added = pieces * (block_k // ADDED_ROWS)
+            call(backward_kernels.add_pieces, added, {}, **of_keys, ROWS=ADDED_ROWS)
+        call(backward_kernels.grad_key_value, key_tiles, {"SAFE": True}, **by_key)
     grad_query, grad_key, grad_value = (grad.to(problem.dtype) for grad in grads)
     return grad_query, grad_key, grad_value
 

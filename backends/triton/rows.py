@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,9 +23,20 @@ def forward(problem: RowProblem, x: Tensor, config: Config, run: Run) -> Tensor:
     x = x.to(kernel_dtype(x.dtype))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     tolerance = STEEP_TOLERANCE if is_steep(problem.alpha) else TOLERANCE
-    numbers = {"c": problem.alpha - 1.0, "r": 1.0 / (problem.alpha - 1.0), "tolerance": tolerance}
-    arguments = {"x": x, "y": y, "stride_x": x.stride(0), **numbers, "MAX_STEPS": MAX_STEPS}
-    _run(kernels.entmax_rows, problem, config, run, arguments)
+    arguments = {
+        "x": x,
+        "y": y,
+        "stride_x": x.stride(0),
+        "length": problem.length,
+        "c": problem.alpha - 1.0,
+        "r": 1.0 / (problem.alpha - 1.0),
+        "tolerance": tolerance,
+        "opt": RowOptions.of(problem),
+        "CHUNK": int(config["chunk"]),
+        "MAX_STEPS": MAX_STEPS,
+    }
+    with on_device(problem.device):
+        run(Launch(kernels.entmax_rows, problem.rows, arguments, launch_options(config)))
     return y.to(problem.dtype)
 
 
@@ -37,19 +46,21 @@ def backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config, run
     if problem.length > 1 and grad_y.stride(1) != 1:
         grad_y = grad_y.contiguous()
     grad_x = torch.empty_like(y)
-    arguments = {"y": y, "grad_y": grad_y, "grad_x": grad_x, "stride_grad_y": grad_y.stride(0)}
-    _run(kernels.entmax_rows_grad, problem, config, run,
-         {**arguments, "exponent": 2.0 - problem.alpha})  # fmt: skip
-    return grad_x.to(problem.dtype)
-
-
-def _run(
-    kernel: Any, problem: RowProblem, config: Config, run: Run, arguments: dict[str, Any]
-) -> None:
-    arguments |= {
+    arguments = {
+        "y": y,
+        "grad_y": grad_y,
+        "grad_x": grad_x,
+        "stride_grad_y": grad_y.stride(0),
         "length": problem.length,
+        "exponent": 2.0 - problem.alpha,
         "opt": RowOptions.of(problem),
         "CHUNK": int(config["chunk"]),
     }
     with on_device(problem.device):
-        run(Launch(kernel, problem.rows, arguments, {"num_warps": int(config["warps"])}))
+        run(Launch(kernels.entmax_rows_grad, problem.rows, arguments, launch_options(config)))
+    return grad_x.to(problem.dtype)
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """Triton's options."""
+    return {"num_warps": int(config["warps"])}

@@ -106,7 +106,7 @@ class Shape(NamedTuple):
     """What kernels read of a problem at run time."""
 
     heads_q: int
-    group: int
+    gqa_group: int
     length_q: int
     length_k: int
     c: float
@@ -117,7 +117,7 @@ class Shape(NamedTuple):
         factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
         return cls(
             heads_q=problem.heads_q,
-            group=problem.group_size,
+            gqa_group=problem.group_size,
             length_q=problem.length_q,
             length_k=problem.length_k,
             c=factor if factor > 0.0 else 1.0,
@@ -217,7 +217,7 @@ class Grid:
 
     heads: int
     heads_kv: int
-    group: int
+    gqa_group: int
     rows: int
     blocks: int
     tiles: int
@@ -228,7 +228,7 @@ class Grid:
         return cls(
             heads=heads,
             heads_kv=problem.batch * problem.heads_kv,
-            group=problem.group_size,
+            gqa_group=problem.group_size,
             rows=heads * problem.length_q,
             blocks=-(-problem.length_q // int(config["block_q"])),
             tiles=-(-problem.length_k // int(config["block_k"])),
@@ -340,7 +340,7 @@ def most_pieces(grid: Grid, multiprocessors: int) -> int:
     """Pieces that the lists of key tiles may be cut into: where they are few, so that a key which
     nearly all rows keep may take longer than all others, and none where all are short."""
     few = grid.heads_kv * grid.tiles <= MANY_LISTS * multiprocessors
-    long = grid.group * grid.blocks >= 2 * SHORTEST_PIECE
+    long = grid.gqa_group * grid.blocks >= 2 * SHORTEST_PIECE
     return PIECES * multiprocessors if few and long else 0
 
 

@@ -130,17 +130,19 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
 
 
 @triton.jit
-def transpose_lists(live, lists, counts, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
-    """Per key tile, the row blocks of its group's heads for which it is live, as ``member *
-    blocks + block``: first those that see all of it, then those that need the mask."""
+def transpose_lists(
+    live, row_block_lists, row_block_counts, shape, opt: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Per key tile, the row blocks of its ``gqa_group`` of heads for which it is live, as
+    ``member * blocks + block``: first those that see all of it, then those that need the mask."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     blocks = tl.cdiv(shape.length_q, opt.block_q)
     number = tl.program_id(0)
     tile = number % tiles
-    capacity = shape.group * blocks
+    capacity = shape.gqa_group * blocks
     # Query heads of one key head are neighbours, also across the batch.
     first_block = (number // tiles).to(tl.int64) * capacity
-    numbers = lists + number.to(tl.int64) * capacity
+    numbers = row_block_lists + number.to(tl.int64) * capacity
     found = 0
     for edge in tl.static_range(2):
         for chunk in range(0, capacity, CHUNK):
@@ -152,7 +154,7 @@ def transpose_lists(live, lists, counts, shape, opt: tl.constexpr, CHUNK: tl.con
             chosen = ((alive != 0) & (whole == (edge == 0))).to(tl.int32)
             tl.store(numbers + found + tl.cumsum(chosen, 0) - chosen, entry, mask=chosen > 0)
             found += tl.sum(chosen, 0)
-        tl.store(counts + 2 * number + edge, found)
+        tl.store(row_block_counts + 2 * number + edge, found)
 
 
 @triton.jit
@@ -203,8 +205,8 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
 
 
 @triton.jit(do_not_specialize=["key_tiles"])
-def cut_lists(counts, cuts, owners, key_tiles, MOST: tl.constexpr, SHORTEST: tl.constexpr,
-              TILES: tl.constexpr):  # fmt: skip
+def cut_lists(row_block_counts, cuts, owners, key_tiles, MOST: tl.constexpr,
+              SHORTEST: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """Cut long lists of key tiles into pieces, at most MOST in all.
 
     ``cuts``: per key tile, the pieces of the tiles before it; and of all. A list that stays whole
@@ -213,13 +215,15 @@ def cut_lists(counts, cuts, owners, key_tiles, MOST: tl.constexpr, SHORTEST: tl.
     total = 0
     for first in range(0, key_tiles, TILES):
         tiles = first + tl.arange(0, TILES)
-        total += tl.sum(tl.load(counts + 2 * tiles + 1, mask=tiles < key_tiles, other=0), 0)
+        total += tl.sum(
+            tl.load(row_block_counts + 2 * tiles + 1, mask=tiles < key_tiles, other=0), 0
+        )
     # No piece is shorter, so that there are no more than MOST.
     length = tl.maximum(tl.cdiv(total, MOST), SHORTEST)
     found = 0
     for first in range(0, key_tiles, TILES):
         tiles = first + tl.arange(0, TILES)
-        count = tl.load(counts + 2 * tiles + 1, mask=tiles < key_tiles, other=0)
+        count = tl.load(row_block_counts + 2 * tiles + 1, mask=tiles < key_tiles, other=0)
         pieces = count // length
         pieces = tl.where(pieces > 1, pieces, 0)
         slots = found + tl.cumsum(pieces, 0) - pieces
@@ -285,10 +289,10 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, poison, grad_k, grad_v, un
 
 
 @triton.jit
-def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in, lists, counts,
-                   cuts, owners, partials, poison, grad_k, grad_v, unsafe, shape, scale,
-                   opt: tl.constexpr, PARTS: tl.constexpr, MOST: tl.constexpr,
-                   SAFE: tl.constexpr):  # fmt: skip
+def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in,
+                   row_block_lists, row_block_counts, cuts, owners, partials, poison, grad_k,
+                   grad_v, unsafe, shape, scale, opt: tl.constexpr, PARTS: tl.constexpr,
+                   MOST: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
     number = tl.program_id(0)
     piece = 0
@@ -302,20 +306,20 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
     at_key, inside = rows_at(kv_row, first_key, shape.length_k, opt.block_k)
     if SAFE and not is_marked(unsafe + at_key, inside):
         return
-    first_head = kv_head * shape.group
+    first_head = kv_head * shape.gqa_group
     prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     length = shape.length_k
     keys = head_of(key, batch, kv_head)
     k = load_tile(keys, first_key, length, opt.block_k, opt.head_dim, opt.padded, True)
     values = head_of(value, batch, kv_head)
     v = load_tile(values, first_key, length, opt.block_k, opt.head_dim_v, opt.padded_v, True)
-    capacity = shape.group * tl.cdiv(shape.length_q, opt.block_q)
-    entries = entries_at(lists, counts, number, capacity)
+    capacity = shape.gqa_group * tl.cdiv(shape.length_q, opt.block_q)
+    entries = entries_at(row_block_lists, row_block_counts, number, capacity)
     if MOST and not SAFE:
         entries = piece_of(entries, piece, tl.maximum(pieces, 1))
     q_base, q_row = head_of(query, batch, first_head)
     g_base, g_row = head_of(grad_out, batch, first_head)
-    thresholds = (top_in, t_in, delta_in, spread_in, kv_row * shape.group)
+    thresholds = (top_in, t_in, delta_in, spread_in, kv_row * shape.gqa_group)
     none = tl.full((opt.block_k, opt.padded_v if SAFE else 1), 0.0, tl.float32)
     sums = (
         tl.full((opt.block_k, opt.padded), 0.0, tl.float32),

@@ -272,7 +272,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         # A poisoned row poisons every key that it may see.
         seen = reach(first_row + tl.arange(0, opt.block_q), shape.length_k, opt)
         seen = tl.max(tl.where(poisoned, seen, 0), 0)
-        kv_row = batch * (shape.heads_q // shape.group) + kv_head
+        kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
         tl.atomic_max(poison + kv_row, seen, mask=seen > 0)
         tl.debug_barrier()  # the maxima are free for the next block
         item = tl.atomic_add(taken, 1)

@@ -92,7 +92,7 @@ def row_block_at(number, shape, opt: tl.constexpr):
     head_row = number // blocks
     block = blocks - 1 - number % blocks
     head = head_row % shape.heads_q
-    at_head = (head_row // shape.heads_q, head, head // shape.group)
+    at_head = (head_row // shape.heads_q, head, head // shape.gqa_group)
     first_row = block * opt.block_q
     at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
     return head_row * blocks + block, at_head, first_row, at_row, inside
@@ -102,7 +102,7 @@ def row_block_at(number, shape, opt: tl.constexpr):
 def tile_at(number, shape, opt: tl.constexpr):
     """``(kv_row, batch, kv_head)`` and the first key of a key tile."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
-    heads_kv = shape.heads_q // shape.group
+    heads_kv = shape.heads_q // shape.gqa_group
     kv_row = number // tiles
     return (kv_row, kv_row // heads_kv, kv_row % heads_kv), number % tiles * opt.block_k
 

@@ -1,0 +1,1 @@
+"""What every benchmark shares; the programs are in the folder above."""
