@@ -19,6 +19,7 @@ import pytest
 
 from adasplash2 import cache, problem
 from adasplash2.backends.cuda import compile as compiler
+from adasplash2.backends.cuda import layout
 
 
 @pytest.fixture(autouse=True)
@@ -447,13 +448,14 @@ def test_any_source_that_changes_is_compiled_anew(
 
 
 def test_all_that_a_cubin_is_made_of_is_hashed() -> None:
-    """The files on disk are those that are hashed: no kernel file is forgotten."""
+    """The files on disk and what is generated are hashed: no kernel file is forgotten."""
     package = Path(compiler.__file__).parent / "kernels"
     shared = Path(problem.__file__).parent / "include" / "adasplash2"
     files = {path.name: path for path in package.iterdir() if path.suffix in (".cu", ".cuh")}
     files |= {f"adasplash2/{path.name}": path for path in shared.iterdir()}
     assert "adasplash2/threshold.h" in files
-    assert {name: path.read_text() for name, path in files.items()} == SOURCES
+    texts = {name: path.read_text() for name, path in files.items()}
+    assert texts | {"layout.cuh": layout.header()} == SOURCES
     included = {n for text in SOURCES.values() for n in re.findall(r'#include "([^"]+)"', text)}
     assert included <= SOURCES.keys()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed: nothing to compile wi
 
 from adasplash2.backends import cuda
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.backends.cuda import launch, plan, sizes
+from adasplash2.backends.cuda import launch, layout, plan, sizes
 from adasplash2.problem import Inputs, RowProblem, attention_problem
 
 HOT = {
@@ -31,6 +30,7 @@ KERNELS = HOT | COLD
 FEW_SPILLS = 64
 """Bytes a thread that kernels may spill which are not hot: those for flat rows, and all kernels of
 an alpha without a closed form."""
+ALPHAS = 1.5, 2.0, 1.25
 GENERAL_ALPHA = 2
 
 SHARED = {
@@ -54,8 +54,21 @@ def usage(log: str) -> dict[str, Usage]:
     }
 
 
+def kind(
+    dtype: int, head_dim: int, head_dim_v: int, alpha: int, *, causal: bool, aligned: bool = True
+) -> dict[str, int]:
+    return sizes.kind_defines(
+        list(layout.DTYPE_CODES)[dtype],
+        head_dim,
+        head_dim_v,
+        ALPHAS[alpha],
+        causal=causal,
+        aligned=aligned,
+    )
+
+
 def variants() -> list[tuple[str, int, int, int]]:
-    """Architecture, dtype code, head_dim, alpha code."""
+    """Architecture, dtype code, head_dim, index of an alpha."""
     everything = [
         ("sm_90", dtype, head_dim, (dtype + index) % 3)
         for dtype in range(3)
@@ -72,19 +85,16 @@ def variants() -> list[tuple[str, int, int, int]]:
 def test_compiles_without_spills(
     unit: str, arch: str, dtype: int, head_dim: int, alpha: int
 ) -> None:
-    scan = sizes.portable_scan(head_dim, 4 if dtype == 2 else 2)
+    itemsize = 4 if dtype == 2 else 2
+    scan = sizes.portable_scan(head_dim, itemsize)
     capacity = scan.capacity(SHARED[arch])
     if capacity is None:
         pytest.skip("refused: too little shared memory for such queries and keys")
-    defines = {
-        "DTYPE": dtype,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim,
-        "ALPHA": alpha,
-        "CAUSAL": int(head_dim != 16),
-        "ALIGNED": int(head_dim != 16),
-        "CAPACITY": capacity,
-    }
+    defines = kind(dtype, head_dim, head_dim, alpha, causal=head_dim != 16, aligned=head_dim != 16)
+    if unit == "scan.cu":
+        defines |= scan.defines_for(capacity)
+    if unit == "dense.cu":
+        defines |= sizes.portable_dense(head_dim, head_dim, itemsize).defines
     compiled = compiler.compile_unit(unit, defines, arch)
     found = usage(compiled.log)
     print(f"\n{unit} {arch} {defines}: {found}")
@@ -112,19 +122,13 @@ def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, a
     assert capacity is not None
     # Survivors that a row may keep: what two strips, and what one of them may add, leave of the
     # memory. Rows of 64 stay in the lists of the default, all of 240 in those of the second look.
-    entries = capacity - 2 * 1152 / 512 - 4
+    pair = 2 * layout.LIST_ENTRY_BYTES  # of a lane's two rows, as a strip is
+    strips = layout.MIN_STAGED * layout.STAGING_LANE_BYTES / pair
+    entries = capacity - strips - layout.STAGING_APPEND
     least = {plan.HOPPER_SHAPES[0]: 64, plan.RETRY_SHAPE: 240}
-    assert 4 * entries >= least.get(shape, 48)
-    defines = {
-        "DTYPE": alpha % 2,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim,
-        "ALPHA": alpha,
-        "CAUSAL": int(head_dim != 16),
-        "ALIGNED": 1,
-        "CAPACITY": capacity,
-        **dict(scan.defines),
-    }
+    assert layout.LIST_LANES * entries >= least.get(shape, 48)
+    defines = kind(alpha % 2, head_dim, head_dim, alpha, causal=head_dim != 16)
+    defines |= scan.defines_for(capacity)
     log = compiler.compile_unit("scan90.cu", defines, "sm_90a").log
     found = usage(log)
     print(f"\nscan90.cu {defines}: {found}")
@@ -134,37 +138,78 @@ def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, a
 
 
 HOPPER_DENSE = [
-    (64, 64, 0, plan.SAVES),
-    (64, 64, 1, plan.PLAIN),
-    (128, 128, 0, plan.PLAIN),
-    (128, 128, 1, plan.SAVES),
-    (16, 128, 1, plan.RECORDS),
-    (128, 80, 0, plan.RECORDS),
+    (64, 64, 0, layout.OUTPUT_SAVES),
+    (64, 64, 1, layout.OUTPUT_PLAIN),
+    (128, 128, 0, layout.OUTPUT_PLAIN),
+    (128, 128, 1, layout.OUTPUT_SAVES),
+    (16, 128, 1, layout.OUTPUT_RECORDS),
+    (128, 80, 0, layout.OUTPUT_RECORDS),
 ]
 OUTPUT, GRADS = {"dense_output"}, {"dense_grad_rows", "dense_grad_columns"}
 
 
 @pytest.mark.parametrize(("unit", "kernels"), [("output", OUTPUT), ("grad", GRADS)])
-@pytest.mark.parametrize(("head_dim", "head_dim_v", "alpha", "kind"), HOPPER_DENSE)
+@pytest.mark.parametrize(("head_dim", "head_dim_v", "alpha", "output"), HOPPER_DENSE)
 def test_the_hopper_tiles_spill_nothing(
-    head_dim: int, head_dim_v: int, alpha: int, kind: int, unit: str, kernels: set[str]
+    head_dim: int, head_dim_v: int, alpha: int, output: int, unit: str, kernels: set[str]
 ) -> None:
     dense = sizes.hopper_dense(head_dim, head_dim_v)
     assert max(dense.shared.values()) + sizes.RESERVED_SHARED < SHARED["sm_90"].per_block
-    defines = {
-        "DTYPE": alpha % 2,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim_v,
-        "ALPHA": alpha,
-        "CAUSAL": kind % 2,
-        "ALIGNED": 1,
-        "OUTPUT": kind,
-    }
+    defines = kind(alpha % 2, head_dim, head_dim_v, alpha, causal=output % 2 == 1)
+    defines |= {**dense.defines, "OUTPUT": output}
     log = compiler.compile_unit(f"dense90_{unit}.cu", defines, "sm_90a").log
     assert set(usage(log)) == kernels
     assert {k: u.spilled for k, u in usage(log).items() if u.spilled} == {}
     assert set(re.findall(r"(\d+) bytes stack frame", log)) == {"0"}
     assert "serialized" not in log
+
+
+FIELDS = [
+    ("int groups_q;", "long long groups_q;"),  # the size, and what follows
+    ("float* tau;", "float tau;"),
+    ("View o;", "float* o;"),
+    ("long long row;", "int row;"),
+    ("int member;", "long long member;"),
+    ("int rows;", "long long rows;"),
+]
+
+
+@pytest.mark.parametrize(("given", "changed"), FIELDS)
+def test_a_field_of_another_type_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch, given: str, changed: str
+) -> None:
+    """The compiler holds every struct to the size and the offsets that Python packs."""
+    source = layout.header()
+    assert given in source
+    files = {**compiler.sources(), "layout.cuh": source.replace(given, changed, 1)}
+    monkeypatch.setattr(compiler, "sources", lambda: files)
+    with pytest.raises(compiler.CompileError, match="static assertion failed"):
+        compiler.compile_unit("rows.cu", kind(0, 16, 16, 0, causal=False), "sm_90")
+
+
+@pytest.mark.parametrize("struct", [layout.Params, layout.RowParams, layout.Entry, layout.Record])
+def test_every_field_is_held_to_its_offset(struct: type[ctypes.Structure]) -> None:
+    source = layout.header()
+    assert f"static_assert(sizeof({struct.__name__}) == {ctypes.sizeof(struct)});" in source
+    for name, *_ in struct._fields_:
+        at = getattr(struct, name)
+        assert f"ASSERT_FIELD({struct.__name__}, {name}, {at.offset}, {at.size});" in source
+
+
+def test_an_integer_that_does_not_fit_its_field_is_refused() -> None:
+    with pytest.raises(OverflowError, match="length_q = 2147483648 does not fit Params"):
+        launch.params({"length_q": 2**31})
+
+
+def test_lists_longer_than_the_memory_for_a_row_do_not_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What sums a row has room for all that its lists may hold, or is too large for a block."""
+    monkeypatch.setattr(layout, "MAX_LIST", 2 * layout.MAX_LIST)
+    files = {**compiler.sources(), "layout.cuh": layout.header.__wrapped__()}
+    monkeypatch.setattr(compiler, "sources", lambda: files)
+    with pytest.raises(compiler.CompileError, match="kMaxRow"):
+        compiler.compile_unit("elements.cu", kind(0, 64, 64, 0, causal=False), "sm_90")
 
 
 def test_an_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +288,7 @@ class Driver:
         self.asked.append(("launch", *place))
         has_map = place[1] == MAPPED
         block, *maps = (ctypes.c_void_p * (1 + has_map)).from_address(parameters)
-        self.blocks.append(ctypes.string_at(block, launch.PARAMS.itemsize))
+        self.blocks.append(ctypes.string_at(block, ctypes.sizeof(layout.Params)))
         self.maps += (ctypes.string_at(one, 128) for one in maps)
         return self.status
 
@@ -299,11 +344,11 @@ def test_a_launch_passes_the_bytes_of_its_fields(driver: Driver) -> None:
         ("pop",),
     ]
     at = tensor.data_ptr()
-    expected = constants.copy()
-    expected["q"] = (at, *tensor.stride()[:3])
-    expected["grad_v"] = (at, *swapped.stride()[:3])
-    expected["tau"], expected["rank"], expected["long_parts"] = at, at, at + 2**40
-    assert [np.frombuffer(block, launch.PARAMS)[0] for block in driver.blocks] == [expected] * 2
+    expected = layout.Params.from_buffer_copy(constants)
+    expected.q = (at, *tensor.stride()[:3])
+    expected.grad_v = (at, *swapped.stride()[:3])
+    expected.tau, expected.rank, expected.long_parts = at, at, at + 2**40
+    assert driver.blocks == [bytes(expected)] * 2
     assert driver.maps == [b"\7" * 128]
 
 
@@ -324,7 +369,7 @@ def test_calls_share_no_block(driver: Driver) -> None:
     with first, second:
         kernel()((1, 1), 32, (), second)
         kernel()((1, 1), 32, (), first)
-    found = [int(np.frombuffer(block, launch.PARAMS)[0]["tau"]) for block in driver.blocks]
+    found = [layout.Params.from_buffer_copy(block).tau for block in driver.blocks]
     assert found == [tensor.data_ptr(), 0]
 
 

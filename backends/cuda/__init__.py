@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.backends.cuda import sizes
+from adasplash2.backends.cuda import layout, sizes
 from adasplash2.contract import AttentionStats, Config, Forward
 from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals
 
@@ -73,7 +73,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
     reasons = []
     if problem.device.type != "cuda":
         reasons.append(f"tensors are on {problem.device}, this backend needs a CUDA device")
-    if problem.dtype not in sizes.DTYPE_CODES:
+    if problem.dtype not in layout.DTYPE_CODES:
         reasons.append(f"dtype {problem.dtype} is computed by other backends only")
     if problem.alpha == 1.0:
         reasons.append("alpha = 1 is softmax, which these kernels do not compute")
@@ -122,7 +122,7 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
 
 def saved_bound(problem: Problem) -> int:
     """What every configuration saves."""
-    if problem.device.type != "cuda" or problem.dtype not in sizes.DTYPE_CODES:
+    if problem.device.type != "cuda" or problem.dtype not in layout.DTYPE_CODES:
         return 0
     return sizes.Saved(sizes.Counts.of(problem)).total
 
@@ -210,12 +210,12 @@ def versions() -> Mapping[str, str]:
 def precompile(problem: Problem | RowProblem, config: Config) -> None:
     """See :meth:`adasplash2.contract.Backend.precompile`; for tensors whose rows lie on 16 bytes
     where their width allows it. Others may take a variant more."""
-    from adasplash2.backends.cuda import launch
     from adasplash2.backends.cuda import plan as plans
+    from adasplash2.backends.cuda import rows
 
     if isinstance(problem, RowProblem):
         arch = compiler.architecture(torch.cuda.get_device_capability(problem.device))
-        compiler.cubin("rows.cu", launch.row_defines(problem), arch)
+        compiler.cubin("rows.cu", rows.defines(problem), arch)
         return
     widths = problem.head_dim, problem.head_dim_v
     aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)

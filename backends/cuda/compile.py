@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adasplash2 import cache, problem
+from adasplash2.backends.cuda import layout
 
 CACHE_VERSION = 2
 """Part of every key: raise it when the meaning of a cached file changes."""
@@ -23,7 +24,8 @@ class CompileError(RuntimeError):
 
 @functools.cache
 def sources() -> dict[str, str]:
-    """The kernel files by the name under which they include each other."""
+    """The kernel files, and what ``layout.py`` makes, by the name under which they include each
+    other."""
     kernels = resources.files("adasplash2.backends.cuda") / "kernels"
     files = {
         entry.name: entry.read_text()
@@ -31,6 +33,7 @@ def sources() -> dict[str, str]:
         if entry.name.endswith((".cu", ".cuh"))
     }
     shared = Path(problem.__file__).parent / "include" / "adasplash2"
+    files["layout.cuh"] = layout.header()
     return files | {f"adasplash2/{path.name}": path.read_text() for path in shared.glob("*.h")}
 
 

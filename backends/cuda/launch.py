@@ -12,92 +12,11 @@ from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.backends.cuda import sizes
-from adasplash2.problem import Problem, RowProblem
-
-_POINTER = np.uint64
-_VIEW = np.dtype(
-    [("data", _POINTER), ("batch", np.int64), ("head", np.int64), ("row", np.int64)], align=True
-)
-PARAMS = np.dtype(
-    [
-        *((name, _VIEW) for name in ("q", "k", "v", "o", "grad_o", "grad_q", "grad_k", "grad_v")),
-        *(
-            (name, _POINTER)
-            for name in (
-                "tau",
-                "iterations",
-                "tiles",
-                "row_start",
-                "row_count",
-                "flat",
-                "poison",
-                "entries",
-                "rank",
-                "column_count",
-                "column_start",
-                "records",
-                "delta",
-                "long_columns",
-                "long_done",
-                "long_parts",
-            )
-        ),
-        *(
-            (name, np.int32)
-            for name in (
-                "batch",
-                "heads_q",
-                "heads_kv",
-                "group",
-                "length_q",
-                "length_k",
-                "groups_q",
-                "long_limit",
-            )
-        ),
-        *((name, np.float32) for name in ("c", "inv_c", "scale", "q_sign", "r")),
-    ],
-    align=True,
-)
-"""``Params`` of ``kernels/common.cuh``, field by field."""
-
-GENERAL_ALPHA = 2
-"""The ``AlphaKind`` of an alpha without a closed form."""
-
-
-def alpha_code(alpha: float) -> int:
-    """The ``AlphaKind`` of ``threshold.h``."""
-    return {1.5: 0, 2.0: 1}.get(alpha, GENERAL_ALPHA)
-
-
-def defines(problem: Problem, aligned: bool) -> dict[str, int]:
-    """What ``kernels/common.cuh`` expects to be defined."""
-    return {
-        "DTYPE": sizes.DTYPE_CODES[problem.dtype],
-        "HEAD_DIM": problem.head_dim,
-        "HEAD_DIM_V": problem.head_dim_v,
-        "ALPHA": alpha_code(problem.alpha),
-        "CAUSAL": int(problem.scores.is_causal),
-        "ALIGNED": int(aligned),
-    }
-
-
-def row_defines(problem: RowProblem) -> dict[str, int]:
-    """The same for the kernels of ``entmax``, which have no heads."""
-    return {
-        "DTYPE": sizes.DTYPE_CODES[problem.dtype],
-        "HEAD_DIM": 16,
-        "HEAD_DIM_V": 16,
-        "ALPHA": alpha_code(problem.alpha),
-        "CAUSAL": 0,
-        "ALIGNED": 0,
-    }
+from adasplash2.backends.cuda import layout
 
 
 def is_aligned(*tensors: Tensor) -> bool:
@@ -117,21 +36,34 @@ def is_aligned(*tensors: Tensor) -> bool:
     return True
 
 
-def params(fields: Mapping[str, Any], layout: np.dtype[Any] = PARAMS) -> Any:
-    """The argument block of ``fields``; what they do not name is zero."""
-    block = np.zeros((), layout)
+def params(
+    fields: Mapping[str, Any], struct: type[ctypes.Structure] = layout.Params
+) -> ctypes.Structure:
+    """The argument block of ``fields``; what they do not name is zero.
+
+    Raises:
+        OverflowError: an integer does not fit its field.
+    """
+    block = struct()
     for name, value in fields.items():
-        block[name] = value.data_ptr() if isinstance(value, Tensor) else value
+        given = value.data_ptr() if isinstance(value, Tensor) else value
+        setattr(block, name, given)
+        if isinstance(given, int) and getattr(block, name) != given:
+            raise OverflowError(f"{name} = {given} does not fit {struct.__name__}")
     return block
 
 
-def words(block: Any) -> list[int]:
+def words(block: ctypes.Structure) -> list[int]:
     """``block`` as words of 8 bytes: a list is copied and filled in faster than fields are."""
-    found: list[int] = np.frombuffer(block.tobytes(), np.int64).tolist()
-    return found
+    return array("q", bytes(block)).tolist()
 
 
-_WORD_OF = {name: offset // 8 for name, (_, offset, *_) in (PARAMS.fields or {}).items()}
+def _word_of(name: str) -> int:
+    offset: int = getattr(layout.Params, name).offset
+    return offset // 8
+
+
+_WORD_OF = {name: _word_of(name) for name, *_ in layout.Params._fields_}
 
 
 def places(offsets: Mapping[str, int]) -> tuple[tuple[int, int], ...]:
@@ -140,7 +72,7 @@ def places(offsets: Mapping[str, int]) -> tuple[tuple[int, int], ...]:
 
 
 Maps = tuple[tuple[str, int], ...]
-"""The tensors that a kernel has described to the copy engine, each a view of ``PARAMS``, with the
+"""The tensors that a kernel has described to the copy engine, each a view of ``Params``, with the
 rows of its boxes; in the order of the kernel's parameters."""
 
 

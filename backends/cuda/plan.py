@@ -5,6 +5,7 @@ Made once per problem, configuration and alignment, so that a call fills in poin
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adasplash2.backends.cuda import launch, sizes
+from adasplash2.backends.cuda import launch, layout, sizes
 from adasplash2.contract import Config
 from adasplash2.problem import Problem
 
@@ -35,9 +36,6 @@ with queries times 4, where a row keeps four keys, it takes 1.5x."""
 
 MINUS_INFINITY = 0xFF800000
 """Its bits in float32."""
-
-PLAIN, SAVES, RECORDS = range(3)
-"""``ADASPLASH2_OUTPUT`` of ``dense90_output.cu``."""
 
 CACHED_PLANS = 1024
 
@@ -77,7 +75,14 @@ class Plan:
         self.saved = sizes.Saved(self.counts)
         self.saved_places = launch.places(self.saved.offsets)
         self._device = launch.index(problem.device)
-        self._options = launch.defines(problem, aligned)
+        self._options = sizes.kind_defines(
+            problem.dtype,
+            problem.head_dim,
+            problem.head_dim_v,
+            problem.alpha,
+            causal=problem.scores.is_causal,
+            aligned=aligned,
+        )
         # Copies by the engine, and wgmma's operands, need rows that start on 16 bytes.
         self._scans_first = not aligned or config != DENSE
         self._scan = _scan(problem, config if aligned else PORTABLE)
@@ -93,7 +98,7 @@ class Plan:
                 "length_q": problem.length_q,
                 "length_k": problem.length_k,
                 "groups_q": self.counts.groups_per_head,
-                "long_limit": sizes.SHORT_COLUMN,
+                "long_limit": layout.SHORT_COLUMN,
                 "c": c,
                 "inv_c": min(1.0 / c, 1e30),
                 "scale": problem.scores.scale,
@@ -112,7 +117,7 @@ class Plan:
         call.fill(*self.saved.span(saved, "poison"))
         if self._scans_first:
             return
-        call.fill(*self.saved.span(saved, "flat"), sizes.FLAT)
+        call.fill(*self.saved.span(saved, "flat"), layout.FLAT)
         for of_a_row in ("row_start", "row_count"):  # the largest score and a bound, as far as seen
             call.fill_words(*self.saved.span(saved, of_a_row), MINUS_INFINITY)
 
@@ -120,18 +125,18 @@ class Plan:
     def scratch(self) -> Scratch:
         """The backward's own memory; what must start as zeros is first."""
         counts = self.counts
-        entries = counts.rows * sizes.ARENA_ROW
-        long_parts = sizes.LONG_WAVES * self._long_blocks
+        entries = counts.rows * layout.ARENA_ROW
+        long_parts = layout.LONG_WAVES * self._long_blocks
         offsets, total = sizes.parts(
             {
                 "column_count": 4 * counts.columns,
-                "long_columns": 4 * (1 + entries // sizes.SHORT_COLUMN),
+                "long_columns": 4 * (1 + entries // layout.SHORT_COLUMN),
                 "long_done": 4 * long_parts,
                 "column_start": 4 * counts.columns,
                 "rank": 4 * entries,
                 "delta": 4 * counts.heads * self.problem.length_q,
-                "records": sizes.RECORD_BYTES * entries,
-                "long_parts": sizes.LONG_PART_BYTES * long_parts,
+                "records": ctypes.sizeof(layout.Record) * entries,
+                "long_parts": layout.LONG_PART_BYTES * long_parts,
             }
         )
         return Scratch(launch.places(offsets), offsets["column_start"], total)
@@ -144,7 +149,7 @@ class Plan:
             first = self._launch_scan(scan, counts.heads * -(-self.problem.length_q // scan.rows))
         else:
             tiles_q, tiles_k = (
-                -(-length // sizes.CHECK_ROWS)
+                -(-length // layout.CHECK_ROWS)
                 for length in (self.problem.length_q, self.problem.length_k)
             )
             blocks = counts.heads * tiles_q + counts.kv_heads * tiles_k
@@ -157,39 +162,41 @@ class Plan:
     @functools.cached_property
     def forward(self) -> tuple[launch.Launch, ...]:
         """What follows the scan."""
-        return self._outputs(SAVES if self.problem.needs_grad else PLAIN)
+        return self._outputs(
+            layout.OUTPUT_SAVES if self.problem.needs_grad else layout.OUTPUT_PLAIN
+        )
 
     @functools.cached_property
     def forward_recorded(self) -> tuple[launch.Launch, ...]:
         """The same where the call records what it did."""
-        return self._outputs(RECORDS)
+        return self._outputs(layout.OUTPUT_RECORDS)
 
     @functools.cached_property
     def backward(self) -> tuple[launch.Launch, ...]:
         problem, counts, dense = self.problem, self.counts, self._dense
-        widest = max(problem.head_dim, problem.head_dim_v)
-        lanes = sizes.lanes_per_row(widest)
-        split = 2 if sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v) > 256 else 1
+        lanes = self._options["GRAD_LANES"]
         key_tiles = counts.kv_heads * -(-problem.length_k // dense.rows)
         names = "q", "k", "v", "grad_o"
         return (
             self._elements("count_columns", counts.groups),
-            self._elements("prefix_columns", counts.kv_heads, sizes.PREFIX_THREADS),
-            self._elements("grad_rows", -(-counts.rows * lanes // sizes.ELEMENT_THREADS)),
-            self._elements("grad_columns", -(-counts.columns * lanes // sizes.ELEMENT_THREADS)),
-            self._elements("sort_long_columns", self._long_blocks, sizes.SORT_THREADS),
-            self._elements("grad_long_columns", self._long_blocks, sizes.LONG_THREADS),
+            self._elements("prefix_columns", counts.kv_heads, layout.PREFIX_THREADS),
+            self._elements("grad_rows", -(-counts.rows * lanes // layout.ELEMENT_THREADS)),
+            self._elements("grad_columns", -(-counts.columns * lanes // layout.ELEMENT_THREADS)),
+            self._elements("sort_long_columns", self._long_blocks, layout.SORT_THREADS),
+            self._elements("grad_long_columns", self._long_blocks, layout.LONG_THREADS),
             self._launch_dense(dense.grad_unit, "dense_grad_rows", (self._query_tiles,), names),
-            self._launch_dense(dense.grad_unit, "dense_grad_columns", (key_tiles, split), names),
+            self._launch_dense(
+                dense.grad_unit, "dense_grad_columns", (key_tiles, dense.key_blocks), names
+            ),
         )
 
     def _outputs(self, kind: int) -> tuple[launch.Launch, ...]:
         dense, tiles = self._dense, (self._query_tiles,)
-        lanes = sizes.lanes_per_row(self.problem.head_dim_v)
+        lanes = self._options["OUTPUT_LANES"]
         # The portable kernel saves nothing, and always records.
         options = {"OUTPUT": kind} if dense.maps else {}
         return (
-            self._elements("output", -(-self.counts.rows * lanes // sizes.ELEMENT_THREADS)),
+            self._elements("output", -(-self.counts.rows * lanes // layout.ELEMENT_THREADS)),
             self._launch_dense(
                 dense.output_unit, "dense_output", tiles, ("q", "k", "v"), **options
             ),
@@ -202,7 +209,7 @@ class Plan:
 
     @property
     def _long_blocks(self) -> int:
-        return sizes.LONG_BLOCKS * self._units
+        return layout.LONG_BLOCKS * self._units
 
     @property
     def _query_tiles(self) -> int:
@@ -212,13 +219,13 @@ class Plan:
         capacity = scan.capacity(shared_memory(self.problem.device))
         if capacity is None:
             raise RuntimeError(f"{scan.unit} has no room for lists on {self.problem.device}")
-        options = self._options | dict(scan.defines) | {"CAPACITY": capacity}
+        options = self._options | scan.defines_for(capacity)
         shared = scan.shared(capacity)
-        maps = (("k", sizes.HOPPER_KEYS),) if scan.maps_keys else ()
+        maps = (("k", layout.HOPPER_KEYS),) if scan.maps_keys else ()
         return self._launch(scan.unit, "scan", options, (blocks,), scan.threads, shared, maps)
 
     def _elements(
-        self, kernel: str, blocks: int, threads: int = sizes.ELEMENT_THREADS
+        self, kernel: str, blocks: int, threads: int = layout.ELEMENT_THREADS
     ) -> launch.Launch:
         # The gathers depend on neither the masks nor the lists: one variant serves all.
         options = self._options | {"CAUSAL": 0}
@@ -232,8 +239,8 @@ class Plan:
         names: tuple[str, ...],
         **options: int,
     ) -> launch.Launch:
-        dense, options = self._dense, self._options | options
-        maps = tuple((name, sizes.HOPPER_BOX) for name in names) if dense.maps else ()
+        dense, options = self._dense, self._options | self._dense.defines | options
+        maps = tuple((name, layout.DENSE_BOX) for name in names) if dense.maps else ()
         shared = dense.shared[kernel]
         return self._launch(unit, kernel, options, blocks, dense.threads, shared, maps)
 
@@ -266,8 +273,8 @@ def _scan(problem: Problem, config: Config) -> sizes.Scan:
 
 def _dense(problem: Problem, scan: sizes.Scan) -> sizes.Dense:
     widths = problem.head_dim, problem.head_dim_v
-    closed_form = launch.alpha_code(problem.alpha) != launch.GENERAL_ALPHA
-    if scan.maps_keys and closed_form and max(widths) <= sizes.HOPPER_MAX_HEAD_DIM:
+    closed_form = sizes.alpha_code(problem.alpha) != layout.ALPHA_KINDS["kGeneral"]
+    if scan.maps_keys and closed_form and max(widths) <= layout.HOPPER_MAX_HEAD_DIM:
         return sizes.hopper_dense(*widths)
     return sizes.portable_dense(*widths, problem.dtype.itemsize)
 
@@ -280,7 +287,7 @@ def _has_wgmma(problem: Problem) -> bool:
     return (
         torch.cuda.get_device_capability(problem.device) == (9, 0)
         and problem.dtype.itemsize == 2
-        and problem.head_dim <= sizes.HOPPER_MAX_HEAD_DIM
+        and problem.head_dim <= layout.HOPPER_MAX_HEAD_DIM
     )
 
 

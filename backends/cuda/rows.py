@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from adasplash2.backends.cuda import launch
+from adasplash2.backends.cuda import launch, layout, sizes
 from adasplash2.problem import RowProblem
 
-THREADS = 256
-"""``kThreads`` of ``rows.cu``."""
 
-PARAMS = np.dtype(
-    [
-        *((name, np.uint64) for name in ("x", "grad_y", "y", "grad_x")),
-        *((name, np.int64) for name in ("stride_x", "stride_grad_y")),
-        *((name, np.int32) for name in ("rows", "length")),
-        *((name, np.float32) for name in ("c", "r")),
-    ],
-    align=True,
-)
-"""``RowParams`` of ``kernels/rows.cu``, field by field."""
+def defines(problem: RowProblem) -> dict[str, int]:
+    """The macros of ``rows.cu``, which has no heads."""
+    return sizes.kind_defines(problem.dtype, 16, 16, problem.alpha, causal=False, aligned=False)
 
 
 def refusals(problem: RowProblem) -> list[str]:
@@ -65,8 +55,8 @@ def _run(problem: RowProblem, kernel: str, **fields: Any) -> None:
         return
     shape = {"rows": problem.rows, "length": problem.length}
     numbers = {"c": problem.alpha - 1.0, "r": 1.0 / (problem.alpha - 1.0)}
-    words = launch.words(launch.params({**fields, **shape, **numbers}, layout=PARAMS))
-    device, options = launch.index(problem.device), tuple(launch.row_defines(problem).items())
+    words = launch.words(launch.params({**fields, **shape, **numbers}, struct=layout.RowParams))
+    device, options = launch.index(problem.device), tuple(defines(problem).items())
     found = launch.kernel(device, "rows.cu", kernel, options)
     with launch.Call(device, words) as call:
-        found((problem.rows, 1), THREADS, (), call)
+        found((problem.rows, 1), layout.ROW_THREADS, (), call)

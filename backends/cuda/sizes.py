@@ -1,61 +1,22 @@
-"""Sizes that the launcher and the kernels must agree on, and what follows from them."""
+"""What follows from a problem's shape: the macros of the kernels, their blocks, their memory."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from adasplash2.backends.cuda import layout
 from adasplash2.problem import Problem
-
-DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-"""The values of ``ADASPLASH2_DTYPE``."""
-
-GROUP_ROWS = 16
-"""``kGroupRows``: query rows that are an element group or a flat one together."""
-
-ARENA_ROW = 64
-"""``kArenaRow``: survivors that a group may keep, per row, before it turns flat."""
-
-FLAT = 2
-"""``kFlat``."""
-
-CHECK_ROWS = 128
-"""``kCheckRows``."""
-
-ENTRY_BYTES = 8
-RECORD_BYTES = 16
-LIST_ENTRY_BYTES = 32
-"""One entry of the four lists of a query row in the scans."""
-
-ELEMENT_THREADS = 256
-PREFIX_THREADS = 1024
-SORT_THREADS, LONG_THREADS = 512, 128
-LONG_BLOCKS, LONG_WAVES, LONG_PART_BYTES = 4, 2, 2048
-"""``kLongBlocks``, ``kLongWaves`` and ``kLongPartBytes``."""
-
-SHORT_COLUMN = 256
-"""``kShortColumn``: survivors of a key that one warp sums; more take blocks."""
-
-MAX_CAPACITY = 92
-"""What ``kMaxList`` entries of a lane's list and some strips take (``lists.cuh``)."""
-
-MIN_CAPACITY = 13
-"""``kMinStrips`` strips, and entries for twice what one of them may add."""
 
 RESERVED_SHARED = 1024
 """Shared memory that the driver takes from each block."""
 
-HOPPER_KEYS = 128
-"""``kTileKeys`` of ``scan90.cu``."""
-
-HOPPER_RESERVED = 1280
-"""What the start of its stages may lose to alignment, and its barriers."""
-
-HOPPER_MAX_HEAD_DIM = 128
-"""Wider queries leave ``scan90.cu`` too few registers."""
+HOPPER_RESERVED = layout.SWIZZLE_ALIGNMENT + 256
+"""What the start of the stages of ``scan90.cu`` may lose to alignment, and its barriers."""
 
 
 def padded(width: int) -> int:
@@ -68,53 +29,107 @@ def tile_bytes(rows: int, width: int, itemsize: int) -> int:
     return rows * (padded(width) * itemsize + 16)
 
 
+def panels(width: int) -> int:
+    """Panels of a tile that TMA brings."""
+    return -(-width // layout.PANEL_COLUMNS)
+
+
 def lanes_per_row(width: int) -> int:
-    """Lanes that share one row in the gathers."""
+    """Lanes that share one row in the gathers, eight elements each."""
     return 8 if width <= 64 else 16 if width <= 128 else 32
 
 
-class Dense(NamedTuple):
-    """One of the two sets of kernels that serve flat rows: rows and threads of a block, dynamic
-    shared memory by kernel, whether its tensors come by the copy engine."""
+def kind_defines(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, alpha: float, *, causal: bool, aligned: bool
+) -> dict[str, int]:
+    """The macros that every kernel expects (``kernels/common.cuh``)."""
+    return {
+        "DTYPE": layout.DTYPE_CODES[dtype],
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "ALPHA": alpha_code(alpha),
+        "CAUSAL": int(causal),
+        "ALIGNED": int(aligned),
+        "OUTPUT_LANES": lanes_per_row(head_dim_v),
+        "GRAD_LANES": lanes_per_row(max(head_dim, head_dim_v)),
+    }
+
+
+def alpha_code(alpha: float) -> int:
+    """The ``AlphaKind`` of ``alpha``."""
+    return layout.ALPHA_KINDS[{1.5: "k15", 2.0: "k2"}.get(alpha, "kGeneral")]
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """One of the two sets of kernels that serve flat rows.
+
+    ``key_blocks``: blocks of ``dense_grad_columns`` for one tile of keys. ``shared``: dynamic
+    shared memory by kernel. ``maps``: whether TMA brings the tensors.
+    """
 
     output_unit: str
     grad_unit: str
     rows: int
     threads: int
+    key_blocks: int
     shared: Mapping[str, int]
+    geometry: Mapping[str, int]
     maps: bool
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Macros: the shape of its blocks, and the shared memory that they are given."""
+        given = {f"SHARED_{kernel.upper()}": size for kernel, size in self.shared.items()}
+        return {**self.geometry, **given}
 
 
 def portable_dense(head_dim: int, head_dim_v: int, itemsize: int) -> Dense:
     """``dense.cu``."""
     wide = itemsize == 4 and max(padded(head_dim), padded(head_dim_v)) > 128
-    rows = 32 if wide else 64
+    rows = 32 if wide else 64  # wide float32 tiles fill the shared memory at half the rows
     keys = tile_bytes(rows, head_dim, itemsize)
     values = tile_bytes(rows, head_dim_v, itemsize)
-    shared = {
-        "dense_output": 3 * keys + 2 * values,
-        "dense_grad_rows": 3 * keys + 3 * values,
-        "dense_grad_columns": 2 * keys + 2 * values,
-    }
-    return Dense("dense.cu", "dense.cu", rows, 2 * rows, shared, maps=False)
-
-
-HOPPER_BOX = 64
-"""``kBox`` of ``dense90.cuh``: rows that the copy engine brings at once."""
+    # The sums of both gradients of wide heads do not fit the registers together.
+    key_blocks = 2 if padded(head_dim) + padded(head_dim_v) > 256 else 1
+    return Dense(
+        output_unit="dense.cu",
+        grad_unit="dense.cu",
+        rows=rows,
+        threads=2 * rows,  # 16 rows a warp
+        key_blocks=key_blocks,
+        shared={
+            "dense_output": 3 * keys + 2 * values,
+            "dense_grad_rows": 3 * keys + 3 * values,
+            "dense_grad_columns": 2 * keys + 2 * values,
+        },
+        geometry={"BLOCK_ROWS": rows, "KEY_BLOCKS": key_blocks},
+        maps=False,
+    )
 
 
 def hopper_dense(head_dim: int, head_dim_v: int) -> Dense:
-    """``dense90.cuh``: what a block owns, stages of tiles, and what alignment may take."""
-    rows, line, alignment = 128, 128, 1024
-    keys, values = (-(-width // 64) * line for width in (head_dim, head_dim_v))  # bytes a row
-    narrow = keys == values == line
+    """``dense90.cuh``: what a block owns, and stages of tiles."""
+    rows = layout.DENSE_WARPGROUPS * layout.WARPGROUP_ROWS
+    keys, values = (panels(width) * layout.SWIZZLE_BYTES for width in (head_dim, head_dim_v))
+    narrow = keys == values == layout.SWIZZLE_BYTES
+    key_stages, grad_keys = (4, 128) if narrow else (3, 64)
     shared = {
-        "dense_output": rows * (keys * (1 + (4 if narrow else 3)) + 2 * values),
-        "dense_grad_rows": (keys + values) * (rows + 3 * (128 if narrow else 64)),
-        "dense_grad_columns": (keys + values) * (rows + 3 * 64),
+        "dense_output": rows * keys
+        + layout.HOPPER_KEYS * (key_stages * keys + layout.DENSE_VALUE_STAGES * values),
+        "dense_grad_rows": (keys + values) * (rows + layout.GRAD_STAGES * grad_keys),
+        "dense_grad_columns": (keys + values) * (rows + layout.GRAD_STAGES * layout.GRAD_QUERIES),
     }
-    shared = {kernel: size + alignment for kernel, size in shared.items()}
-    return Dense("dense90_output.cu", "dense90_grad.cu", rows, 384, shared, maps=True)
+    return Dense(
+        output_unit="dense90_output.cu",
+        grad_unit="dense90_grad.cu",
+        rows=rows,
+        threads=(layout.DENSE_WARPGROUPS + 1) * layout.WARPGROUP_THREADS,
+        key_blocks=1,
+        shared={kernel: size + layout.SWIZZLE_ALIGNMENT for kernel, size in shared.items()},
+        geometry={"KEY_STAGES": key_stages, "GRAD_KEYS": grad_keys},
+        maps=True,
+    )
 
 
 class SharedMemory(NamedTuple):
@@ -132,40 +147,54 @@ class Scan:
     rows: int
     threads: int
     fixed_shared: int
+    geometry: Mapping[str, int]
     blocks: int = 1  # that share a multiprocessor
-    defines: tuple[tuple[str, int], ...] = ()
-    maps_keys: bool = False  # whether its keys come by the copy engine
+    maps_keys: bool = False  # whether TMA brings its keys
 
     def shared(self, capacity: int) -> int:
         """Dynamic shared memory where lists take that of ``capacity`` entries."""
-        return self.fixed_shared + self.rows * capacity * LIST_ENTRY_BYTES
+        return self.fixed_shared + capacity * self._entry_bytes
 
     def capacity(self, memory: SharedMemory) -> int | None:
         """Entries of a lane's list for which there is memory; None where too few."""
         share = memory.per_unit // self.blocks - RESERVED_SHARED
-        left = min(memory.per_block, share) - self.fixed_shared
-        fit = left // (self.rows * LIST_ENTRY_BYTES)
-        return min(fit, MAX_CAPACITY) if fit >= MIN_CAPACITY else None
+        fit = (min(memory.per_block, share) - self.fixed_shared) // self._entry_bytes
+        return min(fit, layout.MAX_CAPACITY) if fit >= layout.MIN_CAPACITY else None
+
+    def defines_for(self, capacity: int) -> dict[str, int]:
+        """Macros: the shape of its blocks, and the shared memory that they are given."""
+        return {**self.geometry, "CAPACITY": capacity, "SHARED_SCAN": self.shared(capacity)}
+
+    @property
+    def _entry_bytes(self) -> int:
+        return self.rows * layout.LIST_LANES * layout.LIST_ENTRY_BYTES
 
 
 def portable_scan(head_dim: int, itemsize: int, blocks: int = 1) -> Scan:
-    """``scan.cu``: two stages of keys, and float32 queries; ``blocks`` to a multiprocessor."""
+    """``scan.cu``: stages of keys, and float32 queries; ``blocks`` to a multiprocessor."""
     wide = itemsize == 4 and padded(head_dim) > 128
     rows, keys = (64, 32) if wide else (128, 64)
-    stages = 2 * tile_bytes(keys, head_dim, itemsize)
+    stages = layout.SCAN_STAGES * tile_bytes(keys, head_dim, itemsize)
     queries = 0 if itemsize == 2 else tile_bytes(rows, head_dim, itemsize)
-    return Scan("scan.cu", rows, rows, stages + queries, blocks)
+    return Scan(
+        "scan.cu",
+        rows=rows,
+        threads=rows // layout.SCAN_WARP_ROWS * 32,
+        fixed_shared=stages + queries,
+        geometry={"BLOCK_ROWS": rows, "TILE_KEYS": keys},
+        blocks=blocks,
+    )
 
 
 def hopper_scan(head_dim: int, warpgroups: int, stages: int, retry: bool = False) -> Scan:
-    """``scan90.cu``: ``stages`` tiles of keys, ``warpgroups`` of 64 rows and one that copies."""
-    panels = -(-padded(head_dim) // 64)
+    """``scan90.cu``: ``stages`` tiles of keys, ``warpgroups`` that filter and one that copies."""
+    tile = layout.HOPPER_KEYS * panels(head_dim) * layout.SWIZZLE_BYTES
     return Scan(
         "scan90.cu",
-        rows=warpgroups * 64,
-        threads=warpgroups * 128 + 128,
-        fixed_shared=HOPPER_RESERVED + stages * panels * HOPPER_KEYS * 128,
-        defines=(("WARPGROUPS", warpgroups), ("STAGES", stages), ("RETRY", int(retry))),
+        rows=warpgroups * layout.WARPGROUP_ROWS,
+        threads=(warpgroups + 1) * layout.WARPGROUP_THREADS,
+        fixed_shared=HOPPER_RESERVED + stages * tile,
+        geometry={"WARPGROUPS": warpgroups, "STAGES": stages, "RETRY": int(retry)},
         maps_keys=True,
     )
 
@@ -185,11 +214,11 @@ class Counts:
     def of(problem: Problem) -> Counts:
         heads = problem.batch * problem.heads_q
         kv_heads = problem.batch * problem.heads_kv
-        per_head = -(-problem.length_q // GROUP_ROWS)
+        per_head = -(-problem.length_q // layout.GROUP_ROWS)
         return Counts(
             groups_per_head=per_head,
             groups=heads * per_head,
-            rows=heads * per_head * GROUP_ROWS,
+            rows=heads * per_head * layout.GROUP_ROWS,
             heads=heads,
             kv_heads=kv_heads,
             columns=kv_heads * problem.length_k,
@@ -217,7 +246,7 @@ class Saved:
             "row_count": counts.rows * 4,
             "flat": counts.groups,
             "poison": counts.kv_heads * 4,
-            "entries": counts.rows * ARENA_ROW * ENTRY_BYTES,
+            "entries": counts.rows * layout.ARENA_ROW * ctypes.sizeof(layout.Entry),
         }
         self.offsets, self.total = parts(self._sizes)
 

@@ -1,24 +1,30 @@
 // What every kernel shares: compile-time parameters, the argument block, element types,
 // tensor-core fragments and small warp helpers.
 //
-// A translation unit is one kernel family compiled for one problem kind. The launcher defines
-//   ADASPLASH2_DTYPE        0 bfloat16, 1 float16, 2 float32
-//   ADASPLASH2_HEAD_DIM     head_dim of queries and keys, 1 to 256
-//   ADASPLASH2_HEAD_DIM_V   head_dim of values, 1 to 256
-//   ADASPLASH2_ALPHA        an AlphaKind
-//   ADASPLASH2_CAUSAL       0 or 1, see score.cuh
-//   ADASPLASH2_ALIGNED      1 where every row of every tensor starts on 16 bytes
+// A translation unit is one kernel family compiled for one problem kind. Constants and the structs
+// in memory are those of layout.py, which makes layout.cuh. What depends on the kind comes as
+// macros from sizes.py, each with ADASPLASH2_ before its name:
+//   DTYPE                    BFLOAT16, FLOAT16 or FLOAT32
+//   HEAD_DIM, HEAD_DIM_V     of queries and keys, and of values, 1 to 256
+//   ALPHA                    an AlphaKind
+//   CAUSAL                   0 or 1, see score.cuh
+//   ALIGNED                  1 where every row of every tensor starts on 16 bytes
+//   OUTPUT_LANES, GRAD_LANES lanes that share one row in the gathers of the output, of gradients
 // and for the scans, which keep lists,
-//   ADASPLASH2_CAPACITY     memory of a warp's lists, in entries of a lane
-//   ADASPLASH2_WARPGROUPS   warpgroups of a block (scan90.cu)
-//   ADASPLASH2_STAGES       tiles of keys in shared memory (scan90.cu)
-//   ADASPLASH2_RETRY        1 to look again at rows that lists could not hold (scan90.cu)
-// and for dense90_output.cu
-//   ADASPLASH2_OUTPUT       1 to save for a backward, 2 to record what was done, else 0
-// No header but threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
+//   CAPACITY                 memory of a warp's lists, in entries of a lane
+//   BLOCK_ROWS, TILE_KEYS    queries of a block, keys of a tile (scan.cu)
+//   WARPGROUPS, STAGES       of a block that filter, tiles of keys in shared memory (scan90.cu)
+//   RETRY                    1 to look again at rows that lists could not hold (scan90.cu)
+// and for the dense kernels
+//   BLOCK_ROWS, KEY_BLOCKS   rows of a block, blocks for a tile's gradients (dense.cu)
+//   KEY_STAGES, GRAD_KEYS    stages of keys, keys of a backward's tile (dense90.cuh)
+//   OUTPUT                   OUTPUT_PLAIN, _SAVES or _RECORDS (dense90_output.cu)
+// SHARED_ and a kernel's name is the dynamic shared memory that it is launched with.
+// No other header than threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
 #pragma once
 
 #include "adasplash2/threshold.h"
+#include "layout.cuh"
 
 namespace adasplash2 {
 
@@ -40,65 +46,6 @@ constexpr int kDimV = padded<kHeadDimV>;
 constexpr u32 kAllLanes = 0xffffffffu;
 constexpr float kInf = __builtin_bit_cast(float, 0x7f800000);
 constexpr float kNaN = __builtin_bit_cast(float, 0x7fffffff);
-// Query rows that are an element group or a flat one together: one matrix fragment.
-constexpr int kGroupRows = 16;
-// Entries of the survivor arena per query row; a group shares kGroupRows * kArenaRow of them, so
-// single rows may keep more.
-constexpr int kArenaRow = 64;
-
-// Long columns have kLongBlocks blocks a multiprocessor. Where they are dealt out to several blocks
-// they have at most kLongWaves parts for each block of the launch, together.
-constexpr int kLongBlocks = 4;
-constexpr int kLongWaves = 2;
-constexpr int kLongPartBytes = 2048;
-
-// What `flat` says of a group: that a second scan may find its survivors to fit after all, or not.
-constexpr int kLookAgain = 1, kFlat = 2;
-
-struct View {  // (batch, heads, length, head_dim) with unit stride in head_dim
-  void* data;
-  i64 batch, head, row;  // strides in elements
-};
-
-struct Entry {  // a survivor of one query row
-  int column;
-  float x;  // z - tau > 0
-};
-
-struct Record {  // a survivor of one key column
-  int row;       // query row, counted over the group's heads: member * length_q + i
-  float ds, p;
-  int member;  // which of the group's heads
-};
-
-struct Params {
-  View q, k, v, o, grad_o, grad_q, grad_k, grad_v;
-  float* tau;       // (batch * heads_q, length_q)
-  int* iterations;  // likewise, or null
-  u8* tiles;        // (batch * heads_q, tiles_q, tiles_k) 64x64 tiles with support, or null
-  int* row_start;   // first arena entry of a row; rows are numbered head by head, each head's
-                    // padded to whole groups. Flat rows: the bits of the largest score, then of
-                    // the factor that makes their probabilities sum to one
-  int* row_count;   // survivors of a row, -1 for a poisoned one. Flat rows: at first the bits of
-                    // a lower bound of tau / c
-  u8* flat;         // per group of kGroupRows rows: not 0 where the dense kernels take over
-  int* poison;      // per (batch, key head): keys before it are seen by a poisoned row
-  Entry* entries;   // the arena. Flat rows: see Threshold in dense.cu, O2 in dense90.cuh
-  int* rank;        // arrival of an arena entry in its column; of long columns, later, the order of
-                    // their records by row
-  int* column_count;
-  int* column_start;
-  Record* records;
-  float* delta;       // (batch * heads_q, length_q), flat rows only
-  int* long_columns;  // [0] their number, then the columns
-  int* long_done;     // parts of a long column that are summed
-  void* long_parts;   // their sums, kLongPartBytes each
-  int batch, heads_q, heads_kv, group, length_q, length_k, groups_q, long_limit;
-  float c, inv_c;  // z = c * (q . k), c = (alpha-1) |scale| > 0; and its inverse
-  float scale;     // as given; a negative one is carried by the sign of q
-  float q_sign;    // 1, -1, or 0 where scale is 0
-  float r;         // 1 / (alpha-1)
-};
 
 // --- element types -------------------------------------------------------------------------
 
@@ -137,9 +84,9 @@ struct Fp32 {
   static __device__ u32 pack(float, float) { return 0; }
 };
 
-#if ADASPLASH2_DTYPE == 0
+#if ADASPLASH2_DTYPE == ADASPLASH2_BFLOAT16
 using Scalar = Bf16;
-#elif ADASPLASH2_DTYPE == 1
+#elif ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16
 using Scalar = Fp16;
 #else
 using Scalar = Fp32;
@@ -203,12 +150,6 @@ __device__ __forceinline__ void store8(Scalar* row, int at, const float (&in)[8]
       if (at + i < width) store(row + at + i, in[i]);
   }
 }
-
-// Lanes that share one row of `width` elements in the gathers, eight elements each.
-template <int width>
-constexpr int lanes_per_row = width <= 64    ? 8
-                              : width <= 128 ? 16
-                                             : 32;
 
 // --- warp helpers --------------------------------------------------------------------------
 
@@ -498,7 +439,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Left& a, u32 b0, u
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                          \
       : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1), "f"(c0), "f"(c1), \
         "f"(c2), "f"(c3))
-#if ADASPLASH2_DTYPE == 1
+#if ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16
   ADASPLASH2_MMA("f16");
 #else
   ADASPLASH2_MMA("bf16");

@@ -8,17 +8,19 @@
 
 namespace adasplash2 {
 
-// Wide float32 tiles fill the shared memory at half the rows.
-constexpr bool kWide = !kHalf && (kDim > 128 || kDimV > 128);
-constexpr int kWarps = kWide ? 2 : 4;
+constexpr int kRows = ADASPLASH2_BLOCK_ROWS;  // of a block, 16 a warp
+constexpr int kTile = kRows;                  // rows of the tiles it walks over
+constexpr int kWarps = kRows / 16;
 constexpr int kThreads = kWarps * 32;
-constexpr int kRows = kWarps * 16;  // rows of a block, 16 a warp
-constexpr int kTile = kRows;        // rows of the tiles it walks over
 // float16 loses probabilities below 6e-8; rows of many keys come near. Scaled, none does.
-constexpr float kProbScale = ADASPLASH2_DTYPE == 1 ? 1024.f : 1.f;
+constexpr float kProbScale = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 1024.f : 1.f;
 
 constexpr int kBytes = kTile * tile_stride<kDim>;    // of a tile of queries or keys
 constexpr int kBytesV = kTile * tile_stride<kDimV>;  // of a tile of values or their gradients
+constexpr int kStagesBytes = 2 * (kBytes + kBytesV);
+static_assert(kBytes + kStagesBytes == ADASPLASH2_SHARED_DENSE_OUTPUT);
+static_assert(kBytes + kBytesV + kStagesBytes == ADASPLASH2_SHARED_DENSE_GRAD_ROWS);
+static_assert(kStagesBytes == ADASPLASH2_SHARED_DENSE_GRAD_COLUMNS);
 
 // --- products of a warp: 16 rows against 8 * parts rows or columns -------------------------
 
@@ -427,9 +429,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // What flat rows add to dK and dV; a block owns kRows keys. Wide heads take two blocks a
 // tile, one for each gradient, because their sums do not fit the registers together.
-constexpr bool kSplit = kDim + kDimV > 256;
-constexpr int kStrip = 32;  // queries whose scores a warp holds at a time
-constexpr int kStripParts = kStrip / 8;
+constexpr bool kSplit = ADASPLASH2_KEY_BLOCKS == 2;
+constexpr int kChunk = 32;  // queries whose scores a warp holds at a time
+constexpr int kChunkParts = kChunk / 8;
 
 template <bool want_k, bool want_v>
 __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char* shared) {
@@ -497,17 +499,17 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
         }
       __syncthreads();
 #pragma unroll 1
-      for (int strip = 0; strip < kTile; strip += kStrip) {
-        const u32 queries = shared_address(queries_at) + strip * tile_stride<kDim>;
-        const u32 grads = shared_address(grads_at) + strip * tile_stride<kDimV>;
-        float s[kStripParts][4], dp[kStripParts][4];
-        dot_products<kStripParts, kDim>(s, keys, queries);
-        if constexpr (want_k) dot_products<kStripParts, kDimV>(dp, values, grads);
+      for (int chunk = 0; chunk < kTile; chunk += kChunk) {
+        const u32 queries = shared_address(queries_at) + chunk * tile_stride<kDim>;
+        const u32 grads = shared_address(grads_at) + chunk * tile_stride<kDimV>;
+        float s[kChunkParts][4], dp[kChunkParts][4];
+        dot_products<kChunkParts, kDim>(s, keys, queries);
+        if constexpr (want_k) dot_products<kChunkParts, kDimV>(dp, values, grads);
 #pragma unroll
-        for (int n = 0; n < kStripParts; ++n)
+        for (int n = 0; n < kChunkParts; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int at = strip + n * 8 + lane_id() % 4 * 2 + i % 2;
+            const int at = chunk + n * 8 + lane_id() % 4 * 2 + i % 2;
             const int key = first_key + i / 2 * 8 + lane_id() / 4;
             const float x = Threshold{row_top[at], row_t[at]}.distance(c, s[n][i]);
             const bool kept = x > 0.f && is_seen(first_row + at, key, p.length_k);
@@ -515,8 +517,8 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
             if constexpr (want_k)
               dp[n][i] = kept ? weight(x, p.r) * (dp[n][i] - row_delta[at]) : 0.f;
           }
-        if constexpr (want_v) add_weighted<kStripParts, kDimV>(grad_v, s, grads);
-        if constexpr (want_k) add_weighted<kStripParts, kDim>(grad_k, dp, queries);
+        if constexpr (want_v) add_weighted<kChunkParts, kDimV>(grad_v, s, grads);
+        if constexpr (want_k) add_weighted<kChunkParts, kDim>(grad_k, dp, queries);
       }
     }
   }

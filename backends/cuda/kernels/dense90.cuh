@@ -16,19 +16,19 @@
 
 namespace adasplash2 {
 
-static_assert(kHalf && kAligned && kDim <= 128 && kDimV <= 128);
+static_assert(kHalf && kAligned && kDim <= kHopperMaxHeadDim && kDimV <= kHopperMaxHeadDim);
 static_assert(kAlpha != AlphaKind::kGeneral);
 
-constexpr int kGroups = 2;
-constexpr int kConsumers = kGroups * 128;
-constexpr int kThreads = kConsumers + 128;
+constexpr int kGroups = kDenseWarpgroups;
+constexpr int kConsumers = kGroups * kWarpgroupThreads;
+constexpr int kThreads = kConsumers + kWarpgroupThreads;
 constexpr int kCopierRegisters = 40;
-constexpr int kRows = 64;  // of a warpgroup: M of wgmma
+constexpr int kRows = kWarpgroupRows;
 constexpr int kBlockRows = kGroups * kRows;
-constexpr int kBox = 64;  // rows that the copy engine brings at once
+constexpr int kBox = kDenseBox;
 constexpr bool kNarrow = kPanels == 1 && kPanelsV == 1;
 // float16 loses probabilities below 6e-8; rows of many keys come near. Scaled, none does.
-constexpr float kProbScale = ADASPLASH2_DTYPE == 1 ? 1024.f : 1.f;
+constexpr float kProbScale = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 1024.f : 1.f;
 
 template <int panels>
 using Sums = float[panels * kPanelColumns / 2];  // of 64 rows and all columns of a tensor
@@ -104,7 +104,7 @@ __device__ __forceinline__ Left as_left(const Weight& w) {
 }
 
 // O2 of a row lies where the arena would hold the survivors of its group.
-static_assert(kArenaRow * sizeof(Entry) >= 128 * sizeof(float));
+static_assert(kArenaRow * sizeof(Entry) >= kHopperMaxHeadDim * sizeof(float));
 __device__ __forceinline__ float* second_output(const Params& p, int head_row, int row) {
   return reinterpret_cast<float*>(p.entries + arena_of(head_row * p.groups_q + row / kGroupRows) +
                                   row % kGroupRows * kArenaRow);

@@ -6,7 +6,6 @@
 
 namespace adasplash2 {
 
-constexpr int kGradStages = 3;
 using GradRing = Ring<kGradStages>;
 
 template <int rows>
@@ -14,6 +13,8 @@ struct Backward {
   static constexpr int kXBytes = tile_bytes<rows, kPanels>;
   static constexpr int kStageBytes = kXBytes + tile_bytes<rows, kPanelsV>;
   static constexpr int kBarriers = 1 + 2 * kGradStages;
+  static constexpr int kSharedBytes =
+      kSwizzleAlignment + kOwnBytes + kOwnBytesV + kGradStages * kStageBytes;
 
   u32 own, own_y, stages, full_own, full, empty;
 
@@ -72,8 +73,9 @@ __device__ __forceinline__ float score_gradient(float x, float dp, float delta) 
   return x > 0.f ? dp - delta : 0.f;
 }
 
-constexpr int kGradKeys = kNarrow ? 128 : 64;
+constexpr int kGradKeys = ADASPLASH2_GRAD_KEYS;
 using GradRows = Backward<kGradKeys>;
+static_assert(GradRows::kSharedBytes == ADASPLASH2_SHARED_DENSE_GRAD_ROWS);
 
 // dQ of the block's rows, and their delta.
 __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, const Block& b) {
@@ -167,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(8) u64 barriers[GradRows::kBarriers];
   const Block b(p);
   if (!any_of_block(b.flat[0] || b.flat[1])) return;
-  const u32 start = shared_address(shared), memory = (start + 1023) & ~1023u;
+  const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradRows at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start(1);
   __syncthreads();
@@ -189,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // What flat rows add to dK and dV; a block owns kBlockRows keys.
-constexpr int kGradQueries = 64;
 using GradColumns = Backward<kGradQueries>;
+static_assert(GradColumns::kSharedBytes == ADASPLASH2_SHARED_DENSE_GRAD_COLUMNS);
 
 // What the warp that copies says of a tile of queries.
 struct alignas(16) Queries {
@@ -375,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     any |= i % p.groups_q * kGroupRows + kGroupRows > b.start &&
            p.flat[i64(b.head_row(p)) * p.groups_q + i];
   if (!any_of_block(any)) return;
-  const u32 start = shared_address(shared), memory = (start + 1023) & ~1023u;
+  const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradColumns at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start(32);
   __syncthreads();

@@ -9,7 +9,7 @@ namespace adasplash2 {
 
 // --- thresholds ----------------------------------------------------------------------------
 
-constexpr int kTileKeys = 128;
+constexpr int kTileKeys = kHopperKeys;
 using Scores = float[kTileKeys / 2];
 
 // Where a step leaves less of f than this, the sum of probabilities, by which they are divided in
@@ -89,12 +89,15 @@ __device__ __forceinline__ void advance(Threshold& t, RowSums& sums, float weigh
 // --- forward -------------------------------------------------------------------------------
 
 // Whether a backward is to come, and whether the call records what it did.
-constexpr bool kSaves = ADASPLASH2_OUTPUT == 1, kCounts = ADASPLASH2_OUTPUT == 2;
+constexpr bool kSaves = ADASPLASH2_OUTPUT == kOutputSaves;
+constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputRecords;
 
-constexpr int kStagesK = kNarrow ? 4 : 3;
-constexpr int kStagesV = 2;
+constexpr int kStagesK = ADASPLASH2_KEY_STAGES;
+constexpr int kStagesV = kDenseValueStages;
 constexpr int kKeyBytes = tile_bytes<kTileKeys, kPanels>;
 constexpr int kValueBytes = tile_bytes<kTileKeys, kPanelsV>;
+static_assert(kSwizzleAlignment + kOwnBytes + kStagesK * kKeyBytes + kStagesV * kValueBytes ==
+              ADASPLASH2_SHARED_DENSE_OUTPUT);
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 
@@ -485,7 +488,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
   const Block b(p);
   if (!any_of_block(b.flat[0] || b.flat[1])) return;
-  const u32 start = shared_address(shared), memory = (start + 1023) & ~1023u;
+  const u32 start = shared_address(shared), memory = align_tiles(start);
   const Forward at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start();
   __syncthreads();

@@ -9,9 +9,8 @@
 
 namespace adasplash2 {
 
-constexpr int kThreads = 256;
-constexpr int kBatch = 4;     // gathers in flight per lane
-constexpr int kMaxRow = 256;  // survivors of one row at most: four lists of the scan
+constexpr int kThreads = kElementThreads;
+constexpr int kBatch = 4;  // gathers in flight per lane
 
 // A row in the order of the arena: groups of kGroupRows rows, head by head.
 struct Row : Head {
@@ -42,7 +41,6 @@ __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
 
 // Where no scan comes first all groups start as flat ones. Heads whose queries, keys or values are
 // not all finite are to be scanned after all: dense tiles would spread a NaN over whole blocks.
-constexpr int kCheckRows = 128;
 
 template <int width>
 __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int first,
@@ -86,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
-  constexpr int kLanes = lanes_per_row<kHeadDimV>;
+  constexpr int kLanes = ADASPLASH2_OUTPUT_LANES;
   const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
   if (!r.inside || p.flat[r.at / kGroupRows]) return;
   const int count = p.row_count[r.at];
@@ -190,7 +188,6 @@ __device__ __forceinline__ int preceding(int mine, int (&sums)[threads / 32], in
 }
 
 // Exclusive prefix of the counts of one (batch, key head), and the list of long columns.
-constexpr int kPrefixThreads = 1024;
 extern "C" __global__ void __launch_bounds__(kPrefixThreads)
     prefix_columns(const __grid_constant__ Params p) {
   __shared__ int sums[kPrefixThreads / 32];
@@ -220,10 +217,12 @@ extern "C" __global__ void __launch_bounds__(kPrefixThreads)
 }
 
 // dQ of element rows, and their survivors with ds and p put into the columns.
-constexpr int kRowLanes = lanes_per_row<(kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV)>;
+constexpr int kRowLanes = ADASPLASH2_GRAD_LANES;
 
 extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_constant__ Params p) {
-  __shared__ float products[kThreads / kRowLanes][kMaxRow];
+  constexpr int kRows = kThreads / kRowLanes;
+  __shared__ float products[kRows][kMaxRow];
+  static_assert(kMaxRow == kListLanes * kMaxList && sizeof(products) <= kStaticShared);
   const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
   const bool active = r.inside && !p.flat[r.at / kGroupRows];
   const int kept = active ? p.row_count[r.at] : 0;
@@ -367,7 +366,6 @@ constexpr Record kNoRecord = {-1, 0.f, 0.f, 0};
 
 // dK and dV of columns of at most kShortColumn survivors: sort by row, gather. A group of
 // kRowLanes lanes sums a column of up to kGroupColumn, a warp the others.
-constexpr int kShortColumn = 256;
 constexpr int kColumns = kThreads / kRowLanes;  // of a block
 constexpr int kGroupColumn = kShortColumn / kParts;
 
@@ -449,7 +447,6 @@ struct LongColumn {
 
 // Sorts the records of long columns by row: a bit for each row, and the number of bits before it.
 // Their order takes the place of the ranks, which have done their work.
-constexpr int kSortThreads = 512;
 constexpr int kSortWords = 4096;
 extern "C" __global__ void __launch_bounds__(kSortThreads)
     sort_long_columns(const __grid_constant__ Params p) {
@@ -495,7 +492,6 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
 
 // dK and dV of long columns. Each is dealt out to several blocks by its sorted records, and the
 // last block to finish adds the parts in order.
-constexpr int kLongThreads = 128;
 constexpr int kLongGroups = kLongThreads / kRowLanes;  // records that a block gathers side by side
 constexpr int kLongLeast = 256;                        // records of a part, but for the last one
 using LongSum = float[2][8][kRowLanes];                // of dK and dV

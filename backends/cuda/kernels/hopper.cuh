@@ -12,8 +12,7 @@ namespace adasplash2 {
 
 using u64 = unsigned long long;
 
-constexpr int kPanelColumns = 64;
-constexpr int kLineBytes = 128;
+constexpr int kLineBytes = kSwizzleBytes;
 template <int width>
 constexpr int panels_of = (width + kPanelColumns - 1) / kPanelColumns;
 constexpr int kPanels = panels_of<kDim>, kPanelsV = panels_of<kDimV>;
@@ -67,13 +66,19 @@ __device__ __forceinline__ void publish_stores() {
 // no more than the block was launched with.
 template <int groups, int kept>
 __device__ __forceinline__ void take_registers() {
-  constexpr int threads = groups * 128 + 128, launched = 65536 / threads / 8 * 8;
-  constexpr int share = (launched * threads - kept * 128) / (groups * 128) / 8 * 8;
+  constexpr int threads = (groups + 1) * kWarpgroupThreads, launched = 65536 / threads / 8 * 8;
+  constexpr int share =
+      (launched * threads - kept * kWarpgroupThreads) / (groups * kWarpgroupThreads) / 8 * 8;
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(share < 240 ? share : 240));
 }
 template <int kept>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kept));
+}
+
+// Tiles start where the pattern of the swizzle does, behind the start of shared memory.
+__device__ __forceinline__ u32 align_tiles(u32 shared) {
+  return (shared + kSwizzleAlignment - 1) & ~u32(kSwizzleAlignment - 1);
 }
 
 // --- copies --------------------------------------------------------------------------------
@@ -134,7 +139,7 @@ __device__ __forceinline__ u64 descriptor(u32 address, int panel_bytes = kDescri
   ADASPLASH2_NAMES32                                                                             \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#if ADASPLASH2_DTYPE == 1
+#if ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16
 #define ADASPLASH2_TYPES ".f32.f16.f16 "
 #else
 #define ADASPLASH2_TYPES ".f32.bf16.bf16 "

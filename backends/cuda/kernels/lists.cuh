@@ -23,12 +23,6 @@ constexpr int kCapacity = ADASPLASH2_CAPACITY;
 // Bounds stay this much below what is proven, in windows and relative to the score: above the
 // rounding of f and of z near the root.
 constexpr float kBoundSlack = 2e-6f;
-// A strip: a lane's scores of two rows (slots) and of kStripParts accumulator fragments of 8 keys.
-constexpr int kStripParts = 2;
-constexpr int kStripKeys = kStripParts * 8;
-constexpr int kStripAppend = kStripKeys / 4;  // entries that it may add to one list
-constexpr int kMinStrips = 2;                 // for which there is always room
-constexpr int kMaxList = 64;                  // entries: a quarter of kMaxRow of elements.cu
 // Bounds are raised when a list has grown by so many entries since, and lists are dealt out anew.
 constexpr int kRaiseGrow = 1;
 constexpr int kDealGrow = 3;
@@ -60,13 +54,14 @@ struct Lists {
   static constexpr u32 kEntryBytes = 2 * kColumns;
   // A strip of all lanes: 16 bytes a lane for each fragment, then the columns.
   static constexpr int kPairs = kSlots / 2;
-  static constexpr u32 kPairBytes = 32 * (kStripParts * 16 + 4);
+  static constexpr u32 kPairBytes = 32 * kStagingLaneBytes;
   static constexpr u32 kStripBytes = kPairs * kPairBytes;
   // Lists grow from the start of the warp's memory, strips from its end: long lists leave room
   // for few strips, short ones for many.
   static constexpr u32 kBytes = kCapacity * kEntryBytes;
-  static constexpr u32 kAppendBytes = kStripAppend * kEntryBytes;
-  static_assert(kBytes >= kMinStrips * kStripBytes + 2 * kAppendBytes);
+  static constexpr u32 kAppendBytes = kStagingAppend * kEntryBytes;
+  static_assert(kBytes >= kMinStaged * kStripBytes + 2 * kAppendBytes);
+  static_assert(kEntryBytes == 32 * kSlots * kListEntryBytes);
 
   u32 base;               // the lane's first entry of slot 0
   u32 end[kSlots];        // first free entry, counted without the slot's own offset
@@ -118,14 +113,14 @@ struct Lists {
 
   // Leave room for as many strips as the lists, `longest` entries now, may do without.
   __device__ __forceinline__ void empty_strips(int longest) {
-    constexpr u32 most = kBytes - kMinStrips * kStripBytes;
+    constexpr u32 most = kBytes - kMinStaged * kStripBytes;
     const u32 lists = min(longest * kEntryBytes + kAppendBytes + kSpare * kEntryBytes, most);
     last_strip = first_strip + kStripBytes - kBytes + lists;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) caught[pair] = first_strip;
   }
   // From a lane's strip to its column.
-  static __device__ __forceinline__ u32 to_column() { return kStripParts * 512 - lane_id() * 12; }
+  static __device__ __forceinline__ u32 to_column() { return kStagingParts * 512 - lane_id() * 12; }
 
   static __device__ __forceinline__ float under(float seen, float inv_c) {
     return seen - (1.f + kBoundSlack) * inv_c - kBoundSlack * fabsf(seen);
@@ -163,7 +158,7 @@ struct Lists {
     bool still = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      constexpr int parts = 4, each = count * kStripAppend / parts;
+      constexpr int parts = 4, each = count * kStagingAppend / parts;
       float best[parts];
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
@@ -442,9 +437,9 @@ struct Lists {
   // Store a strip of two slots where one of its scores is above their bound. Where there is no
   // room nothing is stored, but the end moves on all the same.
   template <int pair>
-  __device__ __forceinline__ void catch_strip(const float (&x)[kStripParts][4], float seen,
+  __device__ __forceinline__ void catch_strip(const float (&x)[kStagingParts][4], float seen,
                                               float seen_next, int column) {
-    static_assert(kStripParts == 2);
+    static_assert(kStagingParts == 2);
     asm volatile(
         "{.reg .pred hit, room; .reg .u32 at;"
         "setp.gt.f32 hit, %1, %2;"
@@ -465,17 +460,17 @@ struct Lists {
 
   template <int pair, class Score>
   __device__ __forceinline__ void look_at(const Score& score, int strip, int first_column) {
-    float x[kStripParts][4], seen[2];
+    float x[kStagingParts][4], seen[2];
 #pragma unroll
-    for (int part = 0; part < kStripParts; ++part)
+    for (int part = 0; part < kStagingParts; ++part)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[part][i] = score(2 * pair + i / 2, strip * kStripParts + part, i % 2);
+        x[part][i] = score(2 * pair + i / 2, strip * kStagingParts + part, i % 2);
         seen[i / 2] = part + i % 2 ? max_or_nan(seen[i / 2], x[part][i]) : x[part][i];
       }
 #pragma unroll
     for (int i = 0; i < 2; ++i) top[2 * pair + i] = max_or_nan(top[2 * pair + i], seen[i]);
-    catch_strip<pair>(x, seen[0], seen[1], first_column + strip * kStripKeys);
+    catch_strip<pair>(x, seen[0], seen[1], first_column + strip * kStagingKeys);
   }
   template <class Score>
   __device__ __forceinline__ void catch_strips(const Score& score, int first, int count,
@@ -492,7 +487,7 @@ struct Lists {
   // The maxima of a flat warp go on being kept.
   template <int count, class Score>
   __device__ __forceinline__ void filter(const Score& score, int first_column, const Params& p) {
-    static_assert(count % kMinStrips == 0, "settle() looks again at so many at a time");
+    static_assert(count % kMinStaged == 0, "settle() looks again at so many at a time");
     if (unset) set_first_bounds<count>(score, p);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) before[pair] = caught[pair];
@@ -519,12 +514,12 @@ struct Lists {
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) caught[pair] = before[pair];
 #pragma unroll 1  // one copy of sift()
-    for (int strip = 0; strip < count; strip += kMinStrips) {
+    for (int strip = 0; strip < count; strip += kMinStaged) {
       sift(p);
       if (!lost) break;
 #pragma unroll
-      for (int here = 0; here < count; here += kMinStrips)
-        if (here == strip) catch_strips(score, here, kMinStrips, first_column);
+      for (int here = 0; here < count; here += kMinStaged)
+        if (here == strip) catch_strips(score, here, kMinStaged, first_column);
     }
     return true;
   }
@@ -542,7 +537,7 @@ struct Lists {
       sift_strip<0>(strip);
       if constexpr (kPairs == 2) sift_strip<1>(strip);
       __syncwarp();  // lists may grow over what all lanes have read
-      const int taken = max(strip, kMinStrips);
+      const int taken = max(strip, kMinStaged);
       if (!has_room(taken) && !make_room(taken, p.c, p.inv_c, p.r)) turn_flat();
     }
     if (past(raise_at)) raise(p.c, p.inv_c, p.r);
@@ -557,7 +552,7 @@ struct Lists {
     const float above[2] = {mine ? bound[2 * pair] : kInf, mine ? bound[2 * pair + 1] : kInf};
     const int column = __float_as_int(load_shared(at + to_column()));
 #pragma unroll
-    for (int part = 0; part < kStripParts; ++part) {
+    for (int part = 0; part < kStagingParts; ++part) {
       const float4 x = load_shared4(at + part * 512);
       append<2 * pair>(x.x, column + part * 8, above[0]);
       append<2 * pair>(x.y, column + part * 8 + 1, above[0]);

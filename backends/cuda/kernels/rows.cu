@@ -7,17 +7,9 @@
 
 namespace adasplash2 {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kRowThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowCapacity = 32;  // scores a thread keeps: 32 KiB of shared memory a block
-
-struct RowParams {
-  const void *x, *grad_y;  // strides in elements; y is dense
-  void *y, *grad_x;
-  i64 stride_x, stride_grad_y;
-  int rows, length;
-  float c, r;  // alpha - 1 and 1 / (alpha - 1)
-};
 
 // Over the block, in a fixed order; every thread gets the result.
 template <class T, class Combine>

@@ -9,15 +9,14 @@
 
 namespace adasplash2 {
 
-constexpr int kWarpRows = 32;
+constexpr int kWarpRows = kScanWarpRows;
 constexpr int kSlots = kWarpRows / 8;  // rows that a lane shares
 // Float32 queries stand in shared memory; wide ones leave room for two warps only.
-constexpr bool kWide = !kHalf && kDim > 128;
-constexpr int kWarps = kWide ? 2 : 4;
+constexpr int kBlockRows = ADASPLASH2_BLOCK_ROWS;
+constexpr int kWarps = kBlockRows / kWarpRows;
 constexpr int kThreads = kWarps * 32;
-constexpr int kBlockRows = kWarps * kWarpRows;
-constexpr int kTileKeys = kWide ? 32 : 64;  // keys that are copied to shared memory at a time
-constexpr int kStages = 2;
+constexpr int kTileKeys = ADASPLASH2_TILE_KEYS;  // that are copied to shared memory at a time
+constexpr int kStages = kScanStages;
 constexpr int kChunk = 32;  // keys whose scores a warp holds at a time
 
 constexpr int kQuarters = kChunk / 8;   // n8 fragments of a chunk
@@ -153,6 +152,8 @@ __device__ __forceinline__ void mask_scores(Scores& s, int first_row, int first_
 
 constexpr int kStageBytes = kTileKeys * tile_stride<kDim>;
 constexpr int kQueryBytes = kHalf ? 0 : kBlockRows * tile_stride<kDim>;
+static_assert(kStages * kStageBytes + kWarps * Lists<kSlots>::kBytes + kQueryBytes ==
+              ADASPLASH2_SHARED_SCAN);
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char shared[];
@@ -198,9 +199,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
       if (edge) mask_scores(s, first_row, first_key, p.length_k);
       const auto score = [&](int slot, int n, int j) { return s[slot / 2][n][slot % 2 * 2 + j]; };
       const int column = first_key + lane_id() % 4 * 2;
-      lists.filter<kChunk / kStripKeys>(score, column, p);
-      lists.settle<kChunk / kStripKeys>(score, column, p,
-                                        [](bool due) { return __any_sync(kAllLanes, due); });
+      lists.filter<kChunk / kStagingKeys>(score, column, p);
+      lists.settle<kChunk / kStagingKeys>(score, column, p,
+                                          [](bool due) { return __any_sync(kAllLanes, due); });
     }
   }
   if (outside) return;

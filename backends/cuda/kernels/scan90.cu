@@ -16,25 +16,30 @@
 
 namespace adasplash2 {
 
-static_assert(kHalf && kAligned && kDim <= 128);
+static_assert(kHalf && kAligned && kDim <= kHopperMaxHeadDim);
 
 constexpr int kGroups = ADASPLASH2_WARPGROUPS;
 constexpr int kStages = ADASPLASH2_STAGES;
 constexpr bool kRetry = ADASPLASH2_RETRY;
-constexpr int kConsumers = kGroups * 128;
-constexpr int kThreads = kConsumers + 128;
+constexpr int kConsumers = kGroups * kWarpgroupThreads;
+constexpr int kThreads = kConsumers + kWarpgroupThreads;
 constexpr int kCopierRegisters = 24;
-constexpr int kRows = 64;  // of a warpgroup: M of wgmma
+constexpr int kRows = kWarpgroupRows;
 constexpr int kBlockRows = kGroups * kRows;
-constexpr int kTileKeys = 128;  // N of wgmma
+constexpr int kTileKeys = kHopperKeys;
 constexpr int kSlots = 2;
 
 // Whether a warpgroup whose rows are all flat may stop: dense90_output.cu finds the largest
 // scores itself, dense.cu relies on the first look.
-constexpr bool kMayStop = kRetry || (kAlpha != AlphaKind::kGeneral && kDimV <= 128);
+constexpr bool kMayStop = kRetry || (kAlpha != AlphaKind::kGeneral && kDimV <= kHopperMaxHeadDim);
 
 constexpr int kPanelBytes = kTileKeys * kLineBytes;
 constexpr int kStageBytes = kPanels * kPanelBytes;
+constexpr int kBarriers = 2 * kStages;
+// The barriers are static shared memory: what is launched with has room for both.
+static_assert(kSwizzleAlignment + kStages * kStageBytes + kGroups * 4 * Lists<kSlots>::kBytes +
+                  kBarriers * sizeof(u64) <=
+              ADASPLASH2_SHARED_SCAN);
 
 // --- products ------------------------------------------------------------------------------
 
@@ -149,7 +154,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
   if (kRetry && wanted) lists.resume(p, group);
 
-  constexpr int kParts = kTileKeys / kStripKeys;
+  constexpr int kParts = kTileKeys / kStagingKeys;
   const u64 first_tile = descriptor(stages);
   const auto take = [&] {
     at.await_full(full);
@@ -213,8 +218,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
   extern __shared__ __align__(16) char shared[];  // 1,024 would count in full beside barriers[]
-  __shared__ __align__(8) u64 barriers[2 * kStages];
-  const u32 stages = (shared_address(shared) + 1023) & ~1023u;
+  __shared__ __align__(8) u64 barriers[kBarriers];
+  const u32 stages = align_tiles(shared_address(shared));
   const u32 full = shared_address(barriers), empty = full + kStages * 8;
   if (threadIdx.x < kStages) {
     init_barrier(full + threadIdx.x * 8, 1);

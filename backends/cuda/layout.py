@@ -1,0 +1,261 @@
+"""What Python and the kernels share, each written once: constants, and the structs in memory.
+
+:func:`header` makes ``layout.cuh`` of this module, which the kernels include. Every upper-case
+integer becomes a ``constexpr int`` (``ARENA_ROW`` is ``kArenaRow`` there), every struct is declared
+with its size and the offset of each field asserted. What depends on a problem's shape comes to the
+kernels as ``-D`` macros instead, from ``sizes.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""The values of ``ADASPLASH2_DTYPE``."""
+
+ALPHA_KINDS = {"k15": 0, "k2": 1, "kGeneral": 2}
+"""``AlphaKind`` of ``threshold.h``: 1.5 and 2, which have closed forms, and every other alpha."""
+
+# Rows and their survivors
+
+GROUP_ROWS = 16
+"""Query rows that are an element group or a flat one together: one matrix fragment."""
+
+ARENA_ROW = 64
+"""Entries of the survivor arena per query row. A group shares those of its rows, so single rows may
+keep more."""
+
+LISTED, LOOK_AGAIN, FLAT = range(3)
+"""What ``Params.flat`` says of a group: its survivors are in the arena; a second scan may find that
+they fit after all; the dense kernels serve it."""
+
+POISONED = -1
+"""The number of survivors of a row whose output is NaN."""
+
+CHECK_ROWS = 128
+"""Rows in which a block of ``check_finite`` looks for NaN and infinities."""
+
+# Lists of the scans (lists.cuh)
+
+LIST_LANES = 4
+"""Lanes that share a row in the accumulators of mma.sync and wgmma; each has its own list of it."""
+
+MAX_LIST = 64
+"""Entries of one lane's list at most."""
+
+MAX_ROW = LIST_LANES * MAX_LIST
+"""Survivors of one row at most; ``grad_rows`` has shared memory for so many."""
+
+LIST_ENTRY_BYTES = 8
+"""One entry of a lane's list: a score and its column."""
+
+STAGING_PARTS = 2
+"""Accumulator fragments of 8 keys that are staged at once: a lane's scores of two rows."""
+
+STAGING_KEYS = 8 * STAGING_PARTS
+STAGING_APPEND = STAGING_KEYS // LIST_LANES
+"""Entries that these may add to one list."""
+
+STAGING_LANE_BYTES = 16 * STAGING_PARTS + 4
+"""What a lane stages at once: its scores, and their first column."""
+
+MIN_STAGED = 2
+"""How often a lane may stage scores at least, however long the lists are."""
+
+# Memory of lists and staging is counted in entries of a lane's lists, for two rows as staging is.
+_PAIR_ENTRY_BYTES = 2 * LIST_ENTRY_BYTES
+
+MIN_CAPACITY = -(-MIN_STAGED * STAGING_LANE_BYTES // _PAIR_ENTRY_BYTES) + 2 * STAGING_APPEND
+"""The least room for staging, and in the lists for twice what is added at once."""
+
+MAX_CAPACITY = MAX_LIST + 28
+"""Full lists, and beside them memory to stage scores 12 times: a tile of 128 keys needs 8."""
+
+SCAN_STAGES = 2
+"""Tiles of keys in shared memory in ``scan.cu``."""
+
+SCAN_WARP_ROWS = 32
+"""Queries of a warp of ``scan.cu``."""
+
+# Gathers (elements.cu)
+
+ELEMENT_THREADS = 256
+PREFIX_THREADS = 1024
+SORT_THREADS = 512
+LONG_THREADS = 128
+
+SHORT_COLUMN = 256
+"""Survivors of a key that one warp sums; a column of more is a long one."""
+
+LONG_BLOCKS = 4
+"""Blocks a multiprocessor for long columns."""
+
+LONG_WAVES = 2
+"""Where long columns are dealt out to several blocks, they have at most so many parts for each
+block of the launch, together."""
+
+LONG_PART_BYTES = 2048
+"""The sums of one part."""
+
+STATIC_SHARED = 48 * 1024
+"""Bytes of shared memory that a block has without asking for more."""
+
+ROW_THREADS = 256
+"""Threads of a block of ``rows.cu``."""
+
+# Hopper (scan90.cu, dense90.cuh)
+
+WARPGROUP_THREADS = 128
+WARPGROUP_ROWS = 64
+"""M of wgmma."""
+
+SWIZZLE_BYTES = 128
+"""The width of the swizzle: a row of a panel."""
+
+PANEL_COLUMNS = SWIZZLE_BYTES // 2
+"""Columns of a panel, of 16-bit types."""
+
+SWIZZLE_ALIGNMENT = 1024
+"""Tiles start on so many bytes: eight rows of a panel, after which the swizzle repeats."""
+
+HOPPER_KEYS = 128
+"""Keys of a tile in ``scan90.cu`` and ``dense90_output.cu``; N of wgmma."""
+
+HOPPER_MAX_HEAD_DIM = 128
+"""Wider queries leave the accumulators of ``scan90.cu`` too few registers."""
+
+DENSE_WARPGROUPS = 2
+"""Warpgroups of ``dense90.cuh`` that multiply, beside the one that copies."""
+
+DENSE_BOX = 64
+"""Rows that one copy of ``dense90.cuh`` brings."""
+
+DENSE_VALUE_STAGES = 2
+GRAD_STAGES = 3
+GRAD_QUERIES = 64
+"""Queries of a tile in ``dense_grad_columns``."""
+
+OUTPUT_PLAIN, OUTPUT_SAVES, OUTPUT_RECORDS = range(3)
+"""``ADASPLASH2_OUTPUT`` of ``dense90_output.cu``: no backward is to come; one is; the call records
+what it did."""
+
+# Structs
+
+_POINTER = ctypes.c_uint64
+_TYPES: dict[str, type] = {
+    "int": ctypes.c_int32,
+    "long long": ctypes.c_int64,
+    "float": ctypes.c_float,
+}
+_DECLARED: dict[str, tuple[type[ctypes.Structure], tuple[tuple[str, ...], ...]]] = {}
+
+
+def _struct(name: str, *fields: tuple[str, ...]) -> type[ctypes.Structure]:
+    """The struct of ``fields``: a C type and the names that have it."""
+    kinds = [
+        (field, _POINTER if kind.endswith("*") else _TYPES[kind])
+        for kind, *names in fields
+        for field in names
+    ]
+    made = type(name, (ctypes.Structure,), {"_fields_": kinds})
+    _TYPES[name] = made
+    _DECLARED[name] = made, fields
+    return made
+
+
+View = _struct(  # (batch, heads, length, head_dim) with unit stride in head_dim
+    "View",
+    ("void*", "data"),
+    ("long long", "batch", "head", "row"),  # strides in elements
+)
+
+Entry = _struct(  # a survivor of one query row
+    "Entry",
+    ("int", "column"),
+    ("float", "x"),  # z - tau > 0
+)
+
+Record = _struct(  # a survivor of one key column
+    "Record",
+    ("int", "row"),  # query row, counted over the group's heads: member * length_q + i
+    ("float", "ds", "p"),
+    ("int", "member"),  # which of the group's heads
+)
+
+Params = _struct(
+    "Params",
+    ("View", "q", "k", "v", "o", "grad_o", "grad_q", "grad_k", "grad_v"),
+    ("float*", "tau"),  # (batch * heads_q, length_q)
+    ("int*", "iterations"),  # likewise, or null
+    # (batch * heads_q, tiles_q, tiles_k) 64x64 tiles with support, or null
+    ("unsigned char*", "tiles"),
+    # First arena entry of a row; rows are numbered head by head, each head's padded to whole
+    # groups. Flat rows: the bits of the largest score, then of the factor that makes their
+    # probabilities sum to one.
+    ("int*", "row_start"),
+    # Survivors of a row, or kPoisoned. Flat rows: at first the bits of a lower bound of tau / c.
+    ("int*", "row_count"),
+    ("unsigned char*", "flat"),  # of each group: kListed, kLookAgain or kFlat
+    ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
+    ("Entry*", "entries"),  # the arena. Flat rows: see Threshold in dense.cu, O2 in dense90.cuh
+    # Arrival of an arena entry in its column; of long columns, later, the order of their records
+    # by row.
+    ("int*", "rank"),
+    ("int*", "column_count", "column_start"),
+    ("Record*", "records"),
+    ("float*", "delta"),  # (batch * heads_q, length_q), flat rows only
+    ("int*", "long_columns"),  # [0] their number, then the columns
+    ("int*", "long_done"),  # parts of a long column that are summed
+    ("void*", "long_parts"),  # their sums, kLongPartBytes each
+    ("int", "batch", "heads_q", "heads_kv", "group", "length_q", "length_k", "groups_q"),
+    ("int", "long_limit"),  # kShortColumn
+    ("float", "c", "inv_c"),  # z = c * (q . k), c = (alpha-1) |scale| > 0; and its inverse
+    ("float", "scale"),  # as given; a negative one is carried by the sign of q
+    ("float", "q_sign"),  # 1, -1, or 0 where scale is 0
+    ("float", "r"),  # 1 / (alpha-1)
+)
+
+RowParams = _struct(  # of rows.cu
+    "RowParams",
+    ("void*", "x", "grad_y", "y", "grad_x"),
+    ("long long", "stride_x", "stride_grad_y"),  # in elements; y is dense
+    ("int", "rows", "length"),
+    ("float", "c", "r"),  # alpha - 1 and 1 / (alpha - 1)
+)
+
+
+@functools.cache
+def header() -> str:
+    """``layout.cuh``."""
+    lines = ["// Generated by layout.py.", "#pragma once", '#include "adasplash2/threshold.h"']
+    for dtype, code in DTYPE_CODES.items():
+        lines.append(f"#define ADASPLASH2_{str(dtype).removeprefix('torch.').upper()} {code}")
+    lines += [
+        # NVRTC has no offsetof(), but what its host compilers make theirs of.
+        "#define ASSERT_FIELD(type, field, offset, size)                               \\",
+        "  static_assert(__INTADDR__(&static_cast<type*>(nullptr)->field) == offset && \\",
+        "                sizeof(type::field) == size)",
+    ]
+    lines.append("namespace adasplash2 {")
+    lines += [
+        f"static_assert(int(AlphaKind::{kind}) == {code});" for kind, code in ALPHA_KINDS.items()
+    ]
+    lines += [
+        f"constexpr int k{name.title().replace('_', '')} = {value};"
+        for name, value in globals().items()
+        if name.isupper() and isinstance(value, int) and not name.startswith("_")
+    ]
+    for name, (made, fields) in _DECLARED.items():
+        lines.append(f"struct {name} {{")
+        lines += [f"  {kind} {field};" for kind, *names in fields for field in names]
+        lines.append("};")
+        lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(made)});")
+        for _, *names in fields:
+            for field in names:
+                at = getattr(made, field)
+                lines.append(f"ASSERT_FIELD({name}, {field}, {at.offset}, {at.size});")
+    lines += ["}  // namespace adasplash2", "#undef ASSERT_FIELD"]
+    return "\n".join(lines) + "\n"
