@@ -33,7 +33,7 @@ STATS_TILE = 64
 """Side of the tiles that ``AttentionStats.empty_tiles`` counts."""
 
 MAXIMA_CHUNK = 4096
-"""Tile maxima that a block holds at a time: 32 of 128 rows."""
+"""Tile maxima that a program holds at a time: 32 of 128 rows."""
 
 LIST_CHUNK = 256
 """Row blocks that the transposition looks at together."""
@@ -161,7 +161,7 @@ class Call:
         self.grid = plan.grid
         self.compiled = plan.compiled_for((*self.inputs, *more))
         programs = sizes.residents(config, "solve") * _multiprocessors(problem.device)
-        self.programs = min(programs, plan.grid.heads * plan.grid.blocks)
+        self.programs = min(programs, plan.grid.heads * plan.grid.row_blocks)
         self.query, self.key, self.value = map(sizes.Heads.of, self.inputs)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -183,8 +183,8 @@ class Call:
         self.run(Launch(kernel, grid, arguments | flags, options, self.compiled, variant))
 
     def twice(self, kernel: Any, grid: int, flags: dict[str, bool], **arguments: Any) -> None:
-        """For all blocks, and in the way that keeps what is not finite apart for those that need
-        it."""
+        """For all row blocks, and in the way that keeps what is not finite apart for those that
+        need it."""
         for safe in (False, True):
             self(kernel, grid, {**flags, "SAFE": safe}, **arguments)
 
@@ -204,7 +204,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
     receives ``iterations``, ``support`` and ``marks`` of tiles with support."""
     problem = call.problem
     shape = (problem.batch, problem.heads_q, problem.length_q)
-    row_blocks = call.grid.heads * call.grid.blocks
+    work_items = call.grid.heads * call.grid.row_blocks
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
     tau = call.empty(*shape, dtype=torch.float32)
     layout = call.plan.layout
@@ -238,7 +238,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
             taken=parts["taken"],
             iterations=counters["iterations"],
             shape=plan.shape,
-            work_items=row_blocks,
+            work_items=work_items,
             tolerance=tolerance(problem),
             opt=plan.opt,
             CHUNK=MAXIMA_CHUNK // block_q,
@@ -247,7 +247,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
         )
         call.twice(
             output_kernels.output,
-            row_blocks,
+            work_items,
             {"COUNT": count},
             query=call.query,
             key=call.key,
@@ -285,7 +285,7 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
     most = max(grid.rows, grid.heads_kv * problem.length_k)
     unsafe = call.empty(most, dtype=torch.int8)
     key_tiles = grid.heads_kv * grid.tiles
-    capacity = grid.gqa_group * grid.blocks
+    capacity = grid.gqa_group * grid.row_blocks
     row_block_lists = call.empty(key_tiles * capacity, dtype=torch.int32)
     row_block_counts = call.empty(key_tiles * 2, dtype=torch.int32)
     pieces = sizes.most_pieces(grid, _multiprocessors(problem.device))
@@ -323,7 +323,7 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
     with on_device(problem.device):
         call.twice(
             backward_kernels.grad_query,
-            grid.heads * grid.blocks,
+            grid.heads * grid.row_blocks,
             {},
             query=call.query,
             key=call.key,

@@ -219,7 +219,7 @@ class Grid:
     heads_kv: int
     gqa_group: int
     rows: int
-    blocks: int
+    row_blocks: int
     tiles: int
 
     @classmethod
@@ -230,7 +230,7 @@ class Grid:
             heads_kv=problem.batch * problem.heads_kv,
             gqa_group=problem.group_size,
             rows=heads * problem.length_q,
-            blocks=-(-problem.length_q // int(config["block_q"])),
+            row_blocks=-(-problem.length_q // int(config["block_q"])),
             tiles=-(-problem.length_k // int(config["block_k"])),
         )
 
@@ -241,9 +241,10 @@ class Saved:
     ``out_u`` ``(rows, head_dim_v)`` float32: means of the values weighted by ``u``.
     ``top``, ``t`` ``(rows,)`` float32: ``tau = c top + t``.
     ``spread`` ``(rows,)`` float32: 0 where one key has all probability, else 1; where ``exact``.
-    ``counts`` ``(heads, blocks, 2)`` int32: entries of a list that need no mask, and all of them.
-    ``lists`` ``(heads, blocks, tiles)`` int32: numbers of the live tiles, ascending.
-    ``live`` ``(heads, blocks, tiles)`` int8: the same as flags.
+    ``counts`` ``(heads, row_blocks, 2)`` int32: entries of a list that need no mask, and
+    all of them.
+    ``lists`` ``(heads, row_blocks, tiles)`` int32: numbers of the live tiles, ascending.
+    ``live`` ``(heads, row_blocks, tiles)`` int8: the same as flags.
     ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a poisoned row sees.
     ``taken`` ``(1,)`` int32: row blocks that the forward's programs have taken on.
 
@@ -252,13 +253,13 @@ class Saved:
 
     def __init__(self, problem: Problem, config: Config) -> None:
         grid = Grid.of(problem, config)
-        pairs = grid.heads * grid.blocks * grid.tiles
+        pairs = grid.heads * grid.row_blocks * grid.tiles
         lengths = {
             "out_u": (torch.float32, grid.rows * problem.head_dim_v * int(problem.needs_grad)),
             "top": (torch.float32, grid.rows),
             "t": (torch.float32, grid.rows),
             "spread": (torch.float32, grid.rows),
-            "counts": (torch.int32, grid.heads * grid.blocks * 2),
+            "counts": (torch.int32, grid.heads * grid.row_blocks * 2),
             "lists": (torch.int32, pairs),
             "poison": (torch.int32, grid.heads_kv),
             "taken": (torch.int32, 1),
@@ -340,7 +341,7 @@ def most_pieces(grid: Grid, multiprocessors: int) -> int:
     """Pieces that the lists of key tiles may be cut into: where they are few, so that a key which
     nearly all rows keep may take longer than all others, and none where all are short."""
     few = grid.heads_kv * grid.tiles <= MANY_LISTS * multiprocessors
-    long = grid.gqa_group * grid.blocks >= 2 * SHORTEST_PIECE
+    long = grid.gqa_group * grid.row_blocks >= 2 * SHORTEST_PIECE
     return PIECES * multiprocessors if few and long else 0
 
 

@@ -134,12 +134,13 @@ def transpose_lists(
     live, row_block_lists, row_block_counts, shape, opt: tl.constexpr, CHUNK: tl.constexpr
 ):
     """Per key tile, the row blocks of its ``gqa_group`` of heads for which it is live, as
-    ``member * blocks + block``: first those that see all of it, then those that need the mask."""
+    ``member * row_blocks + row_block``: first those that see all of it, then those that need the
+    mask."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
-    blocks = tl.cdiv(shape.length_q, opt.block_q)
+    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     number = tl.program_id(0)
     tile = number % tiles
-    capacity = shape.gqa_group * blocks
+    capacity = shape.gqa_group * row_blocks
     # Query heads of one key head are neighbours, also across the batch.
     first_block = (number // tiles).to(tl.int64) * capacity
     numbers = row_block_lists + number.to(tl.int64) * capacity
@@ -150,7 +151,7 @@ def transpose_lists(
             flags = live + (first_block + entry) * tiles + tile
             alive = tl.load(flags, mask=entry < capacity, other=0)
             # The end of the keys needs no mask: what lies beyond it is not stored.
-            whole = open_tiles(entry % blocks * opt.block_q, tiles * opt.block_k, opt) > tile
+            whole = open_tiles(entry % row_blocks * opt.block_q, tiles * opt.block_k, opt) > tile
             chosen = ((alive != 0) & (whole == (edge == 0))).to(tl.int32)
             tl.store(numbers + found + tl.cumsum(chosen, 0) - chosen, entry, mask=chosen > 0)
             found += tl.sum(chosen, 0)
@@ -171,14 +172,14 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
     top_in, t_in, delta_in, spread_in, first_head = thresholds
     numbers, start, stop = portion(entries, EDGE)
     part: tl.constexpr = opt.block_q // PARTS
-    blocks = tl.cdiv(shape.length_q, opt.block_q)
+    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     length = shape.length_q
     upcoming = entry_of(numbers, start, stop)
     for index in range(start * PARTS, stop * PARTS):
         entry = upcoming
         upcoming = entry_of(numbers, (index + 1) // PARTS, stop)
-        member = (entry // blocks).to(tl.int64)
-        first_row = (entry % blocks * PARTS + index % PARTS) * part
+        member = (entry // row_blocks).to(tl.int64)
+        first_row = (entry % row_blocks * PARTS + index % PARTS) * part
         q_head = (q_base + member * q_member, q_row)
         q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, True)
         g_head = (g_base + member * g_member, g_row)

@@ -88,14 +88,14 @@ def row_block_at(number, shape, opt: tl.constexpr):
     """The row block that is ``number`` in launch order (head by head, so that keys and values stay
     in the L2, and longest rows first): its place among all, ``(batch, head, kv_head)``, its first
     row, and :func:`rows_at`."""
-    blocks = tl.cdiv(shape.length_q, opt.block_q)
-    head_row = number // blocks
-    block = blocks - 1 - number % blocks
+    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
+    head_row = number // row_blocks
+    row_block = row_blocks - 1 - number % row_blocks
     head = head_row % shape.heads_q
     at_head = (head_row // shape.heads_q, head, head // shape.gqa_group)
-    first_row = block * opt.block_q
+    first_row = row_block * opt.block_q
     at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
-    return head_row * blocks + block, at_head, first_row, at_row, inside
+    return head_row * row_blocks + row_block, at_head, first_row, at_row, inside
 
 
 @triton.jit
