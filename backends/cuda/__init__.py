@@ -211,9 +211,7 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         arch = compiler.architecture(torch.cuda.get_device_capability(problem.device))
         compiler.cubin("rows.cu", rows.defines(problem), arch)
         return
-    widths = problem.head_dim, problem.head_dim_v
-    aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
-    plan = plans.plan(problem, config, aligned)
+    plan = plans.plan(problem, config, plans.may_align(problem))
     _ = plan.scans, plan.forward, plan.backward if problem.needs_grad else ()
 
 

@@ -28,7 +28,7 @@ ARENA_ROW = 64
 """Entries of the survivor arena per query row. A group shares those of its rows, so single rows may
 keep more."""
 
-LISTED, LOOK_AGAIN, FLAT = range(3)
+LISTED, TO_RETRY, FLAT = range(3)
 """What ``Params.flat`` says of a group: its survivors are in the arena; a second scan may find that
 they fit after all; the dense kernels serve it."""
 
@@ -150,19 +150,28 @@ _TYPES: dict[str, type] = {
     "long long": ctypes.c_int64,
     "float": ctypes.c_float,
 }
-_DECLARED: dict[str, tuple[type[ctypes.Structure], tuple[tuple[str, ...], ...]]] = {}
+_Fields = tuple[tuple[str, ...], ...]
+"""C types, each with the names that have it."""
+
+_DECLARED: dict[str, tuple[str, _Fields]] = {}
+
+
+def _declare(keyword: str, name: str, fields: _Fields) -> dict[str, list[tuple[str, type]]]:
+    _DECLARED[name] = keyword, fields
+    kinds = ((kind, field) for kind, *names in fields for field in names)
+    found = [(field, _POINTER if kind.endswith("*") else _TYPES[kind]) for kind, field in kinds]
+    return {"_fields_": found}
 
 
 def _struct(name: str, *fields: tuple[str, ...]) -> type[ctypes.Structure]:
-    """The struct of ``fields``: a C type and the names that have it."""
-    kinds = [
-        (field, _POINTER if kind.endswith("*") else _TYPES[kind])
-        for kind, *names in fields
-        for field in names
-    ]
-    made = type(name, (ctypes.Structure,), {"_fields_": kinds})
+    made = type(name, (ctypes.Structure,), _declare("struct", name, fields))
     _TYPES[name] = made
-    _DECLARED[name] = made, fields
+    return made
+
+
+def _union(name: str, *fields: tuple[str, ...]) -> type[ctypes.Union]:
+    made = type(name, (ctypes.Union,), _declare("union", name, fields))
+    _TYPES[name] = made
     return made
 
 
@@ -176,6 +185,19 @@ Entry = _struct(  # a survivor of one query row
     "Entry",
     ("int", "column"),
     ("float", "x"),  # z - tau > 0
+)
+
+RowStart = _union(
+    "RowStart",
+    ("int", "entry"),  # a listed row: its first entry in the arena of its group
+    ("float", "top"),  # another row before the dense kernels: the largest score as far as seen
+    ("float", "factor"),  # after them: what makes its probabilities sum to one
+)
+
+RowCount = _union(
+    "RowCount",
+    ("int", "survivors"),  # a listed row, and another after the dense kernels; or kPoisoned
+    ("float", "bound"),  # before them: a lower bound of tau / c
 )
 
 Record = _struct(  # a survivor of one key column
@@ -192,13 +214,10 @@ Params = _struct(
     ("int*", "iterations"),  # likewise, or null
     # (batch * heads_q, tiles_q, tiles_k) 64x64 tiles with support, or null
     ("unsigned char*", "tiles"),
-    # First arena entry of a row; rows are numbered head by head, each head's padded to whole
-    # groups. Flat rows: the bits of the largest score, then of the factor that makes their
-    # probabilities sum to one.
-    ("int*", "row_start"),
-    # Survivors of a row, or kPoisoned. Flat rows: at first the bits of a lower bound of tau / c.
-    ("int*", "row_count"),
-    ("unsigned char*", "flat"),  # of each group: kListed, kLookAgain or kFlat
+    # Of each row; rows are numbered head by head, each head's padded to whole groups.
+    ("RowStart*", "row_start"),
+    ("RowCount*", "row_count"),
+    ("unsigned char*", "flat"),  # of each group: kListed, kToRetry or kFlat
     ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
     ("Entry*", "entries"),  # the arena. Flat rows: see Threshold in dense.cu, O2 in dense90.cuh
     # Arrival of an arena entry in its column; of long columns, later, the order of their records
@@ -248,8 +267,9 @@ def header() -> str:
         for name, value in globals().items()
         if name.isupper() and isinstance(value, int) and not name.startswith("_")
     ]
-    for name, (made, fields) in _DECLARED.items():
-        lines.append(f"struct {name} {{")
+    for name, (keyword, fields) in _DECLARED.items():
+        made = _TYPES[name]
+        lines.append(f"{keyword} {name} {{")
         lines += [f"  {kind} {field};" for kind, *names in fields for field in names]
         lines.append("};")
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(made)});")

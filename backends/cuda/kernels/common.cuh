@@ -281,6 +281,8 @@ __device__ __forceinline__ float certain_rise(float f, float sum_u, float r) {
 
 constexpr int kSolveSteps = 64;  // enough for bisection alone, to a few floats
 constexpr float kEpsilon = 0x1p-23f;
+// The longest step that refine() takes for the last one without another look at f, in windows: the
+// round-off of what it was solved on is then far below that of tau.
 constexpr float kSureStep = 1.f / 32.f;
 // Newton's steps before every other one becomes a bisection. Convex rows need no more.
 constexpr int kFreeSteps = 8;
@@ -364,6 +366,11 @@ __device__ __forceinline__ float load_shared(u32 address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
   return x;
 }
+__device__ __forceinline__ int load_shared_int(u32 address) {
+  int x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ __forceinline__ float4 load_shared4(u32 address) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -374,6 +381,9 @@ __device__ __forceinline__ float4 load_shared4(u32 address) {
 }
 __device__ __forceinline__ void store_shared(u32 address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared(u32 address, int x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() {

@@ -152,14 +152,16 @@ struct Threshold {
   }
 };
 
-__device__ __forceinline__ Entry& threshold_entry(const Params& p, int head_row, int row) {
-  return p.entries[arena_of(head_row * p.groups_q + row / kGroupRows) + row % kGroupRows];
+static_assert(sizeof(Threshold) == sizeof(Entry) && kArenaRow >= 1);
+__device__ __forceinline__ Threshold& kept_threshold(const Params& p, int head_row, int row) {
+  return reinterpret_cast<Threshold*>(
+      p.entries)[arena_of(head_row * p.groups_q + row / kGroupRows) + row % kGroupRows];
 }
 
 __device__ __forceinline__ Threshold threshold_of(const Params& p, int head_row, int row) {
   if constexpr (kRelative) {
-    const Entry& kept = threshold_entry(p, head_row, row);
-    return {__int_as_float(kept.column), kept.x};
+    const Threshold& kept = kept_threshold(p, head_row, row);
+    return kept;
   }
   return {0.f, p.tau[i64(head_row) * p.length_q + row]};
 }
@@ -242,8 +244,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     const i64 at = i64(b.head_row) * p.groups_q * kGroupRows + b.row_of_slot(slot);
-    const float seen = b.flat[slot] ? __int_as_float(p.row_start[at]) : -kInf;
-    const float bound = b.flat[slot] ? __int_as_float(p.row_count[at]) : -kInf;
+    const float seen = b.flat[slot] ? p.row_start[at].top : -kInf;
+    const float bound = b.flat[slot] ? p.row_count[at].bound : -kInf;
     poisoned[slot] = !(seen < kInf);
     empty[slot] = seen == -kInf;  // no key scores above minus infinity
     done[slot] = poisoned[slot] || empty[slot];
@@ -330,11 +332,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const i64 at = i64(b.head_row) * p.length_q + row;
     if (poisoned[slot] || empty[slot]) t[slot] = poisoned[slot] ? kNaN : kInf;
     p.tau[at] = kRelative ? fmaf(c, top[slot], t[slot]) : top[slot] + t[slot];
-    if constexpr (kRelative)
-      threshold_entry(p, b.head_row, row) = {__float_as_int(top[slot]), t[slot]};
+    if constexpr (kRelative) kept_threshold(p, b.head_row, row) = {top[slot], t[slot]};
     const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + row;
-    p.row_count[at_row] = poisoned[slot] ? -1 : kept;
-    p.row_start[at_row] = __float_as_int(factor);
+    p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
+    p.row_start[at_row].factor = factor;
     if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, row);
     if (p.iterations) p.iterations[at] = steps[slot];
   }
@@ -485,7 +486,7 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
         row_t[i] = tau.t;
         row_delta[i] = used ? p.delta[at] : 0.f;
         row_factor[i] =
-            used ? __int_as_float(p.row_start[i64(head_row) * p.groups_q * kGroupRows + row]) : 0.f;
+            used ? p.row_start[i64(head_row) * p.groups_q * kGroupRows + row].factor : 0.f;
       }
       copy_wait();
       __syncthreads();

@@ -20,6 +20,10 @@ constexpr int kStride = 8;  // of the tiles that the passes before the first ful
 constexpr int kStridedPasses = 2;
 constexpr int kStridedFrom = 3 * kStride;  // tiles
 
+// Where nothing is known of a threshold from below: less than any, but finite, so that sums and
+// differences with it are numbers.
+constexpr float kUnbounded = -1e30f;
+
 // What is known of one row's threshold.
 struct Threshold {
   float tau, lo, hi;
@@ -221,9 +225,9 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + b.row(slot);
-    const float bound = b.flat[slot] ? __int_as_float(p.row_count[at_row]) : -kInf;
-    poisoned[slot] = b.flat[slot] && !(__int_as_float(p.row_start[at_row]) < kInf);
-    floor[slot] = bound > -kInf ? c * bound : -1e30f;
+    const float bound = b.flat[slot] ? p.row_count[at_row].bound : -kInf;
+    poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
+    floor[slot] = bound > -kInf ? c * bound : kUnbounded;
     t[slot].done = poisoned[slot] || !b.flat[slot];
     t[slot].steps = 0;
   }
@@ -471,8 +475,8 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
     const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + b.row(slot);
     const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
     p.tau[at_tau] = t[slot].tau;
-    p.row_count[at_row] = poisoned[slot] ? -1 : kept;
-    p.row_start[at_row] = __float_as_int(factor);
+    p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
+    p.row_start[at_row].factor = factor;
     if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, b.row(slot));
     if (p.iterations) p.iterations[at_tau] = t[slot].steps;
   }

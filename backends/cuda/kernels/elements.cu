@@ -80,15 +80,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   if (!__syncthreads_or(found)) return;
   u8* flat = p.flat + i64(first_head) * p.groups_q;
-  for (int i = threadIdx.x; i < heads * p.groups_q; i += kThreads) flat[i] = kLookAgain;
+  for (int i = threadIdx.x; i < heads * p.groups_q; i += kThreads) flat[i] = kToRetry;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
   constexpr int kLanes = ADASPLASH2_OUTPUT_LANES;
   const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
   if (!r.inside || p.flat[r.at / kGroupRows]) return;
-  const int count = p.row_count[r.at];
-  const Entry* entries = p.entries + arena_of(r.at / kGroupRows) + p.row_start[r.at];
+  const int count = p.row_count[r.at].survivors;
+  const Entry* entries = p.entries + arena_of(r.at / kGroupRows) + p.row_start[r.at].entry;
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
   const int at = threadIdx.x % kLanes * 8;
   float out[8];
@@ -132,18 +132,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (p.flat[group]) return;
   bool broken = false;
   if (threadIdx.x < kGroupRows) {
-    const int at = group * kGroupRows + threadIdx.x, count = p.row_count[at];
+    const int at = group * kGroupRows + threadIdx.x, count = p.row_count[at].survivors;
     const bool last = threadIdx.x == kGroupRows - 1;
-    const int next = last ? p.row_start[at] + max(count, 0) : p.row_start[at + 1];
-    broken = count < -1 || count > kMaxRow || next != p.row_start[at] + max(count, 0) ||
-             (threadIdx.x == 0 && p.row_start[at] != 0) || (last && next > kGroupRows * kArenaRow);
+    const int next = last ? p.row_start[at].entry + max(count, 0) : p.row_start[at + 1].entry;
+    broken =
+        count < kPoisoned || count > kMaxRow || next != p.row_start[at].entry + max(count, 0) ||
+        (threadIdx.x == 0 && p.row_start[at].entry != 0) || (last && next > kGroupRows * kArenaRow);
   }
   if (__syncthreads_or(broken)) {
-    if (threadIdx.x < kGroupRows) p.row_count[group * kGroupRows + threadIdx.x] = -1;
+    if (threadIdx.x < kGroupRows)
+      p.row_count[group * kGroupRows + threadIdx.x].survivors = kPoisoned;
     return;
   }
   const int last = group * kGroupRows + kGroupRows - 1;
-  const int total = p.row_start[last] + max(p.row_count[last], 0);
+  const int total = p.row_start[last].entry + max(p.row_count[last].survivors, 0);
   const Head of(p, group / p.groups_q);
   const int kv_row = of.batch * p.heads_kv + of.kv_head;
   int* counts = p.column_count + i64(kv_row) * p.length_k;
@@ -225,13 +227,13 @@ extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_co
   static_assert(kMaxRow == kListLanes * kMaxList && sizeof(products) <= kStaticShared);
   const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
   const bool active = r.inside && !p.flat[r.at / kGroupRows];
-  const int kept = active ? p.row_count[r.at] : 0;
+  const int kept = active ? p.row_count[r.at].survivors : 0;
   const int count = max(kept, 0);
   int longest = count;  // the lanes of a warp stay together for the shuffles
 #pragma unroll
   for (int step = 1; step < 32; step *= 2)
     longest = max(longest, __shfl_xor_sync(kAllLanes, longest, step));
-  const i64 first_entry = active ? arena_of(r.at / kGroupRows) + p.row_start[r.at] : 0;
+  const i64 first_entry = active ? arena_of(r.at / kGroupRows) + p.row_start[r.at].entry : 0;
   const Entry* entries = p.entries + first_entry;
   const int lane = threadIdx.x % kRowLanes, at = lane * 8;
   float (&dp)[kMaxRow] = products[threadIdx.x / kRowLanes];

@@ -102,12 +102,12 @@ struct Lists {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const int at = group * kGroupRows + slot * 8 + lane_id() / 4;
-      top[slot] = __int_as_float(p.row_start[at]);
+      top[slot] = p.row_start[at].top;
       if (!(top[slot] < kInf)) poisoned |= 1u << slot;
       if (poisoned >> slot & 1u)
         bound[slot] = kInf;
       else if (is_finite(top[slot]))
-        bound[slot] = fmaxf(__int_as_float(p.row_count[at]), under(top[slot], p.inv_c));
+        bound[slot] = fmaxf(p.row_count[at].bound, under(top[slot], p.inv_c));
     }
   }
 
@@ -198,11 +198,11 @@ struct Lists {
         : "memory");
   }
   static __device__ __forceinline__ Survivor load(u32 address) {
-    return {load_shared(address), __float_as_int(load_shared(address + kColumns))};
+    return {load_shared(address), load_shared_int(address + kColumns)};
   }
   static __device__ __forceinline__ void store(u32 address, const Survivor& s) {
     store_shared(address, s.score);
-    store_shared(address + kColumns, __int_as_float(s.column));
+    store_shared(address + kColumns, s.column);
   }
 
   __device__ __forceinline__ u32 furthest() const {
@@ -401,8 +401,8 @@ struct Lists {
           }
         if (lane % 4 == 0) {
           const int at = (group + part) * kGroupRows + i * 8 + lane / 4;
-          p.row_start[at] = start[i];
-          p.row_count[at] = s.poisoned ? -1 : count[i];
+          p.row_start[at].entry = start[i];
+          p.row_count[at].survivors = s.poisoned ? kPoisoned : count[i];
           if (row < p.length_q) {
             const i64 at_tau = i64(head_row) * p.length_q + row;
             p.tau[at_tau] = s.poisoned ? kNaN : s.empty ? kInf : fmaf(p.c, s.top, s.tau);
@@ -427,9 +427,9 @@ struct Lists {
       const float seen = max_or_nan_over<4>(top[slot]);
       if (lane_id() % 4 == 0 && (overfull >> slot / 2 & 1u)) {
         const int at = (group + slot / 2) * kGroupRows + slot % 2 * 8 + lane_id() / 4;
-        p.row_start[at] = __float_as_int(poisoned >> slot & 1u ? kNaN : seen);
+        p.row_start[at].top = poisoned >> slot & 1u ? kNaN : seen;
         const float proven = flat ? load_shared(base + slot * kSlotBytes) : bound[slot];
-        p.row_count[at] = __float_as_int(proven);
+        p.row_count[at].bound = proven;
       }
     }
   }
@@ -550,7 +550,7 @@ struct Lists {
     const u32 at = first_strip + pair * kPairBytes - i * kStripBytes;
     const bool mine = at > caught[pair] + pair * kPairBytes;
     const float above[2] = {mine ? bound[2 * pair] : kInf, mine ? bound[2 * pair + 1] : kInf};
-    const int column = __float_as_int(load_shared(at + to_column()));
+    const int column = load_shared_int(at + to_column());
 #pragma unroll
     for (int part = 0; part < kStagingParts; ++part) {
       const float4 x = load_shared4(at + part * 512);

@@ -212,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
 #pragma unroll
   for (int part = 0; part < kSlots / 2; ++part)
     if (lane_id() == 0 && first_row + part * kGroupRows < p.length_q)
-      p.flat[group + part] = overfull >> part & 1u;
+      p.flat[group + part] = overfull >> part & 1u ? kFlat : kListed;
 }
 
 }  // namespace adasplash2

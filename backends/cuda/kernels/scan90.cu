@@ -72,7 +72,7 @@ struct Item : QueryBlock<kBlockRows> {
     const int group = first / kGroupRows;
     bool any = false;
     for (int i = group; i < min(p.groups_q, group + kBlockRows / kGroupRows); ++i)
-      any |= p.flat[i64(head_row) * p.groups_q + i] == kLookAgain;
+      any |= p.flat[i64(head_row) * p.groups_q + i] == kToRetry;
     return any;
   }
 };
@@ -148,7 +148,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   const int group = item.head_row * p.groups_q + first_row / kGroupRows;
   Left q[kDim / 16];
   u32 dead = load_queries(q, p, row_of(p.q, item.batch, item.head, 0), first_row);
-  const bool wanted = first_row < p.length_q && (!kRetry || p.flat[group] == kLookAgain);
+  const bool wanted = first_row < p.length_q && (!kRetry || p.flat[group] == kToRetry);
   if (!wanted) dead = ~0u;
   Lists<kSlots> lists;
   lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
@@ -212,7 +212,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   const u32 overfull = lists.flat ? 1u : lists.write(p, item.head_row, group, first_row);
   if (overfull) lists.hand_over(p, group, first_row, overfull);
   const bool again = lists.flat && !lists.crowded;
-  if (lane_id() == 0) p.flat[group] = !overfull ? 0 : again ? kLookAgain : kFlat;
+  if (lane_id() == 0) p.flat[group] = !overfull ? kListed : again ? kToRetry : kFlat;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
