@@ -121,11 +121,11 @@ def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, a
     scan = sizes.hopper_scan(head_dim, *shape, retry=shape == plan.RETRY_SHAPE)
     capacity = scan.capacity(SHARED["sm_90"])
     assert capacity is not None
-    # Survivors that a row may keep: what two strips, and what one of them may add, leave of the
+    # Survivors that a row may keep: what two staging blocks, and what one may add, leave of the
     # memory. Rows of 64 stay in the lists of the default, all of 240 in those of the second look.
-    pair = 2 * layout.LIST_ENTRY_BYTES  # of a lane's two rows, as a strip is
-    strips = layout.MIN_STAGED * layout.STAGING_LANE_BYTES / pair
-    entries = capacity - strips - layout.STAGING_APPEND
+    pair = 2 * layout.LIST_ENTRY_BYTES  # of a lane's two rows, as a staging block is
+    staging = layout.MIN_STAGING_BLOCKS * layout.STAGING_LANE_BYTES / pair
+    entries = capacity - staging - layout.STAGING_APPEND
     least = {plan.HOPPER_SHAPES[0]: 64, plan.RETRY_SHAPE: 240}
     assert layout.LIST_LANES * entries >= least.get(shape, 48)
     defines = kind(alpha % 2, head_dim, head_dim, alpha, causal=head_dim != 16)
@@ -143,8 +143,8 @@ HOPPER_DENSE = [
     (64, 64, 1, layout.OUTPUT_PLAIN),
     (128, 128, 0, layout.OUTPUT_PLAIN),
     (128, 128, 1, layout.OUTPUT_SAVES),
-    (16, 128, 1, layout.OUTPUT_RECORDS),
-    (128, 80, 0, layout.OUTPUT_RECORDS),
+    (16, 128, 1, layout.OUTPUT_COUNTS),
+    (128, 80, 0, layout.OUTPUT_COUNTS),
 ]
 OUTPUT, GRADS = {"dense_output"}, {"dense_grad_rows", "dense_grad_columns"}
 
@@ -166,7 +166,7 @@ def test_the_hopper_tiles_spill_nothing(
 
 
 FIELDS = [
-    ("int groups_q;", "long long groups_q;"),  # the size, and what follows
+    ("int row_blocks;", "long long row_blocks;"),  # the size, and what follows
     ("float* tau;", "float tau;"),
     ("View o;", "float* o;"),
     ("long long row;", "int row;"),
@@ -391,7 +391,7 @@ def test_calls_share_no_block(driver: Driver) -> None:
     assert found == [tensor.data_ptr(), 0]
 
 
-def test_what_the_copy_engine_takes() -> None:
+def test_what_tma_takes() -> None:
     """Rows on 16 bytes; heads that are all the same one, but not rows."""
     keys = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
     assert launch.is_aligned(keys, keys[:, :1].expand(-1, 3, -1, -1), keys.transpose(1, 2))

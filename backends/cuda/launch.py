@@ -21,7 +21,7 @@ from adasplash2.backends.cuda import layout
 
 def is_aligned(*tensors: Tensor) -> bool:
     """Whether every row of the tensors starts on 16 bytes and is a multiple of them long. Rows
-    that are all the same one do not count: the copy engine takes no such stride."""
+    that are all the same one do not count: TMA takes no such stride."""
     for tensor in tensors:
         itemsize, strides = tensor.element_size(), tensor.stride()
         batch, head, row, _ = strides
@@ -72,7 +72,7 @@ def places(offsets: Mapping[str, int]) -> tuple[tuple[int, int], ...]:
 
 
 Maps = tuple[tuple[str, int], ...]
-"""The tensors that a kernel has described to the copy engine, each a view of ``Params``, with the
+"""The tensors that a kernel has described to TMA, each a view of ``Params``, with the
 rows of its boxes; in the order of the kernel's parameters."""
 
 
@@ -254,7 +254,7 @@ class MapArguments(NamedTuple):
 
 
 def tensor_map(tensor: Tensor, rows: int) -> TensorMap:
-    """The driver's description of ``tensor`` for the copy engine: boxes of 64 columns by ``rows``.
+    """The driver's description of ``tensor`` for TMA: boxes of 64 columns by ``rows``.
 
     Raises:
         RuntimeError: the driver refuses; the message has its error code.
@@ -293,7 +293,7 @@ def _encoded_map(
     if status:
         raise RuntimeError(
             f"the CUDA driver cannot describe a tensor of shape {tuple(shape)} and strides "
-            f"{strides} to the copy engine (CUresult {status})"
+            f"{strides} to TMA (CUresult {status})"
         )
     return TensorMap(address, room)
 

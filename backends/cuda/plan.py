@@ -27,10 +27,10 @@ DENSE: Config = {"scan": "none"}
 
 HOPPER_SHAPES = ((3, 2), (3, 3), (2, 3))
 """Warpgroups and stages of ``scan90.cu``, for head_dim up to 128. The first was the fastest or
-within 10 % of it wherever measured; fewer groups or stages leave room for longer lists."""
+within 10 % of it wherever measured; fewer warpgroups or stages leave room for longer lists."""
 
 RETRY_SHAPE = (1, 2)
-"""The same of the second look at rows that their lists could not hold."""
+"""The same of the retry of rows that their lists could not hold."""
 
 SHORT_KEYS = 512
 """Keys that a row sees, on the mean, up to which it is taken to keep so many of them that the scan
@@ -115,10 +115,10 @@ class Plan:
                 "batch": problem.batch,
                 "heads_q": problem.heads_q,
                 "heads_kv": problem.heads_kv,
-                "group": problem.group_size,
+                "gqa_group": problem.group_size,
                 "length_q": problem.length_q,
                 "length_k": problem.length_k,
-                "groups_q": self.counts.groups_per_head,
+                "row_blocks": self.counts.row_blocks_per_head,
                 "long_limit": layout.SHORT_COLUMN,
                 "c": c,
                 "inv_c": min(1.0 / c, MAX_INVERSE),
@@ -164,7 +164,7 @@ class Plan:
 
     @functools.cached_property
     def scans(self) -> tuple[launch.Launch, ...]:
-        """The scan, or what replaces it; where keys come by the copy engine, the second look."""
+        """The scan, or what replaces it; where keys come by TMA, the retry."""
         scan, counts = self._scan, self.counts
         if self._scans_first:
             first = self._launch_scan(scan, counts.heads * -(-self.problem.length_q // scan.rows))
@@ -178,7 +178,7 @@ class Plan:
         if not scan.maps_keys:
             return (first,)
         retry = sizes.hopper_scan(self.problem.head_dim, *RETRY_SHAPE, retry=True)
-        return (first, self._launch_scan(retry, self._units))
+        return (first, self._launch_scan(retry, self._multiprocessors))
 
     @functools.cached_property
     def forward(self) -> tuple[launch.Launch, ...]:
@@ -188,9 +188,9 @@ class Plan:
         )
 
     @functools.cached_property
-    def forward_recorded(self) -> tuple[launch.Launch, ...]:
-        """The same where the call records what it did."""
-        return self._outputs(layout.OUTPUT_RECORDS)
+    def forward_counted(self) -> tuple[launch.Launch, ...]:
+        """The same where the call counts what it did."""
+        return self._outputs(layout.OUTPUT_COUNTS)
 
     @functools.cached_property
     def backward(self) -> tuple[launch.Launch, ...]:
@@ -199,7 +199,7 @@ class Plan:
         key_tiles = counts.kv_heads * -(-problem.length_k // dense.rows)
         names = "q", "k", "v", "grad_o"
         return (
-            self._elements("count_columns", counts.groups),
+            self._elements("count_columns", counts.row_blocks),
             self._elements("prefix_columns", counts.kv_heads, layout.PREFIX_THREADS),
             self._elements("grad_rows", -(-counts.rows * lanes // layout.ELEMENT_THREADS)),
             self._elements("grad_columns", -(-counts.columns * lanes // layout.ELEMENT_THREADS)),
@@ -214,7 +214,7 @@ class Plan:
     def _outputs(self, kind: int) -> tuple[launch.Launch, ...]:
         dense, tiles = self._dense, (self._query_tiles,)
         lanes = self._options["OUTPUT_LANES"]
-        # The portable kernel saves nothing, and always records.
+        # The portable kernel saves nothing, and always counts.
         options = {"OUTPUT": kind} if dense.maps else {}
         return (
             self._elements("output", -(-self.counts.rows * lanes // layout.ELEMENT_THREADS)),
@@ -224,13 +224,13 @@ class Plan:
         )
 
     @property
-    def _units(self) -> int:
+    def _multiprocessors(self) -> int:
         found: int = torch.cuda.get_device_properties(self.problem.device).multi_processor_count
         return found
 
     @property
     def _long_blocks(self) -> int:
-        return layout.LONG_BLOCKS * self._units
+        return layout.LONG_BLOCKS * self._multiprocessors
 
     @property
     def _query_tiles(self) -> int:

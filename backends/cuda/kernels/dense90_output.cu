@@ -92,9 +92,9 @@ __device__ __forceinline__ void advance(Threshold& t, RowSums& sums, float weigh
 
 // --- forward -------------------------------------------------------------------------------
 
-// Whether a backward is to come, and whether the call records what it did.
+// Whether a backward is to come, and whether the call counts what it did.
 constexpr bool kSaves = ADASPLASH2_OUTPUT == kOutputSaves;
-constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputRecords;
+constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputCounts;
 
 constexpr int kStagesK = ADASPLASH2_KEY_STAGES;
 constexpr int kStagesV = kDenseValueStages;
@@ -125,7 +125,7 @@ struct Forward {
       init_barrier(full_k + 8 * i, 1), init_barrier(empty_k + 8 * i, kConsumers / 32);
     for (int i = 0; i < kStagesV; ++i)
       init_barrier(full_v + 8 * i, 1), init_barrier(empty_v + 8 * i, kConsumers / 32);
-    publish_stores();
+    fence_async_proxy();
   }
 };
 
@@ -168,7 +168,7 @@ __device__ __forceinline__ void for_passes(int tiles, Side& side) {
 }
 
 // The warp that has tiles copied; one thread of it does.
-struct Copier {
+struct Producer {
   const Forward& at;
   const TensorMap &key_map, &value_map;
   const bool copies;
@@ -176,8 +176,8 @@ struct Copier {
   KeyRing key_ring;
   ValueRing value_ring;
 
-  __device__ __forceinline__ Copier(const Forward& at, const Block& b, const TensorMap& query_map,
-                                    const TensorMap& key_map, const TensorMap& value_map)
+  __device__ __forceinline__ Producer(const Forward& at, const Block& b, const TensorMap& query_map,
+                                      const TensorMap& key_map, const TensorMap& value_map)
       : at(at),
         key_map(key_map),
         value_map(value_map),
@@ -185,9 +185,9 @@ struct Copier {
         key_plane(b.p.k, b.kv_head, b.batch),
         value_plane(b.p.v, b.kv_head, b.batch) {
     if (!copies) return;
-    arrive_expecting(at.full_q, kOwnBytes);
-    copy_tile<kBlockRows, kPanels, kBox>(at.queries, query_map, b.first,
-                                         Plane(b.p.q, b.head, b.batch), at.full_q);
+    arrive_expect_tx(at.full_q, kOwnBytes);
+    tma_load_tile<kBlockRows, kPanels, kBox>(at.queries, query_map, b.first,
+                                             Plane(b.p.q, b.head, b.batch), at.full_q);
   }
 
   __device__ __forceinline__ void sample_pass(const Sample& sample) {
@@ -212,17 +212,17 @@ struct Copier {
   __device__ __forceinline__ void push_keys(int tile) {
     key_ring.await_empty(at.empty_k);
     const u32 full = at.full_k + key_ring.stage * 8;
-    arrive_expecting(full, kKeyBytes);
-    copy_tile<kTileKeys, kPanels, kBox>(at.keys + key_ring.stage * kKeyBytes, key_map,
-                                        tile * kTileKeys, key_plane, full);
+    arrive_expect_tx(full, kKeyBytes);
+    tma_load_tile<kTileKeys, kPanels, kBox>(at.keys + key_ring.stage * kKeyBytes, key_map,
+                                            tile * kTileKeys, key_plane, full);
     key_ring.advance();
   }
   __device__ __forceinline__ void push_values(int tile) {
     value_ring.await_empty(at.empty_v);
     const u32 full = at.full_v + value_ring.stage * 8;
-    arrive_expecting(full, kValueBytes);
-    copy_tile<kTileKeys, kPanelsV, kBox>(at.values + value_ring.stage * kValueBytes, value_map,
-                                         tile * kTileKeys, value_plane, full);
+    arrive_expect_tx(full, kValueBytes);
+    tma_load_tile<kTileKeys, kPanelsV, kBox>(at.values + value_ring.stage * kValueBytes, value_map,
+                                             tile * kTileKeys, value_plane, full);
     value_ring.advance();
   }
 };
@@ -236,7 +236,7 @@ using PartScores = float[kPartKeys / 2];
 // What a lane sums over keys in the output pass.
 struct Outputs {
   Sums<kPanelsV> out = {}, second = {};
-  Left probs[kSteps], weights[kSaves ? kSteps : 1];
+  AFragment probs[kSteps], weights[kSaves ? kSteps : 1];
   int support[2] = {0, 0};
   float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
 };
@@ -266,7 +266,7 @@ struct Attention {
     // lower bound of its threshold.
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + b.row(slot);
+      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
       const float bound = b.flat[slot] ? p.row_count[at_row].bound : -kInf;
       poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
       floor[slot] = bound > -kInf ? c * bound : kUnbounded;
@@ -379,7 +379,7 @@ struct Attention {
     {
       PartScores s;
       start_part(s, 0);
-      await_products();
+      wgmma_wait();
       finish_part(s, 0);
       weigh(o, s, walk[0] * kTileKeys);
     }
@@ -388,13 +388,13 @@ struct Attention {
       PartScores s;
       start_part(s, i % kParts);  // while the values of the part before are summed
       start_values(o, (i - 1) % kParts);
-      await_products();
+      wgmma_wait();
       finish_part(s, i % kParts);
       finish_values(o, (i - 1) % kParts);
       weigh(o, s, walk[i / kParts] * kTileKeys + i % kParts * kPartKeys);
     }
     start_values(o, kParts - 1);
-    await_products();
+    wgmma_wait();
     finish_values(o, kParts - 1);
     write(o);
   }
@@ -405,11 +405,11 @@ struct Attention {
   // The scores of one tile, and its stage given back.
   __device__ __forceinline__ void scores(Scores& s, int tile) {
     key_ring.await_full(at.full_k);
-    begin_products();
-    add_dots<kDim, kTileKeys>(s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorUnit));
-    commit_products();
-    await_products();
-    settled(s);
+    wgmma_fence();
+    add_dots<kDim, kTileKeys>(s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorBytes));
+    wgmma_commit();
+    wgmma_wait();
+    fence_operands(s);
     give_back_keys();
     b.mask(s, tile * kTileKeys);
   }
@@ -444,13 +444,14 @@ struct Attention {
   }
   __device__ __forceinline__ void start_part(PartScores& s, int part) {
     if (part == 0) key_ring.await_full(at.full_k);
-    begin_products();
+    wgmma_fence();
     add_dots<kDim, kTileKeys>(
-        s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorUnit) + part * rows_at(kSteps));
-    commit_products();
+        s, queries,
+        keys + key_ring.stage * (kKeyBytes / kDescriptorBytes) + part * rows_at(kSteps));
+    wgmma_commit();
   }
   __device__ __forceinline__ void finish_part(PartScores& s, int part) {
-    settled(s);
+    fence_operands(s);
     if (part == kParts - 1) give_back_keys();
   }
   // Scores to probabilities, and to weights of the second output.
@@ -473,10 +474,10 @@ struct Attention {
           live[k / 4] |= x > 0.f && b.flat[slot];
         }
       }
-      o.probs[k] = as_left([&](int e) { return kProbScale * prob[e]; });
+      o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
       if constexpr (kSaves) {
         // Divided by the sum of what is multiplied, O2 of equal values is that value.
-        o.weights[k] = as_left([&](int e) { return u[e]; });
+        o.weights[k] = as_a_fragment([&](int e) { return u[e]; });
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float2 pair = Scalar::unpack(o.weights[k].r[i]);
@@ -494,16 +495,16 @@ struct Attention {
   __device__ __forceinline__ void start_values(Outputs& o, int part) {
     if (part == 0) value_ring.await_full(at.full_v);
     const u64 rows =
-        values + value_ring.stage * (kValueBytes / kDescriptorUnit) + part * rows_at(kSteps);
-    begin_products();
+        values + value_ring.stage * (kValueBytes / kDescriptorBytes) + part * rows_at(kSteps);
+    wgmma_fence();
     add_weighted(o.out, o.probs, rows);
     if constexpr (kSaves) add_weighted(o.second, o.weights, rows);
-    commit_products();
+    wgmma_commit();
   }
   __device__ __forceinline__ void finish_values(Outputs& o, int part) {
-    settled(o.out);
-    settled(o.probs);
-    if constexpr (kSaves) settled(o.second), settled(o.weights);
+    fence_operands(o.out);
+    fence_operands(o.probs);
+    if constexpr (kSaves) fence_operands(o.second), fence_operands(o.weights);
     if (part < kParts - 1) return;
     if (lane_id() == 0) arrive(at.empty_v + value_ring.stage * 8);
     value_ring.advance();
@@ -532,7 +533,7 @@ struct Attention {
                                                     o.second[4 * n + 2 * slot + 1] * factor_u};
       }
       if (lane_id() % 4) continue;
-      const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + b.row(slot);
+      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
       const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
       p.tau[at_tau] = t[slot].tau;
       p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
@@ -558,11 +559,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) at.start();
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
-    give_registers<kCopierRegisters>();
-    Copier copier(at, b, query_map, key_map, value_map);
-    for_passes(b.tiles(kTileKeys), copier);
+    setmaxnreg_dec<kProducerRegisters>();
+    Producer producer(at, b, query_map, key_map, value_map);
+    for_passes(b.tiles(kTileKeys), producer);
   } else {
-    take_registers<kGroups, kCopierRegisters>();
+    setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
     Attention attention(at, shared + (memory - start), b);
     for_passes(b.tiles(kTileKeys), attention);
   }
