@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ pytest.importorskip("cupy", reason="CuPy is not installed: nothing to compile wi
 from adasplash2.backends import cuda
 from adasplash2.backends.cuda import compile as compiler
 from adasplash2.backends.cuda import launch, layout, plan, sizes
-from adasplash2.problem import Inputs, RowProblem, attention_problem
+from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem
 
 HOT = {
     "scan.cu": {"scan"},
@@ -120,11 +121,11 @@ def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, a
     scan = sizes.hopper_scan(head_dim, *shape, retry=shape == plan.RETRY_SHAPE)
     capacity = scan.capacity(SHARED["sm_90"])
     assert capacity is not None
-    # Survivors that a row may keep: what two strips, and what one of them may add, leave of the
+    # Survivors that a row may keep: what two staging blocks, and what one may add, leave of the
     # memory. Rows of 64 stay in the lists of the default, all of 240 in those of the second look.
-    pair = 2 * layout.LIST_ENTRY_BYTES  # of a lane's two rows, as a strip is
-    strips = layout.MIN_STAGED * layout.STAGING_LANE_BYTES / pair
-    entries = capacity - strips - layout.STAGING_APPEND
+    pair = 2 * layout.LIST_ENTRY_BYTES  # of a lane's two rows, as a staging block is
+    staging = layout.MIN_STAGING_BLOCKS * layout.STAGING_LANE_BYTES / pair
+    entries = capacity - staging - layout.STAGING_APPEND
     least = {plan.HOPPER_SHAPES[0]: 64, plan.RETRY_SHAPE: 240}
     assert layout.LIST_LANES * entries >= least.get(shape, 48)
     defines = kind(alpha % 2, head_dim, head_dim, alpha, causal=head_dim != 16)
@@ -142,8 +143,8 @@ HOPPER_DENSE = [
     (64, 64, 1, layout.OUTPUT_PLAIN),
     (128, 128, 0, layout.OUTPUT_PLAIN),
     (128, 128, 1, layout.OUTPUT_SAVES),
-    (16, 128, 1, layout.OUTPUT_RECORDS),
-    (128, 80, 0, layout.OUTPUT_RECORDS),
+    (16, 128, 1, layout.OUTPUT_COUNTS),
+    (128, 80, 0, layout.OUTPUT_COUNTS),
 ]
 OUTPUT, GRADS = {"dense_output"}, {"dense_grad_rows", "dense_grad_columns"}
 
@@ -165,7 +166,7 @@ def test_the_hopper_tiles_spill_nothing(
 
 
 FIELDS = [
-    ("int groups_q;", "long long groups_q;"),  # the size, and what follows
+    ("int row_blocks;", "long long row_blocks;"),  # the size, and what follows
     ("float* tau;", "float tau;"),
     ("View o;", "float* o;"),
     ("long long row;", "int row;"),
@@ -187,8 +188,10 @@ def test_a_field_of_another_type_does_not_compile(
         compiler.compile_unit("rows.cu", kind(0, 16, 16, 0, causal=False), "sm_90")
 
 
-@pytest.mark.parametrize("struct", [layout.Params, layout.RowParams, layout.Entry, layout.Record])
-def test_every_field_is_held_to_its_offset(struct: type[ctypes.Structure]) -> None:
+@pytest.mark.parametrize("struct", [layout.Params, layout.RowParams, layout.RowStart, layout.Entry])
+def test_every_field_is_held_to_its_offset(
+    struct: type[ctypes.Structure | ctypes.Union],
+) -> None:
     source = layout.header()
     assert f"static_assert(sizeof({struct.__name__}) == {ctypes.sizeof(struct)});" in source
     for name, *_ in struct._fields_:
@@ -238,19 +241,19 @@ def test_precompile_leaves_nothing_to_compile(
     )
     inputs = Inputs(query, key, value)
     options = {"alpha": 1.5, "scale": None, "is_causal": True, "enable_gqa": False}
-    problem = attention_problem(inputs, **options, needs_grad=needs_grad)
+    asked = attention_problem(inputs, **options, needs_grad=needs_grad)
     rows = RowProblem(4, 50, torch.bfloat16, query.device, 1.7, needs_grad)
-    config = cuda.configs(problem)[0]
-    cuda.precompile(problem, config)
+    config = cuda.configs(asked)[0]
+    cuda.precompile(asked, config)
     cuda.precompile(rows, cuda.configs(rows)[0])
 
     def refuse(unit: str, defines: dict[str, int], arch: str) -> compiler.Compiled:
         raise AssertionError(f"{unit} is compiled with {defines}")
 
     monkeypatch.setattr(compiler, "compile_unit", refuse)
-    result = cuda.forward(problem, inputs, config)
+    result = cuda.forward(asked, inputs, config)
     if needs_grad:
-        cuda.backward(problem, inputs, result, grad, config)
+        cuda.backward(asked, inputs, result, grad, config)
     cuda.rows_forward(rows, torch.randn(4, 50, device="cuda", dtype=torch.bfloat16), {})
     assert result.out.isfinite().all()
 
@@ -352,6 +355,21 @@ def test_a_launch_passes_the_bytes_of_its_fields(driver: Driver) -> None:
     assert driver.maps == [b"\7" * 128]
 
 
+def test_a_call_holds_the_maps_that_its_kernels_read(driver: Driver) -> None:
+    """Whatever becomes of the cache that they come from."""
+    call = launch.Call(0, launch.words(launch.params({})))
+    tensor = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
+    call.put_view("q", tensor)
+    launch._encoded_map.cache_clear()
+    with call:
+        kernel()((MAPPED, 1), 64, (("q", 128),), call)
+        held = weakref.ref(launch.tensor_map(tensor, 128).room)
+        launch._encoded_map.cache_clear()
+        assert held() is not None
+    del call
+    assert held() is None
+
+
 def test_a_failed_launch_has_the_name_of_its_error(driver: Driver) -> None:
     call = launch.Call(0, launch.words(launch.params({})))
     driver.status = 700
@@ -373,7 +391,7 @@ def test_calls_share_no_block(driver: Driver) -> None:
     assert found == [tensor.data_ptr(), 0]
 
 
-def test_what_the_copy_engine_takes() -> None:
+def test_what_tma_takes() -> None:
     """Rows on 16 bytes; heads that are all the same one, but not rows."""
     keys = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
     assert launch.is_aligned(keys, keys[:, :1].expand(-1, 3, -1, -1), keys.transpose(1, 2))
@@ -381,12 +399,54 @@ def test_what_the_copy_engine_takes() -> None:
     assert not launch.is_aligned(keys[..., 1:33])
 
 
+def problem(head_dim: int, head_dim_v: int) -> Problem:
+    """On the meta device."""
+    x, v = (
+        torch.empty(1, 2, 100, width, dtype=torch.bfloat16, device="meta")
+        for width in (head_dim, head_dim_v)
+    )
+    return attention_problem(
+        Inputs(x, x, v), alpha=1.5, scale=None, is_causal=True, enable_gqa=False, needs_grad=True
+    )
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(plan, "shared_memory", lambda device: SHARED["sm_90"])
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(20, 64), (64, 20), (20, 20)])
+def test_rows_that_cannot_start_on_16_bytes_are_offered_what_can_run(
+    head_dim: int, head_dim_v: int
+) -> None:
+    on_gpu = {"device": torch.device("cuda:0")}
+    offered = cuda.configs(dataclasses.replace(problem(head_dim, head_dim_v), **on_gpu))
+    assert list(offered) == [plan.PORTABLE, plan.PORTABLE_TWO]
+    aligned = cuda.configs(dataclasses.replace(problem(64, 64), **on_gpu))
+    assert plan.DENSE in aligned
+    assert [c for c in aligned if c["scan"] == "hopper"]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_plan_says_which_configuration_runs(caplog: pytest.LogCaptureFixture) -> None:
+    asked = dataclasses.replace(problem(64, 64), device=torch.device("cuda:0"))
+    caplog.set_level("DEBUG", "adasplash2")
+    for config in (*cuda.configs(asked), plan.PORTABLE_TWO):
+        caplog.clear()
+        assert plan.plan(asked, config, aligned=True).config == config
+        assert not caplog.messages
+        portable = config["scan"] == "portable"
+        expected = config if portable else plan.PORTABLE
+        assert plan.plan(asked, config, aligned=False).config == expected
+        told = f"{dict(expected)} runs instead of {dict(config)}"
+        assert [told in message for message in caplog.messages] == [True] * (not portable)
+
+
 def test_the_bound_of_what_is_saved() -> None:
     """It is what every configuration saves; less is refused, more is not."""
-    x = torch.empty(1, 2, 100, 64, dtype=torch.bfloat16, device="meta")
-    asked = attention_problem(
-        Inputs(x, x, x), alpha=1.5, scale=None, is_causal=True, enable_gqa=False, needs_grad=True
-    )
+    asked = problem(64, 64)
     assert cuda.saved_bound(asked) == 0  # not this backend's device
     asked = dataclasses.replace(asked, device=torch.device("cuda"))
     saved = sizes.Saved(sizes.Counts.of(asked))

@@ -166,7 +166,7 @@ def backward(
 
 
 def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
-    """A forward that records what it did."""
+    """A forward that counts what it did."""
     shape = (problem.batch, problem.heads_q, problem.length_q)
     tiles_q, tiles_k = -(-problem.length_q // 64), -(-problem.length_k // 64)
     device = problem.device
@@ -217,9 +217,7 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         arch = compiler.architecture(torch.cuda.get_device_capability(problem.device))
         compiler.cubin("rows.cu", rows.defines(problem), arch)
         return
-    widths = problem.head_dim, problem.head_dim_v
-    aligned = all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
-    plan = plans.plan(problem, config, aligned)
+    plan = plans.plan(problem, config, plans.may_align(problem))
     _ = plan.scans, plan.forward, plan.backward if problem.needs_grad else ()
 
 
@@ -227,7 +225,7 @@ def _forward(
     problem: Problem,
     inputs: Inputs,
     config: Config,
-    recorded: dict[str, Tensor],
+    counted: dict[str, Tensor],
     support: Tensor | None = None,
     saved_bytes: int = -1,
 ) -> Forward:
@@ -243,7 +241,7 @@ def _forward(
     length = saved_bytes if saved_bytes > 0 else plan.saved.total
     saved = torch.empty(length, dtype=torch.uint8, device=device)
     plan.saved.check(saved)
-    steps = plan.scans + (plan.forward if support is None else plan.forward_recorded)
+    steps = plan.scans + (plan.forward if support is None else plan.forward_counted)
     call = plan.call()
     call.put_parts(saved, plan.saved_places)
     call.put_pointer("tau", tau)
@@ -251,15 +249,15 @@ def _forward(
     call.put_view("k", key)
     call.put_view("v", value)
     call.put_view("o", out)
-    for field, tensor in recorded.items():
+    for field, tensor in counted.items():
         call.put_pointer(field, tensor)
     with call:
         plan.start(call, saved)
         for step in steps:
             step(call)
     if support is not None:
-        counted = plan.saved.part(saved, "row_count").view(torch.int32).view(*shape[:2], -1)
-        support.copy_(counted[..., : problem.length_q].clamp(min=0))
+        survivors = plan.saved.part(saved, "row_count").view(torch.int32).view(*shape[:2], -1)
+        support.copy_(survivors[..., : problem.length_q].clamp(min=0))
     return Forward(out, tau, saved if problem.needs_grad else saved.new_empty(0))
 
 

@@ -21,7 +21,7 @@ from adasplash2.backends.cuda import layout
 
 def is_aligned(*tensors: Tensor) -> bool:
     """Whether every row of the tensors starts on 16 bytes and is a multiple of them long. Rows
-    that are all the same one do not count: the copy engine takes no such stride."""
+    that are all the same one do not count: TMA takes no such stride."""
     for tensor in tensors:
         itemsize, strides = tensor.element_size(), tensor.stride()
         batch, head, row, _ = strides
@@ -72,7 +72,7 @@ def places(offsets: Mapping[str, int]) -> tuple[tuple[int, int], ...]:
 
 
 Maps = tuple[tuple[str, int], ...]
-"""The tensors that a kernel has described to the copy engine, each a view of ``Params``, with the
+"""The tensors that a kernel has described to TMA, each a view of ``Params``, with the
 rows of its boxes; in the order of the kernel's parameters."""
 
 
@@ -122,21 +122,21 @@ class Call:
         self.block = self._block.buffer_info()[0]
         self._pointers = array("q", (self.block,))
         self.pointers = self._pointers.buffer_info()[0]
-        self._held: dict[Maps, array[int]] = {}
+        self._held: dict[Maps, MapArguments] = {}
         check(driver().cuCtxPushCurrent_v2(self._context))
         return self
 
     def __exit__(self, *_: object) -> None:
         check(driver().cuCtxPopCurrent_v2(None))
 
-    def with_maps(self, maps: Maps) -> array[int]:
-        """Where a kernel finds the block and these maps; to be held while it is launched."""
+    def with_maps(self, maps: Maps) -> int:
+        """Where a kernel finds the block and these maps, until the call is gone."""
         held = self._held.get(maps)  # several kernels take the same
         if held is None:
-            viewed = self._viewed
-            addresses = (tensor_map(viewed[name], rows).address for name, rows in maps)
-            held = self._held[maps] = array("q", (self.block, *addresses))
-        return held
+            described = tuple(tensor_map(self._viewed[name], rows) for name, rows in maps)
+            pointers = array("q", (self.block, *(one.address for one in described)))
+            held = self._held[maps] = MapArguments(pointers.buffer_info()[0], pointers, described)
+        return held.address
 
     def fill(self, address: int, nbytes: int, value: int = 0) -> None:
         """Set every byte of some memory, on the stream."""
@@ -159,18 +159,14 @@ class Kernel:
         self._found = found  # keeps its module loaded
         self._function = found.ptr
         if shared_bytes:
-            check(
-                driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
-            )
+            attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver().cuFuncSetAttribute(self._function, attribute, shared_bytes))
         self._shared_bytes = shared_bytes
         self._launch = driver().cuLaunchKernel
 
     def __call__(self, grid: tuple[int, int], threads: int, maps: Maps, call: Call) -> None:
         """Launch on the stream of ``call``."""
-        pointers = call.pointers
-        if maps:
-            held = call.with_maps(maps)
-            pointers = held.buffer_info()[0]
+        pointers = call.with_maps(maps) if maps else call.pointers
         size, stream = self._shared_bytes, call.stream
         status = self._launch(self._function, *grid, 1, threads, 1, 1, size, stream, pointers, None)
         if status:
@@ -178,7 +174,7 @@ class Kernel:
 
 
 _HANDLE, _INT, _SIZE = ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t
-_MAX_DYNAMIC_SHARED_BYTES = 8  # CUfunction_attribute
+CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _SIGNATURES = {
     "cuCtxPushCurrent_v2": (_HANDLE,),
     "cuCtxPopCurrent_v2": (_HANDLE,),
@@ -228,8 +224,18 @@ def context(device: int) -> int:
     return found.value or 0
 
 
-_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
-_MAP_SWIZZLE_128B, _MAP_L2_PROMOTION_256B = 3, 3
+# What cuda.h calls the choices of cuTensorMapEncodeTiled.
+CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6
+CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9
+CU_TENSOR_MAP_INTERLEAVE_NONE = 0
+CU_TENSOR_MAP_SWIZZLE_128B = 3
+CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3
+CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0  # zeros
+
+_MAP_TYPES = {
+    torch.float16: CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+    torch.bfloat16: CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+}
 
 
 class TensorMap(NamedTuple):
@@ -239,8 +245,16 @@ class TensorMap(NamedTuple):
     room: Any
 
 
+class MapArguments(NamedTuple):
+    """The pointers to a kernel's arguments at ``address``, and all that they point into."""
+
+    address: int
+    pointers: array[int]
+    maps: tuple[TensorMap, ...]
+
+
 def tensor_map(tensor: Tensor, rows: int) -> TensorMap:
-    """The driver's description of ``tensor`` for the copy engine: boxes of 64 columns by ``rows``.
+    """The driver's description of ``tensor`` for TMA: boxes of 64 columns by ``rows``.
 
     Raises:
         RuntimeError: the driver refuses; the message has its error code.
@@ -269,17 +283,17 @@ def _encoded_map(
         data,
         (ctypes.c_uint64 * 4)(*sizes),
         (ctypes.c_uint64 * 3)(*(step * dtype.itemsize for step in steps)),
-        (ctypes.c_uint32 * 4)(64, rows, 1, 1),
+        (ctypes.c_uint32 * 4)(layout.PANEL_COLUMNS, rows, 1, 1),
         (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-        0,
-        _MAP_SWIZZLE_128B,
-        _MAP_L2_PROMOTION_256B,
-        0,
+        CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if status:
         raise RuntimeError(
             f"the CUDA driver cannot describe a tensor of shape {tuple(shape)} and strides "
-            f"{strides} to the copy engine (CUresult {status})"
+            f"{strides} to TMA (CUresult {status})"
         )
     return TensorMap(address, room)
 

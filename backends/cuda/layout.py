@@ -21,16 +21,16 @@ ALPHA_KINDS = {"k15": 0, "k2": 1, "kGeneral": 2}
 
 # Rows and their survivors
 
-GROUP_ROWS = 16
-"""Query rows that are an element group or a flat one together: one matrix fragment."""
+ROW_BLOCK = 16
+"""Query rows that are listed or flat together: one matrix fragment."""
 
 ARENA_ROW = 64
-"""Entries of the survivor arena per query row. A group shares those of its rows, so single rows may
-keep more."""
+"""Entries of the survivor arena per query row. A row block shares those of its rows, so
+single rows may keep more."""
 
-LISTED, LOOK_AGAIN, FLAT = range(3)
-"""What ``Params.flat`` says of a group: its survivors are in the arena; a second scan may find that
-they fit after all; the dense kernels serve it."""
+LISTED, TO_RETRY, FLAT = range(3)
+"""What ``Params.flat`` says of a row block: its survivors are in the arena; a retry of the scan may
+find that they fit after all; the dense kernels serve it."""
 
 POISONED = -1
 """The number of survivors of a row whose output is NaN."""
@@ -62,13 +62,13 @@ STAGING_APPEND = STAGING_KEYS // LIST_LANES
 STAGING_LANE_BYTES = 16 * STAGING_PARTS + 4
 """What a lane stages at once: its scores, and their first column."""
 
-MIN_STAGED = 2
+MIN_STAGING_BLOCKS = 2
 """How often a lane may stage scores at least, however long the lists are."""
 
 # Memory of lists and staging is counted in entries of a lane's lists, for two rows as staging is.
 _PAIR_ENTRY_BYTES = 2 * LIST_ENTRY_BYTES
 
-MIN_CAPACITY = -(-MIN_STAGED * STAGING_LANE_BYTES // _PAIR_ENTRY_BYTES) + 2 * STAGING_APPEND
+MIN_CAPACITY = -(-MIN_STAGING_BLOCKS * STAGING_LANE_BYTES // _PAIR_ENTRY_BYTES) + 2 * STAGING_APPEND
 """The least room for staging, and in the lists for twice what is added at once."""
 
 MAX_CAPACITY = MAX_LIST + 28
@@ -94,7 +94,7 @@ LONG_BLOCKS = 4
 """Blocks a multiprocessor for long columns."""
 
 LONG_WAVES = 2
-"""Where long columns are dealt out to several blocks, they have at most so many parts for each
+"""Where long columns are split over several blocks, they have at most so many parts for each
 block of the launch, together."""
 
 LONG_PART_BYTES = 2048
@@ -138,8 +138,8 @@ GRAD_STAGES = 3
 GRAD_QUERIES = 64
 """Queries of a tile in ``dense_grad_columns``."""
 
-OUTPUT_PLAIN, OUTPUT_SAVES, OUTPUT_RECORDS = range(3)
-"""``ADASPLASH2_OUTPUT`` of ``dense90_output.cu``: no backward is to come; one is; the call records
+OUTPUT_PLAIN, OUTPUT_SAVES, OUTPUT_COUNTS = range(3)
+"""``ADASPLASH2_OUTPUT`` of ``dense90_output.cu``: no backward is to come; one is; the call counts
 what it did."""
 
 # Structs
@@ -150,19 +150,28 @@ _TYPES: dict[str, type] = {
     "long long": ctypes.c_int64,
     "float": ctypes.c_float,
 }
-_DECLARED: dict[str, tuple[type[ctypes.Structure], tuple[tuple[str, ...], ...]]] = {}
+_Fields = tuple[tuple[str, ...], ...]
+"""C types, each with the names that have it."""
+
+_DECLARED: dict[str, tuple[str, _Fields]] = {}
+
+
+def _declare(keyword: str, name: str, fields: _Fields) -> dict[str, list[tuple[str, type]]]:
+    _DECLARED[name] = keyword, fields
+    kinds = ((kind, field) for kind, *names in fields for field in names)
+    found = [(field, _POINTER if kind.endswith("*") else _TYPES[kind]) for kind, field in kinds]
+    return {"_fields_": found}
 
 
 def _struct(name: str, *fields: tuple[str, ...]) -> type[ctypes.Structure]:
-    """The struct of ``fields``: a C type and the names that have it."""
-    kinds = [
-        (field, _POINTER if kind.endswith("*") else _TYPES[kind])
-        for kind, *names in fields
-        for field in names
-    ]
-    made = type(name, (ctypes.Structure,), {"_fields_": kinds})
+    made = type(name, (ctypes.Structure,), _declare("struct", name, fields))
     _TYPES[name] = made
-    _DECLARED[name] = made, fields
+    return made
+
+
+def _union(name: str, *fields: tuple[str, ...]) -> type[ctypes.Union]:
+    made = type(name, (ctypes.Union,), _declare("union", name, fields))
+    _TYPES[name] = made
     return made
 
 
@@ -178,11 +187,24 @@ Entry = _struct(  # a survivor of one query row
     ("float", "x"),  # z - tau > 0
 )
 
+RowStart = _union(
+    "RowStart",
+    ("int", "entry"),  # a listed row: its first entry in the arena of its row block
+    ("float", "top"),  # another row before the dense kernels: the largest score as far as seen
+    ("float", "factor"),  # after them: what makes its probabilities sum to one
+)
+
+RowCount = _union(
+    "RowCount",
+    ("int", "survivors"),  # a listed row, and another after the dense kernels; or kPoisoned
+    ("float", "bound"),  # before them: a lower bound of tau / c
+)
+
 Record = _struct(  # a survivor of one key column
     "Record",
-    ("int", "row"),  # query row, counted over the group's heads: member * length_q + i
+    ("int", "row"),  # query row, counted over the heads of a key head: member * length_q + i
     ("float", "ds", "p"),
-    ("int", "member"),  # which of the group's heads
+    ("int", "member"),  # which of these heads
 )
 
 Params = _struct(
@@ -192,13 +214,10 @@ Params = _struct(
     ("int*", "iterations"),  # likewise, or null
     # (batch * heads_q, tiles_q, tiles_k) 64x64 tiles with support, or null
     ("unsigned char*", "tiles"),
-    # First arena entry of a row; rows are numbered head by head, each head's padded to whole
-    # groups. Flat rows: the bits of the largest score, then of the factor that makes their
-    # probabilities sum to one.
-    ("int*", "row_start"),
-    # Survivors of a row, or kPoisoned. Flat rows: at first the bits of a lower bound of tau / c.
-    ("int*", "row_count"),
-    ("unsigned char*", "flat"),  # of each group: kListed, kLookAgain or kFlat
+    # Of each row; rows are numbered head by head, each head's padded to whole row blocks.
+    ("RowStart*", "row_start"),
+    ("RowCount*", "row_count"),
+    ("unsigned char*", "flat"),  # of each row block: kListed, kToRetry or kFlat
     ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
     ("Entry*", "entries"),  # the arena. Flat rows: see Threshold in dense.cu, O2 in dense90.cuh
     # Arrival of an arena entry in its column; of long columns, later, the order of their records
@@ -210,7 +229,7 @@ Params = _struct(
     ("int*", "long_columns"),  # [0] their number, then the columns
     ("int*", "long_done"),  # parts of a long column that are summed
     ("void*", "long_parts"),  # their sums, kLongPartBytes each
-    ("int", "batch", "heads_q", "heads_kv", "group", "length_q", "length_k", "groups_q"),
+    ("int", "batch", "heads_q", "heads_kv", "gqa_group", "length_q", "length_k", "row_blocks"),
     ("int", "long_limit"),  # kShortColumn
     ("float", "c", "inv_c"),  # z = c * (q . k), c = (alpha-1) |scale| > 0; and its inverse
     ("float", "scale"),  # as given; a negative one is carried by the sign of q
@@ -248,8 +267,9 @@ def header() -> str:
         for name, value in globals().items()
         if name.isupper() and isinstance(value, int) and not name.startswith("_")
     ]
-    for name, (made, fields) in _DECLARED.items():
-        lines.append(f"struct {name} {{")
+    for name, (keyword, fields) in _DECLARED.items():
+        made = _TYPES[name]
+        lines.append(f"{keyword} {name} {{")
         lines += [f"  {kind} {field};" for kind, *names in fields for field in names]
         lines.append("};")
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(made)});")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from adasplash2.backends.cuda import launch, layout, sizes
 from adasplash2.contract import Config
 from adasplash2.problem import Problem
 
+logger = logging.getLogger("adasplash2")
+
 PORTABLE: Config = {"scan": "portable", "blocks": 1}
 PORTABLE_TWO: Config = {"scan": "portable", "blocks": 2}
 DENSE: Config = {"scan": "none"}
@@ -24,18 +27,24 @@ DENSE: Config = {"scan": "none"}
 
 HOPPER_SHAPES = ((3, 2), (3, 3), (2, 3))
 """Warpgroups and stages of ``scan90.cu``, for head_dim up to 128. The first was the fastest or
-within 10 % of it wherever measured; fewer groups or stages leave room for longer lists."""
+within 10 % of it wherever measured; fewer warpgroups or stages leave room for longer lists."""
 
 RETRY_SHAPE = (1, 2)
-"""The same of the second look at rows that their lists could not hold."""
+"""The same of the retry of rows that their lists could not hold."""
 
 SHORT_KEYS = 512
 """Keys that a row sees, on the mean, up to which it is taken to keep so many of them that the scan
 does not pay. On an H100 a step with Gaussian q, k, v took 0.6x of the time (0.5x with 256 keys);
 with queries times 4, where a row keeps four keys, it takes 1.5x."""
 
+MAX_INVERSE = 1e30
+"""Of ``c``: bounds are a few times its inverse below scores, and must be finite in float32."""
+
 MINUS_INFINITY = 0xFF800000
 """Its bits in float32."""
+
+ALIGNMENT = 16
+"""Bytes of the copies that kernels make at once."""
 
 CACHED_PLANS = 1024
 
@@ -43,13 +52,25 @@ CACHED_PLANS = 1024
 def configs(problem: Problem) -> list[Config]:
     """The shapes of the scan that the device has room for."""
     shapes = [PORTABLE, PORTABLE_TWO]
-    if _has_wgmma(problem):
+    if _has_wgmma(problem) and may_align(problem):
         shapes = [{"scan": "hopper", "warpgroups": w, "stages": s} for w, s in HOPPER_SHAPES]
         shapes.append(PORTABLE)
         if _dense(problem, _scan(problem, DENSE)).maps:
             shapes.insert(0 if _is_short(problem) else len(shapes), DENSE)
     available = shared_memory(problem.device)
     return [c for c in shapes if _scan(problem, c).capacity(available) is not None]
+
+
+def may_align(problem: Problem) -> bool:
+    """Whether rows of so many elements can all start on 16 bytes, as TMA and wgmma need them."""
+    widths = problem.head_dim, problem.head_dim_v
+    return all(width * problem.dtype.itemsize % ALIGNMENT == 0 for width in widths)
+
+
+def running(config: Config, aligned: bool) -> Config:
+    """``config``, or what runs instead of it for tensors whose rows do not all start on 16
+    bytes."""
+    return config if aligned or config["scan"] == PORTABLE["scan"] else PORTABLE
 
 
 def plan(problem: Problem, config: Config, aligned: bool) -> Plan:
@@ -83,9 +104,9 @@ class Plan:
             causal=problem.scores.is_causal,
             aligned=aligned,
         )
-        # Copies by the engine, and wgmma's operands, need rows that start on 16 bytes.
-        self._scans_first = not aligned or config != DENSE
-        self._scan = _scan(problem, config if aligned else PORTABLE)
+        self.config = running(config, aligned)
+        self._scans_first = self.config != DENSE
+        self._scan = _scan(problem, self.config)
         self._dense = _dense(problem, self._scan)
         factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
         c = factor if factor > 0.0 else 1.0
@@ -94,13 +115,13 @@ class Plan:
                 "batch": problem.batch,
                 "heads_q": problem.heads_q,
                 "heads_kv": problem.heads_kv,
-                "group": problem.group_size,
+                "gqa_group": problem.group_size,
                 "length_q": problem.length_q,
                 "length_k": problem.length_k,
-                "groups_q": self.counts.groups_per_head,
+                "row_blocks": self.counts.row_blocks_per_head,
                 "long_limit": layout.SHORT_COLUMN,
                 "c": c,
-                "inv_c": min(1.0 / c, 1e30),
+                "inv_c": min(1.0 / c, MAX_INVERSE),
                 "scale": problem.scores.scale,
                 "q_sign": (problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
                 "r": 1.0 / (problem.alpha - 1.0),
@@ -118,7 +139,7 @@ class Plan:
         if self._scans_first:
             return
         call.fill(*self.saved.span(saved, "flat"), layout.FLAT)
-        for of_a_row in ("row_start", "row_count"):  # the largest score and a bound, as far as seen
+        for of_a_row in ("row_start", "row_count"):  # RowStart.top and RowCount.bound
             call.fill_words(*self.saved.span(saved, of_a_row), MINUS_INFINITY)
 
     @functools.cached_property
@@ -143,7 +164,7 @@ class Plan:
 
     @functools.cached_property
     def scans(self) -> tuple[launch.Launch, ...]:
-        """The scan, or what replaces it; where keys come by the copy engine, the second look."""
+        """The scan, or what replaces it; where keys come by TMA, the retry."""
         scan, counts = self._scan, self.counts
         if self._scans_first:
             first = self._launch_scan(scan, counts.heads * -(-self.problem.length_q // scan.rows))
@@ -157,7 +178,7 @@ class Plan:
         if not scan.maps_keys:
             return (first,)
         retry = sizes.hopper_scan(self.problem.head_dim, *RETRY_SHAPE, retry=True)
-        return (first, self._launch_scan(retry, self._units))
+        return (first, self._launch_scan(retry, self._multiprocessors))
 
     @functools.cached_property
     def forward(self) -> tuple[launch.Launch, ...]:
@@ -167,9 +188,9 @@ class Plan:
         )
 
     @functools.cached_property
-    def forward_recorded(self) -> tuple[launch.Launch, ...]:
-        """The same where the call records what it did."""
-        return self._outputs(layout.OUTPUT_RECORDS)
+    def forward_counted(self) -> tuple[launch.Launch, ...]:
+        """The same where the call counts what it did."""
+        return self._outputs(layout.OUTPUT_COUNTS)
 
     @functools.cached_property
     def backward(self) -> tuple[launch.Launch, ...]:
@@ -178,7 +199,7 @@ class Plan:
         key_tiles = counts.kv_heads * -(-problem.length_k // dense.rows)
         names = "q", "k", "v", "grad_o"
         return (
-            self._elements("count_columns", counts.groups),
+            self._elements("count_columns", counts.row_blocks),
             self._elements("prefix_columns", counts.kv_heads, layout.PREFIX_THREADS),
             self._elements("grad_rows", -(-counts.rows * lanes // layout.ELEMENT_THREADS)),
             self._elements("grad_columns", -(-counts.columns * lanes // layout.ELEMENT_THREADS)),
@@ -193,7 +214,7 @@ class Plan:
     def _outputs(self, kind: int) -> tuple[launch.Launch, ...]:
         dense, tiles = self._dense, (self._query_tiles,)
         lanes = self._options["OUTPUT_LANES"]
-        # The portable kernel saves nothing, and always records.
+        # The portable kernel saves nothing, and always counts.
         options = {"OUTPUT": kind} if dense.maps else {}
         return (
             self._elements("output", -(-self.counts.rows * lanes // layout.ELEMENT_THREADS)),
@@ -203,13 +224,13 @@ class Plan:
         )
 
     @property
-    def _units(self) -> int:
+    def _multiprocessors(self) -> int:
         found: int = torch.cuda.get_device_properties(self.problem.device).multi_processor_count
         return found
 
     @property
     def _long_blocks(self) -> int:
-        return layout.LONG_BLOCKS * self._units
+        return layout.LONG_BLOCKS * self._multiprocessors
 
     @property
     def _query_tiles(self) -> int:
@@ -260,7 +281,15 @@ class Plan:
 
 @functools.lru_cache(CACHED_PLANS)
 def _plan(problem: Problem, config: tuple[tuple[str, int | str], ...], aligned: bool) -> Plan:
-    return Plan(problem, dict(config), aligned)
+    made = Plan(problem, dict(config), aligned)
+    if made.config != dict(config):
+        logger.debug(
+            "cuda: rows of the tensors do not all start on %d bytes, %s runs instead of %s",
+            ALIGNMENT,
+            dict(made.config),
+            dict(config),
+        )
+    return made
 
 
 def _scan(problem: Problem, config: Config) -> sizes.Scan:

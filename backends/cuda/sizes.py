@@ -136,7 +136,7 @@ class SharedMemory(NamedTuple):
     """Bytes of shared memory that a block may ask for, and that a multiprocessor has."""
 
     per_block: int
-    per_unit: int
+    per_multiprocessor: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Scan:
 
     def capacity(self, memory: SharedMemory) -> int | None:
         """Entries of a lane's list for which there is memory; None where too few."""
-        share = memory.per_unit // self.blocks - RESERVED_SHARED
+        share = memory.per_multiprocessor // self.blocks - RESERVED_SHARED
         fit = (min(memory.per_block, share) - self.fixed_shared) // self._entry_bytes
         return min(fit, layout.MAX_CAPACITY) if fit >= layout.MIN_CAPACITY else None
 
@@ -203,8 +203,8 @@ def hopper_scan(head_dim: int, warpgroups: int, stages: int, retry: bool = False
 class Counts:
     """How many of everything a problem has."""
 
-    groups_per_head: int
-    groups: int
+    row_blocks_per_head: int
+    row_blocks: int
     rows: int
     heads: int
     kv_heads: int
@@ -214,11 +214,11 @@ class Counts:
     def of(problem: Problem) -> Counts:
         heads = problem.batch * problem.heads_q
         kv_heads = problem.batch * problem.heads_kv
-        per_head = -(-problem.length_q // layout.GROUP_ROWS)
+        per_head = -(-problem.length_q // layout.ROW_BLOCK)
         return Counts(
-            groups_per_head=per_head,
-            groups=heads * per_head,
-            rows=heads * per_head * layout.GROUP_ROWS,
+            row_blocks_per_head=per_head,
+            row_blocks=heads * per_head,
+            rows=heads * per_head * layout.ROW_BLOCK,
             heads=heads,
             kv_heads=kv_heads,
             columns=kv_heads * problem.length_k,
@@ -244,7 +244,7 @@ class Saved:
         self._sizes = {
             "row_start": counts.rows * 4,
             "row_count": counts.rows * 4,
-            "flat": counts.groups,
+            "flat": counts.row_blocks,
             "poison": counts.kv_heads * 4,
             "entries": counts.rows * layout.ARENA_ROW * ctypes.sizeof(layout.Entry),
         }

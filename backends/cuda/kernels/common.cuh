@@ -14,11 +14,11 @@
 //   CAPACITY                 memory of a warp's lists, in entries of a lane
 //   BLOCK_ROWS, TILE_KEYS    queries of a block, keys of a tile (scan.cu)
 //   WARPGROUPS, STAGES       of a block that filter, tiles of keys in shared memory (scan90.cu)
-//   RETRY                    1 to look again at rows that lists could not hold (scan90.cu)
+//   RETRY                    1 to retry rows that lists could not hold (scan90.cu)
 // and for the dense kernels
 //   BLOCK_ROWS, KEY_BLOCKS   rows of a block, blocks for a tile's gradients (dense.cu)
 //   KEY_STAGES, GRAD_KEYS    stages of keys, keys of a backward's tile (dense90.cuh)
-//   OUTPUT                   OUTPUT_PLAIN, _SAVES or _RECORDS (dense90_output.cu)
+//   OUTPUT                   OUTPUT_PLAIN, _SAVES or _COUNTS (dense90_output.cu)
 // SHARED_ and a kernel's name is the dynamic shared memory that it is launched with.
 // No other header than threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
 #pragma once
@@ -281,6 +281,8 @@ __device__ __forceinline__ float certain_rise(float f, float sum_u, float r) {
 
 constexpr int kSolveSteps = 64;  // enough for bisection alone, to a few floats
 constexpr float kEpsilon = 0x1p-23f;
+// The longest step that refine() takes for the last one without another look at f, in windows: the
+// round-off of what it was solved on is then far below that of tau.
 constexpr float kSureStep = 1.f / 32.f;
 // Newton's steps before every other one becomes a bisection. Convex rows need no more.
 constexpr int kFreeSteps = 8;
@@ -346,7 +348,9 @@ __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& 
 
 // --- where rows, survivors and tiles are kept ----------------------------------------------
 
-__device__ __forceinline__ i64 arena_of(int group) { return i64(group) * kGroupRows * kArenaRow; }
+__device__ __forceinline__ i64 arena_of(int row_block) {
+  return i64(row_block) * kRowBlock * kArenaRow;
+}
 
 __device__ __forceinline__ void mark_tile(const Params& p, int head_row, int row, int column) {
   p.tiles[(i64(head_row) * ((p.length_q + 63) / 64) + row / 64) * ((p.length_k + 63) / 64) +
@@ -364,6 +368,11 @@ __device__ __forceinline__ float load_shared(u32 address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
   return x;
 }
+__device__ __forceinline__ int load_shared_int(u32 address) {
+  int x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ __forceinline__ float4 load_shared4(u32 address) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -375,11 +384,14 @@ __device__ __forceinline__ float4 load_shared4(u32 address) {
 __device__ __forceinline__ void store_shared(u32 address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
+__device__ __forceinline__ void store_shared(u32 address, int x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
 
-__device__ __forceinline__ void copy_commit() {
+__device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Bytes from one row of a tile in shared memory to the next. The 16 bytes of padding put eight
 // successive rows on different banks, so ldmatrix reads them without conflict.
@@ -387,16 +399,16 @@ template <int dim>
 constexpr int tile_stride = dim * int(sizeof(Scalar)) + 16;
 
 // Start copying rows [first, first + rows) of one head into a tile; rows from `length` on and
-// columns from `width` on become zeros. Visible after copy_wait() and a barrier.
+// columns from `width` on become zeros. Visible after cp_async_wait() and a barrier.
 template <int rows, int width, int threads>
 __device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 row_stride, int first,
                                           int length) {
   constexpr int dim = padded<width>;
-  constexpr int per_unit = 16 / int(sizeof(Scalar));
-  constexpr int units = dim / per_unit;
-  for (int i = threadIdx.x; i < rows * units; i += threads) {
-    const int row = i / units, at = i % units * per_unit;
-    char* to = tile + row * tile_stride<dim> + i % units * 16;
+  constexpr int per_chunk = 16 / int(sizeof(Scalar));
+  constexpr int chunks = dim / per_chunk;
+  for (int i = threadIdx.x; i < rows * chunks; i += threads) {
+    const int row = i / chunks, at = i % chunks * per_chunk;
+    char* to = tile + row * tile_stride<dim> + i % chunks * 16;
     const bool inside = first + row < length;
     const Scalar* from = head + i64(inside ? first + row : 0) * row_stride;
     if constexpr (kAligned) {
@@ -406,24 +418,24 @@ __device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 ro
                    : "memory");
     } else {
 #pragma unroll
-      for (int j = 0; j < per_unit; ++j)
+      for (int j = 0; j < per_chunk; ++j)
         reinterpret_cast<Scalar*>(to)[j] = inside && at + j < width ? from[at + j] : Scalar{};
     }
   }
 }
 
-// A 16-row left operand. Lane l holds rows l/4 and l/4 + 8 at columns 2 (l%4) + {0, 1, 8, 9}.
-struct Left {
+// A 16-row A fragment. Lane l holds rows l/4 and l/4 + 8 at columns 2 (l%4) + {0, 1, 8, 9}.
+struct AFragment {
   u32 r[4];
 };
 
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
+__device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
 }
-__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 address) {
+__device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
@@ -431,8 +443,8 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 addres
 }
 
 // d = a b + c for a 16x16 times 16x8 product
-__device__ __forceinline__ void multiply(float (&d)[4], const Left& a, u32 b0, u32 b1, float c0,
-                                         float c1, float c2, float c3) {
+__device__ __forceinline__ void multiply(float (&d)[4], const AFragment& a, u32 b0, u32 b1,
+                                         float c0, float c1, float c2, float c3) {
 #define ADASPLASH2_MMA(type)                                                                    \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                    \
       ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                \

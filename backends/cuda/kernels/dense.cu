@@ -1,6 +1,6 @@
-// Rows whose support is too large for lists: the scan marked their groups of kGroupRows rows
+// Rows whose support is too large for lists: the scan marked their row blocks
 // flat, and these kernels serve them with dense tiles, recomputing the scores in each pass.
-// Blocks without a flat group return at once, so the launch needs no word from the host.
+// Blocks without a flat row block return at once, so the launch needs no word from the host.
 //
 // Here z = (alpha-1) scale q.k, x = z - tau, p = x^r, u = x^(r-1).
 #include "score.cuh"
@@ -43,12 +43,12 @@ __device__ __forceinline__ void dot_products(float (&out)[parts][4], u32 a, u32 
     const u32 b_at = b + (lane / 16 * 8 + lane % 8) * tile_stride<dim> + lane / 8 % 2 * 16;
 #pragma unroll
     for (int k = 0; k < dim / 16; ++k) {
-      Left left;
-      load_matrices(left.r, a_at + k * 32);
+      AFragment left;
+      ldmatrix(left.r, a_at + k * 32);
 #pragma unroll
       for (int n = 0; n < parts; n += 2) {
         u32 r[4];
-        load_matrices(r, b_at + n * 8 * tile_stride<dim> + k * 32);
+        ldmatrix(r, b_at + n * 8 * tile_stride<dim> + k * 32);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float (&d)[4] = out[n + i];
@@ -82,14 +82,14 @@ __device__ __forceinline__ void add_weighted(float (&out)[dim / 8][4], const flo
     const u32 b_at = b + lane % 16 * tile_stride<dim> + lane / 16 * 16;
 #pragma unroll
     for (int k = 0; k < parts / 2; ++k) {
-      const Left left = {Scalar::pack(w[2 * k][0], w[2 * k][1]),
-                         Scalar::pack(w[2 * k][2], w[2 * k][3]),
-                         Scalar::pack(w[2 * k + 1][0], w[2 * k + 1][1]),
-                         Scalar::pack(w[2 * k + 1][2], w[2 * k + 1][3])};
+      const AFragment left = {Scalar::pack(w[2 * k][0], w[2 * k][1]),
+                              Scalar::pack(w[2 * k][2], w[2 * k][3]),
+                              Scalar::pack(w[2 * k + 1][0], w[2 * k + 1][1]),
+                              Scalar::pack(w[2 * k + 1][2], w[2 * k + 1][3])};
 #pragma unroll
       for (int n = 0; n < dim / 8; n += 2) {
         u32 r[4];
-        load_matrices_transposed(r, b_at + k * 16 * tile_stride<dim> + n * 16);
+        ldmatrix_transposed(r, b_at + k * 16 * tile_stride<dim> + n * 16);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float (&d)[4] = out[n + i];
@@ -141,7 +141,7 @@ __device__ __forceinline__ void write_part(const float (&out)[padded<width> / 8]
 
 // tau = c top + t of a flat row. Of large alphas t may be less than a rounding of tau, and x then
 // less than one of c q.k: so a general alpha goes by differences to the row's largest score, and
-// keeps `top` and `t` for the backward where the arena would hold the group's survivors.
+// keeps `top` and `t` for the backward where the arena would hold the row block's survivors.
 constexpr bool kRelative = kAlpha == AlphaKind::kGeneral;
 
 struct Threshold {
@@ -152,14 +152,16 @@ struct Threshold {
   }
 };
 
-__device__ __forceinline__ Entry& threshold_entry(const Params& p, int head_row, int row) {
-  return p.entries[arena_of(head_row * p.groups_q + row / kGroupRows) + row % kGroupRows];
+static_assert(sizeof(Threshold) == sizeof(Entry) && kArenaRow >= 1);
+__device__ __forceinline__ Threshold& kept_threshold(const Params& p, int head_row, int row) {
+  return reinterpret_cast<Threshold*>(
+      p.entries)[arena_of(head_row * p.row_blocks + row / kRowBlock) + row % kRowBlock];
 }
 
 __device__ __forceinline__ Threshold threshold_of(const Params& p, int head_row, int row) {
   if constexpr (kRelative) {
-    const Entry& kept = threshold_entry(p, head_row, row);
-    return {__int_as_float(kept.column), kept.x};
+    const Threshold& kept = kept_threshold(p, head_row, row);
+    return kept;
   }
   return {0.f, p.tau[i64(head_row) * p.length_q + row]};
 }
@@ -183,7 +185,7 @@ struct Block : QueryBlock<kRows> {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const int row = row_of_slot(slot);
-      flat[slot] = row < p.length_q && p.flat[head_row * p.groups_q + row / kGroupRows];
+      flat[slot] = row < p.length_q && p.flat[head_row * p.row_blocks + row / kRowBlock];
     }
   }
   __device__ int row_of_slot(int slot) const { return first_row + slot * 8 + lane_id() / 4; }
@@ -208,13 +210,13 @@ struct Block : QueryBlock<kRows> {
       if constexpr (with_values)
         load_tile<kTile, kHeadDimV, kThreads>(to + kBytes, values, p.v.row, tile * kTile,
                                               p.length_k);
-      copy_commit();
+      cp_async_commit();
     };
     __syncthreads();  // the stages are free
     start(tiles - 1, 0);
     for (int tile = tiles - 1; tile >= 0; --tile) {
       const int stage = (tiles - 1 - tile) % 2;
-      copy_wait();
+      cp_async_wait();
       __syncthreads();
       if (tile > 0) start(tile - 1, 1 - stage);
       const u32 here = shared_address(at + stage * (kBytes + kBytesV));
@@ -230,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
   load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row,
                                        b.first_of_block(), p.length_q);
-  copy_commit();
+  cp_async_commit();
   char* stages = shared + kBytes;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
   const float c = p.c * p.q_sign;
@@ -241,9 +243,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   int steps[2] = {0, 0};
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
-    const i64 at = i64(b.head_row) * p.groups_q * kGroupRows + b.row_of_slot(slot);
-    const float seen = b.flat[slot] ? __int_as_float(p.row_start[at]) : -kInf;
-    const float bound = b.flat[slot] ? __int_as_float(p.row_count[at]) : -kInf;
+    const i64 at = i64(b.head_row) * p.row_blocks * kRowBlock + b.row_of_slot(slot);
+    const float seen = b.flat[slot] ? p.row_start[at].top : -kInf;
+    const float bound = b.flat[slot] ? p.row_count[at].bound : -kInf;
     poisoned[slot] = !(seen < kInf);
     empty[slot] = seen == -kInf;  // no key scores above minus infinity
     done[slot] = poisoned[slot] || empty[slot];
@@ -330,11 +332,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const i64 at = i64(b.head_row) * p.length_q + row;
     if (poisoned[slot] || empty[slot]) t[slot] = poisoned[slot] ? kNaN : kInf;
     p.tau[at] = kRelative ? fmaf(c, top[slot], t[slot]) : top[slot] + t[slot];
-    if constexpr (kRelative)
-      threshold_entry(p, b.head_row, row) = {__float_as_int(top[slot]), t[slot]};
-    const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + row;
-    p.row_count[at_row] = poisoned[slot] ? -1 : kept;
-    p.row_start[at_row] = __float_as_int(factor);
+    if constexpr (kRelative) kept_threshold(p, b.head_row, row) = {top[slot], t[slot]};
+    const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + row;
+    p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
+    p.row_start[at_row].factor = factor;
     if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, row);
     if (p.iterations) p.iterations[at] = steps[slot];
   }
@@ -354,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                                        b.first_of_block(), p.length_q);
   load_tile<kRows, kHeadDimV, kThreads>(shared + kBytes, row_of(p.grad_o, b.batch, b.head, 0),
                                         p.grad_o.row, b.first_of_block(), p.length_q);
-  copy_commit();
+  cp_async_commit();
   char* stages = shared + kBytes + kBytesV;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
   const u32 grads = shared_address(shared + kBytes) + warp_id() * 16 * tile_stride<kDimV>;
@@ -443,16 +444,16 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
   const int start = first_row_of(block.first) / kTile * kTile;
 
   bool any = false;
-  for (int i = threadIdx.x; i < p.group * p.groups_q; i += kThreads)
-    any |= i % p.groups_q * kGroupRows + kGroupRows > start &&
-           p.flat[i64(first_head_row) * p.groups_q + i];
+  for (int i = threadIdx.x; i < p.gqa_group * p.row_blocks; i += kThreads)
+    any |= i % p.row_blocks * kRowBlock + kRowBlock > start &&
+           p.flat[i64(first_head_row) * p.row_blocks + i];
   if (!__syncthreads_or(any)) return;
 
   load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.k, batch, kv_head, 0), p.k.row, block.first,
                                        p.length_k);
   load_tile<kRows, kHeadDimV, kThreads>(shared + kBytes, row_of(p.v, batch, kv_head, 0), p.v.row,
                                         block.first, p.length_k);
-  copy_commit();
+  cp_async_commit();
   char* queries_at = shared + kBytes + kBytesV;
   char* grads_at = queries_at + kBytes;
   const u32 keys = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
@@ -461,12 +462,12 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
   float grad_k[want_k ? kDim / 8 : 1][4] = {};
   float grad_v[want_v ? kDimV / 8 : 1][4] = {};
 
-  for (int member = 0; member < p.group; ++member) {
-    const int head_row = first_head_row + member, head = kv_head * p.group + member;
-    const u8* flat = p.flat + i64(head_row) * p.groups_q;
+  for (int member = 0; member < p.gqa_group; ++member) {
+    const int head_row = first_head_row + member, head = kv_head * p.gqa_group + member;
+    const u8* flat = p.flat + i64(head_row) * p.row_blocks;
     for (int first_row = start; first_row < p.length_q; first_row += kTile) {
       bool wanted = false;
-      for (int i = first_row / kGroupRows; i < min(p.groups_q, (first_row + kTile) / kGroupRows);
+      for (int i = first_row / kRowBlock; i < min(p.row_blocks, (first_row + kTile) / kRowBlock);
            ++i)
         wanted |= flat[i];
       if (!wanted) continue;
@@ -475,21 +476,21 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
                                            first_row, p.length_q);
       load_tile<kTile, kHeadDimV, kThreads>(grads_at, row_of(p.grad_o, batch, head, 0),
                                             p.grad_o.row, first_row, p.length_q);
-      copy_commit();
+      cp_async_commit();
       for (int i = threadIdx.x; i < kTile; i += kThreads) {
         const int row = first_row + i;
-        const bool used = row < p.length_q && flat[row / kGroupRows];
+        const bool used = row < p.length_q && flat[row / kRowBlock];
         const i64 at = i64(head_row) * p.length_q + row;
         const Threshold tau = used ? threshold_of(p, head_row, row) : kNoSupport;
         if constexpr (kRelative) row_top[i] = tau.top;
         row_t[i] = tau.t;
         row_delta[i] = used ? p.delta[at] : 0.f;
         row_factor[i] =
-            used ? __int_as_float(p.row_start[i64(head_row) * p.groups_q * kGroupRows + row]) : 0.f;
+            used ? p.row_start[i64(head_row) * p.row_blocks * kRowBlock + row].factor : 0.f;
       }
-      copy_wait();
+      cp_async_wait();
       __syncthreads();
-      // A poisoned row, or one of an element group, must not reach the keys through 0 * NaN.
+      // A poisoned row, or one of a listed row block, must not reach the keys through 0 * NaN.
       for (int i = 0; i < kTile; ++i)
         if (!(row_t[i] < kInf)) {
           for (int at = threadIdx.x; at < tile_stride<kDim> / 4; at += kThreads)

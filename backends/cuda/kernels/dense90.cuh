@@ -1,4 +1,4 @@
-// dense.cu for Hopper: the same rows, the same contract, on wgmma and the copy engine
+// dense.cu for Hopper: the same rows, the same contract, on wgmma and TMA
 // (dense90_output.cu, dense90_grad.cu). 16-bit types whose rows start on 16 bytes, head_dim up to
 // 128, alpha = 1.5 and 2. This is what forward and backward share.
 //
@@ -19,12 +19,12 @@ namespace adasplash2 {
 static_assert(kHalf && kAligned && kDim <= kHopperMaxHeadDim && kDimV <= kHopperMaxHeadDim);
 static_assert(kAlpha != AlphaKind::kGeneral);
 
-constexpr int kGroups = kDenseWarpgroups;
-constexpr int kConsumers = kGroups * kWarpgroupThreads;
+constexpr int kWarpgroups = kDenseWarpgroups;
+constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
 constexpr int kThreads = kConsumers + kWarpgroupThreads;
-constexpr int kCopierRegisters = 40;
+constexpr int kProducerRegisters = 40;
 constexpr int kRows = kWarpgroupRows;
-constexpr int kBlockRows = kGroups * kRows;
+constexpr int kBlockRows = kWarpgroups * kRows;
 constexpr int kBox = kDenseBox;
 constexpr bool kNarrow = kPanels == 1 && kPanelsV == 1;
 // float16 loses probabilities below 6e-8; rows of many keys come near. Scaled, none does.
@@ -52,7 +52,7 @@ __device__ __forceinline__ void sign_own(char* own, int bytes, float sign) {
     u32& pair = reinterpret_cast<u32*>(own)[at];
     pair = sign < 0.f ? pair ^ 0x80008000u : 0u;
   }
-  publish_stores();
+  fence_async_proxy();
   sync_consumers();
 }
 
@@ -68,7 +68,8 @@ __device__ __forceinline__ void add_dots(float (&d)[count], u64 a, u64 b) {
 }
 // d += w b over all rows of a tile
 template <int steps, int count>
-__device__ __forceinline__ void add_weighted(float (&d)[count], const Left (&w)[steps], u64 b) {
+__device__ __forceinline__ void add_weighted(float (&d)[count], const AFragment (&w)[steps],
+                                             u64 b) {
 #pragma unroll
   for (int k = 0; k < steps; ++k) add_rows(d, w[k], b + rows_at(k));
 }
@@ -96,18 +97,18 @@ __device__ __forceinline__ void write_rows(const float (&d)[count], Scalar* head
   }
 }
 
-// A lane's weights of 16 columns as a left operand of the product that sums over them.
+// A lane's weights of 16 columns as an A fragment of the product that sums over them.
 template <class Weight>
-__device__ __forceinline__ Left as_left(const Weight& w) {
+__device__ __forceinline__ AFragment as_a_fragment(const Weight& w) {
   return {Scalar::pack(w(0), w(1)), Scalar::pack(w(2), w(3)), Scalar::pack(w(4), w(5)),
           Scalar::pack(w(6), w(7))};
 }
 
-// O2 of a row lies where the arena would hold the survivors of its group.
+// O2 of a row lies where the arena would hold the survivors of its row block.
 static_assert(kArenaRow * sizeof(Entry) >= kHopperMaxHeadDim * sizeof(float));
 __device__ __forceinline__ float* second_output(const Params& p, int head_row, int row) {
-  return reinterpret_cast<float*>(p.entries + arena_of(head_row * p.groups_q + row / kGroupRows) +
-                                  row % kGroupRows * kArenaRow);
+  return reinterpret_cast<float*>(p.entries + arena_of(head_row * p.row_blocks + row / kRowBlock) +
+                                  row % kRowBlock * kArenaRow);
 }
 
 // The query rows of a block, and what its lanes see of them.
@@ -122,7 +123,7 @@ struct Block : QueryBlock<kBlockRows> {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
       flat[slot] = warp_id() < kConsumers / 32 && row(slot) < p.length_q &&
-                   p.flat[head_row * p.groups_q + row(slot) / kGroupRows];
+                   p.flat[head_row * p.row_blocks + row(slot) / kRowBlock];
   }
   __device__ __forceinline__ int row(int slot) const {
     return first_row + slot * 8 + lane_id() / 4;

@@ -29,32 +29,32 @@ struct Backward {
     init_barrier(full_own, 1);
     for (int i = 0; i < kGradStages; ++i)
       init_barrier(full + 8 * i, writers), init_barrier(empty + 8 * i, kConsumers);
-    publish_stores();
+    fence_async_proxy();
   }
   __device__ __forceinline__ void copy_own(const TensorMap& x, const Plane& of_x,
                                            const TensorMap& y, const Plane& of_y, int first) const {
-    arrive_expecting(full_own, kOwnBytes + kOwnBytesV);
-    copy_tile<kBlockRows, kPanels, kBox>(own, x, first, of_x, full_own);
-    copy_tile<kBlockRows, kPanelsV, kBox>(own_y, y, first, of_y, full_own);
+    arrive_expect_tx(full_own, kOwnBytes + kOwnBytesV);
+    tma_load_tile<kBlockRows, kPanels, kBox>(own, x, first, of_x, full_own);
+    tma_load_tile<kBlockRows, kPanelsV, kBox>(own_y, y, first, of_y, full_own);
   }
   __device__ __forceinline__ void copy_pair(const TensorMap& x, const Plane& of_x,
                                             const TensorMap& y, const Plane& of_y, int first,
                                             int stage) const {
-    arrive_expecting(full + stage * 8, kStageBytes);
+    arrive_expect_tx(full + stage * 8, kStageBytes);
     const u32 to = stages + stage * kStageBytes;
-    copy_tile<rows, kPanels, kBox>(to, x, first, of_x, full + stage * 8);
-    copy_tile<rows, kPanelsV, kBox>(to + kXBytes, y, first, of_y, full + stage * 8);
+    tma_load_tile<rows, kPanels, kBox>(to, x, first, of_x, full + stage * 8);
+    tma_load_tile<rows, kPanelsV, kBox>(to + kXBytes, y, first, of_y, full + stage * 8);
   }
 
   // s = own x^T and dp = own_y y^T
   __device__ __forceinline__ void start_dots(float (&s)[rows / 2], float (&dp)[rows / 2],
                                              int stage) const {
-    const u32 group = uniform(warp_id() / 4) * kRows * kLineBytes,
+    const u32 warpgroup = uniform(warp_id() / 4) * kRows * kLineBytes,
               at = stages + stage * kStageBytes;
-    begin_products();
-    add_dots<kDim, rows>(s, descriptor(own + group), descriptor(at));
-    add_dots<kDimV, rows>(dp, descriptor(own_y + group), descriptor(at + kXBytes));
-    commit_products();
+    wgmma_fence();
+    add_dots<kDim, rows>(s, descriptor(own + warpgroup), descriptor(at));
+    add_dots<kDimV, rows>(dp, descriptor(own_y + warpgroup), descriptor(at + kXBytes));
+    wgmma_commit();
   }
   __device__ __forceinline__ u64 x_rows(int stage) const {
     return descriptor(stages + stage * kStageBytes, rows * kLineBytes);
@@ -107,7 +107,7 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
   constexpr int kSteps = kGradKeys / 16;
   constexpr bool kOverlap = kNarrow;
   Sums<kPanels> grad = {};
-  Left weights[kSteps];
+  AFragment weights[kSteps];
   GradRing ring;
   const int tiles = b.tiles(kGradKeys);
   const auto start = [&](float (&s)[kGradKeys / 2], float (&dp)[kGradKeys / 2]) {
@@ -115,20 +115,20 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     at.start_dots(s, dp, ring.stage);
   };
   const auto weigh = [&](float (&s)[kGradKeys / 2], float (&dp)[kGradKeys / 2], int first_key) {
-    await_products();
-    settled(s), settled(dp), settled(grad), settled(weights);
+    wgmma_wait();
+    fence_operands(s), fence_operands(dp), fence_operands(grad), fence_operands(weights);
     b.mask(s, first_key);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k)
-      weights[k] = as_left([&](int e) {
+      weights[k] = as_a_fragment([&](int e) {
         const int slot = e / 2 % 2;
         return score_gradient(fmaf(p.c, s[8 * k + e], -tau[slot]), dp[8 * k + e], delta[slot]);
       });
   };
   const auto add = [&](int stage) {
-    begin_products();
+    wgmma_fence();
     add_weighted(grad, weights, at.x_rows(stage));
-    commit_products();
+    wgmma_commit();
   };
   {
     float s[kGradKeys / 2], dp[kGradKeys / 2];
@@ -142,14 +142,14 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     float s[kGradKeys / 2], dp[kGradKeys / 2];
     if constexpr (kOverlap) start(s, dp);
     add(before);
-    await_products();
-    if constexpr (!kOverlap) settled(grad), start(s, dp), await_products();
+    wgmma_wait();
+    if constexpr (!kOverlap) fence_operands(grad), start(s, dp), wgmma_wait();
     at.give_back(before);
     weigh(s, dp, tile * kGradKeys);
   }
   add(ring.stage);
-  await_products();
-  settled(grad);
+  wgmma_wait();
+  fence_operands(grad);
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot)
     if (tau[slot] != tau[slot])
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) at.start(1);
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
-    give_registers<kCopierRegisters>();
+    setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x != kConsumers) return;
     at.copy_own(query_map, Plane(p.q, b.head, b.batch), grad_map, Plane(p.grad_o, b.head, b.batch),
                 b.first);
@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       at.copy_pair(key_map, keys, value_map, values, tile * kGradKeys, ring.stage);
     }
   } else {
-    take_registers<kGroups, kCopierRegisters>();
+    setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
     sum_grad_rows(at, shared + (memory - start), b);
   }
 }
@@ -215,14 +215,14 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
                                              const TensorMap& grad_map) {
   GradRing ring;
 #pragma unroll 1
-  for (int member = 0; member < p.group; ++member) {
-    const int head_row = b.head_row(p) + member, head = b.kv_head * p.group + member;
-    const u8* flat = p.flat + i64(head_row) * p.groups_q;
+  for (int member = 0; member < p.gqa_group; ++member) {
+    const int head_row = b.head_row(p) + member, head = b.kv_head * p.gqa_group + member;
+    const u8* flat = p.flat + i64(head_row) * p.row_blocks;
 #pragma unroll 1
     for (int first = b.start; first < p.length_q; first += kGradQueries) {
-      const int group = first / kGroupRows + lane_id();
-      if (!__any_sync(kAllLanes,
-                      lane_id() < kGradQueries / kGroupRows && group < p.groups_q && flat[group]))
+      const int row_block = first / kRowBlock + lane_id();
+      if (!__any_sync(kAllLanes, lane_id() < kGradQueries / kRowBlock && row_block < p.row_blocks &&
+                                     flat[row_block]))
         continue;
       ring.await_empty(at.empty);
       Queries& q = queries[ring.stage];
@@ -230,7 +230,7 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
 #pragma unroll
       for (int i = lane_id(); i < kGradQueries; i += 32) {
         const int row = first + i;
-        const bool used = row < p.length_q && flat[row / kGroupRows];
+        const bool used = row < p.length_q && flat[row / kRowBlock];
         const i64 at_row = i64(head_row) * p.length_q + row;
         const float tau = used ? p.tau[at_row] : kInf;
         const bool kept = tau < kInf;  // not so of a poisoned row
@@ -261,7 +261,7 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
   const int first_key = b.first + warp_id() * 16;
   Sums<kPanels> grad_k = {};
   Sums<kPanelsV> grad_v = {};
-  Left probs[kSteps], weights[kSteps];
+  AFragment probs[kSteps], weights[kSteps];
   using Dots = float[kGradQueries / 2];
   GradRing ring;
   await(at.full_own, 0);
@@ -281,14 +281,15 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
           for (int panel = 0; panel < kPanels + kPanelsV; ++panel)
             reinterpret_cast<uint4*>(tile + (panel * kGradQueries + i) *
                                                 kLineBytes)[threadIdx.x % 8] = {0, 0, 0, 0};
-      publish_stores();
+      fence_async_proxy();
       sync_consumers();
     }
     return true;
   };
   const auto weigh = [&](Dots& s, Dots& dp) {
-    await_products();
-    settled(s), settled(dp), settled(grad_k), settled(grad_v), settled(probs), settled(weights);
+    wgmma_wait();
+    fence_operands(s), fence_operands(dp), fence_operands(grad_k), fence_operands(grad_v),
+        fence_operands(probs), fence_operands(weights);
     const Queries& q = queries[ring.stage];
     // Queries before these do not see the keys of the lane's two rows.
     const int first_query = q.first + lane_id() % 4 * 2, key = first_key + lane_id() / 4;
@@ -302,7 +303,7 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
       for (int n = 0; n < 2; ++n)
         of_two[n] =
             *reinterpret_cast<const float4*>(q.tau_delta + (2 * k + n) * 8 + lane_id() % 4 * 2);
-      weights[k] = as_left([&](int e) {
+      weights[k] = as_a_fragment([&](int e) {
         const int slot = e / 2 % 2;
         const float4& at_two = of_two[e / 4];
         const float tau = e % 2 ? at_two.z : at_two.x, delta = e % 2 ? at_two.w : at_two.y;
@@ -312,15 +313,15 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
         prob[e] = kProbScale * (kAlpha == AlphaKind::k15 ? inside * inside : inside);
         return score_gradient(x, dp[8 * k + e], delta);
       });
-      probs[k] = as_left([&](int e) { return prob[e]; });
+      probs[k] = as_a_fragment([&](int e) { return prob[e]; });
     }
   };
   const auto start = [&](Dots& s, Dots& dp) { at.start_dots(s, dp, ring.stage); };
   const auto add = [&](int stage) {
-    begin_products();
+    wgmma_fence();
     add_weighted(grad_v, probs, at.y_rows(stage));
     add_weighted(grad_k, weights, at.x_rows(stage));
-    commit_products();
+    wgmma_commit();
   };
   next();  // there is one, or the block would have returned
   {
@@ -333,15 +334,15 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     const int before = ring.stage;
     if constexpr (!kOverlap) {
       add(before);
-      await_products();
-      settled(grad_k), settled(grad_v);
+      wgmma_wait();
+      fence_operands(grad_k), fence_operands(grad_v);
       at.give_back(before);
     }
     ring.advance();
     if (!next()) {
       if constexpr (kOverlap) {
         add(before);
-        await_products();
+        wgmma_wait();
       }
       break;
     }
@@ -349,12 +350,12 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     start(s, dp);
     if constexpr (kOverlap) {
       add(before);
-      await_products();
+      wgmma_wait();
       at.give_back(before);
     }
     weigh(s, dp);
   }
-  settled(grad_k), settled(grad_v);
+  fence_operands(grad_k), fence_operands(grad_v);
   const bool all[2] = {true, true};
   write_rows<kHeadDim, true>(grad_k, row_of(p.grad_k, b.batch, b.kv_head, 0), p.grad_k.row,
                              first_key, p.length_k, p.scale, all);
@@ -373,16 +374,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(16) Queries queries[kGradStages];
   const Keys b(p);
   bool any = false;
-  for (int i = threadIdx.x; i < p.group * p.groups_q; i += kThreads)
-    any |= i % p.groups_q * kGroupRows + kGroupRows > b.start &&
-           p.flat[i64(b.head_row(p)) * p.groups_q + i];
+  for (int i = threadIdx.x; i < p.gqa_group * p.row_blocks; i += kThreads)
+    any |= i % p.row_blocks * kRowBlock + kRowBlock > b.start &&
+           p.flat[i64(b.head_row(p)) * p.row_blocks + i];
   if (!any_of_block(any)) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradColumns at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start(32);
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
-    give_registers<kCopierRegisters>();
+    setmaxnreg_dec<kProducerRegisters>();
     if (uniform(warp_id()) != kConsumers / 32) return;
     if (lane_id() == 0)
       at.copy_own(key_map, Plane(p.k, b.kv_head, b.batch), value_map,
@@ -390,7 +391,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
     copy_queries(at, queries, p, b, query_map, grad_map);
   } else {
-    take_registers<kGroups, kCopierRegisters>();
+    setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
     sum_grad_columns(at, shared + (memory - start), queries, p, b);
   }
 }

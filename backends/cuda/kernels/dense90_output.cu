@@ -20,6 +20,10 @@ constexpr int kStride = 8;  // of the tiles that the passes before the first ful
 constexpr int kStridedPasses = 2;
 constexpr int kStridedFrom = 3 * kStride;  // tiles
 
+// Where nothing is known of a threshold from below: less than any, but finite, so that sums and
+// differences with it are numbers.
+constexpr float kUnbounded = -1e30f;
+
 // What is known of one row's threshold.
 struct Threshold {
   float tau, lo, hi;
@@ -88,9 +92,9 @@ __device__ __forceinline__ void advance(Threshold& t, RowSums& sums, float weigh
 
 // --- forward -------------------------------------------------------------------------------
 
-// Whether a backward is to come, and whether the call records what it did.
+// Whether a backward is to come, and whether the call counts what it did.
 constexpr bool kSaves = ADASPLASH2_OUTPUT == kOutputSaves;
-constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputRecords;
+constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputCounts;
 
 constexpr int kStagesK = ADASPLASH2_KEY_STAGES;
 constexpr int kStagesV = kDenseValueStages;
@@ -121,7 +125,7 @@ struct Forward {
       init_barrier(full_k + 8 * i, 1), init_barrier(empty_k + 8 * i, kConsumers / 32);
     for (int i = 0; i < kStagesV; ++i)
       init_barrier(full_v + 8 * i, 1), init_barrier(empty_v + 8 * i, kConsumers / 32);
-    publish_stores();
+    fence_async_proxy();
   }
 };
 
@@ -133,115 +137,158 @@ struct Walk {
   __device__ __forceinline__ int operator[](int i) const { return last - i * stride; }
 };
 
-// The two tiles of the sample; all there are where there are no more.
-__device__ __forceinline__ int sampled(int i, int tiles) {
-  return tiles <= 2 ? i : (tiles + 2 * tiles * i) / 4;
+// The tiles of the sample: two, or all there are where there are no more.
+struct Sample {
+  static constexpr int kTiles = 2;
+  int tiles;
+  __device__ __forceinline__ int count() const { return min(tiles, kTiles); }
+  __device__ __forceinline__ bool is_everything() const { return tiles <= kTiles; }
+  __device__ __forceinline__ int operator[](int i) const {
+    return tiles <= kTiles ? i : (tiles + 2 * tiles * i) / 4;
+  }
+};
+
+// All passes over keys, in order. The thread that copies and the warps that multiply both go
+// through here: each side takes every tile of every pass that it is given, or the other one waits
+// forever. full_pass() tells whether the side needs another one.
+template <class Side>
+__device__ __forceinline__ void for_passes(int tiles, Side& side) {
+  const Sample sample{tiles};
+  side.sample_pass(sample);
+  if (tiles >= kStridedFrom) {
+    const Walk strided(tiles, kStride);
+#pragma unroll 1
+    for (int pass = 0; pass < kStridedPasses; ++pass) side.strided_pass(strided, pass);
+  }
+  const Walk all(tiles, 1);
+  bool solving = !sample.is_everything();
+#pragma unroll 1
+  for (int pass = 0; solving; ++pass) solving = any_of_block(side.full_pass(all, pass));
+  side.output_pass(all);
 }
 
-__device__ __forceinline__ void copy_forward(const Forward& at, const Block& b,
-                                             const TensorMap& query_map, const TensorMap& key_map,
-                                             const TensorMap& value_map) {
-  const Params& p = b.p;
-  const bool copies = threadIdx.x == kConsumers;
-  const int tiles = b.tiles(kTileKeys);
-  const Plane keys(p.k, b.kv_head, b.batch), values(p.v, b.kv_head, b.batch);
+// The warp that has tiles copied; one thread of it does.
+struct Producer {
+  const Forward& at;
+  const TensorMap &key_map, &value_map;
+  const bool copies;
+  const Plane key_plane, value_plane;
   KeyRing key_ring;
   ValueRing value_ring;
-  const auto push_keys = [&](int tile) {
-    key_ring.await_empty(at.empty_k);
-    const u32 full = at.full_k + key_ring.stage * 8;
-    arrive_expecting(full, kKeyBytes);
-    copy_tile<kTileKeys, kPanels, kBox>(at.keys + key_ring.stage * kKeyBytes, key_map,
-                                        tile * kTileKeys, keys, full);
-    key_ring.advance();
-  };
-  const auto push_values = [&](int tile) {
-    value_ring.await_empty(at.empty_v);
-    const u32 full = at.full_v + value_ring.stage * 8;
-    arrive_expecting(full, kValueBytes);
-    copy_tile<kTileKeys, kPanelsV, kBox>(at.values + value_ring.stage * kValueBytes, value_map,
-                                         tile * kTileKeys, values, full);
-    value_ring.advance();
-  };
-  if (copies) {
-    arrive_expecting(at.full_q, kOwnBytes);
-    copy_tile<kBlockRows, kPanels, kBox>(at.queries, query_map, b.first,
-                                         Plane(p.q, b.head, b.batch), at.full_q);
-    for (int i = 0; i < min(tiles, 2); ++i) push_keys(sampled(i, tiles));
-    if (tiles >= kStridedFrom)
-      for (int pass = 0; pass < kStridedPasses; ++pass) {
-        const Walk walk(tiles, kStride);
-        for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
-      }
+
+  __device__ __forceinline__ Producer(const Forward& at, const Block& b, const TensorMap& query_map,
+                                      const TensorMap& key_map, const TensorMap& value_map)
+      : at(at),
+        key_map(key_map),
+        value_map(value_map),
+        copies(threadIdx.x == kConsumers),
+        key_plane(b.p.k, b.kv_head, b.batch),
+        value_plane(b.p.v, b.kv_head, b.batch) {
+    if (!copies) return;
+    arrive_expect_tx(at.full_q, kOwnBytes);
+    tma_load_tile<kBlockRows, kPanels, kBox>(at.queries, query_map, b.first,
+                                             Plane(b.p.q, b.head, b.batch), at.full_q);
   }
-  const Walk walk(tiles, 1);
-  bool solving = tiles > 2;
-  while (solving) {
+
+  __device__ __forceinline__ void sample_pass(const Sample& sample) {
+    if (copies)
+      for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
+  }
+  __device__ __forceinline__ void strided_pass(const Walk& walk, int) {
     if (copies)
       for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
-    __syncwarp();
-    solving = any_of_block(false);
   }
-  if (copies)
-    for (int i = 0; i < walk.count; ++i) push_keys(walk[i]), push_values(walk[i]);
-}
+  __device__ __forceinline__ bool full_pass(const Walk& walk, int pass) {
+    strided_pass(walk, pass);
+    __syncwarp();
+    return false;  // it only listens
+  }
+  __device__ __forceinline__ void output_pass(const Walk& walk) {
+    if (copies)
+      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]), push_values(walk[i]);
+  }
 
-__device__ __forceinline__ void attend(const Forward& at, char* own, const Block& b) {
-  const Params& p = b.p;
-  const float c = p.c;
-  const int tiles = b.tiles(kTileKeys);
-  const u64 queries = descriptor(at.queries + uniform(warp_id() / 4) * kRows * kLineBytes);
-  const u64 keys = descriptor(at.keys);
-  const u64 values = descriptor(at.values, kTileKeys * kLineBytes);
+ private:
+  __device__ __forceinline__ void push_keys(int tile) {
+    key_ring.await_empty(at.empty_k);
+    const u32 full = at.full_k + key_ring.stage * 8;
+    arrive_expect_tx(full, kKeyBytes);
+    tma_load_tile<kTileKeys, kPanels, kBox>(at.keys + key_ring.stage * kKeyBytes, key_map,
+                                            tile * kTileKeys, key_plane, full);
+    key_ring.advance();
+  }
+  __device__ __forceinline__ void push_values(int tile) {
+    value_ring.await_empty(at.empty_v);
+    const u32 full = at.full_v + value_ring.stage * 8;
+    arrive_expect_tx(full, kValueBytes);
+    tma_load_tile<kTileKeys, kPanelsV, kBox>(at.values + value_ring.stage * kValueBytes, value_map,
+                                             tile * kTileKeys, value_plane, full);
+    value_ring.advance();
+  }
+};
+
+// Sums of both outputs leave registers for half a tile. Without the second one, too: the bits of an
+// output do not depend on whether there will be a backward.
+constexpr int kParts = kPanelsV, kPartKeys = kTileKeys / kParts;
+constexpr int kSteps = kPartKeys / 16;
+using PartScores = float[kPartKeys / 2];
+
+// What a lane sums over keys in the output pass.
+struct Outputs {
+  Sums<kPanelsV> out = {}, second = {};
+  AFragment probs[kSteps], weights[kSaves ? kSteps : 1];
+  int support[2] = {0, 0};
+  float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
+};
+
+// A warpgroup's 64 rows: their thresholds, then their outputs.
+struct Attention {
+  const Forward& at;
+  const Block& b;
+  const Params& p;
+  const float c;
+  const u64 queries, keys, values;
   KeyRing key_ring;
   ValueRing value_ring;
-  const auto start_scores = [&](Scores& s) {
-    key_ring.await_full(at.full_k);
-    begin_products();
-    add_dots<kDim, kTileKeys>(s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorUnit));
-    commit_products();
-  };
-  const auto finish_scores = [&](Scores& s) {
-    await_products();
-    settled(s);
-    if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
-    key_ring.advance();
-  };
-  const auto scores = [&](Scores& s, int tile) {
-    start_scores(s);
-    finish_scores(s);
-    b.mask(s, tile * kTileKeys);
-  };
-
-  // The scan left each row's largest score as far as it looked, NaN for a poisoned row, and a
-  // lower bound of its threshold.
   Threshold t[2];
   float top[2] = {-kInf, -kInf}, floor[2];
   bool poisoned[2];
-#pragma unroll
-  for (int slot = 0; slot < 2; ++slot) {
-    const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + b.row(slot);
-    const float bound = b.flat[slot] ? __int_as_float(p.row_count[at_row]) : -kInf;
-    poisoned[slot] = b.flat[slot] && !(__int_as_float(p.row_start[at_row]) < kInf);
-    floor[slot] = bound > -kInf ? c * bound : -1e30f;
-    t[slot].done = poisoned[slot] || !b.flat[slot];
-    t[slot].steps = 0;
-  }
-  await(at.full_q, 0);
-  sign_own(own, kOwnBytes, p.q_sign);
 
-  {
-    // The sample: its threshold for the mass that it would have of the whole row.
-    Scores s[2];
+  __device__ __forceinline__ Attention(const Forward& at, char* own, const Block& b)
+      : at(at),
+        b(b),
+        p(b.p),
+        c(b.p.c),
+        queries(descriptor(at.queries + uniform(warp_id() / 4) * kRows * kLineBytes)),
+        keys(descriptor(at.keys)),
+        values(descriptor(at.values, kTileKeys * kLineBytes)) {
+    // The scan left each row's largest score as far as it looked, NaN for a poisoned row, and a
+    // lower bound of its threshold.
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
+      const float bound = b.flat[slot] ? p.row_count[at_row].bound : -kInf;
+      poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
+      floor[slot] = bound > -kInf ? c * bound : kUnbounded;
+      t[slot].done = poisoned[slot] || !b.flat[slot];
+      t[slot].steps = 0;
+    }
+    await(at.full_q, 0);
+    sign_own(own, kOwnBytes, p.q_sign);
+  }
+
+  // The sample: its threshold for the mass that it would have of the whole row.
+  __device__ __forceinline__ void sample_pass(const Sample& sample) {
+    Scores s[Sample::kTiles];
     int allowed[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (i >= tiles) {
+    for (int i = 0; i < Sample::kTiles; ++i) {
+      if (i >= sample.tiles) {
 #pragma unroll
         for (float& x : s[i]) x = -kInf;
         continue;
       }
-      const int tile = sampled(i, tiles);
+      const int tile = sample[i];
       scores(s[i], tile);
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot)
@@ -252,11 +299,7 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int n = 0; n < kTileKeys / 8; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) top[slot] = max_or_nan(top[slot], s[i][4 * n + 2 * slot + j]);
+      for (int i = 0; i < Sample::kTiles; ++i) raise_top(slot, s[i]);
       top[slot] = max_or_nan_over<4>(top[slot]);
       const float best = c * top[slot];
       known[slot] = is_finite(top[slot]) && !t[slot].done;
@@ -266,52 +309,43 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
       t[slot].tau = known[slot] ? t[slot].lo : floor[slot];
       t[slot].done = !known[slot];
     }
-    const int limit = tiles > 2 ? kSampleSteps : kSolveSteps;
+    const int limit = sample.is_everything() ? kSolveSteps : kSampleSteps;
 #pragma unroll 1
     for (int step = 0; step < limit && !__all_sync(kAllLanes, t[0].done && t[1].done); ++step) {
       RowSums sums[2];
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
-        t[slot].steps += tiles <= 2 && !t[slot].done;
+        t[slot].steps += sample.is_everything() && !t[slot].done;
         sums[slot].add(s[0], slot, c, t[slot].tau);
         sums[slot].add(s[1], slot, c, t[slot].tau);
         advance(t[slot], sums[slot], weight[slot], b.seen(slot));
       }
     }
   }
-  const auto restart = [&](int slot) {
-    t[slot].lo = is_finite(top[slot]) ? fmaxf(floor[slot], c * top[slot] - 1.f) : floor[slot];
-    t[slot].hi = kInf;
-    t[slot].tau = fmaxf(t[slot].tau, t[slot].lo);
-    t[slot].done = poisoned[slot] || !b.flat[slot];
-  };
-  if (tiles >= kStridedFrom) {
-    const Walk walk(tiles, kStride);
+
+  // One step of every row by some of its keys.
+  __device__ __forceinline__ void strided_pass(const Walk& walk, int pass) {
+    RowSums sums[2];
+    if (pass == 0) restart(0), restart(1);
 #pragma unroll 1
-    for (int pass = 0; pass < kStridedPasses; ++pass) {
-      RowSums sums[2];
-      if (pass == 0) restart(0), restart(1);
-#pragma unroll 1
-      for (int i = 0; i < walk.count; ++i) {
-        Scores s;
-        scores(s, walk[i]);
+    for (int i = 0; i < walk.count; ++i) {
+      Scores s;
+      scores(s, walk[i]);
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot) sums[slot].add(s, slot, c, t[slot].tau);
-      }
+      for (int slot = 0; slot < 2; ++slot) sums[slot].add(s, slot, c, t[slot].tau);
+    }
 #pragma unroll
-      for (int slot = 0; slot < 2; ++slot) {
-        // All but the last tile of the walk are whole.
-        const int whole = (walk.count - 1) * kTileKeys;
-        const int last = max(0, min(kTileKeys, b.seen(slot) - walk[0] * kTileKeys));
-        const float seen = float(b.seen(slot));
-        advance(t[slot], sums[slot], seen / float(whole + last), b.seen(slot));
-      }
+    for (int slot = 0; slot < 2; ++slot) {
+      // All but the last tile of the walk are whole.
+      const int whole = (walk.count - 1) * kTileKeys;
+      const int last = max(0, min(kTileKeys, b.seen(slot) - walk[0] * kTileKeys));
+      const float seen = float(b.seen(slot));
+      advance(t[slot], sums[slot], seen / float(whole + last), b.seen(slot));
     }
   }
-  const Walk walk(tiles, 1);
-  bool solving = tiles > 2;
-#pragma unroll 1
-  for (int pass = 0; solving; ++pass) {
+
+  // One step of every row by all of its keys; whether there must be another one.
+  __device__ __forceinline__ bool full_pass(const Walk& walk, int pass) {
     if (pass == 0) restart(0), restart(1);
     RowSums sums[2];
 #pragma unroll 1
@@ -320,11 +354,7 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
       scores(s, walk[i]);
       if (pass == 0)
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot)
-#pragma unroll
-          for (int n = 0; n < kTileKeys / 8; ++n)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) top[slot] = max_or_nan(top[slot], s[4 * n + 2 * slot + j]);
+        for (int slot = 0; slot < 2; ++slot) raise_top(slot, s);
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) sums[slot].add(s, slot, c, t[slot].tau);
     }
@@ -339,39 +369,93 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
       t[slot].steps += !t[slot].done;
       advance(t[slot], sums[slot], 1.f, b.seen(slot));
     }
-    solving = any_of_block(pass < kSolveSteps && !(t[0].done && t[1].done));
-  }
-  bool empty[2];
-#pragma unroll
-  for (int slot = 0; slot < 2; ++slot) {
-    poisoned[slot] |= b.flat[slot] && !(top[slot] < kInf);
-    empty[slot] = top[slot] == -kInf;  // no key scores above minus infinity
-    if (poisoned[slot] || empty[slot]) t[slot].tau = poisoned[slot] ? kNaN : kInf;
+    return pass < kSolveSteps && !(t[0].done && t[1].done);
   }
 
-  // Sums of both outputs leave registers for half a tile. Without the second one, too: the bits of
-  // an output do not depend on whether there will be a backward.
-  constexpr int kParts = kPanelsV, kPartKeys = kTileKeys / kParts;
-  constexpr int kSteps = kPartKeys / 16;
-  Sums<kPanelsV> out = {}, second = {};
-  Left probs[kSteps], weights[kSaves ? kSteps : 1];
-  int support[2] = {0, 0};
-  float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
-  using PartScores = float[kPartKeys / 2];
-  const auto start_part = [&](PartScores& s, int part) {
-    if (part == 0) key_ring.await_full(at.full_k);
-    begin_products();
-    add_dots<kDim, kTileKeys>(
-        s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorUnit) + part * rows_at(kSteps));
-    commit_products();
-  };
-  const auto finish_part = [&](PartScores& s, int part) {
-    settled(s);
-    if (part < kParts - 1) return;
+  // The outputs, by thresholds that are final.
+  __device__ __forceinline__ void output_pass(const Walk& walk) {
+    settle_rows();
+    Outputs o;
+    {
+      PartScores s;
+      start_part(s, 0);
+      wgmma_wait();
+      finish_part(s, 0);
+      weigh(o, s, walk[0] * kTileKeys);
+    }
+#pragma unroll 1
+    for (int i = 1; i < walk.count * kParts; ++i) {
+      PartScores s;
+      start_part(s, i % kParts);  // while the values of the part before are summed
+      start_values(o, (i - 1) % kParts);
+      wgmma_wait();
+      finish_part(s, i % kParts);
+      finish_values(o, (i - 1) % kParts);
+      weigh(o, s, walk[i / kParts] * kTileKeys + i % kParts * kPartKeys);
+    }
+    start_values(o, kParts - 1);
+    wgmma_wait();
+    finish_values(o, kParts - 1);
+    write(o);
+  }
+
+ private:
+  // --- thresholds
+
+  // The scores of one tile, and its stage given back.
+  __device__ __forceinline__ void scores(Scores& s, int tile) {
+    key_ring.await_full(at.full_k);
+    wgmma_fence();
+    add_dots<kDim, kTileKeys>(s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorBytes));
+    wgmma_commit();
+    wgmma_wait();
+    fence_operands(s);
+    give_back_keys();
+    b.mask(s, tile * kTileKeys);
+  }
+  __device__ __forceinline__ void give_back_keys() {
     if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
     key_ring.advance();
-  };
-  const auto weigh = [&](PartScores& s, int first_key) {
+  }
+  __device__ __forceinline__ void raise_top(int slot, const Scores& s) {
+#pragma unroll
+    for (int n = 0; n < kTileKeys / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) top[slot] = max_or_nan(top[slot], s[4 * n + 2 * slot + j]);
+  }
+  // A bracket of what is proven; what the sample found is where to start in it.
+  __device__ __forceinline__ void restart(int slot) {
+    t[slot].lo = is_finite(top[slot]) ? fmaxf(floor[slot], c * top[slot] - 1.f) : floor[slot];
+    t[slot].hi = kInf;
+    t[slot].tau = fmaxf(t[slot].tau, t[slot].lo);
+    t[slot].done = poisoned[slot] || !b.flat[slot];
+  }
+
+  // --- outputs
+
+  // Rows without a threshold: poisoned ones, and those where no key scores above minus infinity.
+  __device__ __forceinline__ void settle_rows() {
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      poisoned[slot] |= b.flat[slot] && !(top[slot] < kInf);
+      const bool empty = top[slot] == -kInf;
+      if (poisoned[slot] || empty) t[slot].tau = poisoned[slot] ? kNaN : kInf;
+    }
+  }
+  __device__ __forceinline__ void start_part(PartScores& s, int part) {
+    if (part == 0) key_ring.await_full(at.full_k);
+    wgmma_fence();
+    add_dots<kDim, kTileKeys>(
+        s, queries,
+        keys + key_ring.stage * (kKeyBytes / kDescriptorBytes) + part * rows_at(kSteps));
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void finish_part(PartScores& s, int part) {
+    fence_operands(s);
+    if (part == kParts - 1) give_back_keys();
+  }
+  // Scores to probabilities, and to weights of the second output.
+  __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
     b.mask(s, first_key);
     float here[2] = {0.f, 0.f}, here_u[2] = {0.f, 0.f};
     bool live[2] = {false, false};  // 64 keys each
@@ -386,99 +470,81 @@ __device__ __forceinline__ void attend(const Forward& at, char* own, const Block
         u[e] = kAlpha == AlphaKind::k15 ? inside : x > 0.f ? 1.f : 0.f;
         here[slot] += prob[e];
         if constexpr (kCounts) {
-          support[slot] += x > 0.f;
+          o.support[slot] += x > 0.f;
           live[k / 4] |= x > 0.f && b.flat[slot];
         }
       }
-      probs[k] = as_left([&](int e) { return kProbScale * prob[e]; });
+      o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
       if constexpr (kSaves) {
         // Divided by the sum of what is multiplied, O2 of equal values is that value.
-        weights[k] = as_left([&](int e) { return u[e]; });
+        o.weights[k] = as_a_fragment([&](int e) { return u[e]; });
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 pair = Scalar::unpack(weights[k].r[i]);
+          const float2 pair = Scalar::unpack(o.weights[k].r[i]);
           here_u[i % 2] += pair.x + pair.y;
         }
       }
     }
 #pragma unroll
-    for (int slot = 0; slot < 2; ++slot) mass[slot] += here[slot], sum_u[slot] += here_u[slot];
+    for (int slot = 0; slot < 2; ++slot) o.mass[slot] += here[slot], o.sum_u[slot] += here_u[slot];
     if constexpr (kCounts)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (live[half]) mark_tile(p, b.head_row, b.first_row, first_key + half * 64);
-  };
-  const auto start_values = [&](int part) {
+  }
+  __device__ __forceinline__ void start_values(Outputs& o, int part) {
     if (part == 0) value_ring.await_full(at.full_v);
     const u64 rows =
-        values + value_ring.stage * (kValueBytes / kDescriptorUnit) + part * rows_at(kSteps);
-    begin_products();
-    add_weighted(out, probs, rows);
-    if constexpr (kSaves) add_weighted(second, weights, rows);
-    commit_products();
-  };
-  const auto finish_values = [&](int part) {
-    settled(out);
-    settled(probs);
-    if constexpr (kSaves) settled(second), settled(weights);
+        values + value_ring.stage * (kValueBytes / kDescriptorBytes) + part * rows_at(kSteps);
+    wgmma_fence();
+    add_weighted(o.out, o.probs, rows);
+    if constexpr (kSaves) add_weighted(o.second, o.weights, rows);
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void finish_values(Outputs& o, int part) {
+    fence_operands(o.out);
+    fence_operands(o.probs);
+    if constexpr (kSaves) fence_operands(o.second), fence_operands(o.weights);
     if (part < kParts - 1) return;
     if (lane_id() == 0) arrive(at.empty_v + value_ring.stage * 8);
     value_ring.advance();
-  };
-  {
-    PartScores s;
-    start_part(s, 0);
-    await_products();
-    finish_part(s, 0);
-    weigh(s, walk[0] * kTileKeys);
   }
-#pragma unroll 1
-  for (int i = 1; i < walk.count * kParts; ++i) {
-    PartScores s;
-    start_part(s, i % kParts);  // while the values of the part before are summed
-    start_values((i - 1) % kParts);
-    await_products();
-    finish_part(s, i % kParts);
-    finish_values((i - 1) % kParts);
-    weigh(s, walk[i / kParts] * kTileKeys + i % kParts * kPartKeys);
-  }
-  start_values(kParts - 1);
-  await_products();
-  finish_values(kParts - 1);
-
+  // Outputs of probabilities that sum to one, and what a backward needs of each row.
+  __device__ __forceinline__ void write(Outputs& o) {
 #pragma unroll
-  for (int slot = 0; slot < 2; ++slot) {
-    const float total = sum_over<4>(mass[slot]), total_u = sum_over<4>(sum_u[slot]);
-    const int kept = sum_over<4>(support[slot]);
-    const float factor = total > 0.f ? 1.f / total : 0.f;
+    for (int slot = 0; slot < 2; ++slot) {
+      const float total = sum_over<4>(o.mass[slot]), total_u = sum_over<4>(o.sum_u[slot]);
+      const int kept = sum_over<4>(o.support[slot]);
+      const float factor = total > 0.f ? 1.f / total : 0.f;
 #pragma unroll
-    for (int n = 0; n < kPanelsV * 8; ++n)
+      for (int n = 0; n < kPanelsV * 8; ++n)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float& x = out[4 * n + 2 * slot + j];
-        x = poisoned[slot] ? kNaN : x * factor;
+        for (int j = 0; j < 2; ++j) {
+          float& x = o.out[4 * n + 2 * slot + j];
+          x = poisoned[slot] ? kNaN : x * factor;
+        }
+      if (!b.flat[slot]) continue;
+      if constexpr (kSaves) {
+        float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
+        const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
+#pragma unroll
+        for (int n = 0; n < kDimV / 8; ++n)
+          *reinterpret_cast<float2*>(to + n * 8) = {o.second[4 * n + 2 * slot] * factor_u,
+                                                    o.second[4 * n + 2 * slot + 1] * factor_u};
       }
-    if (!b.flat[slot]) continue;
-    if constexpr (kSaves) {
-      float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
-      const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
-#pragma unroll
-      for (int n = 0; n < kDimV / 8; ++n)
-        *reinterpret_cast<float2*>(to + n * 8) = {second[4 * n + 2 * slot] * factor_u,
-                                                  second[4 * n + 2 * slot + 1] * factor_u};
+      if (lane_id() % 4) continue;
+      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
+      const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
+      p.tau[at_tau] = t[slot].tau;
+      p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
+      p.row_start[at_row].factor = factor;
+      if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, b.row(slot));
+      if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
-    if (lane_id() % 4) continue;
-    const i64 at_row = i64(b.head_row) * p.groups_q * kGroupRows + b.row(slot);
-    const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
-    p.tau[at_tau] = t[slot].tau;
-    p.row_count[at_row] = poisoned[slot] ? -1 : kept;
-    p.row_start[at_row] = __float_as_int(factor);
-    if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, b.row(slot));
-    if (p.iterations) p.iterations[at_tau] = t[slot].steps;
+    write_rows<kHeadDimV, false>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row,
+                                 p.length_q, 1.f / kProbScale, b.flat);
   }
-  write_rows<kHeadDimV, false>(out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row,
-                               p.length_q, 1.f / kProbScale, b.flat);
-}
+};
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     dense_output(const __grid_constant__ Params p, const __grid_constant__ TensorMap query_map,
@@ -493,11 +559,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) at.start();
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
-    give_registers<kCopierRegisters>();
-    copy_forward(at, b, query_map, key_map, value_map);
+    setmaxnreg_dec<kProducerRegisters>();
+    Producer producer(at, b, query_map, key_map, value_map);
+    for_passes(b.tiles(kTileKeys), producer);
   } else {
-    take_registers<kGroups, kCopierRegisters>();
-    attend(at, shared + (memory - start), b);
+    setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
+    Attention attention(at, shared + (memory - start), b);
+    for_passes(b.tiles(kTileKeys), attention);
   }
 }
 

@@ -12,14 +12,14 @@ namespace adasplash2 {
 constexpr int kThreads = kElementThreads;
 constexpr int kBatch = 4;  // gathers in flight per lane
 
-// A row in the order of the arena: groups of kGroupRows rows, head by head.
+// A row in the order of the arena: row blocks, head by head.
 struct Row : Head {
   int at, row;
   bool inside;
 };
 
 __device__ __forceinline__ Row row_at(const Params& p, int at) {
-  const int per_head = p.groups_q * kGroupRows;
+  const int per_head = p.row_blocks * kRowBlock;
   Row r{Head(p, at / per_head), at, at % per_head};
   r.inside = r.head_row < p.batch * p.heads_q && r.row < p.length_q;
   return r;
@@ -34,24 +34,24 @@ __device__ __forceinline__ Entry entry_at(const Params& p, const Entry* saved) {
   return {column_of(p, *saved), saved->x};
 }
 
-// Entries of one (batch, key head) in the arena of records.
+// The first record of one (batch, key head).
 __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
-  return arena_of(kv_row * p.group * p.groups_q);
+  return arena_of(kv_row * p.gqa_group * p.row_blocks);
 }
 
-// Where no scan comes first all groups start as flat ones. Heads whose queries, keys or values are
-// not all finite are to be scanned after all: dense tiles would spread a NaN over whole blocks.
+// Where no scan comes first all row blocks start as flat ones. Heads whose queries, keys or values
+// are not all finite are to be scanned after all: dense tiles would spread a NaN over whole blocks.
 
 template <int width>
 __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int first,
                                              int length) {
-  constexpr int kUnits = (width + 7) / 8;
+  constexpr int kChunks = (width + 7) / 8;
   bool found = false;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kCheckRows * kUnits; i += kThreads) {
+  for (int i = threadIdx.x; i < kCheckRows * kChunks; i += kThreads) {
     float x[8] = {};
-    if (const int row = first + i / kUnits; row < length)
-      load8<width>(rows + row * stride, i % kUnits * 8, x);
+    if (const int row = first + i / kChunks; row < length)
+      load8<width>(rows + row * stride, i % kChunks * 8, x);
 #pragma unroll
     for (float value : x) found |= !is_finite(value);
   }
@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (int(blockIdx.x) < key_blocks) {
     const int kv_row = blockIdx.x / of_keys, first = blockIdx.x % of_keys * kCheckRows;
     const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    first_head = kv_row * p.group, heads = p.group;
+    first_head = kv_row * p.gqa_group, heads = p.gqa_group;
     found = has_infinite<kHeadDim>(row_of(p.k, batch, kv_head, 0), p.k.row, first, p.length_k) ||
             has_infinite<kHeadDimV>(row_of(p.v, batch, kv_head, 0), p.v.row, first, p.length_k);
   } else {
@@ -79,16 +79,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     found = has_infinite<kHeadDim>(rows, p.q.row, block % of_queries * kCheckRows, p.length_q);
   }
   if (!__syncthreads_or(found)) return;
-  u8* flat = p.flat + i64(first_head) * p.groups_q;
-  for (int i = threadIdx.x; i < heads * p.groups_q; i += kThreads) flat[i] = kLookAgain;
+  u8* flat = p.flat + i64(first_head) * p.row_blocks;
+  for (int i = threadIdx.x; i < heads * p.row_blocks; i += kThreads) flat[i] = kToRetry;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
   constexpr int kLanes = ADASPLASH2_OUTPUT_LANES;
   const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
-  if (!r.inside || p.flat[r.at / kGroupRows]) return;
-  const int count = p.row_count[r.at];
-  const Entry* entries = p.entries + arena_of(r.at / kGroupRows) + p.row_start[r.at];
+  if (!r.inside || p.flat[r.at / kRowBlock]) return;
+  const int count = p.row_count[r.at].survivors;
+  const Entry* entries = p.entries + arena_of(r.at / kRowBlock) + p.row_start[r.at].entry;
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
   const int at = threadIdx.x % kLanes * 8;
   float out[8];
@@ -124,30 +124,32 @@ extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_const
 // Count the survivors of each column; the order of arrival becomes an entry's rank. Ranks
 // differ from run to run, but the columns are sorted by row before anything is summed.
 //
-// What the forward saved may have been written over meanwhile: the rows of a group whose lists do
-// not follow each other are taken for poisoned, and columns are kept in their range.
+// What the forward saved may have been written over meanwhile: the rows of a row block whose lists
+// do not follow each other are taken for poisoned, and columns are kept in their range.
 extern "C" __global__ void __launch_bounds__(kThreads)
     count_columns(const __grid_constant__ Params p) {
-  const int group = blockIdx.x;
-  if (p.flat[group]) return;
+  const int row_block = blockIdx.x;
+  if (p.flat[row_block]) return;
   bool broken = false;
-  if (threadIdx.x < kGroupRows) {
-    const int at = group * kGroupRows + threadIdx.x, count = p.row_count[at];
-    const bool last = threadIdx.x == kGroupRows - 1;
-    const int next = last ? p.row_start[at] + max(count, 0) : p.row_start[at + 1];
-    broken = count < -1 || count > kMaxRow || next != p.row_start[at] + max(count, 0) ||
-             (threadIdx.x == 0 && p.row_start[at] != 0) || (last && next > kGroupRows * kArenaRow);
+  if (threadIdx.x < kRowBlock) {
+    const int at = row_block * kRowBlock + threadIdx.x, count = p.row_count[at].survivors;
+    const bool last = threadIdx.x == kRowBlock - 1;
+    const int next = last ? p.row_start[at].entry + max(count, 0) : p.row_start[at + 1].entry;
+    broken =
+        count < kPoisoned || count > kMaxRow || next != p.row_start[at].entry + max(count, 0) ||
+        (threadIdx.x == 0 && p.row_start[at].entry != 0) || (last && next > kRowBlock * kArenaRow);
   }
   if (__syncthreads_or(broken)) {
-    if (threadIdx.x < kGroupRows) p.row_count[group * kGroupRows + threadIdx.x] = -1;
+    if (threadIdx.x < kRowBlock)
+      p.row_count[row_block * kRowBlock + threadIdx.x].survivors = kPoisoned;
     return;
   }
-  const int last = group * kGroupRows + kGroupRows - 1;
-  const int total = p.row_start[last] + max(p.row_count[last], 0);
-  const Head of(p, group / p.groups_q);
+  const int last = row_block * kRowBlock + kRowBlock - 1;
+  const int total = p.row_start[last].entry + max(p.row_count[last].survivors, 0);
+  const Head of(p, row_block / p.row_blocks);
   const int kv_row = of.batch * p.heads_kv + of.kv_head;
   int* counts = p.column_count + i64(kv_row) * p.length_k;
-  const i64 arena = arena_of(group);
+  const i64 arena = arena_of(row_block);
   for (int first = 0; first < total; first += kThreads) {
     const int i = first + threadIdx.x;
     const u32 inside = __ballot_sync(kAllLanes, i < total);
@@ -224,14 +226,14 @@ extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_co
   __shared__ float products[kRows][kMaxRow];
   static_assert(kMaxRow == kListLanes * kMaxList && sizeof(products) <= kStaticShared);
   const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
-  const bool active = r.inside && !p.flat[r.at / kGroupRows];
-  const int kept = active ? p.row_count[r.at] : 0;
+  const bool active = r.inside && !p.flat[r.at / kRowBlock];
+  const int kept = active ? p.row_count[r.at].survivors : 0;
   const int count = max(kept, 0);
   int longest = count;  // the lanes of a warp stay together for the shuffles
 #pragma unroll
   for (int step = 1; step < 32; step *= 2)
     longest = max(longest, __shfl_xor_sync(kAllLanes, longest, step));
-  const i64 first_entry = active ? arena_of(r.at / kGroupRows) + p.row_start[r.at] : 0;
+  const i64 first_entry = active ? arena_of(r.at / kRowBlock) + p.row_start[r.at].entry : 0;
   const Entry* entries = p.entries + first_entry;
   const int lane = threadIdx.x % kRowLanes, at = lane * 8;
   float (&dp)[kMaxRow] = products[threadIdx.x / kRowLanes];
@@ -292,8 +294,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_co
       for (int j = 0; j < 8; ++j) grad_q[j] = fmaf(ds, key[i][j], grad_q[j]);
       if (lane == i)
         records[starts[entry[i].column] + p.rank[first_entry + first + i]] = {
-            r.head % p.group * p.length_q + r.row, ds, factor * probability(entry[i].x, p.r),
-            r.head % p.group};
+            r.head % p.gqa_group * p.length_q + r.row, ds, factor * probability(entry[i].x, p.r),
+            r.head % p.gqa_group};
     }
   }
   if (!active) return;
@@ -312,7 +314,7 @@ struct Column {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
       if (record[i].row >= 0) {
-        const int head = kv_head * p.group + record[i].member;
+        const int head = kv_head * p.gqa_group + record[i].member;
         const int row = record[i].row - record[i].member * p.length_q;
         load8<kHeadDim>(row_of(p.q, batch, head, row), at, q[i]);
         load8<kHeadDimV>(row_of(p.grad_o, batch, head, row), at, grad_o[i]);
@@ -364,10 +366,10 @@ struct Column {
 constexpr int kParts = 32 / kRowLanes;  // records that a warp gathers side by side
 constexpr Record kNoRecord = {-1, 0.f, 0.f, 0};
 
-// dK and dV of columns of at most kShortColumn survivors: sort by row, gather. A group of
-// kRowLanes lanes sums a column of up to kGroupColumn, a warp the others.
+// dK and dV of columns of at most kShortColumn survivors: sort by row, gather. A team of
+// kRowLanes lanes sums a column of up to kTeamColumn, a warp the others.
 constexpr int kColumns = kThreads / kRowLanes;  // of a block
-constexpr int kGroupColumn = kShortColumn / kParts;
+constexpr int kTeamColumn = kShortColumn / kParts;
 
 template <int parts>
 __device__ __forceinline__ void sum_column(const Params& p, int column_at, int count, int* rows,
@@ -418,11 +420,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int column_at = blockIdx.x * kColumns + mine;
   const bool inside = column_at < p.batch * p.heads_kv * p.length_k;
   const int count = inside ? p.column_count[column_at] : -1;
-  const bool fits = count <= kGroupColumn;
+  const bool fits = count <= kTeamColumn;
   if (!fits && count <= p.long_limit && threadIdx.x % kRowLanes == 0)
     later[atomicAdd(&later_count, 1)] = mine;  // in any order: each column is summed alone
-  sum_column<1>(p, inside && fits ? column_at : 0, fits ? count : -1, rows + mine * kGroupColumn,
-                order + mine * kGroupColumn);
+  sum_column<1>(p, inside && fits ? column_at : 0, fits ? count : -1, rows + mine * kTeamColumn,
+                order + mine * kTeamColumn);
   __syncthreads();
   for (int i = warp_id(); i < later_count; i += kThreads / 32) {
     const int at = blockIdx.x * kColumns + later[i];
@@ -434,7 +436,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // A long column (a sink that every query keeps): where its records are.
 struct LongColumn {
   int at, batch, kv_head, count;
-  i64 first;  // in the arenas of records and of order
+  i64 first;  // in p.records, and of their order in p.rank
 
   __device__ __forceinline__ LongColumn(const Params& p, int number) {
     at = p.long_columns[1 + number];
@@ -458,8 +460,8 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
     const LongColumn column(p, number);
     const Record* records = p.records + column.first;
     int running = 0;
-    for (int base = 0; base < p.group * p.length_q; base += kSortWords * 32) {
-      const int words = min(kSortWords, (p.group * p.length_q - base + 31) / 32);
+    for (int base = 0; base < p.gqa_group * p.length_q; base += kSortWords * 32) {
+      const int words = min(kSortWords, (p.gqa_group * p.length_q - base + 31) / 32);
       __syncthreads();
       for (int i = threadIdx.x; i < words; i += kSortThreads) bits[i] = 0;
       __syncthreads();
@@ -490,21 +492,21 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
-// dK and dV of long columns. Each is dealt out to several blocks by its sorted records, and the
+// dK and dV of long columns. Each is split over several blocks by its sorted records, and the
 // last block to finish adds the parts in order.
-constexpr int kLongGroups = kLongThreads / kRowLanes;  // records that a block gathers side by side
-constexpr int kLongLeast = 256;                        // records of a part, but for the last one
-using LongSum = float[2][8][kRowLanes];                // of dK and dV
+constexpr int kLongTeams = kLongThreads / kRowLanes;  // records that a block gathers side by side
+constexpr int kLongLeast = 256;                       // records of a part, but for the last one
+using LongSum = float[2][8][kRowLanes];               // of dK and dV
 constexpr int kLongValues = sizeof(LongSum) / sizeof(float);
 static_assert(sizeof(LongSum) <= kLongPartBytes);
 
 extern "C" __global__ void __launch_bounds__(kLongThreads, kLongBlocks)
     grad_long_columns(const __grid_constant__ Params p) {
-  __shared__ float sums[kLongGroups][kLongValues];
+  __shared__ float sums[kLongTeams][kLongValues];
   __shared__ bool last;
   const int columns = p.long_columns[0];
   if (columns == 0) return;
-  const int group = threadIdx.x / kRowLanes, lane = threadIdx.x % kRowLanes;
+  const int team = threadIdx.x / kRowLanes, lane = threadIdx.x % kRowLanes;
   const int wanted = max(1, int(gridDim.x) * kLongWaves / columns);
   for (int item = blockIdx.x; item < columns * wanted; item += gridDim.x) {
     const int number = item / wanted, part = item % wanted;
@@ -518,27 +520,27 @@ extern "C" __global__ void __launch_bounds__(kLongThreads, kLongBlocks)
     const auto fetch = [&](int (&found)[kBatch], int at) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        found[i] = at + i * kLongGroups < end ? order[at + i * kLongGroups] : -1;
+        found[i] = at + i * kLongTeams < end ? order[at + i * kLongTeams] : -1;
     };
     Column mine;
     int next[kBatch];
-    fetch(next, part * share + group);
+    fetch(next, part * share + team);
 #pragma unroll 1
-    for (int at = part * share + group; at < end; at += kLongGroups * kBatch) {
+    for (int at = part * share + team; at < end; at += kLongTeams * kBatch) {
       Record record[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) record[i] = next[i] >= 0 ? records[next[i]] : kNoRecord;
-      fetch(next, at + kLongGroups * kBatch);
+      fetch(next, at + kLongTeams * kBatch);
       mine.add(p, column.batch, column.kv_head, record, lane * 8);
     }
     __syncthreads();  // what the item before left is read
-    mine.put(reinterpret_cast<LongSum&>(sums[group]), lane);
+    mine.put(reinterpret_cast<LongSum&>(sums[team]), lane);
     __syncthreads();
     float* of_parts = reinterpret_cast<float*>(p.long_parts) + i64(number) * wanted * kLongValues;
     for (int i = threadIdx.x; i < kLongValues; i += kLongThreads) {
       float sum = 0.f;
 #pragma unroll
-      for (int from = 0; from < kLongGroups; ++from) sum += sums[from][i];
+      for (int from = 0; from < kLongTeams; ++from) sum += sums[from][i];
       sums[0][i] = sum;
       if (parts > 1) of_parts[part * kLongValues + i] = sum;
     }
@@ -557,7 +559,7 @@ extern "C" __global__ void __launch_bounds__(kLongThreads, kLongBlocks)
       }
     }
     __syncthreads();
-    if (group == 0) {
+    if (team == 0) {
       mine.get(reinterpret_cast<LongSum&>(sums[0]), lane);
       mine.write(p, column.batch, column.kv_head, column.at % p.length_k, lane * 8);
     }

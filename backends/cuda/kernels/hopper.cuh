@@ -1,8 +1,8 @@
-// Hopper's own instructions (sm_90a): tiles that the copy engine (TMA) brings to shared memory, the
-// barriers that tell of them, and wgmma, which multiplies them for a warpgroup of 128 threads.
+// Hopper's own instructions (sm_90a): TMA, which brings tiles to shared memory, the barriers that
+// tell of them, and wgmma, which multiplies them for a warpgroup of 128 threads.
 //
 // A tile stands in panels of 64 columns (128 bytes, the width of the swizzle), rows one below
-// another: the 16-byte unit u of row n lies at unit u ^ (n % 8) of its line. Tiles start on 1,024
+// another: the 16-byte chunk c of row n lies at chunk c ^ (n % 8) of its line. Tiles start on 1,024
 // bytes.
 #pragma once
 
@@ -25,8 +25,8 @@ __device__ __forceinline__ void init_barrier(u32 barrier, int arrivals) {
 __device__ __forceinline__ void arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrive, and let the phase wait for so many bytes that the copy engine brings.
-__device__ __forceinline__ void arrive_expecting(u32 barrier, int bytes) {
+// Arrive, and let the phase wait for so many bytes that TMA brings.
+__device__ __forceinline__ void arrive_expect_tx(u32 barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
@@ -56,23 +56,23 @@ struct Ring {
   }
 };
 
-// What ordinary stores wrote to shared memory is seen by the copy engine and wgmma after this and
+// What ordinary stores wrote to shared memory is seen by TMA and wgmma after this and
 // a barrier.
-__device__ __forceinline__ void publish_stores() {
+__device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Registers move from the warpgroup that copies to those that hold scores: by eights, and together
 // no more than the block was launched with.
-template <int groups, int kept>
-__device__ __forceinline__ void take_registers() {
-  constexpr int threads = (groups + 1) * kWarpgroupThreads, launched = 65536 / threads / 8 * 8;
+template <int warpgroups, int kept>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  constexpr int threads = (warpgroups + 1) * kWarpgroupThreads, launched = 65536 / threads / 8 * 8;
   constexpr int share =
-      (launched * threads - kept * kWarpgroupThreads) / (groups * kWarpgroupThreads) / 8 * 8;
+      (launched * threads - kept * kWarpgroupThreads) / (warpgroups * kWarpgroupThreads) / 8 * 8;
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(share < 240 ? share : 240));
 }
 template <int kept>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kept));
 }
 
@@ -83,7 +83,7 @@ __device__ __forceinline__ u32 align_tiles(u32 shared) {
 
 // --- copies --------------------------------------------------------------------------------
 
-// What the copy engine knows of a tensor, as the driver encodes it: dimensions (head_dim, length,
+// What TMA knows of a tensor, as the driver encodes it: dimensions (head_dim, length,
 // heads, batch), boxes of 64 columns by some rows. What is out of bounds becomes zeros.
 struct alignas(64) TensorMap {
   u64 opaque[16];
@@ -98,8 +98,8 @@ struct Plane {
 
 // Copy `rows` rows from `first` on, in boxes of `box` rows.
 template <int rows, int panels, int box>
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap& map, int first,
-                                          const Plane& plane, u32 barrier) {
+__device__ __forceinline__ void tma_load_tile(u32 to, const TensorMap& map, int first,
+                                              const Plane& plane, u32 barrier) {
 #pragma unroll
   for (int panel = 0; panel < panels; ++panel)
 #pragma unroll
@@ -120,9 +120,9 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap& map, int firs
 // What wgmma needs to know of a tile: where it starts, from panel to panel, 1,024 bytes from one
 // group of eight rows to the next, 128-byte swizzle. Addresses are in units of 16 bytes and add
 // without carry.
-constexpr int kDescriptorUnit = 16;
-__device__ __forceinline__ u64 descriptor(u32 address, int panel_bytes = kDescriptorUnit) {
-  return u64(address / kDescriptorUnit & 0x3fff) | u64(panel_bytes / kDescriptorUnit) << 16 |
+constexpr int kDescriptorBytes = 16;
+__device__ __forceinline__ u64 descriptor(u32 address, int panel_bytes = kDescriptorBytes) {
+  return u64(address / kDescriptorBytes & 0x3fff) | u64(panel_bytes / kDescriptorBytes) << 16 |
          64ull << 32 | 1ull << 62;
 }
 
@@ -176,7 +176,7 @@ __device__ __forceinline__ void multiply_shared(float (&d)[64], u64 a, u64 b) {
 
 // The same with a in registers.
 template <bool adds>
-__device__ __forceinline__ void multiply_left(float (&d)[64], const Left& a, u64 b) {
+__device__ __forceinline__ void multiply_registers(float (&d)[64], const AFragment& a, u64 b) {
 #define ADASPLASH2_MULTIPLY(is)                                                            \
   asm volatile(                                                                            \
       ADASPLASH2_WGMMA("128", ADASPLASH2_NAMES64, "{%64, %65, %66, %67}, %68", "%69", "0") \
@@ -190,49 +190,49 @@ __device__ __forceinline__ void multiply_left(float (&d)[64], const Left& a, u64
 }
 
 // d += a b: 64 rows of a, in registers, 16 rows of b, 64 or 128 columns of b.
-__device__ __forceinline__ void add_rows(float (&d)[32], const Left& a, u64 b) {
+__device__ __forceinline__ void add_rows(float (&d)[32], const AFragment& a, u64 b) {
   asm volatile(ADASPLASH2_WGMMA("64", ADASPLASH2_NAMES32, "{%32, %33, %34, %35}, %36", "1", "1")
                : ADASPLASH2_D32("+f")
                : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b));
 }
-__device__ __forceinline__ void add_rows(float (&d)[64], const Left& a, u64 b) {
+__device__ __forceinline__ void add_rows(float (&d)[64], const AFragment& a, u64 b) {
   asm volatile(ADASPLASH2_WGMMA("128", ADASPLASH2_NAMES64, "{%64, %65, %66, %67}, %68", "1", "1")
                : ADASPLASH2_D64("+f")
                : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b));
 }
 
-// Products are asynchronous: between begin_products() and await_products() their sums and left
-// operands must be left alone.
-__device__ __forceinline__ void begin_products() {
+// Products are asynchronous: between wgmma_fence() and wgmma_wait() their sums and A fragments must
+// be left alone.
+__device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void commit_products() {
+__device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void await_products() {
+__device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 // Reads of the sums, and writes to the operands, stay behind this.
-__device__ __forceinline__ void settled(float (&d)[32]) {
+__device__ __forceinline__ void fence_operands(float (&d)[32]) {
   asm volatile("" : ADASPLASH2_D32("+f")::"memory");
 }
-__device__ __forceinline__ void settled(float (&d)[64]) {
+__device__ __forceinline__ void fence_operands(float (&d)[64]) {
   asm volatile("" : ADASPLASH2_D64("+f")::"memory");
 }
 template <int count>
-__device__ __forceinline__ void settled(Left (&a)[count]) {
+__device__ __forceinline__ void fence_operands(AFragment (&a)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i)
     asm volatile("" : "+r"(a[i].r[0]), "+r"(a[i].r[1]), "+r"(a[i].r[2]), "+r"(a[i].r[3])::"memory");
 }
 
-// From a tile's start to the k-th 16 columns, in descriptor units.
+// From a tile's start to the k-th 16 columns, in units of kDescriptorBytes.
 __device__ __forceinline__ constexpr int columns_at(int k, int tile_rows) {
-  return (k / 4 * tile_rows * kLineBytes + k % 4 * 32) / kDescriptorUnit;
+  return (k / 4 * tile_rows * kLineBytes + k % 4 * 32) / kDescriptorBytes;
 }
 // From a tile's start to the k-th 16 rows.
 __device__ __forceinline__ constexpr int rows_at(int k) {
-  return k * 16 * kLineBytes / kDescriptorUnit;
+  return k * 16 * kLineBytes / kDescriptorBytes;
 }
 
 }  // namespace adasplash2

@@ -4,8 +4,9 @@
 // In the accumulator layout of mma.sync and wgmma four lanes share a row of 16, so each lane
 // keeps its own list of each of its rows ("slots") and appends without atomics. Hits are rare and
 // scattered: a warp that turned to them one by one would do little else. So a lane that meets a
-// score above a bound first stores the strip of scores it belongs to, as the accumulators stand,
-// without a branch; when a buffer of strips is full all lanes sift theirs into the lists together.
+// score above a bound first stages the block of scores it belongs to, as the accumulators
+// stand, without a branch; when the staging memory is full all lanes filter theirs into the lists
+// together.
 //
 // A row's bound is the threshold of scores kept so far, or less: f of a subset lies below f of the
 // row, and so does its root. certain_rise() on the list from the present bound stays below the
@@ -23,10 +24,10 @@ constexpr int kCapacity = ADASPLASH2_CAPACITY;
 // Bounds stay this much below what is proven, in windows and relative to the score: above the
 // rounding of f and of z near the root.
 constexpr float kBoundSlack = 2e-6f;
-// Bounds are raised when a list has grown by so many entries since, and lists are dealt out anew.
+// Bounds are raised, and lists rebalanced, when a list has grown by so many entries since.
 constexpr int kRaiseGrow = 1;
-constexpr int kDealGrow = 3;
-constexpr int kSpare = 2;        // entries by which lists may grow before strips have to make way
+constexpr int kRebalanceGrow = 3;
+constexpr int kSpare = 2;        // entries by which lists may grow before staging has to make way
 constexpr int kFirstSteps = 3;   // raises to the first bounds
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
@@ -52,39 +53,42 @@ struct Lists {
   static constexpr u32 kSlotBytes = 32 * 4;
   static constexpr u32 kColumns = kSlots * kSlotBytes;
   static constexpr u32 kEntryBytes = 2 * kColumns;
-  // A strip of all lanes: 16 bytes a lane for each fragment, then the columns.
+  // A staging block (kStagingParts fragments of two slots) of all lanes: 16 bytes a lane for each
+  // fragment, then the columns.
   static constexpr int kPairs = kSlots / 2;
   static constexpr u32 kPairBytes = 32 * kStagingLaneBytes;
-  static constexpr u32 kStripBytes = kPairs * kPairBytes;
-  // Lists grow from the start of the warp's memory, strips from its end: long lists leave room
-  // for few strips, short ones for many.
+  static constexpr u32 kStagingBytes = kPairs * kPairBytes;
+  // Lists grow from the start of the warp's memory, staging blocks from its end: long lists leave
+  // room for few of them, short ones for many.
   static constexpr u32 kBytes = kCapacity * kEntryBytes;
   static constexpr u32 kAppendBytes = kStagingAppend * kEntryBytes;
-  static_assert(kBytes >= kMinStaged * kStripBytes + 2 * kAppendBytes);
+  static_assert(kBytes >= kMinStagingBlocks * kStagingBytes + 2 * kAppendBytes);
   static_assert(kEntryBytes == 32 * kSlots * kListEntryBytes);
 
-  u32 base;               // the lane's first entry of slot 0
-  u32 end[kSlots];        // first free entry, counted without the slot's own offset
-  u32 raise_at, deal_at;  // when an end passes them; the same for all lanes but for their offset
+  u32 base;         // the lane's first entry of slot 0
+  u32 end[kSlots];  // first free entry, counted without the slot's own offset
+  // When an end passes them; the same for all lanes but for their offset.
+  u32 raise_at, rebalance_at;
   float bound[kSlots];
-  float top[kSlots];   // largest score this lane has met
-  u32 poisoned;        // a bit a slot: rows that are NaN, or do not exist
-  bool unset;          // some row of the warp has no bound yet
-  bool flat;           // some row keeps more than its lists hold: the warp's go to dense tiles
-  bool crowded;        // and they kept more than the arena holds: a second look would be in vain
-  u32 first_strip;     // the lane's, of pair 0; the next one is below
-  u32 last_strip;      // below it there is no room
-  u32 caught[kPairs];  // next free strip, without the pair's own offset; below last_strip by more
-                       // than one where strips found no room
+  float top[kSlots];  // largest score this lane has met
+  u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
+  bool unset;         // some row of the warp has no bound yet
+  bool flat;          // some row keeps more than its lists hold: the warp's go to dense tiles
+  bool overflows;     // and they kept more than the arena holds: a retry would be in vain
+  u32 first_staging;  // the lane's, of pair 0; the next one is below
+  u32 last_staging;   // below it there is no room
+  // Next free block, without the pair's own offset; below last_staging by more than one where
+  // blocks found no room.
+  u32 staging_end[kPairs];
   u32 before[kPairs];  // the same before the last tile
-  bool due;            // the lane is about to run out of room for strips
+  bool due;            // the lane is about to run out of room for staging
 
   __device__ __forceinline__ void start(u32 memory, u32 dead) {
     base = memory + lane_id() * 4;
-    first_strip = memory + kBytes - kStripBytes + lane_id() * 16;
+    first_staging = memory + kBytes - kStagingBytes + lane_id() * 16;
     poisoned = dead;
     unset = true;
-    flat = crowded = false;
+    flat = overflows = false;
     due = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -93,33 +97,33 @@ struct Lists {
       top[slot] = -kInf;
     }
     raise_at = base;
-    deal_at = base + kDealGrow * kEntryBytes;
-    empty_strips(0);
+    rebalance_at = base + kRebalanceGrow * kEntryBytes;
+    clear_staging(0);
   }
 
-  // Start from what a scan before handed over of the group, whose rows are all of the warp's.
-  __device__ __forceinline__ void resume(const Params& p, int group) {
+  // Start from what a scan before handed over of the row block, whose rows are all of the warp's.
+  __device__ __forceinline__ void resume(const Params& p, int row_block) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int at = group * kGroupRows + slot * 8 + lane_id() / 4;
-      top[slot] = __int_as_float(p.row_start[at]);
+      const int at = row_block * kRowBlock + slot * 8 + lane_id() / 4;
+      top[slot] = p.row_start[at].top;
       if (!(top[slot] < kInf)) poisoned |= 1u << slot;
       if (poisoned >> slot & 1u)
         bound[slot] = kInf;
       else if (is_finite(top[slot]))
-        bound[slot] = fmaxf(__int_as_float(p.row_count[at]), under(top[slot], p.inv_c));
+        bound[slot] = fmaxf(p.row_count[at].bound, under(top[slot], p.inv_c));
     }
   }
 
-  // Leave room for as many strips as the lists, `longest` entries now, may do without.
-  __device__ __forceinline__ void empty_strips(int longest) {
-    constexpr u32 most = kBytes - kMinStaged * kStripBytes;
+  // Leave room for as many staging blocks as the lists, `longest` entries now, may do without.
+  __device__ __forceinline__ void clear_staging(int longest) {
+    constexpr u32 most = kBytes - kMinStagingBlocks * kStagingBytes;
     const u32 lists = min(longest * kEntryBytes + kAppendBytes + kSpare * kEntryBytes, most);
-    last_strip = first_strip + kStripBytes - kBytes + lists;
+    last_staging = first_staging + kStagingBytes - kBytes + lists;
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) caught[pair] = first_strip;
+    for (int pair = 0; pair < kPairs; ++pair) staging_end[pair] = first_staging;
   }
-  // From a lane's strip to its column.
+  // From a lane's staging block to its column.
   static __device__ __forceinline__ u32 to_column() { return kStagingParts * 512 - lane_id() * 12; }
 
   static __device__ __forceinline__ float under(float seen, float inv_c) {
@@ -198,11 +202,11 @@ struct Lists {
         : "memory");
   }
   static __device__ __forceinline__ Survivor load(u32 address) {
-    return {load_shared(address), __float_as_int(load_shared(address + kColumns))};
+    return {load_shared(address), load_shared_int(address + kColumns)};
   }
   static __device__ __forceinline__ void store(u32 address, const Survivor& s) {
     store_shared(address, s.score);
-    store_shared(address + kColumns, __int_as_float(s.column));
+    store_shared(address + kColumns, s.column);
   }
 
   __device__ __forceinline__ u32 furthest() const {
@@ -249,9 +253,9 @@ struct Lists {
     raise_at = base + (longest + kRaiseGrow - 1) * kEntryBytes;
   }
 
-  // Drop what lies below the bounds and deal the rest out evenly to the four lanes of each row, so
-  // that no list fills before its row has too many.
-  __device__ __forceinline__ void deal() {
+  // Drop what lies below the bounds and share the rest evenly among the four lanes of each
+  // row, so that no list fills before its row has too many.
+  __device__ __forceinline__ void rebalance() {
     int kept_of_row[kSlots];
     const int quad = lane_id() & ~3;
     const u32 quad_base = base - lane_id() % 4 * 4;
@@ -282,20 +286,20 @@ struct Lists {
       end[slot] = base + (kept_of_row[slot] + 3 - lane_id() % 4) / 4 * kEntryBytes;
     const u32 longest_now = base + entries() * kEntryBytes;
     raise_at = longest_now + (kRaiseGrow - 1) * kEntryBytes;
-    deal_at = longest_now + kDealGrow * kEntryBytes;
+    rebalance_at = longest_now + kRebalanceGrow * kEntryBytes;
   }
 
-  // Whether every list has room for one more strip beside `strips` of them.
-  __device__ __forceinline__ bool has_room(int strips) const {
-    const u32 room = min(kBytes - strips * kStripBytes, kMaxList * kEntryBytes);
+  // Whether every list has room for one more staging block beside `blocks` of them.
+  __device__ __forceinline__ bool has_room(int blocks) const {
+    const u32 room = min(kBytes - blocks * kStagingBytes, kMaxList * kEntryBytes);
     return !past(base + room - kAppendBytes);
   }
   // Make that room; false where the rows keep too many.
-  __device__ __forceinline__ bool make_room(int strips, float c, float inv_c, float r) {
+  __device__ __forceinline__ bool make_room(int blocks, float c, float inv_c, float r) {
     for (int step = 0; step < kLastResorts; ++step) {
       raise(c, inv_c, r);
-      deal();
-      if (has_room(strips)) return true;
+      rebalance();
+      if (has_room(blocks)) return true;
     }
     return false;
   }
@@ -348,9 +352,9 @@ struct Lists {
     }
   }
 
-  // Solve every row of the warp and write its survivors to the arena of its groups. The groups
-  // are two slots each, from `group` on; returns a bit for each one that the arena cannot hold.
-  __device__ __forceinline__ u32 write(const Params& p, int head_row, int group,
+  // Solve every row of the warp and write its survivors to the arena of its row blocks. These are
+  // two slots each, from `row_block` on; returns a bit for each one that the arena cannot hold.
+  __device__ __forceinline__ u32 write(const Params& p, int head_row, int row_block,
                                        int first_row) const {
     const int lane = lane_id();
     Solution found[kSlots];
@@ -358,8 +362,9 @@ struct Lists {
     u32 overfull = 0;
 #pragma unroll
     for (int part = 0; part < kSlots / 2; ++part) {
-      if (first_row + part * kGroupRows >= p.length_q) break;  // the next group is another head's
-      const i64 arena = arena_of(group + part);
+      if (first_row + part * kRowBlock >= p.length_q)
+        break;  // the next row block is another head's
+      const i64 arena = arena_of(row_block + part);
       int start[2], count[2], before[2], used = 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -380,7 +385,7 @@ struct Lists {
         count[i] = sum_over<4>(mine);
         used += __shfl_sync(kAllLanes, upto, 31);
       }
-      if (used > kGroupRows * kArenaRow) {
+      if (used > kRowBlock * kArenaRow) {
         overfull |= 1u << part;
         continue;
       }
@@ -400,9 +405,9 @@ struct Lists {
             }
           }
         if (lane % 4 == 0) {
-          const int at = (group + part) * kGroupRows + i * 8 + lane / 4;
-          p.row_start[at] = start[i];
-          p.row_count[at] = s.poisoned ? -1 : count[i];
+          const int at = (row_block + part) * kRowBlock + i * 8 + lane / 4;
+          p.row_start[at].entry = start[i];
+          p.row_count[at].survivors = s.poisoned ? kPoisoned : count[i];
           if (row < p.length_q) {
             const i64 at_tau = i64(head_row) * p.length_q + row;
             p.tau[at_tau] = s.poisoned ? kNaN : s.empty ? kInf : fmaf(p.c, s.top, s.tau);
@@ -419,25 +424,25 @@ struct Lists {
   }
 
   // What the dense kernels start from: a row's largest score and its bound.
-  __device__ __forceinline__ void hand_over(const Params& p, int group, int first_row,
+  __device__ __forceinline__ void hand_over(const Params& p, int row_block, int first_row,
                                             u32 overfull) const {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      if (first_row + slot / 2 * kGroupRows >= p.length_q) break;
+      if (first_row + slot / 2 * kRowBlock >= p.length_q) break;
       const float seen = max_or_nan_over<4>(top[slot]);
       if (lane_id() % 4 == 0 && (overfull >> slot / 2 & 1u)) {
-        const int at = (group + slot / 2) * kGroupRows + slot % 2 * 8 + lane_id() / 4;
-        p.row_start[at] = __float_as_int(poisoned >> slot & 1u ? kNaN : seen);
+        const int at = (row_block + slot / 2) * kRowBlock + slot % 2 * 8 + lane_id() / 4;
+        p.row_start[at].top = poisoned >> slot & 1u ? kNaN : seen;
         const float proven = flat ? load_shared(base + slot * kSlotBytes) : bound[slot];
-        p.row_count[at] = __float_as_int(proven);
+        p.row_count[at].bound = proven;
       }
     }
   }
 
-  // Store a strip of two slots where one of its scores is above their bound. Where there is no
-  // room nothing is stored, but the end moves on all the same.
+  // Store a staging block of two slots where one of its scores is above their bound. Where there is
+  // no room nothing is stored, but the end moves on all the same.
   template <int pair>
-  __device__ __forceinline__ void catch_strip(const float (&x)[kStagingParts][4], float seen,
+  __device__ __forceinline__ void stage_block(const float (&x)[kStagingParts][4], float seen,
                                               float seen_next, int column) {
     static_assert(kStagingParts == 2);
     asm volatile(
@@ -450,107 +455,109 @@ struct Lists {
         "add.u32 at, %0, %6;"
         "@room st.shared.b32 [at+%17], %7;"
         "@hit sub.u32 %0, %0, %16;}"
-        : "+r"(caught[pair])
+        : "+r"(staging_end[pair])
         : "f"(seen), "f"(bound[2 * pair]), "f"(seen_next), "f"(bound[2 * pair + 1]),
-          "r"(last_strip), "r"(to_column()), "r"(column), "f"(x[0][0]), "f"(x[0][1]), "f"(x[0][2]),
-          "f"(x[0][3]), "f"(x[1][0]), "f"(x[1][1]), "f"(x[1][2]), "f"(x[1][3]), "n"(kStripBytes),
-          "n"(pair * kPairBytes), "n"(pair * kPairBytes + 512)
+          "r"(last_staging), "r"(to_column()), "r"(column), "f"(x[0][0]), "f"(x[0][1]),
+          "f"(x[0][2]), "f"(x[0][3]), "f"(x[1][0]), "f"(x[1][1]), "f"(x[1][2]), "f"(x[1][3]),
+          "n"(kStagingBytes), "n"(pair * kPairBytes), "n"(pair * kPairBytes + 512)
         : "memory");
   }
 
   template <int pair, class Score>
-  __device__ __forceinline__ void look_at(const Score& score, int strip, int first_column) {
+  __device__ __forceinline__ void stage_pair(const Score& score, int block, int first_column) {
     float x[kStagingParts][4], seen[2];
 #pragma unroll
     for (int part = 0; part < kStagingParts; ++part)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[part][i] = score(2 * pair + i / 2, strip * kStagingParts + part, i % 2);
+        x[part][i] = score(2 * pair + i / 2, block * kStagingParts + part, i % 2);
         seen[i / 2] = part + i % 2 ? max_or_nan(seen[i / 2], x[part][i]) : x[part][i];
       }
 #pragma unroll
     for (int i = 0; i < 2; ++i) top[2 * pair + i] = max_or_nan(top[2 * pair + i], seen[i]);
-    catch_strip<pair>(x, seen[0], seen[1], first_column + strip * kStagingKeys);
+    stage_block<pair>(x, seen[0], seen[1], first_column + block * kStagingKeys);
   }
   template <class Score>
-  __device__ __forceinline__ void catch_strips(const Score& score, int first, int count,
+  __device__ __forceinline__ void stage_blocks(const Score& score, int first, int count,
                                                int first_column) {
 #pragma unroll
-    for (int strip = first; strip < first + count; ++strip) {
-      look_at<0>(score, strip, first_column);
-      if constexpr (kPairs == 2) look_at<1>(score, strip, first_column);
+    for (int block = first; block < first + count; ++block) {
+      stage_pair<0>(score, block, first_column);
+      if constexpr (kPairs == 2) stage_pair<1>(score, block, first_column);
     }
   }
 
-  // Filter the scores of a tile of `count` strips: `first_column` is the lane's first, and score
-  // (slot, n, j) belongs to column first_column + 8 n + j. Straight code but for the first tile.
-  // The maxima of a flat warp go on being kept.
+  // Stage the scores of a tile of `count` staging blocks that may be survivors: `first_column` is
+  // the lane's first, and score (slot, n, j) belongs to column first_column + 8 n + j. Straight
+  // code but for the first tile. The maxima of a flat warp go on being kept.
   template <int count, class Score>
-  __device__ __forceinline__ void filter(const Score& score, int first_column, const Params& p) {
-    static_assert(count % kMinStaged == 0, "settle() looks again at so many at a time");
+  __device__ __forceinline__ void stage_tile(const Score& score, int first_column,
+                                             const Params& p) {
+    static_assert(count % kMinStagingBlocks == 0, "filter_if_due() stages so many at a time anew");
     if (unset) set_first_bounds<count>(score, p);
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) before[pair] = caught[pair];
-    catch_strips(score, 0, count, first_column);
+    for (int pair = 0; pair < kPairs; ++pair) before[pair] = staging_end[pair];
+    stage_blocks(score, 0, count, first_column);
     // As soon as another tile like this one would find no room.
     due = false;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair)
-      due |= 2 * caught[pair] - before[pair] + kStripBytes < last_strip;
+      due |= 2 * staging_end[pair] - before[pair] + kStagingBytes < last_staging;
   }
 
-  // Sift after filter() where vote(due) says so, the same to all lanes of the warp; a tile that
-  // found no room is caught once more. Returns what the vote said.
+  // Filter after stage_tile() where vote(due) says so, the same to all lanes of the warp; a tile
+  // that found no room is staged once more. Returns what the vote said.
   template <int count, class Score, class Vote>
-  __device__ __forceinline__ bool settle(const Score& score, int first_column, const Params& p,
-                                         const Vote& vote) {
+  __device__ __forceinline__ bool filter_if_due(const Score& score, int first_column,
+                                                const Params& p, const Vote& vote) {
     if (!vote(due)) return false;
     due = false;
     bool lost = false;
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) lost |= caught[pair] + kStripBytes < last_strip;
+    for (int pair = 0; pair < kPairs; ++pair)
+      lost |= staging_end[pair] + kStagingBytes < last_staging;
     lost = __any_sync(kAllLanes, lost);
     if (lost)
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) caught[pair] = before[pair];
-#pragma unroll 1  // one copy of sift()
-    for (int strip = 0; strip < count; strip += kMinStaged) {
-      sift(p);
+      for (int pair = 0; pair < kPairs; ++pair) staging_end[pair] = before[pair];
+#pragma unroll 1  // one copy of filter()
+    for (int block = 0; block < count; block += kMinStagingBlocks) {
+      filter(p);
       if (!lost) break;
 #pragma unroll
-      for (int here = 0; here < count; here += kMinStaged)
-        if (here == strip) catch_strips(score, here, kMinStaged, first_column);
+      for (int here = 0; here < count; here += kMinStagingBlocks)
+        if (here == block) stage_blocks(score, here, kMinStagingBlocks, first_column);
     }
     return true;
   }
 
-  // Take what is above the bounds from the strips to the lists. The warp turns flat, and keeps
-  // nothing from then on, where they cannot hold it.
-  __device__ __forceinline__ void sift(const Params& p) {
-    u32 lowest = caught[0];
+  // Take what is above the bounds from the staging blocks to the lists. The warp turns flat, and
+  // keeps nothing from then on, where they cannot hold it.
+  __device__ __forceinline__ void filter(const Params& p) {
+    u32 lowest = staging_end[0];
 #pragma unroll
-    for (int pair = 1; pair < kPairs; ++pair) lowest = min(lowest, caught[pair]);
+    for (int pair = 1; pair < kPairs; ++pair) lowest = min(lowest, staging_end[pair]);
     // The last one first: lists may grow into its place.
-    int strip = uniform(int(__reduce_max_sync(kAllLanes, first_strip - lowest) / kStripBytes));
+    int block = uniform(int(__reduce_max_sync(kAllLanes, first_staging - lowest) / kStagingBytes));
 #pragma unroll 1
-    while (--strip >= 0 && !flat) {
-      sift_strip<0>(strip);
-      if constexpr (kPairs == 2) sift_strip<1>(strip);
+    while (--block >= 0 && !flat) {
+      filter_staged<0>(block);
+      if constexpr (kPairs == 2) filter_staged<1>(block);
       __syncwarp();  // lists may grow over what all lanes have read
-      const int taken = max(strip, kMinStaged);
+      const int taken = max(block, kMinStagingBlocks);
       if (!has_room(taken) && !make_room(taken, p.c, p.inv_c, p.r)) turn_flat();
     }
     if (past(raise_at)) raise(p.c, p.inv_c, p.r);
-    if (past(deal_at)) deal();
-    empty_strips(entries());
+    if (past(rebalance_at)) rebalance();
+    clear_staging(entries());
   }
 
   template <int pair>
-  __device__ __forceinline__ void sift_strip(int i) {
-    const u32 at = first_strip + pair * kPairBytes - i * kStripBytes;
-    const bool mine = at > caught[pair] + pair * kPairBytes;
+  __device__ __forceinline__ void filter_staged(int i) {
+    const u32 at = first_staging + pair * kPairBytes - i * kStagingBytes;
+    const bool mine = at > staging_end[pair] + pair * kPairBytes;
     const float above[2] = {mine ? bound[2 * pair] : kInf, mine ? bound[2 * pair + 1] : kInf};
-    const int column = __float_as_int(load_shared(at + to_column()));
+    const int column = load_shared_int(at + to_column());
 #pragma unroll
     for (int part = 0; part < kStagingParts; ++part) {
       const float4 x = load_shared4(at + part * 512);
@@ -570,7 +577,7 @@ struct Lists {
       store_shared(base + slot * kSlotBytes, bound[slot]);  // for hand_over()
       bound[slot] = kInf;
     }
-    crowded = __reduce_add_sync(kAllLanes, kept) > kSlots / 2 * kGroupRows * kArenaRow;
+    overflows = __reduce_add_sync(kAllLanes, kept) > kSlots / 2 * kRowBlock * kArenaRow;
   }
 };
 

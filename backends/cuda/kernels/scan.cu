@@ -22,9 +22,9 @@ constexpr int kChunk = 32;  // keys whose scores a warp holds at a time
 constexpr int kQuarters = kChunk / 8;   // n8 fragments of a chunk
 using Scores = float[2][kQuarters][4];  // [m16 fragment][n8 fragment][accumulator]
 
-// The queries of a warp as left operands; float32 reads them from shared memory instead.
+// The queries of a warp as A fragments; float32 reads them from shared memory instead.
 struct Queries {
-  Left part[kHalf ? 2 : 1][kHalf ? kDim / 16 : 1];
+  AFragment part[kHalf ? 2 : 1][kHalf ? kDim / 16 : 1];
   u32 shared;  // float32: address of the warp's rows
 };
 
@@ -100,7 +100,7 @@ __device__ __forceinline__ void products(Scores& s, const Queries& q, u32 keys) 
 #pragma unroll
       for (int n = 0; n < kQuarters; n += 2) {
         u32 b[4];
-        load_matrices(b, from + n * 8 * tile_stride<kDim> + k * 32);
+        ldmatrix(b, from + n * 8 * tile_stride<kDim> + k * 32);
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   const QueryBlock<kBlockRows> block(p, blockIdx.x);
   const int warp = warp_id();
   const int first_row = block.first + warp * kWarpRows;
-  const int group = block.head_row * p.groups_q + first_row / kGroupRows;
+  const int row_block = block.head_row * p.row_blocks + first_row / kRowBlock;
   const Scalar* keys = row_of(p.k, block.batch, block.kv_head, 0);
 
   char* queries_at = shared + kStages * kStageBytes + kWarps * Lists<kSlots>::kBytes +
@@ -180,12 +180,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   const auto load = [&](int i) {
     load_tile<kTileKeys, kHeadDim, kThreads>(shared + i % kStages * kStageBytes, keys, p.k.row,
                                              nth_tile(i, tiles) * kTileKeys, p.length_k);
-    copy_commit();
+    cp_async_commit();
   };
   load(0);
   for (int i = 0; i < tiles; ++i) {
     const int tile = nth_tile(i, tiles), stage = i % kStages;
-    copy_wait();
+    cp_async_wait();
     __syncthreads();
     if (i + 1 < tiles) load(i + 1);
     const u32 stage_at = shared_address(shared + stage * kStageBytes);
@@ -199,20 +199,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
       if (edge) mask_scores(s, first_row, first_key, p.length_k);
       const auto score = [&](int slot, int n, int j) { return s[slot / 2][n][slot % 2 * 2 + j]; };
       const int column = first_key + lane_id() % 4 * 2;
-      lists.filter<kChunk / kStagingKeys>(score, column, p);
-      lists.settle<kChunk / kStagingKeys>(score, column, p,
-                                          [](bool due) { return __any_sync(kAllLanes, due); });
+      lists.stage_tile<kChunk / kStagingKeys>(score, column, p);
+      lists.filter_if_due<kChunk / kStagingKeys>(
+          score, column, p, [](bool due) { return __any_sync(kAllLanes, due); });
     }
   }
   if (outside) return;
-  lists.sift(p);
+  lists.filter(p);
   __syncwarp();
-  const u32 overfull = lists.flat ? 3u : lists.write(p, block.head_row, group, first_row);
-  if (overfull) lists.hand_over(p, group, first_row, overfull);
+  const u32 overfull = lists.flat ? 3u : lists.write(p, block.head_row, row_block, first_row);
+  if (overfull) lists.hand_over(p, row_block, first_row, overfull);
 #pragma unroll
   for (int part = 0; part < kSlots / 2; ++part)
-    if (lane_id() == 0 && first_row + part * kGroupRows < p.length_q)
-      p.flat[group + part] = overfull >> part & 1u;
+    if (lane_id() == 0 && first_row + part * kRowBlock < p.length_q)
+      p.flat[row_block + part] = overfull >> part & 1u ? kFlat : kListed;
 }
 
 }  // namespace adasplash2

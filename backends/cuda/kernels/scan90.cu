@@ -3,14 +3,14 @@
 // to 128.
 //
 // A block owns kBlockRows queries of one head. One thread has tiles of keys copied into a ring of
-// stages (TMA); kGroups warpgroups of 64 rows each multiply and filter them. While one filters, the
-// tensor cores work for others. (Taking turns at the tensor cores, as FlashAttention-3 does, was a
-// third slower, the slowest filter held up the rest; a group that multiplies its next tile while it
-// filters this one has registers for tiles of half the size only.)
+// stages (TMA); kWarpgroups warpgroups of 64 rows each multiply and filter them. While one
+// filters, the tensor cores work for others. (Taking turns at the tensor cores, as FlashAttention-3
+// does, was a third slower, the slowest filter held up the rest; a warpgroup that multiplies
+// its next tile while it filters this one has registers for tiles of half the size only.)
 //
-// The same code has a second look at rows that their lists could not hold, though the arena may
+// The same code retries rows that their lists could not hold, though the arena may
 // (ADASPLASH2_RETRY): one warpgroup has the whole shared memory for its lists, and starts from the
-// bounds that the first look proved, so that nearly all it meets are survivors.
+// bounds that the first scan proved, so that nearly all it meets are survivors.
 #include "hopper.cuh"
 #include "lists.cuh"
 
@@ -18,26 +18,26 @@ namespace adasplash2 {
 
 static_assert(kHalf && kAligned && kDim <= kHopperMaxHeadDim);
 
-constexpr int kGroups = ADASPLASH2_WARPGROUPS;
+constexpr int kWarpgroups = ADASPLASH2_WARPGROUPS;
 constexpr int kStages = ADASPLASH2_STAGES;
 constexpr bool kRetry = ADASPLASH2_RETRY;
-constexpr int kConsumers = kGroups * kWarpgroupThreads;
+constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
 constexpr int kThreads = kConsumers + kWarpgroupThreads;
-constexpr int kCopierRegisters = 24;
+constexpr int kProducerRegisters = 24;
 constexpr int kRows = kWarpgroupRows;
-constexpr int kBlockRows = kGroups * kRows;
+constexpr int kBlockRows = kWarpgroups * kRows;
 constexpr int kTileKeys = kHopperKeys;
 constexpr int kSlots = 2;
 
 // Whether a warpgroup whose rows are all flat may stop: dense90_output.cu finds the largest
-// scores itself, dense.cu relies on the first look.
+// scores itself, dense.cu relies on the first scan.
 constexpr bool kMayStop = kRetry || (kAlpha != AlphaKind::kGeneral && kDimV <= kHopperMaxHeadDim);
 
 constexpr int kPanelBytes = kTileKeys * kLineBytes;
 constexpr int kStageBytes = kPanels * kPanelBytes;
 constexpr int kBarriers = 2 * kStages;
 // The barriers are static shared memory: what is launched with has room for both.
-static_assert(kSwizzleAlignment + kStages * kStageBytes + kGroups * 4 * Lists<kSlots>::kBytes +
+static_assert(kSwizzleAlignment + kStages * kStageBytes + kWarpgroups * 4 * Lists<kSlots>::kBytes +
                   kBarriers * sizeof(u64) <=
               ADASPLASH2_SHARED_SCAN);
 
@@ -46,17 +46,17 @@ static_assert(kSwizzleAlignment + kStages * kStageBytes + kGroups * 4 * Lists<kS
 using Scores = float[kTileKeys / 2];
 
 // q k^T of a warpgroup's 64 rows and one tile.
-__device__ __forceinline__ void multiply(Scores& s, const Left (&q)[kDim / 16], u64 tile) {
-  begin_products();
+__device__ __forceinline__ void multiply(Scores& s, const AFragment (&q)[kDim / 16], u64 tile) {
+  wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
     if (k == 0)
-      multiply_left<false>(s, q[k], tile);
+      multiply_registers<false>(s, q[k], tile);
     else
-      multiply_left<true>(s, q[k], tile + columns_at(k, kTileKeys));
-  commit_products();
-  await_products();
-  settled(s);
+      multiply_registers<true>(s, q[k], tile + columns_at(k, kTileKeys));
+  wgmma_commit();
+  wgmma_wait();
+  fence_operands(s);
 }
 
 // --- loads ---------------------------------------------------------------------------------
@@ -69,10 +69,10 @@ struct Item : QueryBlock<kBlockRows> {
     tiles = (seen_end(first + kBlockRows - 1, p.length_k) + kTileKeys - 1) / kTileKeys;
   }
   __device__ __forceinline__ bool is_worth_it(const Params& p) const {
-    const int group = first / kGroupRows;
+    const int row_block = first / kRowBlock;
     bool any = false;
-    for (int i = group; i < min(p.groups_q, group + kBlockRows / kGroupRows); ++i)
-      any |= p.flat[i64(head_row) * p.groups_q + i] == kLookAgain;
+    for (int i = row_block; i < min(p.row_blocks, row_block + kBlockRows / kRowBlock); ++i)
+      any |= p.flat[i64(head_row) * p.row_blocks + i] == kToRetry;
     return any;
   }
 };
@@ -93,21 +93,22 @@ __device__ __forceinline__ void for_items(const Params& p, const Body& body) {
 using KeyRing = Ring<kStages>;
 
 // One thread has the tiles copied.
-__device__ __forceinline__ void copy_tiles(const Params& p, const TensorMap& map, const Item& item,
-                                           KeyRing& at, u32 stages, u32 full, u32 empty) {
-  const Plane plane(p.k, item.head / p.group, item.batch);
+__device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap& map,
+                                               const Item& item, KeyRing& at, u32 stages, u32 full,
+                                               u32 empty) {
+  const Plane plane(p.k, item.head / p.gqa_group, item.batch);
   for (int i = 0; i < item.tiles; ++i, at.advance()) {
     at.await_empty(empty);
-    arrive_expecting(full + at.stage * 8, kStageBytes);
-    copy_tile<kTileKeys, kPanels, kTileKeys>(stages + at.stage * kStageBytes, map,
-                                             nth_tile(i, item.tiles) * kTileKeys, plane,
-                                             full + at.stage * 8);
+    arrive_expect_tx(full + at.stage * 8, kStageBytes);
+    tma_load_tile<kTileKeys, kPanels, kTileKeys>(stages + at.stage * kStageBytes, map,
+                                                 nth_tile(i, item.tiles) * kTileKeys, plane,
+                                                 full + at.stage * 8);
   }
 }
 
-// A warp's queries as left operands; those with NaN or infinity become zeros and are returned as
+// A warp's queries as A fragments; those with NaN or infinity become zeros and are returned as
 // a mask of slots, so that they do not flood the lists.
-__device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& p,
+__device__ __forceinline__ u32 load_queries(AFragment (&q)[kDim / 16], const Params& p,
                                             const Scalar* head, int first) {
   const u32 flip = p.q_sign < 0.f ? 0x80008000u : 0u, mask = p.q_sign == 0.f ? 0u : ~0u;
   u32 dead = 0;
@@ -143,24 +144,24 @@ __device__ __forceinline__ u32 load_queries(Left (&q)[kDim / 16], const Params& 
 __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRing& at, u32 stages,
                                         u32 full, u32 empty) {
   const int warp = uniform(warp_id());
-  const int first_of_group = item.first + warp / 4 * kRows;
+  const int first_of_warpgroup = item.first + warp / 4 * kRows;
   const int first_row = item.first + warp * 16;
-  const int group = item.head_row * p.groups_q + first_row / kGroupRows;
-  Left q[kDim / 16];
+  const int row_block = item.head_row * p.row_blocks + first_row / kRowBlock;
+  AFragment q[kDim / 16];
   u32 dead = load_queries(q, p, row_of(p.q, item.batch, item.head, 0), first_row);
-  const bool wanted = first_row < p.length_q && (!kRetry || p.flat[group] == kLookAgain);
+  const bool wanted = first_row < p.length_q && (!kRetry || p.flat[row_block] == kToRetry);
   if (!wanted) dead = ~0u;
   Lists<kSlots> lists;
   lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
-  if (kRetry && wanted) lists.resume(p, group);
+  if (kRetry && wanted) lists.resume(p, row_block);
 
   constexpr int kParts = kTileKeys / kStagingKeys;
   const u64 first_tile = descriptor(stages);
   const auto take = [&] {
     at.await_full(full);
-    return first_tile + at.stage * (kStageBytes / kDescriptorUnit);
+    return first_tile + at.stage * (kStageBytes / kDescriptorBytes);
   };
-  // All warps of a warpgroup sift together: each would hold up the others when its turn comes.
+  // All warps of a warpgroup filter together: each would hold up the others when its turn comes.
   const auto vote = [warp](bool due) {
     int any;
     asm volatile(
@@ -175,13 +176,14 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     if (lane_id() == 0) arrive(empty + at.stage * 8);
     at.advance();
   };
-  // Keys beyond these are seen by none of the group's rows; none at all by a group without rows.
-  int last_seen =
-      first_of_group >= p.length_q ? -1 : seen_end(first_of_group + kRows - 1, p.length_k) - 1;
+  // Keys beyond these are seen by none of the warpgroup's rows; none at all by one without rows.
+  int last_seen = first_of_warpgroup >= p.length_q
+                      ? -1
+                      : seen_end(first_of_warpgroup + kRows - 1, p.length_k) - 1;
   const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
-    lists.template filter<kParts>(score, column, p);
-    return lists.template settle<kParts>(score, column, p, vote);
+    lists.template stage_tile<kParts>(score, column, p);
+    return lists.template filter_if_due<kParts>(score, column, p, vote);
   };
   for (int i = 0; i < item.tiles; ++i) {
     const int first_key = nth_tile(i, item.tiles) * kTileKeys;
@@ -193,9 +195,9 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     Scores s;
     multiply(s, q, tile);
     give_back();
-    bool sifted;
+    bool filtered;
     if (some_hidden(first_row, first_key + kTileKeys, p.length_k))
-      sifted = look(
+      filtered = look(
           [&](int slot, int n, int j) {
             const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
             const int row = first_row + slot * 8 + lane_id() / 4;
@@ -203,16 +205,16 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
           },
           first_key);
     else
-      sifted = look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
-    if (kMayStop && sifted && !vote(wanted && !lists.flat)) last_seen = -1;
+      filtered = look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
+    if (kMayStop && filtered && !vote(wanted && !lists.flat)) last_seen = -1;
   }
   if (!wanted) return;
-  lists.sift(p);
+  lists.filter(p);
   __syncwarp();
-  const u32 overfull = lists.flat ? 1u : lists.write(p, item.head_row, group, first_row);
-  if (overfull) lists.hand_over(p, group, first_row, overfull);
-  const bool again = lists.flat && !lists.crowded;
-  if (lane_id() == 0) p.flat[group] = !overfull ? 0 : again ? kLookAgain : kFlat;
+  const u32 overfull = lists.flat ? 1u : lists.write(p, item.head_row, row_block, first_row);
+  if (overfull) lists.hand_over(p, row_block, first_row, overfull);
+  const bool again = lists.flat && !lists.overflows;
+  if (lane_id() == 0) p.flat[row_block] = !overfull ? kListed : again ? kToRetry : kFlat;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -223,17 +225,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const u32 full = shared_address(barriers), empty = full + kStages * 8;
   if (threadIdx.x < kStages) {
     init_barrier(full + threadIdx.x * 8, 1);
-    init_barrier(empty + threadIdx.x * 8, kGroups * 4);
-    publish_stores();
+    init_barrier(empty + threadIdx.x * 8, kWarpgroups * 4);
+    fence_async_proxy();
   }
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
-    give_registers<kCopierRegisters>();
+    setmaxnreg_dec<kProducerRegisters>();
     KeyRing at;
     if (threadIdx.x == kConsumers)
-      for_items(p, [&](const Item& item) { copy_tiles(p, map, item, at, stages, full, empty); });
+      for_items(p,
+                [&](const Item& item) { tma_load_tiles(p, map, item, at, stages, full, empty); });
   } else {
-    take_registers<kGroups, kCopierRegisters>();
+    setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
     KeyRing at;
     for_items(p, [&](const Item& item) { consume(p, item, at, stages, full, empty); });
   }

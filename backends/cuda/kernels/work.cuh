@@ -14,7 +14,7 @@ struct Head {
       : head_row(head_row),
         batch(head_row / p.heads_q),
         head(head_row % p.heads_q),
-        kv_head(head / p.group) {}
+        kv_head(head / p.gqa_group) {}
 };
 
 // Number `number` of the blocks of `rows` queries: head by head, so that the keys of one head stay
@@ -44,7 +44,7 @@ struct KeyBlock {
   }
   // The first of the query heads that share the keys.
   __device__ __forceinline__ int head_row(const Params& p) const {
-    return batch * p.heads_q + kv_head * p.group;
+    return batch * p.heads_q + kv_head * p.gqa_group;
   }
 };
 
