@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import reference
 import torch
 from cases import BFLOAT16, FLOAT32, Case, Inputs, device_of, interpreted, usable_backends
 
+from adasplash2 import dispatch, records
 from adasplash2 import problem as problems
 from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend, Config
@@ -66,6 +68,30 @@ def test_every_configuration_agrees(case: Case, number: int, name: str) -> None:
         pytest.skip(f"there are {len(offered)} configurations")
     got = forward_and_backward(backend, case, inputs, offered[number])
     assert_agrees(case, inputs, got)
+
+
+def test_a_record_of_another_configuration_is_read_and_not_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Records keep what earlier releases measured, with keys that no configuration has now."""
+    backend, case = module_of("cpu"), CASES[0]
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path))
+    asked = problem_of(case, case.inputs())
+    offered = backend.configs(asked)
+    old = records.Record(
+        problem_class=records.problem_class(asked),
+        backend="cpu",
+        versions=records.versions(backend),
+        config={**offered[-1], "list_capacity": 512, "bins": 16},
+        milliseconds=1.0,
+        default_milliseconds=2.0,
+        measured=records.now(),
+    )
+    assert records.Store(asked.device).add([old])
+    dispatch.forget()
+    assert records.Store(asked.device).find(old.problem_class, backend) == old
+    choice = dispatch.choose(asked, "cpu")
+    assert (choice.backend.name, choice.config) == ("cpu", offered[0])
 
 
 @interpreted()

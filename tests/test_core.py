@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case
+from cases import Case, Inputs
 
+import adasplash2
 from adasplash2 import _core
 
 
-def work_of(case: Case) -> _core.Work:
+def work_of(case: Case, inputs: Inputs | None = None, tiles: int = 0) -> _core.Work:
     """What the forward of a case does, in this machine's first instruction set."""
-    inputs = case.inputs()
+    inputs = inputs or case.inputs()
     rows = (case.batch, case.heads_q, case.length_q)
     out = torch.empty(*rows, case.head_dim, dtype=case.dtype)
     tau = torch.empty(rows, dtype=case.dtype)
@@ -24,9 +25,14 @@ def work_of(case: Case) -> _core.Work:
         dtype=str(case.dtype).removeprefix("torch."), alpha=case.alpha,
         scale=case.head_dim**-0.5, is_causal=case.is_causal, query=query, key=key, value=value,
         out=to, tau=tau.data_ptr(), keep=False, threads=2, isa=_core.isa(),
-        scan_rows=64, work=work,
+        scan_rows=64, tiles=tiles, work=work,
     )  # fmt: skip
     return work
+
+
+def outputs(case: Case, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    out = adasplash2.entmax_attention(*leaves, **case.options, backend="cpu")
+    return [out, *torch.autograd.grad(out.sum(), leaves)]
 
 
 WORK = {
@@ -65,6 +71,40 @@ def test_causal_tiles_are_skipped() -> None:
         for is_causal in (True, False)
     )
     assert 0.5 < causal / full < 0.52
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("lengths", [(65, 300), (300, 65), (64, 64), (1, 129), (200, 128)])
+def test_tiles_that_may_hold_something(lengths: tuple[int, int], is_causal: bool) -> None:
+    """The core names them and, among them, those that do: those of a key that all rows keep."""
+    length_q, length_k = lengths
+    case = Case("tiles", length_q=length_q, length_k=length_k, batch=2, is_causal=is_causal)
+    inputs = case.inputs()
+    inputs.query[:] = inputs.key[:] = 0.0
+    inputs.query[..., 0], inputs.key[:, :, 0, 0] = 1.0, 100.0
+    rows, columns = -(-length_q // _core.TILE_ROWS), -(-length_k // _core.TILE_ROWS)
+    tiles = torch.zeros(case.batch, case.heads_q, rows, columns, dtype=torch.uint8)
+    work_of(case, inputs, tiles=tiles.data_ptr())
+    expected = torch.ones(rows, columns, dtype=torch.uint8)
+    if is_causal:
+        expected = expected.tril()
+    expected[:, 0] = 2
+    assert torch.equal(tiles, expected.expand_as(tiles))
+
+
+def test_keys_that_no_row_sees_are_not_read() -> None:
+    """Behind the last query of a causal call; with rows that are flat, so that all paths run."""
+    for data in ("gaussian", "equal"):
+        case = Case("behind", length_q=70, length_k=1000, is_causal=True, data=data)
+        inputs = case.inputs()
+        leaves = [t.clone().requires_grad_() for t in inputs[:3]]
+        hidden = [inputs.query.clone().requires_grad_()]
+        for tensor in inputs[1:3]:
+            spoiled = tensor.clone()
+            spoiled[:, :, 70:] = torch.nan
+            hidden.append(spoiled.requires_grad_())
+        for one, other in zip(outputs(case, leaves), outputs(case, hidden), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_flat_rows_are_seen_early() -> None:

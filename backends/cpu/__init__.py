@@ -2,8 +2,8 @@
 
 Scan once, keep survivors: one dense ``Q K^T`` in register tiles, a running lower bound of the
 threshold from a coarse histogram, element lists, exact thresholds, sparse output and sparse
-gradients. Rows that keep more than ``list_capacity`` keys are *flat*: they take blocked dense
-work with memory linear in the length.
+gradients. Rows that keep more keys than a list may have are *flat*: they take blocked dense work
+with memory linear in the length.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ name = "cpu"
 
 SAVED_ALIGNMENT = 8
 """Bytes: what ``saved`` holds is read as 64-bit numbers."""
+
+EMPTY_TILE, LIVE_TILE = 1, 2
+"""``TileState`` of the core's ``types.h``: no probability above 0, and one."""
 
 
 def unavailable() -> str | None:
@@ -52,12 +55,11 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     keys more often, and keep to a smaller cache. Results do not depend on it.
     """
     names = [_core.isa()] if os.environ.get("ADASPLASH2_ISA") else _core.usable_isas()
-    sizes = {"list_capacity": _core.LIST_CAPACITY, "bins": _core.BINS}
     if isinstance(problem, RowProblem):
-        return [{"isa": name, **sizes} for name in names]
+        return [{"isa": name} for name in names]
     most = _core.TILE_ROWS
     rows = [(name, most) for name in names] + [(names[0], most // 2), (names[0], most // 4)]
-    return [{"isa": name, "scan_rows": r, **sizes} for name, r in rows]
+    return [{"isa": name, "scan_rows": r} for name, r in rows]
 
 
 def versions() -> Mapping[str, str]:
@@ -136,7 +138,7 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     device = problem.device
     support = torch.empty(rows, dtype=torch.int32, device=device)
     iterations = torch.empty(rows, dtype=torch.int32, device=device)
-    live = torch.zeros((*rows[:2], tiles_q, tiles_k), dtype=torch.uint8, device=device)
+    tiles = torch.zeros((*rows[:2], tiles_q, tiles_k), dtype=torch.uint8, device=device)
     _, tau, _ = _run(
         problem,
         inputs,
@@ -144,9 +146,10 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         keep=False,
         support=support.data_ptr(),
         iterations=iterations.data_ptr(),
-        tiles=live.data_ptr(),
+        tiles=tiles.data_ptr(),
     )
-    empty = 1.0 - live.sum(dim=(2, 3), dtype=torch.float64) / problem.allowed_tiles(side)
+    live, seen = ((tiles >= state).sum(dim=(2, 3)) for state in (LIVE_TILE, EMPTY_TILE))
+    empty = 1.0 - live.double() / seen
     return AttentionStats(tau, support, iterations, empty, backend=name)
 
 

@@ -10,20 +10,8 @@
 namespace adasplash2 {
 namespace {
 
-HeadRef head_of(const TensorRef& tensor, int64_t batch, int64_t head, int64_t element_size) {
-  const int64_t offset = batch * tensor.stride_batch + head * tensor.stride_head;
-  return {static_cast<char*>(tensor.data) + offset * element_size, tensor.stride_length};
-}
-
-HeadRef at_row(HeadRef head, int64_t row, int64_t element_size) {
-  return {static_cast<char*>(head.data) + row * head.stride * element_size, head.stride};
-}
-
-int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
-// All rows of all heads of a key or value tensor as panels.
+// The rows of all heads of a key or value tensor as panels. Those that no query sees are left as
+// they are: nobody reads them.
 template <class T>
 struct Panels {
   Buffer<T> data;
@@ -32,18 +20,19 @@ struct Panels {
   Panels(const Kernels<T>& k, const AttentionProblem& p, const TensorRef& tensor, int64_t depth,
          int threads) {
     constexpr int64_t kChunk = 32;  // panels a task packs
-    const int64_t panels = (p.length_k + k.panel_keys - 1) / k.panel_keys;
-    const int64_t chunks = (panels + kChunk - 1) / kChunk;
-    head_stride = panels * k.panel_keys * depth;
-    data = Buffer<T>(p.batch * p.heads_kv * head_stride);
-    parallel_for(p.batch * p.heads_kv * chunks, threads, [&](int64_t i, int) {
-      const int64_t head = i / chunks, begin = i % chunks * kChunk;
-      const int64_t end = begin + kChunk < panels ? begin + kChunk : panels;
-      k.pack_panels(head_of(tensor, head / p.heads_kv, head % p.heads_kv, size_of(p.dtype)),
-                    p.length_k, depth, begin, end, data.data() + head * head_stride);
+    const KeyRange panels = p.score.seen_by_any(0, p.length_q).in_units_of(k.panel_keys);
+    const int64_t chunks = parts(panels.size(), kChunk);
+    head_stride = parts(p.length_k, k.panel_keys) * k.panel_keys * depth;
+    data = Buffer<T>(p.key_heads() * head_stride);
+    parallel_for(p.key_heads() * chunks, threads, [&](int64_t i, int) {
+      const int64_t head = i / chunks;
+      const Part some = part_of(panels.size(), kChunk, i % chunks);
+      const int64_t begin = panels.begin + some.first;
+      k.pack_panels(p.key_head(tensor, head), p.length_k, depth, begin, begin + some.count,
+                    data.data() + head * head_stride);
     });
   }
-  const T* head(int64_t kv_head) const { return data.data() + kv_head * head_stride; }
+  const T* head(int64_t head_kv) const { return data.data() + head_kv * head_stride; }
 };
 
 // One workspace a thread.
@@ -95,15 +84,29 @@ class KeptLists final : public Kept {
         thresholds(rows),
         support(rows),
         lists(size_t(threads < 1 ? 1 : threads)),
-        blocks(problem.batch * problem.heads_q * problem.blocks_per_head()),
-        length_q(problem.length_q),
-        blocks_per_head(problem.blocks_per_head()),
+        blocks(problem.row_blocks()),
+        problem_(problem),
         threads_(threads) {}
 
   struct Block {
     int thread;
     int64_t at, entries;
   };
+
+  // The lists that a block's forward has left in its workspace.
+  void add(const RowBlock& of, int thread, const ForwardTask<T>& task) {
+    ThreadLists<T>& list = lists[size_t(thread)];
+    const int64_t at = int64_t(list.keys.size());
+    for (int64_t r = 0; r < task.rows; ++r) {
+      const int32_t n = task.results.support[r];
+      if (n <= 0) continue;
+      const T* values = task.list_values + r * task.list_stride;
+      const int32_t* keys = task.list_keys + r * task.list_stride;
+      list.probabilities.insert(list.probabilities.end(), values, values + n);
+      list.keys.insert(list.keys.end(), keys, keys + n);
+    }
+    blocks[of.number] = {thread, at, int64_t(list.keys.size()) - at};
+  }
 
   int64_t bytes() const override {
     int64_t entries = 0;
@@ -128,10 +131,9 @@ class KeptLists final : public Kept {
         std::memcpy(saved.probabilities + begins[b], list.probabilities.data() + at, n * sizeof(T));
         std::memcpy(saved.keys + begins[b], list.keys.data() + at, n * sizeof(int32_t));
       }
-      const int64_t head = b / blocks_per_head, first = b % blocks_per_head * kBlockRows;
-      const int64_t end = first + kBlockRows < length_q ? first + kBlockRows : length_q;
+      const RowBlock of = row_block(problem_, b);
       int64_t offset = begins[b];
-      for (int64_t i = head * length_q + first; i < head * length_q + end; ++i) {
+      for (int64_t i = of.first_row; i < of.first_row + of.rows; ++i) {
         saved.offsets[i] = offset;
         saved.thresholds[i] = thresholds[i];
         saved.support[i] = support[i];
@@ -147,65 +149,53 @@ class KeptLists final : public Kept {
   Buffer<Block> blocks;
 
  private:
-  int64_t length_q, blocks_per_head;
+  AttentionProblem problem_;
   int threads_;
 };
+
+template <class T>
+ForwardTask<T> forward_task(const ForwardArguments& a, const RowBlock& of,
+                            const Panels<T>& packed_keys, KeptLists<T>& kept) {
+  const AttentionProblem& p = a.problem;
+  const int64_t element = p.element_size(), row = of.first_row;
+  ForwardTask<T> task = {};
+  task.problem = &p;
+  task.query = p.query_head(a.query, of.head_q).from(of.row_begin, element);
+  task.value = p.key_head(a.value, of.head_kv);
+  task.out = p.query_head(a.out, of.head_q).from(of.row_begin, element);
+  task.packed_keys = packed_keys.head(of.head_kv);
+  task.row_begin = of.row_begin;
+  task.rows = of.rows;
+  task.scan_rows = a.scan_rows;
+  task.results.thresholds = kept.thresholds.data() + row;
+  task.results.tau = static_cast<T*>(a.tau) + row;
+  task.results.support = kept.support.data() + row;
+  task.results.iterations = a.iterations ? a.iterations + row : nullptr;
+  task.results.tiles = a.tiles ? a.tiles + of.number * parts(p.length_k, kBlockRows) : nullptr;
+  return task;
+}
 
 template <class T>
 std::unique_ptr<Kept> forward(const ForwardArguments& a) {
   const AttentionProblem& p = a.problem;
   const Kernels<T>& k = kernels_for<T>(*a.kernels, p.dtype);
-  const int64_t element = size_of(p.dtype), blocks = p.blocks_per_head();
-  const int64_t key_tiles = (p.length_k + kBlockRows - 1) / kBlockRows;
-
   const Panels<T> packed_keys(k, p, a.key, p.head_dim, a.threads);
   Workspaces workspaces(k.forward_workspace(p), a.threads);
   auto kept = std::make_unique<KeptLists<T>>(p, a.threads);
   std::vector<Work> work(size_t(a.threads < 1 ? 1 : a.threads));
 
-  parallel_for(p.batch * p.heads_q * blocks, a.threads, [&](int64_t i, int thread) {
-    // Head by head, so that one head's keys and values stay in the cache; within it the long
-    // rows of a causal problem first, so that no thread starts on one last.
-    const int64_t head = i / blocks, block = blocks - 1 - i % blocks;
-    const int64_t batch = head / p.heads_q, head_q = head % p.heads_q;
-    const int64_t head_kv = head_q / p.group(), first = block * kBlockRows;
-    const int64_t row = head * p.length_q + first;
-
-    ForwardTask<T> task = {};
-    task.problem = &p;
-    task.query = at_row(head_of(a.query, batch, head_q, element), first, element);
-    task.value = head_of(a.value, batch, head_kv, element);
-    task.out = at_row(head_of(a.out, batch, head_q, element), first, element);
-    task.packed_keys = packed_keys.head(batch * p.heads_kv + head_kv);
-    task.row_begin = first;
-    task.rows = first + kBlockRows < p.length_q ? kBlockRows : p.length_q - first;
-    task.scan_rows = a.scan_rows;
-    task.results.thresholds = kept->thresholds.data() + row;
-    task.results.tau = static_cast<T*>(a.tau) + row;
-    task.results.support = kept->support.data() + row;
-    task.results.iterations = a.iterations ? a.iterations + row : nullptr;
-    task.results.tiles = a.tiles ? a.tiles + (head * blocks + block) * key_tiles : nullptr;
+  parallel_for(p.row_blocks(), a.threads, [&](int64_t turn, int thread) {
+    const RowBlock of = row_block_at(p, turn);
+    ForwardTask<T> task = forward_task(a, of, packed_keys, *kept);
     task.workspace = workspaces.of(thread);
     k.forward(task);
     work[size_t(thread)].add(task.work);
-
     if (a.support)
       for (int64_t r = 0; r < task.rows; ++r) {
         const int32_t n = task.results.support[r];
-        a.support[row + r] = n < 0 ? -1 - n : n;
+        a.support[of.first_row + r] = n < 0 ? -1 - n : n;
       }
-    if (!a.keep) return;
-    ThreadLists<T>& list = kept->lists[size_t(thread)];
-    const int64_t at = int64_t(list.keys.size());
-    for (int64_t r = 0; r < task.rows; ++r) {
-      const int32_t n = task.results.support[r];
-      if (n <= 0) continue;
-      const T* values = task.list_values + r * task.list_stride;
-      const int32_t* keys = task.list_keys + r * task.list_stride;
-      list.probabilities.insert(list.probabilities.end(), values, values + n);
-      list.keys.insert(list.keys.end(), keys, keys + n);
-    }
-    kept->blocks[head * blocks + block] = {thread, at, int64_t(list.keys.size()) - at};
+    if (a.keep) kept->add(of, thread, task);
   });
   if (a.work)
     for (const Work& one : work) a.work->add(one);
@@ -224,7 +214,7 @@ struct Columns {
   Buffer<T> probabilities, grad_scores;
 
   Columns(const AttentionProblem& p, const Saved<T>& saved, const T* grads, int threads) {
-    const int64_t heads = p.batch * p.heads_kv, group_rows = p.group() * p.length_q;
+    const int64_t heads = p.key_heads(), group_rows = p.group_rows();
     const int64_t entries = saved.offsets[p.rows()];
     offsets = Buffer<int64_t>(heads * (p.length_k + 1));
     rows = Buffer<int32_t>(entries);
@@ -287,125 +277,149 @@ Saved<T> saved_of(const BackwardArguments& a) {
   return Saved<T>(const_cast<void*>(a.saved), rows, entries);
 }
 
-// Rows [first, end) of the head that starts at row `head`: lists lie one behind another, are as
-// long as the row's support says, and hold keys that it may see. Whether a row is flat.
+// Of a row block: lists lie one behind another, are as long as the row's support says, and hold
+// keys that it may see. Whether a row is flat.
 template <class T>
-bool check_lists(const Saved<T>& saved, const AttentionProblem& p, int64_t head, int64_t first,
-                 int64_t end) {
+bool check_lists(const Saved<T>& saved, const AttentionProblem& p, const RowBlock& block) {
   bool flat = false;
-  for (int64_t i = first; i < end; ++i) {
-    const int64_t row = head + i, support = saved.support[row], n = support > 0 ? support : 0;
-    const int64_t begin = saved.offsets[row], visible = p.scores.visible(i).end;
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const int64_t row = block.first_row + i, support = saved.support[row];
+    const int64_t n = support > 0 ? support : 0, begin = saved.offsets[row];
+    const KeyRange visible = p.score.visible(block.row_begin + i);
     if ((row == 0 && begin != 0) || begin < 0 || begin > saved.offsets[p.rows()] - n ||
-        saved.offsets[row + 1] != begin + n || n > kListCapacity || support > visible ||
-        -1 - support > visible)
+        saved.offsets[row + 1] != begin + n || n > kListCapacity || support > visible.size() ||
+        -1 - support > visible.size())
       refuse_saved();
-    uint32_t last = 0;  // unsigned: a negative key is a large one
+    uint32_t last = 0;  // of the keys, counted from visible.begin; unsigned: one before it is large
     for (int64_t e = begin; e < begin + n; ++e) {
-      const uint32_t key = uint32_t(saved.keys[e]);
+      const uint32_t key = uint32_t(saved.keys[e]) - uint32_t(visible.begin);
       last = key > last ? key : last;
     }
-    if (int64_t(last) >= visible && n > 0) refuse_saved();
+    if (int64_t(last) >= visible.size() && n > 0) refuse_saved();
     flat |= support < 0;
   }
   return flat;
 }
 
+// What all tasks of a backward read.
 template <class T>
-void backward(const BackwardArguments& a) {
-  const AttentionProblem& p = a.problem;
-  const Kernels<T>& k = kernels_for<T>(*a.kernels, p.dtype);
-  const int64_t element = size_of(p.dtype), rows = p.rows(), blocks = p.blocks_per_head();
-
-  const Saved<T> saved = saved_of<T>(a);
-  const int64_t entries = saved.offsets[rows];
-
-  // Which row blocks hold a flat row.
-  Buffer<uint8_t> flat_blocks(p.batch * p.heads_q * blocks);
-  parallel_for(p.batch * p.heads_q * blocks, a.threads, [&](int64_t i, int) {
-    const int64_t head = i / blocks, first = i % blocks * kBlockRows;
-    const int64_t end = first + kBlockRows < p.length_q ? first + kBlockRows : p.length_q;
-    flat_blocks[i] = check_lists(saved, p, head * p.length_q, first, end);
-  });
+struct BackwardState {
+  const BackwardArguments& arguments;
+  const AttentionProblem& problem;
+  const Kernels<T>& kernels;
+  const Saved<T> saved;
+  Buffer<uint8_t> flat_blocks;  // whether a row block holds a flat row
   bool any_flat = false;
-  for (int64_t i = 0; i < flat_blocks.size(); ++i) any_flat |= flat_blocks[i] != 0;
-  std::unique_ptr<Panels<T>> packed_keys, packed_values;
-  if (any_flat) {
-    packed_keys = std::make_unique<Panels<T>>(k, p, a.key, p.head_dim, a.threads);
-    packed_values = std::make_unique<Panels<T>>(k, p, a.value, p.head_dim_v, a.threads);
-  }
+  std::unique_ptr<Panels<T>> packed_keys, packed_values;  // only where a row is flat
+  Buffer<T> grad_scores, delta;
 
-  Buffer<T> grads(entries), delta(any_flat ? rows : 0);
-  {
-    Workspaces workspaces(k.backward_rows_workspace(p, any_flat), a.threads);
-    parallel_for(p.batch * p.heads_q * blocks, a.threads, [&](int64_t i, int thread) {
-      const int64_t head = i / blocks, block = blocks - 1 - i % blocks;
-      const int64_t batch = head / p.heads_q, head_q = head % p.heads_q;
-      const int64_t head_kv = head_q / p.group(), first = block * kBlockRows;
-      const int64_t row = head * p.length_q + first;
-      BackwardRowsTask<T> task = {};
-      task.problem = &p;
-      task.query = at_row(head_of(a.query, batch, head_q, element), first, element);
-      task.key = head_of(a.key, batch, head_kv, element);
-      task.value = head_of(a.value, batch, head_kv, element);
-      task.grad_out = at_row(head_of(a.grad_out, batch, head_q, element), first, element);
-      task.grad_query = at_row(head_of(a.grad_query, batch, head_q, element), first, element);
-      if (any_flat) {
-        task.packed_keys = packed_keys->head(batch * p.heads_kv + head_kv);
-        task.packed_values = packed_values->head(batch * p.heads_kv + head_kv);
-        task.delta = delta.data() + row;
-      }
-      task.row_begin = first;
-      task.rows = first + kBlockRows < p.length_q ? kBlockRows : p.length_q - first;
-      task.thresholds = saved.thresholds + row;
-      task.support = saved.support + row;
-      task.offsets = saved.offsets + row;
-      task.keys = saved.keys;
-      task.probabilities = saved.probabilities;
-      task.grad_scores = grads.data();
-      task.workspace = workspaces.of(thread);
-      k.backward_rows(task);
-    });
+  explicit BackwardState(const BackwardArguments& a)
+      : arguments(a),
+        problem(a.problem),
+        kernels(kernels_for<T>(*a.kernels, a.problem.dtype)),
+        saved(saved_of<T>(a)),
+        flat_blocks(a.problem.row_blocks()) {
+    const AttentionProblem& p = problem;
+    parallel_for(p.row_blocks(), a.threads,
+                 [&](int64_t i, int) { flat_blocks[i] = check_lists(saved, p, row_block(p, i)); });
+    for (int64_t i = 0; i < flat_blocks.size(); ++i) any_flat |= flat_blocks[i] != 0;
+    if (any_flat) {
+      packed_keys = std::make_unique<Panels<T>>(kernels, p, a.key, p.head_dim, a.threads);
+      packed_values = std::make_unique<Panels<T>>(kernels, p, a.value, p.head_dim_v, a.threads);
+    }
+    grad_scores = Buffer<T>(saved.offsets[p.rows()]);
+    delta = Buffer<T>(any_flat ? p.rows() : 0);
   }
+};
 
-  const Columns<T> columns(p, saved, grads.data(), a.threads);
-  grads = Buffer<T>();
-  const int64_t key_tasks = (p.length_k + k.task_keys - 1) / k.task_keys;
+// The gradients of the queries, and of the scores.
+template <class T>
+void backward_rows(BackwardState<T>& state) {
+  const BackwardArguments& a = state.arguments;
+  const AttentionProblem& p = state.problem;
+  const Saved<T>& saved = state.saved;
+  const int64_t element = p.element_size();
+  Workspaces workspaces(state.kernels.backward_rows_workspace(p, state.any_flat), a.threads);
+  parallel_for(p.row_blocks(), a.threads, [&](int64_t turn, int thread) {
+    const RowBlock of = row_block_at(p, turn);
+    const auto own = [&](const TensorRef& tensor) {
+      return p.query_head(tensor, of.head_q).from(of.row_begin, element);
+    };
+    BackwardRowsTask<T> task = {};
+    task.problem = &p;
+    task.query = own(a.query);
+    task.key = p.key_head(a.key, of.head_kv);
+    task.value = p.key_head(a.value, of.head_kv);
+    task.grad_out = own(a.grad_out);
+    task.grad_query = own(a.grad_query);
+    if (state.any_flat) {
+      task.packed_keys = state.packed_keys->head(of.head_kv);
+      task.packed_values = state.packed_values->head(of.head_kv);
+      task.delta = state.delta.data() + of.first_row;
+    }
+    task.row_begin = of.row_begin;
+    task.rows = of.rows;
+    task.thresholds = saved.thresholds + of.first_row;
+    task.support = saved.support + of.first_row;
+    task.offsets = saved.offsets + of.first_row;
+    task.keys = saved.keys;
+    task.probabilities = saved.probabilities;
+    task.grad_scores = state.grad_scores.data();
+    task.workspace = workspaces.of(thread);
+    state.kernels.backward_rows(task);
+  });
+}
+
+// The gradients of the keys and values.
+template <class T>
+void backward_keys(BackwardState<T>& state) {
+  const BackwardArguments& a = state.arguments;
+  const AttentionProblem& p = state.problem;
+  const Kernels<T>& k = state.kernels;
+  const int64_t element = p.element_size();
+  const Columns<T> columns(p, state.saved, state.grad_scores.data(), a.threads);
+  state.grad_scores = Buffer<T>();
   Workspaces workspaces(k.backward_keys_workspace(p), a.threads);
   // The query heads of every group, side by side.
   std::vector<HeadRef> queries, grad_outs;
-  for (int64_t head = 0; head < p.batch * p.heads_q; ++head) {
-    queries.push_back(head_of(a.query, head / p.heads_q, head % p.heads_q, element));
-    grad_outs.push_back(head_of(a.grad_out, head / p.heads_q, head % p.heads_q, element));
+  for (int64_t head = 0; head < p.query_heads(); ++head) {
+    queries.push_back(p.query_head(a.query, head));
+    grad_outs.push_back(p.query_head(a.grad_out, head));
   }
-  parallel_for(p.batch * p.heads_kv * key_tasks, a.threads, [&](int64_t i, int thread) {
-    // Early keys are seen by most rows of a causal problem: they come first.
-    const int64_t head = i / key_tasks, first = i % key_tasks * k.task_keys;
-    const int64_t batch = head / p.heads_kv, head_kv = head % p.heads_kv;
-    const int64_t head_q = head * p.group(), row = head_q * p.length_q;
-    BackwardKeysTask<T> task = {};
-    task.problem = &p;
-    task.queries = queries.data() + head_q;
-    task.grad_outs = grad_outs.data() + head_q;
-    task.grad_key = at_row(head_of(a.grad_key, batch, head_kv, element), first, element);
-    task.grad_value = at_row(head_of(a.grad_value, batch, head_kv, element), first, element);
-    task.key_begin = first;
-    task.keys = first + k.task_keys < p.length_k ? k.task_keys : p.length_k - first;
-    task.offsets = columns.offsets.data() + head * (p.length_k + 1) + first;
-    task.rows = columns.rows.data();
-    task.probabilities = columns.probabilities.data();
-    task.grad_scores = columns.grad_scores.data();
-    if (any_flat) {
-      task.packed_keys = packed_keys->head(head);
-      task.packed_values = packed_values->head(head);
-      task.thresholds = saved.thresholds + row;
-      task.delta = delta.data() + row;
-      task.support = saved.support + row;
-      task.flat_blocks = flat_blocks.data() + head_q * blocks;
-    }
-    task.workspace = workspaces.of(thread);
-    k.backward_keys(task);
-  });
+  parallel_for(
+      p.key_heads() * parts(p.length_k, k.task_keys), a.threads, [&](int64_t turn, int thread) {
+        const KeyBlock of = key_block_at(p, k.task_keys, turn);
+        const int64_t row = of.first_head_q * p.length_q;
+        BackwardKeysTask<T> task = {};
+        task.problem = &p;
+        task.queries = queries.data() + of.first_head_q;
+        task.grad_outs = grad_outs.data() + of.first_head_q;
+        task.grad_key = p.key_head(a.grad_key, of.head_kv).from(of.key_begin, element);
+        task.grad_value = p.key_head(a.grad_value, of.head_kv).from(of.key_begin, element);
+        task.key_begin = of.key_begin;
+        task.keys = of.keys;
+        task.offsets = columns.offsets.data() + of.head_kv * (p.length_k + 1) + of.key_begin;
+        task.rows = columns.rows.data();
+        task.probabilities = columns.probabilities.data();
+        task.grad_scores = columns.grad_scores.data();
+        if (state.any_flat) {
+          task.packed_keys = state.packed_keys->head(of.head_kv);
+          task.packed_values = state.packed_values->head(of.head_kv);
+          task.thresholds = state.saved.thresholds + row;
+          task.delta = state.delta.data() + row;
+          task.support = state.saved.support + row;
+          task.flat_blocks = state.flat_blocks.data() + of.first_head_q * p.row_blocks_per_head();
+        }
+        task.workspace = workspaces.of(thread);
+        k.backward_keys(task);
+      });
+}
+
+template <class T>
+void backward(const BackwardArguments& a) {
+  BackwardState<T> state(a);
+  backward_rows(state);
+  backward_keys(state);
 }
 
 }  // namespace

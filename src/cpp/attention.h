@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "types.h"
+#include "kernels.h"
 
 namespace adasplash2 {
 
@@ -14,7 +14,7 @@ struct ForwardArguments {
   void* tau;            // (batch, heads_q, length_q), compute dtype
   int32_t* iterations;  // likewise, or null
   int32_t* support;     // likewise, or null
-  uint8_t* tiles;       // (batch, heads_q, row blocks, key blocks), zeroed, or null
+  uint8_t* tiles;       // TileState (batch, heads_q, row blocks, key blocks), zeroed, or null
   Work* work;           // added to, or null
   bool keep;            // keep what the backward needs
   int64_t scan_rows;    // query rows that share a pass over the keys: fewer keep to a smaller cache

@@ -1,8 +1,9 @@
 // Gradients. With u = p^(2-alpha), dp_j = dO . v_j and delta = sum u dp / sum u:
-//     ds_j = u_j (dp_j - delta),  dQ = scale * sum_j ds_j k_j,
-//     dK_j = scale * sum_i ds_ij q_i,  dV_j = sum_i p_ij dO_i
+//     ds_j = slope u_j (dp_j - delta), the gradient of q . k_j,
+//     dQ = sum_j ds_j k_j,  dK_j = sum_i ds_ij q_i,  dV_j = sum_i p_ij dO_i
 // (Correia, Niculae, Martins 2019). Rows own dQ, keys own dK and dV, so nothing is shared and
-// the order of summation is fixed. Flat rows recompute their scores from their thresholds.
+// the order of summation is fixed. Both differentiate first, then gather. Flat rows recompute
+// their scores, and their probabilities from their thresholds.
 #pragma once
 
 #include "forward.h"
@@ -17,65 +18,65 @@ struct BackwardRows {
   const BackwardRowsTask<T>& task;
   const AttentionProblem& problem;
   const Power<T> power;
-  const T multiplier, scale;
-  T *grad_out, *grad_query, *list, *query_packed, *grad_out_packed, *scores, *grads;
+  const Scores<K, T> scores;
+  T *grad_out, *grad_query, *list, *query_packed, *grad_out_packed, *grad_scores,
+      *grad_probabilities;
   int64_t score_stride, bytes;
 
   ADASPLASH2_INLINE BackwardRows(const BackwardRowsTask<T>& t, const AttentionProblem& p,
                                  bool any_flat)
-      : task(t),
-        problem(p),
-        power(power_of<T>(p.alpha)),
-        multiplier(T(multiplier_of<K>(p.alpha, p.scores.scale))),
-        scale(T(p.scores.scale)) {
+      : task(t), problem(p), power(power_of<T>(p.alpha)), scores(p.score, p.alpha) {
     Arena arena{static_cast<char*>(t.workspace)};
-    score_stride = panels<T>(p.length_k) * kKeys + kLanes<T>;
+    score_stride = score_stride_of<T>(p.length_k);
     grad_out = arena.take<T>(p.head_dim_v);
     grad_query = arena.take<T>(kTileRows * p.head_dim);
     list = arena.take<T>(2 * kListStride<T>);
     if (any_flat) {
       query_packed = arena.take<T>(kTileRows * p.head_dim);
       grad_out_packed = arena.take<T>(kTileRows * p.head_dim_v);
-      scores = arena.take<T>(kTileRows * score_stride);
-      grads = arena.take<T>(kTileRows * score_stride);
+      grad_scores = arena.take<T>(kTileRows * score_stride);
+      grad_probabilities = arena.take<T>(kTileRows * score_stride);
     }
     bytes = arena.used;
   }
 
-  ADASPLASH2_INLINE const S* row_of(HeadRef head, int64_t i) const {
-    return static_cast<const S*>(head.data) + i * head.stride;
-  }
-
   ADASPLASH2_INLINE void run() {
-    for (int64_t first = 0; first < task.rows; first += kTileRows) {
-      const int64_t rows = task.rows - first < kTileRows ? task.rows - first : kTileRows;
+    for (int64_t t = 0; t < parts(task.rows, kTileRows); ++t) {
+      const Part rows = part_of(task.rows, kTileRows, t);
       bool any_flat = false;
-      for (int64_t i = first; i < first + rows; ++i) {
-        any_flat |= task.support[i] < 0;
-        if (task.support[i] >= 0) list_row(i);
+      for (int64_t i = rows.first; i < rows.first + rows.count; ++i) {
+        any_flat |= is_flat(i);
+        if (!is_flat(i)) run_list(i);
       }
-      if (any_flat) flat_group(first, rows);
+      if (any_flat) run_flat(rows);
     }
   }
 
-  ADASPLASH2_INLINE void list_row(int64_t i) {
+  ADASPLASH2_INLINE bool is_flat(int64_t i) const { return task.support[i] < 0; }
+
+  // --- rows with a list ----------------------------------------------------------------------
+
+  ADASPLASH2_INLINE void run_list(int64_t i) {
     const int64_t begin = task.offsets[i], n = task.offsets[i + 1] - begin;
+    T* ds = list;
+    differentiate_list(i, begin, n, ds);
+    const T unit = into_range(ds, n);
+    gather_rows<false, S>(ds, task.keys + begin, n, task.key, problem.head_dim, grad_query);
+    write(i, grad_query, unit);
+  }
+
+  ADASPLASH2_INLINE void differentiate_list(int64_t i, int64_t begin, int64_t n, T* ds) {
     const int32_t* keys = task.keys + begin;
-    T *ds = list, *dp = list + kListStride<T>;
+    T* dp = ds + kListStride<T>;
     __builtin_memcpy(ds, task.probabilities + begin, size_t(n) * sizeof(T));
-    const S* dout = row_of(task.grad_out, i);
+    const S* dout = row_of<const S>(task.grad_out, i);
     for (int64_t k = 0; k < problem.head_dim_v; ++k) grad_out[k] = to_compute(dout[k]);
     for (int64_t j = 0; j < n; ++j)
-      dp[j] = dot(grad_out, row_of(task.value, keys[j]), problem.head_dim_v);
+      dp[j] = dot(grad_out, row_of<const S>(task.value, keys[j]), problem.head_dim_v);
     store(ds + n, Vec<T>{});
     store(dp + n, Vec<T>{});
-
-    score_gradients<K>(ds, dp, n, scale, power);
+    score_gradients<K>(ds, dp, n, scores.slope(), power);
     __builtin_memcpy(task.grad_scores + begin, ds, size_t(n) * sizeof(T));
-    const T unit = into_range(ds, n);
-    gather_rows<false>(ds, keys, n, static_cast<const S*>(task.key.data), task.key.stride,
-                       problem.head_dim, grad_query);
-    write(i, grad_query, unit);
   }
 
   // Steep ds may be so large that their products with keys overflow with both signs, whose sum is
@@ -93,58 +94,65 @@ struct BackwardRows {
   ADASPLASH2_INLINE void write(int64_t i, T* row, T unit) {
     if (unit != T(1))
       for (int64_t k = 0; k < problem.head_dim; ++k) row[k] *= unit;
-    store_storage(static_cast<S*>(task.grad_query.data) + i * task.grad_query.stride, row,
-                  problem.head_dim);
+    store_storage(row_of<S>(task.grad_query, i), row, problem.head_dim);
   }
 
-  __attribute__((noinline)) void flat_group(int64_t first, int64_t rows) {
-    pack_transposed<S, T>(row_of(task.query, first), task.query.stride, rows, kTileRows,
-                          problem.head_dim, query_packed);
-    pack_transposed<S, T>(row_of(task.grad_out, first), task.grad_out.stride, rows, kTileRows,
-                          problem.head_dim_v, grad_out_packed);
-    const int64_t keys = problem.scores.visible(task.row_begin + first + rows - 1).end;
-    const int64_t panel_end = panels<T>(keys);
-    for (int64_t panel = 0; panel < panel_end; ++panel) {
-      const Tile<T> x = scores_tile(
-          query_packed, task.packed_keys + panel * kKeys * problem.head_dim, problem.head_dim);
-      const Tile<T> dp =
-          scores_tile(grad_out_packed, task.packed_values + panel * kKeys * problem.head_dim_v,
-                      problem.head_dim_v);
-      for (int r = 0; r < kTileRows; ++r)
-        for (int v = 0; v < kTileVectors; ++v) {
-          const int64_t at = r * score_stride + panel * kKeys + v * kLanes<T>;
-          store(scores + at, x.rows[r][v] * multiplier);
-          store(grads + at, dp.rows[r][v]);
-        }
-    }
+  // --- rows without a list -------------------------------------------------------------------
+
+  __attribute__((noinline)) void run_flat(Part rows) {
+    const KeyRange keys = scores.score.seen_by_any(task.row_begin + rows.first, rows.count);
+    const KeyRange panels = keys.in_units_of(kKeys);
+    const KeyRange stored = {panels.begin * kKeys, panels.end * kKeys};
+    scan_flat(rows, panels);
     T units[kTileRows];
     for (int64_t r = 0; r < kTileRows; ++r) {
-      T* ds = scores + r * score_stride;
-      flat_row(first + r, r < rows && task.support[first + r] < 0, panel_end * kKeys, ds,
-               grads + r * score_stride);
-      units[r] = into_range(ds, panel_end * kKeys);
+      T* ds = grad_scores + r * score_stride;
+      if (r < rows.count && is_flat(rows.first + r))
+        differentiate_flat(rows.first + r, stored, ds, grad_probabilities + r * score_stride);
+      else
+        for (int64_t j = 0; j < stored.size(); j += kLanes<T>) store(ds + j, Vec<T>{});
+      units[r] = into_range(ds, stored.size());
     }
-    for (int64_t k = 0; k < kTileRows * problem.head_dim; ++k) grad_query[k] = T(0);
-    for (int64_t r = 0; r < kTileRows; r += kWeightedRows)
-      add_weighted_rows<kWeightedRows>(
-          scores + r * score_stride, score_stride, 1, keys, static_cast<const S*>(task.key.data),
-          task.key.stride, problem.head_dim, grad_query + r * problem.head_dim, problem.head_dim);
-    for (int64_t r = 0; r < rows; ++r)
-      if (task.support[first + r] < 0)
-        write(first + r, grad_query + r * problem.head_dim, units[r]);
+    gather_flat(rows, {stored.begin, keys.end}, units);
   }
 
-  // Scores -> ds * scale in place; zeros for a row that is not flat.
-  ADASPLASH2_INLINE void flat_row(int64_t i, bool is_flat, int64_t width, T* x, const T* dp) {
-    if (!is_flat) {
-      for (int64_t j = 0; j < width; j += kLanes<T>) store(x + j, Vec<T>{});
-      return;
+  // q . k and dp of the keys in some panels.
+  ADASPLASH2_INLINE void scan_flat(Part rows, KeyRange panels) {
+    pack_transposed<S, T>(task.query, rows, kTileRows, problem.head_dim, query_packed);
+    pack_transposed<S, T>(task.grad_out, rows, kTileRows, problem.head_dim_v, grad_out_packed);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const T* keys = task.packed_keys + panel * kKeys * problem.head_dim;
+      const T* values = task.packed_values + panel * kKeys * problem.head_dim_v;
+      const Tile<T> dots = dot_tile(query_packed, keys, problem.head_dim);
+      const Tile<T> dp = dot_tile(grad_out_packed, values, problem.head_dim_v);
+      for (int r = 0; r < kTileRows; ++r)
+        for (int v = 0; v < kTileVectors; ++v) {
+          const int64_t lane = v * kLanes<T>;
+          const int64_t at = r * score_stride + (panel - panels.begin) * kKeys + lane;
+          store(grad_scores + at, dots.rows[r][v]);
+          store(grad_probabilities + at, dp.rows[r][v]);
+        }
     }
-    const KeyRange visible = problem.scores.visible(task.row_begin + i);
-    for (int64_t j = 0; j < width; j += kLanes<T>)
-      store(x + j,
-            probability<K>(mask_keys<T>(load(x + j), j, visible), task.thresholds[i], power));
-    task.delta[i] = score_gradients<K>(x, dp, width, scale, power);
+  }
+
+  // q . k of the keys in `stored` -> ds in place.
+  ADASPLASH2_INLINE void differentiate_flat(int64_t i, KeyRange stored, T* x, const T* dp) {
+    for (int64_t j = 0; j < stored.size(); j += kLanes<T>) {
+      const Vec<T> values = scores.values(load(x + j), task.row_begin + i, stored.begin + j);
+      store(x + j, probability<K>(values, task.thresholds[i], power));
+    }
+    task.delta[i] = score_gradients<K>(x, dp, stored.size(), scores.slope(), power);
+  }
+
+  ADASPLASH2_INLINE void gather_flat(Part rows, KeyRange keys, const T* units) {
+    for (int64_t k = 0; k < kTileRows * problem.head_dim; ++k) grad_query[k] = T(0);
+    for (int64_t r = 0; r < kTileRows; r += kWeightedRows)
+      add_weighted_rows<kWeightedRows, S>(grad_scores + r * score_stride, score_stride, 1, task.key,
+                                          {keys.begin, keys.size()}, problem.head_dim,
+                                          grad_query + r * problem.head_dim, problem.head_dim);
+    for (int64_t r = 0; r < rows.count; ++r)
+      if (is_flat(rows.first + r))
+        write(rows.first + r, grad_query + r * problem.head_dim, units[r]);
   }
 };
 
@@ -172,50 +180,44 @@ struct BackwardKeys {
   const BackwardKeysTask<T>& task;
   const AttentionProblem& problem;
   const Power<T> power;
-  const T multiplier, scale;
-  T *grad_keys, *grad_values, *query_packed, *grad_out_packed, *probabilities, *grads;
+  const Scores<K, T> scores;
+  T *grad_keys, *grad_values, *query_packed, *grad_out_packed, *probabilities, *grad_scores;
   int64_t bytes;
 
   ADASPLASH2_INLINE BackwardKeys(const BackwardKeysTask<T>& t, const AttentionProblem& p)
-      : task(t),
-        problem(p),
-        power(power_of<T>(p.alpha)),
-        multiplier(T(multiplier_of<K>(p.alpha, p.scores.scale))),
-        scale(T(p.scores.scale)) {
+      : task(t), problem(p), power(power_of<T>(p.alpha)), scores(p.score, p.alpha) {
     Arena arena{static_cast<char*>(t.workspace)};
     grad_keys = arena.take<T>(kTaskKeys<T> * p.head_dim);
     grad_values = arena.take<T>(kTaskKeys<T> * p.head_dim_v);
     query_packed = arena.take<T>(kBlockRows * p.head_dim);
     grad_out_packed = arena.take<T>(kBlockRows * p.head_dim_v);
     probabilities = arena.take<T>(kBlockRows * kKeys);
-    grads = arena.take<T>(kBlockRows * kKeys);
+    grad_scores = arena.take<T>(kBlockRows * kKeys);
     bytes = arena.used;
   }
 
   ADASPLASH2_INLINE void run() {
     for (int64_t k = 0; k < task.keys * problem.head_dim; ++k) grad_keys[k] = T(0);
     for (int64_t k = 0; k < task.keys * problem.head_dim_v; ++k) grad_values[k] = T(0);
-    for (int64_t j = 0; j < task.keys; ++j) gather_column(j);
-    if (task.flat_blocks) {
-      const int64_t blocks = problem.blocks_per_head();
-      for (int64_t head = 0; head < problem.group(); ++head)
-        for (int64_t block = 0; block < blocks; ++block)
-          if (task.flat_blocks[head * blocks + block]) add_flat_block(head, block);
-    }
+    for (int64_t j = 0; j < task.keys; ++j) gather_lists(j);
+    if (task.flat_blocks) add_flat_blocks();
     for (int64_t j = 0; j < task.keys; ++j) {
-      store_storage(static_cast<S*>(task.grad_key.data) + j * task.grad_key.stride,
-                    grad_keys + j * problem.head_dim, problem.head_dim);
-      store_storage(static_cast<S*>(task.grad_value.data) + j * task.grad_value.stride,
-                    grad_values + j * problem.head_dim_v, problem.head_dim_v);
+      store_storage(row_of<S>(task.grad_key, j), grad_keys + j * problem.head_dim,
+                    problem.head_dim);
+      store_storage(row_of<S>(task.grad_value, j), grad_values + j * problem.head_dim_v,
+                    problem.head_dim_v);
     }
   }
 
-  ADASPLASH2_INLINE void gather_column(int64_t j) {
+  // --- rows with a list ----------------------------------------------------------------------
+
+  ADASPLASH2_INLINE void gather_lists(int64_t j) {
     // Entries are ordered by head, then row: one gather per query head of the group.
     int64_t at = task.offsets[j];
-    const int64_t end = task.offsets[j + 1], length = problem.length_q;
+    const int64_t end = task.offsets[j + 1];
     while (at < end) {
-      const int64_t head = task.rows[at] / length, limit = (head + 1) * length;
+      const int64_t head = task.rows[at] / problem.length_q;
+      const int64_t limit = problem.group_row(head + 1, 0);
       int64_t stop = at;
       while (stop < end && task.rows[stop] < limit) ++stop;
       add_gathered(task.grad_scores, at, stop, head, task.queries[head], problem.head_dim,
@@ -229,87 +231,92 @@ struct BackwardKeys {
   ADASPLASH2_INLINE void add_gathered(const T* weights, int64_t begin, int64_t end, int64_t head,
                                       HeadRef matrix, int64_t width, T* out) {
     // Rows carry the head in front: step the base back instead of subtracting it each time.
-    const S* base =
-        reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(matrix.data) -
-                                   uintptr_t(head * problem.length_q * matrix.stride) * sizeof(S));
-    gather_rows<true>(weights + begin, task.rows + begin, end - begin, base, matrix.stride, width,
-                      out);
+    const HeadRef base = matrix.from(-problem.group_row(head, 0), sizeof(S));
+    gather_rows<true, S>(weights + begin, task.rows + begin, end - begin, base, width, out);
+  }
+
+  // --- rows without a list -------------------------------------------------------------------
+
+  ADASPLASH2_INLINE void add_flat_blocks() {
+    const int64_t blocks = problem.row_blocks_per_head();
+    for (int64_t head = 0; head < problem.gqa_group(); ++head)
+      for (int64_t block = 0; block < blocks; ++block)
+        if (task.flat_blocks[head * blocks + block])
+          add_flat_block(head, part_of(problem.length_q, kBlockRows, block));
   }
 
   // Scores, p and ds of one row block against each panel of this task's keys.
-  __attribute__((noinline)) void add_flat_block(int64_t head, int64_t block) {
-    const int64_t first = block * kBlockRows, left = problem.length_q - first;
-    const int64_t rows = left < kBlockRows ? left : kBlockRows;
-    if (problem.scores.visible(first + rows - 1).end <= task.key_begin) return;
-    const HeadRef query = task.queries[head], grad_out = task.grad_outs[head];
-    const S* query_rows = static_cast<const S*>(query.data) + first * query.stride;
-    const S* grad_rows = static_cast<const S*>(grad_out.data) + first * grad_out.stride;
-    const int64_t groups = (rows + kTileRows - 1) / kTileRows;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = g * kTileRows, valid = rows - at < kTileRows ? rows - at : kTileRows;
-      pack_transposed<S, T>(query_rows + at * query.stride, query.stride, valid, kTileRows,
-                            problem.head_dim, query_packed + at * problem.head_dim);
-      pack_transposed<S, T>(grad_rows + at * grad_out.stride, grad_out.stride, valid, kTileRows,
-                            problem.head_dim_v, grad_out_packed + at * problem.head_dim_v);
-    }
+  __attribute__((noinline)) void add_flat_block(int64_t head, Part rows) {
+    const KeyRange seen = scores.score.seen_by_any(rows.first, rows.count);
+    if (!seen.overlaps({task.key_begin, task.key_begin + task.keys})) return;
+    pack_flat_block(head, rows);
     for (int64_t key = 0; key < task.keys; key += kKeys) {
-      for (int64_t g = 0; g < groups; ++g) flat_tile(head, first, rows, g * kTileRows, key);
-      // Weights are read down their columns; padding keys of the last panel have none.
-      const int64_t end = key + kKeys < task.keys ? key + kKeys : task.keys;
-      for (int64_t j = key; j < end; j += kWeightedRows) {
-        const int64_t n = end - j < kWeightedRows ? end - j : kWeightedRows;
-        const T *p = probabilities + (j - key), *ds = grads + (j - key);
-        T* dk = grad_keys + j * problem.head_dim;
-        T* dv = grad_values + j * problem.head_dim_v;
-        if (n == kWeightedRows) {
-          add_columns<kWeightedRows>(p, ds, rows, query_rows, query, grad_rows, grad_out, dk, dv);
-        } else {
-          for (int64_t c = 0; c < n; ++c)
-            add_columns<1>(p + c, ds + c, rows, query_rows, query, grad_rows, grad_out,
-                           dk + c * problem.head_dim, dv + c * problem.head_dim_v);
-        }
-      }
+      const int64_t first_key = task.key_begin + key;
+      if (!seen.overlaps({first_key, first_key + kKeys})) continue;
+      for (int64_t t = 0; t < parts(rows.count, kTileRows); ++t)
+        differentiate_flat(head, rows, t * kTileRows, first_key);
+      gather_flat(head, rows, key);
     }
   }
 
-  template <int R>
-  ADASPLASH2_INLINE void add_columns(const T* p, const T* ds, int64_t rows, const S* query_rows,
-                                     HeadRef query, const S* grad_rows, HeadRef grad_out, T* dk,
-                                     T* dv) {
-    add_weighted_rows<R>(p, 1, kKeys, rows, grad_rows, grad_out.stride, problem.head_dim_v, dv,
-                         problem.head_dim_v);
-    add_weighted_rows<R>(ds, 1, kKeys, rows, query_rows, query.stride, problem.head_dim, dk,
-                         problem.head_dim);
+  ADASPLASH2_INLINE void pack_flat_block(int64_t head, Part rows) {
+    for (int64_t t = 0; t < parts(rows.count, kTileRows); ++t) {
+      const Part tile = part_of(rows.count, kTileRows, t);
+      const Part packed = {rows.first + tile.first, tile.count};
+      pack_transposed<S, T>(task.queries[head], packed, kTileRows, problem.head_dim,
+                            query_packed + tile.first * problem.head_dim);
+      pack_transposed<S, T>(task.grad_outs[head], packed, kTileRows, problem.head_dim_v,
+                            grad_out_packed + tile.first * problem.head_dim_v);
+    }
   }
 
-  ADASPLASH2_INLINE void flat_tile(int64_t head, int64_t first, int64_t rows, int64_t at,
-                                   int64_t key) {
-    const int64_t panel = (task.key_begin + key) / kKeys;
-    const Tile<T> x =
-        scores_tile(query_packed + at * problem.head_dim,
-                    task.packed_keys + panel * kKeys * problem.head_dim, problem.head_dim);
+  // p and ds of a tile: rows [at, at + kTileRows) of the block, the panel from first_key on.
+  ADASPLASH2_INLINE void differentiate_flat(int64_t head, Part rows, int64_t at,
+                                            int64_t first_key) {
+    const Tile<T> dots =
+        dot_tile(query_packed + at * problem.head_dim,
+                 task.packed_keys + first_key * problem.head_dim, problem.head_dim);
     const Tile<T> dp =
-        scores_tile(grad_out_packed + at * problem.head_dim_v,
-                    task.packed_values + panel * kKeys * problem.head_dim_v, problem.head_dim_v);
+        dot_tile(grad_out_packed + at * problem.head_dim_v,
+                 task.packed_values + first_key * problem.head_dim_v, problem.head_dim_v);
     for (int64_t r = 0; r < kTileRows; ++r) {
-      const int64_t i = head * problem.length_q + first + at + r;
-      const bool is_flat = at + r < rows && task.support[i] < 0;
-      const KeyRange visible = problem.scores.visible(first + at + r);
+      const int64_t row = rows.first + at + r, i = problem.group_row(head, row);
+      const bool is_flat = at + r < rows.count && task.support[i] < 0;
       for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t lane = v * kLanes<T>;
         Vec<T> p = {}, ds = {};
         if (is_flat) {
-          const int64_t first_key = task.key_begin + key + v * kLanes<T>;
-          p = probability<K>(x.rows[r][v] * multiplier, task.thresholds[i], power);
+          p = probability<K>(scores.values(dots.rows[r][v]), task.thresholds[i], power);
           const Vec<T> u = sensitivity<K>(p, power);
-          ds = score_gradient<K>(p, u, dp.rows[r][v] - task.delta[i], scale, power);
-          const Ints<T> seen = mask_keys<T>(Vec<T>{}, first_key, visible) == T(0);
-          p = seen ? p : Vec<T>{};
-          ds = seen ? ds : Vec<T>{};
+          ds = score_gradient<K>(p, u, dp.rows[r][v] - task.delta[i], scores.slope(), power);
+          const Ints<T> allowed = scores.allowed(row, first_key + lane);
+          p = allowed ? p : Vec<T>{};
+          ds = allowed ? ds : Vec<T>{};
         }
-        store(probabilities + (at + r) * kKeys + v * kLanes<T>, p);
-        store(grads + (at + r) * kKeys + v * kLanes<T>, ds);
+        store(probabilities + (at + r) * kKeys + lane, p);
+        store(grad_scores + (at + r) * kKeys + lane, ds);
       }
     }
+  }
+
+  // Adds what the rows of a block give to the panel of keys from this task's `key` on. Weights are
+  // read down their columns; padding keys of the last panel have none.
+  ADASPLASH2_INLINE void gather_flat(int64_t head, Part rows, int64_t key) {
+    const int64_t end = key + kKeys < task.keys ? key + kKeys : task.keys;
+    int64_t j = key;
+    for (; j + kWeightedRows <= end; j += kWeightedRows)
+      add_columns<kWeightedRows>(head, rows, j - key, j);
+    for (; j < end; ++j) add_columns<1>(head, rows, j - key, j);
+  }
+
+  // Columns [column, column + R) of the panel, to this task's keys from j on.
+  template <int R>
+  ADASPLASH2_INLINE void add_columns(int64_t head, Part rows, int64_t column, int64_t j) {
+    add_weighted_rows<R, S>(probabilities + column, 1, kKeys, task.grad_outs[head], rows,
+                            problem.head_dim_v, grad_values + j * problem.head_dim_v,
+                            problem.head_dim_v);
+    add_weighted_rows<R, S>(grad_scores + column, 1, kKeys, task.queries[head], rows,
+                            problem.head_dim, grad_keys + j * problem.head_dim, problem.head_dim);
   }
 };
 

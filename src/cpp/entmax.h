@@ -29,16 +29,16 @@ ADASPLASH2_INLINE void entmax_rows(const EntmaxTask<ComputeOf<S>>& task) {
   constexpr int L = kLanes<T>;
   const EntmaxWorkspace<T> ws(task.length, task.workspace);
   const Power<T> power = power_of<T>(*task.alpha);
-  const T multiplier = T(multiplier_of<K>(*task.alpha, 1.0));
+  const T factor = T(value_factor<K>(*task.alpha));
   const int64_t n = task.length, whole = n / L * L;
   for (int64_t i = 0; i < task.rows; ++i) {
     const S* x = static_cast<const S*>(task.x) + i * task.stride_x;
     S* y = static_cast<S*>(task.y) + i * n;
-    for (int64_t j = 0; j < whole; j += L) store(ws.values + j, load_compute(x + j) * multiplier);
-    if (whole < n) store(ws.values + whole, load_partial(x + whole, int(n - whole)) * multiplier);
+    for (int64_t j = 0; j < whole; j += L) store(ws.values + j, load_compute(x + j) * factor);
+    if (whole < n) store(ws.values + whole, load_partial(x + whole, int(n - whole)) * factor);
     const DenseRow<T> row = solve_dense<K, T>(ws.values, n, ws.candidates, power);
     const auto p_at = [&](int64_t j) {
-      return probability<K>(load(ws.values + j), row.threshold, power) * row.scale;
+      return probability<K>(load(ws.values + j), row.threshold, power) * row.norm;
     };
     const bool empty = row.state == RowState::kEmpty;
     for (int64_t j = 0; j < n; j += L) {

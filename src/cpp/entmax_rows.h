@@ -1,7 +1,7 @@
 // Entmax of the rows of a matrix: tasks and threads.
 #pragma once
 
-#include "types.h"
+#include "kernels.h"
 
 namespace adasplash2 {
 

@@ -1,6 +1,8 @@
-// One block of query rows: scan every key once, keep survivors, solve, gather the values.
+// One block of query rows, in phases: scan every key once and keep survivors, solve, gather the
+// values.
 #pragma once
 
+#include "kernels.h"
 #include "micro.h"
 #include "solve.h"
 
@@ -30,9 +32,10 @@ struct Arena {
 template <class T>
 constexpr int64_t kListStride = kListCapacity + kPanelKeys<T> + 2 * kLanes<T>;
 
+// Scores of one row of a tile against all keys, panel by panel, and a vector of slack.
 template <class T>
-ADASPLASH2_INLINE int64_t panels(int64_t keys) {
-  return (keys + kPanelKeys<T> - 1) / kPanelKeys<T>;
+ADASPLASH2_INLINE int64_t score_stride_of(int64_t keys) {
+  return round_up(keys, kPanelKeys<T>) + kLanes<T>;
 }
 
 template <class T>
@@ -43,7 +46,7 @@ struct ForwardWorkspace {
 
   ADASPLASH2_INLINE ForwardWorkspace(const AttentionProblem& p, void* base) {
     Arena arena{static_cast<char*>(base)};
-    score_stride = panels<T>(p.length_k) * kPanelKeys<T> + kLanes<T>;
+    score_stride = score_stride_of<T>(p.length_k);
     query = arena.take<T>(kBlockRows * p.head_dim);
     list_values = arena.take<T>(kBlockRows * kListStride<T>);
     list_keys = arena.take<int32_t>(kBlockRows * kListStride<T>);
@@ -55,22 +58,6 @@ struct ForwardWorkspace {
   }
 };
 
-template <class T>
-ADASPLASH2_INLINE int clamp_lane(int64_t lane) {
-  return lane < 0 ? 0 : (lane > kLanes<T> ? kLanes<T> : int(lane));
-}
-
-// The values where the key may be seen, -inf elsewhere.
-template <class T>
-ADASPLASH2_INLINE Vec<T> mask_keys(Vec<T> values, int64_t first_key, KeyRange visible) {
-  const Keys<T> keys = iota<T>();
-  const Ints<T> lane = __builtin_convertvector(keys, Ints<T>);
-  const int64_t begin = visible.begin - first_key, end = visible.end - first_key;
-  const Ints<T> out =
-      (lane < Ints<T>{} + clamp_lane<T>(begin)) | (lane >= Ints<T>{} + clamp_lane<T>(end));
-  return out ? broadcast(-kInfinity<T>) : values;
-}
-
 template <class S, AlphaKind K>
 struct ForwardBlock {
   using T = ComputeOf<S>;
@@ -80,7 +67,7 @@ struct ForwardBlock {
   const AttentionProblem& problem;
   const ForwardWorkspace<T> ws;
   const Power<T> power;
-  const T multiplier;
+  const Scores<K, T> scores;
   T lo[kBlockRows];
   int64_t count[kBlockRows], trigger[kBlockRows];
   bool flat[kBlockRows];
@@ -91,114 +78,129 @@ struct ForwardBlock {
         problem(*t.problem),
         ws(*t.problem, t.workspace),
         power(power_of<T>(t.problem->alpha)),
-        multiplier(T(multiplier_of<K>(t.problem->alpha, t.problem->scores.scale))) {}
-
-  ADASPLASH2_INLINE KeyRange visible(int64_t i) const {
-    return problem.scores.visible(task.row_begin + i);
-  }
-  ADASPLASH2_INLINE int64_t groups() const { return (task.rows + kTileRows - 1) / kTileRows; }
-  ADASPLASH2_INLINE int64_t rows_in(int64_t g) const {
-    const int64_t left = task.rows - g * kTileRows;
-    return left < kTileRows ? left : kTileRows;
-  }
-  // Keys that some row, and that every row, of [first, last] may see.
-  ADASPLASH2_INLINE KeyRange any_visible(int64_t first, int64_t last) const {
-    return {visible(first).begin, visible(last).end};
-  }
-  ADASPLASH2_INLINE KeyRange all_visible(int64_t first, int64_t last) const {
-    return {visible(last).begin, visible(first).end};
-  }
+        scores(t.problem->score, t.problem->alpha) {}
 
   ADASPLASH2_INLINE void run() {
-    pack_query();
+    prepare();
+    scan();
+    solve();
+    gather();
+    for (int64_t t = 0; t < row_tiles(); ++t)
+      if (any_flat(row_tile(t))) run_flat(row_tile(t));
+  }
+
+  // The rows that share a tile of scores.
+  ADASPLASH2_INLINE int64_t row_tiles() const { return parts(task.rows, kTileRows); }
+  ADASPLASH2_INLINE Part row_tile(int64_t t) const { return part_of(task.rows, kTileRows, t); }
+  ADASPLASH2_INLINE const T* packed_query(Part rows) const {
+    return ws.query + rows.first * problem.head_dim;
+  }
+  ADASPLASH2_INLINE KeyRange seen_by_any(Part rows) const {
+    return scores.score.seen_by_any(task.row_begin + rows.first, rows.count);
+  }
+  ADASPLASH2_INLINE KeyRange seen_by_all(Part rows) const {
+    return scores.score.seen_by_all(task.row_begin + rows.first, rows.count);
+  }
+  ADASPLASH2_INLINE bool any_flat(Part rows) const {
+    for (int64_t i = rows.first; i < rows.first + rows.count; ++i)
+      if (flat[i]) return true;
+    return false;
+  }
+  ADASPLASH2_INLINE bool all_flat(Part rows) const {
+    for (int64_t i = rows.first; i < rows.first + rows.count; ++i)
+      if (!flat[i]) return false;
+    return true;
+  }
+  ADASPLASH2_INLINE Candidates<T> candidates(int64_t i) const {
+    const int64_t at = i * kListStride<T>;
+    return {ws.list_values + at, ws.list_keys + at, count[i]};
+  }
+  ADASPLASH2_INLINE Tile<T> dots(Part rows, int64_t panel) const {
+    return dot_tile(packed_query(rows), task.packed_keys + panel * kKeys * problem.head_dim,
+                    problem.head_dim);
+  }
+
+  ADASPLASH2_INLINE void prepare() {
+    for (int64_t t = 0; t < row_tiles(); ++t)
+      pack_transposed<S, T>(task.query, row_tile(t), kTileRows, problem.head_dim,
+                            ws.query + t * kTileRows * problem.head_dim);
     for (int64_t i = 0; i < task.rows; ++i) {
       lo[i] = -kInfinity<T>;
       count[i] = 0;
       trigger[i] = kFirstTrigger;
       flat[i] = false;
     }
+    if (!task.results.tiles) return;
+    const KeyRange tiles = seen_by_any({0, task.rows}).in_units_of(kBlockRows);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
+      task.results.tiles[tile] = kEmptyTile;
+  }
+
+  // --- scan: what may be in the support -----------------------------------------------------
+
+  ADASPLASH2_INLINE void scan() {
     const int64_t together = task.scan_rows < kTileRows ? 1 : task.scan_rows / kTileRows;
-    for (int64_t g = 0; g < groups(); g += together)
-      scan(g, g + together < groups() ? g + together : groups());
-    for (int64_t i = 0; i < task.rows; ++i)
-      if (!flat[i]) solve_row(i);
-    for (int64_t g = 0; g < groups(); ++g) {
-      bool any = false;
-      for (int64_t r = 0; r < rows_in(g); ++r) any |= flat[g * kTileRows + r];
-      if (any) solve_flat_group(g);
-    }
+    for (int64_t t = 0; t < row_tiles(); t += together)
+      scan(t, t + together < row_tiles() ? t + together : row_tiles());
   }
 
-  ADASPLASH2_INLINE void pack_query() {
-    const S* rows = static_cast<const S*>(task.query.data);
-    for (int64_t g = 0; g < groups(); ++g)
-      pack_transposed<S, T>(rows + g * kTileRows * task.query.stride, task.query.stride, rows_in(g),
-                            kTileRows, problem.head_dim,
-                            ws.query + g * kTileRows * problem.head_dim);
-  }
-
-  // The one dense pass of some groups, nearest keys first: with causal order they fill the lists
-  // with likely large scores, and the bound is sharp before the far keys come.
-  ADASPLASH2_INLINE void scan(int64_t group_begin, int64_t group_end) {
-    const KeyRange keys = any_visible(group_begin * kTileRows,
-                                      (group_end - 1) * kTileRows + rows_in(group_end - 1) - 1);
-    for (int64_t panel = panels<T>(keys.end) - 1; panel >= keys.begin / kKeys; --panel) {
-      const T* packed = task.packed_keys + panel * kKeys * problem.head_dim;
-      const int64_t key = panel * kKeys;
-      for (int64_t g = group_begin; g < group_end; ++g) {
-        const int64_t first = g * kTileRows, last = first + rows_in(g) - 1;
-        const KeyRange any = any_visible(first, last), all = all_visible(first, last);
-        if (key >= any.end || key + kKeys <= any.begin || all_flat(first, last)) continue;
-        const Tile<T> tile =
-            scores_tile(ws.query + first * problem.head_dim, packed, problem.head_dim);
+  // The one dense pass of some row tiles, last keys first: where rows see the keys before them,
+  // the nearest fill the lists with likely large scores, and the bound is sharp before the far
+  // keys come.
+  ADASPLASH2_INLINE void scan(int64_t tile_begin, int64_t tile_end) {
+    const Part first = row_tile(tile_begin), last = row_tile(tile_end - 1);
+    const Part together = {first.first, last.first + last.count - first.first};
+    const KeyRange panels = seen_by_any(together).in_units_of(kKeys);
+    for (int64_t panel = panels.end - 1; panel >= panels.begin; --panel) {
+      const KeyRange keys = {panel * kKeys, (panel + 1) * kKeys};
+      for (int64_t t = tile_begin; t < tile_end; ++t) {
+        const Part rows = row_tile(t);
+        if (!keys.overlaps(seen_by_any(rows)) || all_flat(rows)) continue;
+        const Tile<T> tile = dots(rows, panel);
         ++work.tiles;
-        if (key >= all.begin && key + kKeys <= all.end && last - first + 1 == kTileRows)
-          collect<false>(tile, first, kTileRows, key);
+        if (seen_by_all(rows).contains(keys) && rows.count == kTileRows)
+          collect<false>(tile, rows, keys.begin);
         else
-          collect<true>(tile, first, last - first + 1, key);
+          collect<true>(tile, rows, keys.begin);
       }
     }
   }
 
-  ADASPLASH2_INLINE bool all_flat(int64_t first, int64_t last) const {
-    for (int64_t i = first; i <= last; ++i)
-      if (!flat[i]) return false;
-    return true;
-  }
-
-  // Appends what lies above each row's bound.
-  template <bool Masked>
-  ADASPLASH2_INLINE void collect(const Tile<T>& tile, int64_t first, int64_t rows, int64_t key) {
+  // Appends what lies above each row's bound. Partial: there are fewer rows than a tile has, or
+  // not all of them see all keys.
+  template <bool Partial>
+  ADASPLASH2_INLINE void collect(const Tile<T>& tile, Part rows, int64_t key) {
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      if (Masked && r >= rows) continue;
-      const int64_t i = first + r;
+      if (Partial && r >= rows.count) continue;
+      const int64_t i = rows.first + r;
       Vec<T> x[kTileVectors];
       unsigned above[kTileVectors], any = 0;
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
-        x[v] = tile.rows[r][v] * multiplier;
-        if (Masked) x[v] = mask_keys<T>(x[v], key + v * kLanes<T>, visible(i));
+        x[v] = Partial ? scores.values(tile.rows[r][v], task.row_begin + i, key + v * kLanes<T>)
+                       : scores.values(tile.rows[r][v]);
         above[v] = not_below(x[v], broadcast(lo[i]));
         any |= above[v];
       }
-      if (!any || flat[i]) continue;
-      T* values = ws.list_values + i * kListStride<T>;
-      int32_t* keys = ws.list_keys + i * kListStride<T>;
-      int64_t n = count[i];
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v)
-        n += compress<T>(x[v], iota<T>() + int32_t(key + v * kLanes<T>), above[v], values + n,
-                         keys + n);
-      work.appended += n - count[i];
-      count[i] = n;
-      if (n >= trigger[i]) tighten_row(i);
+      if (any && !flat[i]) append(i, x, above, key);
     }
   }
 
+  ADASPLASH2_INLINE void append(int64_t i, const Vec<T>* x, const unsigned* above, int64_t key) {
+    const Candidates<T> list = candidates(i);
+    int64_t n = list.count;
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v)
+      n += compress<T>(x[v], iota<T>() + int32_t(key + v * kLanes<T>), above[v], list.values + n,
+                       list.keys + n);
+    work.appended += n - list.count;
+    count[i] = n;
+    if (n >= trigger[i]) tighten_row(i);
+  }
+
   __attribute__((noinline)) void tighten_row(int64_t i) {
-    const Tightened<T> row = tighten<K, T>(ws.list_values + i * kListStride<T>,
-                                           ws.list_keys + i * kListStride<T>, count[i], power);
+    const Tightened<T> row = tighten<K, T>(candidates(i), power);
     ++work.tightenings;
     count[i] = row.count;
     // A poisoned row is flat too: its NaN has to reach every gradient it touches.
@@ -209,26 +211,20 @@ struct ForwardBlock {
     trigger[i] = next < kListCapacity ? next : kListCapacity;
   }
 
+  // --- solve: candidates become probabilities -----------------------------------------------
+
+  ADASPLASH2_INLINE void solve() {
+    for (int64_t i = 0; i < task.rows; ++i)
+      if (!flat[i]) solve_row(i);
+  }
+
   ADASPLASH2_INLINE void solve_row(int64_t i) {
-    T* values = ws.list_values + i * kListStride<T>;
-    int32_t* keys = ws.list_keys + i * kListStride<T>;
-    const Tightened<T> row = tighten<K, T>(values, keys, count[i], power);
-    if (row.state == RowState::kPoisoned) {
-      flat[i] = true;
-      return;
-    }
-    Threshold<T> threshold = {row.max, kInfinity<T>, T(0)};
-    int32_t steps = 0;
-    int64_t support = 0;
-    if (row.state == RowState::kSolved)
-      support = solve_list<K, T>(values, keys, row, power, &threshold, &steps);
-    work.solved += row.count;
-    record(i, row.state, threshold, int32_t(support), steps);
-    gather_rows<false>(values, keys, support, static_cast<const S*>(task.value.data),
-                       task.value.stride, problem.head_dim_v, ws.out);
-    write_out(i, ws.out);
-    if (task.results.tiles)
-      for (int64_t j = 0; j < support; ++j) task.results.tiles[keys[j] / kBlockRows] = 1;
+    const SolvedList<T> row = solve_list<K, T>(candidates(i), power);
+    flat[i] = row.state == RowState::kPoisoned;
+    if (flat[i]) return;
+    count[i] = row.support;
+    work.solved += row.examined;
+    record(i, row.state, row.threshold, int32_t(row.support), row.steps);
   }
 
   ADASPLASH2_INLINE void record(int64_t i, RowState state, const Threshold<T>& threshold,
@@ -242,57 +238,78 @@ struct ForwardBlock {
     if (task.results.iterations) task.results.iterations[i] = steps;
   }
 
-  ADASPLASH2_INLINE void write_out(int64_t i, const T* row) {
-    store_storage(static_cast<S*>(task.out.data) + i * task.out.stride, row, problem.head_dim_v);
+  // --- gather: probabilities and values become the output -----------------------------------
+
+  ADASPLASH2_INLINE void gather() {
+    for (int64_t i = 0; i < task.rows; ++i)
+      if (!flat[i]) gather_row(i);
   }
 
-  // Rows without a list: all their scores at once, kTileRows rows x length_k, linear in the
-  // length however many keys they keep.
-  __attribute__((noinline)) void solve_flat_group(int64_t g) {
-    const int64_t first = g * kTileRows, rows = rows_in(g), last = first + rows - 1;
-    const KeyRange any = any_visible(first, last);
-    const int64_t panel_end = panels<T>(any.end), width = panel_end * kKeys;
-    for (int64_t panel = 0; panel < panel_end; ++panel) {
-      const Tile<T> tile =
-          scores_tile(ws.query + first * problem.head_dim,
-                      task.packed_keys + panel * kKeys * problem.head_dim, problem.head_dim);
-      for (int r = 0; r < kTileRows; ++r)
+  ADASPLASH2_INLINE void gather_row(int64_t i) {
+    const Candidates<T> list = candidates(i);
+    gather_rows<false, S>(list.values, list.keys, list.count, task.value, problem.head_dim_v,
+                          ws.out);
+    write_out(i, ws.out);
+    if (task.results.tiles)
+      for (int64_t j = 0; j < list.count; ++j) mark_live(list.keys[j]);
+  }
+
+  ADASPLASH2_INLINE void write_out(int64_t i, const T* row) {
+    store_storage(row_of<S>(task.out, i), row, problem.head_dim_v);
+  }
+  ADASPLASH2_INLINE void mark_live(int64_t key) {
+    task.results.tiles[key / kBlockRows] = kLiveTile;
+  }
+
+  // --- rows without a list -------------------------------------------------------------------
+
+  // The same phases for a row tile with flat rows: all their scores at once, kTileRows rows by the
+  // keys that they see, linear in the length however many keys they keep.
+  __attribute__((noinline)) void run_flat(Part rows) {
+    const KeyRange keys = seen_by_any(rows), panels = keys.in_units_of(kKeys);
+    const KeyRange stored = {panels.begin * kKeys, panels.end * kKeys};
+    scan_flat(rows, panels);
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      T* row = ws.scores + r * ws.score_stride;
+      if (r < rows.count && flat[rows.first + r])
+        solve_flat_row(rows.first + r, row, stored);
+      else
+        for (int64_t j = 0; j < stored.size(); j += kLanes<T>) store(row + j, Vec<T>{});
+    }
+    gather_flat(rows, {stored.begin, keys.end});
+  }
+
+  ADASPLASH2_INLINE void scan_flat(Part rows, KeyRange panels) {
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const Tile<T> tile = dots(rows, panel);
+      for (int r = 0; r < rows.count; ++r)
         for (int v = 0; v < kTileVectors; ++v) {
-          const int64_t key = panel * kKeys + v * kLanes<T>;
-          const KeyRange seen = r < rows ? visible(first + r) : KeyRange{0, 0};
-          store(ws.scores + r * ws.score_stride + key,
-                mask_keys<T>(tile.rows[r][v] * multiplier, key, seen));
+          const int64_t row = task.row_begin + rows.first + r, lane = v * kLanes<T>;
+          store(ws.scores + r * ws.score_stride + (panel - panels.begin) * kKeys + lane,
+                scores.values(tile.rows[r][v], row, panel * kKeys + lane));
         }
     }
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      T* scores = ws.scores + r * ws.score_stride;
-      if (r < rows && flat[first + r])
-        solve_flat_row(first + r, scores, width);
-      else
-        for (int64_t j = 0; j < width; j += kLanes<T>) store(scores + j, Vec<T>{});
-    }
-    for (int64_t k = 0; k < kTileRows * problem.head_dim_v; ++k) ws.out[k] = T(0);
-    const int64_t keys = any.end;
-    for (int64_t r = 0; r < kTileRows; r += kWeightedRows)
-      add_weighted_rows<kWeightedRows>(ws.scores + r * ws.score_stride, ws.score_stride, 1, keys,
-                                       static_cast<const S*>(task.value.data), task.value.stride,
-                                       problem.head_dim_v, ws.out + r * problem.head_dim_v,
-                                       problem.head_dim_v);
-    for (int64_t r = 0; r < rows; ++r)
-      if (flat[first + r]) write_out(first + r, ws.out + r * problem.head_dim_v);
   }
 
-  // Scores -> probabilities in place.
-  ADASPLASH2_INLINE void solve_flat_row(int64_t i, T* scores, int64_t width) {
-    const DenseRow<T> row = solve_dense<K, T>(scores, width, ws.candidates, power);
+  // Values of the keys in `stored` -> probabilities in place.
+  ADASPLASH2_INLINE void solve_flat_row(int64_t i, T* x, KeyRange stored) {
+    const DenseRow<T> row = solve_dense<K, T>(x, stored.size(), ws.candidates, power);
     record(i, row.state, row.threshold, int32_t(-1 - row.support), row.steps);
-    for (int64_t j = 0; j < width; j += kLanes<T>) {
-      const Vec<T> p = probability<K>(load(scores + j), row.threshold, power) * row.scale;
-      store(scores + j, p);
-    }
+    for (int64_t j = 0; j < stored.size(); j += kLanes<T>)
+      store(x + j, probability<K>(load(x + j), row.threshold, power) * row.norm);
     if (row.state == RowState::kPoisoned || !task.results.tiles) return;
-    for (int64_t j = 0; j < width; ++j)
-      if (scores[j] > T(0)) task.results.tiles[j / kBlockRows] = 1;
+    for (int64_t j = 0; j < stored.size(); ++j)
+      if (x[j] > T(0)) mark_live(stored.begin + j);
+  }
+
+  ADASPLASH2_INLINE void gather_flat(Part rows, KeyRange keys) {
+    for (int64_t k = 0; k < kTileRows * problem.head_dim_v; ++k) ws.out[k] = T(0);
+    for (int64_t r = 0; r < kTileRows; r += kWeightedRows)
+      add_weighted_rows<kWeightedRows, S>(ws.scores + r * ws.score_stride, ws.score_stride, 1,
+                                          task.value, {keys.begin, keys.size()}, problem.head_dim_v,
+                                          ws.out + r * problem.head_dim_v, problem.head_dim_v);
+    for (int64_t r = 0; r < rows.count; ++r)
+      if (flat[rows.first + r]) write_out(rows.first + r, ws.out + r * problem.head_dim_v);
   }
 };
 

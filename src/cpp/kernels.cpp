@@ -13,9 +13,8 @@ void pack_panels(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begi
   using T = ComputeOf<S>;
   constexpr int64_t keys = kPanelKeys<T>;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const int64_t first = panel * keys, left = length - first;
-    pack_transposed<S, T>(static_cast<const S*>(rows.data) + first * rows.stride, rows.stride,
-                          left < keys ? left : keys, keys, depth, packed + first * depth);
+    const Part part = part_of(length, keys, panel);
+    pack_transposed<S, T>(rows, part, keys, depth, packed + part.first * depth);
   }
 }
 

@@ -1,9 +1,10 @@
 // The two dense micro-kernels everything else is made of, and the packing they read.
-//   scores_tile:    kTileRows query rows x one panel of keys, the whole depth in registers
+//   dot_tile:          kTileRows query rows x one panel of keys, the whole depth in registers
 //   add_weighted_rows: out[r] += sum_j weight[r][j] * matrix[j], for kWeightedRows rows at once
 #pragma once
 
 #include "simd.h"
+#include "work.h"
 
 namespace adasplash2::ADASPLASH2_ISA {
 
@@ -18,14 +19,16 @@ constexpr int kWeightedVectors = kVectorRegisters == 32 ? 4 : 2;
 
 static_assert(kBlockRows % kTileRows == 0 && kTileRows % kWeightedRows == 0);
 
-// Rows [begin, begin + count) of one head, the first `valid` of them real, as [depth][count]:
-// the layout in which both micro-kernel operands stream.
+// Some rows of a head as [depth][count], zeros where there are fewer than `count`: the layout in
+// which both micro-kernel operands stream.
 template <class S, class T>
-ADASPLASH2_INLINE void pack_transposed(const S* rows, int64_t stride, int64_t valid, int64_t count,
-                                       int64_t depth, T* packed) {
-  for (int64_t i = 0; i < valid; ++i)
-    for (int64_t k = 0; k < depth; ++k) packed[k * count + i] = to_compute(rows[i * stride + k]);
-  for (int64_t i = valid; i < count; ++i)
+ADASPLASH2_INLINE void pack_transposed(HeadRef head, Part rows, int64_t count, int64_t depth,
+                                       T* packed) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const S* row = row_of<const S>(head, rows.first + i);
+    for (int64_t k = 0; k < depth; ++k) packed[k * count + i] = to_compute(row[k]);
+  }
+  for (int64_t i = rows.count; i < count; ++i)
     for (int64_t k = 0; k < depth; ++k) packed[k * count + i] = T(0);
 }
 
@@ -36,7 +39,7 @@ struct Tile {
 
 // a: [depth][kTileRows], b: [depth][kPanelKeys]; tile[r][c] = sum_k a[k][r] * b[k][c].
 template <class T>
-ADASPLASH2_INLINE Tile<T> scores_tile(const T* a, const T* b, int64_t depth) {
+ADASPLASH2_INLINE Tile<T> dot_tile(const T* a, const T* b, int64_t depth) {
   Tile<T> tile = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> keys[kTileVectors];
@@ -54,14 +57,14 @@ ADASPLASH2_INLINE Tile<T> scores_tile(const T* a, const T* b, int64_t depth) {
   return tile;
 }
 
-// out[r][0..width) += sum_{j < n} weights[r * weight_stride + j * weight_step] * matrix[j] for
-// r < R: weights may be read along their rows or down their columns. A weight of zero takes
-// nothing, not even a NaN.
+// out[r][0..width) += sum_j weights[r * weight_stride + j * weight_step] * matrix[rows.first + j]
+// for r < R and j < rows.count: weights may be read along their rows or down their columns. A
+// weight of zero takes nothing, not even a NaN.
 template <int R, class S, class T>
 ADASPLASH2_INLINE void add_weighted_rows(const T* weights, int64_t weight_stride,
-                                         int64_t weight_step, int64_t n, const S* matrix,
-                                         int64_t stride, int64_t width, T* out,
-                                         int64_t out_stride) {
+                                         int64_t weight_step, HeadRef matrix, Part rows,
+                                         int64_t width, T* out, int64_t out_stride) {
+  const int64_t n = rows.count;
   constexpr int V = kWeightedVectors, L = kLanes<T>;
   int64_t at = 0;
   for (; at + V * L <= width; at += V * L) {
@@ -77,7 +80,7 @@ ADASPLASH2_INLINE void add_weighted_rows(const T* weights, int64_t weight_stride
         all &= w[r] != T(0);
       }
       if (!any) continue;
-      const S* row = matrix + j * stride + at;
+      const S* row = row_of<const S>(matrix, rows.first + j) + at;
       Vec<T> x[V];
       for (int v = 0; v < V; ++v) x[v] = load_compute(row + v * L);
       for (int r = 0; r < R; ++r) {
@@ -93,7 +96,7 @@ ADASPLASH2_INLINE void add_weighted_rows(const T* weights, int64_t weight_stride
     Vec<T> acc[R];
     for (int r = 0; r < R; ++r) acc[r] = load_partial(out + r * out_stride + at, lanes);
     for (int64_t j = 0; j < n; ++j) {
-      const Vec<T> x = load_partial(matrix + j * stride + at, lanes);
+      const Vec<T> x = load_partial(row_of<const S>(matrix, rows.first + j) + at, lanes);
       for (int r = 0; r < R; ++r) {
         const T w = weights[r * weight_stride + j * weight_step];
         if (w != T(0)) acc[r] += w * x;
@@ -109,14 +112,14 @@ ADASPLASH2_INLINE void add_weighted_rows(const T* weights, int64_t weight_stride
 
 // out[0..width) (+)= sum_{j < n} weights[j] * matrix[keys[j]]: a gather of few rows.
 template <bool Add, class S, class T>
-ADASPLASH2_INLINE void gather_rows(const T* weights, const int32_t* keys, int64_t n,
-                                   const S* matrix, int64_t stride, int64_t width, T* out) {
+ADASPLASH2_INLINE void gather_rows(const T* weights, const int32_t* keys, int64_t n, HeadRef matrix,
+                                   int64_t width, T* out) {
   constexpr int V = 4, L = kLanes<T>;
   int64_t at = 0;
   for (; at + V * L <= width; at += V * L) {
     Vec<T> acc[V] = {};
     for (int64_t j = 0; j < n; ++j) {
-      const S* row = matrix + keys[j] * stride + at;
+      const S* row = row_of<const S>(matrix, keys[j]) + at;
       const Vec<T> w = broadcast(weights[j]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[v] += w * load_compute(row + v * L);
@@ -127,12 +130,13 @@ ADASPLASH2_INLINE void gather_rows(const T* weights, const int32_t* keys, int64_
   for (; at + L <= width; at += L) {
     Vec<T> acc = {};
     for (int64_t j = 0; j < n; ++j)
-      acc += broadcast(weights[j]) * load_compute(matrix + keys[j] * stride + at);
+      acc += broadcast(weights[j]) * load_compute(row_of<const S>(matrix, keys[j]) + at);
     store(out + at, Add ? acc + load(out + at) : acc);
   }
   for (; at < width; ++at) {
     T acc = Add ? out[at] : T(0);
-    for (int64_t j = 0; j < n; ++j) acc += weights[j] * to_compute(matrix[keys[j] * stride + at]);
+    for (int64_t j = 0; j < n; ++j)
+      acc += weights[j] * to_compute(row_of<const S>(matrix, keys[j])[at]);
     out[at] = acc;
   }
 }

@@ -62,11 +62,11 @@ AttentionProblem problem_of(const std::array<std::int64_t, 7>& dims, const std::
   p.length_k = dims[4];
   p.head_dim = dims[5];
   p.head_dim_v = dims[6];
-  p.scores = {scale, is_causal, p.length_k};
+  p.score = {scale, is_causal, p.length_k};
   p.alpha = alpha_of(alpha);
   p.dtype = dtype_of(dtype);
   // Keys, and rows within a group, are numbered in 32 bits.
-  if (p.length_k > INT32_MAX - 64 || p.group() * p.length_q > INT32_MAX - 64)
+  if (p.length_k > INT32_MAX - 64 || p.group_rows() > INT32_MAX - 64)
     throw std::invalid_argument("length_k and group_size * length_q must be below 2^31");
   return p;
 }

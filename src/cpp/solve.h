@@ -26,10 +26,10 @@ ADASPLASH2_INLINE void with_kind(AlphaKind kind, F f) {
   }
 }
 
-// What q . k is multiplied by to give a row's values.
+// What a score is multiplied by to give a row's value.
 template <AlphaKind K>
-ADASPLASH2_INLINE double multiplier_of(const Alpha& alpha, double scale) {
-  return K == AlphaKind::kGeneral ? scale : (alpha.value - 1.0) * scale;
+ADASPLASH2_INLINE double value_factor(const Alpha& alpha) {
+  return K == AlphaKind::kGeneral ? 1.0 : alpha.value - 1.0;
 }
 
 // y = z - max z of a row's values.
@@ -84,28 +84,28 @@ ADASPLASH2_INLINE bool is_steep(const Power<T>& power) {
   return K == AlphaKind::kGeneral && power.gradient_exponent < T(0);
 }
 
-// ds = scale u (dp - delta) of p and its u, which is not read where steep: it may leave the range
-// where ds does not, so that its root comes in twice. Infinite all the same, times zero it is zero,
-// and what is made of numbers is no more than the largest that T holds, so that zeros of q and k
-// stay zeros.
+// ds = slope u (dp - delta), the gradient of q . k, of p and its u, which is not read where steep:
+// it may leave the range where ds does not, so that its root comes in twice. Infinite all the same,
+// times zero it is zero, and what is made of numbers is no more than the largest that T holds, so
+// that zeros of q and k stay zeros.
 template <AlphaKind K, class T>
-ADASPLASH2_INLINE Vec<T> score_gradient(Vec<T> p, Vec<T> u, Vec<T> from_delta, T scale,
+ADASPLASH2_INLINE Vec<T> score_gradient(Vec<T> p, Vec<T> u, Vec<T> from_delta, T slope,
                                         const Power<T>& power) {
   if (is_steep<K>(power)) {
     const Vec<T> root = raise<T>(p, power.gradient_exponent / 2);
-    const Vec<T> ds = from_delta * scale * root * root;
+    const Vec<T> ds = from_delta * slope * root * root;
     const T largest = FloatFormat<T>::kLargest;
     const Vec<T> bounded = vmax<T>(vmin<T>(ds, broadcast(largest)), broadcast(-largest));
     const Ints<T> are_numbers = (p == p) & (from_delta - from_delta == T(0));
     return p == T(0) ? p : (are_numbers ? (ds == ds ? bounded : Vec<T>{}) : ds);
   }
-  return u == T(0) ? u : u * from_delta * scale;  // off the support nothing is felt
+  return u == T(0) ? u : u * from_delta * slope;  // off the support nothing is felt
 }
 
-// Probabilities p[0..width) of a row (zeros behind them to the end of a vector) become ds;
-// returns delta = sum u dp / sum u.
+// Probabilities p[0..width) of a row (zeros behind them to the end of a vector) become the ds of
+// score_gradient; returns delta = sum u dp / sum u.
 template <AlphaKind K, class T>
-ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T scale,
+ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T slope,
                                     const Power<T>& power) {
   // Only ratios of the u count in delta: with the largest as their unit none overflows.
   const bool steep = is_steep<K>(power);
@@ -129,7 +129,7 @@ ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T scale,
   const T mass = total.total(), delta = mass == T(0) ? T(0) : weighted.total() / mass;
   for (int64_t j = 0; j < width; j += kLanes<T>) {
     const Vec<T> kept = load(p + j);  // p where steep, else u
-    store(p + j, score_gradient<K>(kept, kept, load(dp + j) - delta, scale, power));
+    store(p + j, score_gradient<K>(kept, kept, load(dp + j) - delta, slope, power));
   }
   return delta;
 }
@@ -217,8 +217,19 @@ ADASPLASH2_INLINE Threshold<T> refine(const T* values, int64_t n, T max, Bracket
 // What remains of a row once its scores are thresholded.
 enum class RowState { kSolved, kEmpty, kPoisoned };
 
-// Raises the lower bound of a list by its histogram, and drops what fell below it. The list
-// has room for one more vector. `lo` bounds the threshold of the values, `bracket` that of y.
+// Values of a row that may be above its threshold, in any order, with room for one more vector.
+// They may come from one scan or, one behind another, from scans of several ranges of keys: the
+// threshold of some of a row's values is at most that of all, so that what a scan drops by the
+// bound of its own range cannot be in the row's support. `keys` may be null.
+template <class T>
+struct Candidates {
+  T* values;
+  int32_t* keys;
+  int64_t count;
+};
+
+// Raises the lower bound of candidates by their histogram, and drops what fell below it, in place.
+// `lo` bounds the threshold of the values, `bracket` that of y.
 template <class T>
 struct Tightened {
   RowState state;
@@ -240,8 +251,10 @@ ADASPLASH2_INLINE T below_max(T max, T y, const Power<T>& power) {
 }
 
 template <AlphaKind K, class T>
-__attribute__((noinline)) static Tightened<T> tighten(T* values, int32_t* keys, int64_t count,
-                                                      const Power<T>& power) {
+__attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const Power<T>& power) {
+  T* const values = row.values;
+  int32_t* const keys = row.keys;
+  const int64_t count = row.count;
   pad(values, count);
   Vec<T> top = broadcast(-kInfinity<T>), bad = {};
   for (int64_t i = 0; i < count; i += kLanes<T>) {
@@ -266,13 +279,13 @@ __attribute__((noinline)) static Tightened<T> tighten(T* values, int32_t* keys, 
   int64_t kept = 0;
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const Vec<T> v = load(values + i);
-    const unsigned mask = not_below(v, broadcast(result.lo));
+    const unsigned above = not_below(v, broadcast(result.lo));
     if (keys) {
       Keys<T> k;
       __builtin_memcpy(&k, keys + i, sizeof(k));
-      kept += compress<T>(v, k, mask, values + kept, keys + kept);
+      kept += compress<T>(v, k, above, values + kept, keys + kept);
     } else {
-      kept += compress<T>(v, mask, values + kept);
+      kept += compress<T>(v, above, values + kept);
     }
   }
   result.count = kept;
@@ -300,25 +313,45 @@ ADASPLASH2_INLINE T tau_of(const Threshold<T>& threshold, const Alpha& alpha) {
   return threshold.max + (threshold.tau + threshold.rest);
 }
 
-// Turns a tightened list into probabilities (normalised, zeros dropped) in place and returns
-// their number.
+// A row that was solved as a list: probabilities (normalised, zeros dropped) and keys of its
+// `support` are where its candidates were.
+template <class T>
+struct SolvedList {
+  RowState state;
+  Threshold<T> threshold;
+  int64_t support;
+  int64_t examined;  // candidates that the threshold was found on
+  int32_t steps;
+};
+
+// Turns tightened values into probabilities in place and returns their number.
 template <AlphaKind K, class T>
-ADASPLASH2_INLINE int64_t solve_list(T* values, int32_t* keys, const Tightened<T>& row,
-                                     const Power<T>& power, Threshold<T>* threshold,
-                                     int32_t* steps) {
-  *threshold = threshold_of<K>(values, row, power, steps);
+ADASPLASH2_INLINE int64_t to_probabilities(Candidates<T> row, const Threshold<T>& threshold,
+                                           const Power<T>& power) {
   Sum<T> total;
   int64_t kept = 0;
   for (int64_t i = 0; i < row.count; i += kLanes<T>) {
-    const Vec<T> p = probability<K>(load(values + i), *threshold, power);
+    const Vec<T> p = probability<K>(load(row.values + i), threshold, power);
     total.add(p);
     Keys<T> k;
-    __builtin_memcpy(&k, keys + i, sizeof(k));
-    kept += compress<T>(p, k, not_below(p, Vec<T>{}), values + kept, keys + kept);
+    __builtin_memcpy(&k, row.keys + i, sizeof(k));
+    kept += compress<T>(p, k, not_below(p, Vec<T>{}), row.values + kept, row.keys + kept);
   }
-  const T scale = T(1) / total.total();
-  for (int64_t i = 0; i < kept; i += kLanes<T>) store(values + i, load(values + i) * scale);
+  const T norm = T(1) / total.total();
+  for (int64_t i = 0; i < kept; i += kLanes<T>) store(row.values + i, load(row.values + i) * norm);
   return kept;
+}
+
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE SolvedList<T> solve_list(Candidates<T> row, const Power<T>& power) {
+  const Tightened<T> tightened = tighten<K, T>(row, power);
+  SolvedList<T> result = {tightened.state, {tightened.max, kInfinity<T>, T(0)}, 0, 0, 0};
+  if (tightened.state == RowState::kPoisoned) return result;
+  result.examined = row.count = tightened.count;
+  if (tightened.state == RowState::kEmpty) return result;
+  result.threshold = threshold_of<K>(row.values, tightened, power, &result.steps);
+  result.support = to_probabilities<K>(row, result.threshold, power);
+  return result;
 }
 
 // A whole row: values[0..n) (room for one more vector) -> threshold and the factor that makes
@@ -327,7 +360,7 @@ template <class T>
 struct DenseRow {
   RowState state;
   Threshold<T> threshold;
-  T scale;
+  T norm;
   int64_t support;
   int32_t steps;
 };
@@ -351,10 +384,10 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     const Vec<T> v = load(values + i);
-    const unsigned mask = not_below(v, broadcast(reach));
-    if (mask) count += compress<T>(v, mask, candidates + count);
+    const unsigned above = not_below(v, broadcast(reach));
+    if (above) count += compress<T>(v, above, candidates + count);
   }
-  const Tightened<T> row = tighten<K, T>(candidates, nullptr, count, power);
+  const Tightened<T> row = tighten<K, T>({candidates, nullptr, count}, power);
   DenseRow<T> result = {RowState::kSolved, {}, 0, 0, 0};
   result.threshold = threshold_of<K>(candidates, row, power, &result.steps);
   Sum<T> total;
@@ -363,7 +396,7 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
     total.add(p);
     result.support += __builtin_popcount(not_below(p, Vec<T>{}));
   }
-  result.scale = T(1) / total.total();
+  result.norm = T(1) / total.total();
   return result;
 }
 

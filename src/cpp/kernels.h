@@ -1,0 +1,115 @@
+// What the drivers ask of the kernels of one instruction set: the tasks, and the table of functions
+// that do them.
+#pragma once
+
+#include "work.h"
+
+namespace adasplash2 {
+
+// What the forward knows of each query row (arrays over all rows, in T = float or double).
+// support < 0 marks a flat or poisoned row: -1 - support keys, no list.
+template <class T>
+struct RowResults {
+  Threshold<T>* thresholds;
+  T* tau;  // max + tau + rest
+  int32_t* support;
+  int32_t* iterations;  // may be null
+  uint8_t* tiles;       // TileState of each tile of keys; may be null
+};
+
+template <class T>
+struct ForwardTask {
+  const AttentionProblem* problem;
+  HeadRef query, value, out;
+  const T* packed_keys;
+  int64_t row_begin, rows;  // within the head
+  int64_t scan_rows;        // rows that share a pass over the keys
+  RowResults<T> results;    // at the first row of the task; tiles at the block's first
+  void* workspace;
+  // Out, in the workspace: row i has its probabilities and keys at + i * list_stride.
+  T* list_values;
+  int32_t* list_keys;
+  int64_t list_stride;
+  Work work;
+};
+
+template <class T>
+struct BackwardRowsTask {
+  const AttentionProblem* problem;
+  HeadRef query, key, value, grad_out, grad_query;
+  const T* packed_keys;    // null unless some row is flat
+  const T* packed_values;  // likewise
+  int64_t row_begin, rows;
+  const Threshold<T>* thresholds;
+  const int32_t* support;
+  const int64_t* offsets;  // of each row's list, at the first row of the task
+  const int32_t* keys;     // all lists
+  const T* probabilities;
+  T* grad_scores;  // out, beside probabilities: dL/d(q.k)
+  T* delta;        // out, for flat rows, at the first row of the task
+  void* workspace;
+};
+
+// Entries of the transposed lists: for key j, entries [offsets[j], offsets[j+1]).
+template <class T>
+struct BackwardKeysTask {
+  const AttentionProblem* problem;
+  const HeadRef* queries;    // one per query head of the group
+  const HeadRef* grad_outs;  // likewise
+  HeadRef grad_key, grad_value;
+  int64_t key_begin, keys;
+  const int64_t* offsets;  // at key_begin
+  const int32_t* rows;     // head_in_group * length_q + row
+  const T *probabilities, *grad_scores;
+  // Flat rows of the group, or null where there are none: arrays of group * length_q.
+  const T *packed_keys, *packed_values;
+  const Threshold<T>* thresholds;
+  const T* delta;
+  const int32_t* support;
+  const uint8_t* flat_blocks;  // per (head in group, row block)
+  void* workspace;
+};
+
+template <class T>
+struct EntmaxTask {
+  const void* x;
+  void* y;
+  int64_t rows, length, stride_x;  // y is dense
+  const Alpha* alpha;
+  void* workspace;
+};
+
+struct EntmaxBackwardTask {
+  const void *y, *grad_y;
+  void* grad_x;
+  int64_t rows, length, stride_grad_y;  // y and grad_x are dense
+  const Alpha* alpha;
+  void* workspace;
+};
+
+// Kernels of one storage dtype, computing in T.
+template <class T>
+struct Kernels {
+  int64_t panel_keys;  // keys per packed panel
+  int64_t task_keys;   // keys of a BackwardKeysTask, a multiple of panel_keys
+  // Panels [panel_begin, panel_end) of the `length` rows, packed as [panel][depth][panel_keys].
+  void (*pack_panels)(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begin,
+                      int64_t panel_end, T* packed);
+  int64_t (*forward_workspace)(const AttentionProblem&);  // bytes, a thread
+  void (*forward)(ForwardTask<T>&);
+  int64_t (*backward_rows_workspace)(const AttentionProblem&, bool any_flat);
+  void (*backward_rows)(const BackwardRowsTask<T>&);
+  int64_t (*backward_keys_workspace)(const AttentionProblem&);
+  void (*backward_keys)(const BackwardKeysTask<T>&);
+  int64_t (*entmax_workspace)(int64_t length);
+  void (*entmax)(const EntmaxTask<T>&);
+  void (*entmax_backward)(const EntmaxBackwardTask&);
+};
+
+struct KernelTable {
+  const char* isa;
+  Kernels<float> float32, bfloat16, float16;
+  Kernels<double> float64;
+};
+
+}  // namespace adasplash2

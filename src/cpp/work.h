@@ -1,0 +1,122 @@
+// Where work is: a problem's sizes, the rows or keys that a block's number stands for, and the
+// address of a row.
+#pragma once
+
+#include "score.h"
+
+namespace adasplash2 {
+
+// Numbers [first, first + count).
+struct Part {
+  int64_t first, count;
+};
+
+ADASPLASH2_INLINE int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Part `number` of n things cut into parts of `size`, of which the last may have fewer.
+ADASPLASH2_INLINE Part part_of(int64_t n, int64_t size, int64_t number) {
+  const int64_t first = number * size;
+  return {first, first + size < n ? size : n - first};
+}
+
+// Base pointer and strides (in elements) of (batch, heads, length, head_dim); head_dim is dense.
+struct TensorRef {
+  void* data;
+  int64_t stride_batch, stride_head, stride_length;
+};
+
+// The rows of one head.
+struct HeadRef {
+  void* data;
+  int64_t stride;  // elements between rows
+
+  // The same rows, numbered from row `first` on. That need not be a row: only what is read from
+  // there must be one.
+  ADASPLASH2_INLINE HeadRef from(int64_t first, int64_t element_size) const {
+    const uintptr_t offset = uintptr_t(first * stride * element_size);
+    return {reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(data) + offset), stride};
+  }
+};
+
+template <class S>
+ADASPLASH2_INLINE S* row_of(HeadRef head, int64_t i) {
+  return static_cast<S*>(head.data) + i * head.stride;
+}
+
+struct AttentionProblem {
+  int64_t batch, heads_q, heads_kv, length_q, length_k, head_dim, head_dim_v;
+  Score score;
+  Alpha alpha;
+  Dtype dtype;
+
+  // Heads of all batches are numbered through: query heads and, apart, key heads.
+  ADASPLASH2_INLINE int64_t query_heads() const { return batch * heads_q; }
+  ADASPLASH2_INLINE int64_t key_heads() const { return batch * heads_kv; }
+  // Query heads that share a key head, which are neighbours.
+  ADASPLASH2_INLINE int64_t gqa_group() const { return heads_q / heads_kv; }
+
+  // The rows of such a group are numbered through too.
+  ADASPLASH2_INLINE int64_t group_rows() const { return gqa_group() * length_q; }
+  ADASPLASH2_INLINE int64_t group_row(int64_t head_in_group, int64_t row) const {
+    return head_in_group * length_q + row;
+  }
+
+  ADASPLASH2_INLINE int64_t rows() const { return query_heads() * length_q; }
+  ADASPLASH2_INLINE int64_t row_blocks_per_head() const { return parts(length_q, kBlockRows); }
+  ADASPLASH2_INLINE int64_t row_blocks() const { return query_heads() * row_blocks_per_head(); }
+
+  ADASPLASH2_INLINE int64_t element_size() const {
+    return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+  }
+  ADASPLASH2_INLINE HeadRef query_head(const TensorRef& tensor, int64_t number) const {
+    return head_of(tensor, number / heads_q, number % heads_q);
+  }
+  ADASPLASH2_INLINE HeadRef key_head(const TensorRef& tensor, int64_t number) const {
+    return head_of(tensor, number / heads_kv, number % heads_kv);
+  }
+
+ private:
+  ADASPLASH2_INLINE HeadRef head_of(const TensorRef& tensor, int64_t b, int64_t head) const {
+    const int64_t offset = b * tensor.stride_batch + head * tensor.stride_head;
+    return {static_cast<char*>(tensor.data) + offset * element_size(), tensor.stride_length};
+  }
+};
+
+// The rows of a task that query rows own.
+struct RowBlock {
+  int64_t number;           // among the row blocks of all heads
+  int64_t head_q, head_kv;  // among the heads of all batches
+  int64_t row_begin, rows;  // within the head
+  int64_t first_row;        // row_begin among the rows of all heads
+};
+
+ADASPLASH2_INLINE RowBlock row_block(const AttentionProblem& p, int64_t number) {
+  const int64_t head = number / p.row_blocks_per_head();
+  const Part rows = part_of(p.length_q, kBlockRows, number % p.row_blocks_per_head());
+  return {number,     head,       head / p.gqa_group(),
+          rows.first, rows.count, head * p.length_q + rows.first};
+}
+
+// The row block that comes at `turn`. Head by head, so that one head's keys and values stay in the
+// cache; within it the last rows first: where rows see more and more keys, no thread starts on a
+// long one last.
+ADASPLASH2_INLINE RowBlock row_block_at(const AttentionProblem& p, int64_t turn) {
+  const int64_t blocks = p.row_blocks_per_head(), block = turn % blocks;
+  return row_block(p, turn - block + (blocks - 1 - block));
+}
+
+// The keys of a task that keys own, and the query heads that see them.
+struct KeyBlock {
+  int64_t head_kv, first_head_q;  // among the heads of all batches
+  int64_t key_begin, keys;        // within the head
+};
+
+// Blocks of `size` keys. The first keys of a head come first: where rows see more and more keys,
+// these are the ones that most rows see.
+ADASPLASH2_INLINE KeyBlock key_block_at(const AttentionProblem& p, int64_t size, int64_t turn) {
+  const int64_t blocks = parts(p.length_k, size), head = turn / blocks;
+  const Part keys = part_of(p.length_k, size, turn % blocks);
+  return {head, head * p.gqa_group(), keys.first, keys.count};
+}
+
+}  // namespace adasplash2
