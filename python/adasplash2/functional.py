@@ -124,6 +124,7 @@ def attention_stats(
         TypeError, ValueError, BackendRefused: as :func:`entmax_attention`, and ``ValueError`` for
             ``alpha = 1``: softmax has no threshold and no zeros.
     """
+    _check_not_traced("attention_stats")
     alpha = check_alpha_above_one(alpha)
     scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
     inputs = _attention_inputs(query, key, value)
@@ -143,12 +144,13 @@ def explain(
 ) -> dispatch.Explanation:
     """Which backend would run this call of :func:`entmax_attention`, and why not the others.
 
-    Computes nothing. ``print`` shows the answer as a table.
+    Computes nothing; not for ``torch.compile``. ``print`` shows the answer as a table.
 
     Raises:
         TypeError, ValueError: as :func:`entmax_attention`; a call that every backend refuses is
             explained, not raised.
     """
+    _check_not_traced("explain")
     alpha = check_alpha(alpha)
     scale, is_causal, enable_gqa = _check_options(scale, is_causal, enable_gqa, backend)
     inputs = _attention_inputs(query, key, value)
@@ -248,6 +250,13 @@ def _check_options(
     _check_backend(backend)
     is_causal = check_flag("is_causal", is_causal)
     return scale, is_causal, check_flag("enable_gqa", enable_gqa)
+
+
+def _check_not_traced(name: str) -> None:
+    """Where ``torch.compile`` may break its graph it does so here, and calls the function as it is;
+    where it may not, this is its error."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        raise TypeError(f"{name} works in neither a trace nor a transform: call it outside")
 
 
 def _check_backend(backend: str | None) -> None:
