@@ -239,12 +239,13 @@ def test_one_huge_entry_takes_all(offset: float, alpha: float, backend: str) -> 
 @on_every_backend
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("length", [2, 65, 5000])
-@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("factor", [1e-3, 0.05, 1.0, 1e3])
 def test_sums_to_one(factor: float, length: int, alpha: float, backend: str) -> None:
     x = gaussian(20, length, factor=factor)
     y = run(x, x, alpha, backend)[0]
     assert (y >= 0.0).all()
-    assert (y.double().sum(dim=-1) - 1.0).abs().max() <= 1e-6
+    limit = 2.0 * FLOAT32_FLOOR if backend == "cpu" else 1e-6
+    assert (y.double().sum(dim=-1) - 1.0).abs().max() <= limit
 
 
 @on_every_backend

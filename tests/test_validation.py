@@ -303,6 +303,23 @@ def test_tracing_refuses_with_the_same_words() -> None:
         )
 
 
+@pytest.mark.parametrize("function", [adasplash2.attention_stats, adasplash2.explain])
+def test_what_answers_about_a_call_is_in_no_graph(function: Any) -> None:
+    """In our words where there must be one graph; else the graph breaks and the answer comes."""
+    torch._dynamo.reset()
+    x = tensor(1, 2, 4, 6)
+    words = f"{function.__name__} works in neither a trace nor a transform"
+
+    def ask(x: torch.Tensor) -> Any:
+        return function(x, x, x)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=words):
+        torch.compile(ask, backend="eager", fullgraph=True)(x)
+    with pytest.raises(TypeError, match=words):
+        torch.func.vmap(ask)(x[None])
+    assert isinstance(torch.compile(ask, backend="eager")(x), type(ask(x)))
+
+
 def test_a_scale_beyond_the_range_is_refused() -> None:
     query = torch.randn(1, 2, 8, 4)
     with pytest.raises(ValueError, match=r"scale times alpha - 1 must be at most 3\.4e\+38"):

@@ -25,7 +25,7 @@ from adasplash2.options import (
     check_options,
 )
 from adasplash2.problem import Inputs, Problem, check_tensor, row_problem, validated
-from adasplash2.torch_fastpath import is_autocast_on
+from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,12 +113,18 @@ def entmax_attention(
 def _takes_what(
     like: Callable[P, Any],
 ) -> Callable[[Callable[[Inputs, Options], R]], Callable[P, R]]:
-    """Give a function of a call the arguments of ``like``: the list of options stands once."""
+    """Give a function that answers about a call the arguments of ``like``: the list of options
+    stands once. A trace or a transform has no numbers to answer about: where ``torch.compile`` may
+    break its graph it does so here, and calls the function as it is."""
     signature = inspect.signature(like)
 
     def decorate(body: Callable[[Inputs, Options], R]) -> Callable[P, R]:
         @functools.wraps(body)
         def function(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling() or is_transformed():
+                raise TypeError(
+                    f"{body.__name__} works in neither a trace nor a transform: call it outside"
+                )
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             inputs = Inputs(*(bound.arguments.pop(name) for name in Inputs._fields))
@@ -154,7 +160,7 @@ def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
 def explain(inputs: Inputs, options: Options) -> dispatch.Explanation:
     """Which backend would run this call of :func:`entmax_attention`, and why not the others.
 
-    Computes nothing. ``print`` shows the answer as a table.
+    Computes nothing; not for ``torch.compile``. ``print`` shows the answer as a table.
 
     Raises:
         TypeError, ValueError: as :func:`entmax_attention`; a call that every backend refuses is

@@ -125,8 +125,8 @@ def is_in_a_transform(tensor: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of :mod:`torch.func` is around this call; yes where torch cannot say."""
-    return _peek_interpreter_stack is None or _peek_interpreter_stack() is not None
+    """Whether a transform of :mod:`torch.func` is around this call; no where torch cannot say."""
+    return _peek_interpreter_stack is not None and _peek_interpreter_stack() is not None
 
 
 _is_any_autocast_enabled = private("_C._is_any_autocast_enabled")
@@ -150,7 +150,7 @@ def below_autograd() -> AbstractContextManager[None]:
 def beneath(operator: Any, *args: Any) -> Any:
     """``operator`` below the autograd whose function calls this. It has turned derivatives off,
     which the transforms around this one, if there are any, still have to see."""
-    if not is_transformed():
+    if _peek_interpreter_stack is not None and not is_transformed():
         with below_autograd():
             return operator(*args)
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
