@@ -13,6 +13,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,30 +103,20 @@ def backward(
     problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :meth:`adasplash2.contract.Backend.backward`."""
-    query, key, value = (_unit_stride(t) for t in inputs)
-    grad_out = _unit_stride(grad_out)
+    inputs, grad_out = Inputs(*map(_unit_stride, inputs)), _unit_stride(grad_out)
     device = problem.device
     grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs]
     saved = forward.saved
     if saved.data_ptr() % SAVED_ALIGNMENT or not saved.is_contiguous():
         saved = saved.clone(memory_format=torch.contiguous_format)
     _core.attention_backward(
-        dims=_dims(problem),
-        dtype=_dtype_name(problem.dtype),
-        alpha=problem.alpha,
-        scale=problem.scores.scale,
-        is_causal=problem.scores.is_causal,
-        query=_reference(query),
-        key=_reference(key),
-        value=_reference(value),
+        **_asked(problem, inputs, config),
         grad_out=_reference(grad_out),
         grad_query=_reference(grads[0]),
         grad_key=_reference(grads[1]),
         grad_value=_reference(grads[2]),
         saved=saved.data_ptr(),
         saved_bytes=saved.numel(),
-        threads=torch.get_num_threads(),
-        isa=str(config["isa"]),
     )
     return grads[0], grads[1], grads[2]
 
@@ -192,6 +183,20 @@ def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
     return grad_x
 
 
+def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
+    """What the core is told in both directions; whoever calls it keeps ``inputs``."""
+    return {
+        "dims": _dims(problem),
+        "dtype": _dtype_name(problem.dtype),
+        "alpha": problem.alpha,
+        "scale": problem.scores.scale,
+        "is_causal": problem.scores.is_causal,
+        **{name: _reference(t) for name, t in zip(Inputs._fields, inputs, strict=True)},
+        "threads": torch.get_num_threads(),
+        "isa": str(config["isa"]),
+    }
+
+
 def _run(
     problem: Problem,
     inputs: Inputs,
@@ -203,24 +208,15 @@ def _run(
     tiles: int = 0,
 ) -> tuple[Tensor, Tensor, _core.Kept | None]:
     rows = (problem.batch, problem.heads_q, problem.length_q)
-    query, key, value = (_unit_stride(t) for t in inputs)
+    inputs = Inputs(*map(_unit_stride, inputs))  # alive until the core is done
     device = problem.device
     out = torch.empty((*rows, problem.head_dim_v), dtype=problem.dtype, device=device)
     tau = torch.empty(rows, dtype=problem.compute_dtype, device=device)
     kept = _core.attention_forward(
-        dims=_dims(problem),
-        dtype=_dtype_name(problem.dtype),
-        alpha=problem.alpha,
-        scale=problem.scores.scale,
-        is_causal=problem.scores.is_causal,
-        query=_reference(query),
-        key=_reference(key),
-        value=_reference(value),
+        **_asked(problem, inputs, config),
         out=_reference(out),
         tau=tau.data_ptr(),
         keep=keep,
-        threads=torch.get_num_threads(),
-        isa=str(config["isa"]),
         scan_rows=int(config["scan_rows"]),
         support=support,
         iterations=iterations,

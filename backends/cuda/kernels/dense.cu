@@ -30,6 +30,11 @@ __device__ __forceinline__ float2 load_shared2(u32 address) {
   return x;
 }
 
+// d += a b: b is 16 rows of 8 columns
+__device__ __forceinline__ void add_product(float (&d)[4], const AFragment& a, u32 b0, u32 b1) {
+  multiply(d, a, b0, b1, d[0], d[1], d[2], d[3]);
+}
+
 // a b^T, both rows of `dim` elements in shared memory
 template <int parts, int dim>
 __device__ __forceinline__ void dot_products(float (&out)[parts][4], u32 a, u32 b) {
@@ -49,11 +54,8 @@ __device__ __forceinline__ void dot_products(float (&out)[parts][4], u32 a, u32 
       for (int n = 0; n < parts; n += 2) {
         u32 r[4];
         ldmatrix(r, b_at + n * 8 * tile_stride<dim> + k * 32);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float (&d)[4] = out[n + i];
-          multiply(d, left, r[2 * i], r[2 * i + 1], d[0], d[1], d[2], d[3]);
-        }
+        add_product(out[n], left, r[0], r[1]);
+        add_product(out[n + 1], left, r[2], r[3]);
       }
     }
   } else {
@@ -90,11 +92,8 @@ __device__ __forceinline__ void add_weighted(float (&out)[dim / 8][4], const flo
       for (int n = 0; n < dim / 8; n += 2) {
         u32 r[4];
         ldmatrix_transposed(r, b_at + k * 16 * tile_stride<dim> + n * 16);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float (&d)[4] = out[n + i];
-          multiply(d, left, r[2 * i], r[2 * i + 1], d[0], d[1], d[2], d[3]);
-        }
+        add_product(out[n], left, r[0], r[1]);
+        add_product(out[n + 1], left, r[2], r[3]);
       }
     }
   } else {

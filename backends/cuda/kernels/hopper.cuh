@@ -148,6 +148,13 @@ __device__ __forceinline__ u64 descriptor(u32 address, int panel_bytes = kDescri
   "{.reg .pred p; setp.ne.b32 p, " adds ", 0;wgmma.mma_async.sync.aligned.m64n" n \
   "k16" ADASPLASH2_TYPES "{" sums "}, " operands ", p, 1, 1, " layouts ";}"
 
+// The ADASPLASH2_MULTIPLY of the place where it stands, into sums that are there or that begin.
+#define ADASPLASH2_ADD_OR_SET(adds) \
+  if constexpr (adds)               \
+    ADASPLASH2_MULTIPLY("+f");      \
+  else                              \
+    ADASPLASH2_MULTIPLY("=f");
+
 // d = a b^T, or d += a b^T: 64 rows of a, 64 or 128 of b, 16 columns of both, in shared memory.
 template <bool adds>
 __device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b) {
@@ -155,10 +162,7 @@ __device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b) {
   asm volatile(ADASPLASH2_WGMMA("64", ADASPLASH2_NAMES32, "%32, %33", "%34", "0, 0") \
                : ADASPLASH2_D32(is)                                                  \
                : "l"(a), "l"(b), "n"(int(adds)))
-  if constexpr (adds)
-    ADASPLASH2_MULTIPLY("+f");
-  else
-    ADASPLASH2_MULTIPLY("=f");
+  ADASPLASH2_ADD_OR_SET(adds)
 #undef ADASPLASH2_MULTIPLY
 }
 template <bool adds>
@@ -167,25 +171,19 @@ __device__ __forceinline__ void multiply_shared(float (&d)[64], u64 a, u64 b) {
   asm volatile(ADASPLASH2_WGMMA("128", ADASPLASH2_NAMES64, "%64, %65", "%66", "0, 0") \
                : ADASPLASH2_D64(is)                                                   \
                : "l"(a), "l"(b), "n"(int(adds)))
-  if constexpr (adds)
-    ADASPLASH2_MULTIPLY("+f");
-  else
-    ADASPLASH2_MULTIPLY("=f");
+  ADASPLASH2_ADD_OR_SET(adds)
 #undef ADASPLASH2_MULTIPLY
 }
 
 // The same with a in registers.
 template <bool adds>
-__device__ __forceinline__ void multiply_registers(float (&d)[64], const AFragment& a, u64 b) {
+__device__ __forceinline__ void multiply_registers(float (&d)[64], const AFragment& a, u64 b){
 #define ADASPLASH2_MULTIPLY(is)                                                            \
   asm volatile(                                                                            \
       ADASPLASH2_WGMMA("128", ADASPLASH2_NAMES64, "{%64, %65, %66, %67}, %68", "%69", "0") \
       : ADASPLASH2_D64(is)                                                                 \
       : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b), "n"(int(adds)))
-  if constexpr (adds)
-    ADASPLASH2_MULTIPLY("+f");
-  else
-    ADASPLASH2_MULTIPLY("=f");
+    ADASPLASH2_ADD_OR_SET(adds)
 #undef ADASPLASH2_MULTIPLY
 }
 
