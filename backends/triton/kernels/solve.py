@@ -83,7 +83,7 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def sift(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
+def filter_candidates(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
          CHUNK: tl.constexpr):  # fmt: skip
     """``sum p`` and ``sum u`` of the maxima of ``count`` candidates, and how many are left: tiles
     without a maximum above some row's ``t`` are dropped, and the others move up, in order. Where
@@ -123,7 +123,9 @@ def bound_of(candidates, maxima, top, pending, tiles, shape, opt: tl.constexpr,
     t = tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
     left = tiles
     for step in range(BOUND_STEPS):
-        mass, slope, left = sift(candidates, maxima, top, t, left, step == 0, shape, opt, CHUNK)
+        mass, slope, left = filter_candidates(
+            candidates, maxima, top, t, left, step == 0, shape, opt, CHUNK
+        )
         t += tl.where(mass > 1.0, certain_rise(mass, slope, shape.r, opt), 0.0)
     return t - slack(shape.r), left
 
