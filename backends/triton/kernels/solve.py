@@ -84,7 +84,7 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def filter_candidates(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
-         CHUNK: tl.constexpr):  # fmt: skip
+                      CHUNK: tl.constexpr):  # fmt: skip
     """``sum p`` and ``sum u`` of the maxima of ``count`` candidates, and how many are left: tiles
     without a maximum above some row's ``t`` are dropped, and the others move up, in order. Where
     ``is_first`` the candidates are the tiles themselves.
