@@ -82,9 +82,13 @@ def test_grows_with_the_length(sharpness: float) -> None:
 
 
 def test_a_compiled_step_touches_no_more() -> None:
-    """Its ``saved`` has room for 512 entries a row, of which these rows need 20 or so."""
+    """Its ``saved`` has room for 512 entries a row, of which these rows need 20 or so. The least of
+    two: what malloc keeps differs from run to run by a tenth."""
     eager, compiled = (
-        peak_above_inputs(heads=4, length=8192, sharpness=4.0, compiled=compiled)
+        min(
+            peak_above_inputs(heads=4, length=8192, sharpness=4.0, compiled=compiled)
+            for _ in range(2)
+        )
         for compiled in (False, True)
     )
     assert compiled < 1.1 * eager

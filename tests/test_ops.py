@@ -582,6 +582,13 @@ def test_transforms_refuse_what_there_is_not(function: Callable[[Tensor], Tensor
         grad(function)(leaf).square().sum().backward()
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_vmap_over_nothing(dim: int) -> None:
+    x = torch.randn(0, 2, 3, 6, 4).movedim(0, dim)
+    out = torch.func.vmap(lambda one: adasplash2.entmax_attention(one, one, one), in_dims=dim)(x)
+    assert out.shape == (0, 2, 3, 6, 4)
+
+
 def test_transforms_check_what_one_sample_has() -> None:
     query, key, value = samples(True, True, True)
     with pytest.raises(ValueError, match=r"query must have 4 dimensions.*got 3"):

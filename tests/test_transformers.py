@@ -242,6 +242,19 @@ def test_models_that_never_ask_keep_their_masks(model: str, padded: bool) -> Non
     close(run(ours, **TEXT, attention_mask=padding), expected)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "zz"}, "backend must be None or one of"),
+        ({"backend": 3}, "backend must be the name"),
+        ({"name": 1.5}, "name must be a text"),
+    ],
+)
+def test_what_is_registered_is_checked_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        integration.register(**arguments)
+
+
 def test_apply_tells_which_layers_are_ours() -> None:
     model = make("BigBirdPegasusModel", "BigBirdPegasus", BIG_BIRD)
     with pytest.warns(UserWarning, match="4 of 6 attention layers run"):

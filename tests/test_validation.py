@@ -330,9 +330,9 @@ def test_a_scale_beyond_the_range_is_refused() -> None:
 
 def test_numbers_without_a_value_are_refused_in_words() -> None:
     x = torch.randn(3, 4)
-    with pytest.raises(TypeError, match="a number must be known here"):
+    with pytest.raises(TypeError, match="alpha must be known here"):
         adasplash2.entmax(x, torch.tensor(1.5, device="meta"))
-    with pytest.raises(TypeError, match="a number must be known here"):
+    with pytest.raises(TypeError, match="alpha must be known here"):
         torch.vmap(lambda alpha: adasplash2.entmax(x, alpha))(torch.tensor([1.2, 1.5]))
 
 

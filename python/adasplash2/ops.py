@@ -228,7 +228,8 @@ def _attention_forward_vmap(
     if not isinstance(saved_bytes, int) or saved_bytes > 0:
         saved_bytes *= n
     out, tau, saved = attention_forward(*inputs, *options, saved_bytes, numbers)
-    return (out.unflatten(0, (n, -1)), tau.unflatten(0, (n, -1)), saved), (0, 0, None)
+    shape = _folds(query, in_dims[0], n)
+    return (out.unflatten(0, shape), tau.unflatten(0, shape), saved), (0, 0, None)
 
 
 def _attention_backward_vmap(
@@ -239,7 +240,8 @@ def _attention_backward_vmap(
     if in_dims[4] is not None and in_dims[6] is None:
         folded = (_folded(t, dim, n) for t, dim in zip(tensors, in_dims, strict=False))
         grads = attention_backward(*folded, saved, *options)
-        return tuple(grad.unflatten(0, (n, -1)) for grad in grads), (0, 0, 0)
+        shape = _folds(tensors[0], in_dims[0], n)
+        return tuple(grad.unflatten(0, shape) for grad in grads), (0, 0, 0)
     # Several gradients of one output, as jacrev asks for them.
     slices = (
         attention_backward(
@@ -255,6 +257,11 @@ def _folded(tensor: Tensor, dim: int | None, n: int) -> Tensor:
     """The dimension that is mapped over as part of the batch."""
     tensor = tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.flatten(0, 1)
+
+
+def _folds(tensor: Tensor, dim: int | None, n: int) -> tuple[int, int]:
+    """What :func:`_folded` makes one of: ``n`` may be 0, and the batch would not be known."""
+    return n, tensor.shape[0 if dim is None or dim % tensor.dim() else 1]
 
 
 class _Attention(_ReverseMode):

@@ -128,7 +128,7 @@ def _as_float(name: str, value: object, allowed: str) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} must be {allowed}: it has no gradient, pass {name}.detach()")
     # First what a tracer knows. Symbols are numbers that a graph is traced with.
-    number: Any = value if isinstance(value, (int, float)) else _item(value)
+    number: Any = value if isinstance(value, (int, float)) else _item(value, name)
     if isinstance(number, bool) or not isinstance(number, (numbers.Real, *_SYMBOLS)):
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
     try:
@@ -148,7 +148,7 @@ def check_flag(name: str, value: object) -> bool:
     """
     if value is True or value is False:
         return value
-    flag = value if isinstance(value, Tensor) else _item(value)
+    flag = value if isinstance(value, Tensor) else _item(value, name)
     if not isinstance(flag, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return flag
@@ -162,7 +162,7 @@ def check_dim(dim: int, dims: int) -> int:
         IndexError: there is no such dimension.
     """
     if type(dim) is not int:
-        number: Any = _item(dim)
+        number: Any = _item(dim, "dim")
         try:
             dim = operator.index(None if isinstance(number, bool) else number)  # type: ignore[arg-type]
         except TypeError:
@@ -174,15 +174,15 @@ def check_dim(dim: int, dims: int) -> int:
     return dim if dim < 0 else dim - dims
 
 
-def _item(value: Any) -> object:
+def _item(value: Any, name: str) -> object:
     """What NumPy's scalars, and arrays and tensors of no dimensions, hold; else ``value``."""
     if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
         try:
             item: object = value.item()
         except RuntimeError:  # a tensor without a number: of a trace, a transform, the meta device
             raise TypeError(
-                f"a number must be known here, got a tensor without one: {type(value).__name__} on "
-                f"{getattr(value, 'device', 'no device')}; pass a Python number"
+                f"{name} must be known here, got a tensor without a number: {type(value).__name__} "
+                f"on {getattr(value, 'device', 'no device')}; pass a Python number"
             ) from None
         return item
     return value

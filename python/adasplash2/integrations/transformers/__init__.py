@@ -18,7 +18,7 @@ from torch import nn
 from adasplash2.integrations.transformers.attention import Attention, Observer
 from adasplash2.integrations.transformers.coverage import Coverage, cover, ran
 from adasplash2.integrations.transformers.masks import mask_function
-from adasplash2.options import check_alpha
+from adasplash2.options import check_alpha, check_backend, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,11 +60,12 @@ def apply(
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    backend = check_backend(backend)
     # One name for one set of options: models do not change each other's.
     name = f"adasplash2-{check_alpha(alpha):g}" + (f"-{backend}" if backend else "")
     if float(f"{alpha:g}") != alpha or observer is not None:
         name += f"-{next(_observed)}"
-    register(name, alpha, backend, observer)
+    register(name, alpha, backend or None, observer)
     before = _implementations(model)
     model.set_attn_implementation(name)
     found = cover(model, name)
@@ -107,12 +108,14 @@ def register(
         ImportError: transformers is not installed.
         TypeError, ValueError: ``alpha`` is not a number of at least 1, or ``name`` is taken.
     """
-    _register(name, Attention(check_alpha(alpha), backend, observer))
+    _register(name, Attention(check_alpha(alpha), check_backend(backend) or None, observer))
 
 
 def _register(name: str, attention: Callable[..., Any]) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, got {shown(name)}")
     # Models branch on these names, and others would lose their attention.
     if name in ("eager", "sdpa", "flex_attention") or "flash" in name or set(name) & set("|:/"):
         raise ValueError(
