@@ -317,13 +317,14 @@ def test_alpha_is_refused_when_it_is_registered() -> None:
 
 @pytest.mark.parametrize("call", ["register", "apply"])
 def test_backend_arrives(call: str) -> None:
+    """One that does not take tensors of the CPU."""
     model = llama()
     if call == "register":
-        integration.register("adasplash2-nowhere", backend="nowhere")
-        model.set_attn_implementation("adasplash2-nowhere")
+        integration.register("adasplash2-elsewhere", backend="cuda")
+        model.set_attn_implementation("adasplash2-elsewhere")
     else:
-        integration.apply(model, backend="nowhere")
-    with pytest.raises(ValueError, match=r"backend.*nowhere"):
+        integration.apply(model, backend="cuda")
+    with pytest.raises(adasplash2.BackendRefused, match="backend 'cuda' cannot run"):
         run(model, **TEXT)
 
 

@@ -71,7 +71,7 @@ def entmax_attention(
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax
             and always goes to SDPA, edges included. NumPy's numbers and tensors without dimensions
-            are read as numbers; reading one waits for its device, and breaks a graph that is compiled.
+            are read as numbers; reading one waits for its device, and breaks a compiled graph.
         is_causal: query ``i`` sees keys ``j <= i``, aligned top-left as SDPA aligns it, also where
             the lengths differ.
         scale: factor of the scores, a number as ``alpha``; ``1 / sqrt(head_dim)`` where None.

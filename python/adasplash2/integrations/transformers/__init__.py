@@ -60,7 +60,7 @@ def apply(
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    backend = check_backend(backend)
+    backend = check_backend(backend) or None
     # One name for one set of options: models do not change each other's.
     name = f"adasplash2-{check_alpha(alpha):g}" + (f"-{backend}" if backend else "")
     if float(f"{alpha:g}") != alpha or observer is not None:
