@@ -6,7 +6,6 @@ _Tensor = tuple[int, int, int, int]
 
 LIST_CAPACITY: int
 TILE_ROWS: int
-BINS: int
 
 def usable_isas() -> list[str]: ...
 def isa() -> str: ...

@@ -25,10 +25,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from adasplash2 import options as asked
 from adasplash2.contract import AttentionStats, Forward
 from adasplash2.dispatch import Choice, choose, saved_bound
-from adasplash2.options import Options, check_alpha_above_one, check_dim
+from adasplash2.options import SCHEMA, Options, check_alpha_above_one, check_dim
 from adasplash2.problem import (
     Inputs,
     Problem,
@@ -541,7 +540,7 @@ def _operator(
 _NUMBERS = "Tensor? numbers=None"
 
 attention_forward = _operator(
-    f"attention_forward(Tensor query, Tensor key, Tensor value, {asked.SCHEMA}, SymInt saved_bytes,"
+    f"attention_forward(Tensor query, Tensor key, Tensor value, {SCHEMA}, SymInt saved_bytes,"
     f" {_NUMBERS}) -> (Tensor out, Tensor tau, Tensor saved)",
     _attention_forward,
     _attention_forward_fake,
@@ -555,7 +554,7 @@ and scale (NaN where it is None) in their place."""
 
 attention_backward = _operator(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,"
-    f" Tensor tau, Tensor saved, {asked.SCHEMA}, {_NUMBERS})"
+    f" Tensor tau, Tensor saved, {SCHEMA}, {_NUMBERS})"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     _attention_backward,
     _attention_backward_fake,

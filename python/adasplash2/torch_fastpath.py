@@ -89,7 +89,8 @@ def _plain_keys() -> set[int]:
     }
 
 
-_is_known = hasattr(forward_ad, "_current_level") and None not in (
+_has_level = private("autograd.forward_ad._current_level") is not None
+_is_known = _has_level and None not in (
     *(_keys, _len_torch_dispatch_stack, _len_torch_function_stack, _peek_interpreter_stack),
     *(_get_tracing_state, _profiler_enabled, private("_C.DispatchKeySet")),
 )
@@ -100,9 +101,9 @@ _PLAIN_KEYS = _plain_keys() if _is_known else set()
 
 
 def is_forward_mode() -> bool:
-    """Whether a derivative in forward mode is being taken; without an answer each operand is asked
-    by autograd itself."""
-    return bool(getattr(forward_ad, "_current_level", -1) >= 0)
+    """Whether a derivative in forward mode may be being taken; yes where torch cannot say, since
+    autograd must then see the call."""
+    return not _has_level or forward_ad._current_level >= 0
 
 
 def is_autocast_on() -> bool:

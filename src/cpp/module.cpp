@@ -77,7 +77,6 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "C++ core of adasplash2.";
   m.attr("LIST_CAPACITY") = kListCapacity;
   m.attr("TILE_ROWS") = kBlockRows;
-  m.attr("BINS") = kBins;
 
   m.def("usable_isas", &usable_isas);
   // For tests: a loop whose task `failing` throws; returns how many tasks ran.
