@@ -483,7 +483,8 @@ def test_a_cache_that_cannot_be_deleted_exits_with_3(
     ("level", "mode"), [("cache", 0o000), ("cache", 0o500), ("cache/speeds", 0o500)]
 )
 def test_a_folder_without_permission_exits_with_3(level: str, mode: int) -> None:
-    """As its owner, who is not root."""
+    """As its owner, who is not root, and may not be let into this checkout: what is imported late
+    must be there before."""
     (tmp := Path(tempfile.mkdtemp())).chmod(0o755)  # pytest's own folders are closed to others
     folder = tmp / "cache"
     (folder / "speeds" / "inner").mkdir(parents=True)
@@ -491,7 +492,7 @@ def test_a_folder_without_permission_exits_with_3(level: str, mode: int) -> None
         os.chown(path, 54321, 54321)
     (tmp / level).chmod(mode)
     code = (
-        "import os, adasplash2.cli as cli, platformdirs, filelock\n"
+        "import os, adasplash2.cli as cli, platformdirs, filelock, rich._emoji_codes\n"
         "os.setgroups([]); os.setgid(54321); os.setuid(54321)\n"
         f"os.environ['ADASPLASH2_CACHE_DIR'] = {str(folder)!r}\n"
         "cli.main(['cache', 'clear', '--yes'])"

@@ -189,6 +189,24 @@ def test_attention_gradients_of_equal_scores(length: int, alpha: float, backend:
     assert got.key[..., 1:].abs().max() == 0.0  # the queries are zero there
 
 
+@pytest.mark.parametrize("alpha", [20.0, 35.5, 60.0])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
+def test_one_small_probability_outweighs_all(alpha: float, dtype: torch.dtype) -> None:
+    """Its u is up to 1e87 times the other's: delta is its dp but for that much, and its gradient
+    all the same minus the other's. With an equal dp elsewhere, and where u leaves the range too."""
+    for small in (0.03, 1e-3):
+        y = torch.tensor([[small, 1.0 - small]], dtype=FLOAT64)
+        x = ((y ** (alpha - 1.0)) / (alpha - 1.0)).to(dtype)
+        if x[0, 0] == 0.0:
+            continue  # the scores do not resolve it
+        grad_y = torch.tensor([[0.7, -1.9]], dtype=dtype)
+        got = row_gradient(x, grad_y, alpha, "cpu").double()
+        u = entmax(x, alpha, "cpu").double()[0, 1] ** (2.0 - alpha)
+        expected = (u * -2.6).item()
+        assert got[0, 1].item() == pytest.approx(expected, rel=1e-4)
+        assert got[0, 0].item() == pytest.approx(-expected, rel=1e-4)
+
+
 @on_every_backend
 @interpreted()
 def test_gradients_of_scores_beyond_float16(backend: str) -> None:

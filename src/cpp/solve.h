@@ -88,18 +88,54 @@ ADASPLASH2_INLINE bool is_steep(const Power<T>& power) {
 // it may leave the range where ds does not, so that its root comes in twice. Infinite all the same,
 // times zero it is zero, and what is made of numbers is no more than the largest that T holds, so
 // that zeros of q and k stay zeros.
+template <class T>
+ADASPLASH2_INLINE Vec<T> steep_product(Vec<T> p, Vec<T> factor, T slope, const Power<T>& power) {
+  const Vec<T> root = raise<T>(p, power.gradient_exponent / 2);
+  return factor * root * slope * root;
+}
+template <class T>
+ADASPLASH2_INLINE Vec<T> bounded_by_largest(Vec<T> x) {
+  const T largest = FloatFormat<T>::kLargest;
+  return vmax<T>(vmin<T>(x, broadcast(largest)), broadcast(-largest));
+}
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE Vec<T> score_gradient(Vec<T> p, Vec<T> u, Vec<T> from_delta, T slope,
                                         const Power<T>& power) {
   if (is_steep<K>(power)) {
-    const Vec<T> root = raise<T>(p, power.gradient_exponent / 2);
-    const Vec<T> ds = from_delta * slope * root * root;
-    const T largest = FloatFormat<T>::kLargest;
-    const Vec<T> bounded = vmax<T>(vmin<T>(ds, broadcast(largest)), broadcast(-largest));
+    const Vec<T> ds = steep_product<T>(p, from_delta, slope, power);
+    const Vec<T> bounded = bounded_by_largest<T>(ds);
     const Ints<T> are_numbers = (p == p) & (from_delta - from_delta == T(0));
     return p == T(0) ? p : (are_numbers ? (ds == ds ? bounded : Vec<T>{}) : ds);
   }
   return u == T(0) ? u : u * from_delta * slope;  // off the support nothing is felt
+}
+
+// The ds of a steep row whose least p may have all of delta: then dp - delta of that entry is lost
+// in the rounding of delta, and the u that it is multiplied by may be 10^50. With dp relative to
+// that entry's, e, it is ds = slope (u e - w sum u e), w = u / sum u, in which nothing cancels that
+// is not close in fact. False, and nothing is changed, where that sum leaves the range.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE bool steep_gradients(T* p, const T* dp, int64_t width, T least, T mass, T slope,
+                                       const Power<T>& power) {
+  int64_t at = 0;
+  while (p[at] != least)
+    if (++at == width) return false;
+  const Vec<T> reference = broadcast(dp[at]);
+  const auto product_at = [&](int64_t j) {
+    const Vec<T> one = load(p + j), e = load(dp + j) - reference;
+    const Ints<T> counts = (one > T(0)) & (e != T(0));  // also where u is infinite
+    return counts ? steep_product<T>(one, e, slope, power) : Vec<T>{};
+  };
+  Sum<T> products;
+  for (int64_t j = 0; j < width; j += kLanes<T>) products.add_any(product_at(j));
+  const T sum = products.total();
+  if (!(magnitude(sum) <= FloatFormat<T>::kLargest)) return false;
+  for (int64_t j = 0; j < width; j += kLanes<T>) {
+    const Vec<T> one = load(p + j), share = sensitivity<K>(one / least, power) / mass;
+    const Vec<T> ds = bounded_by_largest<T>(product_at(j) - share * sum);
+    store(p + j, one > T(0) ? ds : Vec<T>{});
+  }
+  return true;
 }
 
 // Probabilities p[0..width) of a row (zeros behind them to the end of a vector) become the ds of
@@ -127,6 +163,8 @@ ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T slope,
     if (!steep) store(p + j, u);
   }
   const T mass = total.total(), delta = mass == T(0) ? T(0) : weighted.total() / mass;
+  if (steep && mass > T(0) && steep_gradients<K>(p, dp, width, unit, mass, slope, power))
+    return delta;
   for (int64_t j = 0; j < width; j += kLanes<T>) {
     const Vec<T> kept = load(p + j);  // p where steep, else u
     store(p + j, score_gradient<K>(kept, kept, load(dp + j) - delta, slope, power));
