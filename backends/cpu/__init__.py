@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from adasplash2 import _core
-from adasplash2.contract import AttentionStats, Config, Forward
-from adasplash2.problem import Inputs, Problem, RowProblem
+from adasplash2.contract import AttentionStats, Config, Forward, Gradients
+from adasplash2.problem import TENSORS, Inputs, Problem, RowProblem, unsupported
 
 name = "cpu"
 
@@ -45,7 +45,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
     """All reasons against ``problem``."""
     if problem.device.type != "cpu":
         return [f"the tensors are on {problem.device}, and this backend computes on cpu"]
-    return []
+    return unsupported(problem)
 
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
@@ -100,12 +100,17 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 
 
 def backward(
-    problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem,
+    inputs: Inputs,
+    forward: Forward,
+    grad_out: Tensor,
+    config: Config,
+    wanted: Collection[str] = (),
+) -> Gradients:
     """See :meth:`adasplash2.contract.Backend.backward`."""
-    inputs, grad_out = Inputs(*map(_unit_stride, inputs)), _unit_stride(grad_out)
+    inputs, grad_out = Inputs(*map(_unit_stride, inputs.tensors)), _unit_stride(grad_out)
     device = problem.device
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs]
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs.tensors]
     saved = forward.saved
     if saved.data_ptr() % SAVED_ALIGNMENT or not saved.is_contiguous():
         saved = saved.clone(memory_format=torch.contiguous_format)
@@ -118,7 +123,7 @@ def backward(
         saved=saved.data_ptr(),
         saved_bytes=saved.numel(),
     )
-    return grads[0], grads[1], grads[2]
+    return Gradients(*grads)
 
 
 def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
@@ -191,7 +196,7 @@ def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
         "alpha": problem.alpha,
         "scale": problem.scores.scale,
         "is_causal": problem.scores.is_causal,
-        **{name: _reference(t) for name, t in zip(Inputs._fields, inputs, strict=True)},
+        **{name: _reference(t) for name, t in zip(TENSORS, inputs, strict=False)},
         "threads": torch.get_num_threads(),
         "isa": str(config["isa"]),
     }
@@ -208,7 +213,7 @@ def _run(
     tiles: int = 0,
 ) -> tuple[Tensor, Tensor, _core.Kept | None]:
     rows = (problem.batch, problem.heads_q, problem.length_q)
-    inputs = Inputs(*map(_unit_stride, inputs))  # alive until the core is done
+    inputs = Inputs(*map(_unit_stride, inputs.tensors))  # alive until the core is done
     device = problem.device
     out = torch.empty((*rows, problem.head_dim_v), dtype=problem.dtype, device=device)
     tau = torch.empty(rows, dtype=problem.compute_dtype, device=device)

@@ -18,15 +18,15 @@ neither CuPy nor NumPy, which CuPy needs: :func:`unavailable` says which is miss
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import compile as compiler
 from adasplash2.backends.cuda import layout, sizes
-from adasplash2.contract import AttentionStats, Config, Forward
-from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals
+from adasplash2.contract import AttentionStats, Config, Forward, Gradients
+from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals, unsupported
 
 name = "cuda"
 
@@ -85,7 +85,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             f"{problem.device} has compute capability {capability[0]}.{capability[1]}, "
             f"the kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
         )
-    reasons += float32_refusals(problem)
+    reasons += unsupported(problem) + float32_refusals(problem)
     if isinstance(problem, RowProblem):
         return reasons + rows.refusals(problem)
     smallest = 1.0 + 1.0 / LARGEST_POWER[problem.dtype.itemsize]
@@ -133,15 +133,20 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 
 
 def backward(
-    problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem,
+    inputs: Inputs,
+    forward: Forward,
+    grad_out: Tensor,
+    config: Config,
+    wanted: Collection[str] = (),
+) -> Gradients:
     """Gradients of query, key and value."""
     from adasplash2.backends.cuda import launch
     from adasplash2.backends.cuda import plan as plans
 
-    query, key, value, grad_out = (_unit_stride(x) for x in (*inputs, grad_out))
+    query, key, value, grad_out = (_unit_stride(x) for x in (*inputs.tensors, grad_out))
     grad_query, grad_key, grad_value = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.tensors
     )
     plan = plans.plan(problem, config, launch.is_aligned(query, key, value, grad_out))
     plan.saved.check(forward.saved)
@@ -162,7 +167,7 @@ def backward(
         call.fill(memory.data_ptr(), scratch.zeroed)  # counts, and the number of long columns
         for step in steps:
             step(call)
-    return grad_query, grad_key, grad_value
+    return Gradients(grad_query, grad_key, grad_value)
 
 
 def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
@@ -232,7 +237,7 @@ def _forward(
     from adasplash2.backends.cuda import launch
     from adasplash2.backends.cuda import plan as plans
 
-    query, key, value = (_unit_stride(x) for x in inputs)
+    query, key, value = (_unit_stride(x) for x in inputs.tensors)
     plan = plans.plan(problem, config, launch.is_aligned(query, key, value))
     shape = (problem.batch, problem.heads_q, problem.length_q)
     device = problem.device

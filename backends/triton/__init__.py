@@ -16,7 +16,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.sizes import INTERPRETED
-from adasplash2.contract import AttentionStats, Config, Forward
-from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals
+from adasplash2.contract import AttentionStats, Config, Forward, Gradients
+from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals, unsupported
 
 name = "triton"
 
@@ -70,7 +70,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             reasons.append(
                 f"{problem.device} has compute capability {major}.{minor}, Triton needs {least}"
             )
-    reasons += float32_refusals(problem)
+    reasons += unsupported(problem) + float32_refusals(problem)
     limit = 2**31 - 1
     if isinstance(problem, RowProblem):
         if max(problem.rows, problem.length) > limit:
@@ -147,8 +147,13 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 
 
 def backward(
-    problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem,
+    inputs: Inputs,
+    forward: Forward,
+    grad_out: Tensor,
+    config: Config,
+    wanted: Collection[str] = (),
+) -> Gradients:
     """Gradients of query, key and value."""
     from adasplash2.backends.triton import launch
 

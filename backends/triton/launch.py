@@ -19,7 +19,7 @@ from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.kernels import backward as backward_kernels
 from adasplash2.backends.triton.kernels import output as output_kernels
 from adasplash2.backends.triton.kernels import solve as solve_kernels
-from adasplash2.contract import Config, Forward
+from adasplash2.contract import Config, Forward, Gradients
 from adasplash2.problem import Inputs, Problem
 
 MAX_STEPS = 64
@@ -156,7 +156,7 @@ class Call:
         self.problem, self.config, self.run = problem, config, run
         self.dtype = sizes.kernel_dtype(problem.dtype)
         self.device = inputs.query.device
-        self.inputs = tuple(self.prepared(x) for x in inputs)
+        self.inputs = tuple(self.prepared(x) for x in inputs.tensors)
         self.plan = plan = _plan(problem, tuple(config.items()))
         self.grid = plan.grid
         self.compiled = plan.compiled_for((*self.inputs, *more))
@@ -272,7 +272,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
     return Forward(out.to(problem.dtype), tau, saved)
 
 
-def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: Call, forward: Forward, grad_out: Tensor) -> Gradients:
     """Gradients of query, key and value."""
     problem, plan, grid = call.problem, call.plan, call.grid
     grads = [call.empty(*x.shape, dtype=call.dtype) for x in call.inputs]
@@ -371,8 +371,7 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> tuple[Tensor, Te
             added = pieces * (block_k // ADDED_ROWS)
             call(backward_kernels.add_pieces, added, {}, **of_keys, ROWS=ADDED_ROWS)
         call(backward_kernels.grad_key_value, key_tiles, {"SAFE": True}, **by_key)
-    grad_query, grad_key, grad_value = (grad.to(problem.dtype) for grad in grads)
-    return grad_query, grad_key, grad_value
+    return Gradients(*(grad.to(problem.dtype) for grad in grads))
 
 
 def tolerance(problem: Problem) -> float:

@@ -5,6 +5,7 @@ Start at :func:`entmax_attention`.
 
 from importlib.metadata import version
 
+from adasplash2.auxiliary import AttentionAux
 from adasplash2.contract import AttentionStats
 from adasplash2.dispatch import BackendRefused, BackendStatus, Explanation, available_backends
 from adasplash2.functional import (
@@ -12,6 +13,7 @@ from adasplash2.functional import (
     entmax,
     entmax15,
     entmax_attention,
+    entmax_attention_varlen,
     explain,
     sparsemax,
 )
@@ -19,6 +21,7 @@ from adasplash2.functional import (
 __version__ = version("adasplash2")
 
 __all__ = [
+    "AttentionAux",
     "AttentionStats",
     "BackendRefused",
     "BackendStatus",
@@ -28,6 +31,7 @@ __all__ = [
     "entmax",
     "entmax15",
     "entmax_attention",
+    "entmax_attention_varlen",
     "explain",
     "sparsemax",
 ]

@@ -7,7 +7,7 @@ backend. Adding one touches its own folder and one line of the registry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -33,6 +33,24 @@ class Forward(NamedTuple):
     out: Tensor
     tau: Tensor
     saved: Tensor
+
+
+class Gradients(NamedTuple):
+    """What an attention backward returns. Query, key and value: in the shape and dtype of the input.
+
+    Of operands, None where they are not wanted. ``attn_mask``: in its shape and the compute dtype.
+    The others: each row's part, ``(batch, heads_q, length_q)`` in the compute dtype, whose sums
+    over what shares a number are its gradient.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    scales: Tensor | None = None
+    alphas: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +116,15 @@ class Backend(Protocol):
         is positive; ``ValueError`` where it is too few."""
 
     def backward(
-        self, problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, each in the shape and dtype of its input;
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        forward: Forward,
+        grad_out: Tensor,
+        config: Config,
+        wanted: Collection[str] = (),
+    ) -> Gradients:
+        """Gradients of query, key and value, and those of the operands whose names are ``wanted``;
         ``ValueError`` where ``forward.saved`` cannot be what this backend saved."""
 
     def stats(self, problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:

@@ -243,7 +243,8 @@ def describe(problem: Problem | RowProblem) -> str:
     key = (p.batch, p.heads_kv, p.length_k, p.head_dim)
     value = (p.batch, p.heads_kv, p.length_k, p.head_dim_v)
     causal = "causal" if p.scores.is_causal else "not causal"
-    return f"attention of query {query}, key {key}, value {value}, {causal}, {tail}"
+    asked = "".join(f", {feature}" for feature in p.features)
+    return f"attention of query {query}, key {key}, value {value}, {causal}{asked}, {tail}"
 
 
 def able(problem: Problem | RowProblem, backend: str | None = None) -> dict[str, Backend]:

@@ -11,20 +11,28 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from adasplash2 import dispatch, ops
+from adasplash2.auxiliary import AttentionAux
 from adasplash2.contract import AttentionStats
+from adasplash2.dense import softmax_attention
+from adasplash2.lowering import (
+    Call,
+    from_nested,
+    lowered,
+    lowered_packed,
+    to_nested,
+)
 from adasplash2.options import (
     Options,
     check_alpha,
     check_alpha_above_one,
     check_backend,
     check_dim,
-    check_options,
+    check_flag,
 )
-from adasplash2.problem import Inputs, Problem, check_tensor, row_problem, validated
+from adasplash2.problem import TENSORS, Inputs, Problem, check_tensor, row_problem, validated
 from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 
 P = ParamSpec("P")
@@ -35,20 +43,38 @@ def entmax_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    alpha: float = 1.5,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     enable_gqa: bool = False,
+    *,
+    alpha: float | Tensor = 1.5,
+    causal_align: str = "top-left",
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    q_lengths: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    return_aux: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     r"""Attention whose probabilities are alpha-entmax of the scores: exact, with true zeros.
 
-    For query row :math:`i` over the keys :math:`j` it may see, with
-    :math:`z_{ij} = (\alpha - 1) \cdot \mathrm{scale} \cdot q_i \cdot k_j`,
+    Takes what :func:`torch.nn.functional.scaled_dot_product_attention` (SDPA) takes, in its order,
+    and stands where it stood. For query row :math:`i` over the keys :math:`j` it may see, with
+    scores :math:`s_{ij} = \mathrm{scale} \cdot q_i \cdot k_j` and
+    :math:`z_{ij} = (\alpha - 1) s_{ij}`,
 
     .. math:: p_{ij} = [z_{ij} - \tau_i]_+^{1 / (\alpha - 1)}, \quad
               \sum_j p_{ij} = 1, \quad \mathrm{out}_i = \sum_j p_{ij} v_j.
+
+    What is asked changes scores in this order: ``softcap``, an additive ``attn_mask``,
+    ``alibi_slopes``; then hidden keys leave. The diagonal of causal masks, windows and slopes is
+    :math:`i' = i`, or :math:`i' = i + \mathrm{length_k} - \mathrm{length_q}` with
+    ``causal_align="bottom-right"``.
 
     Any strides and any lengths, also unequal ones. bfloat16 and float16 are read as they are and
     computed in float32. Under ``torch.autocast`` the inputs are cast as SDPA casts them.
@@ -58,7 +84,7 @@ def entmax_attention(
 
     What happens at the edges:
 
-    - A row without an allowed key (``length_k = 0``) gives zeros and zero gradients.
+    - A row without an allowed key gives zeros and zero gradients.
     - NaN or inf in a query poisons its own row with NaN, no other. NaN in a key poisons the rows
       that may see it, as in SDPA. NaN in a value reaches only the rows whose support holds its
       key, where softmax would poison every row that may see it.
@@ -66,48 +92,172 @@ def entmax_attention(
 
     Args:
         query: ``(batch, heads_q, length_q, head_dim)``, float32, float64, bfloat16 or float16,
-            ``head_dim`` from 1 to 256.
+            ``head_dim`` from 1 to 256. As in SDPA there may be more dimensions before the heads, or
+            only three (no batch) or two (one head), and those of size 1 broadcast. Jagged nested
+            tensors are taken too, all three of them.
         key: ``(batch, heads_kv, length_k, head_dim)``, dtype and device of ``query``.
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
-        alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax
-            and always goes to SDPA, edges included. NumPy's numbers and tensors without dimensions
-            are read as numbers; reading one waits for its device, and breaks a compiled graph.
-        is_causal: query ``i`` sees keys ``j <= i``, aligned top-left as SDPA aligns it, also where
-            the lengths differ.
-        scale: factor of the scores, a number as ``alpha``; ``1 / sqrt(head_dim)`` where None.
+        attn_mask: broadcasts to ``(batch, heads_q, length_q, length_k)`` and is not expanded. bool:
+            True may be seen. Dtype of ``query``, or float32: added to the scores, with a gradient
+            where it requires one. torch's ``causal_upper_left`` and ``causal_lower_right`` are
+            taken as what they say.
+        dropout_p: each probability is dropped with this probability, in [0, 1); the others are
+            divided by ``1 - dropout_p``. Drawn from a counter-based generator whose seed comes from
+            torch's, so that ``torch.manual_seed`` repeats it and every backend drops the same keys.
+        is_causal: query ``i`` sees keys ``j <= i'``, also where the lengths differ.
+        scale: factor of ``q . k``; ``1 / sqrt(head_dim)`` where None. A number, or a tensor
+            ``(heads_q,)`` or one that broadcasts to ``(batch, heads_q, length_q)``, with gradient.
+            NumPy's numbers and tensors without dimensions that require no gradient are read as
+            numbers; reading one waits for its device, and breaks a compiled graph.
         enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
             a key and value head.
+        alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax:
+            it goes to SDPA, edges included, and with what SDPA does not know to dense operators.
+            Or a tensor ``(heads_q,)`` of values in (1, 2], with gradient (Correia, Niculae, Martins
+            2019). Its values are not looked at: one outside makes the rows of its head NaN.
+        causal_align: ``"top-left"``, as SDPA aligns, or ``"bottom-right"``, as flash-attn does: the
+            last query is at the last key. With lengths, these are each sequence's own.
+        window: ``(left, right)``: only keys with ``i' - left <= j <= i' + right``; -1 leaves a side
+            open. Combines with ``is_causal``.
+        alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)``, at least 0: ``slope * |i' - j|`` is
+            taken from the score (Press, Smith, Lewis 2022), with gradient. With entmax a slope above
+            0 makes keys from some distance on *exactly* zero, and they are not read: scores without
+            the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so that what is further
+            than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest key is outside the support.
+            Values are looked at only where they are on a CPU.
+        softcap: scores become ``softcap * tanh(s / softcap)``; 0 for none.
+        sinks: ``(heads_q,)``: one more score for each row of a head, not scaled, which takes
+            probability and has no value; with gradient.
+        q_lengths: int32 ``(batch,)``: queries from here on are padding; their rows are zeros, in
+            the output and in gradients.
+        kv_lengths: int32 ``(batch,)``: keys from here on are padding, which nobody sees.
+        kv_starts: int32 ``(batch,)``: keys before are padding. On a GPU the values of the three are
+            not looked at; there they are clamped to what exists.
+        return_aux: return also an :class:`AttentionAux`.
         backend: name of the backend to run; None lets the dispatcher choose. See :func:`explain`
             and :func:`available_backends`.
 
     Returns:
-        ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``.
+        ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``; with
+        ``return_aux`` a pair of it and an :class:`AttentionAux`.
 
     Raises:
         TypeError: an argument has a type or dtype that it must not have.
-        ValueError: shapes, devices, heads, ``alpha``, ``scale`` or the name ``backend`` do not fit.
+        ValueError: shapes, devices, heads, numbers or the name ``backend`` do not fit.
         BackendRefused: no backend that was asked can run this (a ``ValueError``).
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q, k, v = torch.randn(3, 2, 4, 128, 32)
+        >>> adasplash2.entmax_attention(q, k, v, is_causal=True, window=(64, 0)).shape
+        torch.Size([2, 4, 128, 32])
 
     Sources:
         Peters, Niculae, Martins 2019, *Sparse Sequence-to-Sequence Models* (alpha-entmax);
-        Correia, Niculae, Martins 2019, *Adaptively Sparse Transformers* (its gradient);
+        Correia, Niculae, Martins 2019, *Adaptively Sparse Transformers* (its gradients);
         Goncalves et al. 2026, *AdaSplash-2* (finding the threshold from a histogram).
     """
-    options = check_options(
-        alpha=alpha, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, backend=backend
+    if getattr(query, "is_nested", False):
+        others = attn_mask, q_lengths, kv_lengths, kv_starts
+        packed, offsets = from_nested((query, key, value), others)
+        result = entmax_attention_varlen(
+            *packed,
+            *(dropout_p, is_causal, scale, enable_gqa),
+            **{"alpha": alpha, "causal_align": causal_align, "window": window},
+            **{"alibi_slopes": alibi_slopes, "softcap": softcap, "sinks": sinks},
+            **{"return_aux": return_aux, "backend": backend},
+        )
+        return (
+            (to_nested(result[0], offsets), result[1]) if return_aux else to_nested(result, offsets)
+        )
+    call = lowered(
+        *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
+        *(alpha, causal_align, window, alibi_slopes, softcap, sinks),
+        *(q_lengths, kv_lengths, kv_starts, backend),
     )
-    inputs = Inputs(query, key, value)
+    return _attend(call, return_aux)
+
+
+def entmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    enable_gqa: bool = False,
+    *,
+    alpha: float | Tensor = 1.5,
+    causal_align: str = "top-left",
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_aux: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """:func:`entmax_attention` of sequences that lie one behind another, as flash-attn packs them.
+
+    Each query sees keys of its own sequence only; sequences may be empty. Not padded, so that
+    nothing is computed for padding.
+
+    Args:
+        query: ``(total_q, heads_q, head_dim)``.
+        key: ``(total_k, heads_kv, head_dim)``.
+        value: ``(total_k, heads_kv, head_dim_v)``.
+        cu_seqlens_q, cu_seqlens_k: int32 ``(sequences + 1,)`` on the device of ``query``: where each
+            sequence begins, from 0, and the total. On a GPU their values are checked there, without
+            waiting: what is wrong ends the program with an assertion of the device.
+        max_seqlen_q, max_seqlen_k: lengths of the longest, which flash-attn needs; None where not
+            known. Nothing here depends on them.
+        dropout_p, is_causal, scale, enable_gqa, alpha, window, softcap, sinks, backend: as in
+            :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)`` or broadcasts to
+            ``(1, heads_q, total_q)``.
+        causal_align: within each sequence. flash-attn's is ``"bottom-right"``; they are the same
+            where queries and keys are equally many.
+        alibi_slopes: ``(heads_q,)``.
+        return_aux: as there; rows are ``(1, heads_q, total_q)``.
+
+    Returns:
+        ``(total_q, heads_q, head_dim_v)``, dtype of ``query``; with ``return_aux`` a pair.
+
+    Raises:
+        TypeError, ValueError, BackendRefused: as :func:`entmax_attention`.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q, k, v = torch.randn(3, 48, 4, 16)
+        >>> cu_seqlens = torch.tensor([0, 16, 16, 48], dtype=torch.int32)
+        >>> adasplash2.entmax_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 32, 32).shape
+        torch.Size([48, 4, 16])
+    """
+    call = lowered_packed(
+        *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        *(dropout_p, is_causal, scale, enable_gqa),
+        *(alpha, causal_align, window, alibi_slopes, softcap, sinks, backend),
+    )
+    return _attend(call, return_aux)
+
+
+def _attend(call: Call, return_aux: bool) -> Any:
+    inputs, options, shaped = call
     if is_autocast_on() or options.alpha == 1.0:  # else checked where it is validated
         inputs = _cast(inputs)
     if options.alpha == 1.0:
-        problem = _problem(inputs, options)
-        return F.scaled_dot_product_attention(
-            *inputs,
-            is_causal=problem.scores.is_causal,
-            scale=options.scale,
-            enable_gqa=options.enable_gqa,
-        )
-    return ops.attention(inputs, options)
+        if check_flag("return_aux", return_aux):
+            raise ValueError("return_aux must be False for alpha = 1: softmax has no threshold")
+        return shaped(softmax_attention(_problem(inputs, options), inputs, options.scale))
+    if return_aux is False:
+        return shaped(ops.attention(inputs, options))
+    if not check_flag("return_aux", return_aux):
+        return shaped(ops.attention(inputs, options))
+    out, tau = ops.attention_and_tau(inputs, options)
+    kept = Inputs(*(t if t is None else t.detach() for t in inputs))
+    return shaped(out), AttentionAux(tau.detach(), validated(kept, options, False), kept)
 
 
 def _takes_what(
@@ -117,6 +267,9 @@ def _takes_what(
     stands once. A trace or a transform has no numbers to answer about: where ``torch.compile`` may
     break its graph it does so here, and calls the function as it is."""
     signature = inspect.signature(like)
+    signature = signature.replace(
+        parameters=[p for name, p in signature.parameters.items() if name != "return_aux"]
+    )
 
     def decorate(body: Callable[[Inputs, Options], R]) -> Callable[P, R]:
         @functools.wraps(body)
@@ -127,8 +280,7 @@ def _takes_what(
                 )
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            inputs = Inputs(*(bound.arguments.pop(name) for name in Inputs._fields))
-            options = check_options(**bound.arguments)
+            inputs, options, _ = lowered(**bound.arguments)
             return body(_cast(inputs), options)
 
         returns = inspect.signature(body).return_annotation
@@ -225,16 +377,17 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
 
 def _cast(inputs: Inputs) -> Inputs:
     """The tensors, cast as an autocast region asks (to its dtype, but never from float64)."""
-    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+    for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
     device = inputs.query.device.type
     # Where autocast knows nothing of a device (meta), asking is an error.
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        return Inputs(*(t if t.dtype == torch.float64 else t.to(dtype) for t in inputs))
+        cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in inputs.tensors)
+        return Inputs(*cast, *inputs.operands)
     return inputs
 
 
 def _problem(inputs: Inputs, options: Options) -> Problem:
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.given)
     return validated(inputs, options, needs_grad)

@@ -8,8 +8,9 @@ Two things are known only when a graph runs, and are kept out of what it is comp
 
 - How much the backward needs. A call with data saves just that; a graph asks for a length that
   suffices for all data (``saved_bytes``), whose end is not touched, nor resident on a CPU.
-- ``alpha`` and ``scale`` that change from call to call. Compilers make constants of numbers that
-  an operator is given, and compile anew for each; so there they go as a tensor (``numbers``).
+- ``alpha``, ``scale`` and other numbers that change from call to call. Compilers make constants of
+  numbers that an operator is given, and compile anew for each; so there they go as a tensor
+  (``numbers``).
 
 They are registered with :class:`torch.library.Library` rather than ``torch.library.custom_op``,
 whose wrappers add 4 microseconds to a call without and 19 to a call with gradients.
@@ -19,16 +20,26 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from adasplash2.contract import AttentionStats, Forward
 from adasplash2.dispatch import Choice, choose, saved_bound
-from adasplash2.options import SCHEMA, Options, check_alpha_above_one, check_dim
+from adasplash2.options import (
+    FIRST,
+    LATER_SCHEMA,
+    SCHEMA,
+    Options,
+    check_alpha_above_one,
+    check_dim,
+)
 from adasplash2.problem import (
+    DIFFERENTIABLE,
+    OPERANDS,
+    TENSORS,
     Inputs,
     Problem,
     RowProblem,
@@ -58,7 +69,9 @@ AS_NEEDED = -1
 def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
     """Run one attention forward that records what it did; no operator, no gradient."""
     problem = _problem(inputs, options, False)
-    inputs = Inputs(*map(_in_memory, Inputs._fields, inputs))
+    inputs = Inputs(
+        *(t if t is None else _in_memory(name, t) for name, t in inputs._asdict().items())
+    )
     if problem.is_empty:
         tau = _nothing_forward(problem, inputs.query, 0).tau
         counts = torch.zeros_like(tau, dtype=torch.int32)
@@ -90,41 +103,70 @@ class _ReverseMode(torch.autograd.Function):
         raise RuntimeError("adasplash2 has no forward-mode derivatives (jvp), only reverse mode")
 
 
-# Options, as operators take them: flat, then what is an operator's own, then `numbers`.
+# Arguments of the operators of attention: tensors, the first options, arguments of its own, then
+# what came later, with defaults: `numbers`, the other options, the operands, and what is wanted.
 
-_WIDTH = len(Options._fields)
+
+class _Arguments(NamedTuple):
+    """What follows the tensors. ``operands`` as in :class:`Inputs`; ``wanted`` says of each of
+    ``DIFFERENTIABLE`` whether backward is to find its gradient."""
+
+    options: Options
+    own: tuple[Any, ...] = ()
+    numbers: Tensor | None = None
+    operands: tuple[Tensor | None, ...] = (None,) * len(OPERANDS)
+    wanted: tuple[bool, ...] = ()
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """As operators take them."""
+        options, later = self.options[:FIRST], self.options[FIRST:]
+        wanted = (list(self.wanted),) if self.wanted else ()
+        return *options, *self.own, self.numbers, *later, *self.operands, *wanted
+
+    @staticmethod
+    def of(args: tuple[Any, ...], own: int) -> _Arguments:
+        """From ``args``, of which torch leaves out the last where they are their defaults; ``own``
+        arguments are the operator's own."""
+        first = FIRST + own
+        numbers, *rest = (*args[first:], *_DEFAULTS[len(args) - first :])
+        later = len(Options._fields) - FIRST
+        end = later + len(OPERANDS)
+        options = Options(*args[:FIRST], *rest[:later])
+        wanted = tuple(rest[end] or ()) if len(rest) > end else ()
+        return _Arguments(options, args[FIRST:first], numbers, tuple(rest[later:end]), wanted)
 
 
-def _unpack(args: tuple[Any, ...], own: int) -> tuple[Options, tuple[Any, ...], Tensor | None]:
-    """The options, ``own`` arguments of the operator itself, and ``numbers``, which torch leaves
-    out where it is None."""
-    rest = _WIDTH + own
-    numbers = args[rest] if len(args) > rest else None
-    return Options._make(args[:_WIDTH]), args[_WIDTH:rest], numbers
+_DEFAULTS = None, *Options()[FIRST:], *_Arguments(Options()).operands
+
+NUMBERS = "alpha", "scale", "softcap", "dropout_p"
+"""Options that stand in ``numbers``, of which older graphs have the first two."""
 
 
 def _symbols(options: Options) -> Tensor | None:
     """``numbers`` where one of the options is a symbol of a graph that is being traced."""
-    pair = options.alpha, options.scale
-    if not any(isinstance(number, torch.SymFloat) for number in pair):
+    found = [getattr(options, name) for name in NUMBERS]
+    if not any(isinstance(number, torch.SymFloat) for number in found):
         return None
     zero = torch.zeros((), dtype=torch.float64, device=_CPU)
-    return torch.stack([zero + (math.nan if x is None else x) for x in pair])
+    return torch.stack([zero + (math.nan if x is None else x) for x in found])
 
 
 def _read(options: Options, numbers: Tensor | None) -> Options:
-    """The options with alpha and scale out of ``numbers``, where these are given."""
+    """The options with those of ``numbers``, where these are given."""
     if numbers is None:
         return options
-    check_like("numbers", numbers, (2,), torch.float64, _CPU)
-    alpha, scale = numbers.tolist()
-    return options._replace(alpha=alpha, scale=None if math.isnan(scale) else scale)
+    shape = (2,) if numbers.shape == (2,) else (len(NUMBERS),)
+    check_like("numbers", numbers, shape, torch.float64, _CPU)
+    found = dict(zip(NUMBERS, numbers.tolist(), strict=False))
+    found["scale"] = None if math.isnan(found["scale"]) else found["scale"]
+    return options._replace(**found)
 
 
 def _set_aside(options: Options, numbers: Tensor | None) -> tuple[Options, Tensor | None]:
     """Options for a graph: symbols go to ``numbers``, and none stays."""
     if numbers is None and (numbers := _symbols(options)) is not None:
-        options = options._replace(alpha=0.0, scale=None)
+        options = options._replace(alpha=0.0, scale=None, softcap=0.0, dropout_p=0.0)
     return options, numbers
 
 
@@ -137,8 +179,9 @@ _CPU = torch.device("cpu")
 def _attention_forward(
     query: Tensor, key: Tensor, value: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options, (saved_bytes,), numbers = _unpack(args, 1)
-    return _run(Inputs(query, key, value), _read(options, numbers), saved_bytes)[0]
+    asked = _Arguments.of(args, 1)
+    inputs = Inputs(query, key, value, *asked.operands)
+    return _run(inputs, _read(asked.options, asked.numbers), asked.own[0])[0]
 
 
 _Decided = tuple[Problem, Choice]
@@ -156,8 +199,10 @@ def _run(inputs: Inputs, options: Options, saved_bytes: int) -> tuple[Forward, _
 def _attention_forward_fake(
     query: Tensor, key: Tensor, value: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options, (saved_bytes,), numbers = _unpack(args, 1)
-    shapes = _shape_problem(Inputs(query, key, value), options, numbers)
+    asked = _Arguments.of(args, 1)
+    inputs = Inputs(query, key, value, *asked.operands)
+    shapes = _shape_problem(inputs, asked.options, asked.numbers)
+    saved_bytes = asked.own[0]
     if isinstance(saved_bytes, int) and saved_bytes < 0:
         saved_bytes = 0 if query.is_meta else torch.library.get_ctx().new_dynamic_size()
     rows = (shapes.batch, shapes.heads_q, shapes.length_q)
@@ -172,32 +217,85 @@ _BACKWARD_TENSORS = 7
 """From ``grad_out`` to ``saved``, before the options."""
 
 
-def _attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, (options, _, numbers) = args[:_BACKWARD_TENSORS], _unpack(args[_BACKWARD_TENSORS:], 0)
-    return _run_backward(tensors, _read(options, numbers), None)
+def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
+    tensors, asked = args[:_BACKWARD_TENSORS], _Arguments.of(args[_BACKWARD_TENSORS:], 0)
+    return _run_backward(tensors, asked._replace(options=_read(asked.options, asked.numbers)), None)
 
 
 def _run_backward(
-    tensors: tuple[Tensor, ...], options: Options, decided: _Decided | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    tensors: tuple[Tensor, ...], asked: _Arguments, decided: _Decided | None
+) -> tuple[Tensor, ...]:
     """``decided`` by the forward of the same call, where that is known."""
     grad_out, query, key, value, out, tau, saved = tensors
-    inputs = Inputs(query, key, value)
-    problem = _problem(inputs, options, True) if decided is None else decided[0]
+    inputs = Inputs(query, key, value, *asked.operands)
+    problem = _problem(inputs, asked.options, True) if decided is None else decided[0]
     _check_backward(problem, grad_out, out, tau, saved)
+    wanted = _wanted(inputs, asked)
     if problem.is_empty:
-        return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
-    choice = choose(problem, options.backend or None) if decided is None else decided[1]
+        grads = (t.new_zeros(t.shape) for t in inputs.tensors)
+        return *grads, *(
+            t.new_zeros(t.shape) if name in wanted and t is not None else query.new_empty(0)
+            for name, t in _differentiable(inputs)
+        )
+    choice = choose(problem, asked.options.backend or None) if decided is None else decided[1]
     chosen, config, _ = choice
-    return chosen.backward(problem, inputs, Forward(out, tau, saved), grad_out, config)
+    forward = Forward(out, tau, saved)
+    if not wanted:
+        return *chosen.backward(problem, inputs, forward, grad_out, config)[:3], *(
+            query.new_empty(0) for _ in DIFFERENTIABLE
+        )
+    found = chosen.backward(problem, inputs, forward, grad_out, config, wanted)
+    return *found[:3], *(
+        _summed(name, getattr(found, name), t)
+        if name in wanted and t is not None
+        else query.new_empty(0)
+        for name, t in _differentiable(inputs)
+    )
 
 
-def _attention_backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _differentiable(inputs: Inputs) -> Iterable[tuple[str, Tensor | None]]:
+    return ((name, getattr(inputs, name)) for name in DIFFERENTIABLE)
+
+
+def _wanted(inputs: Inputs, asked: _Arguments) -> tuple[str, ...]:
+    """Names of the operands whose gradients are wanted.
+
+    Raises:
+        ValueError: one that is not given, or has none.
+    """
+    if not asked.wanted:
+        return ()
+    if len(asked.wanted) != len(DIFFERENTIABLE):
+        raise ValueError(f"wanted must have {len(DIFFERENTIABLE)} entries, got {asked.wanted}")
+    names = tuple(n for n, said in zip(DIFFERENTIABLE, asked.wanted, strict=True) if said)
+    for name in names:
+        operand = getattr(inputs, name)
+        if operand is None or not operand.is_floating_point():
+            raise ValueError(f"wanted must name operands that have a gradient, got {name}")
+    return names
+
+
+def _summed(name: str, found: Tensor, operand: Tensor) -> Tensor:
+    """The gradient of ``operand`` from what a backend found."""
+    if name != "attn_mask":
+        found = found.to(torch.float64)
+        if name != "scales":
+            found = found.sum(dim=2)
+        found = found.sum_to_size(operand.shape)
+    return found.to(operand.dtype)
+
+
+def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     grad_out, query, key, value, out, tau, saved = args[:_BACKWARD_TENSORS]
-    options, _, numbers = _unpack(args[_BACKWARD_TENSORS:], 0)
-    problem = _shape_problem(Inputs(query, key, value), options, numbers)
+    asked = _Arguments.of(args[_BACKWARD_TENSORS:], 0)
+    inputs = Inputs(query, key, value, *asked.operands)
+    problem = _shape_problem(inputs, asked.options, asked.numbers)
     _check_backward(problem, grad_out, out, tau, saved)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    wanted = _wanted(inputs, asked)
+    return *(t.new_empty(t.shape) for t in inputs.tensors), *(
+        t.new_empty(t.shape) if name in wanted and t is not None else query.new_empty(0)
+        for name, t in _differentiable(inputs)
+    )
 
 
 def _check_backward(
@@ -212,9 +310,13 @@ def _check_backward(
     check_like("saved", saved, (saved.numel(),), torch.uint8, device)
 
 
+_IN_BATCH = {"ranges": 1}
+"""Where the batch of an operand is, if not first."""
+
+
 def _attention_forward_vmap(
     info: Any,
-    in_dims: tuple[int | None, ...],
+    in_dims: tuple[Any, ...],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -223,33 +325,86 @@ def _attention_forward_vmap(
     """More batch: one call, with one ``saved`` for all."""
     n = info.batch_size
     inputs = (_folded(t, dim, n) for t, dim in zip((query, key, value), in_dims, strict=False))
-    options, (saved_bytes,), numbers = _unpack(args, 1)
+    asked, dims = _Arguments.of(args, 1), _Arguments.of(in_dims[3:], 1)
+    (saved_bytes,) = asked.own
     if not isinstance(saved_bytes, int) or saved_bytes > 0:
         saved_bytes *= n
-    out, tau, saved = attention_forward(*inputs, *options, saved_bytes, numbers)
     shape = _folds(query, in_dims[0], n)
+    asked = asked._replace(own=(saved_bytes,), operands=_folded_operands(asked, dims, shape))
+    out, tau, saved = attention_forward(*inputs, *asked.flat)
     return (out.unflatten(0, shape), tau.unflatten(0, shape), saved), (0, 0, None)
 
 
-def _attention_backward_vmap(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
-) -> tuple[Any, Any]:
-    n = info.batch_size
-    tensors, saved, options = args[:6], args[6], args[7:]  # from grad_out to tau
+def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    n, count = info.batch_size, 3 + len(DIFFERENTIABLE)
+    tensors, saved = args[:6], args[6]  # from grad_out to tau
+    asked, dims = _Arguments.of(args[7:], 0), _Arguments.of(in_dims[7:], 0)
     if in_dims[4] is not None and in_dims[6] is None:
         folded = (_folded(t, dim, n) for t, dim in zip(tensors, in_dims, strict=False))
-        grads = attention_backward(*folded, saved, *options)
         shape = _folds(tensors[0], in_dims[0], n)
-        return tuple(grad.unflatten(0, shape) for grad in grads), (0, 0, 0)
+        asked = asked._replace(operands=_folded_operands(asked, dims, shape))
+        found = attention_backward(*folded, saved, *asked.flat)
+        grads = [grad.unflatten(0, shape) for grad in found[:3]]
+        for name, grad, said in zip(DIFFERENTIABLE, found[3:], _said(asked), strict=True):
+            place = OPERANDS.index(name)
+            if said:
+                grad = grad.unflatten(0, shape)
+                if _batch_of(name, args[7:], in_dims[7:], place) == 1:
+                    grad = grad.sum(1, keepdim=True)
+            else:
+                grad = grad.expand(n, *grad.shape)
+            grads.append(grad)
+        return tuple(grads), (0,) * count
+
     # Several gradients of one output, as jacrev asks for them.
-    slices = (
-        attention_backward(
-            *(t if d is None else t.select(d, i) for t, d in zip(args[:7], in_dims, strict=False)),
-            *options,
+    def at(i: int, tensor: Any, dim: Any) -> Any:
+        return tensor.select(dim, i) if isinstance(tensor, Tensor) and dim is not None else tensor
+
+    slices = []
+    for i in range(n):
+        one = asked._replace(
+            operands=tuple(map(functools.partial(at, i), asked.operands, dims.operands))
         )
-        for i in range(n)
-    )
-    return tuple(torch.stack(grads) for grads in zip(*slices, strict=True)), (0, 0, 0)
+        own = (at(i, t, dim) for t, dim in zip(args[:7], in_dims, strict=False))
+        slices.append(attention_backward(*own, *one.flat))
+    return tuple(torch.stack(grads) for grads in zip(*slices, strict=True)), (0,) * count
+
+
+def _said(asked: _Arguments) -> tuple[bool, ...]:
+    return asked.wanted or (False,) * len(DIFFERENTIABLE)
+
+
+def _batch_of(name: str, args: tuple[Any, ...], in_dims: tuple[Any, ...], place: int) -> int:
+    """The size of an operand's batch, beside the dimension that is mapped over."""
+    operand = _Arguments.of(args, 0).operands[place]
+    dim = _Arguments.of(in_dims, 0).operands[place]
+    assert operand is not None
+    return int(operand.shape[0 if dim is None or dim % operand.dim() else 1])
+
+
+def _folded_operands(
+    asked: _Arguments, dims: _Arguments, shape: tuple[int, int]
+) -> tuple[Tensor | None, ...]:
+    """Operands for a batch that :func:`_folded` makes of ``shape``. One that holds for the whole
+    batch stays as it is, unless its gradient is wanted: that is each mapped call's own."""
+    n, batch = shape
+    wanted = {name for name, said in zip(DIFFERENTIABLE, _said(asked), strict=True) if said}
+    folded: list[Tensor | None] = []
+    for name, tensor, dim in zip(OPERANDS, asked.operands, dims.operands, strict=True):
+        place = _IN_BATCH.get(name, 0)
+        if tensor is None or (
+            not isinstance(dim, int) and tensor.shape[place] == 1 and name not in wanted
+        ):
+            folded.append(tensor)
+            continue
+        if isinstance(dim, int):
+            tensor = tensor.movedim(dim, place)
+        else:
+            tensor = tensor.unsqueeze(place)
+        sizes = list(tensor.shape)
+        sizes[place : place + 2] = n, batch
+        folded.append(tensor.expand(sizes).flatten(place, place + 1))
+    return tuple(folded)
 
 
 def _folded(tensor: Tensor, dim: int | None, n: int) -> Tensor:
@@ -264,58 +419,66 @@ def _folds(tensor: Tensor, dim: int | None, n: int) -> tuple[int, int]:
 
 
 class _Attention(_ReverseMode):
-    """``options`` are one argument: torch looks at each."""
+    """Takes all of :class:`Inputs`; ``options`` are one argument: torch looks at each."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        options: Options,
-        saved_bytes: int = AS_NEEDED,
-        numbers: Tensor | None = None,
-    ) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        inputs = Inputs(*args[:_INPUTS])
+        options, saved_bytes, numbers = args[_INPUTS:]
         ctx.decided = None
-        if is_plain(query, key, value):
-            inputs = Inputs(query, key, value)
+        if is_plain(*inputs.given):
             (out, tau, saved), ctx.decided = _run(inputs, _read(options, numbers), saved_bytes)
         else:
-            args = *options, saved_bytes, numbers
-            out, tau, saved = beneath(attention_forward, query, key, value, *args)
+            asked = _Arguments(options, (saved_bytes,), numbers, inputs.operands)
+            out, tau, saved = beneath(attention_forward, *inputs.tensors, *asked.flat)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(tau, saved)
-        ctx.save_for_backward(query, key, value, out, tau, saved)
+        ctx.save_for_backward(*inputs, out, tau, saved)
         ctx.options, ctx.numbers = options, numbers
         return out, tau, saved
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_out = grads[0]
+        grad_out, needed = grads[0], ctx.needs_input_grad
         if grad_out is None:
-            return (None,) * 6
-        tensors = grad_out, *ctx.saved_tensors
-        if _is_final(*tensors):
-            found = _run_backward(tensors, _read(ctx.options, ctx.numbers), ctx.decided)
+            return (None,) * (_INPUTS + 3)
+        saved = ctx.saved_tensors
+        operands = saved[3:_INPUTS]
+        wanted = tuple(needed[i] for i in _DIFFERENTIABLE_AT) if any(needed[3:_INPUTS]) else ()
+        asked = _Arguments(ctx.options, (), ctx.numbers, operands, wanted)
+        tensors = grad_out, *saved[:3], *saved[_INPUTS:]
+        if _is_final(*tensors, *(t for t in operands if t is not None)):
+            read = asked._replace(options=_read(ctx.options, ctx.numbers))
+            found = _run_backward(tensors, read, ctx.decided)
         else:
-            found = attention_backward(*tensors, *ctx.options, ctx.numbers)
-        wanted = zip(found, ctx.needs_input_grad, strict=False)
-        return *(grad if needed else None for grad, needed in wanted), None, None, None
+            found = attention_backward(*tensors, *asked.flat)
+        results: list[Tensor | None] = [None] * (_INPUTS + 3)
+        for place, grad in zip(_GRADIENTS_AT, found, strict=True):
+            if needed[place]:
+                results[place] = grad
+        return tuple(results)
+
+
+_INPUTS = len(Inputs._fields)
+_DIFFERENTIABLE_AT = tuple(Inputs._fields.index(name) for name in DIFFERENTIABLE)
+_GRADIENTS_AT = 0, 1, 2, *_DIFFERENTIABLE_AT
 
 
 def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
-    options, (saved_bytes,), numbers = _unpack(args, 1)
-    options, numbers = _set_aside(options, numbers)
-    if _differentiated(query, key, value):
-        inputs = Inputs(query, key, value)
+    asked = _Arguments.of(args, 1)
+    (saved_bytes,) = asked.own
+    options, numbers = _set_aside(asked.options, asked.numbers)
+    inputs = Inputs(query, key, value, *asked.operands)
+    if _differentiated(*inputs.given):
         if saved_bytes == 0:
             saved_bytes = AS_NEEDED
-            if query.is_meta or is_without_data(*inputs):
+            if query.is_meta or is_without_data(*inputs.given):
                 problem = _shape_problem(inputs, options, numbers)
                 saved_bytes = saved_bound(problem, options.backend or None)
         return in_kernel(_Attention, *inputs, options, saved_bytes, numbers)
+    asked = asked._replace(options=options, numbers=numbers)
     with below_autograd():
-        return attention_forward(query, key, value, *options, saved_bytes, numbers)
+        return attention_forward(query, key, value, *asked.flat)
 
 
 def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
@@ -326,7 +489,8 @@ def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
 def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> Problem:
     """What a fake asks: numbers that are not known yet are stood in for."""
     if numbers is not None or _symbols(options) is not None:
-        options = options._replace(alpha=1.5, scale=None)
+        dropout_p = 0.0 if inputs.dropout_seed is None else 0.5
+        options = options._replace(alpha=1.5, scale=None, softcap=0.0, dropout_p=dropout_p)
     return _problem(inputs, options, True)
 
 
@@ -460,15 +624,25 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
 
 def attention(inputs: Inputs, options: Options) -> Tensor:
     """Output of :data:`attention_forward`."""
-    if is_plain(*inputs):
-        if _differentiated(*inputs):
-            return cast(Tensor, apply_plain(_Attention, *inputs, options)[0])
-        return _run(inputs, options, 0)[0].out
-    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+    return attention_and_tau(inputs, options)[0]
+
+
+def attention_and_tau(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """Output and thresholds of :data:`attention_forward`."""
+    given = inputs.given
+    if is_plain(*given):
+        if _differentiated(*given):
+            out, tau, _ = apply_plain(_Attention, *inputs, options, AS_NEEDED, None)
+            return out, tau
+        forward = _run(inputs, options, 0)[0]
+        return forward.out, forward.tau
+    for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)  # torch's dispatcher would say it in other words
     if not torch.compiler.is_compiling():  # and a transform's rules see other shapes
         _problem(inputs, options, False)
-    return cast(Tensor, attention_forward(*inputs, *options, 0)[0])
+    asked = _Arguments(options, (0,), None, inputs.operands)
+    out, tau, _ = attention_forward(*inputs.tensors, *asked.flat)
+    return out, tau
 
 
 def rows(x: Tensor, alpha: float, dim: int, backend: str) -> Tensor:
@@ -538,10 +712,11 @@ def _operator(
 
 
 _NUMBERS = "Tensor? numbers=None"
+_LATER = f"{_NUMBERS}, {LATER_SCHEMA}, " + ", ".join(f"Tensor? {name}=None" for name in OPERANDS)
 
 attention_forward = _operator(
     f"attention_forward(Tensor query, Tensor key, Tensor value, {SCHEMA}, SymInt saved_bytes,"
-    f" {_NUMBERS}) -> (Tensor out, Tensor tau, Tensor saved)",
+    f" {_LATER}) -> (Tensor out, Tensor tau, Tensor saved)",
     _attention_forward,
     _attention_forward_fake,
     _attention_forward_vmap,
@@ -549,17 +724,21 @@ attention_forward = _operator(
 )
 """``saved_bytes`` asks for ``saved`` of that length, at least :func:`saved_bound`, or of any length
 (:data:`AS_NEEDED`); with 0 there is none, and autograd asks by itself where it will need it.
-``backend=""`` leaves the choice to the dispatcher. ``numbers``, float64 and on the CPU, has alpha
-and scale (NaN where it is None) in their place."""
+``backend=""`` leaves the choice to the dispatcher. ``numbers``, float64 and on the CPU, has
+:data:`NUMBERS` (NaN for a scale that is None) in the place of these options."""
 
 attention_backward = _operator(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,"
-    f" Tensor tau, Tensor saved, {SCHEMA}, {_NUMBERS})"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    f" Tensor tau, Tensor saved, {SCHEMA}, {_LATER}, bool[] wanted=[])"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+    + ", ".join(f"Tensor grad_{name}" for name in DIFFERENTIABLE)
+    + ")",
     _attention_backward,
     _attention_backward_fake,
     _attention_backward_vmap,
 )
+"""``wanted`` says of each of ``DIFFERENTIABLE`` whether its gradient is found; without entries none
+is. What is not found is an empty tensor."""
 
 entmax_forward = _operator(
     "entmax_forward(Tensor x, Scalar alpha, int dim, str backend, bool needs_grad,"

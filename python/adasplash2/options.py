@@ -2,7 +2,8 @@
 
 A new option is one more field of :class:`Options`. It then has its place in the operators' schema,
 in what is validated and remembered, and in what backward is told; the public signature in
-:mod:`adasplash2.functional` and its docstring name it for users.
+:mod:`adasplash2.functional` and its docstring name it for users. What is a tensor is a field of
+:class:`adasplash2.problem.Inputs` instead.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class Options(NamedTuple):
         is_causal: query ``i`` sees keys ``j <= i``.
         enable_gqa: query heads may share key heads.
         backend: name of the backend to run; ``""`` leaves the choice to the dispatcher.
+        causal_align: ``"top-left"`` or ``"bottom-right"``: where the diagonal of causal masks,
+            windows and slopes begins, or ends.
+        window_left, window_right: keys before and behind the diagonal that are seen; -1 for all.
+        softcap: scores are kept within it; 0 for no limit.
+        dropout_p: probability with which a probability is dropped.
     """
 
     alpha: float = 1.5
@@ -34,33 +40,157 @@ class Options(NamedTuple):
     is_causal: bool = False
     enable_gqa: bool = False
     backend: str = ""
+    causal_align: str = "top-left"
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
 
 
-_SCHEMA_TYPES = {float: "Scalar", float | None: "Scalar?", bool: "bool", str: "str"}
+FIRST = 5
+"""Options that operators take first, and in every call. The others came later: they follow behind
+all that has been there before, and have defaults, so that graphs of older releases stay valid."""
 
-SCHEMA = ", ".join(
-    f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Options).items()
-)
-""":class:`Options` as arguments of an operator."""
+_SCHEMA_TYPES = {
+    float: "Scalar",
+    float | None: "Scalar?",
+    bool: "bool",
+    int: "SymInt",
+    str: "str",
+}
+
+
+def _schema() -> tuple[str, str]:
+    parts = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Options).items()]
+    defaults = Options()[FIRST:]
+    shown = [f'"{value}"' if isinstance(value, str) else f"{value}" for value in defaults]
+    later = [f"{part}={value}" for part, value in zip(parts[FIRST:], shown, strict=True)]
+    return ", ".join(parts[:FIRST]), ", ".join(later)
+
+
+SCHEMA, LATER_SCHEMA = _schema()
+""":class:`Options` as arguments of an operator, the first of them and the others."""
+
+ALIGNMENTS = "top-left", "bottom-right"
 
 
 def check_options(
-    *, alpha: float, scale: float | None, is_causal: bool, enable_gqa: bool, backend: str | None
+    *,
+    alpha: float,
+    scale: float | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    backend: str | None,
+    causal_align: str = "top-left",
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
 ) -> Options:
     """What a caller said, as Python's own types: an operator's schema would refuse the rest in the
     dispatcher's words rather than ours.
 
     Raises:
         TypeError: an option is not of its type.
-        ValueError: ``alpha`` or ``scale`` is out of range, or there is no backend of that name.
+        ValueError: an option is out of range, or there is no backend of that name.
     """
-    return Options(
+    options = Options(
         alpha=check_alpha(alpha),
         scale=None if scale is None else check_scale(scale, head_dim=1),
         is_causal=check_flag("is_causal", is_causal),
         enable_gqa=check_flag("enable_gqa", enable_gqa),
         backend=check_backend(backend),
     )
+    # Most calls say nothing of these.
+    if causal_align == "top-left" and window is None and softcap == 0.0 and dropout_p == 0.0:
+        if type(softcap) is float and type(dropout_p) is float:
+            return options
+    left, right = check_window(window)
+    return options._replace(
+        causal_align=check_alignment(causal_align),
+        window_left=left,
+        window_right=right,
+        softcap=check_softcap(softcap),
+        dropout_p=check_dropout(dropout_p),
+    )
+
+
+def check_window(window: tuple[int, int] | None) -> tuple[int, int]:
+    """``(left, right)``, -1 where a side is open.
+
+    Raises:
+        TypeError: ``window`` is neither None nor a pair of integers.
+        ValueError: a side is below -1.
+    """
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be None or a pair (left, right), got {shown(window)}")
+    sides = tuple(_as_int("window", side) for side in window)
+    if min(sides) < -1:
+        raise ValueError(f"window must have sides of at least -1 (open), got {shown(window)}")
+    return sides[0], sides[1]
+
+
+def check_count(name: str, value: int) -> int:
+    """An integer of at least 0.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    number = _as_int(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {shown(value)}")
+    return number
+
+
+def check_alignment(causal_align: str) -> str:
+    """``"top-left"`` or ``"bottom-right"``.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if not isinstance(causal_align, str):
+        raise TypeError(f"causal_align must be a text, got {shown(causal_align)}")
+    if causal_align not in ALIGNMENTS:
+        raise ValueError(
+            f"causal_align must be {' or '.join(map(repr, ALIGNMENTS))}, got {shown(causal_align)}"
+        )
+    return causal_align
+
+
+def check_softcap(softcap: float) -> float:
+    """A finite number of at least 0; 0 is no limit.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    number = _as_float("softcap", softcap, "a real number of at least 0")
+    if not 0.0 <= number < math.inf:  # also refuses NaN
+        raise ValueError(f"softcap must be finite and at least 0 (none), got {shown(softcap)}")
+    return number
+
+
+def check_dropout(dropout_p: float) -> float:
+    """A number in [0, 1).
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    number = _as_float("dropout_p", dropout_p, "a real number in [0, 1)")
+    if not 0.0 <= number < 1.0:  # also refuses NaN
+        raise ValueError(f"dropout_p must be in [0, 1), got {shown(dropout_p)}")
+    return number
+
+
+def _as_int(name: str, value: object) -> int:
+    """A Python or NumPy integer, or a symbol of a graph that is being traced."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    number: Any = _item(value, name)
+    try:
+        return operator.index(None if isinstance(number, bool) else number)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be of integers, got {shown(value)}") from None
 
 
 def check_backend(backend: str | None, source: str = "") -> str:

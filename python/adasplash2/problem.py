@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,28 +28,118 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Inputs(NamedTuple):
-    """The tensors of one attention call, each ``(batch, heads, length, head_dim)``.
+    """The tensors of one attention call: first those that every call has, then *operands*, which are
+    None where they are not used.
 
-    Later operands (bias, mask, slopes, lengths) become further optional fields here.
+    Dimensions of operands are of the size named or 1, which holds for all; none is expanded in
+    memory. Numbers are in the compute dtype, except those of ``attn_mask``.
+
+    Attributes:
+        query, key, value: ``(batch, heads, length, head_dim)``.
+        attn_mask: ``(batch, heads_q, length_q, length_k)``; bool (True may be seen), or added to
+            the scores, in the dtype of ``query`` or float32.
+        alibi_slopes: ``(batch, heads_q)``, times the distance taken from a score.
+        sinks: ``(batch, heads_q)``, one more score of each row, without a value.
+        scales: ``(batch, heads_q, length_q)``, in the place of the number ``scale``.
+        alphas: ``(batch, heads_q)``, in the place of the number ``alpha``; in (1, 2].
+        ranges: int32 ``(3, batch, length_q)``: first key and end of the keys that a query may see,
+            and the key whose distance is 0 (what ``i'`` is, see :class:`ScoreTransform`). Neither
+            of the first two falls from one query to the next. They hold all that causal masks,
+            windows, lengths and packed sequences say, in whose place they stand.
+        dropout_seed: int64 ``(batch,)``.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
+    attn_mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    scales: Tensor | None = None
+    alphas: Tensor | None = None
+    ranges: Tensor | None = None
+    dropout_seed: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value."""
+        return self[:3]
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """All that may be None."""
+        return self[3:]
+
+    @property
+    def given(self) -> tuple[Tensor, ...]:
+        """All that are not None."""
+        return tuple(t for t in self if t is not None)
+
+    @property
+    def has_operands(self) -> bool:
+        """Whether one is given."""
+        for operand in self[3:]:  # a loop, not any(): every call comes by
+            if operand is not None:
+                return True
+        return False
+
+
+TENSORS = Inputs._fields[:3]
+OPERANDS = Inputs._fields[3:]
+
+DIFFERENTIABLE = ("attn_mask", "alibi_slopes", "sinks", "scales", "alphas")
+"""Operands that may have a gradient."""
+
+
+class Operand(NamedTuple):
+    """What is known of an operand before a call: ``spread`` says which of its dimensions are not of
+    size 1."""
+
+    name: str
+    dtype: torch.dtype
+    spread: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreTransform:
-    """How ``q . k`` becomes a score, and which keys a query may see.
+    """How ``q . k`` becomes a score, and which keys a query may see: what numbers say of it. The
+    rest are operands, see :class:`Inputs`.
 
-    ``s_ij = scale * (q_i . k_j)`` over the keys ``j`` that query ``i`` may see. With
-    ``is_causal`` these are ``j <= i`` (top-left aligned, as torch's SDPA aligns it).
-    Windows, slopes, bias and packed lengths become further fields, read in the one place
-    per language where a score is formed.
+    In this order: ``s_ij = scale * (q_i . k_j)``; with ``softcap``, ``softcap * tanh(s / softcap)``;
+    plus an additive mask; minus ``slope * |i' - j|``. Query ``i`` sees the keys ``j`` with
+    ``i' - left <= j <= i' + right``, where ``i'`` is ``i``, or ``i + length_k - length_q`` where
+    ``bottom_right``. One place per language knows this.
+
+    Dropout is drawn anew wherever it is needed: ``p_ij`` of sequence ``b`` and head ``h`` is dropped
+    where the first word of Philox-4x32 with 10 rounds (Salmon et al. 2011) is below
+    ``floor(dropout_p 2^32)``; its key is the two halves of ``dropout_seed[b]``, the lower first, its
+    counter ``(j, i, b heads_q + h, 0)``.
+
+    Attributes:
+        scale: 1 where ``scales`` are an operand.
+        is_causal: ``j <= i'``.
+        window: ``left`` and ``right``, -1 where that side is open.
+        bottom_right: said only where something depends on ``i'``.
+        softcap: 0 where there is none.
+        dropout_p: of a probability, after which the others are divided by ``1 - dropout_p``.
     """
 
     scale: float
-    is_causal: bool
+    is_causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    bottom_right: bool = False
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+    @property
+    def left(self) -> int:
+        """Keys before ``i'`` that are seen; -1 for all."""
+        return self.window[0]
+
+    @property
+    def right(self) -> int:
+        """Keys behind ``i'`` that are seen; -1 for all."""
+        return 0 if self.is_causal else self.window[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +156,11 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     alpha: float
+    """1.5 where ``alphas`` are an operand."""
     scores: ScoreTransform
     needs_grad: bool
+    operands: tuple[Operand, ...] = ()
+    """Those that are given, in the order of :class:`Inputs`."""
     strided: tuple[str, ...] = field(default=(), compare=False)
     """Names of the inputs whose ``head_dim`` stride is not 1 (backends copy those once). Never a
     reason to decide otherwise, so that forward and backward of one call always decide alike."""
@@ -79,28 +173,103 @@ class Problem:
     @property
     def compute_dtype(self) -> torch.dtype:
         """dtype of the arithmetic and of ``tau``: float64 for float64, else float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.dtype)
+
+    @property
+    def shift(self) -> int:
+        """``i' - i``, where there are no ``ranges``."""
+        return self.length_k - self.length_q if self.scores.bottom_right else 0
+
+    def operand(self, name: str) -> Operand | None:
+        """What is known of an operand; None where it is not given."""
+        for operand in self.operands:
+            if operand.name == name:
+                return operand
+        return None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What the call asks beyond plain and causal attention: public names of arguments."""
+        s = self.scores
+        numbers = {
+            "window": s.window != (-1, -1),
+            "causal_align": s.bottom_right,
+            "softcap": s.softcap != 0.0,
+            "dropout_p": s.dropout_p != 0.0,
+        }
+        asked = [name for name, holds in numbers.items() if holds]
+        return *asked, *(
+            FEATURES[operand.name] for operand in self.operands if operand.name in FEATURES
+        )
 
     @property
     def is_empty(self) -> bool:
-        """Whether no query may see any key: with ``is_causal`` too the first sees the first."""
+        """Whether there is no pair of a query and a key."""
         return not (self.length_k and self.length_q and self.heads_q and self.batch)
+
+    def visible(self, i: int) -> tuple[int, int]:
+        """First key and end of the keys that query ``i`` may see, where there are no ``ranges``."""
+        at, (left, right) = i + self.shift, (self.scores.left, self.scores.right)
+        begin = min(max(0, at - left), self.length_k) if left >= 0 else 0
+        end = max(begin, min(self.length_k, at + right + 1)) if right >= 0 else self.length_k
+        return begin, end
 
     @property
     def allowed_pairs(self) -> int:
-        """(query, key) pairs that the masks allow, summed over batch and query heads."""
-        per_head = self.length_q * self.length_k
-        if self.scores.is_causal:
-            seen = min(self.length_q, self.length_k)
-            per_head = seen * (seen + 1) // 2 + (self.length_q - seen) * self.length_k
-        return self.batch * self.heads_q * per_head
+        """(query, key) pairs that causal masks and windows allow, summed over batch and query heads.
+        Of ``ranges`` and ``attn_mask``, which are data, nothing is known."""
+        s, n = self.scores, self.length_q * self.length_k
+        if s.left < 0 and s.right < 0:
+            return self.batch * self.heads_q * n
+        # Pairs before the end of what is seen, less those before its beginning.
+        ends = _sum_of_clamped(self.shift + s.right + 1, self.length_q, self.length_k)
+        begins = _sum_of_clamped(self.shift - s.left, self.length_q, self.length_k)
+        seen = (ends if s.right >= 0 else n) - (begins if s.left >= 0 else 0)
+        return self.batch * self.heads_q * max(0, seen)
 
     def allowed_tiles(self, side: int) -> int:
-        """Tiles of ``side`` queries by ``side`` keys with an allowed pair, of one head."""
+        """Tiles of ``side`` queries by ``side`` keys with a pair that causal masks and windows
+        allow, of one head."""
         rows, columns = -(-self.length_q // side), -(-self.length_k // side)
-        if self.scores.is_causal:  # tile (i, j) holds one where j <= i
-            return sum(min(i + 1, columns) for i in range(rows))
-        return rows * columns
+        if self.scores.left < 0 and self.scores.right < 0:
+            return rows * columns
+        found = 0
+        for block in range(rows):
+            begin = self.visible(block * side)[0]
+            end = self.visible(min(self.length_q, (block + 1) * side) - 1)[1]
+            found += max(0, -(-end // side) - begin // side) if end > begin else 0
+        return found
+
+
+FEATURES = {
+    "attn_mask": "attn_mask",
+    "alibi_slopes": "alibi_slopes",
+    "sinks": "sinks",
+    "scales": "scale as a tensor",
+    "alphas": "alpha as a tensor",
+    "ranges": "lengths or packed sequences",
+}
+"""What users call an operand; a ``dropout_seed`` comes with ``dropout_p``."""
+
+
+def unsupported(problem: Problem | RowProblem, supported: Collection[str] = ()) -> list[str]:
+    """Reasons of a backend that has only some of :attr:`Problem.features`."""
+    asked = problem.features if isinstance(problem, Problem) else ()
+    return [f"{name} is computed by other backends only" for name in asked if name not in supported]
+
+
+def _sum_of_clamped(first: int, count: int, limit: int) -> int:
+    """The sum of ``first``, ``first + 1``, ... (``count`` numbers), each kept in ``[0, limit]``."""
+    below = max(0, min(count, -first))
+    above = max(0, min(count, first + count - 1 - limit))
+    inside = max(0, count - below - above)
+    start = first + below
+    return inside * start + inside * (inside - 1) // 2 + above * limit
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of the arithmetic: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +321,17 @@ def validated(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
     # A loop asks the same again and again: what has been validated is looked up. A compiler asks
     # once, and warns of look-ups that it cannot see into.
     if not torch.compiler.is_compiling():
-        query, key, value = inputs
+        query, key, value = inputs.tensors
         try:
-            return _looked_up(
-                _described(query), _described(key), _described(value), needs_grad, *options
-            )
+            tensors = _described(query), _described(key), _described(value)
+            operands = _described_operands(inputs) if inputs.has_operands else ()
+            return _looked_up(*tensors, operands, needs_grad, *options)
         except (AttributeError, RuntimeError, TypeError):
             pass  # no strided tensors, sizes that are symbols, or an error that comes again below
-    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+    for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
-    q, k, v = map(_described, inputs)
-    return _validate(q, k, v, needs_grad, *options)
+    q, k, v = map(_described, inputs.tensors)
+    return _validate(q, k, v, _described_operands(inputs), needs_grad, *options)
 
 
 _Described = tuple[torch.Size, torch.dtype, torch.device, bool]
@@ -173,16 +342,28 @@ def _described(tensor: Tensor) -> _Described:
     return tensor.shape, tensor.dtype, tensor.device, tensor.stride()[-1:] == (1,)
 
 
+_DescribedOperand = tuple[str, torch.Size, torch.dtype, torch.device]
+
+
+def _described_operands(inputs: Inputs) -> tuple[_DescribedOperand, ...]:
+    return tuple(
+        (name, tensor.shape, tensor.dtype, tensor.device)
+        for name, tensor in zip(OPERANDS, inputs.operands, strict=True)
+        if tensor is not None
+    )
+
+
 def _validate(
     query: _Described,
     key: _Described,
     value: _Described,
+    operands: tuple[_DescribedOperand, ...],
     needs_grad: bool,
     *said: Any,
 ) -> Problem:
     """:func:`validated` without the data; ``said`` are the :class:`Options`."""
     options = Options._make(said)
-    shapes = {name: t[0] for name, t in zip(Inputs._fields, (query, key, value), strict=True)}
+    shapes = {name: t[0] for name, t in zip(TENSORS, (query, key, value), strict=True)}
     _check_dtype("query", query[1])
     for name, shape in shapes.items():
         if len(shape) != 4:
@@ -223,6 +404,31 @@ def _validate(
             )
     alpha = check_alpha(options.alpha)
     scale = _check_factor(alpha, check_scale(options.scale, head_dim), dtype)
+    sizes = batch, heads_q, length_q, length_k
+    known = tuple(_check_operand(*operand, sizes, dtype, device) for operand in operands)
+    names = {operand.name for operand in known}
+    has_ranges = "ranges" in names
+    is_causal, window = bool(options.is_causal), (options.window_left, options.window_right)
+    if has_ranges and (is_causal or window != (-1, -1)):
+        raise ValueError("ranges stand in the place of is_causal and window, got both")
+    if (options.dropout_p > 0.0) != ("dropout_seed" in names):
+        raise ValueError("dropout_p and dropout_seed must be given together")
+    if window[1] == 0:
+        is_causal = True
+    if is_causal:
+        window = window[0], -1  # its right side is said
+    placed = is_causal or window != (-1, -1) or "alibi_slopes" in names
+    scores = ScoreTransform(
+        scale=1.0 if "scales" in names else scale,
+        is_causal=is_causal,
+        window=window,
+        bottom_right=options.causal_align == "bottom-right"
+        and placed
+        and not has_ranges
+        and length_q != length_k,
+        softcap=options.softcap,
+        dropout_p=options.dropout_p,
+    )
     return Problem(
         batch=batch,
         heads_q=heads_q,
@@ -233,15 +439,62 @@ def _validate(
         head_dim_v=head_dim_v,
         dtype=dtype,
         device=device,
-        alpha=alpha,
-        scores=ScoreTransform(scale=scale, is_causal=bool(options.is_causal)),
+        alpha=1.5 if "alphas" in names else alpha,
+        scores=scores,
         needs_grad=needs_grad,
+        operands=known,
         strided=tuple(
             name
-            for name, t in zip(Inputs._fields, (query, key, value), strict=True)
+            for name, t in zip(TENSORS, (query, key, value), strict=True)
             if t[0][3] > 1 and not t[3]
         ),
     )
+
+
+def _check_operand(
+    name: str,
+    shape: torch.Size,
+    its_dtype: torch.dtype,
+    its_device: torch.device,
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Operand:
+    """What is known of an operand of this shape; ``sizes`` are batch, heads_q, length_q, length_k.
+
+    Raises:
+        TypeError, ValueError: dtype, device or shape are not what :class:`Inputs` says.
+    """
+    batch, heads_q, length_q, length_k = sizes
+    full = {
+        "attn_mask": (batch, heads_q, length_q, length_k),
+        "alibi_slopes": (batch, heads_q),
+        "sinks": (batch, heads_q),
+        "scales": (batch, heads_q, length_q),
+        "alphas": (batch, heads_q),
+        "ranges": (3, batch, length_q),
+        "dropout_seed": (batch,),
+    }[name]
+    allowed = {
+        "attn_mask": (torch.bool, dtype, torch.float32),
+        "ranges": (torch.int32,),
+        "dropout_seed": (torch.int64,),
+    }.get(name, (compute_dtype(dtype),))
+    if its_dtype not in allowed:
+        names = " or ".join(dict.fromkeys(str(one) for one in allowed))
+        raise TypeError(f"{name} must have the dtype {names}, got {its_dtype}")
+    if its_device != device:
+        raise ValueError(f"{name} must be on the device of query ({device}), got {its_device}")
+    exact = 3, None, length_q  # of ranges, whose first and last dimension are never 1 for all
+    fits = len(shape) == len(full) and all(
+        n == m or (n == 1 and not (name == "ranges" and exact[place] is not None))
+        for place, (n, m) in enumerate(zip(shape, full, strict=True))
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must have a shape that broadcasts to {tuple(full)}, got {tuple(shape)}"
+        )
+    return Operand(name, its_dtype, tuple(n != 1 for n in shape))
 
 
 # Types count: True equals 1.0 and is no number here.

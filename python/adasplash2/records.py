@@ -25,7 +25,7 @@ import torch
 from adasplash2 import cache
 from adasplash2.contract import Backend, Config
 from adasplash2.failures import may_pass
-from adasplash2.problem import Problem, RowProblem
+from adasplash2.problem import Operand, Problem, RowProblem
 
 FORMAT = "adasplash2 measured speeds"
 SCHEMA = 1
@@ -98,12 +98,24 @@ def _bucket(length: int) -> int:
     return 4 ** round(math.log(length, 4)) if length > 1 else 1
 
 
+def _operand(operand: Operand) -> str:
+    """Its name, and dtype and size of a mask, which is as large as nothing else."""
+    if operand.name != "attn_mask":
+        return operand.name
+    dtype = str(operand.dtype).removeprefix("torch.")
+    return f"attn_mask {dtype} {''.join('n' if wide else '1' for wide in operand.spread)}"
+
+
 _SAID: dict[str, Callable[[Any], str]] = {
     "dtype": lambda dtype: str(dtype).removeprefix("torch."),
     "head_dim": lambda width: f"head_dim {width}",
     "length": lambda length: f"length {_bucket(length)}",
     "length_q": lambda length: f"lengths {_bucket(length)}",
     "is_causal": lambda is_causal: "causal" if is_causal else "full",
+    "window": lambda window: "" if window == (-1, -1) else f"window {_bucket(max(window))}",
+    "softcap": lambda softcap: "softcap" if softcap else "",
+    "dropout_p": lambda dropout_p: "dropout" if dropout_p else "",
+    "operands": lambda operands: " ".join(map(_operand, operands)),
     "group": str,
     "alpha": lambda alpha: f"alpha {alpha if alpha in (1.5, 2.0) else 'general'}",
     "needs_grad": lambda needs_grad: "training" if needs_grad else "inference",
@@ -112,7 +124,7 @@ _SAID: dict[str, Callable[[Any], str]] = {
 
 _LEFT_OUT = {
     *("device",),  # has a file of its own
-    *("batch", "rows", "scale", "strided"),  # change little
+    *("batch", "rows", "scale", "strided", "bottom_right"),  # change little
     *("heads_q", "heads_kv", "head_dim_v", "length_k"),  # said beside another
 }
 

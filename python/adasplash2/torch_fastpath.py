@@ -163,3 +163,15 @@ def in_kernel(function: type[torch.autograd.Function], *args: Any) -> Any:
     torch sees to the others beneath."""
     with enable_single_level_autograd_function():
         return apply_plain(function, *args)
+
+
+# Checking
+
+
+def assert_on_device(holds: Tensor, message: str) -> None:
+    """Check a tensor of one bool where it is, without waiting; nothing where torch cannot."""
+    if _assert_async is not None:
+        _assert_async(holds, message)
+
+
+_assert_async = private("_assert_async")

@@ -25,14 +25,14 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from subprocess import PIPE
 from types import ModuleType
-from typing import BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 import torch
 from torch import Tensor
 
 from adasplash2 import cache, records
 from adasplash2.contract import Backend, Config
-from adasplash2.problem import Inputs, Problem, RowProblem
+from adasplash2.problem import Inputs, Operand, Problem, RowProblem
 from adasplash2.records import Record
 
 logger = logging.getLogger("adasplash2")
@@ -401,7 +401,7 @@ def compile_here(orders: BinaryIO, output: TextIO) -> None:
 class _Data:
     """Random tensors of one problem."""
 
-    inputs: tuple[Tensor, ...]  # query, key, value, or the rows
+    inputs: Inputs | tuple[Tensor]  # or the rows
     grad: Tensor
 
     @staticmethod
@@ -419,8 +419,31 @@ class _Data:
         # Scores of a standard deviation of `sharpness`, whatever the scale.
         factor = sharpness / (abs(p.scores.scale) * math.sqrt(p.head_dim) or 1.0)
         query = normal(*queries, p.head_dim) * factor
-        inputs = query, normal(*keys, p.head_dim), normal(*keys, p.head_dim_v)
+        inputs = Inputs(query, normal(*keys, p.head_dim), normal(*keys, p.head_dim_v))
+        inputs = inputs._replace(**{o.name: _operand(p, o, generator) for o in p.operands})
         return _Data(inputs, normal(*queries, p.head_dim_v))
+
+
+def _operand(p: Problem, operand: Operand, generator: torch.Generator) -> Tensor:
+    """What calls with such an operand are likely to have: masks that hide an eighth, slopes of
+    ALiBi, sinks and factors of no effect, causal ranges."""
+    name, dtype, spread = operand
+    kind: dict[str, Any] = {"dtype": dtype, "device": p.device}
+    if name == "ranges":
+        keys = torch.arange(p.length_q, **kind).clamp(max=max(p.length_k - 1, 0))
+        ranges = torch.stack([torch.zeros_like(keys), keys + 1, keys])[:, None]
+        return ranges.expand(3, p.batch if spread[1] else 1, -1).contiguous()
+    full = p.batch, p.heads_q, p.length_q, p.length_k
+    shape = [size if wide else 1 for size, wide in zip(full, spread, strict=False)]
+    if name == "attn_mask":
+        drawn = torch.rand(shape, generator=generator, device=p.device)
+        return drawn < 0.875 if dtype == torch.bool else drawn.to(dtype)
+    if name == "alibi_slopes":
+        steps = torch.arange(1, p.heads_q + 1, **kind)
+        return (2.0 ** (-8.0 * steps / p.heads_q))[: shape[1]].expand(shape).contiguous()
+    if name == "dropout_seed":
+        return torch.ones(shape, **kind)
+    return torch.full(shape, {"sinks": 0.0, "scales": 1.0, "alphas": 1.5}[name], **kind)
 
 
 def _run(problem: AnyProblem, backend: Backend, config: Config, data: _Data) -> None:
@@ -429,7 +452,7 @@ def _run(problem: AnyProblem, backend: Backend, config: Config, data: _Data) -> 
         if problem.needs_grad:
             backend.rows_backward(problem, y, data.grad, config)
         return
-    inputs = Inputs(*data.inputs)
+    inputs = cast(Inputs, data.inputs)
     result = backend.forward(problem, inputs, config)
     if problem.needs_grad:
         backend.backward(problem, inputs, result, data.grad, config)

@@ -1,0 +1,89 @@
+"""What an attention call knows beside its output: thresholds, supports, the probabilities."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adasplash2 import dense
+from adasplash2.problem import Inputs, Problem
+
+CHUNK = 2**24
+"""Scores that are held at a time."""
+
+
+@dataclass(frozen=True)
+class AttentionAux:
+    """Comes with the output where ``return_aux`` asks for it. ``B, H, L`` are batch, query heads and
+    query length. Nothing here has a gradient.
+
+    Attributes:
+        tau: ``(B, H, L)``, threshold of ``(alpha-1) * s`` in float32, or float64 for float64;
+            +inf for a row that sees nothing, NaN for a row with NaN.
+    """
+
+    tau: Tensor
+    _problem: Problem = field(repr=False)
+    _inputs: Inputs = field(repr=False)
+
+    @functools.cached_property
+    def support(self) -> Tensor:
+        """``(B, H, L)`` int32: keys with a probability above zero. Found when it is first asked
+        for."""
+        shape = self._problem.batch, self._problem.heads_q, self._problem.length_q
+        return self.probabilities().crow_indices().diff().to(torch.int32).view(shape)
+
+    def probabilities(self) -> Tensor:
+        """The probabilities above zero, without dropout: a sparse CSR tensor
+        ``(B * H * L, length_k)`` of float64, whose rows are those of ``tau.flatten()``.
+
+        Found from the scores, some queries at a time: time grows by the product of the lengths,
+        memory by what is found. ``.to_dense().view(B, H, L, length_k)`` is what other attentions
+        call their weights. With sinks the rows sum to less than 1.
+
+            >>> import torch, adasplash2
+            >>> q = torch.randn(1, 2, 16, 8)
+            >>> out, aux = adasplash2.entmax_attention(q, q, q, return_aux=True)
+            >>> weights = aux.probabilities().to_dense().view(1, 2, 16, 16)
+            >>> torch.allclose(weights.float() @ q, out, atol=1e-5)
+            True
+        """
+        p = self._problem
+        counts, columns, values = [], [], []
+        rows = max(1, CHUNK // max(1, p.batch * p.heads_q * p.length_k))
+        for first in range(0, p.length_q, rows):
+            found = self._of_rows(slice(first, min(first + rows, p.length_q)))
+            places = found.nonzero()
+            counts.append((found != 0).sum(dim=3))
+            columns.append(places)
+            values.append(found[tuple(places.unbind(1))])
+            places[:, 2] += first
+        count = torch.cat(counts, dim=2).flatten()
+        place, value = torch.cat(columns), torch.cat(values)
+        # By row: chunks hold some rows of every head.
+        row = (place[:, 0] * p.heads_q + place[:, 1]) * p.length_q + place[:, 2]
+        order = torch.argsort(row, stable=True)
+        crow = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        shape = (count.numel(), p.length_k)
+        return torch.sparse_csr_tensor(
+            crow, place[order, 3], value[order], shape, check_invariants=False
+        )
+
+    def _of_rows(self, rows: slice) -> Tensor:
+        p, inputs = self._problem, self._inputs
+        with torch.no_grad():
+            alpha = torch.tensor(p.alpha, dtype=torch.float64, device=p.device)
+            if inputs.alphas is not None:
+                alpha = inputs.alphas.double()[:, :, None, None]
+            tau = self.tau[:, :, rows, None].double()
+            z = (alpha - 1.0) * dense.scores(p, inputs, torch.float64, rows)
+            found = (z - tau).clamp(min=0.0) ** (1.0 / (alpha - 1.0))
+            found = torch.where(z > tau, found, torch.where(tau.isnan(), tau, 0.0))
+            mass = found.sum(dim=3, keepdim=True)
+            if inputs.sinks is not None:
+                sink = (alpha - 1.0) * inputs.sinks.double()[:, :, None, None] - tau
+                mass = mass + sink.clamp(min=0.0) ** (1.0 / (alpha - 1.0))
+            return torch.where(found == 0.0, 0.0, found / mass)

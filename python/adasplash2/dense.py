@@ -1,0 +1,88 @@
+"""Scores of some queries against all keys, with torch's own operators: slow, plain, with gradients.
+
+For what is looked at rather than trained on (:class:`adasplash2.auxiliary.AttentionAux`), and for
+softmax with what SDPA does not know. The kernels of the backends do not use it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adasplash2.problem import Inputs, Problem
+
+
+def scores(
+    problem: Problem, inputs: Inputs, dtype: torch.dtype, rows: slice = slice(None)
+) -> Tensor:
+    """Scores of the queries ``rows`` in ``dtype``, ``(batch, heads_q, rows, length_k)``; -inf where
+    a key may not be seen. See :class:`adasplash2.problem.ScoreTransform`."""
+    p, said = problem, problem.scores
+    query = inputs.query[:, :, rows].to(dtype).unflatten(1, (p.heads_kv, p.group_size))
+    s = (query @ inputs.key.to(dtype).mT.unsqueeze(2)).flatten(1, 2)
+    if inputs.scales is None:
+        s = said.scale * s
+    else:
+        s = _of(inputs.scales, 2, rows).to(dtype).unsqueeze(3) * s
+    if said.softcap:
+        s = said.softcap * torch.tanh(s / said.softcap)
+    mask = None if inputs.attn_mask is None else _of(inputs.attn_mask, 2, rows)
+    if mask is not None and mask.dtype != torch.bool:
+        s = s + mask.to(dtype)
+    keys = torch.arange(p.length_k, device=p.device)
+    at = torch.arange(p.length_q, device=p.device)[rows] + p.shift
+    if inputs.ranges is not None:
+        at = inputs.ranges[2][:, None, rows]  # (batch, 1, rows)
+    if inputs.alibi_slopes is not None:
+        distance = (at.unsqueeze(-1) - keys).abs().to(dtype)
+        s = s - inputs.alibi_slopes.to(dtype)[:, :, None, None] * distance
+    seen = torch.ones(s.shape[2:], dtype=torch.bool, device=p.device)
+    if inputs.ranges is not None:
+        begin, end = (inputs.ranges[i][:, None, rows, None] for i in (0, 1))
+        seen = (keys >= begin) & (keys < end)
+    elif said.left >= 0 or said.right >= 0:
+        distance = keys - at[:, None]
+        if said.left >= 0:
+            seen = seen & (distance >= -said.left)
+        if said.right >= 0:
+            seen = seen & (distance <= said.right)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    return torch.where(seen, s, -math.inf)
+
+
+def _of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
+    """The ``rows`` of a dimension, which may be one for all."""
+    return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (rows,)]
+
+
+def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:
+    """Attention at alpha = 1: torch's SDPA where it knows all that is asked, else dense, with memory
+    that grows by the product of the lengths. ``scale`` as the caller gave it."""
+    said, names = problem.scores, {operand.name for operand in problem.operands}
+    window = said.left >= 0 or (said.right >= 0 and not said.is_causal) or said.bottom_right
+    masked = "attn_mask" in names
+    known = names <= {"attn_mask", "dropout_seed"} and not (window or said.softcap)
+    if known and not (masked and said.is_causal):
+        mask = inputs.attn_mask
+        return F.scaled_dot_product_attention(
+            *inputs.tensors,
+            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(problem.dtype),
+            dropout_p=said.dropout_p,
+            is_causal=said.is_causal,
+            scale=scale,
+            enable_gqa=problem.group_size > 1,
+        )
+    s = scores(problem, inputs, problem.compute_dtype)
+    if inputs.sinks is not None:
+        sink = inputs.sinks[:, :, None, None].expand(*s.shape[:2], s.shape[2], 1)
+        s = torch.cat([s, sink.expand(s.shape[0], -1, -1, -1)], dim=3)
+    hidden = s == -math.inf
+    s = torch.where(hidden.all(dim=3, keepdim=True), 0.0, s)
+    p = torch.where(hidden, 0.0, torch.softmax(s, dim=3))[..., : problem.length_k]
+    p = F.dropout(p, said.dropout_p)
+    p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))
+    return (p @ inputs.value.unsqueeze(2)).flatten(1, 2)

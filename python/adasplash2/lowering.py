@@ -1,0 +1,468 @@
+"""From what users say to what is computed: shapes of SDPA, of flash-attn and of nested tensors,
+masks, lengths and options become :class:`Inputs` and :class:`Options`, the same for every backend.
+
+Nothing here knows a backend. What can be said with torch's own operators is said with them, so that
+autograd, ``vmap`` and compilers see through it; operands stay as small as they came.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adasplash2.options import Options, check_count, check_options, shown
+from adasplash2.problem import Inputs, check_like, check_tensor, compute_dtype
+from adasplash2.torch_fastpath import assert_on_device, is_in_a_transform, is_without_data
+
+
+class Call(NamedTuple):
+    """One call, lowered. ``shaped`` makes ``(batch, heads_q, length_q, ...)`` what the caller
+    expects, and leaves alone what needs no change."""
+
+    inputs: Inputs
+    options: Options
+    shaped: Callable[[Tensor], Tensor]
+
+
+def lowered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | Tensor | None,
+    enable_gqa: bool,
+    alpha: float | Tensor,
+    causal_align: str,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    q_lengths: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+    backend: str | None,
+) -> Call:
+    """Arguments as for :func:`adasplash2.entmax_attention`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be, as far as that does not need
+            the other tensors' sizes, which :func:`adasplash2.problem.validated` compares.
+    """
+    alphas, alpha = _tensor_or_number(alpha, 1.5)
+    scales, scale = _tensor_or_number(scale, None)
+    options = check_options(
+        alpha=alpha,
+        scale=scale,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+        backend=backend,
+        causal_align=causal_align,
+        window=window,
+        softcap=softcap,
+        dropout_p=dropout_p,
+    )
+    tensors, shaped = (query, key, value), _as_it_is
+    lead = 0
+    if not _is_common(query, key, value):
+        for name, tensor in zip(Inputs._fields, tensors, strict=False):
+            check_tensor(name, tensor)
+        lead = max(t.dim() for t in tensors) - 3
+        tensors, shared, shaped = _four_dimensional(*tensors, options.enable_gqa)
+        options = options._replace(enable_gqa=options.enable_gqa or shared)
+    inputs = Inputs(*tensors)
+    operands = attn_mask, alphas, scales, alibi_slopes, sinks, q_lengths, kv_lengths, kv_starts
+    if not options.dropout_p and all(operand is None for operand in operands):
+        return Call(inputs, options, shaped)
+    if attn_mask is not None and (causal := _causal_bias(attn_mask)):
+        attn_mask = None
+        options = _with_causal_bias(options, causal, inputs)
+    compute = compute_dtype(inputs.query.dtype)
+    batch, heads, length_q, _ = inputs.query.shape
+    per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks, "alphas": alphas}
+    inputs = inputs._replace(
+        attn_mask=None if attn_mask is None else _four_dimensional_mask(attn_mask, max(lead, 1)),
+        scales=None if scales is None else _of_rows(scales, compute),
+        **{
+            name: None if t is None else _of_heads(name, t, compute, (batch, heads))
+            for name, t in per_head.items()
+        },
+    )
+    if not (q_lengths is None and kv_lengths is None and kv_starts is None):
+        options, ranges = _ranges(inputs, options, q_lengths, kv_lengths, kv_starts)
+        inputs = inputs._replace(ranges=ranges)
+    if options.dropout_p:
+        inputs = inputs._replace(dropout_seed=new_seed(inputs.query.device))
+    return Call(inputs, options, shaped)
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A seed for dropout out of torch's generator of ``device``; nothing waits for it."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+
+
+# Shapes of query, key and value
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _is_common(query: Any, key: Any, value: Any) -> bool:
+    """Whether shapes need no change; also where they are wrong, which is said elsewhere."""
+    try:
+        if not query.dim() == key.dim() == value.dim() == 4 or query.is_nested:
+            return False
+        batch, heads = query.shape[:2]
+        (batch_k, heads_k), (batch_v, heads_v) = key.shape[:2], value.shape[:2]
+    except (AttributeError, RuntimeError):
+        return True
+    return bool(
+        batch == batch_k == batch_v
+        and (heads == heads_k or heads_k != 1 != heads)
+        and heads_k == heads_v
+    )
+
+
+def _four_dimensional(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], bool, Callable[[Tensor], Tensor]]:
+    """SDPA's ``(..., heads, length, head_dim)`` with dimensions that broadcast; whether heads of
+    keys are shared by that; and the way back."""
+    tensors = query, key, value
+    dims = max(t.dim() for t in tensors)
+    for name, t in zip(Inputs._fields, tensors, strict=False):
+        if t.dim() < 2:
+            raise ValueError(
+                f"{name} must have at least 2 dimensions (length, head_dim), got {t.dim()} with "
+                f"shape {tuple(t.shape)}"
+            )
+    tensors = tuple(t[(None,) * (max(dims, 4) - t.dim())] for t in tensors)
+    # What does not broadcast is left for validation to name.
+    lead = [t.shape[:-3] for t in tensors]
+    sizes = [_broadcast(column) for column in zip(*lead, strict=True)]
+    if None not in sizes:
+        tensors = tuple(t.expand(*sizes, *t.shape[-3:]) for t in tensors)
+    elif len(sizes) > 1:
+        raise ValueError(
+            "query, key and value must have leading dimensions that broadcast, got "
+            + ", ".join(str(tuple(shape)) for shape in lead)
+        )
+    if len(sizes) > 1:
+        tensors = tuple(t.flatten(0, -4) for t in tensors)
+    query, key, value = tensors
+    heads = [t.shape[1] for t in tensors]
+    shared = False
+    if not enable_gqa and (most := _broadcast(heads)) is not None:
+        query = query.expand(-1, most, -1, -1)
+        if heads[1] != heads[2]:
+            key, value = (t.expand(-1, most, -1, -1) for t in (key, value))
+        shared = key.shape[1] != most
+
+    def shaped(result: Tensor) -> Tensor:
+        if len(sizes) > 1:
+            result = result.unflatten(0, sizes)
+        for _ in range(4 - dims):
+            result = result.squeeze(0)
+        return result
+
+    return (query, key, value), shared, shaped
+
+
+def _broadcast(sizes: Any) -> int | None:
+    """The size that all of ``sizes`` broadcast to; None where they do not."""
+    others = {size for size in sizes if size != 1}
+    return None if len(others) > 1 else others.pop() if others else 1
+
+
+# Operands
+
+
+def _tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
+    """A tensor of numbers, or one that has a gradient, and what stands in the number's place; or
+    None and the number."""
+    if isinstance(value, Tensor) and (value.dim() > 0 or value.requires_grad):
+        return value, otherwise
+    return None, value
+
+
+def _check_numbers(name: str, tensor: object) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    return tensor
+
+
+def _of_heads(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, int]) -> Tensor:
+    """``(heads,)``, and of slopes ``(batch, heads)``, as ``(batch or 1, heads)``."""
+    public = "alpha" if name == "alphas" else name
+    tensor = _check_numbers(public, tensor)
+    batch, heads = sizes
+    allowed = [(heads,), (batch, heads)] if name == "alibi_slopes" else [(heads,)]
+    if tensor.shape not in allowed and not (name == "alphas" and tensor.dim() == 0):
+        shapes = " or ".join(str(shape) for shape in allowed)
+        raise ValueError(f"{public} must have the shape {shapes}, got {tuple(tensor.shape)}")
+    if name == "alibi_slopes" and is_known(tensor) and bool((tensor < 0).any()):
+        raise ValueError(f"alibi_slopes must be at least 0, got {shown(tensor.min().item())}")
+    tensor = tensor if tensor.dim() == 2 else tensor.reshape(1, -1)
+    return tensor.to(dtype)
+
+
+def _of_rows(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(heads,)``, or what broadcasts to ``(batch, heads, length_q)``, in three dimensions."""
+    scale = _check_numbers("scale", scale).to(dtype)
+    if scale.dim() == 1:
+        return scale[None, :, None]
+    if scale.dim() > 3:
+        raise ValueError(
+            "scale must be a number, (heads,) or broadcast to (batch, heads, length_q), got the "
+            f"shape {tuple(scale.shape)}"
+        )
+    return scale[(None,) * (3 - scale.dim())]
+
+
+def _four_dimensional_mask(attn_mask: Any, lead: int) -> Tensor:
+    """``attn_mask`` in four dimensions, of which the first stands for ``lead`` of the query's."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
+    if attn_mask.layout != torch.strided:
+        raise TypeError(f"attn_mask must be a strided tensor, got layout {attn_mask.layout}")
+    if attn_mask.dim() > lead + 3:
+        raise ValueError(
+            "attn_mask must broadcast to (batch, heads, length_q, length_k), got the shape "
+            f"{tuple(attn_mask.shape)}"
+        )
+    attn_mask = attn_mask[(None,) * (lead + 3 - attn_mask.dim())]
+    return attn_mask.flatten(0, lead - 1) if lead > 1 else attn_mask
+
+
+def _causal_bias(attn_mask: object) -> Any:
+    """``attn_mask`` where it is what torch's ``causal_upper_left`` and ``causal_lower_right``
+    return."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    kind = getattr(module, "CausalBias", None)
+    return attn_mask if kind is not None and isinstance(attn_mask, kind) else None
+
+
+def _with_causal_bias(options: Options, bias: Any, inputs: Inputs) -> Options:
+    if options.is_causal:
+        raise ValueError(
+            "is_causal must be False where attn_mask is a causal mask of torch, got True"
+        )
+    said = bias.seq_len_q, bias.seq_len_kv
+    lengths = inputs.query.shape[2], inputs.key.shape[2]
+    if said != lengths:
+        raise ValueError(f"attn_mask must be a causal mask for the lengths {lengths}, got {said}")
+    align = "bottom-right" if bias.variant.name == "LOWER_RIGHT" else "top-left"
+    return options._replace(is_causal=True, causal_align=align)
+
+
+# Lengths
+
+
+def is_known(*tensors: Tensor) -> bool:
+    """Whether the values of ``tensors`` can be looked at without waiting for a device."""
+    return not torch.compiler.is_compiling() and not any(
+        t.device.type != "cpu" or is_in_a_transform(t) or is_without_data(t) for t in tensors
+    )
+
+
+def _ranges(
+    inputs: Inputs,
+    options: Options,
+    q_lengths: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_starts: Tensor | None,
+) -> tuple[Options, Tensor]:
+    query, key = inputs.query, inputs.key
+    batch, _, length_q, _ = query.shape
+    length_k = key.shape[2]
+    lengths = {"q_lengths": q_lengths, "kv_lengths": kv_lengths, "kv_starts": kv_starts}
+    limits = {"q_lengths": length_q, "kv_lengths": length_k, "kv_starts": length_k}
+    for name, given in lengths.items():
+        if given is not None:
+            _check_lengths(name, given, batch, limits[name], query.device)
+    queries = torch.arange(length_q, dtype=torch.int32, device=query.device)
+
+    def column(given: Tensor | None, otherwise: int) -> Tensor:
+        if given is None:
+            return queries.new_full((1, 1), otherwise)
+        return given[:, None].clamp(0, max(length_q, length_k))
+
+    end = column(kv_lengths, length_k).clamp(max=length_k)
+    start = torch.minimum(column(kv_starts, 0), end)
+    rows = column(q_lengths, length_q)
+    at = queries[None]
+    if options.causal_align == "bottom-right":
+        at = at + (end - rows)
+    return _lowered_ranges(options, at, start, end, queries[None] < rows)
+
+
+def lowered_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | Tensor | None,
+    enable_gqa: bool,
+    alpha: float | Tensor,
+    causal_align: str,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    backend: str | None,
+) -> Call:
+    """Arguments as for :func:`adasplash2.entmax_attention_varlen`: one batch entry, in which each
+    query sees the keys of its own sequence.
+
+    Raises:
+        TypeError, ValueError: as :func:`lowered`.
+    """
+    for name, tensor in zip(Inputs._fields, (query, key, value), strict=False):
+        check_tensor(name, tensor)
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"{name} must have 3 dimensions (total, heads, head_dim), got {tensor.dim()} with "
+                f"shape {tuple(tensor.shape)}"
+            )
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None:
+            check_count(name, longest)
+    device, (total_q, heads, _), total_k = query.device, query.shape, key.shape[0]
+    cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, total_q, device)
+    cu_seqlens_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, total_k, device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k must have the shape of cu_seqlens_q {tuple(cu_seqlens_q.shape)}, got "
+            f"{tuple(cu_seqlens_k.shape)}"
+        )
+    call = lowered(
+        *(t.transpose(0, 1).unsqueeze(0) for t in (query, key, value)),
+        *(None, dropout_p, is_causal, scale, enable_gqa),
+        *(alpha, causal_align, window, alibi_slopes, softcap, sinks, None, None, None, backend),
+    )
+    options, ranges = packed_ranges(call.options, cu_seqlens_q, cu_seqlens_k, total_q)
+
+    def shaped(result: Tensor) -> Tensor:
+        return result.squeeze(0).transpose(0, 1).contiguous()
+
+    return Call(call.inputs._replace(ranges=ranges), options, shaped)
+
+
+def from_nested(
+    tensors: tuple[Any, Any, Any], others: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments of ``entmax_attention_varlen`` up to ``max_seqlen_k`` from jagged
+    ``(batch, heads, length, head_dim)``, and the offsets of their queries.
+
+    Raises:
+        TypeError, ValueError: not all are jagged and have four dimensions, or ``others`` are given.
+    """
+    if any(other is not None for other in others):
+        raise ValueError(
+            "attn_mask, q_lengths, kv_lengths and kv_starts must be None for nested tensors, whose "
+            "lengths are their own"
+        )
+    packed, offsets = [], []
+    for name, tensor in zip(Inputs._fields, tensors, strict=False):
+        if not getattr(tensor, "is_nested", False) or tensor.layout != torch.jagged:
+            raise TypeError(f"{name} must be a jagged nested tensor as query is, or none of them")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got {tensor.dim()}")
+        by_length = tensor.transpose(1, 2)
+        packed.append(by_length.values())
+        offsets.append(by_length.offsets())
+    cu_seqlens = (offset.to(torch.int32) for offset in offsets[:2])
+    return (*packed, *cu_seqlens, None, None), offsets[0]
+
+
+def to_nested(result: Tensor, offsets: Tensor) -> Tensor:
+    """``(total, heads, head_dim)`` as a jagged ``(batch, heads, length, head_dim)``."""
+    return torch.nested.nested_tensor_from_jagged(result, offsets).transpose(1, 2)
+
+
+def packed_ranges(
+    options: Options, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int
+) -> tuple[Options, Tensor]:
+    """``ranges`` of sequences that lie one behind another: those of ``cu_seqlens``."""
+    queries = torch.arange(total_q, dtype=torch.int32, device=cu_seqlens_q.device)
+    number = torch.searchsorted(cu_seqlens_q[1:].contiguous(), queries, right=True)
+    number = number.clamp(max=cu_seqlens_q.shape[0] - 2)
+    start, end = cu_seqlens_k[number], cu_seqlens_k[number + 1]
+    first, last = cu_seqlens_q[number], cu_seqlens_q[number + 1]
+    at = queries - first + start
+    if options.causal_align == "bottom-right":
+        at = at + (end - start) - (last - first)
+    return _lowered_ranges(options, at[None], start[None], end[None], torch.ones_like(at[None]) > 0)
+
+
+def _lowered_ranges(
+    options: Options, at: Tensor, start: Tensor, end: Tensor, exists: Tensor
+) -> tuple[Options, Tensor]:
+    """``ranges`` of queries at the keys ``at``, of sequences with the keys from ``start`` to
+    ``end``, and options that say nothing of it any more."""
+    left, right = options.window_left, options.window_right
+    right = 0 if options.is_causal else right
+    begin, stop = start, end
+    if left >= 0:
+        begin = torch.minimum(torch.maximum(start, at - left), end)
+    if right >= 0:
+        stop = torch.minimum(end, at + (right + 1))
+    stop = torch.maximum(stop, begin)
+    # Rows that do not exist see nothing, behind all others: neither end ever falls.
+    begin, stop = torch.where(exists, begin, end), torch.where(exists, stop, end)
+    shape = torch.broadcast_shapes(at.shape, begin.shape, stop.shape)
+    ranges = torch.stack([t.expand(shape).to(torch.int32) for t in (begin, stop, at)])
+    options = options._replace(
+        is_causal=False, window_left=-1, window_right=-1, causal_align="top-left"
+    )
+    return options, ranges
+
+
+def _check_lengths(
+    name: str, lengths: object, batch: int, limit: int, device: torch.device
+) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(lengths).__name__}")
+    check_like(name, lengths, (batch,), torch.int32, device)
+    if is_known(lengths) and batch:
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > limit:
+            raise ValueError(f"{name} must be from 0 to {limit}, got {low if low < 0 else high}")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: object, total: int, device: torch.device) -> Tensor:
+    """Cumulative lengths: from 0, never falling, up to ``total``. On a GPU the values are checked
+    there: a failed check is an assertion of the device, and nothing waits for it.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{name} must have the shape (sequences + 1,), got {tuple(cu_seqlens.shape)}"
+        )
+    check_like(name, cu_seqlens, (cu_seqlens.shape[0],), torch.int32, device)
+    wrong = f"{name} must begin with 0, never fall and end at the total of {total}"
+    if is_known(cu_seqlens):
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values[-1] != total or values != sorted(values):
+            raise ValueError(f"{wrong}, got {shown(values)}")
+    else:
+        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
+        assert_on_device(right & (cu_seqlens[1:] >= cu_seqlens[:-1]).all(), wrong)
+    return cu_seqlens
