@@ -69,9 +69,8 @@ AS_NEEDED = -1
 def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
     """Run one attention forward that records what it did; no operator, no gradient."""
     problem = _problem(inputs, options, False)
-    inputs = Inputs(
-        *(t if t is None else _in_memory(name, t) for name, t in inputs._asdict().items())
-    )
+    named = zip(Inputs._fields, inputs, strict=True)
+    inputs = Inputs._make(t if t is None else _in_memory(name, t) for name, t in named)
     if problem.is_empty:
         tau = _nothing_forward(problem, inputs.query, 0).tau
         counts = torch.zeros_like(tau, dtype=torch.int32)
@@ -129,7 +128,8 @@ class _Arguments(NamedTuple):
         """From ``args``, of which torch leaves out the last where they are their defaults; ``own``
         arguments are the operator's own."""
         first = FIRST + own
-        numbers, *rest = (*args[first:], *_DEFAULTS[len(args) - first :])
+        tail = [*args[first:], *_DEFAULTS[len(args) - first :]]
+        numbers, rest = tail[0], tail[1:]
         later = len(Options._fields) - FIRST
         end = later + len(OPERANDS)
         options = Options(*args[:FIRST], *rest[:later])
@@ -390,17 +390,13 @@ def _folded_operands(
     n, batch = shape
     wanted = {name for name, said in zip(DIFFERENTIABLE, _said(asked), strict=True) if said}
     folded: list[Tensor | None] = []
-    for name, tensor, dim in zip(OPERANDS, asked.operands, dims.operands, strict=True):
+    places = cast(tuple[int | None, ...], dims.operands)
+    for name, tensor, dim in zip(OPERANDS, asked.operands, places, strict=True):
         place = _IN_BATCH.get(name, 0)
-        if tensor is None or (
-            not isinstance(dim, int) and tensor.shape[place] == 1 and name not in wanted
-        ):
+        if tensor is None or (dim is None and tensor.shape[place] == 1 and name not in wanted):
             folded.append(tensor)
             continue
-        if isinstance(dim, int):
-            tensor = tensor.movedim(dim, place)
-        else:
-            tensor = tensor.unsqueeze(place)
+        tensor = tensor.unsqueeze(place) if dim is None else tensor.movedim(dim, place)
         sizes = list(tensor.shape)
         sizes[place : place + 2] = n, batch
         folded.append(tensor.expand(sizes).flatten(place, place + 1))

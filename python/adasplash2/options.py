@@ -101,9 +101,9 @@ def check_options(
         backend=check_backend(backend),
     )
     # Most calls say nothing of these.
-    if causal_align == "top-left" and window is None and softcap == 0.0 and dropout_p == 0.0:
-        if type(softcap) is float and type(dropout_p) is float:
-            return options
+    said = causal_align, window, softcap, dropout_p
+    if said == _UNSAID and type(softcap) is float and type(dropout_p) is float:
+        return options
     left, right = check_window(window)
     return options._replace(
         causal_align=check_alignment(causal_align),
@@ -112,6 +112,9 @@ def check_options(
         softcap=check_softcap(softcap),
         dropout_p=check_dropout(dropout_p),
     )
+
+
+_UNSAID = "top-left", None, 0.0, 0.0
 
 
 def check_window(window: tuple[int, int] | None) -> tuple[int, int]:
