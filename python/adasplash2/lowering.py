@@ -85,7 +85,7 @@ def lowered(
         options = options._replace(enable_gqa=options.enable_gqa or shared)
     inputs = Inputs(*tensors)
     operands = attn_mask, alphas, scales, alibi_slopes, sinks, q_lengths, kv_lengths, kv_starts
-    if not options.dropout_p and all(operand is None for operand in operands):
+    if not options.dropout_p and operands == _NO_OPERANDS:
         return Call(inputs, options, shaped)
     if _is_causal_bias(attn_mask):
         options = _with_causal_bias(options, attn_mask, inputs)
@@ -111,6 +111,9 @@ def lowered(
     return Call(inputs, options, shaped)
 
 
+_NO_OPERANDS = (None,) * 8
+
+
 def new_seed(device: torch.device) -> Tensor:
     """A seed for dropout out of torch's generator of ``device``; nothing waits for it."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
@@ -126,17 +129,16 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def _is_common(query: Any, key: Any, value: Any) -> bool:
     """Whether shapes need no change; also where they are wrong, which is said elsewhere."""
     try:
-        if not query.dim() == key.dim() == value.dim() == 4 or query.is_nested:
+        if query.is_nested:
             return False
-        batch, heads = query.shape[:2]
-        (batch_k, heads_k), (batch_v, heads_v) = key.shape[:2], value.shape[:2]
+        q, k, v = query.shape, key.shape, value.shape
     except (AttributeError, RuntimeError):
         return True
-    return bool(
-        batch == batch_k == batch_v
-        and (heads == heads_k or heads_k != 1 != heads)
-        and heads_k == heads_v
-    )
+    if not len(q) == len(k) == len(v) == 4:
+        return False
+    heads, shared = q[1], k[1]
+    alike = q[0] == k[0] == v[0] and shared == v[1]
+    return bool(alike and (heads == shared or heads != 1 != shared))
 
 
 def _four_dimensional(
@@ -197,6 +199,8 @@ def _broadcast(sizes: Any) -> int | None:
 def _tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
     """A tensor of numbers, or one that has a gradient, and what stands in the number's place; or
     None and the number."""
+    if type(value) is float or value is None:  # as most calls have it
+        return None, value
     if isinstance(value, Tensor) and (value.dim() > 0 or value.requires_grad):
         return value, otherwise
     return None, value
