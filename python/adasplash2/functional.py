@@ -29,6 +29,10 @@ from adasplash2.options import (
 from adasplash2.problem import TENSORS, Inputs, Problem, check_tensor, row_problem, validated
 from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 
+NOTHING = 0
+"""Default of numbers that are of no effect: not 0.0, since compilers make symbols of floats, where
+graphs are dynamic, and begin anew when they find them compared."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -38,7 +42,7 @@ def entmax_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = NOTHING,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     enable_gqa: bool = False,
@@ -47,7 +51,7 @@ def entmax_attention(
     causal_align: str = "top-left",
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float = NOTHING,
     sinks: Tensor | None = None,
     q_lengths: Tensor | None = None,
     kv_lengths: Tensor | None = None,
@@ -166,7 +170,7 @@ def entmax_attention_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = NOTHING,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     enable_gqa: bool = False,
@@ -175,7 +179,7 @@ def entmax_attention_varlen(
     causal_align: str = "top-left",
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float = NOTHING,
     sinks: Tensor | None = None,
     return_aux: bool = False,
     backend: str | None = None,

@@ -99,10 +99,20 @@ def check_options(
         is_causal=check_flag("is_causal", is_causal),
         enable_gqa=check_flag("enable_gqa", enable_gqa),
         backend=check_backend(backend),
+        # Said here, though they are the defaults: compilers make symbols of defaults.
+        softcap=0.0,
+        dropout_p=0.0,
     )
-    # Most calls say nothing of these.
-    said = causal_align, window, softcap, dropout_p
-    if said == _UNSAID and type(softcap) is float and type(dropout_p) is float:
+    if (  # as most calls are
+        causal_align == "top-left"
+        and window is None
+        and softcap == 0.0
+        and dropout_p == 0.0
+        and not isinstance(softcap, bool)
+        and not isinstance(dropout_p, bool)
+        and isinstance(softcap, (int, float))
+        and isinstance(dropout_p, (int, float))
+    ):
         return options
     left, right = check_window(window)
     return options._replace(
@@ -112,9 +122,6 @@ def check_options(
         softcap=check_softcap(softcap),
         dropout_p=check_dropout(dropout_p),
     )
-
-
-_UNSAID = "top-left", None, 0.0, 0.0
 
 
 def check_window(window: tuple[int, int] | None) -> tuple[int, int]:
