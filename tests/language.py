@@ -1,8 +1,8 @@
 """All that a call may say, in float64 and dense: the reference for masks, windows, slopes and the
 rest, and the table of calls that every backend runs with them.
 
-Written from the definitions in the docstring of ``entmax_attention``, pair by pair of query and key;
-shares no code with the library. Gradients are autograd's, through :class:`Entmax`.
+Written from the definitions in the docstring of ``entmax_attention``, pair by pair of query and
+key; shares no code with the library. Gradients are autograd's, through :class:`Entmax`.
 """
 
 from __future__ import annotations
@@ -138,15 +138,21 @@ def attention(
 
 
 def dropout_factors(seed: int, shape: tuple[int, ...], dropout_p: float) -> Tensor:
-    """0 or ``1 / (1 - dropout_p)`` of each probability: Philox-4x32-10 (Salmon et al. 2011)."""
+    """0 or ``1 / (1 - dropout_p)`` of each probability."""
     batch, heads, length_q, length_k = shape
-    mask = 0xFFFFFFFF
     counter = [
         torch.arange(length_k).expand(shape),
         torch.arange(length_q)[:, None].expand(shape),
-        (torch.arange(batch * heads).view(batch, heads, 1, 1)).expand(shape),
+        torch.arange(batch * heads).view(batch, heads, 1, 1).expand(shape),
         torch.zeros(shape, dtype=torch.int64),
     ]
+    dropped = philox(counter, seed)[0] < math.floor(dropout_p * 2**32)
+    return torch.where(dropped, 0.0, 1.0 / (1.0 - dropout_p)).double()
+
+
+def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
+    """The four words of Philox-4x32-10 (Salmon et al. 2011)."""
+    mask = 0xFFFFFFFF
     low, high = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         first, second = _product(0xD2511F53, counter[0]), _product(0xCD9E8D57, counter[2])
@@ -157,8 +163,7 @@ def dropout_factors(seed: int, shape: tuple[int, ...], dropout_p: float) -> Tens
             first[1],
         ]
         low, high = (low + 0x9E3779B9) & mask, (high + 0xBB67AE85) & mask
-    dropped = counter[0] < math.floor(dropout_p * 2**32)
-    return torch.where(dropped, 0.0, 1.0 / (1.0 - dropout_p)).double()
+    return counter
 
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +295,7 @@ class Call:
         return f"{'+'.join(self.features) or 'plain'}-{dtype}{extra}"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query, key, value and the output's gradient, in float64, of numbers that ``dtype`` has."""
+        """Query, key, value and the output's gradient: float64, of numbers that ``dtype`` has."""
         n, r = self.sizes, Randomness()
         shapes = (
             (n.batch, n.heads_q, n.length_q, n.head_dim),
