@@ -196,7 +196,7 @@ def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
         "alpha": problem.alpha,
         "scale": problem.scores.scale,
         "is_causal": problem.scores.is_causal,
-        **{name: _reference(t) for name, t in zip(TENSORS, inputs, strict=False)},
+        **{name: _reference(t) for name, t in zip(TENSORS, inputs.tensors, strict=True)},
         "threads": torch.get_num_threads(),
         "isa": str(config["isa"]),
     }
