@@ -26,7 +26,10 @@ HOT = {
                     "grad_columns", "sort_long_columns", "grad_long_columns"},
     "rows.cu": {"entmax_rows", "entmax_rows_grad"},
 }  # fmt: skip
-COLD = {"dense.cu": {"dense_output", "dense_grad_rows", "dense_grad_columns"}}
+COLD = {
+    "dense.cu": {"dense_output", "dense_grad_rows", "dense_grad_columns"},
+    "exact.cu": {"exact_output", "exact_grad_rows", "exact_grad_columns"},
+}
 KERNELS = HOT | COLD
 FEW_SPILLS = 64
 """Bytes a thread that kernels may spill which are not hot: those for flat rows, and all kernels of
@@ -94,7 +97,7 @@ def test_compiles_without_spills(
     defines = kind(dtype, head_dim, head_dim, alpha, causal=head_dim != 16, aligned=head_dim != 16)
     if unit == "scan.cu":
         defines |= scan.defines_for(capacity)
-    if unit == "dense.cu":
+    if unit in COLD:
         defines |= sizes.portable_dense(head_dim, head_dim, itemsize).defines
     compiled = compiler.compile_unit(unit, defines, arch)
     found = usage(compiled.log)

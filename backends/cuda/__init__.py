@@ -8,9 +8,9 @@ with room for up to 256 survivors where that may help, and what is left is serve
 so large a part that dense tiles are faster from the start, and Hopper can leave out the scan.
 Nothing waits for the host, so CUDA graphs can capture forward and backward.
 
-Rows in dense tiles multiply their zeros too: there a key or value, or an output's gradient, that is
-not finite reaches the gradients and outputs of every row of its block, as in softmax attention.
-Without a scan, heads with a query, key or value that is not finite take the element path.
+Dense tiles multiply their zeros too, so that a NaN or an infinity in them reaches rows that do not
+keep its key. What comes out and is not finite is marked, and ``exact.cu`` does it again. Without a
+scan, heads with a query, key or value that is not finite take the element path.
 
 Needs CuPy, which brings NVRTC, and neither Triton nor a compiler. Importing this package imports
 neither CuPy nor NumPy, which CuPy needs: :func:`unavailable` says which is missing.

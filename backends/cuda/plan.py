@@ -46,6 +46,9 @@ MINUS_INFINITY = 0xFF800000
 ALIGNMENT = 16
 """Bytes of the copies that kernels make at once."""
 
+EXACT_BLOCKS = 2
+"""Blocks of ``exact.cu`` for each multiprocessor: what is marked is shared among them."""
+
 CACHED_PLANS = 1024
 
 
@@ -135,7 +138,7 @@ class Plan:
 
     def start(self, call: launch.Call, saved: Tensor) -> None:
         """Set what must have a value before the first kernel."""
-        call.fill(*self.saved.span(saved, "poison"))
+        call.fill(*self.saved.span(saved, "poison", "unsafe_output"))
         if self._scans_first:
             return
         call.fill(*self.saved.span(saved, "flat"), layout.FLAT)
@@ -153,6 +156,9 @@ class Plan:
                 "column_count": 4 * counts.columns,
                 "long_columns": 4 * (1 + entries // layout.SHORT_COLUMN),
                 "long_done": 4 * long_parts,
+                "unsafe_grads": 8,
+                "unsafe_rows": counts.row_blocks,
+                "unsafe_keys": 2 * counts.key_blocks,
                 "column_start": 4 * counts.columns,
                 "rank": 4 * entries,
                 "delta": 4 * counts.heads * self.problem.length_q,
@@ -206,9 +212,11 @@ class Plan:
             self._elements("sort_long_columns", self._long_blocks, layout.SORT_THREADS),
             self._elements("grad_long_columns", self._long_blocks, layout.LONG_THREADS),
             self._launch_dense(dense.grad_unit, "dense_grad_rows", (self._query_tiles,), names),
+            self._launch_exact("exact_grad_rows"),  # the next one needs their delta
             self._launch_dense(
                 dense.grad_unit, "dense_grad_columns", (key_tiles, dense.key_blocks), names
             ),
+            self._launch_exact("exact_grad_columns", 2),
         )
 
     def _outputs(self, kind: int) -> tuple[launch.Launch, ...]:
@@ -221,6 +229,7 @@ class Plan:
             self._launch_dense(
                 dense.output_unit, "dense_output", tiles, ("q", "k", "v"), **options
             ),
+            self._launch_exact("exact_output"),
         )
 
     @property
@@ -264,6 +273,20 @@ class Plan:
         maps = tuple((name, layout.DENSE_BOX) for name in names) if dense.maps else ()
         shared = dense.shared[kernel]
         return self._launch(unit, kernel, options, blocks, dense.threads, shared, maps)
+
+    def _launch_exact(self, kernel: str, gradients: int = 1) -> launch.Launch:
+        """What a dense kernel marked, by as many blocks as are at work at once."""
+        problem = self.problem
+        dense = sizes.portable_dense(problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
+        blocks = EXACT_BLOCKS * self._multiprocessors
+        return self._launch(
+            "exact.cu",
+            kernel,
+            self._options | dense.defines,
+            (blocks, gradients),
+            dense.threads,
+            dense.shared[kernel],
+        )
 
     def _launch(
         self,
