@@ -38,12 +38,12 @@ __device__ __forceinline__ void write_part(const float (&out)[padded<width> / 8]
   }
 }
 
-// Whether a lane's sums of one of its two rows are numbers.
-template <int parts>
-__device__ __forceinline__ bool are_finite(const float (&sums)[parts][4], int slot) {
+// Whether a lane's sums of one of its two rows of `width` elements are numbers.
+template <int width>
+__device__ __forceinline__ bool are_finite(const float (&sums)[padded<width> / 8][4], int slot) {
   bool all = true;
 #pragma unroll
-  for (int n = 0; n < parts; ++n)
+  for (int n = 0; n < (width + 7) / 8; ++n)  // sums of padding are not even computed
 #pragma unroll
     for (int j = 0; j < 2; ++j) all &= is_finite(sums[n][2 * slot + j]);
   return all;
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const float total = sum_over<4>(mass[slot]), factor = total > 0.f ? 1.f / total : 0.f;
 #pragma unroll
     for (int n = 0; n < kDimV / 8; ++n) out[n][2 * slot] *= factor, out[n][2 * slot + 1] *= factor;
-    unsafe |= b.flat[slot] && !poisoned[slot] && !are_finite(out, slot);
+    unsafe |= b.flat[slot] && !poisoned[slot] && !are_finite<kHeadDimV>(out, slot);
     if (poisoned[slot])
 #pragma unroll
       for (int n = 0; n < kDimV / 8; ++n) out[n][2 * slot] = out[n][2 * slot + 1] = kNaN;
@@ -251,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     const bool poisoned = tau[slot].t != tau[slot].t;
-    unsafe |= b.flat[slot] && !poisoned && !are_finite(grad_q, slot);
+    unsafe |= b.flat[slot] && !poisoned && !are_finite<kHeadDim>(grad_q, slot);
     if (b.flat[slot] && poisoned)
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n)
@@ -271,7 +271,7 @@ template <int width>
 __device__ __forceinline__ void add_to_keys(const float (&sums)[padded<width> / 8][4],
                                             const View& to, const Keys& b, float factor,
                                             bool of_values) {
-  const bool unsafe = !are_finite(sums, 0) || !are_finite(sums, 1);
+  const bool unsafe = !are_finite<width>(sums, 0) || !are_finite<width>(sums, 1);
   if (mark_keys_if(unsafe, b.p, b.kv_row, b.first_key, of_values)) return;
   const bool all[2] = {true, true};
   write_part<width, true>(sums, row_of(to, b.batch, b.kv_head, 0), to.row, b.first_key,

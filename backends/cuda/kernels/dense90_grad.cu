@@ -154,7 +154,7 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     const bool poisoned = tau[slot] != tau[slot];
-    unsafe |= b.flat[slot] && !poisoned && !are_finite(grad, slot);
+    unsafe |= b.flat[slot] && !poisoned && !are_finite<kHeadDim>(grad, slot);
     if (poisoned)
 #pragma unroll
       for (int n = 0; n < kPanels * 8; ++n)
@@ -263,7 +263,7 @@ template <int width, int count>
 __device__ __forceinline__ void add_to_keys(const float (&sums)[count], const Params& p,
                                             const View& to, const Keys& b, int first_key,
                                             float factor, bool of_values) {
-  const bool unsafe = !are_finite(sums, 0) || !are_finite(sums, 1);
+  const bool unsafe = !are_finite<width>(sums, 0) || !are_finite<width>(sums, 1);
   if (mark_keys_if(unsafe, p, b.kv_row, first_key, of_values)) return;
   const bool all[2] = {true, true};
   write_rows<width, true>(sums, row_of(to, b.batch, b.kv_head, 0), to.row, first_key, p.length_k,

@@ -524,7 +524,7 @@ struct Attention {
           float& x = o.out[4 * n + 2 * slot + j];
           x = poisoned[slot] ? kNaN : x * factor;
         }
-      unsafe |= b.flat[slot] && !poisoned[slot] && !are_finite(o.out, slot);
+      unsafe |= b.flat[slot] && !poisoned[slot] && !are_finite<kHeadDimV>(o.out, slot);
       if (!b.flat[slot]) continue;
       if constexpr (kSaves) {
         float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
