@@ -231,6 +231,8 @@ POISONED = [
     Case("list-causal", length_k=200, is_causal=True, batch=2),
     Case("flat", length_k=1500, sharpness=0.01),
     Case("flat-causal", length_q=1300, length_k=1300, sharpness=0.01, is_causal=True),
+    Case("flat-bfloat16", length_k=1500, sharpness=0.01, head_dim=64, dtype=BFLOAT16),
+    Case("flat-wide-bfloat16", length_k=1500, sharpness=0.01, head_dim=128, dtype=BFLOAT16),
     Case("mixed", length_k=1500, data="mixed"),
     Case("flat-alpha2", length_k=2100, sharpness=1e-3, alpha=2.0),
     Case("flat-wide", length_k=2100, sharpness=1e-3, alpha=2.0, head_dim=128),
