@@ -1,4 +1,4 @@
-"""Our attention in models of transformers: equal to the model's own, or refused in words.
+"""Our attention in models of transformers: equal to the model's own in all that models ask.
 
 Runs with the newest and with the oldest release that pyproject.toml allows, see the Makefile.
 Models are tiny and random. With alpha = 1 ours is softmax, so a model's eager attention is the
@@ -79,6 +79,7 @@ AUDIO = {
 MAMBA = {"mamba_n_groups": 1, "mamba_d_state": 8}
 BIG_BIRD = {**SEQ2SEQ, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
 T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0}
 MOE = {"num_experts": 2, "num_experts_per_tok": 1}
 LLAMA4 = {"attention_chunk_size": 4, "moe_layers": [], "intermediate_size_mlp": 16}
 GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1}
@@ -91,8 +92,8 @@ WAVE = {"input_values": torch.linspace(-9, 9, 2 * 320).sin().reshape(2, 320)}
 SPECTRUM = torch.linspace(-9, 9, 2 * 8 * 32).cos().reshape(2, 8, 32)
 
 ARCHITECTURES = [
-    # model, config, its arguments, inputs, what happens: "equal", "none" (no layer is ours), else
-    # a word of the refusal. A second outcome is that of the oldest release.
+    # model, config, its arguments, inputs, what happens: "equal" or "none" (no layer is ours). A
+    # second outcome is that of the oldest release.
     ("LlamaForCausalLM", "Llama", DECODER, TEXT, "equal"),
     ("Qwen2ForCausalLM", "Qwen2", DECODER, TEXT, "equal"),
     ("Qwen3ForCausalLM", "Qwen3", DECODER, TEXT, "equal"),
@@ -110,17 +111,17 @@ ARCHITECTURES = [
     ("BartForCausalLM", "Bart", SEQ2SEQ, TEXT, "equal"),
     ("CLIPTextModel", "CLIPText", ENCODER, TEXT, "equal"),
     ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 12}, TEXT, "equal"),
-    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 5}, TEXT, "chunk of 5"),
-    ("Gemma3ForCausalLM", "Gemma3Text", {**DECODER, "sliding_window": 5}, TEXT, "chunk of 5"),
-    ("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}, TEXT, "chunk of 4"),
-    ("Gemma2ForCausalLM", "Gemma2", DECODER, TEXT, "softcap"),
-    ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS}, TEXT, "s_aux"),
-    ("DogeForCausalLM", "Doge", DECODER, TEXT, "biases"),
+    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 5}, TEXT, "equal"),
+    ("Gemma3ForCausalLM", "Gemma3Text", {**DECODER, "sliding_window": 5}, TEXT, "equal"),
+    ("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}, TEXT, "equal"),
+    ("Gemma2ForCausalLM", "Gemma2", DECODER, TEXT, "equal"),
+    ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS}, TEXT, "equal"),
+    ("DogeForCausalLM", "Doge", DECODER, TEXT, "equal"),
     ("BertModel", "Bert", ENCODER, TEXT, "equal", "none"),
     ("DistilBertModel", "DistilBert", {**ENCODER, "dim": 32}, TEXT, "equal", "none"),
     ("LayoutLMModel", "LayoutLM", ENCODER, TEXT, "equal"),
     ("SplinterModel", "Splinter", ENCODER, TEXT, "equal"),
-    ("ModernBertModel", "ModernBert", {**ENCODER, "local_attention": 4}, TEXT, "window", "none"),
+    ("ModernBertModel", "ModernBert", {**ENCODER, "local_attention": 4}, TEXT, "equal", "none"),
     ("BartModel", "Bart", SEQ2SEQ, PAIR, "equal"),
     ("MarianModel", "Marian", SEQ2SEQ, PAIR, "equal"),
     (
@@ -135,7 +136,7 @@ ARCHITECTURES = [
     ("SiglipVisionModel", "SiglipVision", VISION, IMAGE, "equal"),
     ("Wav2Vec2Model", "Wav2Vec2", AUDIO, WAVE, "equal"),
     ("HubertModel", "Hubert", AUDIO, WAVE, "equal"),
-    ("T5Model", "T5", {**T5, "decoder_start_token_id": 0}, PAIR, "none"),
+    ("T5Model", "T5", T5, PAIR, "equal", "none"),
     ("BloomForCausalLM", "Bloom", DECODER, TEXT, "none"),
     ("GPTJForCausalLM", "GPTJ", {**GPT, "rotary_dim": 8}, TEXT, "none"),
     ("DebertaV2Model", "DebertaV2", ENCODER, TEXT, "none"),
@@ -172,20 +173,17 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def everything_or_refused(
-    model: nn.Module, name: str, inputs: dict[str, Tensor], refusal: str
-) -> bool:
-    """Whether ``model`` with our attention equals itself with eager; otherwise it is refused."""
+def equals_eager(
+    model: nn.Module, name: str, inputs: dict[str, Any], tokens: Tensor | None = None
+) -> None:
+    """``model`` with our softmax equals itself with eager, at ``tokens`` where not all are."""
     model.set_attn_implementation("eager")  # type: ignore[operator]
     expected = run(model, **inputs)
     model.set_attn_implementation(name)  # type: ignore[operator]
-    words = ""
-    try:
-        close(run(model, **inputs), expected)
-    except ValueError as error:
-        words = str(error)
-    assert refusal in words or not words
-    return not words
+    found = run(model, **inputs)
+    if tokens is not None and tokens.shape == found.shape[:2]:
+        found, expected = found[tokens], expected[tokens]
+    close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -199,26 +197,23 @@ def test_architectures(
     inputs: dict[str, Tensor],
     outcomes: tuple[str, ...],
 ) -> None:
-    """Equal to eager, or refused: as it is, with another last token, with padding."""
+    """Equal to eager: as it is, with another last token, with padding on either side."""
     if not hasattr(transformers, model):
         pytest.skip(f"transformers {transformers.__version__} has no {model}")
     ours = make(model, config, arguments)
-    outcome = outcomes[-1] if OLD else outcomes[0]
-    if outcome == "none":
+    if (outcomes[-1] if OLD else outcomes[0]) == "none":
         with pytest.raises(ValueError, match="cannot run our attention: 0 of"):
             integration.apply(ours, alpha=1.0)
         assert ours.config._attn_implementation == "eager"
         return
     name = integration.apply(ours, alpha=1.0).name
-    assert everything_or_refused(ours, name, inputs, outcome) == (outcome == "equal")
-    if "input_ids" in inputs:
-        padding = torch.ones_like(TOKENS)
-        padding[0, -3:] = 0
-        padded = {**inputs, "attention_mask": padding}
-        word = "attention_mask cannot be computed" if outcome == "equal" else ""
-        assert not everything_or_refused(ours, name, padded, word)
+    equals_eager(ours, name, inputs)
+    for padded in (slice(-3, None), slice(3)) if "input_ids" in inputs else ():
+        tokens = torch.ones_like(TOKENS)
+        tokens[0, padded] = 0
+        equals_eager(ours, name, {**inputs, "attention_mask": tokens}, tokens.bool())
     decoded = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    if outcome == "equal" and (decoded != "input_ids" or model.endswith(("LM", "HeadModel"))):
+    if decoded != "input_ids" or model.endswith(("LM", "HeadModel")):
         changed = inputs[decoded].clone()
         changed[:, -1] = 5
         close(run(ours, **{**inputs, decoded: changed})[:, :-1], run(ours, **inputs)[:, :-1])
@@ -333,9 +328,11 @@ def test_backend_arrives(call: str) -> None:
 QKV = torch.randn(3, 1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
 
 
-def attend(mask: Tensor | None = None, *, queries: int = 6, **arguments: Any) -> Tensor:
+def attend(
+    mask: Tensor | None = None, *, queries: int = 6, alpha: float = 1.5, **arguments: Any
+) -> Tensor:
     """Our attention of the last ``queries`` tokens of six."""
-    integration.register("adasplash2-module", alpha=1.5)
+    integration.register("adasplash2-module", alpha=alpha)
     attention = transformers.AttentionInterface()["adasplash2-module"]
     module = nn.Module()
     if "module_is_causal" in arguments:
@@ -345,8 +342,9 @@ def attend(mask: Tensor | None = None, *, queries: int = 6, **arguments: Any) ->
     return out.transpose(1, 2)
 
 
-def exact(causal: bool) -> Tensor:
-    return adasplash2.entmax_attention(*QKV, alpha=1.5, is_causal=causal)
+def exact(causal: bool, **options: Any) -> Tensor:
+    out: Tensor = adasplash2.entmax_attention(*QKV, alpha=1.5, is_causal=causal, **options)
+    return out
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -381,29 +379,30 @@ def additive(mask: Tensor, dtype: torch.dtype = torch.float32, low: float | None
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, value)
 
 
-READABLE = [
-    ("causal", triangle(), (0, 6, True)),
-    ("all", torch.ones(1, 1, 6, 6).bool(), (0, 6, False)),
-    ("one row for all", torch.ones(1, 1, 1, 6).bool(), (0, 6, False)),
-    ("batch and heads", triangle().expand(3, 2, 6, 6).clone(), (0, 6, True)),
-    ("static cache", triangle(more=4), (0, 6, True)),
-    ("second turn", triangle(rows=2), (0, 6, True)),
-    ("one token", triangle(rows=1, keys=4, more=2), (0, 4, False)),
-    ("window of one token", triangle(rows=1, keys=4, start=2), (2, 6, False)),
+PLAIN = [
+    ("causal", triangle(), masks.Statement(True, stop=6)),
+    ("all", torch.ones(1, 1, 6, 6).bool(), masks.Statement(stop=6)),
+    ("one row for all", torch.ones(1, 1, 1, 6).bool(), masks.Statement(stop=6)),
+    ("batch and heads", triangle().expand(3, 2, 6, 6).clone(), masks.Statement(True, stop=6)),
+    ("static cache", triangle(more=4), masks.Statement(True, stop=6)),
+    ("second turn", triangle(rows=2), masks.Statement(True, stop=6)),
+    ("one token", triangle(rows=1, keys=4, more=2), masks.Statement(stop=4)),
+    ("one token's window", triangle(rows=1, keys=4, start=2), masks.Statement(start=2, stop=6)),
 ]
 
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bool": lambda mask: mask,
+    "lowest": lambda mask: additive(mask),
+    "-inf": lambda mask: additive(mask, low=-torch.inf),
+    "-1e4": lambda mask: additive(mask, low=-1e4),
+    "half": lambda mask: additive(mask, torch.float16),
+}
 
-@pytest.mark.parametrize(("mask", "says"), [pytest.param(*c[1:], id=c[0]) for c in READABLE])
-@pytest.mark.parametrize("kind", ["bool", "lowest", "-inf", "-1e4", "half"])
-def test_masks_are_read(mask: Tensor, says: tuple[int, int, bool], kind: str) -> None:
-    forms: dict[str, Callable[[], Tensor]] = {
-        "bool": lambda: mask,
-        "lowest": lambda: additive(mask),
-        "-inf": lambda: additive(mask, low=-torch.inf),
-        "-1e4": lambda: additive(mask, low=-1e4),
-        "half": lambda: additive(mask, torch.float16),
-    }
-    assert masks.read(forms[kind]()).visible == says
+
+@pytest.mark.parametrize(("mask", "says"), [pytest.param(*c[1:], id=c[0]) for c in PLAIN])
+@pytest.mark.parametrize("form", FORMS)
+def test_plain_masks_become_words(mask: Tensor, says: masks.Statement, form: str) -> None:
+    assert masks.read(FORMS[form](mask)) == says
 
 
 def without(mask: Tensor, *place: int) -> Tensor:
@@ -412,29 +411,54 @@ def without(mask: Tensor, *place: int) -> Tensor:
     return mask
 
 
-UNREADABLE = [
-    ("another sequence", without(triangle().expand(2, 1, 6, 6), 1, 0, 5, 0), "padding"),
-    ("another head", without(triangle().expand(1, 2, 6, 6), 0, 1, 5, 0), "padding"),
-    ("a hole", without(triangle(), 0, 0, 5, 2), "only causal"),
-    ("a hole above", without(triangle(), 0, 0, 3, 2), "only causal"),
-    ("a look ahead", without(triangle(), 0, 0, 2, 3), "only causal"),
-    ("a row of nothing", torch.zeros(1, 1, 6, 6).bool(), "only causal"),
-    ("a window", triangle() & ~triangle().roll(3, 2), "only causal"),
-    ("rows before the keys", triangle(rows=6, keys=4), "only causal"),
-    ("a bias", additive(triangle()) - 0.5, "biases"),
-    ("NaN", additive(triangle(), low=torch.nan), "biases"),
-    ("integers", triangle().int(), "bools or floats"),
+NOT_PLAIN = [
+    ("another sequence", without(triangle().expand(2, 1, 6, 6), 1, 0, 5, 0)),
+    ("another head", without(triangle().expand(1, 2, 6, 6), 0, 1, 5, 0)),
+    ("a hole", without(triangle(), 0, 0, 5, 2)),
+    ("a hole above", without(triangle(), 0, 0, 3, 2)),
+    ("a look ahead", without(triangle(), 0, 0, 2, 3)),
+    ("a row of nothing", without(triangle(), 0, 0, 0, 0)),
+    ("nothing at all", torch.zeros(1, 1, 6, 6).bool()),
+    ("a window", triangle() & ~triangle().roll(3, 2)),
+    ("rows before the keys", triangle(rows=6, keys=4)),
 ]
 
 
-@pytest.mark.parametrize(("mask", "why"), [pytest.param(*c[1:], id=c[0]) for c in UNREADABLE])
-def test_masks_that_hide_more_are_refused(mask: Tensor, why: str) -> None:
-    statement = masks.read(mask)
-    assert statement.visible is None
-    assert why in statement.refusal
-    if mask.shape[-1] == 6:
-        with pytest.raises(ValueError, match=f"attention_mask cannot be computed: .*{why}"):
-            attend(mask)
+@pytest.mark.parametrize("mask", [pytest.param(mask, id=name) for name, mask in NOT_PLAIN])
+@pytest.mark.parametrize("form", FORMS)
+def test_other_masks_stay_masks(mask: Tensor, form: str) -> None:
+    """Of bools, whatever they came as; rows that see nothing are zeros."""
+    statement = masks.read(FORMS[form](mask))
+    assert statement.attn_mask is not None
+    assert statement.attn_mask.equal(mask)
+    if mask.shape == (1, 1, 6, 6):
+        out = attend(FORMS[form](mask), alpha=1.0)
+        scores = QKV[0] @ QKV[1].mT / 8**0.5
+        p = scores.masked_fill(~mask, -torch.inf).softmax(3).nan_to_num()
+        close(out, p @ QKV[2])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_biases_are_added(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a gradient, beside what hides, and where numbers cannot be looked at."""
+    monkeypatch.setattr(masks, "is_tracing", lambda like=None: traced)
+    bias = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask = (bias + additive(triangle())).detach()
+    expected = exact(True, attn_mask=bias)
+    close(attend(mask), expected)
+    close(attend(additive(triangle()) + bias), expected)
+    close(attend(triangle(), position_bias=bias), expected)
+    close(attend(mask - bias.detach(), position_bias=bias), expected)
+    close(attend(is_causal=True, position_bias=bias), expected)
+    (found,) = torch.autograd.grad(attend(triangle(), position_bias=bias).square().sum(), bias)
+    (right,) = torch.autograd.grad(exact(True, attn_mask=bias).square().sum(), bias)
+    close(found, right)
+    assert found.any()
+
+
+def test_masks_of_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention_mask must be of bools or floats.*int32"):
+        attend(triangle().int())
 
 
 def test_masks_say_more_than_flags() -> None:
@@ -467,14 +491,8 @@ def test_a_mask_is_read_once_and_again_when_it_changed(monkeypatch: pytest.Monke
         close(attend(mask), exact(False))
 
 
-@pytest.mark.parametrize("rows_per_call", [0, 10**6])  # padded with queries; one by one
-@pytest.mark.parametrize("queries", [2, 5])
-def test_several_tokens_against_a_cache(
-    queries: int, rows_per_call: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from adasplash2.integrations.transformers import attention
-
-    monkeypatch.setattr(attention, "ROWS_PER_CALL", rows_per_call)
+@pytest.mark.parametrize("queries", [1, 2, 5])
+def test_several_tokens_against_a_cache(queries: int) -> None:
     close(attend(triangle(rows=queries), queries=queries), exact(True)[:, :, -queries:])
 
 
@@ -497,13 +515,7 @@ def test_harmless_keywords_are_ignored(name: str) -> None:
 
 
 REFUSED = {
-    "softcap": 30.0,
-    "s_aux": torch.zeros(2),
-    "sinks": torch.zeros(2),
-    "position_bias": torch.zeros(1, 2, 6, 6),
     "head_mask": torch.ones(2),
-    "cu_seq_lens_q": torch.tensor([0, 6]),
-    "cu_seq_lens_k": torch.tensor([0, 6]),
     "block_indices": torch.zeros(1, 2, 6, 1),
     "indices": torch.zeros(1, 6, 2),
     "seq_idx": torch.zeros(1, 6),
@@ -518,26 +530,55 @@ def test_other_keywords_are_refused_by_name(name: str) -> None:
         attend(is_causal=True, **{name: REFUSED[name]})
 
 
-def test_dropout_says_what_to_set() -> None:
-    with pytest.raises(ValueError, match=r"dropout must be 0.*attention_dropout=0.*got 0\.1"):
-        attend(is_causal=True, dropout=0.1)
-    model = llama(attention_dropout=0.1)
-    integration.apply(model, alpha=1.0)
-    run(model, **TEXT)
-    with pytest.raises(ValueError, match="attention_dropout=0"):
-        run(model.train(), **TEXT)
+def test_caps_and_sinks_are_passed_on() -> None:
+    sinks = torch.tensor([0.5, -0.25], requires_grad=True)
+    expected = exact(True, softcap=2.0, sinks=sinks)
+    found = attend(is_causal=True, softcap=2.0, s_aux=sinks)
+    close(found, expected)
+    assert (found - exact(True)).abs().max() > 1e-2
+    close(*(torch.autograd.grad(out.square().sum(), sinks)[0] for out in (found, expected)))
 
 
-def test_windows_that_are_not_reached() -> None:
-    close(attend(is_causal=True, sliding_window=6), exact(True))
-    close(attend(triangle(rows=1, keys=4, start=2), queries=1, sliding_window=4), windowed(4))
-    with pytest.raises(ValueError, match=r"sliding_window must be None or at least.*6.*got 5"):
-        attend(is_causal=True, sliding_window=5)
+def test_dropout_is_drawn_from_torchs_generator() -> None:
+    torch.manual_seed(3)
+    found = attend(is_causal=True, dropout=0.5)
+    torch.manual_seed(3)
+    close(found, exact(True, dropout_p=0.5))
+    assert (found - exact(True)).abs().max() > 1e-2
 
 
-def windowed(keys: int) -> Tensor:
-    q, k, v = QKV
-    return adasplash2.entmax_attention(q[:, :, -1:], k[:, :, -keys:], v[:, :, -keys:], alpha=1.5)
+@pytest.mark.parametrize("size", [3, 5, 6, 9])
+def test_windows_without_a_mask(size: int) -> None:
+    """The size counts a query's own key, on both sides where both are seen."""
+    close(attend(is_causal=True, sliding_window=size), exact(True, window=(size - 1, 0)))
+    both = exact(False, window=(size - 1, size - 1))
+    close(attend(is_causal=False, sliding_window=size), both)
+    last = exact(True, window=(size - 1, 0))[:, :, -1:]
+    close(attend(queries=1, sliding_window=size), last)
+
+
+def test_masks_say_windows_too() -> None:
+    """As in eager attention: what a mask shows is seen, whatever the layer's own window."""
+    close(attend(triangle(), sliding_window=2), exact(True))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("mask", [None, triangle(), without(triangle(), 0, 0, 5, 2)])
+def test_packed_sequences_by_their_lengths(mask: Tensor | None, biased: bool) -> None:
+    """``cu_seq_lens``, as collators make them for flash attention, beside any mask and bias."""
+    ends = torch.tensor([0, 2, 6])
+    number = torch.tensor([0, 0, 1, 1, 1, 1])
+    seen = (triangle() if mask is None else mask) & (number == number[:, None])
+    bias = torch.linspace(-1, 1, 72).sin().reshape(1, 2, 6, 6) * biased
+    bias = bias.masked_fill(~seen, -torch.inf)
+    packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 4, "max_length_k": 4}
+    if mask is None:
+        packed["is_causal"] = True
+    if biased:
+        packed["position_bias"] = bias
+    close(attend(mask, **packed), exact(False, attn_mask=bias))
+    with pytest.raises(ValueError, match="must be given together"):
+        attend(mask, cu_seq_lens_k=ends)
 
 
 def test_probabilities_are_none_with_a_warning() -> None:
@@ -554,22 +595,50 @@ def test_probabilities_are_none_with_a_warning() -> None:
 
 
 def test_entmax_trains_and_is_observed() -> None:
-    seen: list[tuple[int | None, bool, float | None]] = []
+    seen: list[tuple[int | None, bool]] = []
 
     def observe(
-        layer: int | None, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: Any
+        layer: int | None, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]
     ) -> None:
         assert query.shape == (2, 4, 12, 8)
         assert key.shape == value.shape == (2, 2, 12, 8)
-        seen.append((layer, causal, scale))
+        stats = adasplash2.attention_stats(query, key, value, **arguments)
+        assert stats.support.shape == (2, 4, 12)
+        seen.append((layer, arguments["is_causal"]))
 
     model = llama()
     integration.apply(model, observer=observe)
     model(TOKENS, labels=TOKENS).loss.backward()
-    assert seen == [(0, True, 8**-0.5), (1, True, 8**-0.5)]
+    assert seen == [(0, True), (1, True)]
     weight = model.model.layers[0].self_attn.q_proj.weight
     assert weight.grad.isfinite().all()
     assert weight.grad.any()
+
+
+TRAINED = [
+    ("LlamaForCausalLM", "Llama", {**DECODER, "attention_dropout": 0.1}),
+    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 4}),
+    ("Gemma2ForCausalLM", "Gemma2", {**DECODER, "sliding_window": 4}),
+    ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS, "sliding_window": 4}),
+    ("T5ForConditionalGeneration", "T5", T5),
+]
+
+
+@pytest.mark.parametrize(("model", "config", "arguments"), TRAINED)
+def test_a_padded_batch_trains(model: str, config: str, arguments: dict[str, Any]) -> None:
+    if OLD and config == "T5":
+        pytest.skip("T5 computes its attention itself here")
+    ours = make(model, config, arguments).train()
+    integration.apply(ours)
+    tokens = torch.ones_like(TOKENS)
+    tokens[0, 9:] = 0
+    loss = ours(TOKENS, attention_mask=tokens, labels=TOKENS.where(tokens.bool(), -100)).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    learned = [name for name in gradients if "q_proj" in name or "sinks" in name or ".q." in name]
+    assert learned
+    assert all(gradients[name].any() for name in learned)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -614,64 +683,154 @@ def test_caches_and_turns_equal_the_whole(turns: list[int], kind: str, alpha: fl
     close(steps(model, cache, turns), expected)
 
 
+@pytest.mark.parametrize("turns", [[5] + [1] * 7, [8, 4], [3, 1, 5, 3]], ids=str)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_window_that_bites_when_decoding(kind: str) -> None:
-    """One new token sees a run of keys, which needs no mask."""
-    arguments = {**DECODER, "sliding_window": 5}
-    expected = run(make("MistralForCausalLM", "Mistral", arguments), **TEXT)
-    model = make("MistralForCausalLM", "Mistral", arguments)
-    integration.apply(model, alpha=1.0)
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("config", ["Mistral", "Gemma2", "GptOss"])
+def test_windows_and_caches(config: str, alpha: float, kind: str, turns: list[int]) -> None:
+    """Hybrid caches too: of Gemma and gpt-oss every other layer keeps all keys."""
+    if OLD and kind == "static" and turns != [5] + [1] * 7:
+        pytest.skip("the static sliding cache of this release loses keys between several tokens")
+    model = make(config + "ForCausalLM", config, {**DECODER, **GPT_OSS, "sliding_window": 5})
+    if alpha == 1.0:
+        expected = run(model, **TEXT)
+        integration.apply(model, alpha=alpha)
+    else:
+        integration.apply(model, alpha=alpha)
+        expected = run(model, **TEXT)
     cache = transformers.DynamicCache(config=model.config)
     if kind == "static":
         cache = transformers.StaticCache(config=model.config, max_cache_len=20)
-    close(steps(model, cache, [5, 1, 1, 1, 1, 1, 1, 1]), expected)
+    close(steps(model, cache, turns), expected)
 
 
-def test_padding_that_hides_nothing_or_the_same_from_all() -> None:
-    model = llama()
-    everything = torch.ones_like(TOKENS)
-    name = integration.apply(model, alpha=1.0).name
-    assert everything_or_refused(model, name, {**TEXT, "attention_mask": everything}, "")
-    bert = make("BartModel", "Bart", SEQ2SEQ)
-    name = integration.apply(bert, alpha=1.0).name
-    tail = everything.clone()
-    tail[:, 8:] = 0
-    assert everything_or_refused(bert, name, {**PAIR, "attention_mask": tail}, "")
-    for padding in (tail, 1 - tail):
-        inputs = {**TEXT, "attention_mask": padding}
-        name = integration.apply(model, alpha=1.0).name
-        assert not everything_or_refused(model, name, inputs, "padding is not supported")
+def generated(model: Any, inputs: Tensor, **arguments: Any) -> Tensor:
+    out: Tensor = model.generate(
+        inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, **arguments
+    )
+    return out
 
 
-def test_packing_is_refused_not_ignored() -> None:
-    model = llama()
-    name = integration.apply(model, alpha=1.0).name
-    packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
-    for places in (torch.arange(12).expand(2, -1), packed):
-        inputs = {**TEXT, "position_ids": places, "use_cache": False}
-        equal = everything_or_refused(model, name, inputs, "padding, packing, window")
-        assert equal == (places is not packed)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("config", ["Llama", "Mistral", "Gemma2"])
+def test_generation_equals_recomputing(config: str, alpha: float, cache: str) -> None:
+    """Padded on the left, as prompts are; without a cache, and each prompt by itself."""
+    window = {} if config == "Llama" else {"sliding_window": 6}
+    model = make(config + "ForCausalLM", config, {**DECODER, **window})
+    integration.apply(model, alpha=alpha)
+    tokens = torch.ones_like(TOKENS)
+    tokens[0, :4] = 0
+    how = {"cache_implementation": cache, "disable_compile": True}
+    found = generated(model, TOKENS, attention_mask=tokens, **how)
+    assert found.equal(generated(model, TOKENS, attention_mask=tokens, use_cache=False))
+    for prompt, whole in ((TOKENS[:1, 4:], found[:1, 4:]), (TOKENS[1:], found[1:])):
+        assert generated(model, prompt, attention_mask=torch.ones_like(prompt)).equal(whole)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+PADDED = [
+    ("LlamaForCausalLM", "Llama", DECODER),
+    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 4}),
+    ("Gemma2ForCausalLM", "Gemma2", {**DECODER, "sliding_window": 4}),
+    ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS, "sliding_window": 4}),
+    ("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}),
+    ("BertModel", "Bert", ENCODER),
+    ("ModernBertModel", "ModernBert", {**ENCODER, "local_attention": 4}),
+    ("T5Model", "T5", T5),
+    ("BartModel", "Bart", SEQ2SEQ),
+]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize(("model", "config", "arguments"), PADDED)
+def test_a_padded_batch_equals_its_sequences(
+    model: str, config: str, arguments: dict[str, Any], alpha: float, side: str
+) -> None:
+    """Also with a hole, which lengths do not tell."""
+    if OLD and config in ("Bert", "ModernBert", "T5"):
+        pytest.skip(f"{config} does not run our attention here")
+    tokens = torch.ones_like(TOKENS).bool()
+    tokens[0, {"left": slice(4), "right": slice(8, None), "middle": slice(3, 7)}[side]] = False
+    counts_places = config in ("T5", "Bart") or "window" in str(arguments)
+    counts_gaps = config in ("Llama4Text", "ModernBert", "Bert")
+    if (counts_places and side != "right") or (counts_gaps and side == "middle"):
+        pytest.skip("for this model padding takes a place")
+    ours = make(model, config, arguments)
+    integration.apply(ours, alpha=alpha)
+    alone = {"input_ids": TOKENS[:1][tokens[:1]][None]}
+    batch = {"input_ids": TOKENS, "attention_mask": tokens.long()}
+    if config in ("T5", "Bart"):
+        batch["decoder_input_ids"], alone["decoder_input_ids"] = SHORTER, SHORTER[:1]
+        close(run(ours, **batch)[:1], run(ours, **alone))
+        return
+    if config != "ModernBert" or side != "right":
+        batch["position_ids"] = (tokens.cumsum(1) - 1).clamp(min=0)
+    close(run(ours, **batch)[:1][tokens[:1]], run(ours, **alone)[0])
+    close(run(ours, **batch)[1:], run(ours, input_ids=TOKENS[1:]))
+
+
+def test_padding_queries_give_zeros_and_read_nothing() -> None:
+    seen: list[dict[str, Any]] = []
+    outputs: list[Tensor] = []
+    model = llama(num_hidden_layers=1)
+    integration.apply(model, alpha=1.0, observer=lambda *call: seen.append(call[-1]))
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, inputs: outputs.append(inputs[0])
+    )
+    for padded in (slice(3), slice(9, None)):
+        tokens = torch.ones_like(TOKENS).bool()
+        tokens[0, padded] = False
+        run(model, **TEXT, attention_mask=tokens)
+        assert not outputs[-1][~tokens].any()
+        assert (outputs[-1][tokens] != 0).all()
+    assert [set(call) & {"kv_starts", "kv_lengths", "q_lengths", "attn_mask"} for call in seen] == [
+        {"kv_starts"},
+        {"kv_lengths", "q_lengths"},
+    ]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("config", ["Llama", "Mistral", "Gemma2"])
+def test_packed_sequences_equal_single_ones(config: str, alpha: float) -> None:
+    """Told by position_ids, and for flash attention by lengths too; as one of many rows."""
+    model = make(config + "ForCausalLM", config, {**DECODER, "sliding_window": 4})
+    integration.apply(model, alpha=alpha)
+    places = torch.cat([torch.arange(5), torch.arange(7)])
+    whole = torch.stack([places, torch.arange(12)])
+    ends = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 12, "max_length_k": 12}
+    expected = [run(model, input_ids=part) for part in (TOKENS[:1, :5], TOKENS[:1, 5:], TOKENS[1:])]
+    for more in ({}, lengths):
+        found = run(model, **TEXT, position_ids=whole, use_cache=False, **more)
+        close(found, torch.cat([torch.cat(expected[:2], dim=1), expected[2]]))
+
+
+@pytest.mark.parametrize("what", ["nothing", "mask", "padding", "window", "packed"])
 def test_no_numbers_are_made_where_words_suffice(
-    masked: bool, monkeypatch: pytest.MonkeyPatch
+    what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mask of 32,768 tokens would take 4 GiB."""
-    model = llama()
-    integration.apply(model)
-    monkeypatch.setattr("transformers.masking_utils.eager_mask", None)
-    cache = transformers.DynamicCache()
-    mask = {"attention_mask": torch.ones_like(TOKENS)} if masked else {}
-    run(model, **TEXT, **mask, past_key_values=cache)
+    model = make("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 4})
+    if what != "window":
+        model = llama()
+    integration.apply(model, alpha=1.0)
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", None)
+    inputs = dict(TEXT)
+    if what in ("mask", "padding"):
+        inputs["attention_mask"] = torch.ones_like(TOKENS)
+        inputs["attention_mask"][0, 9:] = what == "mask"
+    if what == "packed":
+        inputs["position_ids"] = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+    else:
+        run(model, **inputs, past_key_values=transformers.DynamicCache())
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    if not (OLD and not masked):  # there only numbers tell that positions pack nothing
-        model.train()(TOKENS, use_cache=False, **mask)
+    model.train()(**inputs, use_cache=False)
 
 
 def test_a_stated_mask_is_eagers_mask_for_others() -> None:
     numbers = additive(triangle())
-    known = masks.Statement(masks.Visible(0, 6, True))
+    known = masks.Statement(is_causal=True)
     mask = masks.StatedMask.of(torch.zeros(()).expand(1, 1, 6, 6), known, lambda: numbers)
     assert mask.shape == (1, 1, 6, 6)
     assert mask[:, :, :, :6] is mask

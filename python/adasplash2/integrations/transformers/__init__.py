@@ -68,6 +68,10 @@ def apply(
     register(name, alpha, backend or None, observer)
     before = _implementations(model)
     model.set_attn_implementation(name)
+    # A part with a copy of the model's config (T5's encoder and decoder) is not reached by that.
+    for config, _ in before:
+        if type(config) is type(model.config):
+            config._attn_implementation_internal = model.config._attn_implementation_internal
     found = cover(model, name)
     if example is not None:
         called: set[nn.Module] = set()
@@ -96,8 +100,12 @@ def register(
     """Make ``name`` an attention implementation of transformers; a second call replaces it.
 
     For whoever sets implementations by name; :func:`apply` also tells which layers take it.
-    Registers the attention and the masks that belong to it. What cannot be computed yet is
-    refused when a model asks for it: padding, packing, windows that bite, biases, dropout.
+    Registers the attention and the masks that belong to it. Padding, packed sequences, windows,
+    caches, biases, caps, sinks and dropout are passed on; keywords that are not known are refused
+    when a model asks for them.
+
+    Rows without a visible key give zeros, and so do queries behind the last key of their sequence,
+    which are padding. Attention probabilities are never returned.
 
     Args:
         name: what ``model.set_attn_implementation(name)`` takes; not one of transformers' own.

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adasplash2.functional import entmax_attention
-from adasplash2.integrations.transformers.masks import Visible, statement_of
+from adasplash2.functional import entmax_attention, entmax_attention_varlen
+from adasplash2.integrations.transformers.masks import Statement, statement_of
 
-Observer = Callable[[int | None, Tensor, Tensor, Tensor, bool, float | None], object]
-"""Called as ``observer(layer_idx, query, key, value, is_causal, scale)`` before each attention:
-key and value as far as they are visible, and with ``is_causal`` the last query sees all of them
-and each earlier one a key less."""
+Observer = Callable[[int | None, Tensor, Tensor, Tensor, dict[str, Any]], object]
+"""Called as ``observer(layer_idx, query, key, value, arguments)`` before each attention: what
+:func:`adasplash2.entmax_attention` is called with, or, for packed sequences,
+:func:`adasplash2.entmax_attention_varlen`."""
 
 HARMLESS = {
     "position_ids": "already in query and key; packing that it tells comes as a mask",
@@ -27,25 +27,14 @@ HARMLESS = {
     "output_router_logits": "about what the model returns",
     "return_dict": "about what the model returns",
     "num_items_in_batch": "for the loss",
-    "max_length_q": "says nothing beside cu_seq_lens_q, which is refused",
-    "max_length_k": "says nothing beside cu_seq_lens_k, which is refused",
+    "max_length_q": "says nothing beside cu_seq_lens_q",
+    "max_length_k": "says nothing beside cu_seq_lens_k",
     "deterministic": "about how flash attention adds up gradients",
     "layer_idx": "a layer's number",
 }
 """Keyword arguments that change nothing in an attention, and why. Any other is refused."""
 
-HINTS = {
-    "cu_seq_lens_q": "packed sequences are not supported yet: give them as a batch",
-    "cu_seq_lens_k": "packed sequences are not supported yet: give them as a batch",
-    "head_mask": "leave it out",
-    "softcap": "capped scores are not supported yet",
-    "s_aux": "attention sinks are not supported yet",
-    "sinks": "attention sinks are not supported yet",
-    "position_bias": "biases are not supported yet",
-}
-
-ROWS_PER_CALL = 32
-"""A call for one query costs about as much as so many queries of a call for many."""
+HINTS = {"head_mask": "leave it out"}
 
 
 class Attention:
@@ -71,6 +60,11 @@ class Attention:
         dropout: float = 0.0,
         is_causal: bool | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -81,96 +75,108 @@ class Attention:
         """
         if self.called is not None:
             self.called(module)
-        if dropout:
-            raise ValueError(
-                "dropout must be 0, dropout is not supported: set attention_dropout=0 (in some "
-                "models attention_probs_dropout_prob or attn_pdrop) in the model's config or call "
-                f"model.eval(); got {dropout}"
-            )
         for name, argument in kwargs.items():
             if name not in HARMLESS and argument is not None and argument is not False:
                 why = HINTS.get(name, "it is not known what it changes in an attention")
                 raise ValueError(f"{name} must be None: {why}; got {_kind(argument)}")
+        if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
+            raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together")
         if output_attentions:
             _warn_no_probabilities()
 
-        visible = _visible(module, attention_mask, is_causal, query.shape[2], key.shape[2])
-        if visible.start or visible.stop is not None:
-            key = key[:, :, visible.start : visible.stop]
-            value = value[:, :, visible.start : visible.stop]
-        _check_window(sliding_window, key.shape[2])
-        if self.observer is not None:
-            layer = getattr(module, "layer_idx", None)
-            self.observer(layer, query, key, value, visible.causal, scaling)
-        out = self._run(query, key, value, visible.causal, scaling)
-        return out.transpose(1, 2).contiguous(), None
-
-    def _run(
-        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
-    ) -> Tensor:
-        """With ``causal`` the last query sees all keys and each earlier one a key less."""
-        options: dict[str, Any] = {
-            "alpha": self.alpha,
-            "scale": scale,
+        if attention_mask is None:
+            said = _unmasked(module, is_causal, sliding_window, query.shape[2], key.shape[2])
+        else:  # says all, a window too
+            said = _masked(attention_mask, query, key.shape[2])
+        arguments: dict[str, Any] = {
+            "is_causal": said.is_causal,
+            "scale": scaling,
             "enable_gqa": query.shape[1] != key.shape[1],
+            "alpha": self.alpha,
             "backend": self.backend,
         }
-        length = query.shape[2]
-        earlier = key.shape[2] - length
-        if not causal or earlier == 0:
-            out: Tensor = entmax_attention(query, key, value, is_causal=causal, **options)
-            return out
-        # entmax_attention aligns causality at the first key. A few new tokens against a longer
-        # cache go one by one; many get queries for the earlier keys too, which are dropped.
-        if length * ROWS_PER_CALL < earlier:
-            rows = [
-                entmax_attention(
-                    query[:, :, i : i + 1],
-                    key[:, :, : earlier + i + 1],
-                    value[:, :, : earlier + i + 1],
-                    **options,
-                )
-                for i in range(length)
-            ]
-            return torch.cat(rows, dim=2)
-        # The first query again: its rows are about as sparse as the others.
-        filler = query[:, :, :1].expand(-1, -1, earlier, -1)
-        whole = torch.cat([filler, query], dim=2)
-        out = entmax_attention(whole, key, value, is_causal=True, **options)
-        return out[:, :, earlier:]
+        # What is not asked is left out: it leaves the call as it would be without.
+        if said.is_causal or said.window:
+            arguments |= {"causal_align": said.causal_align, "window": said.window}
+        if softcap:
+            arguments["softcap"] = softcap
+        if s_aux is not None:
+            arguments["sinks"] = s_aux
+        if dropout:
+            arguments["dropout_p"] = dropout
+        tensors = {
+            name: tensor.to(query.device)
+            for name in ("q_lengths", "kv_lengths", "kv_starts")
+            if (tensor := getattr(said, name)) is not None
+        }
+        masks = [said.attn_mask, position_bias]
+        if said.start or said.stop is not None:
+            key, value = (t[:, :, said.start : said.stop] for t in (key, value))
+            if position_bias is not None:
+                masks[1] = position_bias[..., said.start : said.stop]
+        if cu_seq_lens_q is None or cu_seq_lens_k is None:
+            cu_seq_lens_q = cu_seq_lens_k = said.cu_seqlens
+        batch = query.shape[0]
+        packed = False
+        if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+            cu_seqlens = {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
+            cu_seqlens = {n: t.to(query.device, torch.int32) for n, t in cu_seqlens.items()}
+            packed = not tensors and all(mask is None for mask in masks)
+            if packed:
+                tensors = cu_seqlens
+                query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+            else:
+                masks.append(_same_sequence(query, key, *cu_seqlens.values()))
+        mask = _combined(masks, query)
+        if mask is not None:
+            tensors["attn_mask"] = mask
+        arguments |= tensors
+        if self.observer is not None:
+            self.observer(getattr(module, "layer_idx", None), query, key, value, arguments)
+        if packed:
+            out: Tensor = entmax_attention_varlen(query, key, value, **arguments)
+            return out.unflatten(0, (batch, -1)), None
+        out = entmax_attention(query, key, value, **arguments)
+        return out.transpose(1, 2).contiguous(), None
 
 
-def _visible(
+def _unmasked(
     module: nn.Module,
-    mask: Tensor | None,
     is_causal: bool | None,
+    sliding_window: int | None,
     length_q: int,
     length_k: int,
-) -> Visible:
-    """Which keys are visible: as the mask says, else as the call or the module says."""
-    if mask is None:
-        # Only models that never asked for a mask come here: ours is never None. What a call says
-        # is taken, of a module only that nothing is hidden.
-        causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-        if length_q == 1 or causal is False:
-            return Visible(0, None, False)
-        if causal is None:
-            raise ValueError(
-                f"{type(module).__name__} gives neither attention_mask nor is_causal: set "
-                "module.is_causal to say whether queries may see later keys"
-            )
-        if is_causal is None:
-            # Eager would hide nothing and SDPA later keys: they differ, so neither is taken.
-            raise ValueError(
-                f"{type(module).__name__} gives no attention_mask though it says is_causal: "
-                "give the model an attention_mask"
-            )
-        if length_q != length_k:
-            raise ValueError(
-                "is_causal=True without attention_mask needs as many queries as keys, else it "
-                f"does not say which keys a query sees; got {length_q} and {length_k}"
-            )
-        return Visible(0, None, True)
+) -> Statement:
+    """What the call says, or the module. Only models that never asked for a mask come here: ours
+    is never None. Of a module it is taken only that nothing is hidden."""
+    window = None
+    if sliding_window is not None and sliding_window < length_k:
+        window = sliding_window - 1, sliding_window - 1
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if length_q == 1 or causal is False:
+        return Statement(window=window)
+    if causal is None:
+        raise ValueError(
+            f"{type(module).__name__} gives neither attention_mask nor is_causal: set "
+            "module.is_causal to say whether queries may see later keys"
+        )
+    if is_causal is None:
+        # Eager would hide nothing and SDPA later keys: they differ, so neither is taken.
+        raise ValueError(
+            f"{type(module).__name__} gives no attention_mask though it says is_causal: "
+            "give the model an attention_mask"
+        )
+    if length_q != length_k:
+        raise ValueError(
+            "is_causal=True without attention_mask needs as many queries as keys, else it "
+            f"does not say which keys a query sees; got {length_q} and {length_k}"
+        )
+    return Statement(is_causal=True, window=window)
+
+
+def _masked(mask: Tensor, query: Tensor, length_k: int) -> Statement:
+    """What a mask says, which says all: causality and windows too, as eager attention takes it."""
+    length_q = query.shape[2]
     if mask.dim() != 4 or mask.shape[2] not in (1, length_q) or mask.shape[3] < length_k:
         raise ValueError(
             "attention_mask must be (batch, heads, length_q, length_k) = "
@@ -178,25 +184,41 @@ def _visible(
         )
     if mask.shape[3] != length_k:  # as eager cuts it
         mask = mask[..., :length_k]
-    visible, refusal, proof = statement_of(mask)
-    if visible is None:
-        raise ValueError(f"attention_mask cannot be computed: {refusal}")
-    if proof is not None:
-        torch._assert_async(
-            proof,
-            "adasplash2: what was compiled or exported holds for inputs without padding and "
-            "packing only, and for queries at the end of the keys",
-        )
-    return visible
+    return statement_of(mask)
 
 
-def _check_window(window: int | None, keys: int) -> None:
-    """A window comes with the mask too; here only whoever gave no such mask is caught."""
-    if window is not None and window < keys:
-        raise ValueError(
-            f"sliding_window must be None or at least the number of visible keys ({keys}), "
-            f"windows are not supported yet; got {window}"
-        )
+def _combined(masks: list[Tensor | None], query: Tensor) -> Tensor | None:
+    """All masks, of bools or added to scores, as one ``attn_mask`` on the device of ``query``."""
+    found: Tensor | None = None
+    for mask in masks:
+        if mask is None:
+            continue
+        mask = mask.to(query.device)
+        if found is None:
+            found = mask
+        elif found.dtype == mask.dtype == torch.bool:
+            found = found & mask
+        elif mask.dtype == torch.bool:
+            found = torch.where(mask, found, -torch.inf)
+        elif found.dtype == torch.bool:
+            found = torch.where(found, mask, -torch.inf)
+        else:
+            found = found + mask
+    if found is not None and found.dtype not in (torch.bool, query.dtype):
+        found = found.float()
+    return found
+
+
+def _same_sequence(query: Tensor, key: Tensor, *cu_seqlens: Tensor) -> Tensor:
+    """The mask of packed sequences, where something else is said of their tokens too."""
+    numbers = []
+    for tensor, ends in zip((query, key), cu_seqlens, strict=True):
+        batch, _, length, _ = tensor.shape
+        tokens = torch.arange(batch * length, device=ends.device, dtype=ends.dtype)
+        number = torch.searchsorted(ends[1:].contiguous(), tokens, right=True)
+        numbers.append(number.unflatten(0, (batch, length)))
+    same: Tensor = numbers[0][:, None, :, None] == numbers[1][:, None, None, :]
+    return same
 
 
 def _kind(argument: object) -> str:

@@ -1,70 +1,59 @@
-"""What a mask of transformers hides, said in numbers that the attention can run.
+"""What a mask of transformers hides, said in the arguments of :func:`adasplash2.entmax_attention`.
 
 Models ask a mask function for their mask and hand its answer to every layer's attention. "None"
 would not say enough: it is "causal" from one model and "nothing is hidden" from the next, and the
 flags of the modules do not always tell which. So ours never answers None. It answers with eager's
 own mask, whose numbers are right for any code that looks at them (a model may compute some of its
-layers by itself), and that carries what it says in words:
+layers by itself), and that carries what it says in words, a :class:`Statement`:
 
 - outside of a trace it is a :class:`StatedMask`, whose numbers are made only if somebody looks;
 - within one, the numbers are part of the graph, which drops them where nobody uses them.
 
-What is asked is known from the arguments wherever possible: lengths, offsets, the identity of the
-pattern, the window. Reading a padding mask waits for the GPU once a forward, as transformers' own
-masks do. Only patterns that are not known by name (packing, windows that bite, images) are looked
-at as numbers, once for a mask, not for a layer.
+Causal masks, windows, padding, the filled part of a static cache and packed sequences are known
+from the arguments, and no tensor of queries by keys is made for them. Only what has no name (trees,
+images, chunks that bite) becomes a bool mask, once for a mask, not for a layer. Reading a padding
+mask waits for the GPU once a forward, as transformers' own masks do.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 HIDDEN = -1e4
 """Biases up to here hide a key: exp of them is 0, and no score is as large. Older models write
 -1e4 or -1e9, newer ones the lowest number of the dtype."""
 
-PADDING = (
-    "padding is not supported yet: run sequences of one length, or one sequence at a time, and "
-    "leave attention_mask out"
-)
-WINDOW = "a window or chunk of {size} that is shorter than the {keys} keys is not supported yet"
-OTHER = (
-    "only causal masks and those that hide the same keys from all queries are supported yet: no "
-    "padding, packing, window that bites, or tree"
-)
-STATIC = (
-    "how much of a static cache is filled cannot be known while compiling or exporting: use a "
-    "dynamic cache, or do not compile (disable_compile=True for generate)"
-)
-BIAS = "a mask may hide keys but not add to scores: biases are not supported"
-
-
-class Visible(NamedTuple):
-    """Which keys the queries see: ``start`` to ``stop`` (None: the end).
-
-    With ``causal`` the last query sees all of them and each earlier one a key less.
-    """
-
-    start: int
-    stop: int | None
-    causal: bool
-
 
 class Statement(NamedTuple):
-    """What a mask says: keys that are visible, or why that cannot be computed.
+    """What a mask says, for :func:`adasplash2.entmax_attention`.
 
-    ``proof``: a trace cannot look at numbers, so it assumes, and what it assumed is checked
-    whenever the graph runs: a tensor that must be True.
+    Attributes:
+        is_causal, window, causal_align: as there.
+        start, stop: keys outside are seen by no query and may be cut off; None for the end. All
+            that follows is about the keys that are left.
+        attn_mask: as there, four dimensions.
+        q_lengths, kv_lengths, kv_starts: as there.
+        cu_seqlens: where sequences begin that are packed in ``(batch * length)``; each query sees
+            its own sequence only.
     """
 
-    visible: Visible | None
-    refusal: str = ""
-    proof: Tensor | None = None
+    is_causal: bool = False
+    window: tuple[int, int] | None = None
+    causal_align: str = "bottom-right"
+    start: int = 0
+    stop: int | None = None
+    attn_mask: Tensor | None = None
+    q_lengths: Tensor | None = None
+    kv_lengths: Tensor | None = None
+    kv_starts: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
 
 class StatedMask(Tensor):
@@ -146,53 +135,47 @@ def statement_of(mask: Tensor) -> Statement:
     stated: Statement | None = getattr(mask, "_adasplash2_stated", None)
     if stated is not None:
         return stated
-    if is_tracing(mask):
-        return Statement(None, "numbers of a mask cannot be read while compiling or exporting")
-    if mask.is_inference():  # its changes are not counted
+    # A bias with a gradient is read for none of its numbers; of inference tensors changes are not
+    # counted.
+    if is_tracing(mask) or mask.requires_grad or mask.is_inference():
         return read(mask)
     version, statement = getattr(mask, "_adasplash2_read", (None, None))
-    if version != mask._version:
+    if version != mask._version or statement is None:
         statement = read(mask)
         mask._adasplash2_read = mask._version, statement  # type: ignore[attr-defined]
-    return statement or Statement(None)
+    return statement
 
 
 def read(mask: Tensor) -> Statement:
     """What a mask's numbers say: ``(batch, heads, length_q, length_k)``, 1 where all are alike.
 
-    bool: True is visible. Floats are added to scores: 0 is visible, :data:`HIDDEN` hidden.
+    bool: True is visible. Floats are added to scores, and hide from :data:`HIDDEN` on. Whether
+    they are plain, and need no mask, is seen where numbers can be looked at.
+
+    Raises:
+        ValueError: ``mask`` holds neither.
     """
-    if mask.dtype == torch.bool:
-        visible = mask
-    elif mask.is_floating_point():
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attention_mask must be of bools or floats, got {mask.dtype}")
+    visible = mask
+    if mask.is_floating_point():
+        hidden = mask <= HIDDEN
         visible = mask == 0
-        if not (visible | (mask <= HIDDEN)).all():
-            return Statement(None, BIAS)
-    else:
-        return Statement(None, f"a mask must be of bools or floats, got {mask.dtype}")
+        if is_tracing(mask) or mask.requires_grad or not (visible | hidden).all():
+            return Statement(attn_mask=mask.masked_fill(hidden, -torch.inf))
+    elif is_tracing(mask):
+        return Statement(attn_mask=mask)
     first = visible[0, 0]
-    if not (visible == first).all():
-        return Statement(None, PADDING)
-    span = _span(first[-1])
-    if span is None:
-        return Statement(None, OTHER)
-    start, stop = span
-    rows = first.shape[0]
-    expected = torch.zeros_like(first)
-    expected[:, start:stop] = True
-    if first.equal(expected):
-        return Statement(Visible(start, stop, False))
-    if rows <= stop - start and first.equal(expected.tril(stop - rows)):
-        return Statement(Visible(start, stop, True))
-    return Statement(None, OTHER)
-
-
-def _span(row: Tensor) -> tuple[int, int] | None:
-    """Start and stop of the only run of True in a row, None where that does not say it all."""
-    places = row.nonzero().flatten().tolist()
-    if not places or places[-1] - places[0] + 1 != len(places):
-        return None
-    return places[0], places[-1] + 1
+    places = first[-1].nonzero().flatten().tolist()
+    if places and (visible == first).all():
+        start, stop, rows = places[0], places[-1] + 1, first.shape[0]
+        expected = torch.zeros_like(first)
+        expected[:, start:stop] = True
+        if first.equal(expected):
+            return Statement(start=start, stop=stop)
+        if rows <= stop - start and first.equal(expected.tril(stop - rows)):
+            return Statement(is_causal=True, start=start, stop=stop)
+    return Statement(attn_mask=visible)
 
 
 def is_tracing(like: Tensor | None = None) -> bool:
@@ -204,16 +187,38 @@ def is_tracing(like: Tensor | None = None) -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+class Pattern(NamedTuple):
+    """What a mask function of transformers hides besides padding.
+
+    Attributes:
+        left, right: keys before and behind a query's own place that it sees; -1 for all.
+        chunk: queries see keys of their own chunk of so many; -1 for no chunks.
+        packed: ``(batch, length)``: queries see keys of their own number.
+    """
+
+    left: int = -1
+    right: int = -1
+    chunk: int = -1
+    packed: Tensor | None = None
+
+
+class Place(NamedTuple):
+    """Where ``q_length`` queries and ``kv_length`` keys stand in their sequence; tensors for static
+    caches, and always for queries in older releases."""
+
+    q_length: int
+    q_offset: int | Tensor
+    kv_length: int
+    kv_offset: int | Tensor
+
+
 def mask_function() -> Callable[..., Tensor]:
     """What ``transformers.AttentionMaskInterface`` calls for our attention.
 
-    transformers asks by keywords. Where the queries stand is ``q_offset``, a number, or a tensor
-    for a static cache; in older releases ``cache_position``, a tensor, and ``kv_offset`` may be
-    one too.
+    transformers asks by keywords. Where the queries stand is ``q_offset``, in older releases the
+    first of ``cache_position``.
     """
     from transformers import masking_utils as theirs
-
-    bidirectional = getattr(theirs, "bidirectional_mask_function", None)
 
     def mask(
         *,
@@ -230,130 +235,212 @@ def mask_function() -> Callable[..., Tensor]:
         allow_is_bidirectional_skip: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        config: Any = None,
         **rest: Any,
     ) -> Tensor:
+        asked: dict[str, Any] = {"cache_position": cache_position}
         if cache_position is None:
-            asked: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device}
+            asked = {"q_length": q_length, "q_offset": q_offset, "device": device}
         else:
-            q_length, q_offset, device = (
-                cache_position.shape[0],
-                cache_position[0],
-                cache_position.device,
-            )
-            asked = {"cache_position": cache_position}
+            q_length, q_offset = cache_position.shape[0], cache_position[0]
+            device = cache_position.device
 
-        def numbers() -> Tensor:
-            make: Any = theirs.eager_mask
+        def visible() -> Tensor:
+            make: Any = theirs.sdpa_mask
             out: Tensor = make(
                 batch_size=batch_size,
                 kv_length=kv_length,
                 kv_offset=kv_offset,
                 mask_function=mask_function,
                 attention_mask=attention_mask,
-                dtype=dtype,
+                allow_is_causal_skip=False,
+                allow_is_bidirectional_skip=False,
                 **asked,
                 **rest,
             )
             return out
 
-        causal = mask_function is theirs.causal_mask_function
-        everything = bidirectional is not None and mask_function is bidirectional
-        # These tell that nothing was added to the pattern that comes with `local_size`.
-        if local_size is not None:
-            causal = causal or allow_is_causal_skip
-            everything = everything or (not causal and allow_is_bidirectional_skip)
+        def numbers(seen: Tensor) -> Tensor:  # as eager_mask
+            return torch.where(seen, torch.zeros((), dtype=dtype, device=device), low)
 
+        low = torch.finfo(dtype).min
+        place = Place(q_length, q_offset, kv_length, kv_offset)
         blank = torch.zeros((), dtype=dtype, device=device).expand(
             batch_size, 1, q_length, kv_length
         )
-        if is_tracing(blank):
-            made = numbers()
-            made._adasplash2_stated = _assumed(  # type: ignore[attr-defined]
-                made,
-                causal=not (everything or allow_is_bidirectional_skip),
-                certain=(causal or everything) and attention_mask is None,
-                q_offset=q_offset,
-                kv_offset=kv_offset,
-                local_size=local_size,
-                static=cache_position is None and isinstance(q_offset, Tensor),
-            )
-            return made
-
-        known = None
-        if causal or everything:
-            known = _stated(
-                causal, q_length, q_offset, kv_length, kv_offset, attention_mask, local_size
-            )
-        return StatedMask.of(blank, known, numbers)
+        if not is_tracing(blank):
+            pattern = _pattern(mask_function, theirs)
+            known = _stated(pattern, place, attention_mask, batch_size) if pattern else None
+            return StatedMask.of(blank, known, lambda: numbers(visible()))
+        pattern = _named(mask_function, theirs)
+        # The flags tell that nothing was added to the pattern that comes with `local_size`.
+        if pattern is None and local_size and (allow_is_causal_skip or allow_is_bidirectional_skip):
+            pattern = _local(local_size, allow_is_causal_skip, config)
+        known = _stated(pattern, place, attention_mask, batch_size, True) if pattern else None
+        seen = visible()
+        made = numbers(seen)
+        made._adasplash2_stated = known or Statement(attn_mask=seen)  # type: ignore[attr-defined]
+        return made
 
     return mask
 
 
+# Patterns
+
+
+def _named(function: Callable[..., Any], theirs: Any) -> Pattern | None:
+    """A pattern that is known by its identity."""
+    if function is theirs.causal_mask_function:
+        return Pattern(right=0)
+    if function is getattr(theirs, "bidirectional_mask_function", None):
+        return Pattern()
+    return None
+
+
+def _pattern(function: Callable[..., Any], theirs: Any) -> Pattern | None:
+    """The pattern that a mask function of transformers makes, by its name and what it closed over;
+    None where it has no words. Compilers cannot look into closures: not for traces."""
+    named = _named(function, theirs)
+    if named is not None or getattr(function, "__module__", None) != theirs.__name__:
+        return named
+    name = function.__qualname__.partition(".")[0]
+    over = inspect.getclosurevars(function).nonlocals
+    if name == "and_masks" and "mask_functions" in over:
+        found = Pattern()
+        for part in over["mask_functions"]:
+            pattern = _pattern(part, theirs)
+            if pattern is None or (found.packed is not None and pattern.packed is not None):
+                return None
+            found = Pattern(
+                left=_narrower(found.left, pattern.left),
+                right=_narrower(found.right, pattern.right),
+                chunk=_narrower(found.chunk, pattern.chunk),
+                packed=pattern.packed if found.packed is None else found.packed,
+            )
+        return found
+    if name == "sliding_window_overlay" and "sliding_window" in over:
+        return Pattern(left=over["sliding_window"] - 1)
+    if name == "sliding_window_bidirectional_overlay" and "sliding_window" in over:
+        return Pattern(left=over["sliding_window"], right=over["sliding_window"])
+    if name in ("chunked_overlay", "_legacy_chunked_overlay") and "chunk_size" in over:
+        return Pattern(chunk=over["chunk_size"])
+    if name == "packed_sequence_mask_function" and "packed_sequence_mask" in over:
+        return Pattern(packed=over["packed_sequence_mask"])
+    return None
+
+
+def _narrower(side: int, other: int) -> int:
+    """The smaller of two sizes of which -1 is no limit."""
+    return max(side, other) if -1 in (side, other) else min(side, other)
+
+
+def _local(size: int, is_causal: bool, config: Any) -> Pattern:
+    """The pattern that comes with a ``local_size``: a window where the config says so, else a
+    chunk."""
+    if size != getattr(config, "sliding_window", None) or size == getattr(
+        config, "attention_chunk_size", None
+    ):
+        return Pattern(right=0 if is_causal else -1, chunk=size)
+    return Pattern(left=size - 1, right=0) if is_causal else Pattern(left=size, right=size)
+
+
+# Words
+
+
 def _stated(
-    causal: bool,
-    q_length: int,
-    q_offset: int | Tensor,
-    kv_length: int,
-    kv_offset: int | Tensor,
+    pattern: Pattern,
+    place: Place,
     attention_mask: Tensor | None,
-    local_size: int | None,
+    batch: int,
+    tracing: bool = False,
 ) -> Statement | None:
-    """A pattern that is known by name, in words; None where only its numbers can tell."""
-    length, kv_offset = kv_length, int(kv_offset)
-    if causal:
-        # The keys up to the last query. Where the queries stand is a tensor for a static cache.
-        length = int(q_offset) + q_length - kv_offset
-    if local_size is not None and kv_offset + max(length, kv_length) > local_size:
-        # A single query may see a part of the keys; of several each sees another.
-        return (
-            Statement(None, WINDOW.format(size=local_size, keys=length)) if q_length > 1 else None
-        )
-    start, stop = 0, min(length, kv_length)
+    """A pattern and padding (``(batch, keys)``, True for tokens) in words; None where only numbers
+    can tell."""
+    rows, keys, causal = place.q_length, place.kv_length, pattern.right == 0
+    q_offset, kv_offset = place.q_offset, place.kv_offset
+    if not tracing:
+        q_offset, kv_offset = int(q_offset), int(kv_offset)
+    elif isinstance(kv_offset, Tensor):
+        return None
+    if 0 <= pattern.chunk < kv_offset + keys:
+        return None
+    if pattern.packed is not None:
+        if tracing or attention_mask is not None or rows != keys:
+            return None
+        return Statement(causal, _window(pattern, keys), cu_seqlens=_boundaries(pattern.packed))
+    # The queries end where the keys do, or the filled part of a static cache.
+    begins = rows == keys if isinstance(q_offset, Tensor) else q_offset == kv_offset
+    end: int | Tensor = keys
+    if causal and not (begins and rows == keys):
+        end = q_offset + rows - kv_offset
+    elif not causal and not begins and _window(pattern, keys):
+        return None
+    start, stop = 0, keys
+    if not isinstance(end, Tensor):
+        if end > keys:
+            return None  # some queries stand beyond the keys
+        stop = end
+    window = _window(pattern, stop)
+    align = "bottom-right" if causal else "top-left"
+    said = Statement(causal, window, align, stop=None if stop == keys else stop)
+    if causal and rows == 1 and not isinstance(end, Tensor):  # sees a run of keys
+        start = max(0, stop - 1 - pattern.left) if window else 0
+        said = Statement(start=start, stop=said.stop)
     if attention_mask is not None:
-        # Keys beyond the end of a padding mask are hidden. All sequences must hide the same.
-        keys = attention_mask[:, kv_offset : kv_offset + stop].bool().cpu()
-        span = _span(keys[0]) if keys.shape[1] and (keys == keys[0]).all() else None
-        if span is None:
-            return Statement(None, PADDING)
-        # Causal queries among hidden keys would see other numbers of keys than their place says.
-        if causal and (span[1] != stop or (span[0] > stop - q_length)):
-            return Statement(None, PADDING)
-        start, stop = span
-    if causal and length > kv_length:
-        return None  # some queries stand beyond the keys
-    if causal and stop - start < q_length:
-        return Statement(None, OTHER)
-    return Statement(Visible(start, stop, causal and q_length > 1))
+        end = end - start if isinstance(end, Tensor) else stop - start
+        seen = attention_mask[:, kv_offset + start : kv_offset + stop].bool()
+        # Keys beyond the end of a padding mask are hidden.
+        seen = F.pad(seen, (0, stop - start - seen.shape[1]))
+        return _padded(said, seen, end, rows if causal else None, tracing)
+    if isinstance(end, Tensor):
+        said = said._replace(kv_lengths=end.to(torch.int32).expand(batch))
+    return said
 
 
-def _assumed(
-    mask: Tensor,
-    causal: bool,
-    certain: bool,
-    q_offset: int | Tensor,
-    kv_offset: int | Tensor,
-    local_size: int | None,
-    static: bool,
+def _window(pattern: Pattern, keys: int) -> tuple[int, int] | None:
+    """The window where it bites; a causal one says its right side by itself."""
+    window = pattern.left, -1 if pattern.right == 0 else pattern.right
+    return window if any(0 <= side < keys - 1 for side in window) else None
+
+
+def _padded(
+    said: Statement, seen: Tensor, end: int | Tensor, rows: int | None, tracing: bool
 ) -> Statement:
-    """What a trace takes ``mask`` to say, with a proof wherever the arguments do not suffice.
+    """``said`` without the keys that are not in ``seen``, ``(batch, keys)``: as lengths and starts,
+    and a mask where there are holes in between. A trace cannot know that there are none.
 
-    A graph has room for one case only: keys without padding, and queries at their end. That a
-    tensor holds no padding and positions no packing is known when the graph runs.
+    ``rows``: the queries are the last so many tokens before ``end``; those behind the last key of
+    their sequence are padding too. None where queries are other tokens, or where not known.
     """
-    q_length, kv_length = mask.shape[-2], mask.shape[-1]
-    kv_offset = 0 if isinstance(kv_offset, Tensor) else kv_offset  # then q_offset is one too
-    if local_size is not None and kv_offset + kv_length > local_size:
-        return Statement(None, WINDOW.format(size=local_size, keys=kv_length))
-    if causal and static:
-        return Statement(None, STATIC)
-    if causal and isinstance(q_offset, Tensor):
-        certain = False
-    elif causal and q_offset + q_length != kv_offset + kv_length:
-        return Statement(None, OTHER)
-    visible = Visible(0, None, causal and q_length > 1)
-    if certain:
-        return Statement(visible)
-    expected = torch.ones(q_length, kv_length, dtype=torch.bool, device=mask.device)
-    if causal:
-        expected = expected.tril(kv_length - q_length)
-    return Statement(visible, proof=((mask == 0) == expected).all())
+    device, keys = seen.device, seen.shape[1]
+    known = seen if tracing else seen.cpu()
+    if not tracing and known.all():
+        return said
+    places = torch.arange(keys, device=known.device)
+    last = torch.where(known, places + 1, 0).amax(1)
+    if isinstance(end, Tensor):
+        last = torch.minimum(last, end)
+    first = torch.minimum(torch.where(known, places, keys).amin(1), last)
+    if tracing or not known.sum(1).equal(last - first):
+        said = said._replace(attn_mask=seen[:, None, None, :])
+
+    def lengths(numbers: Tensor) -> Tensor:
+        return numbers.to(device, torch.int32)
+
+    if tracing or first.any():
+        said = said._replace(kv_starts=lengths(first))
+    if tracing or not (last == end).all():
+        said = said._replace(kv_lengths=lengths(last))
+        if rows is not None:
+            said = said._replace(q_lengths=lengths((last - end + rows).clamp(0, rows)))
+    return said
+
+
+def _boundaries(packed: Tensor) -> Tensor | None:
+    """Where sequences begin in ``(batch * length)`` tokens, and the total; None where each row is
+    one sequence."""
+    first = F.pad(packed[:, 1:] != packed[:, :-1], (1, 0), value=True).flatten()
+    begins = first.nonzero().flatten()
+    if begins.shape[0] == packed.shape[0]:
+        return None
+    return F.pad(begins, (0, 1), value=first.shape[0]).to(torch.int32)
