@@ -333,9 +333,9 @@ def test_a_poisoned_row_poisons_what_it_sees(names: str) -> None:
     asked = features(Shape(), FLOAT32, (names,))
     problem, inputs, grad_out = made(Shape(), FLOAT32, 1.0, asked)
     row = 20
+    seen = (dense.scores(problem, inputs, FLOAT32) != -math.inf)[0, 0, row]
     inputs.query[0, 0, row] = math.nan
     out, tau, grads = run(problem, inputs, grad_out)
-    seen = (dense.scores(problem, inputs, FLOAT32) != -math.inf)[0, 0, row]
     assert out[0, 0, row].isnan().all()
     assert tau[0, 0, row].isnan()
     for grad in (grads.key, grads.value):
