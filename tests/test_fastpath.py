@@ -25,7 +25,7 @@ def without(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(torch_fastpath.private(parent), last)
+        patch.delattr(torch_fastpath.private(parent) if parent else torch, last)
         spec.loader.exec_module(module)
     return module
 

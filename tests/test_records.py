@@ -104,7 +104,7 @@ def test_a_class_tells_what_changes_speed(changes: dict[str, Any]) -> None:
 def test_a_new_option_is_in_the_class(base: type) -> None:
     """Whoever adds a field need not think of records."""
     new = dataclasses.make_dataclass(
-        "New", [("softcap", float, dataclasses.field(default=0.0))], bases=(base,), frozen=True
+        "New", [("warmth", float, dataclasses.field(default=0.0))], bases=(base,), frozen=True
     )
     asked = RowProblem(5, 1000, torch.float32, CPU, 1.5, True) if base is RowProblem else problem()
     holder = asked.scores if base is ScoreTransform else asked
@@ -117,7 +117,7 @@ def test_a_new_option_is_in_the_class(base: type) -> None:
         )
 
     assert label() == problem_class(asked)
-    assert label(softcap=30.0) == f"{label()} softcap 30.0"
+    assert label(warmth=30.0) == f"{label()} warmth 30.0"
 
 
 def test_alphas_without_a_closed_form_are_one_class() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 import adasplash2
 from adasplash2 import ops, options
@@ -52,14 +53,17 @@ NO_TENSORS: dict[str, tuple[Any, str]] = {
     "float8": (tensor(2, 4, 5, 8).to(torch.float8_e4m3fn), "float32"),
 }
 
+ONES = torch.ones(5, 6)
+
 BAD_ATTENTION = [
     # case, arguments, error, what the message says in this order
     ("query none", {"query": None}, TypeError, "query", "torch.Tensor", "NoneType"),
     ("key list", {"key": [1.0]}, TypeError, "key", "torch.Tensor", "list"),
     ("value number", {"value": 1.0}, TypeError, "value", "torch.Tensor", "float"),
-    ("query rank", {"query": tensor(4, 5, 8)}, ValueError, "query", "4 dim", "3", "(4, 5, 8)"),
-    ("key rank", {"key": tensor(1, 2, 4, 6, 8)}, ValueError, "key", "4 dimensions", "5"),
-    ("value rank", {"value": tensor(6)}, ValueError, "value", "4 dimensions", "1"),
+    ("query rank", {"query": tensor(8)}, ValueError, "query", "at least 2 dim", "1", "(8,)"),
+    ("key rank", {"key": tensor(8)}, ValueError, "key", "at least 2 dimensions", "1"),
+    ("value rank", {"value": tensor(6)}, ValueError, "value", "at least 2 dimensions", "1"),
+    ("leading", {"key": tensor(3, 3, 4, 6, 8)}, ValueError, "leading", "(1, 2)", "(3, 3)"),
     *(
         (f"{name} {dtype}", {name: GOOD[name].to(dtype)}, TypeError, name, "float32", str(dtype))
         for name in GOOD
@@ -71,7 +75,7 @@ BAD_ATTENTION = [
     ("key device", {"key": GOOD["key"].to("meta")}, ValueError, "key", "cpu", "meta"),
     ("value device", {"value": GOOD["value"].to("meta")}, ValueError, "value", "cpu", "meta"),
     ("key batch", {"key": tensor(3, 4, 6, 8)}, ValueError, "key", "batch", "2", "3"),
-    ("value batch", {"value": tensor(1, 4, 6, 7)}, ValueError, "value", "batch", "2", "1"),
+    ("value batch", {"value": tensor(3, 4, 6, 7)}, ValueError, "value", "batch", "2", "3"),
     ("key head_dim", {"key": tensor(2, 4, 6, 9)}, ValueError, "key", "head_dim", "8", "9"),
     ("value heads", {"value": tensor(2, 2, 6, 7)}, ValueError, "value", "(4, 6)", "(2, 6)"),
     ("value length", {"value": tensor(2, 4, 5, 7)}, ValueError, "value", "(4, 6)", "(4, 5)"),
@@ -113,7 +117,7 @@ BAD_ATTENTION = [
     ),
     *(
         (f"alpha {alpha!r}", {"alpha": alpha}, TypeError, "alpha", "real number", repr(alpha))
-        for alpha in ("1.5", None, True, 1.5j, tensor(1))
+        for alpha in ("1.5", None, True, 1.5j)
     ),
     *(
         (f"scale {scale}", {"scale": scale}, ValueError, "scale", "finite", repr(scale))
@@ -132,6 +136,7 @@ BAD_ATTENTION = [
         (f"{name} {kind}", {name: value}, TypeError, name, "real number")
         for name in ("alpha", "scale")
         for kind, value in NO_NUMBERS.items()
+        if kind != "trained"
     ),
     *(
         (f"{name} {kind}", {name: value}, TypeError, name, "True or False")
@@ -142,6 +147,76 @@ BAD_ATTENTION = [
         (f"{name} {kind}", {name: value}, TypeError, name, word)
         for name in ("query", "key", "value")
         for kind, (value, word) in NO_TENSORS.items()
+        if (name, kind) != ("query", "jagged")
+    ),
+    ("jagged of 3", {"query": NO_TENSORS["jagged"][0]}, ValueError, "query", "4 dimensions"),
+    # What came after SDPA's tensors
+    ("mask list", {"attn_mask": [True]}, TypeError, "attn_mask", "torch.Tensor", "list"),
+    ("mask int", {"attn_mask": ONES.int()}, TypeError, "attn_mask", "torch.bool", "int32"),
+    ("mask double", {"attn_mask": ONES.double()}, TypeError, "attn_mask", "float32", "float64"),
+    ("mask sparse", {"attn_mask": ONES.to_sparse()}, TypeError, "attn_mask", "strided"),
+    ("mask shape", {"attn_mask": ONES[:, :4]}, ValueError, "attn_mask", "(2, 4, 5, 6)", "5, 4)"),
+    ("mask rank", {"attn_mask": ONES[None, None, None]}, ValueError, "attn_mask", "broadcast"),
+    ("mask meta", {"attn_mask": ONES.to("meta")}, ValueError, "attn_mask", "cpu", "meta"),
+    (
+        "two causal masks",
+        {"attn_mask": causal_lower_right(5, 6), "is_causal": True},
+        ValueError,
+        *("is_causal", "False", "causal mask"),
+    ),
+    (
+        "causal mask of other lengths",
+        {"attn_mask": causal_lower_right(4, 6)},
+        ValueError,
+        *("attn_mask", "(5, 6)", "(4, 6)"),
+    ),
+    ("window -2", {"window": (-2, 0)}, ValueError, "window", "-1", "-2"),
+    ("window 3", {"window": 3}, TypeError, "window", "pair", "3"),
+    ("window triple", {"window": (1, 2, 3)}, TypeError, "window", "pair", "(1, 2, 3)"),
+    ("window float", {"window": (1.0, 0)}, TypeError, "window", "integers", "1.0"),
+    ("window bool", {"window": (True, 0)}, TypeError, "window", "integers", "True"),
+    ("align", {"causal_align": "middle"}, ValueError, "causal_align", "'top-left'", "'middle'"),
+    ("align type", {"causal_align": 1}, TypeError, "causal_align", "text", "1"),
+    ("softcap -1", {"softcap": -1.0}, ValueError, "softcap", "at least 0", "-1.0"),
+    ("softcap nan", {"softcap": NAN}, ValueError, "softcap", "finite", "nan"),
+    ("softcap text", {"softcap": "30"}, TypeError, "softcap", "real number", "'30'"),
+    ("softcap bool", {"softcap": False}, TypeError, "softcap", "real number", "False"),
+    *(
+        (f"dropout {p}", {"dropout_p": p}, ValueError, "dropout_p", "[0, 1)", repr(p))
+        for p in (1.0, -0.1, NAN, 1)
+    ),
+    ("dropout text", {"dropout_p": "0"}, TypeError, "dropout_p", "real number", "'0'"),
+    ("dropout none", {"dropout_p": None}, TypeError, "dropout_p", "real number", "None"),
+    *(
+        row
+        for name, public in (
+            ("alibi_slopes", "alibi_slopes"),
+            ("sinks", "sinks"),
+            ("alpha", "alpha"),
+        )
+        for row in (
+            (f"{name} shape", {name: tensor(3)}, ValueError, public, "(4,)", "(3,)"),
+            (f"{name} rank", {name: tensor(4, 1)}, ValueError, public, "(4,)", "(4, 1)"),
+            (f"{name} int", {name: tensor(4).int()}, TypeError, public, "floating", "int32"),
+            (f"{name} meta", {name: tensor(4).to("meta")}, ValueError, name[:5], "cpu", "meta"),
+        )
+    ),
+    ("slopes list", {"alibi_slopes": [1.0]}, TypeError, "alibi_slopes", "torch.Tensor", "list"),
+    ("slopes below 0", {"alibi_slopes": -tensor(4)}, ValueError, "alibi_slopes", "0", "-1.0"),
+    ("scale shape", {"scale": tensor(3)}, ValueError, "scale", "(2, 4, 5)", "(1, 3, 1)"),
+    ("scale rank", {"scale": tensor(1, 2, 4, 5)}, ValueError, "scale", "(1, 2, 4, 5)"),
+    ("scale int", {"scale": tensor(4).int()}, TypeError, "scale", "floating", "int32"),
+    *(
+        row
+        for name, most in (("q_lengths", 5), ("kv_lengths", 6), ("kv_starts", 6))
+        for row in (
+            (f"{name} list", {name: [1, 2]}, TypeError, name, "torch.Tensor", "list"),
+            (f"{name} long", {name: tensor(2).long()}, TypeError, name, "int32", "int64"),
+            (f"{name} shape", {name: tensor(3).int()}, ValueError, name, "(2,)", "(3,)"),
+            (f"{name} meta", {name: tensor(2).int().to("meta")}, ValueError, name, "cpu", "meta"),
+            (f"{name} large", {name: 7 * tensor(2).int()}, ValueError, name, f"{most}", "7"),
+            (f"{name} below 0", {name: -tensor(2).int()}, ValueError, name, "0", "-1"),
+        )
     ),
     ("backend empty", {"backend": ""}, ValueError, "backend", "'cpu'", "''"),
     ("backend surrogate", {"backend": "\ud800"}, ValueError, "backend", "'cpu'"),
@@ -234,9 +309,28 @@ def test_statistics_of_tensors_of_special_kinds() -> None:
         assert torch.equal(found, expected)
 
 
-def test_options_go_by_keyword() -> None:
+def test_what_sdpa_has_not_goes_by_keyword() -> None:
+    sdpa = inspect.signature(_sdpa)
+    ours = list(inspect.signature(adasplash2.entmax_attention).parameters.values())
+    for mine, its in zip(ours, sdpa.parameters.values(), strict=False):
+        assert (mine.name, mine.default) == (its.name, its.default)
+    later = ours[len(sdpa.parameters) :]
+    assert {parameter.kind for parameter in later} == {inspect.Parameter.KEYWORD_ONLY}
     with pytest.raises(TypeError, match="positional"):
-        adasplash2.entmax_attention(*GOOD.values(), 1.5)  # type: ignore[misc]
+        adasplash2.entmax_attention(*GOOD.values(), None, 0.0, False, None, False, 1.5)  # type: ignore[misc]
+
+
+def _sdpa(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: Any = None,
+    enable_gqa: bool = False,
+) -> None:
+    """As torch documents it: it has no signature that Python can read."""
 
 
 def test_stats_have_no_softmax() -> None:
@@ -350,14 +444,73 @@ def test_every_function_of_a_call_takes_its_arguments() -> None:
         return dict(inspect.signature(function).parameters)
 
     taken = asked(adasplash2.entmax_attention)
-    assert asked(adasplash2.attention_stats) == asked(adasplash2.explain) == taken
-    assert set(taken) == {*Inputs._fields, *Options._fields}
+    assert asked(adasplash2.attention_stats) == asked(adasplash2.explain)
+    assert asked(adasplash2.explain) == {k: v for k, v in taken.items() if k != "return_aux"}
+    # Operands and options whose public names are others.
+    others = {"scales", "alphas", "ranges", "dropout_seed", "window_left", "window_right"}
+    said = {"window", "q_lengths", "kv_lengths", "kv_starts", "return_aux"}
+    assert set(taken) == {*Inputs._fields, *Options._fields} - others | said
     for name in Options._fields:
-        default = None if name == "backend" else Options._field_defaults[name]
-        assert taken[name].default == default
-        assert f" {name}" in options.SCHEMA
+        if name in taken:
+            default = None if name == "backend" else Options._field_defaults[name]
+            assert taken[name].default == default
+        assert f" {name}" in f"{options.SCHEMA}, {options.LATER_SCHEMA}"
     for function in (adasplash2.attention_stats, adasplash2.explain):
         with pytest.raises(TypeError, match="no_such"):
             function(*GOOD.values(), no_such=1)
         with pytest.raises(TypeError, match="value"):
             function(*list(GOOD.values())[:2])
+
+
+PACKED: dict[str, Any] = {
+    "query": tensor(9, 4, 8),
+    "key": tensor(11, 2, 8),
+    "value": tensor(11, 2, 7),
+    "cu_seqlens_q": torch.tensor([0, 4, 4, 9], dtype=torch.int32),
+    "cu_seqlens_k": torch.tensor([0, 6, 7, 11], dtype=torch.int32),
+    "enable_gqa": True,
+}
+
+
+def cu(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_PACKED = [
+    ("query rank", {"query": tensor(1, 9, 4, 8)}, ValueError, "query", "3 dimensions", "4"),
+    ("query list", {"query": [1.0]}, TypeError, "query", "torch.Tensor", "list"),
+    *(
+        row
+        for name, total in (("cu_seqlens_q", 9), ("cu_seqlens_k", 11))
+        for row in (
+            (f"{name} list", {name: [0, total]}, TypeError, name, "torch.Tensor", "list"),
+            (f"{name} long", {name: cu(0, 2, 3, total).long()}, TypeError, name, "int32", "int64"),
+            (f"{name} meta", {name: cu(0, 2, 3, total).to("meta")}, ValueError, name, "cpu"),
+            (f"{name} rank", {name: cu(0, total)[None]}, ValueError, name, "sequences + 1"),
+            (f"{name} short", {name: cu(0)}, ValueError, name, "sequences + 1"),
+            (f"{name} begin", {name: cu(1, 2, 3, total)}, ValueError, name, "begin with 0", "1"),
+            (f"{name} end", {name: cu(0, 2, 3, 4)}, ValueError, name, f"total of {total}", "4"),
+            (f"{name} falls", {name: cu(0, 5, 3, total)}, ValueError, name, "never fall", "5, 3"),
+        )
+    ),
+    ("sequences", {"cu_seqlens_k": cu(0, 11)}, ValueError, "cu_seqlens_k", "(4,)", "(2,)"),
+    ("max_seqlen_q", {"max_seqlen_q": -1}, ValueError, "max_seqlen_q", "at least 0", "-1"),
+    ("max_seqlen_k", {"max_seqlen_k": 1.5}, TypeError, "max_seqlen_k", "integers", "1.5"),
+    ("window", {"window": (-2, 0)}, ValueError, "window", "-1"),
+    ("gqa", {"enable_gqa": False}, ValueError, "key", "enable_gqa=True"),
+]
+
+
+@cases(BAD_PACKED)
+def test_packed_attention_refuses(
+    arguments: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error, match=says(*words)):
+        adasplash2.entmax_attention_varlen(**{**PACKED, **arguments})
+
+
+def test_return_aux_is_a_flag() -> None:
+    with pytest.raises(TypeError, match=says("return_aux", "True or False", "1")):
+        adasplash2.entmax_attention(**GOOD, return_aux=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=says("return_aux", "alpha = 1")):
+        adasplash2.entmax_attention(**GOOD, alpha=1, return_aux=True)

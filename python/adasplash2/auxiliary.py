@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,8 @@ CHUNK = 2**24
 
 @dataclass(frozen=True)
 class AttentionAux:
-    """Comes with the output where ``return_aux`` asks for it. ``B, H, L`` are batch, query heads and
-    query length. Nothing here has a gradient.
+    """Comes with the output where ``return_aux`` asks for it. ``B, H, L`` are batch, query heads
+    and query length. Nothing here has a gradient.
 
     Attributes:
         tau: ``(B, H, L)``, threshold of ``(alpha-1) * s`` in float32, or float64 for float64;
@@ -68,9 +69,11 @@ class AttentionAux:
         order = torch.argsort(row, stable=True)
         crow = torch.cat([count.new_zeros(1), count.cumsum(0)])
         shape = (count.numel(), p.length_k)
-        return torch.sparse_csr_tensor(
-            crow, place[order, 3], value[order], shape, check_invariants=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that sparse CSR is in beta
+            return torch.sparse_csr_tensor(
+                crow, place[order, 3], value[order], shape, check_invariants=False
+            )
 
     def _of_rows(self, rows: slice) -> Tensor:
         p, inputs = self._problem, self._inputs

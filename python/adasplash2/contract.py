@@ -36,7 +36,7 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What an attention backward returns. Query, key and value: in the shape and dtype of the input.
+    """What an attention backward returns. Query, key and value: in their shape and dtype.
 
     Of operands, None where they are not wanted. ``attn_mask``: in its shape and the compute dtype.
     The others: each row's part, ``(batch, heads_q, length_q)`` in the compute dtype, whose sums

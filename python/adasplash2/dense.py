@@ -60,8 +60,8 @@ def _of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
 
 
 def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:
-    """Attention at alpha = 1: torch's SDPA where it knows all that is asked, else dense, with memory
-    that grows by the product of the lengths. ``scale`` as the caller gave it."""
+    """Attention at alpha = 1: torch's SDPA where it knows all that is asked, else dense, with
+    memory that grows by the product of the lengths. ``scale`` as the caller gave it."""
     said, names = problem.scores, {operand.name for operand in problem.operands}
     window = said.left >= 0 or (said.right >= 0 and not said.is_causal) or said.bottom_right
     masked = "attn_mask" in names
@@ -85,4 +85,5 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
     p = torch.where(hidden, 0.0, torch.softmax(s, dim=3))[..., : problem.length_k]
     p = F.dropout(p, said.dropout_p)
     p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))
-    return (p @ inputs.value.unsqueeze(2)).flatten(1, 2)
+    out: Tensor = (p @ inputs.value.unsqueeze(2)).flatten(1, 2)
+    return out

@@ -17,13 +17,7 @@ from adasplash2 import dispatch, ops
 from adasplash2.auxiliary import AttentionAux
 from adasplash2.contract import AttentionStats
 from adasplash2.dense import softmax_attention
-from adasplash2.lowering import (
-    Call,
-    from_nested,
-    lowered,
-    lowered_packed,
-    to_nested,
-)
+from adasplash2.lowering import Call, lowered, lowered_packed
 from adasplash2.options import (
     Options,
     check_alpha,
@@ -35,6 +29,10 @@ from adasplash2.options import (
 from adasplash2.problem import TENSORS, Inputs, Problem, check_tensor, row_problem, validated
 from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 
+NOTHING = 0
+"""Default of numbers that are of no effect: not 0.0, since compilers make symbols of floats, where
+graphs are dynamic, and begin anew when they find them compared."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -44,7 +42,7 @@ def entmax_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = NOTHING,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     enable_gqa: bool = False,
@@ -53,7 +51,7 @@ def entmax_attention(
     causal_align: str = "top-left",
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float = NOTHING,
     sinks: Tensor | None = None,
     q_lengths: Tensor | None = None,
     kv_lengths: Tensor | None = None,
@@ -120,11 +118,11 @@ def entmax_attention(
         window: ``(left, right)``: only keys with ``i' - left <= j <= i' + right``; -1 leaves a side
             open. Combines with ``is_causal``.
         alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)``, at least 0: ``slope * |i' - j|`` is
-            taken from the score (Press, Smith, Lewis 2022), with gradient. With entmax a slope above
-            0 makes keys from some distance on *exactly* zero, and they are not read: scores without
-            the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so that what is further
-            than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest key is outside the support.
-            Values are looked at only where they are on a CPU.
+            taken from the score (Press, Smith, Lewis 2022), with gradient. With entmax a slope
+            above 0 makes keys from some distance on *exactly* zero, and they are not read: scores
+            without the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so that a key
+            further than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest one is outside the
+            support. Values are looked at only where they are on a CPU.
         softcap: scores become ``softcap * tanh(s / softcap)``; 0 for none.
         sinks: ``(heads_q,)``: one more score for each row of a head, not scaled, which takes
             probability and has no value; with gradient.
@@ -157,24 +155,10 @@ def entmax_attention(
         Correia, Niculae, Martins 2019, *Adaptively Sparse Transformers* (its gradients);
         Goncalves et al. 2026, *AdaSplash-2* (finding the threshold from a histogram).
     """
-    if getattr(query, "is_nested", False):
-        others = attn_mask, q_lengths, kv_lengths, kv_starts
-        packed, offsets = from_nested((query, key, value), others)
-        result = entmax_attention_varlen(
-            *packed,
-            *(dropout_p, is_causal, scale, enable_gqa),
-            **{"alpha": alpha, "causal_align": causal_align, "window": window},
-            **{"alibi_slopes": alibi_slopes, "softcap": softcap, "sinks": sinks},
-            **{"return_aux": return_aux, "backend": backend},
-        )
-        return (
-            (to_nested(result[0], offsets), result[1]) if return_aux else to_nested(result, offsets)
-        )
     call = lowered(
-        *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
-        *(alpha, causal_align, window, alibi_slopes, softcap, sinks),
-        *(q_lengths, kv_lengths, kv_starts, backend),
-    )
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
+        window, alibi_slopes, softcap, sinks, q_lengths, kv_lengths, kv_starts, backend,
+    )  # fmt: skip
     return _attend(call, return_aux)
 
 
@@ -186,7 +170,7 @@ def entmax_attention_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = NOTHING,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     enable_gqa: bool = False,
@@ -195,7 +179,7 @@ def entmax_attention_varlen(
     causal_align: str = "top-left",
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float = NOTHING,
     sinks: Tensor | None = None,
     return_aux: bool = False,
     backend: str | None = None,
@@ -209,9 +193,9 @@ def entmax_attention_varlen(
         query: ``(total_q, heads_q, head_dim)``.
         key: ``(total_k, heads_kv, head_dim)``.
         value: ``(total_k, heads_kv, head_dim_v)``.
-        cu_seqlens_q, cu_seqlens_k: int32 ``(sequences + 1,)`` on the device of ``query``: where each
-            sequence begins, from 0, and the total. On a GPU their values are checked there, without
-            waiting: what is wrong ends the program with an assertion of the device.
+        cu_seqlens_q, cu_seqlens_k: int32 ``(sequences + 1,)`` on the device of ``query``: where
+            each sequence begins, from 0, and the total. On a GPU their values are checked there,
+            without waiting: what is wrong ends the program with an assertion of the device.
         max_seqlen_q, max_seqlen_k: lengths of the longest, which flash-attn needs; None where not
             known. Nothing here depends on them.
         dropout_p, is_causal, scale, enable_gqa, alpha, window, softcap, sinks, backend: as in
@@ -236,10 +220,10 @@ def entmax_attention_varlen(
         torch.Size([48, 4, 16])
     """
     call = lowered_packed(
-        *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        *(dropout_p, is_causal, scale, enable_gqa),
-        *(alpha, causal_align, window, alibi_slopes, softcap, sinks, backend),
-    )
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        is_causal, scale, enable_gqa, alpha, causal_align, window, alibi_slopes, softcap, sinks,
+        backend,
+    )  # fmt: skip
     return _attend(call, return_aux)
 
 
@@ -256,7 +240,7 @@ def _attend(call: Call, return_aux: bool) -> Any:
     if not check_flag("return_aux", return_aux):
         return shaped(ops.attention(inputs, options))
     out, tau = ops.attention_and_tau(inputs, options)
-    kept = Inputs(*(t if t is None else t.detach() for t in inputs))
+    kept = inputs.mapped(Tensor.detach)
     return shaped(out), AttentionAux(tau.detach(), validated(kept, options, False), kept)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from adasplash2.options import Options, check_count, check_options, shown
-from adasplash2.problem import Inputs, check_like, check_tensor, compute_dtype
+from adasplash2.problem import TENSORS, Inputs, check_like, check_tensor, compute_dtype
 from adasplash2.torch_fastpath import assert_on_device, is_in_a_transform, is_without_data
 
 
@@ -54,11 +54,19 @@ def lowered(
         TypeError, ValueError: an argument is not what it must be, as far as that does not need
             the other tensors' sizes, which :func:`adasplash2.problem.validated` compares.
     """
-    alphas, alpha = _tensor_or_number(alpha, 1.5)
-    scales, scale = _tensor_or_number(scale, None)
+    if getattr(query, "is_nested", False):
+        packed = _from_nested(query, key, value, (attn_mask, q_lengths, kv_lengths, kv_starts))
+        call = lowered_packed(
+            *packed, None, None, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
+            window, alibi_slopes, softcap, sinks, backend,
+        )  # fmt: skip
+        offsets = cast(Any, query.transpose(1, 2)).offsets()
+        return call._replace(shaped=lambda result: _to_nested(call.shaped(result), offsets))
+    alphas, number_alpha = _tensor_or_number(alpha, 1.5)
+    scales, number_scale = _tensor_or_number(scale, None)
     options = check_options(
-        alpha=alpha,
-        scale=scale,
+        alpha=number_alpha,
+        scale=number_scale,
         is_causal=is_causal,
         enable_gqa=enable_gqa,
         backend=backend,
@@ -67,31 +75,33 @@ def lowered(
         softcap=softcap,
         dropout_p=dropout_p,
     )
-    tensors, shaped = (query, key, value), _as_it_is
-    lead = 0
+    tensors, lead = (query, key, value), 0
+    shaped: Callable[[Tensor], Tensor] = _as_it_is
     if not _is_common(query, key, value):
-        for name, tensor in zip(Inputs._fields, tensors, strict=False):
+        for name, tensor in zip(TENSORS, tensors, strict=True):
             check_tensor(name, tensor)
         lead = max(t.dim() for t in tensors) - 3
         tensors, shared, shaped = _four_dimensional(*tensors, options.enable_gqa)
         options = options._replace(enable_gqa=options.enable_gqa or shared)
     inputs = Inputs(*tensors)
     operands = attn_mask, alphas, scales, alibi_slopes, sinks, q_lengths, kv_lengths, kv_starts
-    if not options.dropout_p and all(operand is None for operand in operands):
+    if not options.dropout_p and operands == _NO_OPERANDS:
         return Call(inputs, options, shaped)
-    if attn_mask is not None and (causal := _causal_bias(attn_mask)):
+    if _is_causal_bias(attn_mask):
+        options = _with_causal_bias(options, attn_mask, inputs)
         attn_mask = None
-        options = _with_causal_bias(options, causal, inputs)
     compute = compute_dtype(inputs.query.dtype)
-    batch, heads, length_q, _ = inputs.query.shape
-    per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks, "alphas": alphas}
+    batch, heads = inputs.query.shape[:2]
+
+    def of_heads(name: str, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads))
+
     inputs = inputs._replace(
         attn_mask=None if attn_mask is None else _four_dimensional_mask(attn_mask, max(lead, 1)),
+        alibi_slopes=of_heads("alibi_slopes", alibi_slopes),
+        sinks=of_heads("sinks", sinks),
         scales=None if scales is None else _of_rows(scales, compute),
-        **{
-            name: None if t is None else _of_heads(name, t, compute, (batch, heads))
-            for name, t in per_head.items()
-        },
+        alphas=of_heads("alphas", alphas),
     )
     if not (q_lengths is None and kv_lengths is None and kv_starts is None):
         options, ranges = _ranges(inputs, options, q_lengths, kv_lengths, kv_starts)
@@ -99,6 +109,9 @@ def lowered(
     if options.dropout_p:
         inputs = inputs._replace(dropout_seed=new_seed(inputs.query.device))
     return Call(inputs, options, shaped)
+
+
+_NO_OPERANDS = (None,) * 8
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -116,17 +129,16 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def _is_common(query: Any, key: Any, value: Any) -> bool:
     """Whether shapes need no change; also where they are wrong, which is said elsewhere."""
     try:
-        if not query.dim() == key.dim() == value.dim() == 4 or query.is_nested:
+        if query.is_nested:
             return False
-        batch, heads = query.shape[:2]
-        (batch_k, heads_k), (batch_v, heads_v) = key.shape[:2], value.shape[:2]
+        q, k, v = query.shape, key.shape, value.shape
     except (AttributeError, RuntimeError):
         return True
-    return bool(
-        batch == batch_k == batch_v
-        and (heads == heads_k or heads_k != 1 != heads)
-        and heads_k == heads_v
-    )
+    if not len(q) == len(k) == len(v) == 4:
+        return False
+    heads, shared = q[1], k[1]
+    alike = q[0] == k[0] == v[0] and shared == v[1]
+    return bool(alike and (heads == shared or heads != 1 != shared))
 
 
 def _four_dimensional(
@@ -134,27 +146,28 @@ def _four_dimensional(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], bool, Callable[[Tensor], Tensor]]:
     """SDPA's ``(..., heads, length, head_dim)`` with dimensions that broadcast; whether heads of
     keys are shared by that; and the way back."""
-    tensors = query, key, value
+    tensors = [query, key, value]
     dims = max(t.dim() for t in tensors)
-    for name, t in zip(Inputs._fields, tensors, strict=False):
+    for name, t in zip(TENSORS, tensors, strict=True):
         if t.dim() < 2:
             raise ValueError(
                 f"{name} must have at least 2 dimensions (length, head_dim), got {t.dim()} with "
                 f"shape {tuple(t.shape)}"
             )
-    tensors = tuple(t[(None,) * (max(dims, 4) - t.dim())] for t in tensors)
+    tensors = [t[(None,) * (max(dims, 4) - t.dim())] for t in tensors]
     # What does not broadcast is left for validation to name.
     lead = [t.shape[:-3] for t in tensors]
-    sizes = [_broadcast(column) for column in zip(*lead, strict=True)]
-    if None not in sizes:
-        tensors = tuple(t.expand(*sizes, *t.shape[-3:]) for t in tensors)
-    elif len(sizes) > 1:
+    found = [_broadcast(column) for column in zip(*lead, strict=True)]
+    sizes = [size for size in found if size is not None]
+    if len(sizes) == len(found):
+        tensors = [t.expand(*sizes, *t.shape[-3:]) for t in tensors]
+    elif len(found) > 1:
         raise ValueError(
             "query, key and value must have leading dimensions that broadcast, got "
             + ", ".join(str(tuple(shape)) for shape in lead)
         )
     if len(sizes) > 1:
-        tensors = tuple(t.flatten(0, -4) for t in tensors)
+        tensors = [t.flatten(0, -4) for t in tensors]
     query, key, value = tensors
     heads = [t.shape[1] for t in tensors]
     shared = False
@@ -186,6 +199,8 @@ def _broadcast(sizes: Any) -> int | None:
 def _tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
     """A tensor of numbers, or one that has a gradient, and what stands in the number's place; or
     None and the number."""
+    if type(value) is float or value is None:  # as most calls have it
+        return None, value
     if isinstance(value, Tensor) and (value.dim() > 0 or value.requires_grad):
         return value, otherwise
     return None, value
@@ -227,7 +242,7 @@ def _of_rows(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale[(None,) * (3 - scale.dim())]
 
 
-def _four_dimensional_mask(attn_mask: Any, lead: int) -> Tensor:
+def _four_dimensional_mask(attn_mask: object, lead: int) -> Tensor:
     """``attn_mask`` in four dimensions, of which the first stands for ``lead`` of the query's."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
@@ -239,15 +254,15 @@ def _four_dimensional_mask(attn_mask: Any, lead: int) -> Tensor:
             f"{tuple(attn_mask.shape)}"
         )
     attn_mask = attn_mask[(None,) * (lead + 3 - attn_mask.dim())]
-    return attn_mask.flatten(0, lead - 1) if lead > 1 else attn_mask
+    if lead > 1:  # copies a mask of which only some of these dimensions broadcast
+        attn_mask = attn_mask.flatten(0, lead - 1)
+    return attn_mask
 
 
-def _causal_bias(attn_mask: object) -> Any:
-    """``attn_mask`` where it is what torch's ``causal_upper_left`` and ``causal_lower_right``
-    return."""
-    module = sys.modules.get("torch.nn.attention.bias")
-    kind = getattr(module, "CausalBias", None)
-    return attn_mask if kind is not None and isinstance(attn_mask, kind) else None
+def _is_causal_bias(attn_mask: object) -> bool:
+    """Whether it is what torch's ``causal_upper_left`` and ``causal_lower_right`` return."""
+    kind = getattr(sys.modules.get("torch.nn.attention.bias"), "CausalBias", None)
+    return kind is not None and isinstance(attn_mask, kind)
 
 
 def _with_causal_bias(options: Options, bias: Any, inputs: Inputs) -> Options:
@@ -330,7 +345,7 @@ def lowered_packed(
     Raises:
         TypeError, ValueError: as :func:`lowered`.
     """
-    for name, tensor in zip(Inputs._fields, (query, key, value), strict=False):
+    for name, tensor in zip(TENSORS, (query, key, value), strict=True):
         check_tensor(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(
@@ -340,7 +355,7 @@ def lowered_packed(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is not None:
             check_count(name, longest)
-    device, (total_q, heads, _), total_k = query.device, query.shape, key.shape[0]
+    device, total_q, total_k = query.device, query.shape[0], key.shape[0]
     cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, total_q, device)
     cu_seqlens_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, total_k, device)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -348,11 +363,11 @@ def lowered_packed(
             f"cu_seqlens_k must have the shape of cu_seqlens_q {tuple(cu_seqlens_q.shape)}, got "
             f"{tuple(cu_seqlens_k.shape)}"
         )
+    query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     call = lowered(
-        *(t.transpose(0, 1).unsqueeze(0) for t in (query, key, value)),
-        *(None, dropout_p, is_causal, scale, enable_gqa),
-        *(alpha, causal_align, window, alibi_slopes, softcap, sinks, None, None, None, backend),
-    )
+        query, key, value, None, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
+        window, alibi_slopes, softcap, sinks, None, None, None, backend,
+    )  # fmt: skip
     options, ranges = packed_ranges(call.options, cu_seqlens_q, cu_seqlens_k, total_q)
 
     def shaped(result: Tensor) -> Tensor:
@@ -361,11 +376,11 @@ def lowered_packed(
     return Call(call.inputs._replace(ranges=ranges), options, shaped)
 
 
-def from_nested(
-    tensors: tuple[Any, Any, Any], others: tuple[Any, ...]
-) -> tuple[tuple[Any, ...], Tensor]:
-    """Arguments of ``entmax_attention_varlen`` up to ``max_seqlen_k`` from jagged
-    ``(batch, heads, length, head_dim)``, and the offsets of their queries.
+def _from_nested(
+    query: Any, key: Any, value: Any, others: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Query, key, value, ``cu_seqlens_q`` and ``cu_seqlens_k`` as ``entmax_attention_varlen`` takes
+    them, from jagged ``(batch, heads, length, head_dim)``.
 
     Raises:
         TypeError, ValueError: not all are jagged and have four dimensions, or ``others`` are given.
@@ -376,19 +391,21 @@ def from_nested(
             "lengths are their own"
         )
     packed, offsets = [], []
-    for name, tensor in zip(Inputs._fields, tensors, strict=False):
+    for name, tensor in zip(TENSORS, (query, key, value), strict=True):
         if not getattr(tensor, "is_nested", False) or tensor.layout != torch.jagged:
-            raise TypeError(f"{name} must be a jagged nested tensor as query is, or none of them")
+            raise TypeError(
+                f"{name} must be a nested tensor of layout torch.jagged, as all or none"
+            )
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, got {tensor.dim()}")
         by_length = tensor.transpose(1, 2)
         packed.append(by_length.values())
         offsets.append(by_length.offsets())
-    cu_seqlens = (offset.to(torch.int32) for offset in offsets[:2])
-    return (*packed, *cu_seqlens, None, None), offsets[0]
+    cu_seqlens = [offset.to(torch.int32) for offset in offsets]
+    return packed[0], packed[1], packed[2], cu_seqlens[0], cu_seqlens[1]
 
 
-def to_nested(result: Tensor, offsets: Tensor) -> Tensor:
+def _to_nested(result: Tensor, offsets: Any) -> Tensor:
     """``(total, heads, head_dim)`` as a jagged ``(batch, heads, length, head_dim)``."""
     return torch.nested.nested_tensor_from_jagged(result, offsets).transpose(1, 2)
 

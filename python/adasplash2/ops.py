@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from adasplash2.contract import AttentionStats, Forward
+from adasplash2.contract import AttentionStats, Forward, Gradients
 from adasplash2.dispatch import Choice, choose, saved_bound
 from adasplash2.options import (
     FIRST,
@@ -69,9 +69,8 @@ AS_NEEDED = -1
 def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
     """Run one attention forward that records what it did; no operator, no gradient."""
     problem = _problem(inputs, options, False)
-    inputs = Inputs(
-        *(t if t is None else _in_memory(name, t) for name, t in inputs._asdict().items())
-    )
+    named = zip(Inputs._fields, inputs, strict=True)
+    inputs = Inputs._make(t if t is None else _in_memory(name, t) for name, t in named)
     if problem.is_empty:
         tau = _nothing_forward(problem, inputs.query, 0).tau
         counts = torch.zeros_like(tau, dtype=torch.int32)
@@ -129,7 +128,8 @@ class _Arguments(NamedTuple):
         """From ``args``, of which torch leaves out the last where they are their defaults; ``own``
         arguments are the operator's own."""
         first = FIRST + own
-        numbers, *rest = (*args[first:], *_DEFAULTS[len(args) - first :])
+        tail = [*args[first:], *_DEFAULTS[len(args) - first :]]
+        numbers, rest = tail[0], tail[1:]
         later = len(Options._fields) - FIRST
         end = later + len(OPERANDS)
         options = Options(*args[:FIRST], *rest[:later])
@@ -204,7 +204,7 @@ def _attention_forward_fake(
     shapes = _shape_problem(inputs, asked.options, asked.numbers)
     saved_bytes = asked.own[0]
     if isinstance(saved_bytes, int) and saved_bytes < 0:
-        saved_bytes = 0 if query.is_meta else torch.library.get_ctx().new_dynamic_size()
+        saved_bytes = 0 if query.is_meta else _length_by_data(shapes, asked.options)
     rows = (shapes.batch, shapes.heads_q, shapes.length_q)
     return (
         query.new_empty((*rows, shapes.head_dim_v)),
@@ -213,61 +213,62 @@ def _attention_forward_fake(
     )
 
 
+def _length_by_data(shapes: Problem, options: Options) -> Any:
+    """The length of ``saved`` in a trace: a symbol; where there are none, as where DTensor asks how
+    outputs are sharded, the most that it can be."""
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except torch._subclasses.fake_tensor.DynamicOutputShapeException:
+        return saved_bound(shapes, options.backend or None)
+
+
 _BACKWARD_TENSORS = 7
 """From ``grad_out`` to ``saved``, before the options."""
 
 
 def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
     tensors, asked = args[:_BACKWARD_TENSORS], _Arguments.of(args[_BACKWARD_TENSORS:], 0)
-    return _run_backward(tensors, asked._replace(options=_read(asked.options, asked.numbers)), None)
+    options = _read(asked.options, asked.numbers)
+    found = _run_backward(tensors, asked.operands, options, asked.wanted, None)
+    query = tensors[1]
+    return tuple(query.new_empty(0) if grad is None else grad for grad in found)
 
 
 def _run_backward(
-    tensors: tuple[Tensor, ...], asked: _Arguments, decided: _Decided | None
-) -> tuple[Tensor, ...]:
+    tensors: tuple[Tensor, ...],
+    operands: tuple[Tensor | None, ...],
+    options: Options,
+    wanted: tuple[bool, ...],
+    decided: _Decided | None,
+) -> Gradients:
     """``decided`` by the forward of the same call, where that is known."""
     grad_out, query, key, value, out, tau, saved = tensors
-    inputs = Inputs(query, key, value, *asked.operands)
-    problem = _problem(inputs, asked.options, True) if decided is None else decided[0]
+    inputs = Inputs(query, key, value, *operands)
+    problem = _problem(inputs, options, True) if decided is None else decided[0]
     _check_backward(problem, grad_out, out, tau, saved)
-    wanted = _wanted(inputs, asked)
+    names = _wanted(inputs, wanted) if wanted else ()
     if problem.is_empty:
-        grads = (t.new_zeros(t.shape) for t in inputs.tensors)
-        return *grads, *(
-            t.new_zeros(t.shape) if name in wanted and t is not None else query.new_empty(0)
-            for name, t in _differentiable(inputs)
-        )
-    choice = choose(problem, asked.options.backend or None) if decided is None else decided[1]
+        given = {name: getattr(inputs, name) for name in names}
+        zeros = {name: t.new_zeros(t.shape) for name, t in given.items()}
+        return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors), **zeros)
+    choice = choose(problem, options.backend or None) if decided is None else decided[1]
     chosen, config, _ = choice
-    forward = Forward(out, tau, saved)
-    if not wanted:
-        return *chosen.backward(problem, inputs, forward, grad_out, config)[:3], *(
-            query.new_empty(0) for _ in DIFFERENTIABLE
-        )
-    found = chosen.backward(problem, inputs, forward, grad_out, config, wanted)
-    return *found[:3], *(
-        _summed(name, getattr(found, name), t)
-        if name in wanted and t is not None
-        else query.new_empty(0)
-        for name, t in _differentiable(inputs)
-    )
+    found = chosen.backward(problem, inputs, Forward(out, tau, saved), grad_out, config, names)
+    if names:
+        sums = {name: _summed(name, getattr(found, name), getattr(inputs, name)) for name in names}
+        found = found._replace(**sums)
+    return found
 
 
-def _differentiable(inputs: Inputs) -> Iterable[tuple[str, Tensor | None]]:
-    return ((name, getattr(inputs, name)) for name in DIFFERENTIABLE)
-
-
-def _wanted(inputs: Inputs, asked: _Arguments) -> tuple[str, ...]:
+def _wanted(inputs: Inputs, wanted: tuple[bool, ...]) -> tuple[str, ...]:
     """Names of the operands whose gradients are wanted.
 
     Raises:
         ValueError: one that is not given, or has none.
     """
-    if not asked.wanted:
-        return ()
-    if len(asked.wanted) != len(DIFFERENTIABLE):
-        raise ValueError(f"wanted must have {len(DIFFERENTIABLE)} entries, got {asked.wanted}")
-    names = tuple(n for n, said in zip(DIFFERENTIABLE, asked.wanted, strict=True) if said)
+    if len(wanted) != len(DIFFERENTIABLE):
+        raise ValueError(f"wanted must have {len(DIFFERENTIABLE)} entries, got {wanted}")
+    names = tuple(name for name, said in zip(DIFFERENTIABLE, wanted, strict=True) if said)
     for name in names:
         operand = getattr(inputs, name)
         if operand is None or not operand.is_floating_point():
@@ -291,10 +292,12 @@ def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs = Inputs(query, key, value, *asked.operands)
     problem = _shape_problem(inputs, asked.options, asked.numbers)
     _check_backward(problem, grad_out, out, tau, saved)
-    wanted = _wanted(inputs, asked)
+    names = _wanted(inputs, asked.wanted) if asked.wanted else ()
     return *(t.new_empty(t.shape) for t in inputs.tensors), *(
-        t.new_empty(t.shape) if name in wanted and t is not None else query.new_empty(0)
-        for name, t in _differentiable(inputs)
+        query.new_empty(getattr(inputs, name).shape, dtype=getattr(inputs, name).dtype)
+        if name in names
+        else query.new_empty(0)
+        for name in DIFFERENTIABLE
     )
 
 
@@ -390,17 +393,13 @@ def _folded_operands(
     n, batch = shape
     wanted = {name for name, said in zip(DIFFERENTIABLE, _said(asked), strict=True) if said}
     folded: list[Tensor | None] = []
-    for name, tensor, dim in zip(OPERANDS, asked.operands, dims.operands, strict=True):
+    places = cast(tuple[int | None, ...], dims.operands)
+    for name, tensor, dim in zip(OPERANDS, asked.operands, places, strict=True):
         place = _IN_BATCH.get(name, 0)
-        if tensor is None or (
-            not isinstance(dim, int) and tensor.shape[place] == 1 and name not in wanted
-        ):
+        if tensor is None or (dim is None and tensor.shape[place] == 1 and name not in wanted):
             folded.append(tensor)
             continue
-        if isinstance(dim, int):
-            tensor = tensor.movedim(dim, place)
-        else:
-            tensor = tensor.unsqueeze(place)
+        tensor = tensor.unsqueeze(place) if dim is None else tensor.movedim(dim, place)
         sizes = list(tensor.shape)
         sizes[place : place + 2] = n, batch
         folded.append(tensor.expand(sizes).flatten(place, place + 1))
@@ -419,49 +418,81 @@ def _folds(tensor: Tensor, dim: int | None, n: int) -> tuple[int, int]:
 
 
 class _Attention(_ReverseMode):
-    """Takes all of :class:`Inputs`; ``options`` are one argument: torch looks at each."""
+    """``asked`` is one argument, and operands come only where they are given: torch looks at each.
+    Their names are in ``asked``."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        inputs = Inputs(*args[:_INPUTS])
-        options, saved_bytes, numbers = args[_INPUTS:]
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        asked: tuple[Options, int, Tensor | None, tuple[str, ...]],
+        *given: Tensor,
+    ) -> Any:
+        options, saved_bytes, numbers, names = asked
+        inputs = Inputs(query, key, value)
+        if names:
+            inputs = inputs._replace(**dict(zip(names, given, strict=True)))
         ctx.decided = None
-        if is_plain(*inputs.given):
+        if is_plain(query, key, value, *given) if given else is_plain(query, key, value):
             (out, tau, saved), ctx.decided = _run(inputs, _read(options, numbers), saved_bytes)
         else:
-            asked = _Arguments(options, (saved_bytes,), numbers, inputs.operands)
-            out, tau, saved = beneath(attention_forward, *inputs.tensors, *asked.flat)
+            flat = _Arguments(options, (saved_bytes,), numbers, inputs.operands).flat
+            out, tau, saved = beneath(attention_forward, query, key, value, *flat)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(tau, saved)
-        ctx.save_for_backward(*inputs, out, tau, saved)
-        ctx.options, ctx.numbers = options, numbers
+        ctx.save_for_backward(query, key, value, out, tau, saved, *given)
+        ctx.options, ctx.numbers, ctx.names = options, numbers, names
         return out, tau, saved
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_out, needed = grads[0], ctx.needs_input_grad
+        grad_out, needed, names = grads[0], ctx.needs_input_grad, ctx.names
         if grad_out is None:
-            return (None,) * (_INPUTS + 3)
-        saved = ctx.saved_tensors
-        operands = saved[3:_INPUTS]
-        wanted = tuple(needed[i] for i in _DIFFERENTIABLE_AT) if any(needed[3:_INPUTS]) else ()
-        asked = _Arguments(ctx.options, (), ctx.numbers, operands, wanted)
-        tensors = grad_out, *saved[:3], *saved[_INPUTS:]
-        if _is_final(*tensors, *(t for t in operands if t is not None)):
-            read = asked._replace(options=_read(ctx.options, ctx.numbers))
-            found = _run_backward(tensors, read, ctx.decided)
+            return (None,) * (4 + len(names))
+        query, key, value, out, tau, saved, *given = ctx.saved_tensors
+        tensors = grad_out, query, key, value, out, tau, saved
+        operands, wanted, asked_for = _NO_OPERANDS, _NONE_WANTED, frozenset[str]()
+        if names:
+            by_name = dict(zip(names, given, strict=True))
+            operands = tuple(map(by_name.get, OPERANDS))
+            asked_for = frozenset(
+                name for name, need in zip(names, needed[4:], strict=True) if need
+            )
+            if asked_for:
+                wanted = tuple(name in asked_for for name in DIFFERENTIABLE)
+        if _is_final(*tensors, *given):
+            options = _read(ctx.options, ctx.numbers)
+            found = _run_backward(tensors, operands, options, wanted, ctx.decided)
         else:
-            found = attention_backward(*tensors, *asked.flat)
-        results: list[Tensor | None] = [None] * (_INPUTS + 3)
-        for place, grad in zip(_GRADIENTS_AT, found, strict=True):
-            if needed[place]:
-                results[place] = grad
-        return tuple(results)
+            flat = _Arguments(ctx.options, (), ctx.numbers, operands, wanted).flat
+            found = Gradients(*attention_backward(*tensors, *flat))
+        # What is not needed is not kept.
+        first = [grad if need else None for grad, need in zip(found[:3], needed, strict=False)]
+        if not names:
+            return *first, None
+        later = (getattr(found, name) if name in asked_for else None for name in names)
+        return *first, None, *later
 
 
-_INPUTS = len(Inputs._fields)
-_DIFFERENTIABLE_AT = tuple(Inputs._fields.index(name) for name in DIFFERENTIABLE)
-_GRADIENTS_AT = 0, 1, 2, *_DIFFERENTIABLE_AT
+_NO_OPERANDS: tuple[Tensor | None, ...] = (None,) * len(OPERANDS)
+_NONE_WANTED: tuple[bool, ...] = ()
+
+
+def _differentiable_call(
+    apply: Callable[..., Any],
+    inputs: Inputs,
+    options: Options,
+    saved_bytes: int,
+    numbers: Tensor | None,
+) -> Any:
+    """``apply`` :class:`_Attention` to ``inputs``."""
+    if not inputs.has_operands:
+        return apply(_Attention, *inputs[:3], (options, saved_bytes, numbers, ()))
+    names = tuple(name for name in OPERANDS if getattr(inputs, name) is not None)
+    asked = options, saved_bytes, numbers, names
+    return apply(_Attention, *inputs[:3], asked, *inputs.given[3:])
 
 
 def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
@@ -475,7 +506,7 @@ def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -
             if query.is_meta or is_without_data(*inputs.given):
                 problem = _shape_problem(inputs, options, numbers)
                 saved_bytes = saved_bound(problem, options.backend or None)
-        return in_kernel(_Attention, *inputs, options, saved_bytes, numbers)
+        return _differentiable_call(in_kernel, inputs, options, saved_bytes, numbers)
     asked = asked._replace(options=options, numbers=numbers)
     with below_autograd():
         return attention_forward(query, key, value, *asked.flat)
@@ -632,7 +663,7 @@ def attention_and_tau(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]
     given = inputs.given
     if is_plain(*given):
         if _differentiated(*given):
-            out, tau, _ = apply_plain(_Attention, *inputs, options, AS_NEEDED, None)
+            out, tau, _ = _differentiable_call(apply_plain, inputs, options, AS_NEEDED, None)
             return out, tau
         forward = _run(inputs, options, 0)[0]
         return forward.out, forward.tau

@@ -99,11 +99,21 @@ def check_options(
         is_causal=check_flag("is_causal", is_causal),
         enable_gqa=check_flag("enable_gqa", enable_gqa),
         backend=check_backend(backend),
+        # Said here, though they are the defaults: compilers make symbols of defaults.
+        softcap=0.0,
+        dropout_p=0.0,
     )
-    # Most calls say nothing of these.
-    if causal_align == "top-left" and window is None and softcap == 0.0 and dropout_p == 0.0:
-        if type(softcap) is float and type(dropout_p) is float:
-            return options
+    if (  # as most calls are
+        causal_align == "top-left"
+        and window is None
+        and softcap == 0.0
+        and dropout_p == 0.0
+        and not isinstance(softcap, bool)
+        and not isinstance(dropout_p, bool)
+        and isinstance(softcap, (int, float))
+        and isinstance(dropout_p, (int, float))
+    ):
+        return options
     left, right = check_window(window)
     return options._replace(
         causal_align=check_alignment(causal_align),

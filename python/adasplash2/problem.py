@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Inputs(NamedTuple):
-    """The tensors of one attention call: first those that every call has, then *operands*, which are
-    None where they are not used.
+    """The tensors of one attention call: first those that every call has, then *operands*, which
+    are None where they are not used.
 
     Dimensions of operands are of the size named or 1, which holds for all; none is expanded in
     memory. Numbers are in the compute dtype, except those of ``attn_mask``.
@@ -73,12 +73,16 @@ class Inputs(NamedTuple):
     @property
     def given(self) -> tuple[Tensor, ...]:
         """All that are not None."""
-        return tuple(t for t in self if t is not None)
+        return tuple(t for t in self if t is not None) if self.has_operands else self[:3]
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """All that are given, each as ``function`` makes it."""
+        return Inputs._make(t if t is None else function(t) for t in self)
 
     @property
     def has_operands(self) -> bool:
         """Whether one is given."""
-        for operand in self[3:]:  # a loop, not any(): every call comes by
+        for operand in self[3:]:  # noqa: SIM110 (any() takes three times as long)
             if operand is not None:
                 return True
         return False
@@ -105,15 +109,15 @@ class ScoreTransform:
     """How ``q . k`` becomes a score, and which keys a query may see: what numbers say of it. The
     rest are operands, see :class:`Inputs`.
 
-    In this order: ``s_ij = scale * (q_i . k_j)``; with ``softcap``, ``softcap * tanh(s / softcap)``;
-    plus an additive mask; minus ``slope * |i' - j|``. Query ``i`` sees the keys ``j`` with
-    ``i' - left <= j <= i' + right``, where ``i'`` is ``i``, or ``i + length_k - length_q`` where
+    In this order: ``s_ij = scale * (q_i . k_j)``; with a softcap ``c``, ``c * tanh(s / c)``; plus
+    an additive mask; minus ``slope * |i' - j|``. Query ``i`` sees the keys ``j`` with ``i' - left
+    <= j <= i' + right``, where ``i'`` is ``i``, or ``i + length_k - length_q`` where
     ``bottom_right``. One place per language knows this.
 
-    Dropout is drawn anew wherever it is needed: ``p_ij`` of sequence ``b`` and head ``h`` is dropped
-    where the first word of Philox-4x32 with 10 rounds (Salmon et al. 2011) is below
-    ``floor(dropout_p 2^32)``; its key is the two halves of ``dropout_seed[b]``, the lower first, its
-    counter ``(j, i, b heads_q + h, 0)``.
+    Dropout is drawn anew wherever it is needed: ``p_ij`` of sequence ``b`` and head ``h`` is
+    dropped where the first word of Philox-4x32 with 10 rounds (Salmon et al. 2011) is below
+    ``floor(dropout_p 2^32)``; its key is the two halves of ``dropout_seed[b]``, the lower first,
+    its counter ``(j, i, b heads_q + h, 0)``.
 
     Attributes:
         scale: 1 where ``scales`` are an operand.
@@ -216,8 +220,8 @@ class Problem:
 
     @property
     def allowed_pairs(self) -> int:
-        """(query, key) pairs that causal masks and windows allow, summed over batch and query heads.
-        Of ``ranges`` and ``attn_mask``, which are data, nothing is known."""
+        """(query, key) pairs that causal masks and windows allow, summed over batch and query
+        heads. Of ``ranges`` and ``attn_mask``, which are data, nothing is known."""
         s, n = self.scores, self.length_q * self.length_k
         if s.left < 0 and s.right < 0:
             return self.batch * self.heads_q * n

@@ -452,7 +452,7 @@ def _run(problem: AnyProblem, backend: Backend, config: Config, data: _Data) -> 
         if problem.needs_grad:
             backend.rows_backward(problem, y, data.grad, config)
         return
-    inputs = cast(Inputs, data.inputs)
+    inputs = Inputs(*data.inputs)
     result = backend.forward(problem, inputs, config)
     if problem.needs_grad:
         backend.backward(problem, inputs, result, data.grad, config)

@@ -118,7 +118,8 @@ class Attention:
         length = query.shape[2]
         earlier = key.shape[2] - length
         if not causal or earlier == 0:
-            return entmax_attention(query, key, value, is_causal=causal, **options)
+            out: Tensor = entmax_attention(query, key, value, is_causal=causal, **options)
+            return out
         # entmax_attention aligns causality at the first key. A few new tokens against a longer
         # cache go one by one; many get queries for the earlier keys too, which are dropped.
         if length * ROWS_PER_CALL < earlier:
@@ -135,7 +136,8 @@ class Attention:
         # The first query again: its rows are about as sparse as the others.
         filler = query[:, :, :1].expand(-1, -1, earlier, -1)
         whole = torch.cat([filler, query], dim=2)
-        return entmax_attention(whole, key, value, is_causal=True, **options)[:, :, earlier:]
+        out = entmax_attention(whole, key, value, is_causal=True, **options)
+        return out[:, :, earlier:]
 
 
 def _visible(

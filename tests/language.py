@@ -1,0 +1,344 @@
+"""All that a call may say, in float64 and dense: the reference for masks, windows, slopes and the
+rest, and the table of calls that every backend runs with them.
+
+Written from the definitions in the docstring of ``entmax_attention``, pair by pair of query and
+key; shares no code with the library. Gradients are autograd's, through :class:`Entmax`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import reference
+import torch
+from torch import Tensor
+
+FLOAT64 = torch.float64
+
+
+class Entmax(torch.autograd.Function):
+    """Rows of scores and one alpha each ``(..., 1)`` to probabilities; gradients by the explicit
+    formulas of Correia, Niculae, Martins 2019, also that of alpha."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, alpha: Tensor) -> Tensor:
+        p = torch.empty_like(scores)
+        rows = alpha.expand(*scores.shape[:-1], 1)[..., 0]
+        for one in rows.unique().tolist():
+            chosen = rows == one
+            p[chosen] = reference.entmax(scores[chosen], one)
+        if not alpha.isfinite().all() or ((alpha <= 1.0) | (alpha > 2.0)).any():
+            outside = ~((rows > 1.0) & (rows <= 2.0))
+            p = torch.where(outside[..., None], math.nan, p)
+        ctx.save_for_backward(p, alpha)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, grad_p: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        p, alpha = ctx.saved_tensors
+        rows = alpha.expand(*p.shape[:-1], 1)[..., 0]
+        ds = torch.zeros_like(p)
+        for one in rows.unique().tolist():
+            chosen = rows == one
+            ds[chosen] = reference.entmax_gradient(p[chosen], grad_p[chosen], one)
+        inside = p > 0.0
+        u = torch.where(inside, torch.where(inside, p, 1.0) ** (2.0 - alpha), 0.0)
+        mass = u.sum(-1, keepdim=True)
+        skewed = torch.where(inside, u / torch.where(mass > 0, mass, 1.0), 0.0)
+        entropy = torch.where(inside, -p * torch.where(inside, p, 1.0).log(), 0.0)
+        dp = (p - skewed) / (alpha - 1.0) ** 2
+        dp = dp + (entropy - skewed * entropy.sum(-1, keepdim=True)) / (alpha - 1.0)
+        grad_alpha = torch.where(inside, grad_p * dp, 0.0).sum(-1, keepdim=True)
+        return ds, grad_alpha.sum_to_size(alpha.shape)
+
+
+def seen(
+    length_q: int,
+    length_k: int,
+    batch: int,
+    *,
+    is_causal: bool = False,
+    causal_align: str = "top-left",
+    window: tuple[int, int] | None = None,
+    q_lengths: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which keys each query sees ``(batch, length_q, length_k)``, and ``i' - j`` likewise."""
+    i = torch.arange(length_q)[None, :, None]
+    j = torch.arange(length_k)[None, None, :]
+
+    def column(lengths: Tensor | None, otherwise: int) -> Tensor:
+        found = torch.full((batch,), otherwise) if lengths is None else lengths.cpu().long()
+        return found[:, None, None]
+
+    rows, keys = column(q_lengths, length_q), column(kv_lengths, length_k)
+    distance = (i + (keys - rows if causal_align == "bottom-right" else 0 * rows)) - j
+    visible = (i < rows) & (j < keys) & (j >= column(kv_starts, 0))
+    left, right = window or (-1, -1)
+    if is_causal:
+        visible = visible & (distance >= 0)
+    if left >= 0:
+        visible = visible & (distance <= left)
+    if right >= 0:
+        visible = visible & (distance >= -right)
+    return visible, distance
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float | Tensor = 1.5,
+    scale: float | Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    kept: Tensor | None = None,
+    **places: Any,
+) -> tuple[Tensor, Tensor]:
+    """Output and probabilities, in float64. ``kept`` ``(batch, heads, length_q, length_k)`` are the
+    factors of dropout; ``places`` are for :func:`seen`."""
+    batch, heads = query.shape[:2]
+    group = heads // key.shape[1]
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    s = query @ key.mT
+    if isinstance(scale, Tensor):
+        factor = scale[:, None] if scale.dim() == 1 else scale
+        s = s * factor.expand(batch, heads, query.shape[2])[..., None]
+    else:
+        s = s * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    visible, distance = seen(query.shape[2], key.shape[2], batch, **places)
+    visible, distance = visible.to(s.device)[:, None], distance.to(s.device)[:, None]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            visible = visible & attn_mask
+        else:
+            s = s + attn_mask
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.expand(batch, heads)[:, :, None, None]
+        s = s - slopes * distance.abs()
+    s = torch.where(visible, s, -math.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks[None, :, None, None].expand(*s.shape[:3], 1)], dim=-1)
+    if isinstance(alpha, Tensor):
+        alphas = alpha[None, :, None, None]
+    else:
+        alphas = torch.full((1, 1, 1, 1), alpha, dtype=s.dtype, device=s.device)
+    p = Entmax.apply(s, alphas)[..., : key.shape[2]]
+    return (p if kept is None else p * kept) @ value, p
+
+
+def dropout_factors(seed: int, shape: tuple[int, ...], dropout_p: float) -> Tensor:
+    """0 or ``1 / (1 - dropout_p)`` of each probability."""
+    batch, heads, length_q, length_k = shape
+    counter = [
+        torch.arange(length_k).expand(shape),
+        torch.arange(length_q)[:, None].expand(shape),
+        torch.arange(batch * heads).view(batch, heads, 1, 1).expand(shape),
+        torch.zeros(shape, dtype=torch.int64),
+    ]
+    dropped = philox(counter, seed)[0] < math.floor(dropout_p * 2**32)
+    return torch.where(dropped, 0.0, 1.0 / (1.0 - dropout_p)).double()
+
+
+def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
+    """The four words of Philox-4x32-10 (Salmon et al. 2011)."""
+    mask = 0xFFFFFFFF
+    low, high = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        first, second = _product(0xD2511F53, counter[0]), _product(0xCD9E8D57, counter[2])
+        counter = [
+            second[0] ^ counter[1] ^ low,
+            second[1],
+            first[0] ^ counter[3] ^ high,
+            first[1],
+        ]
+        low, high = (low + 0x9E3779B9) & mask, (high + 0xBB67AE85) & mask
+    return counter
+
+
+def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper and lower half of the product of two 32-bit numbers, in int64."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    total = (low >> 16) + high
+    return (total >> 16) & 0xFFFFFFFF, ((total & 0xFFFF) << 16 | (low & 0xFFFF)) & 0xFFFFFFFF
+
+
+# Calls
+
+
+class Sizes(NamedTuple):
+    batch: int = 2
+    heads_q: int = 4
+    heads_kv: int = 2
+    length_q: int = 75
+    length_k: int = 90
+    head_dim: int = 16
+    head_dim_v: int = 24
+
+
+class Randomness:
+    """Numbers, the same at every call."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(1)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=FLOAT64)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=FLOAT64)
+
+
+Said = dict[str, Any]
+
+
+def _bool_mask(n: Sizes, r: Randomness) -> Said:
+    """Some pairs, a block of 64 by 64, and all keys of three queries are hidden."""
+    mask = r.uniform(n.batch, n.heads_q, n.length_q, n.length_k) < 0.7
+    mask[:, 1, :64, :64] = False
+    mask[0, :, 5:8] = False
+    return {"attn_mask": mask}
+
+
+def _key_mask(n: Sizes, r: Randomness) -> Said:
+    return {"attn_mask": r.uniform(n.batch, 1, 1, n.length_k) < 0.6}
+
+
+def _added_mask(n: Sizes, r: Randomness) -> Said:
+    mask = r.normal(n.batch, n.heads_q, n.length_q, n.length_k)
+    mask[:, :, 3, ::2] = -math.inf
+    return {"attn_mask": mask}
+
+
+def _bias_of_heads(n: Sizes, r: Randomness) -> Said:
+    return {"attn_mask": r.normal(1, n.heads_q, n.length_q, n.length_k)}
+
+
+def _bias_of_keys(n: Sizes, r: Randomness) -> Said:
+    return {"attn_mask": r.normal(n.batch, 1, 1, n.length_k)}
+
+
+def _lengths(n: Sizes, r: Randomness) -> Said:
+    return {
+        "q_lengths": torch.tensor([n.length_q - 12, 1][: n.batch], dtype=torch.int32),
+        "kv_lengths": torch.tensor([n.length_k - 30, n.length_k][: n.batch], dtype=torch.int32),
+        "kv_starts": torch.tensor([7, n.length_k - 9][: n.batch], dtype=torch.int32),
+    }
+
+
+def _slopes(n: Sizes, r: Randomness) -> Said:
+    slopes = torch.tensor([0.0, 0.3, 0.05, 2.0], dtype=FLOAT64)
+    return {"alibi_slopes": slopes[: n.heads_q]}
+
+
+FEATURES: dict[str, Callable[[Sizes, Randomness], Said]] = {
+    "causal": lambda n, r: {"is_causal": True},
+    "bottom-right": lambda n, r: {"is_causal": True, "causal_align": "bottom-right"},
+    "window": lambda n, r: {"window": (20, 5)},
+    "left window": lambda n, r: {"window": (9, -1), "causal_align": "bottom-right"},
+    "bool mask": _bool_mask,
+    "key mask": _key_mask,
+    "added mask": _added_mask,
+    "bias of heads": _bias_of_heads,
+    "bias of keys": _bias_of_keys,
+    "slopes": _slopes,
+    "slopes of batch": lambda n, r: {"alibi_slopes": r.uniform(n.batch, n.heads_q)},
+    "softcap": lambda n, r: {"softcap": 1.5},
+    "sinks": lambda n, r: {"sinks": r.normal(n.heads_q)},
+    "scale of heads": lambda n, r: {"scale": 0.1 + 0.3 * r.uniform(n.heads_q)},
+    "scale of rows": lambda n, r: {"scale": 0.3 * r.normal(n.batch, n.heads_q, n.length_q)},
+    "alphas": lambda n, r: {"alpha": torch.tensor([1.2, 1.5, 1.8, 1.05], dtype=FLOAT64)},
+    "lengths": _lengths,
+    "dropout": lambda n, r: {"dropout_p": 0.3},
+    "alpha 1.25": lambda n, r: {"alpha": 1.25},
+    "alpha 2": lambda n, r: {"alpha": 2.0},
+}
+
+SAME = {
+    **dict.fromkeys(("causal", "bottom-right"), "causal"),
+    **dict.fromkeys(("window", "left window"), "window"),
+    **dict.fromkeys(
+        ("bool mask", "key mask", "added mask", "bias of heads", "bias of keys"), "mask"
+    ),
+    **dict.fromkeys(("slopes", "slopes of batch"), "slopes"),
+    **dict.fromkeys(("scale of heads", "scale of rows"), "scale"),
+    **dict.fromkeys(("alphas", "alpha 1.25", "alpha 2"), "alpha"),
+}
+"""Features of which a call has one."""
+
+WITH_GRADIENT = ("attn_mask", "alibi_slopes", "sinks", "scale", "alpha")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of ``entmax_attention`` with some of :data:`FEATURES`."""
+
+    features: tuple[str, ...]
+    dtype: torch.dtype = torch.float32
+    sizes: Sizes = field(default_factory=Sizes)
+    sharpness: float = 1.0  # factor of the queries
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        extra = "" if self.sizes == Sizes() and self.sharpness == 1.0 else "-flat"
+        return f"{'+'.join(self.features) or 'plain'}-{dtype}{extra}"
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key, value and the output's gradient: float64, of numbers that ``dtype`` has."""
+        n, r = self.sizes, Randomness()
+        shapes = (
+            (n.batch, n.heads_q, n.length_q, n.head_dim),
+            (n.batch, n.heads_kv, n.length_k, n.head_dim),
+            (n.batch, n.heads_kv, n.length_k, n.head_dim_v),
+            (n.batch, n.heads_q, n.length_q, n.head_dim_v),
+        )
+        query, key, value, grad = (r.normal(*shape).to(self.dtype).double() for shape in shapes)
+        return (query * self.sharpness).to(self.dtype).double(), key, value, grad
+
+    def said(self) -> Said:
+        """The arguments, numbers in float64 but exact in float32 (a mask in ``dtype``)."""
+        r = Randomness()
+        said: Said = {}
+        for feature in self.features:
+            said |= FEATURES[feature](self.sizes, r)
+        if {"bottom-right", "left window"} & set(self.features):
+            said["causal_align"] = "bottom-right"
+        for name, given in said.items():
+            if isinstance(given, Tensor) and given.is_floating_point():
+                exact = self.dtype if name == "attn_mask" else torch.float32
+                said[name] = (given if self.dtype == FLOAT64 else given.to(exact)).double()
+        return said
+
+
+def calls() -> Iterator[Call]:
+    """Each feature in each dtype, and each pair of features."""
+    yield Call(())
+    for feature in FEATURES:
+        for dtype in (torch.float32, FLOAT64, torch.bfloat16):
+            yield Call((feature,), dtype)
+    for pair in itertools.combinations(FEATURES, 2):
+        if SAME.get(pair[0], pair[0]) != SAME.get(pair[1], pair[1]):
+            yield Call(pair)
+    # Rows that keep more keys than a list holds.
+    flat = Sizes(batch=1, length_q=40, length_k=1300)
+    for feature in FEATURES:
+        if not feature.startswith("slopes"):
+            yield Call((feature,), torch.float32, flat, 0.01)
+    for pair in (("added mask", "sinks"), ("alphas", "window"), ("dropout", "scale of rows")):
+        yield Call(pair, FLOAT64, flat, 0.01)
+    yield Call(("causal", "added mask", "softcap", "sinks", "scale of rows", "alphas", "dropout"))
+    yield Call(("bottom-right", "window", "bool mask", "slopes", "lengths"))
+
+
+CALLS = tuple(calls())

@@ -1,0 +1,484 @@
+"""Masks, windows, slopes and all else that a call may say, against the float64 reference: each
+feature in each dtype, pairs of them, forward and all gradients; packed sequences as calls."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import language
+import pytest
+import reference
+import torch
+from cases import device_of, interpreted, usable_backends
+from language import CALLS, FEATURES, Call, Sizes
+from torch import Tensor
+
+import adasplash2
+from adasplash2 import problem
+from adasplash2.lowering import new_seed
+
+BACKENDS = pytest.mark.parametrize("backend", usable_backends())
+SEED = 7
+
+INTERPRETED = tuple(
+    call
+    for call in CALLS
+    if len(call.features) == 1 and call.sharpness == 1.0 and call.dtype == torch.float32
+)
+
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Relative error (norms over whole tensors) of a gradient; of the output a tenth."""
+
+
+def attend(call: Callable[..., Any], *args: Any, backend: str, **said: Any) -> Any:
+    """Skips where a GPU's backend refuses; the CPU must run everything."""
+    torch.manual_seed(SEED)
+    try:
+        return call(*args, **said, backend=backend)
+    except adasplash2.BackendRefused as refused:
+        if backend == "cpu":
+            raise
+        pytest.skip(str(refused))
+
+
+def leaves_of(call: Call, device: str) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
+    """Tensors that require gradients, the output's gradient, and what is said beside."""
+    *tensors, grad = (t.to(device, call.dtype) for t in call.tensors())
+    compute = problem.compute_dtype(call.dtype)
+    said = {}
+    for name, given in call.said().items():
+        if isinstance(given, Tensor):
+            given = given.to(device)
+            if given.is_floating_point():
+                given = given.to(call.dtype if name == "attn_mask" else compute).requires_grad_()
+        said[name] = given
+    return [t.requires_grad_() for t in tensors], grad, said
+
+
+def expected(call: Call, seed: int | None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Output, gradients by name, and probabilities, in float64."""
+    query, key, value, grad = call.tensors()
+    leaves = {"query": query, "key": key, "value": value}
+    said = call.said()
+    dropout_p = said.pop("dropout_p", 0.0)
+    if dropout_p:
+        n = call.sizes
+        shape = n.batch, n.heads_q, n.length_q, n.length_k
+        said["kept"] = language.dropout_factors(seed or 0, shape, dropout_p)
+    for name, given in said.items():
+        if isinstance(given, Tensor) and given.is_floating_point():
+            leaves[name] = given
+    leaves.pop("kept", None)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    out, p = language.attention(query, key, value, **said)
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad)
+    return out.detach(), dict(zip(leaves, gradients, strict=True)), p.detach()
+
+
+def assert_near(name: str, got: Tensor, exact: Tensor, limit: float) -> None:
+    error = reference.error(got.cpu(), exact)
+    assert error <= limit * max(reference.norm(exact), 1e-30), f"{name}: {error:.2e}"
+
+
+@BACKENDS
+@interpreted(call=INTERPRETED)  # fmt: skip
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_attention_and_gradients(call: Call, backend: str) -> None:
+    device = device_of(backend)
+    tensors, grad, said = leaves_of(call, device)
+    out = attend(adasplash2.entmax_attention, *tensors, **said, enable_gqa=True, backend=backend)
+    learned = [name for name, t in said.items() if isinstance(t, Tensor) and t.requires_grad]
+    gradients = torch.autograd.grad(out, [*tensors, *(said[name] for name in learned)], grad)
+    torch.manual_seed(SEED)
+    seed = int(new_seed(torch.device(device))) if "dropout" in call.features else None
+    exact_out, exact, _ = expected(call, seed)
+    limit = LIMITS[call.dtype]
+    assert_near("out", out, exact_out, limit / 10.0 if call.dtype != torch.bfloat16 else limit / 4)
+    for name, got in zip(("query", "key", "value", *learned), gradients, strict=True):
+        assert_near(name, got, exact[name], limit)
+
+
+@BACKENDS
+@interpreted(features=("causal", "lengths"))
+@pytest.mark.parametrize(
+    "features", [("causal",), ("lengths", "causal"), ("bool mask",), ("sinks",), ("slopes",)]
+)
+def test_statistics(features: tuple[str, ...], backend: str) -> None:
+    call = Call(features)
+    tensors, _, said = leaves_of(call, device_of(backend))
+    with torch.no_grad():
+        stats = attend(
+            adasplash2.attention_stats, *tensors, **said, enable_gqa=True, backend=backend
+        )
+    _, _, p = expected(call, None)
+    assert torch.equal(stats.support.cpu(), (p > 0).sum(-1).int())
+    n = call.sizes
+    places = {k: v for k, v in call.said().items() if k in PLACES}
+    visible = language.seen(n.length_q, n.length_k, n.batch, **places)[0][:, None]
+    mask = said.get("attn_mask")
+    visible = visible & mask.cpu() if mask is not None else visible
+    visible = visible.expand(p.shape)
+    seen = torch.nn.functional.max_pool2d(visible.double(), 64, ceil_mode=True).sum((-1, -2))
+    live = torch.nn.functional.max_pool2d((p > 0).double(), 64, ceil_mode=True).sum((-1, -2))
+    assert_near("empty tiles", stats.empty_tiles, 1.0 - live / seen, 1e-12)
+
+
+PLACES = ("is_causal", "causal_align", "window", "q_lengths", "kv_lengths", "kv_starts")
+
+
+@BACKENDS
+@interpreted()
+@pytest.mark.parametrize("causal_align", ["top-left", "bottom-right"])
+def test_packed_sequences_are_calls_of_their_own(causal_align: str, backend: str) -> None:
+    device = device_of(backend)
+    lengths_q, lengths_k = (5, 0, 37, 70), (9, 3, 37, 20)
+    said = {"is_causal": True, "causal_align": causal_align, "softcap": 3.0, "enable_gqa": True}
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    slopes = torch.tensor([0.0, 0.1, 0.2, 1.0], device=device)
+    tensors = [normal(sum(lengths_q), 4, 16), normal(sum(lengths_k), 2, 16)]
+    tensors = [t.requires_grad_() for t in (*tensors, normal(sum(lengths_k), 2, 8))]
+    cumulative = [
+        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
+        for n in (lengths_q, lengths_k)
+    ]
+    out = attend(
+        adasplash2.entmax_attention_varlen,
+        *tensors,
+        *cumulative,
+        *(70, 37),
+        **said,
+        alibi_slopes=slopes,
+        backend=backend,
+    )
+    assert out.is_contiguous()
+    grad = normal(*out.shape)
+    gradients = torch.autograd.grad(out, tensors, grad)
+    pieces = zip(
+        *(t.split(n) for t, n in zip(tensors, (lengths_q, lengths_k, lengths_k), strict=True)),
+        strict=True,
+    )
+    outs = [
+        attend(
+            adasplash2.entmax_attention,
+            *(t.transpose(0, 1) for t in piece),
+            **said,
+            alibi_slopes=slopes,
+            backend=backend,
+        ).transpose(0, 1)
+        for piece in pieces
+    ]
+    apart = torch.cat(outs)
+    assert_near("out", out, apart.detach().cpu(), 1e-5)
+    for got, exact in zip(gradients, torch.autograd.grad(apart, tensors, grad), strict=True):
+        assert_near("gradient", got, exact.cpu(), 1e-4)
+
+
+@BACKENDS
+@interpreted()
+def test_nested_tensors_are_packed_sequences(backend: str) -> None:
+    device = device_of(backend)
+    lengths = (5, 19, 33)
+    rows = [torch.randn(n, 2, 8, device=device) for n in lengths]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
+    out = attend(
+        adasplash2.entmax_attention, nested, nested, nested, is_causal=True, backend=backend
+    )
+    assert out.shape[0] == 3
+    for got, row in zip(out.transpose(1, 2).unbind(), rows, strict=True):
+        one = row.transpose(0, 1)
+        alone = attend(adasplash2.entmax_attention, one, one, one, is_causal=True, backend=backend)
+        assert_near("out", got.transpose(0, 1), alone.cpu(), 1e-5)
+
+
+@pytest.mark.parametrize("shapes", [
+    ((5, 8), (7, 8), (7, 4)),
+    ((3, 5, 8), (3, 7, 8), (3, 7, 4)),
+    ((2, 3, 2, 5, 8), (2, 1, 2, 7, 8), (1, 3, 2, 7, 4)),
+    ((2, 3, 5, 8), (1, 3, 7, 8), (2, 1, 7, 4)),
+    ((2, 3, 5, 8), (2, 1, 7, 8), (2, 1, 7, 4)),
+    ((3, 5, 8), (2, 3, 7, 8), (7, 4)),
+], ids=str)  # fmt: skip
+def test_leading_dimensions_as_sdpa_has_them(shapes: tuple[tuple[int, ...], ...]) -> None:
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    out = adasplash2.entmax_attention(*tensors)
+    soft = torch.nn.functional.scaled_dot_product_attention(*tensors)
+    assert out.shape == soft.shape
+    sizes = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
+    full = [t.expand(*sizes, *t.shape[-2:]) for t in tensors]
+    four = [t.reshape(-1, 1, *t.shape[-2:]).double() for t in full]
+    exact = language.attention(*four)[0].view(out.shape)
+    assert_near("out", out.detach(), exact.detach(), 1e-5)
+    grad = torch.randn(out.shape)
+    exact_grads = torch.autograd.grad(exact, tensors, grad.double())
+    for got, one in zip(torch.autograd.grad(out, tensors, grad), exact_grads, strict=True):
+        assert_near("gradient", got, one, 1e-4)
+
+
+def test_torchs_causal_masks_are_taken() -> None:
+    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8)
+    for mask, align in ((causal_upper_left, "top-left"), (causal_lower_right, "bottom-right")):
+        got = adasplash2.entmax_attention(q, k, k, mask(5, 9))
+        assert torch.equal(
+            got, adasplash2.entmax_attention(q, k, k, is_causal=True, causal_align=align)
+        )
+
+
+def test_window_and_causal_say_the_same_twice() -> None:
+    q = torch.randn(1, 2, 40, 8)
+    causal = adasplash2.entmax_attention(q, q, q, is_causal=True)
+    assert torch.equal(adasplash2.entmax_attention(q, q, q, window=(-1, 0)), causal)
+    assert torch.equal(adasplash2.entmax_attention(q, q, q, window=(-1, 7), is_causal=True), causal)
+
+
+@BACKENDS
+@interpreted()
+def test_rows_that_see_nothing_are_zeros(backend: str) -> None:
+    device = device_of(backend)
+    tensors = [torch.randn(2, 2, 40, 16, device=device, requires_grad=True) for _ in "qkv"]
+    mask = torch.ones(2, 1, 40, 40, dtype=torch.bool, device=device)
+    mask[1, :, 7] = False
+    lengths = torch.tensor([0, 33], dtype=torch.int32, device=device)
+    out = attend(adasplash2.entmax_attention, *tensors, mask, q_lengths=lengths, backend=backend)
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    assert not out[0].any()
+    assert not out[1, :, 7].any()
+    assert not out[1, :, 33:].any()
+    assert out[1, :, 6].any()
+    assert not gradients[0][0].any()
+    assert not gradients[0][1, :, 7].any()
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@BACKENDS
+@interpreted()
+def test_padding_is_not_read(backend: str) -> None:
+    """Whatever is in it, NaN too."""
+    device = device_of(backend)
+    tensors = [torch.randn(2, 2, 80, 16, device=device) for _ in "qkv"]
+    lengths = torch.tensor([50, 80], dtype=torch.int32, device=device)
+    said: dict[str, Any] = {"is_causal": True, "q_lengths": lengths, "kv_lengths": lengths}
+    results = []
+    for filler in (0.0, math.nan):
+        leaves = [t.clone() for t in tensors]
+        for leaf in leaves:
+            leaf[0, :, 50:] = filler
+            leaf.requires_grad_()
+        out = attend(adasplash2.entmax_attention, *leaves, **said, backend=backend)
+        results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+        assert not one[0, :, 50:].any()
+
+
+@BACKENDS
+@interpreted()
+@pytest.mark.parametrize("features", [("window",), ("lengths", "causal"), ("bool mask",)])
+def test_a_poisoned_row_poisons_the_keys_that_it_may_see(
+    features: tuple[str, ...], backend: str
+) -> None:
+    call = Call(features, sizes=Sizes(batch=1, heads_q=2, heads_kv=1))
+    tensors, grad, said = leaves_of(call, device_of(backend))
+    with torch.no_grad():
+        tensors[0][0, 1, 40, 3] = math.nan
+    out = attend(adasplash2.entmax_attention, *tensors, **said, enable_gqa=True, backend=backend)
+    _, grad_key, grad_value = torch.autograd.grad(out, tensors, grad)
+    n = call.sizes
+    places = {k: v for k, v in call.said().items() if k in PLACES}
+    visible = language.seen(n.length_q, n.length_k, n.batch, **places)[0][0, 40]
+    if "attn_mask" in said:
+        visible = visible & said["attn_mask"].cpu()[0, 1, 40]
+    assert out[0, 1].isnan().any(-1).sum() == 1
+    for found in (grad_key, grad_value):
+        assert torch.equal(found[0, 0].isnan().all(-1).cpu(), visible)
+        assert torch.equal(found[0, 0].isnan().any(-1).cpu(), visible)
+
+
+@BACKENDS
+@interpreted()
+@pytest.mark.parametrize("bad", [1.0, 0.5, 2.5, math.nan])
+def test_an_alpha_that_is_none_makes_its_head_nan(bad: float, backend: str) -> None:
+    device = device_of(backend)
+    q = torch.randn(1, 2, 20, 8, device=device, requires_grad=True)
+    alpha = torch.tensor([1.5, bad], device=device)
+    out = attend(adasplash2.entmax_attention, q, q, q, alpha=alpha, backend=backend)
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    assert out[:, 0].isfinite().all()
+    assert gradient[:, 0].isfinite().all()
+    assert out[:, 1].isnan().all()
+    assert gradient[:, 1].isnan().all()
+
+
+@BACKENDS
+def test_dropout_repeats_and_keeps_the_expected_value(backend: str) -> None:
+    device = device_of(backend)
+    q = torch.randn(1, 2, 64, 16, device=device)
+    v = torch.ones(1, 2, 64, 4, device=device)
+
+    def drop() -> Tensor:
+        return adasplash2.entmax_attention(q, q, v, dropout_p=0.25, backend=backend)
+
+    first = attend(adasplash2.entmax_attention, q, q, v, dropout_p=0.25, backend=backend)
+    torch.manual_seed(SEED)
+    assert torch.equal(drop(), first)
+    assert not torch.equal(drop(), first)
+    mean = torch.stack([drop() for _ in range(200)]).mean()
+    assert abs(mean.item() - 1.0) < 0.01
+    torch.manual_seed(SEED)
+    compiled = torch.compile(drop, fullgraph=True, backend="aot_eager")
+    once, twice = compiled(), compiled()
+    assert not torch.equal(once, twice)
+
+
+def test_the_reference_is_right() -> None:
+    """Its random numbers are those of the paper's known answer; its gradients those of finite
+    differences, alpha's too."""
+    words = language.philox([torch.zeros(1, dtype=torch.int64)] * 4, 0)
+    assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    torch.manual_seed(0)
+    scores = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor([[[1.3], [1.8]]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(language.Entmax.apply, (scores, alpha), eps=1e-7, atol=1e-5)
+
+
+def test_what_is_returned_beside() -> None:
+    call = Call(("causal", "sinks", "added mask", "alphas"))
+    tensors, _, said = leaves_of(call, "cpu")
+    out, aux = adasplash2.entmax_attention(*tensors, **said, enable_gqa=True, return_aux=True)
+    _, _, p = expected(call, None)
+    found = aux.probabilities()
+    assert found.layout == torch.sparse_csr
+    assert_near("probabilities", found.to_dense().view(p.shape), p, 1e-5)
+    assert torch.equal(aux.support, (p > 0).sum(-1).int())
+    assert aux.tau.shape == p.shape[:3]
+    assert not aux.tau.requires_grad
+    assert out.requires_grad
+
+
+LEARNED = {
+    "added mask": "attn_mask", "bias of heads": "attn_mask", "bias of keys": "attn_mask",
+    "slopes": "alibi_slopes", "slopes of batch": "alibi_slopes", "sinks": "sinks",
+    "scale of heads": "scale", "scale of rows": "scale", "alphas": "alpha",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", LEARNED)
+def test_gradcheck(feature: str) -> None:
+    call = Call((feature, "softcap"), torch.float64, Sizes(1, 2, 1, 7, 9, 4, 3))
+    tensors, _, said = leaves_of(call, "cpu")
+    name = LEARNED[feature]
+    if name == "attn_mask":
+        said[name] = said[name].detach().clamp(min=-3.0).requires_grad_()
+    if feature == "slopes":
+        said[name] = said[name].detach() + 0.05
+        said[name].requires_grad_()
+
+    def attend(operand: Tensor, *tensors: Tensor) -> Any:
+        return adasplash2.entmax_attention(*tensors, **{**said, name: operand}, enable_gqa=True)
+
+    assert torch.autograd.gradcheck(attend, (said[name], *tensors), eps=1e-7, atol=1e-5)
+
+
+def test_learned_alpha_is_as_in_the_package_entmax() -> None:
+    import entmax
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 3, 12, 8, dtype=torch.float64) for _ in "qkv")
+    ours = torch.tensor([1.3, 1.5, 1.9], dtype=torch.float64, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    grad = torch.randn(1, 3, 12, 8, dtype=torch.float64)
+    adasplash2.entmax_attention(q, k, v, alpha=ours).backward(grad)
+    scores = q @ k.mT * 8**-0.5
+    p = entmax.entmax_bisect(scores, theirs[None, :, None, None], n_iter=100)
+    (p @ v).backward(grad)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+
+
+@BACKENDS
+def test_gradients_are_the_same_bits_each_time(backend: str) -> None:
+    call = Call(("bias of keys", "alphas", "scale of heads", "sinks", "slopes"))
+    results = []
+    for _ in range(2):
+        tensors, grad, said = leaves_of(call, device_of(backend))
+        out = attend(
+            adasplash2.entmax_attention, *tensors, **said, enable_gqa=True, backend=backend
+        )
+        learned = [t for t in said.values() if isinstance(t, Tensor) and t.requires_grad]
+        results.append(torch.autograd.grad(out, [*tensors, *learned], grad))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("features", [
+    ("causal",), ("window", "added mask"), ("lengths", "sinks"), ("slopes", "softcap"),
+    ("scale of rows",), ("dropout", "key mask"),
+], ids="+".join)  # fmt: skip
+def test_softmax_takes_it_all(features: tuple[str, ...]) -> None:
+    """alpha = 1: rows sum to 1, also where SDPA does not know what is asked."""
+    call = Call(features)
+    tensors, _, said = leaves_of(call, "cpu")
+    tensors[2] = torch.ones_like(tensors[2])
+    out = adasplash2.entmax_attention(*tensors, **said, enable_gqa=True, alpha=1.0)
+    near = adasplash2.entmax_attention(*tensors, **said, enable_gqa=True, alpha=1.0001)
+    if "dropout" not in features:
+        torch.testing.assert_close(out, near, rtol=1e-3, atol=1e-3)
+    assert out.shape == near.shape
+
+
+def test_vmap_over_operands() -> None:
+    torch.manual_seed(0)
+    n = 3
+    q, k, v = (torch.randn(n, 2, 2, 9, 8) for _ in "qkv")
+    given = {
+        "attn_mask": (torch.randn(n, 2, 1, 9, 9), "attn_mask"),
+        "alibi_slopes": (torch.rand(n, 2), "alibi_slopes"),
+        "sinks": (torch.randn(n, 2), "sinks"),
+        "alpha": (1.2 + 0.5 * torch.rand(n, 2), "alpha"),
+        "scale": (torch.rand(n, 2, 2, 9), "scale"),
+    }
+    for name, (operands, argument) in given.items():
+        for mapped in (True, False):
+            operand = operands if mapped else operands[0]
+
+            def loss(operand: Tensor, q: Tensor, k: Tensor, v: Tensor, name=argument) -> Tensor:
+                out = adasplash2.entmax_attention(q, k, v, **{name: operand})
+                return out.square().sum()
+
+            grad = torch.func.grad(loss, argnums=(0, 1, 2, 3))
+            found = torch.func.vmap(grad, in_dims=(0 if mapped else None, 0, 0, 0))(
+                operand, q, k, v
+            )
+            for i in range(n):
+                one = grad(operand[i] if mapped else operand, q[i], k[i], v[i])
+                for got, exact in zip(found, one, strict=True):
+                    assert_near(f"{name} {mapped}", got[i], exact.double(), 1e-5)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_compiles_to_one_graph(feature: str) -> None:
+    torch._dynamo.reset()
+    call = Call((feature,))
+
+    def step(*tensors: Tensor, **said: Any) -> Tensor:
+        out: Tensor = adasplash2.entmax_attention(*tensors, **said, enable_gqa=True)
+        return out
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        tensors, grad, said = leaves_of(call, "cpu")
+        torch.manual_seed(SEED)
+        out = function(*tensors, **said)
+        learned = [t for t in said.values() if isinstance(t, Tensor) and t.requires_grad]
+        results.append([out.detach(), *torch.autograd.grad(out, [*tensors, *learned], grad)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
