@@ -20,7 +20,8 @@ namespace adasplash2::ADASPLASH2_ISA {
 //     p (M L - Q + M (M - E) / sum u) (dp - delta) / sum u,   Q = (E - L) / e,
 // where none of them grows.
 template <class T>
-ADASPLASH2_INLINE T alpha_gradient(const T* p, const T* dp, int64_t width, T delta, double alpha) {
+__attribute__((noinline)) static T alpha_gradient(const T* p, const T* dp, int64_t width, T delta,
+                                                  double alpha) {
   const double e = alpha - 1.0;
   const auto excess = [&](double x) {  // (exp(x) - 1 - x) / x^2
     if (!(x < 0.5)) return (__builtin_expm1(x) - x) / (x * x);

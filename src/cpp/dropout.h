@@ -40,7 +40,7 @@ struct Dropout {
   ADASPLASH2_INLINE bool is_on() const { return factor != T(0); }
 
   // What is left of the x of some keys: 0, or x / (1 - dropout_p).
-  ADASPLASH2_INLINE Vec<T> applied(Vec<T> x, int64_t row, Keys<T> keys) const {
+  __attribute__((noinline)) Vec<T> applied(Vec<T> x, int64_t row, Keys<T> keys) const {
     constexpr int kWords = kLanes<double>;
     int32_t number[kLanes<T>];
     T kept[kLanes<T>];

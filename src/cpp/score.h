@@ -229,7 +229,8 @@ ADASPLASH2_INLINE Vec<T> load_strided(const M* p, int64_t stride, int64_t count)
 }
 
 // The scores of kLanes keys at once, as a row's values (see solve.h), and their derivative. Plain
-// ones know a scale and top-left causal masks; the others ask at run time what there is.
+// ones know a scale and top-left causal masks; the others ask at run time what there is, out of
+// line: inlined wherever a score is made, that would be most of the code.
 template <AlphaKind K, class T, bool IsPlain>
 struct Scores {
   const HeadScore score;
@@ -257,35 +258,18 @@ struct Scores {
 
   // The values of the keys first_key, first_key + 1, ...; -inf where `row` may not see them.
   ADASPLASH2_INLINE Vec<T> values(Vec<T> dots, int64_t row, int64_t first_key) const {
-    Ints<T> seen = in_range(row, first_key);
-    if constexpr (IsPlain) return seen ? values(dots) : broadcast(-kInfinity<T>);
-    Vec<T> s = dots * T(score.scale_of(row));
-    if (score.softcap != 0.0) s = tanh_of<T>(s / T(score.softcap)).value * T(score.softcap);
-    if (score.mask) {
-      const Vec<T> mask = mask_at(row, first_key);
-      seen &= shows(mask);
-      if (score.mask_dtype != Dtype::kBool) s += mask;
-    }
-    if (score.slope != 0.0) s -= T(score.slope) * distances(row, keys_from(first_key));
-    return seen ? s * value_of_unit : broadcast(-kInfinity<T>);
+    if constexpr (!IsPlain) return made(dots, row, first_key);
+    return in_range(row, first_key) ? values(dots) : broadcast(-kInfinity<T>);
   }
 
   // Whether `row` may see the keys first_key, first_key + 1, ...
   ADASPLASH2_INLINE Ints<T> allowed(int64_t row, int64_t first_key) const {
-    const Ints<T> seen = in_range(row, first_key);
-    if (IsPlain || !score.mask) return seen;
-    return seen & shows(mask_at(row, first_key));
+    if constexpr (!IsPlain) return shown(row, first_key);
+    return in_range(row, first_key);
   }
   // Whether one of rows [first, first + rows) may see one of `keys`, a panel.
   ADASPLASH2_INLINE bool any_allowed(int64_t first, int64_t rows, KeyRange keys) const {
-    if (IsPlain || (!score.mask && !score.begins)) return true;
-    for (int64_t row = first; row < first + rows; ++row) {
-      const KeyRange seen = visible(row).intersection(keys);
-      if (seen.size() > 0 && !score.mask) return true;
-      for (int64_t key = keys.begin; key < seen.end; key += kLanes<T>)
-        if (not_below(allowed(row, key) ? broadcast(T(1)) : Vec<T>{}, Vec<T>{})) return true;
-    }
-    return false;
+    return IsPlain || (!score.mask && !score.begins) || any_shown(first, rows, keys);
   }
 
   // ds / d(q . k): one number where s is linear in it and has no more parts, else 1, and
@@ -294,10 +278,7 @@ struct Scores {
 
   // Gradients of s -> those of scale * (q . k), a row's `factor` apart.
   ADASPLASH2_INLINE Vec<T> through_cap(Vec<T> ds, Vec<T> dots, int64_t row) const {
-    if (IsPlain || score.softcap == 0.0) return ds;
-    const T factor = T(score.scale_of(row));
-    const Vec<T> derivative = tanh_of<T>(dots * factor / T(score.softcap)).derivative;
-    return ds == T(0) ? ds : ds * derivative;  // also where q . k is NaN, of a hidden key
+    return IsPlain || score.softcap == 0.0 ? ds : uncapped(ds, dots, row);
   }
   ADASPLASH2_INLINE Vec<T> through_scale(Vec<T> ds, int64_t row, const Power<T>& power) const {
     if (IsPlain) return ds;
@@ -319,6 +300,38 @@ struct Scores {
   }
 
  private:
+  __attribute__((noinline)) Vec<T> made(Vec<T> dots, int64_t row, int64_t first_key) const {
+    Ints<T> seen = in_range(row, first_key);
+    Vec<T> s = dots * T(score.scale_of(row));
+    if (score.softcap != 0.0) s = tanh_of<T>(s / T(score.softcap)).value * T(score.softcap);
+    if (score.mask) {
+      const Vec<T> mask = mask_at(row, first_key);
+      seen &= shows(mask);
+      if (score.mask_dtype != Dtype::kBool) s += mask;
+    }
+    if (score.slope != 0.0) s -= T(score.slope) * distances(row, keys_from(first_key));
+    return seen ? s * value_of_unit : broadcast(-kInfinity<T>);
+  }
+  __attribute__((noinline)) Vec<T> uncapped(Vec<T> ds, Vec<T> dots, int64_t row) const {
+    const T factor = T(score.scale_of(row));
+    const Vec<T> derivative = tanh_of<T>(dots * factor / T(score.softcap)).derivative;
+    return ds == T(0) ? ds : ds * derivative;  // also where q . k is NaN, of a hidden key
+  }
+
+  __attribute__((noinline)) Ints<T> shown(int64_t row, int64_t first_key) const {
+    const Ints<T> seen = in_range(row, first_key);
+    return score.mask ? seen & shows(mask_at(row, first_key)) : seen;
+  }
+  __attribute__((noinline)) bool any_shown(int64_t first, int64_t rows, KeyRange keys) const {
+    for (int64_t row = first; row < first + rows; ++row) {
+      const KeyRange seen = visible(row).intersection(keys);
+      if (seen.size() > 0 && !score.mask) return true;
+      for (int64_t key = keys.begin; key < seen.end; key += kLanes<T>)
+        if (not_below(shown(row, key) ? broadcast(T(1)) : Vec<T>{}, Vec<T>{})) return true;
+    }
+    return false;
+  }
+
   ADASPLASH2_INLINE Ints<T> in_range(int64_t row, int64_t first_key) const {
     const KeyRange seen = visible(row);
     const Ints<T> lane = __builtin_convertvector(iota<T>(), Ints<T>);
