@@ -273,6 +273,10 @@ def mask_function() -> Callable[..., Tensor]:
             known = _stated(pattern, place, attention_mask, batch_size) if pattern else None
             return StatedMask.of(blank, known, lambda: numbers(visible()))
         pattern = _named(mask_function, theirs)
+        if pattern is None and cache_position is None and attention_mask is None:
+            plain = local_size is None and not rest.get("use_vmap", True)
+            if plain and mask_function.__qualname__.startswith("and_masks."):
+                pattern = _traced_packing(mask_function, batch_size, q_length, device)
         # The flags tell that nothing was added to the pattern that comes with `local_size`.
         if pattern is None and local_size and (allow_is_causal_skip or allow_is_bidirectional_skip):
             pattern = _local(local_size, allow_is_causal_skip, config)
@@ -329,6 +333,18 @@ def _pattern(function: Callable[..., Any], theirs: Any) -> Pattern | None:
     return None
 
 
+def _traced_packing(
+    function: Callable[..., Any], batch: int, length: int, device: torch.device | str
+) -> Pattern:
+    """The pattern of packed sequences in a trace, where no closure tells it: what transformers adds
+    to a causal mask whenever positions may begin anew. A sequence begins where the token before is
+    not visible."""
+    tokens = torch.arange(length, device=device)[None]
+    of = torch.arange(batch, device=device)[:, None]
+    joined = function(of, torch.zeros_like(of), tokens, (tokens - 1).clamp(min=0))
+    return Pattern(right=0, packed=(~joined).expand(batch, length).cumsum(1))
+
+
 def _narrower(side: int, other: int) -> int:
     """The smaller of two sizes of which -1 is no limit."""
     return max(side, other) if -1 in (side, other) else min(side, other)
@@ -365,9 +381,10 @@ def _stated(
     if 0 <= pattern.chunk < kv_offset + keys:
         return None
     if pattern.packed is not None:
-        if tracing or attention_mask is not None or rows != keys:
+        if attention_mask is not None or rows != keys:
             return None
-        return Statement(causal, _window(pattern, keys), cu_seqlens=_boundaries(pattern.packed))
+        cu_seqlens = _boundaries(pattern.packed, tracing)
+        return Statement(causal, _window(pattern, keys), cu_seqlens=cu_seqlens)
     # The queries end where the keys do, or the filled part of a static cache.
     begins = rows == keys if isinstance(q_offset, Tensor) else q_offset == kv_offset
     end: int | Tensor = keys
@@ -436,11 +453,17 @@ def _padded(
     return said
 
 
-def _boundaries(packed: Tensor) -> Tensor | None:
+def _boundaries(packed: Tensor, tracing: bool) -> Tensor | None:
     """Where sequences begin in ``(batch * length)`` tokens, and the total; None where each row is
-    one sequence."""
+    one sequence. A trace cannot count them: there empty ones follow, as many as there are tokens
+    left."""
     first = F.pad(packed[:, 1:] != packed[:, :-1], (1, 0), value=True).flatten()
-    begins = first.nonzero().flatten()
-    if begins.shape[0] == packed.shape[0]:
-        return None
-    return F.pad(begins, (0, 1), value=first.shape[0]).to(torch.int32)
+    total = first.shape[0]
+    if tracing:
+        places = torch.arange(total, device=first.device)
+        begins = torch.where(first, places, total).sort().values
+    else:
+        begins = first.nonzero().flatten()
+        if begins.shape[0] == packed.shape[0]:
+            return None
+    return F.pad(begins, (0, 1), value=total).to(torch.int32)
