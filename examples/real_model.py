@@ -290,8 +290,16 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="transformers")
     captured: dict[int, Inputs] = {}
 
-    def observe(layer: int | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
-        captured[layer or 0] = Inputs(query.detach(), key.detach(), value.detach(), *rest)
+    def observe(
+        layer: int | None, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]
+    ) -> None:
+        captured[layer or 0] = Inputs(
+            query.detach(),
+            key.detach(),
+            value.detach(),
+            arguments["is_causal"],
+            arguments["scale"],
+        )
 
     integration.register("adasplash2", options.alpha, options.backend, observe)
     print("loading SmolLM2-135M", flush=True)

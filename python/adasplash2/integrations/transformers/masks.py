@@ -273,13 +273,14 @@ def mask_function() -> Callable[..., Tensor]:
             known = _stated(pattern, place, attention_mask, batch_size) if pattern else None
             return StatedMask.of(blank, known, lambda: numbers(visible()))
         pattern = _named(mask_function, theirs)
-        if pattern is None and cache_position is None and attention_mask is None:
-            plain = local_size is None and not rest.get("use_vmap", True)
-            if plain and mask_function.__qualname__.startswith("and_masks."):
+        if pattern is None and local_size is not None:
+            # The flags tell that nothing was added to the pattern that comes with the size.
+            if allow_is_causal_skip or allow_is_bidirectional_skip:
+                pattern = _local(local_size, allow_is_causal_skip, config)
+        elif pattern is None and attention_mask is None:
+            # Of what has no size only packing is joined; callers' own functions ask for vmap.
+            if _made_by(mask_function, theirs) == "and_masks" and not rest.get("use_vmap", True):
                 pattern = _traced_packing(mask_function, batch_size, q_length, device)
-        # The flags tell that nothing was added to the pattern that comes with `local_size`.
-        if pattern is None and local_size and (allow_is_causal_skip or allow_is_bidirectional_skip):
-            pattern = _local(local_size, allow_is_causal_skip, config)
         known = _stated(pattern, place, attention_mask, batch_size, True) if pattern else None
         seen = visible()
         made = numbers(seen)
@@ -301,13 +302,19 @@ def _named(function: Callable[..., Any], theirs: Any) -> Pattern | None:
     return None
 
 
+def _made_by(function: Callable[..., Any], theirs: Any) -> str:
+    """The function of transformers that made ``function``; "" where none did."""
+    ours = getattr(function, "__module__", None) == theirs.__name__
+    return str(function.__qualname__).partition(".")[0] if ours else ""
+
+
 def _pattern(function: Callable[..., Any], theirs: Any) -> Pattern | None:
     """The pattern that a mask function of transformers makes, by its name and what it closed over;
     None where it has no words. Compilers cannot look into closures: not for traces."""
     named = _named(function, theirs)
-    if named is not None or getattr(function, "__module__", None) != theirs.__name__:
+    name = _made_by(function, theirs)
+    if named is not None or not name:
         return named
-    name = function.__qualname__.partition(".")[0]
     over = inspect.getclosurevars(function).nonlocals
     if name == "and_masks" and "mask_functions" in over:
         found = Pattern()
