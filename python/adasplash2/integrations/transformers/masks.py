@@ -273,14 +273,14 @@ def mask_function() -> Callable[..., Tensor]:
             known = _stated(pattern, place, attention_mask, batch_size) if pattern else None
             return StatedMask.of(blank, known, lambda: numbers(visible()))
         pattern = _named(mask_function, theirs)
-        if pattern is None and local_size is not None:
-            # The flags tell that nothing was added to the pattern that comes with the size.
-            if allow_is_causal_skip or allow_is_bidirectional_skip:
-                pattern = _local(local_size, allow_is_causal_skip, config)
-        elif pattern is None and attention_mask is None:
-            # Of what has no size only packing is joined; callers' own functions ask for vmap.
-            if _made_by(mask_function, theirs) == "and_masks" and not rest.get("use_vmap", True):
-                pattern = _traced_packing(mask_function, batch_size, q_length, device)
+        # The flags tell that nothing was added to the pattern that comes with a size. Of what has
+        # no size only packing is joined; functions that callers join ask for vmap.
+        alone = allow_is_causal_skip or allow_is_bidirectional_skip
+        joined = _made_by(mask_function, theirs) == "and_masks" and not rest.get("use_vmap", True)
+        if pattern is None and local_size is not None and alone:
+            pattern = _local(local_size, allow_is_causal_skip, config)
+        elif pattern is None and local_size is None and joined and attention_mask is None:
+            pattern = _traced_packing(mask_function, batch_size, q_length, device)
         known = _stated(pattern, place, attention_mask, batch_size, True) if pattern else None
         seen = visible()
         made = numbers(seen)
