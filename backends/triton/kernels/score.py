@@ -30,7 +30,8 @@ FARTHEST = tl.constexpr(2.0**30)
 
 
 class HeadTerms(NamedTuple):
-    """What scores of one query head are made with; None where ``opt`` does not ask for it.
+    """What scores of one query head are made with; 0 where ``opt`` does not ask for it: Triton
+    before 3.7 takes no None here.
 
     ``c`` and ``r = 1 / (alpha - 1)``; where alpha is an operand, ``c`` is NaN for one that is not
     allowed. ``slope`` and ``sink``: numbers. ``mask``, ``scales`` and ``ranges``: where those of
@@ -39,13 +40,13 @@ class HeadTerms(NamedTuple):
 
     c: Any
     r: Any
-    slope: Any = None
-    sink: Any = None
-    mask: Any = None
-    scales: Any = None
-    ranges: Any = None
-    seed: Any = None
-    number: Any = None
+    slope: Any = 0
+    sink: Any = 0
+    mask: Any = 0
+    scales: Any = 0
+    ranges: Any = 0
+    seed: Any = 0
+    number: Any = 0
 
 
 @triton.jit
@@ -60,13 +61,13 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
     asked = shape.terms
     c = shape.c
     r = shape.r
-    slope = None
-    sink = None
-    mask = None
-    scales = None
-    ranges = None
-    seed = None
-    number = None
+    slope = 0
+    sink = 0
+    mask = 0
+    scales = 0
+    ranges = 0
+    seed = 0
+    number = 0
     if opt.alphas:
         excess = tl.load(base_of(asked.alphas, batch, head)) - 1.0
         right = (excess > 0.0) & (excess <= 1.0)
