@@ -26,7 +26,14 @@ from torch import Tensor
 from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.sizes import INTERPRETED
 from adasplash2.contract import AttentionStats, Config, Forward, Gradients
-from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals, unsupported
+from adasplash2.problem import (
+    DIFFERENTIABLE,
+    Inputs,
+    Operand,
+    Problem,
+    RowProblem,
+    float32_refusals,
+)
 
 name = "triton"
 
@@ -70,7 +77,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             reasons.append(
                 f"{problem.device} has compute capability {major}.{minor}, Triton needs {least}"
             )
-    reasons += unsupported(problem) + float32_refusals(problem)
+    reasons += float32_refusals(problem)
     limit = 2**31 - 1
     if isinstance(problem, RowProblem):
         if max(problem.rows, problem.length) > limit:
@@ -119,10 +126,23 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         torch.empty((*key_heads, p.head_dim), **meta),
         torch.empty((*key_heads, p.head_dim_v), **meta),
     )
+    inputs = inputs._replace(**{x.name: _without_data(x, problem) for x in p.operands})
     call = launch.Call(problem, inputs, config, launch.compile_only)
     result = launch.forward(call)
     if problem.needs_grad:
-        launch.backward(call, result, result.out)
+        wanted = [x.name for x in p.operands if x.name in DIFFERENTIABLE and x.dtype != torch.bool]
+        for names in ((), wanted) if wanted else ((),):
+            launch.backward(call, result, result.out, names)
+
+
+def _without_data(operand: Operand, problem: Problem) -> Tensor:
+    """A contiguous operand of this kind, on no device."""
+    batch, heads, length_q = problem.batch, problem.heads_q, problem.length_q
+    full: tuple[int, ...] = batch, heads, length_q, problem.length_k
+    if operand.name == "ranges":
+        full = 3, batch, length_q
+    sizes_ = (n if spread else 1 for n, spread in zip(full, operand.spread, strict=False))
+    return torch.empty(tuple(sizes_), dtype=operand.dtype, device="meta")
 
 
 def saved_bound(problem: Problem) -> int:
@@ -154,12 +174,12 @@ def backward(
     config: Config,
     wanted: Collection[str] = (),
 ) -> Gradients:
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value, and of the operands that are ``wanted``."""
     from adasplash2.backends.triton import launch
 
     outside = forward.tau, forward.saved, grad_out
     call = launch.Call(problem, inputs, config, launch.launch, *outside)
-    return launch.backward(call, forward, grad_out)
+    return launch.backward(call, forward, grad_out, wanted)
 
 
 def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
@@ -178,8 +198,35 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     }
     call = launch.Call(problem, inputs, config, launch.launch)
     tau = launch.forward(call, counted).tau
-    empty = 1.0 - marks.sum((2, 3), dtype=torch.float64) / problem.allowed_tiles(side)
+    allowed = _allowed_tiles(problem, inputs, side).to(torch.float64)
+    live = marks.sum((2, 3), dtype=torch.float64)
+    empty = (allowed - live) / allowed.clamp(min=1.0)
     return AttentionStats(tau, counted["support"], counted["iterations"], empty, backend=name)
+
+
+def _allowed_tiles(problem: Problem, inputs: Inputs, side: int) -> Tensor:
+    """Tiles of ``side`` queries by ``side`` keys with a pair that may be seen: ``(batch,
+    heads_q)``, of which either is 1 where it holds for all."""
+    ranges, mask = inputs.ranges, inputs.attn_mask
+    if ranges is None and mask is None:
+        return torch.full((1, 1), problem.allowed_tiles(side), device=problem.device)
+    keys = torch.arange(problem.length_k, device=problem.device)
+    count = torch.zeros((1, 1), dtype=torch.int64, device=problem.device)
+    for first in range(0, problem.length_q, side):
+        rows = slice(first, min(first + side, problem.length_q))
+        if ranges is not None:
+            begin, end = (part[:, None, rows, None] for part in ranges[:2])
+            seen = (keys >= begin) & (keys < end)
+        else:
+            limits = [problem.visible(i) for i in range(rows.start, rows.stop)]
+            begin, end = torch.tensor(limits, device=problem.device).T[:, None, None, :, None]
+            seen = (keys >= begin) & (keys < end)
+        if mask is not None:
+            of_rows = mask if mask.shape[2] == 1 else mask[:, :, rows]
+            seen = seen & (of_rows if mask.dtype == torch.bool else of_rows != -torch.inf)
+        seen = torch.nn.functional.pad(seen.any(dim=2), (0, -problem.length_k % side))
+        count = count + seen.unflatten(2, (-1, side)).any(dim=3).sum(dim=2)
+    return count
 
 
 def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -105,8 +105,8 @@ def _in_order(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
 
 
 def _without_data(value: Any) -> Any:
-    if isinstance(value, sizes.Heads):
-        return value._replace(base=_without_data(value.base))
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(_without_data, value))
     return MockTensor.wrap_dtype(value.dtype) if isinstance(value, Tensor) else value
 
 
@@ -131,6 +131,13 @@ class Plan(NamedTuple):
         if key not in self.compiled and len(self.compiled) >= CACHED_LAYOUTS:
             self.compiled.clear()
         return self.compiled.setdefault(key, {})
+
+
+def _operand(tensor: Tensor | None) -> Tensor | None:
+    """In a dtype that kernels load: a byte for a boolean, and what can be computed with."""
+    if tensor is None or tensor.dtype == torch.bool:
+        return tensor if tensor is None else tensor.view(torch.int8)
+    return tensor.to(sizes.kernel_dtype(tensor.dtype))
 
 
 @functools.lru_cache(CACHED_PLANS)
@@ -158,7 +165,11 @@ class Call:
         self.device = inputs.query.device
         self.inputs = tuple(self.prepared(x) for x in inputs.tensors)
         self.plan = plan = _plan(problem, tuple(config.items()))
-        self.grid = plan.grid
+        self.grid, self.shape = plan.grid, plan.shape
+        if problem.features:
+            operands = Inputs(*inputs.tensors, *map(_operand, inputs.operands))
+            self.shape = self.shape._replace(terms=sizes.Terms.of(problem, operands))
+            more = *more, *(t for t in operands.operands if t is not None)
         self.compiled = plan.compiled_for((*self.inputs, *more))
         programs = sizes.residents(config, "solve") * _multiprocessors(problem.device)
         self.programs = min(programs, plan.grid.heads * plan.grid.row_blocks)
@@ -187,6 +198,14 @@ class Call:
         need it."""
         for safe in (False, True):
             self(kernel, grid, {**flags, "SAFE": safe}, **arguments)
+
+    def longest(self) -> sizes.Shape:
+        """The shape with the norm of each key head's longest key, where slopes ask for it."""
+        terms = self.shape.terms
+        if terms is None or not self.plan.opt.local:
+            return self.shape
+        norms = torch.linalg.vector_norm(self.inputs[1], dim=-1, dtype=torch.float32)
+        return self.shape._replace(terms=terms._replace(longest=norms.amax(dim=-1)))
 
     def means(self, out_u: Tensor) -> sizes.Heads:
         """The saved means as a tensor with heads; nothing is behind them without a gradient."""
@@ -237,7 +256,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
             poison=parts["poison"],
             taken=parts["taken"],
             iterations=counters["iterations"],
-            shape=plan.shape,
+            shape=call.longest(),
             work_items=work_items,
             tolerance=tolerance(problem),
             opt=plan.opt,
@@ -262,7 +281,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
             unsafe=call.empty(call.grid.rows, dtype=torch.int8),
             support=counters["support"],
             marks=counters["marks"],
-            shape=plan.shape,
+            shape=call.shape,
             opt=plan.opt,
             GRADIENT=problem.needs_grad,
             MARK=STATS_TILE,
@@ -272,10 +291,18 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
     return Forward(out.to(problem.dtype), tau, saved)
 
 
-def backward(call: Call, forward: Forward, grad_out: Tensor) -> Gradients:
-    """Gradients of query, key and value."""
+def backward(
+    call: Call, forward: Forward, grad_out: Tensor, wanted: Collection[str] = ()
+) -> Gradients:
+    """Gradients of query, key and value, and of the operands that are ``wanted``."""
     problem, plan, grid = call.problem, call.plan, call.grid
     grads = [call.empty(*x.shape, dtype=call.dtype) for x in call.inputs]
+    rows = problem.batch, problem.heads_q, problem.length_q
+    of_rows = {
+        name: call.empty(*rows, dtype=torch.float32)
+        for name in sizes.ROW_GRADIENTS
+        if name in wanted
+    }
     grad_q, grad_k, grad_v = map(sizes.Heads.of, grads)
     grad_out_heads = sizes.Heads.of(call.prepared(grad_out))
     parts = plan.layout.split(forward.saved)
@@ -302,12 +329,12 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> Gradients:
         "grad_k": grad_k,
         "grad_v": grad_v,
         "unsafe": unsafe,
-        "shape": plan.shape,
+        "shape": call.shape,
         "scale": scale,
         "opt": plan.opt,
         "MOST": pieces,
     }
-    by_key = {
+    every_head = {
         "query": call.query,
         "key": call.key,
         "value": call.value,
@@ -315,6 +342,9 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> Gradients:
         **thresholds,
         "delta_in": delta,
         "spread_in": spread,
+    }
+    by_key = {
+        **every_head,
         "row_block_lists": row_block_lists,
         "row_block_counts": row_block_counts,
         **of_keys,
@@ -324,7 +354,7 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> Gradients:
         call.twice(
             backward_kernels.grad_query,
             grid.heads * grid.row_blocks,
-            {},
+            {"WANTED": sizes.Wanted.of(wanted)},
             query=call.query,
             key=call.key,
             value=call.value,
@@ -336,8 +366,9 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> Gradients:
             counts=parts["counts"],
             grad_q=grad_q,
             delta_out=delta,
+            row_grads=sizes.Wanted.parts(of_rows),
             unsafe=unsafe,
-            shape=plan.shape,
+            shape=call.shape,
             scale=scale,
             opt=plan.opt,
             CHUNK=LIST_CHUNK,
@@ -349,7 +380,7 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> Gradients:
             live=parts["live"],
             row_block_lists=row_block_lists,
             row_block_counts=row_block_counts,
-            shape=plan.shape,
+            shape=call.shape,
             opt=plan.opt,
             CHUNK=LIST_CHUNK,
         )
@@ -369,9 +400,41 @@ def backward(call: Call, forward: Forward, grad_out: Tensor) -> Gradients:
         call(backward_kernels.grad_key_value, pieces + key_tiles, {"SAFE": False}, **by_key)
         if pieces:
             added = pieces * (block_k // ADDED_ROWS)
-            call(backward_kernels.add_pieces, added, {}, **of_keys, ROWS=ADDED_ROWS)
+            t_in = thresholds["t_in"] if plan.opt.scattered else None
+            call(backward_kernels.add_pieces, added, {}, t_in=t_in, **of_keys, ROWS=ADDED_ROWS)
         call(backward_kernels.grad_key_value, key_tiles, {"SAFE": True}, **by_key)
-    return Gradients(*(grad.to(problem.dtype) for grad in grads))
+        of_mask = None
+        if "attn_mask" in wanted:
+            of_mask = _grad_mask(call, every_head, parts)
+    query, key, value = (grad.to(problem.dtype) for grad in grads)
+    return Gradients(query, key, value, of_mask, **of_rows)
+
+
+def _grad_mask(call: Call, every_head: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
+    """The gradient of an additive mask."""
+    problem, grid = call.problem, call.grid
+    mask = problem.operand("attn_mask")
+    assert mask is not None
+    full = problem.batch, problem.heads_q, problem.length_q, problem.length_k
+    shape = [size if spread else 1 for size, spread in zip(full, mask.spread, strict=True)]
+    grad = call.empty(*shape, dtype=torch.float32)
+    batch, heads, by_row, by_key = shape[0], shape[1], mask.spread[2], mask.spread[3]
+    programs = batch * heads * (grid.row_blocks if by_row else 1) * (grid.tiles if by_key else 1)
+    call(
+        backward_kernels.grad_mask,
+        programs,
+        {},
+        **every_head,
+        live=parts["live"],
+        poison=parts["poison"],
+        grad=sizes.Spread.of(grad),
+        sharers=(heads, problem.batch // batch, problem.heads_q // heads),
+        shape=call.shape,
+        opt=call.plan.opt,
+        BY_ROW=by_row,
+        BY_KEY=by_key,
+    )
+    return grad
 
 
 def tolerance(problem: Problem) -> float:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adasplash2.contract import Config
-from adasplash2.problem import Problem, RowProblem
+from adasplash2.problem import DIFFERENTIABLE, Inputs, Problem, RowProblem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Whether the kernels run in Triton's interpreter, on CPU tensors."""
@@ -22,7 +22,7 @@ ALIGNMENT = 16
 LIST_KERNELS = ("transpose_lists", "cut_lists", "add_pieces")
 """Names of the kernels of ``kernels/backward.py`` without matrix products."""
 
-KERNELS = ("solve", "output", "grad_query", "grad_key_value", *LIST_KERNELS)
+KERNELS = ("solve", "output", "grad_query", "grad_key_value", "grad_mask", *LIST_KERNELS)
 """Names of the kernels of attention, in ``kernels/``."""
 
 MAX_STAGES = 3
@@ -102,8 +102,92 @@ class Heads(NamedTuple):
         return cls(tensor, *tensor.stride()[:3])
 
 
+class Spread(NamedTuple):
+    """An operand and its strides by batch, head, row and key; 0 where one holds for all."""
+
+    base: Tensor
+    batch: int = 0
+    head: int = 0
+    row: int = 0
+    key: int = 0
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Spread | None:
+        if tensor is None:
+            return None
+        pairs = zip(tensor.shape, tensor.stride(), strict=True)
+        return cls(tensor, *(0 if size == 1 else stride for size, stride in pairs))
+
+
+class Ranges(NamedTuple):
+    """``ranges`` and their strides by what they say, by batch and by row."""
+
+    base: Tensor
+    part: int
+    batch: int
+    row: int
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Ranges | None:
+        if tensor is None:
+            return None
+        part, batch, row = tensor.stride()
+        return cls(tensor, part, 0 if tensor.shape[1] == 1 else batch, row)
+
+
+class Terms(NamedTuple):
+    """What a call asks beyond plain and causal attention, as kernels take it; None where it is not
+    asked.
+
+    ``left``, ``right`` and ``shift``: of windows and of ``i'``. ``scale`` and ``softcap``: of the
+    problem. ``dropped``: words below it are dropped, less 2^31; ``kept``: what the others are
+    multiplied by. ``longest``: of each key head the longest key's norm. The others are operands.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    shift: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    dropped: int | None = None
+    kept: float | None = None
+    longest: Tensor | None = None
+    mask: Spread | None = None
+    slopes: Spread | None = None
+    sinks: Spread | None = None
+    scales: Spread | None = None
+    alphas: Spread | None = None
+    ranges: Ranges | None = None
+    seed: Spread | None = None
+
+    @classmethod
+    def of(cls, problem: Problem, operands: Inputs) -> Terms | None:
+        """``operands`` in dtypes that kernels take."""
+        said = problem.scores
+        if not problem.features:
+            return None
+        farthest = problem.length_q + problem.length_k  # more would leave 32 bits
+        return cls(
+            left=min(said.left, farthest) if said.left >= 0 else None,
+            right=None if said.is_causal or said.right < 0 else min(said.right, farthest),
+            shift=problem.shift if said.bottom_right else None,
+            scale=said.scale if is_scored(problem) else None,
+            softcap=said.softcap or None,
+            dropped=int(said.dropout_p * 2**32) - 2**31 if said.dropout_p else None,
+            kept=1.0 / (1.0 - said.dropout_p) if said.dropout_p else None,
+            mask=Spread.of(operands.attn_mask),
+            slopes=Spread.of(operands.alibi_slopes),
+            sinks=Spread.of(operands.sinks),
+            scales=Spread.of(operands.scales),
+            alphas=Spread.of(operands.alphas),
+            ranges=Ranges.of(operands.ranges),
+            seed=Spread.of(operands.dropout_seed),
+        )
+
+
 class Shape(NamedTuple):
-    """What kernels read of a problem at run time."""
+    """What kernels read of a problem at run time. ``c`` lacks a factor that is an operand's: see
+    ``kernels/score.py``."""
 
     heads_q: int
     gqa_group: int
@@ -111,10 +195,13 @@ class Shape(NamedTuple):
     length_k: int
     c: float
     r: float
+    terms: Terms | None = None
 
     @classmethod
     def of(cls, problem: Problem) -> Shape:
-        factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
+        factor = 1.0 if problem.operand("alphas") else problem.alpha - 1.0
+        if not is_scored(problem):
+            factor *= abs(problem.scores.scale)
         return cls(
             heads_q=problem.heads_q,
             gqa_group=problem.group_size,
@@ -125,11 +212,42 @@ class Shape(NamedTuple):
         )
 
 
+ROW_GRADIENTS = DIFFERENTIABLE[1:]
+"""Operands of whose gradient each row has a part."""
+
+
+class Wanted(NamedTuple):
+    """Which gradients of operands ``grad_query`` finds parts of; as its flag and, with tensors, as
+    what it writes."""
+
+    slopes: Any = None
+    sinks: Any = None
+    scales: Any = None
+    alphas: Any = None
+    some: bool | None = None
+
+    @classmethod
+    def of(cls, names: Collection[str]) -> Wanted:
+        asked = [name in names for name in ROW_GRADIENTS]
+        return cls._make((*asked, any(asked)))
+
+    @classmethod
+    def parts(cls, tensors: Mapping[str, Tensor]) -> Wanted | None:
+        """Where ``grad_query`` writes them; None where none is wanted."""
+        return cls._make((*map(tensors.get, ROW_GRADIENTS), None)) if tensors else None
+
+
 class Options(NamedTuple):
     """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
     closed form; ``exact`` asks for scores relative to their row's maximum, to float32's round-off
     also where they are large; ``steep``: see :func:`is_steep`; ``shallow``: see
-    :func:`is_shallow`; ``halved``: see :func:`is_halved`."""
+    :func:`is_shallow`; ``halved``: see :func:`is_halved`.
+
+    The others say what is asked beyond that: ``left``, ``right`` and ``shifted``, parts of
+    :class:`Terms`; ``lower`` and ``upper``, that something limits the keys on this side;
+    ``hides``, a mask of booleans; ``adds``, one that is added; ``masked``, either. ``scored``: see
+    :func:`is_scored`; ``biased``: something is added to scores; ``local``: slopes keep far keys out
+    of the support; ``scattered``: a row may see other keys than leading ones."""
 
     block_q: int
     block_k: int
@@ -144,9 +262,36 @@ class Options(NamedTuple):
     steep: bool
     shallow: bool
     halved: bool
+    left: bool
+    right: bool
+    shifted: bool
+    ranges: bool
+    lower: bool
+    upper: bool
+    hides: bool
+    adds: bool
+    masked: bool
+    softcap: bool
+    alibi: bool
+    sinks: bool
+    scales: bool
+    alphas: bool
+    dropout: bool
+    scored: bool
+    biased: bool
+    local: bool
+    scattered: bool
 
     @classmethod
     def of(cls, problem: Problem, config: Config) -> Options:
+        said, alpha = problem.scores, compiled_alpha(problem.alpha)
+        given = {operand.name for operand in problem.operands}
+        mask, alphas = problem.operand("attn_mask"), "alphas" in given
+        ranges, alibi = "ranges" in given, "alibi_slopes" in given
+        scored = is_scored(problem)
+        if alphas:
+            alpha = 0.0
+        hides = mask is not None and mask.dtype == torch.bool
         return cls(
             block_q=int(config["block_q"]),
             block_k=int(config["block_k"]),
@@ -154,13 +299,32 @@ class Options(NamedTuple):
             padded=padded(problem.head_dim),
             head_dim_v=problem.head_dim_v,
             padded_v=padded(problem.head_dim_v),
-            causal=problem.scores.is_causal,
-            sign=(problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
-            alpha=compiled_alpha(problem.alpha),
-            exact=problem.dtype == torch.float32 or compiled_alpha(problem.alpha) == 0.0,
+            causal=said.is_causal,
+            sign=1 if scored else (said.scale > 0.0) - (said.scale < 0.0),
+            alpha=alpha,
+            exact=problem.dtype == torch.float32 or alpha == 0.0 or scored,
             steep=is_steep(problem.alpha),
             shallow=is_shallow(problem.alpha),
             halved=is_halved(problem),
+            left=said.left >= 0,
+            right=said.right >= 0 and not said.is_causal,
+            shifted=said.bottom_right,
+            ranges=ranges,
+            lower=ranges or said.left >= 0,
+            upper=ranges or said.right >= 0,
+            hides=hides,
+            adds=mask is not None and not hides,
+            masked=mask is not None,
+            softcap=said.softcap != 0.0,
+            alibi=alibi,
+            sinks="sinks" in given,
+            scales="scales" in given,
+            alphas=alphas,
+            dropout=said.dropout_p != 0.0,
+            scored=scored,
+            biased=mask is not None or alibi,
+            local=alibi and mask is None,
+            scattered=is_scattered(problem),
         )
 
 
@@ -171,11 +335,26 @@ class RowOptions(NamedTuple):
     steep: bool
     shallow: bool
     exact: bool = True
+    alphas: bool = False
 
     @classmethod
     def of(cls, problem: RowProblem) -> RowOptions:
         alpha = problem.alpha
         return cls(compiled_alpha(alpha), is_steep(alpha), is_shallow(alpha))
+
+
+def is_scored(problem: Problem) -> bool:
+    """Whether ``s`` in the kernels is the score, not the product of query and key: where more than
+    a number's factor lies between the two."""
+    given = {operand.name for operand in problem.operands}
+    more = given & {"attn_mask", "alibi_slopes", "sinks", "scales"}
+    return bool(more) or problem.scores.softcap != 0.0
+
+
+def is_scattered(problem: Problem) -> bool:
+    """Whether a row may see other keys than leading ones."""
+    given = {operand.name for operand in problem.operands}
+    return problem.scores.left >= 0 or not given.isdisjoint(("attn_mask", "ranges"))
 
 
 def is_steep(alpha: float) -> bool:
@@ -243,9 +422,11 @@ class Saved:
     ``spread`` ``(rows,)`` float32: 0 where one key has all probability, else 1; where ``exact``.
     ``counts`` ``(heads, row_blocks, 2)`` int32: entries of a list that need no mask, and
     all of them.
-    ``lists`` ``(heads, row_blocks, tiles)`` int32: numbers of the live tiles, ascending.
+    ``lists`` ``(heads, row_blocks, tiles)`` int32: numbers of the live tiles, those that need no
+    mask first, both ascending.
     ``live`` ``(heads, row_blocks, tiles)`` int8: the same as flags.
-    ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a poisoned row sees.
+    ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a poisoned row sees; where rows see
+    others ``(batch * heads_kv, tiles)``: whether one may see some of a tile's.
     ``taken`` ``(1,)`` int32: row blocks that the forward's programs have taken on.
 
     From the byte ``cleared`` on, ``poison``, ``taken`` and ``live``, it starts as zeros.
@@ -254,6 +435,7 @@ class Saved:
     def __init__(self, problem: Problem, config: Config) -> None:
         grid = Grid.of(problem, config)
         pairs = grid.heads * grid.row_blocks * grid.tiles
+        scattered = is_scattered(problem)
         lengths = {
             "out_u": (torch.float32, grid.rows * problem.head_dim_v * int(problem.needs_grad)),
             "top": (torch.float32, grid.rows),
@@ -261,7 +443,7 @@ class Saved:
             "spread": (torch.float32, grid.rows),
             "counts": (torch.int32, grid.heads * grid.row_blocks * 2),
             "lists": (torch.int32, pairs),
-            "poison": (torch.int32, grid.heads_kv),
+            "poison": (torch.int32, grid.heads_kv * (grid.tiles if scattered else 1)),
             "taken": (torch.int32, 1),
             "live": (torch.int8, pairs),
         }
@@ -331,6 +513,8 @@ def launch_options(config: Config, kernel: str) -> dict[str, int]:
     """Triton's options for one of ``KERNELS``."""
     if kernel in LIST_KERNELS:
         return {"num_warps": 4}
+    if kernel == "grad_mask":  # whose loop asks for nothing ahead
+        return {"num_warps": _warps(config, kernel)}
     options = {"num_warps": _warps(config, kernel), "num_stages": int(config[f"{kernel}_stages"])}
     if registers := _registers(config, kernel):
         options["maxnreg"] = registers
@@ -375,6 +559,12 @@ def _stages(problem: Problem, config: Config, shared: int) -> dict[str, int] | N
         "grad_query": (both * block_q, both * block_k),
         "grad_key_value": (both * block_k, both * part),
     }
+    if mask := problem.operand("attn_mask"):
+        # Tiles of it, which are loaded ahead as keys are.
+        for kernel, (kept, staged) in kept_and_staged.items():
+            size = mask.dtype.itemsize * block_q * block_k
+            size *= int(config["span"]) if kernel == "solve" else 1
+            kept_and_staged[kernel] = kept, staged + size
     chosen = {}
     for kernel, (kept, staged) in kept_and_staged.items():
         # On an H200 two are 5 % faster than three, and a fifth at head_dim 128.

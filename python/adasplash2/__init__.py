@@ -17,6 +17,9 @@ from adasplash2.functional import (
     explain,
     sparsemax,
 )
+from adasplash2.integrations import torch_tools
+
+torch_tools.register()
 
 __version__ = version("adasplash2")
 

@@ -204,13 +204,22 @@ def _attention_forward_fake(
     shapes = _shape_problem(inputs, asked.options, asked.numbers)
     saved_bytes = asked.own[0]
     if isinstance(saved_bytes, int) and saved_bytes < 0:
-        saved_bytes = 0 if query.is_meta else torch.library.get_ctx().new_dynamic_size()
+        saved_bytes = 0 if query.is_meta else _length_by_data(shapes, asked.options)
     rows = (shapes.batch, shapes.heads_q, shapes.length_q)
     return (
         query.new_empty((*rows, shapes.head_dim_v)),
         query.new_empty(rows, dtype=shapes.compute_dtype),
         query.new_empty(saved_bytes, dtype=torch.uint8),
     )
+
+
+def _length_by_data(shapes: Problem, options: Options) -> Any:
+    """The length of ``saved`` in a trace: a symbol; where there are none, as where DTensor asks how
+    outputs are sharded, the most that it can be."""
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except torch._subclasses.fake_tensor.DynamicOutputShapeException:
+        return saved_bound(shapes, options.backend or None)
 
 
 _BACKWARD_TENSORS = 7

@@ -155,15 +155,20 @@ def power(x, exponent):
 
 
 @triton.jit
+def log2_near_one(d):
+    """``log2(1 + d)`` of ``1 + d`` between the roots of 1/2 and 2."""
+    f = d / (2.0 + d)  # log(1 + d) = 2 artanh(f), |f| < 0.172
+    g = f * f
+    series = 1.0 + g * (1.0 / 3.0 + g * (0.2 + g * (1.0 / 7.0 + g * (1.0 / 9.0))))
+    return 2.8853900818 * f * series
+
+
+@triton.jit
 def log2_above_one(w):
     """``log2(1 + w)`` of ``w > -1``, as a whole number and a rest that is right to a few of its
     own ulps, also where ``w`` is far below an ulp of 1."""
     whole, rest = split_binary(1.0 + w)
-    d = tl.where(whole == 0, w, rest - 1.0)
-    f = d / (2.0 + d)  # log(1 + d) = 2 artanh(f), |f| < 0.172
-    g = f * f
-    series = 1.0 + g * (1.0 / 3.0 + g * (0.2 + g * (1.0 / 7.0 + g * (1.0 / 9.0))))
-    return whole, 2.8853900818 * f * series
+    return whole, log2_near_one(tl.where(whole == 0, w, rest - 1.0))
 
 
 @triton.jit
@@ -171,6 +176,26 @@ def power_above_one(w, exponent):
     """``(1 + w)^exponent`` of ``w > -1``."""
     whole, rest = log2_above_one(w)
     return power_of_two(whole, rest, exponent)
+
+
+@triton.jit
+def log2_of(x, lift):
+    """``log2(x + lift)`` of a sum above zero, as :func:`log2_above_one` has it; ``lift`` is 0 or 1,
+    and the last digits of ``x`` count also where it is 1."""
+    whole, rest = split_binary(x + lift)
+    exact = tl.where(lift > 0.0, x, rest - 1.0)
+    return whole, log2_near_one(tl.where(whole == 0, exact, rest - 1.0))
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent, to a few ulps also near zero."""
+    far = tl.abs(x)
+    g = tl.where(far < 0.4, x * x, 0.0)
+    series = 62.0 / 2835.0 + g * (-1382.0 / 155925.0 + g * (21844.0 / 6081075.0))
+    series = 1.0 + g * (-1.0 / 3.0 + g * (2.0 / 15.0 + g * (-17.0 / 315.0 + g * series)))
+    other = 1.0 - 2.0 / (tl.exp(2.0 * far) + 1.0)  # infinities become ones
+    return tl.where(far < 0.4, x * series, tl.where(x < 0.0, -other, other))
 
 
 @triton.jit

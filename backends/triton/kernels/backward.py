@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 from adasplash2.backends.triton.kernels.arithmetic import (
+    INFINITY,
     PROB_SCALE,
+    any_of,
     count_bad,
     finite_part,
     gradient_product,
@@ -21,13 +23,25 @@ from adasplash2.backends.triton.kernels.arithmetic import (
 )
 from adasplash2.backends.triton.kernels.score import (
     allowed,
+    base_of,
+    bias_of,
     distance,
+    distance_of,
     distances,
+    distances_of,
     is_inside,
+    is_kept,
+    numbers_of,
+    open_begin,
     open_tiles,
-    scores,
+    products,
+    scale_of,
+    terms_of,
+    through_cap,
 )
 from adasplash2.backends.triton.kernels.threshold import (
+    alpha_gradient,
+    alpha_terms,
     weights,
 )
 from adasplash2.backends.triton.kernels.work import (
@@ -58,44 +72,134 @@ def load_spread(spread, at_row, inside, opt: tl.constexpr):
 
 
 @triton.jit
-def score_gradient(x, u, dp, delta, spread, opt: tl.constexpr, SAFE: tl.constexpr):
-    """``ds``, exactly zero off the support where SAFE; ``delta`` is already times ``spread``."""
+def on_support(values, x, r, opt: tl.constexpr, SAFE: tl.constexpr):
+    """The values, exactly zero off the support where SAFE."""
+    if SAFE:
+        values = tl.where(is_inside(x, r, opt), values, 0.0)
+    return values
+
+
+@triton.jit
+def score_gradient(x, u, dp, delta, spread, r, opt: tl.constexpr, SAFE: tl.constexpr):
+    """``ds``, see :func:`on_support`; ``delta`` is already times ``spread``."""
     if opt.exact:
         dp = dp * spread
-    ds = u * (dp - delta)
-    if SAFE:
-        ds = tl.where(is_inside(x, opt), ds, 0.0)
+    return on_support(u * (dp - delta), x, r, opt, SAFE)
+
+
+@triton.jit
+def product_gradient(ds, s, x, r, shape, opt: tl.constexpr, SAFE: tl.constexpr):
+    """The gradient of a scaled product, see :func:`on_support`."""
+    if opt.softcap:
+        ds = on_support(through_cap(ds, s, shape, opt), x, r, opt, SAFE)
     return ds
 
 
 @triton.jit
-def grad_query_tiles(acc, row_block, grad, delta, spread, keys, values, entries, shape,
-                     opt: tl.constexpr, SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """Add ``ds K`` over the entries that need no mask, or the others where EDGE."""
+def add_row_sums(parts, x, p, u, distance_to_delta, ds, ds_product, product, rows, keys, terms,
+                 shape, opt: tl.constexpr, WANTED: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+    """Add the sums over a tile that gradients of operands are made of."""
+    of_slope, of_scale, of_alpha, slope = parts
+    if WANTED.slopes:
+        far = on_support(ds * distance_of(rows, keys, terms, shape, opt), x, terms.r, opt, SAFE)
+        of_slope -= tl.sum(far, 1)
+    if WANTED.scales:
+        of_scale += tl.sum(on_support(ds_product * product, x, terms.r, opt, SAFE), 1)
+    if WANTED.alphas:
+        log, phi = alpha_terms(x, p, u, terms.r, opt)
+        d = on_support(distance_to_delta, x, terms.r, opt, True)
+        slope += tl.sum(u, 1)
+        of_alpha = (
+            of_alpha[0] + tl.sum(p * d, 1),
+            of_alpha[1] + tl.sum(log * d, 1),
+            of_alpha[2] + tl.sum(phi * d, 1),
+            of_alpha[3] + tl.sum(log, 1),
+            of_alpha[4] + tl.sum(phi, 1),
+        )
+    return of_slope, of_scale, of_alpha, slope
+
+
+@triton.jit
+def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, entries, terms,
+                     shape, opt: tl.constexpr, WANTED: tl.constexpr, SAFE: tl.constexpr,
+                     EDGE: tl.constexpr):  # fmt: skip
+    """Add ``ds K``, and the sums of :func:`add_row_sums`, over the entries that need no mask, or
+    the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
         number = entry_of(numbers, index + 1, stop)
-        x = distances(row_block, k, first, shape, opt, EDGE)
-        _, u = weights(x, shape.r, opt)
+        x, s, product = distances(row_block, k, first, terms, shape, opt, EDGE)
+        p, u = weights(x, terms.r, opt)
         dp = matmul(grad, tl.trans(v))
-        ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], opt, SAFE)
-        acc += gradient_product(ds, finite_part(k, SAFE), opt)
-    return acc
+        if opt.dropout or WANTED.some:
+            rows, columns = numbers_of(row_block[3], first, opt, opt.block_q)
+        if opt.dropout:
+            dp = tl.where(is_kept(rows, columns, terms, shape, opt), dp * shape.terms.kept, 0.0)
+        ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], terms.r, opt, SAFE)
+        ds_product = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
+        if WANTED.some:
+            to_delta = dp * spread[:, None] - delta[:, None]
+            parts = add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, columns,
+                                 terms, shape, opt, WANTED, SAFE)  # fmt: skip
+        acc += gradient_product(ds_product, finite_part(k, SAFE), opt)
+    return acc, parts
+
+
+@triton.jit
+def store_row_gradients(parts, grads, top, t, delta, at_row, inside, right, terms,
+                        opt: tl.constexpr, WANTED: tl.constexpr):  # fmt: skip
+    """Store each row's part of the gradients of operands, and return a number for each row that is
+    finite where these are."""
+    of_slope, of_scale, of_alpha, slope = parts
+    bad = (t != t) | (right == 0)
+    total = tl.full(t.shape, 0.0, tl.float32)
+    if opt.sinks and (WANTED.sinks or WANTED.alphas):
+        # Its `dp` is zero.
+        x = distance(terms.sink, top, t, terms.c, opt)
+        p, u = weights(x, terms.r, opt)
+    if WANTED.slopes:
+        of_slope = tl.where(bad, float("nan"), of_slope)
+        tl.store(grads.slopes + at_row, of_slope, mask=inside)
+        total += of_slope
+    if WANTED.sinks:
+        of_sink = tl.where(bad, float("nan"), -u * delta)
+        tl.store(grads.sinks + at_row, of_sink, mask=inside)
+        total += of_sink
+    if WANTED.scales:
+        of_scale = tl.where(bad, float("nan"), of_scale)
+        tl.store(grads.scales + at_row, of_scale, mask=inside)
+        total += of_scale
+    if WANTED.alphas:
+        if opt.sinks:
+            log, phi = alpha_terms(x, p, u, terms.r, opt)
+            slope += u
+            of_alpha = (
+                of_alpha[0] - p * delta,
+                of_alpha[1] - log * delta,
+                of_alpha[2] - phi * delta,
+                of_alpha[3] + log,
+                of_alpha[4] + phi,
+            )
+        result = tl.where(bad, float("nan"), alpha_gradient(of_alpha, slope, terms.r))
+        tl.store(grads.alphas + at_row, result, mask=inside)
+        total += result
+    return total
 
 
 @triton.jit
 def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
-               delta_out, unsafe, shape, scale, opt: tl.constexpr, CHUNK: tl.constexpr,
-               SAFE: tl.constexpr):  # fmt: skip
-    """``delta`` and ``dQ`` of a row block."""
+               delta_out, row_grads, unsafe, shape, scale, opt: tl.constexpr, CHUNK: tl.constexpr,
+               WANTED: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+    """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
     batch, head, kv_head = at_head
     if SAFE and not is_marked(unsafe + at_row, inside):
         return
     length = shape.length_q
+    terms = terms_of(batch, head, shape, opt)
     queries = head_of(query, batch, head)
     q = load_tile(queries, first_row, length, opt.block_q, opt.head_dim, opt.padded, True)
     grads = head_of(grad_out, batch, head)
@@ -110,10 +214,15 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
     row_block = (q, top, t, first_row)
     acc = tl.full((opt.block_q, opt.padded), 0.0, tl.float32)
+    zeros = tl.full((opt.block_q,), 0.0, tl.float32)
+    parts = zeros, zeros, (zeros, zeros, zeros, zeros, zeros), zeros
     for edge in tl.static_range(2):
-        acc = grad_query_tiles(
-            acc, row_block, grad, delta, spread, keys, values, entries, shape, opt, SAFE, edge == 1
-        )
+        acc, parts = grad_query_tiles(
+            acc, parts, row_block, grad, delta, spread, keys, values, entries, terms, shape, opt,
+            WANTED, SAFE, edge == 1,
+        )  # fmt: skip
+    if opt.scales:
+        acc = acc * scale_of(first_row + tl.arange(0, opt.block_q), terms, shape, opt)[:, None]
     result = tl.where((t != t)[:, None] | (right == 0), float("nan"), acc * scale)
     store_tile(
         head_of(grad_q, batch, head),
@@ -125,8 +234,12 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
         opt.padded,
     )
     tl.store(delta_out + at_row, delta, mask=inside)
+    checksum = result
+    if WANTED.some:
+        checksum += store_row_gradients(parts, row_grads, top, t, delta, at_row, inside, right,
+                                        terms, opt, WANTED)[:, None]  # fmt: skip
     if not SAFE:
-        mark_rows(unsafe + at_row, result, inside)
+        mark_rows(unsafe + at_row, checksum, inside)
 
 
 @triton.jit
@@ -141,8 +254,12 @@ def transpose_lists(
     number = tl.program_id(0)
     tile = number % tiles
     capacity = shape.gqa_group * row_blocks
+    kv_row = number // tiles
+    heads_kv = shape.heads_q // shape.gqa_group
+    # What is seen is the same for all heads of a sequence.
+    terms = terms_of(kv_row // heads_kv, kv_row % heads_kv * shape.gqa_group, shape, opt)
     # Query heads of one key head are neighbours, also across the batch.
-    first_block = (number // tiles).to(tl.int64) * capacity
+    first_block = kv_row.to(tl.int64) * capacity
     numbers = row_block_lists + number.to(tl.int64) * capacity
     found = 0
     for edge in tl.static_range(2):
@@ -151,7 +268,10 @@ def transpose_lists(
             flags = live + (first_block + entry) * tiles + tile
             alive = tl.load(flags, mask=entry < capacity, other=0)
             # The end of the keys needs no mask: what lies beyond it is not stored.
-            whole = open_tiles(entry % row_blocks * opt.block_q, tiles * opt.block_k, opt) > tile
+            first_row = entry % row_blocks * opt.block_q
+            whole = open_tiles(first_row, tiles * opt.block_k, terms, shape, opt) > tile
+            if opt.lower:
+                whole = whole & (open_begin(first_row, terms, shape, opt) <= tile)
             chosen = ((alive != 0) & (whole == (edge == 0))).to(tl.int32)
             tl.store(numbers + found + tl.cumsum(chosen, 0) - chosen, entry, mask=chosen > 0)
             found += tl.sum(chosen, 0)
@@ -159,7 +279,7 @@ def transpose_lists(
 
 
 @triton.jit
-def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, shape,
+def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, at_head, shape,
                    opt: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
                    SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds^T Q`` and ``p^T dO`` over the entries that need no mask, or the others where EDGE.
@@ -167,6 +287,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
     A row block is taken in PARTS: all of its rows do not fit the registers beside two sums.
     """
     acc_k, acc_v, bad = sums
+    _, batch, kv_head = at_head
     q_base, q_member, q_row = queries
     g_base, g_member, g_row = grads
     top_in, t_in, delta_in, spread_in, first_head = thresholds
@@ -189,19 +310,29 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, s
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
         # A rounding of the smallest `x` moves its `u`: where steep, to the bit as for `delta`.
-        s = tl.trans(scores(q, k, opt)) if opt.steep else scores(k, q, opt)
+        product = tl.trans(products(q, k, opt)) if opt.steep else products(k, q, opt)
         dp = matmul(v, tl.trans(grad))
-        x = distance(s, top[None, :] if opt.exact else top, t[None, :], shape.c, opt)
-        if EDGE:
-            rows = first_row + tl.arange(0, part)
-            keys = first_key + tl.arange(0, opt.block_k)
-            x = tl.where(allowed(rows[None, :], keys[:, None], shape.length_k, opt), x, -1.0)
-        p, u = weights(x, shape.r, opt)
+        terms = terms_of(batch, kv_head * shape.gqa_group + entry // row_blocks, shape, opt)
+        x, s = distances_of(product, top[None, :] if opt.exact else top, t[None, :], first_row,
+                            first_key, terms, shape, opt, part, True, EDGE)  # fmt: skip
+        p, u = weights(x, terms.r, opt)
+        if opt.dropout or opt.scales:
+            rows, keys = numbers_of(first_row, first_key, opt, part, True)
+        if opt.dropout:
+            kept = is_kept(rows, keys, terms, shape, opt)
+            p = tl.where(kept, p * shape.terms.kept, 0.0)
+            dp = tl.where(kept, dp * shape.terms.kept, 0.0)
         acc_v += matmul((p * SCALE).to(grad.dtype), finite_part(grad, SAFE))
-        ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], opt, SAFE)
+        ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], terms.r, opt, SAFE)
+        ds = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
+        if opt.scales:
+            ds = on_support(ds * scale_of(rows, terms, shape, opt), x, terms.r, opt, SAFE)
         acc_k += gradient_product(ds, finite_part(q, SAFE), opt)
         if SAFE:
-            bad = count_bad(bad, is_inside(x, opt), grad)
+            reached = is_inside(x, terms.r, opt)
+            if opt.dropout:
+                reached = reached & kept
+            bad = count_bad(bad, reached, grad)
     return acc_k, acc_v, bad
 
 
@@ -268,14 +399,43 @@ def partial_sums(partials, slot, first_row, ROWS: tl.constexpr, opt: tl.constexp
 
 
 @triton.jit
-def store_keys(acc_k, acc_v, bad, at_head, first_key, poison, grad_k, grad_v, unsafe, shape,
+def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt: tl.constexpr):
+    """Which of ROWS keys a poisoned row may see, where these are not a head's leading keys: tiles
+    are marked by the forward, and rows are looked at where they are."""
+    kv_row, batch, kv_head = at_head
+    found = tl.full((ROWS,), 0, tl.int32)
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    if tl.load(poison + kv_row.to(tl.int64) * tiles + first_key // opt.block_k) != 0:
+        keys = (first_key + tl.arange(0, ROWS))[:, None]
+        row_blocks = tl.cdiv(shape.length_q, opt.block_q)
+        for entry in range(0, shape.gqa_group * row_blocks):
+            member = entry // row_blocks
+            first_row = entry % row_blocks * opt.block_q
+            head_row = kv_row * shape.gqa_group + member
+            at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
+            t = tl.load(t_in + at_row, mask=inside, other=0.0)
+            if any_of(t != t):
+                terms = terms_of(batch, kv_head * shape.gqa_group + member, shape, opt)
+                rows = (first_row + tl.arange(0, opt.block_q))[None, :]
+                sees = allowed(rows, keys, terms, shape, opt) & (t != t)[None, :]
+                if opt.masked:
+                    sees = sees & (bias_of(rows, keys, terms, shape, opt) != -INFINITY)
+                found = tl.maximum(found, tl.max(sees.to(tl.int32), 1))
+    return found > 0
+
+
+@triton.jit
+def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe, shape,
                scale, ROWS: tl.constexpr, opt: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """Store ``dK`` and ``dV`` of ROWS keys from their sums, and mark what is not finite."""
     kv_row, batch, kv_head = at_head
     prob_scale: tl.constexpr = PROB_SCALE if grad_v.base.dtype.element_ty == tl.float16 else 1.0
     at_key, inside = rows_at(kv_row, first_key, shape.length_k, ROWS)
     length = shape.length_k
-    poisoned = (at_key - kv_row.to(tl.int64) * length < tl.load(poison + kv_row))[:, None]
+    if opt.scattered:
+        poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, ROWS, opt)[:, None]
+    else:
+        poisoned = (at_key - kv_row.to(tl.int64) * length < tl.load(poison + kv_row))[:, None]
     result_k = tl.where(poisoned, float("nan"), acc_k * scale)
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
     if SAFE:
@@ -330,7 +490,7 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
     for edge in tl.static_range(2):
         sums = grad_key_tiles(
             sums, k, v, first_key, (q_base, query.head, q_row), (g_base, grad_out.head, g_row),
-            thresholds, entries, shape, opt, prob_scale, PARTS, SAFE, edge == 1,
+            thresholds, entries, at_head, shape, opt, prob_scale, PARTS, SAFE, edge == 1,
         )  # fmt: skip
     acc_k, acc_v, bad = sums
     if pieces > 0:
@@ -339,12 +499,12 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
         tl.store(of_keys, acc_k)
         tl.store(of_values, acc_v)
     else:
-        store_keys(acc_k, acc_v, bad, at_head, first_key, poison, grad_k, grad_v, unsafe, shape,
-                   scale, opt.block_k, opt, SAFE)  # fmt: skip
+        store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe,
+                   shape, scale, opt.block_k, opt, SAFE)  # fmt: skip
 
 
 @triton.jit
-def add_pieces(cuts, owners, partials, poison, grad_k, grad_v, unsafe, shape, scale,
+def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, shape, scale,
                opt: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """``dK`` and ``dV`` of ROWS keys of a tile whose list is cut, from its pieces in order."""
     parts: tl.constexpr = opt.block_k // ROWS
@@ -363,5 +523,91 @@ def add_pieces(cuts, owners, partials, poison, grad_k, grad_v, unsafe, shape, sc
         acc_k += tl.load(of_keys)
         acc_v += tl.load(of_values)
     at_head, first_key = tile_at(number, shape, opt)
-    store_keys(acc_k, acc_v, None, at_head, first_key + first_row, poison, grad_k, grad_v, unsafe,
-               shape, scale, ROWS, opt, False)  # fmt: skip
+    store_keys(acc_k, acc_v, None, at_head, first_key + first_row, t_in, poison, grad_k, grad_v,
+               unsafe, shape, scale, ROWS, opt, False)  # fmt: skip
+
+
+@triton.jit
+def mask_piece(acc, row_block, tile, query, key, value, grad_out, thresholds, at_heads,
+               shape, opt: tl.constexpr):  # fmt: skip
+    """Add ``ds`` of one head's row block and key tile, with NaN where a poisoned row may see."""
+    batch, head = at_heads
+    kv_head = head // shape.gqa_group
+    top_in, t_in, delta_in, spread_in = thresholds
+    terms = terms_of(batch, head, shape, opt)
+    first_row = row_block * opt.block_q
+    first = tile * opt.block_k
+    length = shape.length_q
+    q = load_tile(head_of(query, batch, head), first_row, length, opt.block_q, opt.head_dim,
+                  opt.padded, True)  # fmt: skip
+    grad = load_tile(head_of(grad_out, batch, head), first_row, length, opt.block_q, opt.head_dim_v,
+                     opt.padded_v, True)  # fmt: skip
+    keys = head_of(key, batch, kv_head)
+    _, k, v = load_pair(tile, keys, head_of(value, batch, kv_head), shape, opt, True)
+    at_row, inside = rows_at(batch * shape.heads_q + head, first_row, length, opt.block_q)
+    top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
+    delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
+    spread = load_spread(spread_in, at_row, inside, opt)
+    rows, columns = numbers_of(first_row, first, opt, opt.block_q)
+    x, _, _ = distances((q, top, t, first_row), k, first, terms, shape, opt, True)
+    _, u = weights(x, terms.r, opt)
+    dp = matmul(grad, tl.trans(v))
+    if opt.dropout:
+        dp = tl.where(is_kept(rows, columns, terms, shape, opt), dp * shape.terms.kept, 0.0)
+    ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], terms.r, opt, True)
+    sees = allowed(rows, columns, terms, shape, opt) & inside[:, None] & (t != t)[:, None]
+    sees = sees & (bias_of(rows, columns, terms, shape, opt) != -INFINITY)
+    return acc + tl.where(sees, float("nan"), ds)
+
+
+@triton.jit
+def grad_mask(query, key, value, grad_out, top_in, t_in, delta_in, spread_in, live, poison, grad,
+              sharers, shape, opt: tl.constexpr, BY_ROW: tl.constexpr,
+              BY_KEY: tl.constexpr):  # fmt: skip
+    """The gradient of an additive mask in its own shape: of a tile of it, the sum of ``ds`` over
+    all that shares it, in order.
+
+    ``sharers``: the mask's heads, and how many of the call's sequences and heads share one of its
+    own. Where not BY_ROW one row of the mask holds for all, where not BY_KEY one key.
+    """
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
+    number = tl.program_id(0)
+    row_block = 0
+    tile = 0
+    if BY_KEY:
+        tile = number % tiles
+        number = number // tiles
+    if BY_ROW:
+        row_block = number % row_blocks
+        number = number // row_blocks
+    heads, batches_each, heads_each = sharers
+    its_batch = number // heads
+    its_head = number % heads
+    heads_kv = shape.heads_q // shape.gqa_group
+    thresholds = (top_in, t_in, delta_in, spread_in)
+    acc = tl.full((opt.block_q, opt.block_k), 0.0, tl.float32)
+    for sharer in range(0, batches_each * heads_each):
+        batch = its_batch * batches_each + sharer // heads_each
+        head = its_head * heads_each + sharer % heads_each
+        first_flag = (batch * shape.heads_q + head).to(tl.int64) * row_blocks * tiles
+        marks = poison + (batch * heads_kv + head // shape.gqa_group).to(tl.int64) * tiles
+        for row in range(row_block, row_block + 1 if BY_ROW else row_blocks):
+            for column in range(tile, tile + 1 if BY_KEY else tiles):
+                has_part = tl.load(live + first_flag + row * tiles + column) != 0
+                if has_part | (tl.load(marks + column) != 0):
+                    acc = mask_piece(acc, row, column, query, key, value, grad_out,
+                                     thresholds, (batch, head), shape, opt)  # fmt: skip
+    places = base_of(grad, its_batch, its_head)
+    rows = row_block * opt.block_q + tl.arange(0, opt.block_q)
+    keys = tile * opt.block_k + tl.arange(0, opt.block_k)
+    if BY_ROW and BY_KEY:
+        places += rows.to(tl.int64)[:, None] * grad.row + keys[None, :]
+        inside = (rows < shape.length_q)[:, None] & (keys < shape.length_k)[None, :]
+        tl.store(places, acc, mask=inside)
+    elif BY_ROW:
+        tl.store(places + rows.to(tl.int64) * grad.row, tl.sum(acc, 1), mask=rows < shape.length_q)
+    elif BY_KEY:
+        tl.store(places + keys, tl.sum(acc, 0), mask=keys < shape.length_k)
+    else:
+        tl.store(places, tl.sum(tl.sum(acc, 1), 0))

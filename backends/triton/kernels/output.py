@@ -16,8 +16,12 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     with_bad,
 )
 from adasplash2.backends.triton.kernels.score import (
+    distance,
     distances,
     is_inside,
+    is_kept,
+    numbers_of,
+    terms_of,
 )
 from adasplash2.backends.triton.kernels.threshold import (
     weights,
@@ -53,8 +57,8 @@ def scaled(u, u_scale, TYPE: tl.constexpr, opt: tl.constexpr):
 
 
 @triton.jit
-def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt: tl.constexpr,
-                SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
+def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
+                opt: tl.constexpr, SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add values weighted by ``p``, and by ``u`` where GRADIENT, over the entries that need no
     mask, or the others where EDGE."""
@@ -64,23 +68,32 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, o
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
         number = entry_of(numbers, index + 1, stop)
-        x = distances(row_block, k, first, shape, opt, EDGE)
-        p, u = weights(x, shape.r, opt)
+        x, _, _ = distances(row_block, k, first, terms, shape, opt, EDGE)
+        p, u = weights(x, terms.r, opt)
         mass += tl.sum(p, 1)
+        if opt.dropout:
+            rows, columns = numbers_of(row_block[3], first, opt, opt.block_q)
+            kept_ones = is_kept(rows, columns, terms, shape, opt)
+            p = tl.where(kept_ones, p, 0.0)
         acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
         if GRADIENT:
             u = scaled(u, u_scale, v.dtype, opt)
             slope += tl.sum(u, 1)
+            if opt.dropout:
+                u = tl.where(kept_ones, u, 0.0)
             acc_u += weighted(u, finite_part(v, SAFE), opt)
         if SAFE:
-            bad = count_bad(bad, is_inside(x, opt), v)
+            reached = is_inside(x, terms.r, opt)
+            if opt.dropout:
+                reached = reached & kept_ones
+            bad = count_bad(bad, reached, v)
         if COUNT:
-            kept += tl.sum(is_inside(x, opt).to(tl.int32), 1)
+            kept += tl.sum(is_inside(x, terms.r, opt).to(tl.int32), 1)
             rows = row_block[3] + tl.arange(0, opt.block_q)
             columns = first + tl.arange(0, opt.block_k)
             places = marks + (rows // MARK)[:, None] * tl.cdiv(shape.length_k, MARK)
             places += (columns // MARK)[None, :]
-            tl.store(places, tl.full(x.shape, 1, tl.int8), mask=is_inside(x, opt))
+            tl.store(places, tl.full(x.shape, 1, tl.int8), mask=is_inside(x, terms.r, opt))
     return acc, acc_u, bad, mass, slope, kept
 
 
@@ -97,6 +110,7 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
     batch, head, kv_head = at_head
+    terms = terms_of(batch, head, shape, opt)
     if SAFE and not is_marked(unsafe + at_row, inside):
         return
     queries = head_of(query, batch, head)
@@ -123,17 +137,25 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     row_block = (q, top, t, first_row)
     u_scale = scale
     if opt.exact:
-        _, top_u = weights(-t, shape.r, opt)
+        _, top_u = weights(-t, terms.r, opt)
     if opt.steep:
         # Other keys have up to 2^23 times as much, as far as `t` resolves them: in float16 too. One
         # may outweigh all others, and its `dp - delta` be their part: so `slope` sums what is
         # multiplied.
         u_scale = (1.0 / 256.0 / tl.where(top_u > 0.0, top_u, 1.0))[:, None]
     for edge in tl.static_range(2):
-        sums = weigh_tiles(sums, row_block, keys, values, entries, marks, shape, u_scale, opt,
-                           scale, GRADIENT, SAFE, COUNT, MARK, edge == 1)  # fmt: skip
+        sums = weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
+                           opt, scale, GRADIENT, SAFE, COUNT, MARK, edge == 1)  # fmt: skip
     acc, acc_u, bad, mass, slope, kept = sums
+    if opt.sinks:
+        p, u = weights(distance(terms.sink, top, t, terms.c, opt), terms.r, opt)
+        mass += p
+        if GRADIENT:
+            u = scaled(u[:, None], u_scale, value.base.dtype.element_ty, opt)
+            slope += tl.max(u, 1)
     result = acc / tl.where(mass > 0.0, mass * scale, 1.0)[:, None]
+    if opt.dropout:
+        result = result * shape.terms.kept
     if SAFE:
         result = with_bad(result, bad)
     result = tl.where((t != t)[:, None], float("nan"), result)
@@ -141,6 +163,8 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
     if GRADIENT:
         mean = acc_u / tl.where(slope > 0.0, slope, 1.0)[:, None]
+        if opt.dropout:
+            mean = mean * shape.terms.kept
         if SAFE:
             mean = with_bad(mean, bad)
         if opt.exact:

@@ -1,66 +1,327 @@
 """Where a score is made: which keys a query may see, and what becomes of ``q . k``.
 
-Masks and the sign of the scale are named here and nowhere else.
+Masks, windows, caps, slopes, scales and dropout are named here and nowhere else.
 
-Notation: ``s = q . k`` (times the sign of the scale), ``top`` the largest ``s`` of a row,
-``c = (alpha - 1) |scale|``, ``x = c (s - top) - t`` the distance of a key above the threshold
-``tau = c top + t``. Where ``opt.shallow``, ``t`` is kept with 1 added and ``x`` with 1 taken away:
-near alpha = 1 all that matters is in digits that a number near 1 does not have. A *row block*
-``(q, top, t, first_row)`` is what belongs to ``opt.block_q`` queries.
+Notation: a *product* is ``q . k``, times the sign of the scale where not ``opt.scored``; ``s`` is
+the product or, where ``opt.scored``, the score; ``top`` the largest ``s`` of a row, ``c = (alpha -
+1) |scale|``, without the scale where ``opt.scored``; ``x = c (s - top) - t`` the distance of a key
+above the threshold ``tau = c top + t``. Near alpha = 1 (see ``lift_of``) ``t`` is kept with 1 added
+and ``x`` with 1 taken away: all that matters there is in digits that a number near 1 does not have.
+A *row block* ``(q, top, t, first_row)`` is what belongs to ``opt.block_q`` queries.
+
+``rows`` and ``keys`` are numbers, of shapes that broadcast: either may run along the first axis.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from adasplash2.backends.triton.kernels.arithmetic import (
+    INFINITY,
     matmul,
+    tanh,
 )
+
+FARTHEST = tl.constexpr(2.0**30)
+"""A place behind all keys, in float32 and in 32 bits."""
+
+
+class HeadTerms(NamedTuple):
+    """What scores of one query head are made with; None where ``opt`` does not ask for it.
+
+    ``c`` and ``r = 1 / (alpha - 1)``; where alpha is an operand, ``c`` is NaN for one that is not
+    allowed. ``slope`` and ``sink``: numbers. ``mask``, ``scales`` and ``ranges``: where those of
+    the head begin. ``seed`` of its sequence, and the head's ``number`` among those of all.
+    """
+
+    c: Any
+    r: Any
+    slope: Any = None
+    sink: Any = None
+    mask: Any = None
+    scales: Any = None
+    ranges: Any = None
+    seed: Any = None
+    number: Any = None
 
 
 @triton.jit
-def open_tiles(first_row, length_k, opt: tl.constexpr):
-    """How many leading key tiles every row from ``first_row`` on sees in full."""
+def base_of(operand, batch, head):
+    """Where an operand's entries of one head begin."""
+    return operand.base + batch.to(tl.int64) * operand.batch + head.to(tl.int64) * operand.head
+
+
+@triton.jit
+def terms_of(batch, head, shape, opt: tl.constexpr):
+    """The :class:`HeadTerms` of a query head."""
+    asked = shape.terms
+    c = shape.c
+    r = shape.r
+    slope = None
+    sink = None
+    mask = None
+    scales = None
+    ranges = None
+    seed = None
+    number = None
+    if opt.alphas:
+        excess = tl.load(base_of(asked.alphas, batch, head)) - 1.0
+        right = (excess > 0.0) & (excess <= 1.0)
+        c = tl.where(right, excess * c, float("nan"))
+        r = tl.where(right, 1.0 / excess, 1.0)
+    if opt.alibi:
+        slope = tl.load(base_of(asked.slopes, batch, head))
+    if opt.sinks:
+        sink = tl.load(base_of(asked.sinks, batch, head))
+    if opt.masked:
+        mask = base_of(asked.mask, batch, head)
+    if opt.scales:
+        scales = base_of(asked.scales, batch, head)
+    if opt.ranges:
+        ranges = asked.ranges.base + batch.to(tl.int64) * asked.ranges.batch
+    if opt.dropout:
+        seed = tl.load(asked.seed.base + batch * asked.seed.batch)
+        number = batch * shape.heads_q + head
+    return HeadTerms(c, r, slope, sink, mask, scales, ranges, seed, number)
+
+
+# Which keys a query may see
+
+
+@triton.jit
+def load_range(rows, part: tl.constexpr, terms, shape):
+    """First key, end or place of ``rows``, by ``part``; zero for rows that do not exist."""
+    ranges = shape.terms.ranges
+    places = terms.ranges + part * ranges.part + rows * ranges.row
+    return tl.load(places, mask=rows < shape.length_q, other=0)
+
+
+@triton.jit
+def place_of(rows, terms, shape, opt: tl.constexpr):
+    """The key whose distance to each of ``rows`` is zero."""
+    if opt.ranges:
+        return load_range(rows, 2, terms, shape)
+    elif opt.shifted:
+        return rows + shape.terms.shift
+    else:
+        return rows
+
+
+@triton.jit
+def begin_of(rows, terms, shape, opt: tl.constexpr):
+    """The first key that each of ``rows`` may see, where ``opt.lower``."""
+    if opt.ranges:
+        begin = load_range(rows, 0, terms, shape)
+    else:
+        begin = place_of(rows, terms, shape, opt) - shape.terms.left
+    return tl.minimum(tl.maximum(begin, 0), shape.length_k)
+
+
+@triton.jit
+def end_of(rows, terms, shape, opt: tl.constexpr):
+    """The end of the keys that each of ``rows`` may see, where ``opt.upper``; it may lie behind the
+    last key."""
+    if opt.ranges:
+        end = load_range(rows, 1, terms, shape)
+    else:
+        end = place_of(rows, terms, shape, opt) + 1
+        if opt.right:
+            end += shape.terms.right
+    if opt.ranges or opt.shifted:
+        end = tl.maximum(end, 0)
+    return end
+
+
+@triton.jit
+def last_row(first_row, shape, opt: tl.constexpr):
+    """The last row of a block, one that exists where ``opt.ranges``: other rows have none."""
+    row = first_row + opt.block_q - 1
+    if opt.ranges:
+        row = tl.minimum(row, shape.length_q - 1)
+    return row
+
+
+@triton.jit
+def open_begin(first_row, terms, shape, opt: tl.constexpr):
+    """The first key tile from which on every row from ``first_row`` on sees in full, up to
+    :func:`open_tiles`. Neither end of what is seen falls from row to row."""
+    tile = 0
+    if opt.lower:
+        row = last_row(first_row, shape, opt)
+        tile = tl.cdiv(begin_of(row, terms, shape, opt), opt.block_k)
+    return tile
+
+
+@triton.jit
+def open_tiles(first_row, length_k, terms, shape, opt: tl.constexpr):
+    """The end of the key tiles that every row from ``first_row`` on sees in full."""
     tiles = length_k // opt.block_k
-    if opt.causal:
-        tiles = tl.minimum(tiles, (first_row + 1) // opt.block_k)
+    if opt.upper:
+        tiles = tl.minimum(tiles, end_of(first_row, terms, shape, opt) // opt.block_k)
     return tiles
 
 
 @triton.jit
-def seen_tiles(first_row, length_k, opt: tl.constexpr):
-    """How many leading key tiles some row of the block from ``first_row`` on sees."""
-    keys = length_k
-    if opt.causal:
-        keys = tl.minimum(keys, first_row + opt.block_q)
+def seen_begin(first_row, terms, shape, opt: tl.constexpr):
+    """The first key tile that some row of the block from ``first_row`` on sees."""
+    tile = 0
+    if opt.lower:
+        tile = begin_of(first_row, terms, shape, opt) // opt.block_k
+    return tile
+
+
+@triton.jit
+def seen_tiles(first_row, terms, shape, opt: tl.constexpr):
+    """The end of the key tiles that some row of the block from ``first_row`` on sees."""
+    keys = shape.length_k
+    if opt.upper:
+        keys = tl.minimum(keys, end_of(last_row(first_row, shape, opt), terms, shape, opt))
     return tl.cdiv(keys, opt.block_k)
 
 
 @triton.jit
-def reach(rows, length_k, opt: tl.constexpr):
-    """How many leading keys each of ``rows`` may see."""
-    keys = tl.full(rows.shape, 0, tl.int32) + length_k
-    if opt.causal:
-        keys = tl.minimum(rows + 1, keys)
+def near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt: tl.constexpr):
+    """``begin`` and ``end`` of the key tiles of a row block without those that slopes keep out of
+    its support.
+
+    Without slope and mask ``|s| <= m = |scale| |q_i| max |k_j|``, and no more than the softcap. The
+    nearest key that row ``i`` sees, ``d`` from its place, has a score of at least ``-m - slope d``,
+    one at a distance ``e`` of at most ``m - slope e``. What is in the support lies less than
+    ``1 / (alpha - 1)`` below the highest score, thus ``e < d + (2 m + 1 / (alpha - 1)) / slope``. A
+    sink only raises the highest score. A mask would move scores, or hide the nearest key: with one
+    this is not asked.
+    """
+    rows = first_row + tl.arange(0, opt.block_q)
+    exists = rows < shape.length_q
+    wide = q.to(tl.float32)
+    m = tl.sqrt(tl.sum(wide * wide, 1)) * tl.load(shape.terms.longest + kv_row)
+    m = m * tl.abs(scale_of(rows, terms, shape, opt))
+    if opt.softcap:
+        m = tl.minimum(m, shape.terms.softcap, propagate_nan=tl.PropagateNan.ALL)
+    place = place_of(rows, terms, shape, opt)
+    nearest = place * 0
+    if opt.lower:
+        nearest = tl.maximum(nearest, begin_of(rows, terms, shape, opt) - place)
+    last = shape.length_k - 1
+    if opt.upper:
+        last = tl.minimum(last, end_of(rows, terms, shape, opt) - 1)
+    nearest = tl.maximum(nearest, place - last)
+    distance = nearest.to(tl.float32) + (2.0 * m + terms.r) / terms.slope
+    place = place.to(tl.float32)
+    # More than rounding can take from it, also from the norms and the scores.
+    distance = distance * (1.0 + 2.0**-10) + tl.abs(place) * 2.0**-20 + 2.0
+    right = (distance < INFINITY) & (distance * 0.0 + terms.slope > 0.0)  # neither is NaN
+    first = tl.min(tl.where(exists, tl.where(right, place - distance, 0.0), INFINITY), 0)
+    stop = tl.max(tl.where(exists, tl.where(right, place + distance, INFINITY), 0.0), 0)
+    first = tl.minimum(tl.maximum(first, 0.0), FARTHEST).to(tl.int32)
+    stop = tl.minimum(tl.maximum(stop, 0.0), FARTHEST).to(tl.int32)
+    end = tl.minimum(end, tl.cdiv(stop + 1, opt.block_k))
+    return tl.minimum(tl.maximum(begin, first // opt.block_k), end), end
+
+
+@triton.jit
+def reach(rows, terms, shape, opt: tl.constexpr):
+    """How many leading keys each of ``rows`` may see, where these are all that it may."""
+    keys = tl.full(rows.shape, 0, tl.int32) + shape.length_k
+    if opt.upper:
+        keys = tl.minimum(end_of(rows, terms, shape, opt), keys)
     return keys
 
 
 @triton.jit
-def allowed(rows, keys, length_k, opt: tl.constexpr):
-    """Which of ``keys`` each of ``rows`` may see; both are broadcast against each other."""
-    mask = (keys < length_k) & (rows >= 0)
-    if opt.causal:
-        mask = mask & (keys <= rows)
+def allowed(rows, keys, terms, shape, opt: tl.constexpr):
+    """Which of ``keys`` each of ``rows`` may see as far as numbers and ranges say: a mask has its
+    say in :func:`bias_of`."""
+    mask = (keys < shape.length_k) & (rows >= 0)
+    if opt.ranges:
+        mask = mask & (keys >= begin_of(rows, terms, shape, opt))
+        mask = mask & (keys < end_of(rows, terms, shape, opt))
+    else:
+        place = place_of(rows, terms, shape, opt)
+        if opt.right:
+            mask = mask & (keys <= place + shape.terms.right)
+        if opt.causal:
+            mask = mask & (keys <= place)
+        if opt.left:
+            mask = mask & (keys >= place - shape.terms.left)
     return mask
 
 
+# What becomes of a product
+
+
 @triton.jit
-def scores(a, b, opt: tl.constexpr):
-    """``a b^T`` with the sign of the scale."""
+def products(a, b, opt: tl.constexpr):
+    """``a b^T``, with the sign of the scale where not ``opt.scored``."""
     s = matmul(a, tl.trans(b))
     if opt.sign != 1:
         s = s * opt.sign
+    return s
+
+
+@triton.jit
+def scale_of(rows, terms, shape, opt: tl.constexpr):
+    """What products of ``rows`` are multiplied by, where ``opt.scored``."""
+    if opt.scales:
+        places = terms.scales + rows.to(tl.int64) * shape.terms.scales.row
+        return tl.load(places, mask=rows < shape.length_q, other=0.0)
+    else:
+        return shape.terms.scale
+
+
+@triton.jit
+def capped(product, rows, terms, shape, opt: tl.constexpr):
+    """The scaled product, where ``opt.scored``, and not beyond the softcap."""
+    s = product
+    if opt.scored:
+        s = s * scale_of(rows, terms, shape, opt)
+        if opt.softcap:
+            s = shape.terms.softcap * tanh(s / shape.terms.softcap)
+    return s
+
+
+@triton.jit
+def through_cap(ds, s, shape, opt: tl.constexpr):
+    """The gradient of a scaled product from ``ds``; ``s`` by :func:`capped`."""
+    if opt.softcap:
+        share = s / shape.terms.softcap
+        ds = ds * (1.0 - share * share)
+    return ds
+
+
+@triton.jit
+def distance_of(rows, keys, terms, shape, opt: tl.constexpr):
+    """How far each of ``keys`` is from the place of each of ``rows``."""
+    return tl.abs(place_of(rows, terms, shape, opt) - keys).to(tl.float32)
+
+
+@triton.jit
+def bias_of(rows, keys, terms, shape, opt: tl.constexpr):
+    """What masks and slopes add to a score; -inf hides a key."""
+    bias = 0.0
+    if opt.masked:
+        mask = shape.terms.mask
+        places = terms.mask + rows.to(tl.int64) * mask.row + keys.to(tl.int64) * mask.key
+        inside = (rows < shape.length_q) & (keys < shape.length_k)
+        if opt.adds:
+            bias = tl.load(places, mask=inside, other=-INFINITY).to(tl.float32)
+        else:
+            bias = tl.where(tl.load(places, mask=inside, other=0) != 0, 0.0, -INFINITY)
+    if opt.alibi:
+        bias = bias - terms.slope * distance_of(rows, keys, terms, shape, opt)
+    return bias
+
+
+@triton.jit
+def biased(s, bias, opt: tl.constexpr):
+    """A score with its bias. What is hidden stays so, whatever its key holds."""
+    if opt.masked:
+        s = tl.where(bias == -INFINITY, -INFINITY, s + bias)
+    elif opt.alibi:
+        s = s + bias
     return s
 
 
@@ -83,18 +344,72 @@ def column(top, opt: tl.constexpr):
 
 
 @triton.jit
-def distances(row_block, k, first_key, shape, opt: tl.constexpr, EDGE: tl.constexpr):
-    """``x`` of a row block and a key tile; off the support where a key may not be seen."""
-    q, top, t, first_row = row_block
-    x = distance(scores(q, k, opt), column(top, opt), t[:, None], shape.c, opt)
-    if EDGE:
-        rows = first_row + tl.arange(0, opt.block_q)
-        keys = first_key + tl.arange(0, opt.block_k)
-        x = tl.where(allowed(rows[:, None], keys[None, :], shape.length_k, opt), x, -1.0)
-    return x
+def numbers_of(first_row, first_key, opt: tl.constexpr, ROWS: tl.constexpr,
+               BY_KEY: tl.constexpr = False):  # fmt: skip
+    """``rows`` and ``keys`` of ROWS rows and a key tile; where BY_KEY the keys run along the first
+    axis."""
+    rows = first_row + tl.arange(0, ROWS)
+    keys = first_key + tl.arange(0, opt.block_k)
+    if BY_KEY:
+        return rows[None, :], keys[:, None]
+    else:
+        return rows[:, None], keys[None, :]
 
 
 @triton.jit
-def is_inside(x, opt: tl.constexpr):
+def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.constexpr,
+                 ROWS: tl.constexpr, BY_KEY: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """``x`` of products (off the support where a key may not be seen) and scores by
+    :func:`capped`; the others as for :func:`numbers_of`."""
+    s = product
+    score = product
+    if opt.scored:
+        rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
+        s = capped(product, rows, terms, shape, opt)
+        score = biased(s, bias_of(rows, keys, terms, shape, opt), opt)
+    x = distance(score, top, t, terms.c, opt)
+    if EDGE:
+        rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
+        x = tl.where(allowed(rows, keys, terms, shape, opt), x, -1.0)
+    return x, s
+
+
+@triton.jit
+def distances(row_block, k, first_key, terms, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+    """:func:`distances_of` a row block and a key tile, the scores, and the products."""
+    q, top, t, first_row = row_block
+    product = products(q, k, opt)
+    x, s = distances_of(product, column(top, opt), t[:, None], first_row, first_key, terms, shape,
+                        opt, opt.block_q, False, EDGE)  # fmt: skip
+    return x, s, product
+
+
+@triton.jit
+def lift_of(r, opt: tl.constexpr):
+    """What ``t`` is kept with added: 1 where ``r`` is so large that a power takes the digits of its
+    base, see ``sizes.is_shallow``."""
+    if opt.alphas:
+        return tl.where(r > 2.0, 1.0, 0.0)
+    else:
+        return 1.0 if opt.shallow else 0.0
+
+
+@triton.jit
+def is_inside(x, r, opt: tl.constexpr):
     """Which keys of distances ``x`` are in the support."""
-    return x > (-1.0 if opt.shallow else 0.0)
+    if opt.alphas:
+        return x > -lift_of(r, opt)
+    else:
+        return x > (-1.0 if opt.shallow else 0.0)
+
+
+# Dropout
+
+
+@triton.jit
+def is_kept(rows, keys, terms, shape, opt: tl.constexpr):
+    """Which probabilities are not dropped."""
+    zeros = rows * 0 + keys * 0
+    words, _, _, _ = tl.philox(terms.seed, zeros + keys, zeros + rows, zeros + terms.number, zeros)
+    # Both as signed numbers, less 2^31: a limit that fits 32 bits is one type, whatever it is.
+    return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= shape.terms.dropped

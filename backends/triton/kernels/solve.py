@@ -16,12 +16,21 @@ from adasplash2.backends.triton.kernels.arithmetic import (
 )
 from adasplash2.backends.triton.kernels.score import (
     allowed,
+    bias_of,
+    biased,
+    capped,
+    distance,
     distances,
     is_inside,
+    lift_of,
+    near_tiles,
+    open_begin,
     open_tiles,
+    products,
     reach,
-    scores,
+    seen_begin,
     seen_tiles,
+    terms_of,
 )
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
@@ -44,6 +53,10 @@ BOUND_STEPS = tl.constexpr(3)
 """Certain rises on the maxima of a row's tiles. On Gaussian scores the bound then keeps a
 twentieth more keys than the threshold itself; more steps change nothing."""
 
+SHALLOW_TOLERANCE = tl.constexpr(1e-3)
+"""How far ``sum p`` may be above 1 before the last step where alpha is below 1.5, see
+``launch.tolerance``."""
+
 BOUND_SLACK = tl.constexpr(1e-6)
 """See :func:`slack`."""
 
@@ -55,20 +68,39 @@ def slack(r):
 
 
 @triton.jit
-def scan_tiles(top, maxima, q, keys, first_row, start, stop, shape, opt: tl.constexpr,
+def span_maxima(q, keys, first, bias, first_row, terms, shape, opt: tl.constexpr,
+                SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """The row maxima of SPAN tiles."""
+    width: tl.constexpr = SPAN * opt.block_k
+    k = load_tile(keys, first, shape.length_k, width, opt.head_dim, opt.padded, EDGE)
+    rows = (first_row + tl.arange(0, opt.block_q))[:, None]
+    s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
+    if EDGE:
+        columns = first + tl.arange(0, width)
+        s = tl.where(allowed(rows, columns[None, :], terms, shape, opt), s, -INFINITY)
+    return largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
+
+
+@triton.jit
+def scan_tiles(top, maxima, q, keys, first_row, start, stop, terms, shape, opt: tl.constexpr,
                SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """Store the row maxima of tiles, SPAN of them at a time, and return the maxima so far."""
+    """Store the row maxima of tiles, SPAN of them at a time, and return the maxima so far. Keys of
+    tiles that a mask hides are not read."""
     rows = tl.arange(0, opt.block_q)
     width: tl.constexpr = SPAN * opt.block_k
     for span in range(start, stop):
         first = span * width
-        k = load_tile(keys, first, shape.length_k, width, opt.head_dim, opt.padded, EDGE)
-        s = scores(q, k, opt)
-        if EDGE:
-            columns = first + tl.arange(0, width)
-            mask = allowed((first_row + rows)[:, None], columns[None, :], shape.length_k, opt)
-            s = tl.where(mask, s, -INFINITY)
-        highest = largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
+        bias = 0.0
+        if opt.biased:
+            columns = (first + tl.arange(0, width))[None, :]
+            bias = bias_of((first_row + rows)[:, None], columns, terms, shape, opt)
+        if opt.masked:
+            highest = tl.full((opt.block_q, SPAN), -INFINITY, tl.float32)
+            if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
+                highest = span_maxima(q, keys, first, bias, first_row, terms, shape, opt, SPAN,
+                                      EDGE)  # fmt: skip
+        else:
+            highest = span_maxima(q, keys, first, bias, first_row, terms, shape, opt, SPAN, EDGE)
         numbers = span * SPAN + tl.arange(0, SPAN)
         tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
         top = larger(top, largest(highest, 1))
@@ -83,11 +115,11 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def filter_candidates(candidates, maxima, top, t, count, is_first, shape, opt: tl.constexpr,
-                      CHUNK: tl.constexpr):  # fmt: skip
+def filter_candidates(candidates, maxima, top, t, count, is_first, origin, terms,
+                      opt: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """``sum p`` and ``sum u`` of the maxima of ``count`` candidates, and how many are left: tiles
     without a maximum above some row's ``t`` are dropped, and the others move up, in order. Where
-    ``is_first`` the candidates are the tiles themselves.
+    ``is_first`` the candidates are the tiles from ``origin`` on.
 
     Bounds only rise, so that no later pass misses what was dropped.
     """
@@ -97,13 +129,13 @@ def filter_candidates(candidates, maxima, top, t, count, is_first, shape, opt: t
     for chunk in range(0, count, CHUNK):
         places = chunk + tl.arange(0, CHUNK)
         old = tl.load(candidates + places, mask=(places < count) & (is_first == 0), other=0)
-        numbers = tl.where(is_first, places, old)
+        numbers = tl.where(is_first, origin + places, old)
         highest = load_maxima(maxima, chunk, count, opt, CHUNK)
-        x = shape.c * (highest - top[:, None]) - t[:, None]
-        p, u = weights(x, shape.r, opt)
+        x = terms.c * (highest - top[:, None]) - t[:, None]
+        p, u = weights(x, terms.r, opt)
         mass += tl.sum(p, 1)
         slope += tl.sum(u, 1)
-        kept = tl.max(is_inside(x, opt).to(tl.int32), 0)
+        kept = tl.max(is_inside(x, terms.r, opt).to(tl.int32), 0)
         goal = left + tl.cumsum(kept, 0) - kept
         moves = (kept > 0) & (goal < places)
         pointers = maxima + goal[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
@@ -116,42 +148,66 @@ def filter_candidates(candidates, maxima, top, t, count, is_first, shape, opt: t
 
 
 @triton.jit
-def bound_of(candidates, maxima, top, pending, tiles, shape, opt: tl.constexpr,
-             CHUNK: tl.constexpr):  # fmt: skip
-    """A lower bound of ``t`` and how many candidates are left: certain rises on the tiles' maxima,
-    from ``tau >= max z - 1``."""
-    t = tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
-    left = tiles
-    for step in range(BOUND_STEPS):
-        mass, slope, left = filter_candidates(
-            candidates, maxima, top, t, left, step == 0, shape, opt, CHUNK
-        )
-        t += tl.where(mass > 1.0, certain_rise(mass, slope, shape.r, opt), 0.0)
-    return t - slack(shape.r), left
+def with_sink(mass, slope, top, t, terms, opt: tl.constexpr):
+    """``sum p`` and ``sum u`` with the sink, one more candidate of each row; and whether it is in
+    the support."""
+    x = distance(terms.sink, top, t, terms.c, opt)
+    p, u = weights(x, terms.r, opt)
+    return mass + p, slope + u, is_inside(x, terms.r, opt).to(tl.int32)
 
 
 @triton.jit
-def list_live(lists, live, candidates, maxima, top, t, open_end, count, shape, opt: tl.constexpr,
-              CHUNK: tl.constexpr):  # fmt: skip
+def bound_of(candidates, maxima, top, pending, origin, tiles, terms, opt: tl.constexpr,
+             CHUNK: tl.constexpr):  # fmt: skip
+    """A lower bound of ``t`` and how many candidates are left: certain rises on the tiles' maxima,
+    from ``tau >= max z - 1``."""
+    if opt.alphas:
+        t = tl.where(pending, lift_of(terms.r, opt) - 1.0, INFINITY)
+    else:
+        t = tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
+    left = tiles
+    for step in range(BOUND_STEPS):
+        mass, slope, left = filter_candidates(
+            candidates, maxima, top, t, left, step == 0, origin, terms, opt, CHUNK
+        )
+        if opt.sinks:
+            mass, slope, _ = with_sink(mass, slope, top, t, terms, opt)
+        t += tl.where(mass > 1.0, certain_rise(mass, slope, terms.r, opt), 0.0)
+    return t - slack(terms.r), left
+
+
+@triton.jit
+def list_live(lists, live, candidates, maxima, top, t, open_ones, count, terms,
+              opt: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Write the numbers of the candidates with a maximum above some row's bound, and flags of all;
-    return how many are listed, of those before ``open_end`` and of all."""
+    return how many are listed, of those that need no mask and of all.
+
+    The ``open_ones``, from a first one up to an end, need none. Where they need not begin with the
+    first of all, they are listed before the others in a pass of their own.
+    """
+    first_open, open_end = open_ones
     found_open = 0
     found = 0
-    for chunk in range(0, count, CHUNK):
-        places = chunk + tl.arange(0, CHUNK)
-        numbers = tl.load(candidates + places, mask=places < count, other=0)
-        highest = load_maxima(maxima, chunk, count, opt, CHUNK)
-        x = shape.c * (highest - top[:, None]) - t[:, None]
-        alive = tl.max(is_inside(x, opt).to(tl.int32), 0)
-        tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
-        tl.store(lists + found + tl.cumsum(alive, 0) - alive, numbers, mask=alive > 0)
-        found_open += tl.sum(tl.where(numbers < open_end, alive, 0), 0)
-        found += tl.sum(alive, 0)
+    for edge in tl.static_range(2 if opt.lower else 1):
+        for chunk in range(0, count, CHUNK):
+            places = chunk + tl.arange(0, CHUNK)
+            numbers = tl.load(candidates + places, mask=places < count, other=0)
+            highest = load_maxima(maxima, chunk, count, opt, CHUNK)
+            x = terms.c * (highest - top[:, None]) - t[:, None]
+            alive = tl.max(is_inside(x, terms.r, opt).to(tl.int32), 0)
+            tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
+            if opt.lower:
+                is_open = (numbers >= first_open) & (numbers < open_end)
+                alive = tl.where(is_open == (edge == 0), alive, 0)
+            tl.store(lists + found + tl.cumsum(alive, 0) - alive, numbers, mask=alive > 0)
+            if edge == 0:
+                found_open += tl.sum(tl.where(numbers < open_end, alive, 0), 0)
+            found += tl.sum(alive, 0)
     return found_open, found
 
 
 @triton.jit
-def sum_tiles(sums, row_block, keys, entries, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr, EDGE: tl.constexpr):
     """Add ``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support over the entries
     that need no mask, or the others where EDGE."""
     mass, slope, count = sums
@@ -161,8 +217,8 @@ def sum_tiles(sums, row_block, keys, entries, shape, opt: tl.constexpr, EDGE: tl
         first = number * opt.block_k
         number = entry_of(numbers, index + 1, stop)
         k = load_tile(keys, first, shape.length_k, opt.block_k, opt.head_dim, opt.padded, EDGE)
-        x = distances(row_block, k, first, shape, opt, EDGE)
-        p, u = weights(x, shape.r, opt)
+        x, _, _ = distances(row_block, k, first, terms, shape, opt, EDGE)
+        p, u = weights(x, terms.r, opt)
         mass += tl.sum(p, 1)
         slope += tl.sum(u, 1)
         if opt.alpha == 1.5:
@@ -195,24 +251,60 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         q = load_tile(head_of(query, batch, head), first_row, shape.length_q, opt.block_q,
                       opt.head_dim, opt.padded, True)  # fmt: skip
         keys = head_of(key, batch, kv_head)
-        open_end = open_tiles(first_row, shape.length_k, opt)
-        end = seen_tiles(first_row, shape.length_k, opt)
+        terms = terms_of(batch, head, shape, opt)
+        open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
+        end = seen_tiles(first_row, terms, shape, opt)
         top = tl.full((opt.block_q,), -INFINITY, tl.float32)
-        whole = open_end // SPAN
-        last = tl.cdiv(end, SPAN)
-        top = scan_tiles(top, maxima, q, keys, first_row, 0, whole, shape, opt, SPAN, False)
-        top = scan_tiles(top, maxima, q, keys, first_row, whole, last, shape, opt, SPAN, True)
+        seen = 0, end
+        first_open = 0
+        origin = 0
+        if opt.lower or opt.local:
+            begin = tl.minimum(seen_begin(first_row, terms, shape, opt), end)
+            seen = begin, end
+            if opt.local:
+                kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
+                begin, end = near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt)
+            first_open = tl.maximum(open_begin(first_row, terms, shape, opt), begin)
+            first_open = tl.minimum(first_open, end)
+            open_end = tl.maximum(tl.minimum(open_end, end), first_open)
+            # A program's maxima begin with those of the first span that some row sees.
+            whole = tl.minimum(tl.cdiv(first_open, SPAN), tl.cdiv(end, SPAN))
+            origin = begin // SPAN * SPAN
+            maxima_at = maxima - origin * opt.block_q
+            top = scan_tiles(top, maxima_at, q, keys, first_row, begin // SPAN, whole, terms, shape,
+                             opt, SPAN, True)  # fmt: skip
+            first_open_span = whole
+            whole = tl.maximum(open_end // SPAN, whole)
+            last = tl.cdiv(end, SPAN)
+            top = scan_tiles(top, maxima_at, q, keys, first_row, first_open_span, whole, terms,
+                             shape, opt, SPAN, False)  # fmt: skip
+            top = scan_tiles(top, maxima_at, q, keys, first_row, whole, last, terms, shape, opt,
+                             SPAN, True)  # fmt: skip
+        else:
+            whole = open_end // SPAN
+            last = tl.cdiv(end, SPAN)
+            top = scan_tiles(top, maxima, q, keys, first_row, 0, whole, terms, shape, opt, SPAN,
+                             False)  # fmt: skip
+            top = scan_tiles(top, maxima, q, keys, first_row, whole, last, terms, shape, opt, SPAN,
+                             True)  # fmt: skip
         tl.debug_barrier()  # the maxima are read back by other threads
 
+        if opt.sinks:
+            top = larger(top, terms.sink)
+        if opt.alphas:
+            top = tl.where(terms.c == terms.c, top, float("nan"))
         poisoned = ((top != top) | (top == INFINITY)) & inside
         pending = inside & (poisoned == 0) & (top > -INFINITY)
         top = tl.where(pending, top, 0.0)
-        t, left = bound_of(candidates, maxima, top, pending, end, shape, opt, CHUNK)
+        t, left = bound_of(
+            candidates, maxima, top, pending, origin, end - origin, terms, opt, CHUNK
+        )
         numbers = lists + at_block.to(tl.int64) * tiles
         flags = live + at_block.to(tl.int64) * tiles
         found_open, found = list_live(
-            numbers, flags, candidates, maxima, top, t, open_end, left, shape, opt, CHUNK
-        )
+            numbers, flags, candidates, maxima, top, t, (first_open, open_end), left, terms, opt,
+            CHUNK,
+        )  # fmt: skip
         lo = t
         hi = tl.where(pending, HIGHEST, INFINITY)
         most = tl.full((opt.block_q,), INFINITY, tl.float32)
@@ -223,18 +315,21 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             tl.debug_barrier()  # the list is written
             threshold = t
             if not opt.exact:
-                threshold = shape.c * top + t
+                threshold = terms.c * top + t
             row_block = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)
             zeros = tl.full((opt.block_q,), 0.0, tl.float32)
             sums = zeros, zeros, zeros.to(tl.int32)
-            sums = sum_tiles(sums, row_block, keys, entries, shape, opt, False)
-            mass, slope, count = sum_tiles(sums, row_block, keys, entries, shape, opt, True)
+            sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, False)
+            mass, slope, count = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, True)
+            if opt.sinks:
+                mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
+                count += is_kept
             if opt.steep:
-                moved, lo, hi, final = guarded(t, lo, hi, mass, slope, shape.r, tolerance, step,
+                moved, lo, hi, final = guarded(t, lo, hi, mass, slope, terms.r, tolerance, step,
                                                opt)  # fmt: skip
             else:
-                certain = t + rise(mass, slope, shape.r, opt)
+                certain = t + rise(mass, slope, terms.r, opt)
                 lo = tl.maximum(lo, certain)
                 moved = certain
                 if opt.alpha == 1.5:
@@ -242,6 +337,9 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                     solved = is_near(mass, slope, most, tolerance)
                     ahead = t + leap(mass, slope, count)
                     moved = tl.where(solved | (mass > 1.0), ahead, certain)
+                elif opt.alphas:
+                    near = tl.where(lift_of(terms.r, opt) > 0.0, SHALLOW_TOLERANCE, tolerance)
+                    solved = tl.abs(mass - 1.0) <= near
                 else:
                     solved = tl.abs(mass - 1.0) <= tolerance
                 final = solved | (certain == t)
@@ -251,30 +349,40 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             step += 1
             waiting = any_of(pending) & (step < MAX_STEPS)
             # The next step may fall back to `lo`.
-            bound = tl.where(waiting, lo, t) - slack(shape.r)
+            bound = tl.where(waiting, lo, t) - slack(terms.r)
             bound = tl.where(pending | (waiting == 0), bound, INFINITY)
             # Through memory: else the compiler hands the maxima to the threads that hold `bound`.
             tl.store(t_out + at_row, bound, mask=inside)
             tl.debug_barrier()  # the list is read
             bound = tl.load(t_out + at_row, mask=inside, other=INFINITY)
             found_open, found = list_live(
-                numbers, flags, candidates, maxima, top, bound, open_end, left, shape, opt, CHUNK
-            )
+                numbers, flags, candidates, maxima, top, bound, (first_open, open_end), left, terms,
+                opt, CHUNK,
+            )  # fmt: skip
         tl.debug_barrier()  # the bounds are read
         tl.store(counts + 2 * at_block, found_open)
         tl.store(counts + 2 * at_block + 1, found)
         t = tl.where(poisoned, float("nan"), t)
         tl.store(top_out + at_row, top, mask=inside)
         tl.store(t_out + at_row, t, mask=inside)
-        tau = shape.c * top + (t - 1.0 if opt.shallow else t)
+        if opt.alphas:
+            tau = terms.c * top + (t - lift_of(terms.r, opt))
+        else:
+            tau = terms.c * top + (t - 1.0 if opt.shallow else t)
         tl.store(tau_out + at_row, tau, mask=inside)
         if COUNT:
             tl.store(iterations + at_row, steps, mask=inside)
 
         # A poisoned row poisons every key that it may see.
-        seen = reach(first_row + tl.arange(0, opt.block_q), shape.length_k, opt)
-        seen = tl.max(tl.where(poisoned, seen, 0), 0)
-        kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
-        tl.atomic_max(poison + kv_row, seen, mask=seen > 0)
+        if opt.scattered:
+            kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
+            if any_of(poisoned):
+                for tile in range(seen[0], seen[1]):
+                    tl.atomic_max(poison + kv_row.to(tl.int64) * tiles + tile, 1)
+        else:
+            leading = reach(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
+            leading = tl.max(tl.where(poisoned, leading, 0), 0)
+            kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
+            tl.atomic_max(poison + kv_row, leading, mask=leading > 0)
         tl.debug_barrier()  # the maxima are free for the next block
         item = tl.atomic_add(taken, 1)

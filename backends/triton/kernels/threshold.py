@@ -11,12 +11,15 @@ import triton.language as tl
 
 from adasplash2.backends.triton.kernels.arithmetic import (
     INTERPRETED,
+    log2_of,
     power,
     power_above_one,
+    power_of_two,
     shortfall,
 )
 from adasplash2.backends.triton.kernels.score import (
     is_inside,
+    lift_of,
 )
 
 HIGHEST = tl.constexpr(-(2.0**-126))
@@ -52,8 +55,15 @@ def weights(x, r, opt: tl.constexpr):
     elif opt.alpha == 2.0:
         p = positive(x, opt)
         u = tl.where(x > 0.0, 1.0, 0.0)
+    elif opt.alphas:
+        inside = is_inside(x, r, opt)
+        lift = lift_of(r, opt)
+        base = tl.where(inside, x + lift, 1.0)
+        whole, rest = log2_of(tl.where(inside, x, 1.0 - lift), lift)
+        p = tl.where(inside, power_of_two(whole, rest, r), 0.0)
+        u = p / base
     elif opt.shallow:
-        inside = is_inside(x, opt)
+        inside = is_inside(x, r, opt)
         w = tl.where(inside, x, 0.0)
         p = tl.where(inside, power_above_one(w, r), 0.0)
         u = p / (1.0 + w)
@@ -78,7 +88,10 @@ def rise(mass, slope, r, opt: tl.constexpr):
         gap = mass - 1.0
     else:
         safe = tl.where(mass > 0.0, mass, 1.0)
-        gap = safe * shortfall(safe, 1.0 / r) if opt.shallow else mass - power(safe, 1.0 - 1.0 / r)
+        if opt.shallow or opt.alphas:
+            gap = safe * shortfall(safe, 1.0 / r)
+        else:
+            gap = mass - power(safe, 1.0 - 1.0 / r)
     return gap / tl.where(slope > 0.0, slope, 1.0)
 
 
@@ -138,3 +151,34 @@ def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
     moved = tl.where(inside & (solved | (bisect == 0)), t + newton, otherwise)
     closed = hi - lo <= ulp
     return tl.where(closed & (solved == 0), t, moved), lo, hi, solved | closed
+
+
+@triton.jit
+def alpha_terms(x, p, u, r, opt: tl.constexpr):
+    """``p log p`` and ``p phi`` of distances ``x``, for :func:`alpha_gradient`; zeros off the
+    support."""
+    inside = is_inside(x, r, opt)
+    lift = lift_of(r, opt)
+    whole, rest = log2_of(tl.where(inside, x, 1.0 - lift), lift)
+    y = -0.69314718 * (whole.to(tl.float32) + rest)
+    series = 1.0 / 5040.0 + y * (1.0 / 40320.0 + y * (1.0 / 362880.0))
+    series = 1.0 / 6.0 + y * (1.0 / 24.0 + y * (1.0 / 120.0 + y * (1.0 / 720.0 + y * series)))
+    near = p * y * y * (0.5 + y * series)
+    phi = tl.where(y < 1.0, near, u - p * (1.0 + y))
+    return tl.where(inside, -r * p * y, 0.0), tl.where(inside, r * r * phi, 0.0)
+
+
+@triton.jit
+def alpha_gradient(sums, slope, r):
+    """A row's part of alpha's gradient from its sums, in which ``d = dp - delta``: of ``p d``, ``p
+    log p d``, ``p phi d``, ``p log p`` and ``p phi``; ``slope`` is that of ``u``.
+
+    With ``e = alpha - 1``, ``q = u / sum u`` and ``h = -p log p`` it is ``sum (p - q) d / e^2 + sum
+    (h - q sum h) d / e`` (Correia, Niculae, Martins 2019), whose two parts nearly cancel where
+    ``e`` is small. With ``u = p exp(-e log p) = p (1 - e log p + e^2 phi)``, ``H = sum h`` and ``F
+    = sum p phi``, so that ``sum u = 1 + e H + e^2 F``, what cancels can be struck out:
+    ``(F sum p d - sum p phi d - e (F sum p log p d + H sum p phi d)) / sum u``.
+    """
+    of_p, of_log, of_phi, log, phi = sums
+    total = phi * of_p - of_phi - (phi * of_log - log * of_phi) / r
+    return total / tl.where(slope > 0.0, slope, 1.0)
