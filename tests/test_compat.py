@@ -85,7 +85,7 @@ def said_by(name: str, is_causal: bool, alpha: float) -> dict[str, Any]:
     return {"is_causal": is_causal, "alpha": alpha}
 
 
-@interpreted(name="adasplash_v1", varlen=(90, 33), alpha=1.5)
+@interpreted(name="adasplash_v1", varlen=((90, 33),), alpha=1.5)
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("alpha", [1.333, 1.5, 2.0])
@@ -135,7 +135,7 @@ def test_equal_scores_give_the_mean(backend: str) -> None:
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v))
 
 
-@interpreted(shape=(3, 5))
+@interpreted(shape=((3, 5),))
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4, 33)])
 @pytest.mark.parametrize(
     ("call", "alpha"),
