@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adasplash2 import _core
 from adasplash2.contract import AttentionStats, Config, Forward, Gradients
-from adasplash2.problem import TENSORS, Inputs, Problem, RowProblem, unsupported
+from adasplash2.problem import OPERANDS, TENSORS, Inputs, Problem, RowProblem
 
 name = "cpu"
 
@@ -49,8 +49,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 
 def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
-    """See :meth:`adasplash2.contract.Backend.refusals_anywhere`."""
-    return unsupported(problem)
+    """None: all that passes validation is computed."""
+    return []
 
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
@@ -118,9 +118,10 @@ def backward(
     wanted: Collection[str] = (),
 ) -> Gradients:
     """See :meth:`adasplash2.contract.Backend.backward`."""
-    inputs, grad_out = Inputs(*map(_unit_stride, inputs.tensors)), _unit_stride(grad_out)
+    inputs, grad_out = _readable(inputs), _unit_stride(grad_out)
     device = problem.device
     grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs.tensors]
+    others = {name: _other_gradient(problem, inputs, name) for name in wanted}
     saved = forward.saved
     if saved.data_ptr() % SAVED_ALIGNMENT or not saved.is_contiguous():
         saved = saved.clone(memory_format=torch.contiguous_format)
@@ -132,8 +133,9 @@ def backward(
         grad_value=_reference(grads[2]),
         saved=saved.data_ptr(),
         saved_bytes=saved.numel(),
+        gradients={name: _operand(grad) for name, grad in others.items()},
     )
-    return Gradients(*grads)
+    return Gradients(*grads, **others)
 
 
 def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
@@ -198,9 +200,20 @@ def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
     return grad_x
 
 
+def _other_gradient(problem: Problem, inputs: Inputs, name: str) -> Tensor:
+    """What the core writes the gradient of an operand to, or adds it to, see
+    :class:`adasplash2.contract.Gradients`."""
+    dtype, device = problem.compute_dtype, problem.device
+    if name == "attn_mask":
+        assert inputs.attn_mask is not None
+        return torch.zeros(inputs.attn_mask.shape, dtype=dtype, device=device)
+    rows = (problem.batch, problem.heads_q, problem.length_q)
+    return torch.empty(rows, dtype=dtype, device=device)
+
+
 def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
     """What the core is told in both directions; whoever calls it keeps ``inputs``."""
-    return {
+    asked = {
         "dims": _dims(problem),
         "dtype": _dtype_name(problem.dtype),
         "alpha": problem.alpha,
@@ -210,6 +223,40 @@ def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": str(config["isa"]),
     }
+    scores = problem.scores
+    more = scores.window != (-1, -1) or scores.bottom_right or scores.softcap
+    if problem.operands or more:
+        asked |= {
+            "window": scores.window,
+            "shift": problem.shift,
+            "softcap": scores.softcap,
+            "dropout_p": scores.dropout_p,
+            "operands": _operands(inputs),
+        }
+    return asked
+
+
+def _operands(inputs: Inputs) -> dict[str, _Operand]:
+    given = {
+        name: operand
+        for name, operand in zip(OPERANDS, inputs.operands, strict=True)
+        if operand is not None
+    }
+    if (ranges := given.pop("ranges", None)) is not None:
+        # (batch, length_q) each: as (batch, no heads, length_q).
+        given |= zip(("begins", "ends", "places"), ranges[:, :, None], strict=True)
+    return {name: _operand(operand) for name, operand in given.items()}
+
+
+_Operand = tuple[int, str, tuple[int, int, int, int]]
+"""Address, dtype and strides (batch, head, query, key) as the core takes them."""
+
+
+def _operand(tensor: Tensor) -> _Operand:
+    """Strides are 0 where one entry holds for all."""
+    strides = [n if size > 1 else 0 for size, n in zip(tensor.shape, tensor.stride(), strict=True)]
+    batch, head, row, key = strides + [0] * (4 - len(strides))
+    return tensor.data_ptr(), _dtype_name(tensor.dtype), (batch, head, row, key)
 
 
 def _run(
@@ -223,7 +270,7 @@ def _run(
     tiles: int = 0,
 ) -> tuple[Tensor, Tensor, _core.Kept | None]:
     rows = (problem.batch, problem.heads_q, problem.length_q)
-    inputs = Inputs(*map(_unit_stride, inputs.tensors))  # alive until the core is done
+    inputs = _readable(inputs)  # alive until the core is done
     device = problem.device
     out = torch.empty((*rows, problem.head_dim_v), dtype=problem.dtype, device=device)
     tau = torch.empty(rows, dtype=problem.compute_dtype, device=device)
@@ -252,6 +299,17 @@ def _dims(p: Problem) -> tuple[int, int, int, int, int, int, int]:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _readable(inputs: Inputs) -> Inputs:
+    """Copies where the core could not read the strides."""
+    tensors = map(_unit_stride, inputs.tensors)
+    if not inputs.has_operands:
+        return Inputs(*tensors)
+    ranges = inputs.ranges
+    if ranges is not None and ranges.stride(2) != 1:
+        ranges = ranges.contiguous()
+    return Inputs(*tensors, *inputs.operands)._replace(ranges=ranges)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 _Dims = tuple[int, int, int, int, int, int, int]
 """batch, heads_q, heads_kv, length_q, length_k, head_dim, head_dim_v"""
 _Tensor = tuple[int, int, int, int]
+_Operand = tuple[int, str, tuple[int, int, int, int]]
+"""Address, dtype and strides (batch, head, query, key), 0 where one entry holds for all."""
 
 LIST_CAPACITY: int
 TILE_ROWS: int
@@ -53,6 +55,11 @@ def attention_forward(
     iterations: int = 0,
     tiles: int = 0,
     work: Work | None = None,
+    window: tuple[int, int] = (-1, -1),
+    shift: int = 0,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    operands: dict[str, _Operand] = {},
 ) -> Kept | None: ...
 def attention_backward(
     dims: _Dims,
@@ -71,6 +78,12 @@ def attention_backward(
     saved_bytes: int,
     threads: int,
     isa: str,
+    window: tuple[int, int] = (-1, -1),
+    shift: int = 0,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    operands: dict[str, _Operand] = {},
+    gradients: dict[str, _Operand] = {},
 ) -> None: ...
 def entmax_forward(
     rows: int,

@@ -1,5 +1,7 @@
 #include "attention.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -20,15 +22,16 @@ struct Panels {
   Panels(const Kernels<T>& k, const AttentionProblem& p, const TensorRef& tensor, int64_t depth,
          int threads) {
     constexpr int64_t kChunk = 32;  // panels a task packs
-    const KeyRange panels = p.score.seen_by_any(0, p.length_q).in_units_of(k.panel_keys);
-    const int64_t chunks = parts(panels.size(), kChunk);
-    head_stride = parts(p.length_k, k.panel_keys) * k.panel_keys * depth;
+    const int64_t panels = parts(p.length_k, k.panel_keys), chunks = parts(panels, kChunk);
+    head_stride = panels * k.panel_keys * depth;
     data = Buffer<T>(p.key_heads() * head_stride);
     parallel_for(p.key_heads() * chunks, threads, [&](int64_t i, int) {
       const int64_t head = i / chunks;
-      const Part some = part_of(panels.size(), kChunk, i % chunks);
-      const int64_t begin = panels.begin + some.first;
-      k.pack_panels(p.key_head(tensor, head), p.length_k, depth, begin, begin + some.count,
+      const Part some = part_of(panels, kChunk, i % chunks);
+      const KeyRange seen = seen_by_any(p.score_of(head * p.gqa_group()), 0, p.length_q);
+      const KeyRange packed =
+          seen.in_units_of(k.panel_keys).intersection({some.first, some.first + some.count});
+      k.pack_panels(p.key_head(tensor, head), p.length_k, depth, packed.begin, packed.end,
                     data.data() + head * head_stride);
     });
   }
@@ -46,6 +49,45 @@ class Workspaces {
  private:
   std::vector<Buffer<char>> buffers_;
 };
+
+// HeadScore::reach_of of all row blocks, where some head has slopes that bound it; else none.
+template <class T>
+Buffer<KeyRange> reaches(const Kernels<T>& k, const AttentionProblem& p, const TensorRef& query,
+                         const TensorRef& key, int threads) {
+  bool any = false;
+  for (int64_t head = 0; p.score.slopes.data && head < p.query_heads(); ++head)
+    any |= p.score_of(head).has_reach();
+  if (!any) return {};
+  Buffer<double> longest(p.key_heads());  // NaN where a key has one
+  parallel_for(p.key_heads(), threads, [&](int64_t head, int) {
+    const KeyRange seen = seen_by_any(p.score_of(head * p.gqa_group()), 0, p.length_q);
+    std::vector<double> norms(size_t(seen.size() > 0 ? seen.size() : 0));
+    k.norms(p.key_head(key, head).from(seen.begin, p.element_size()), int64_t(norms.size()),
+            p.head_dim, norms.data());
+    longest[head] = 0.0;
+    for (const double norm : norms)
+      if (!(norm <= longest[head])) longest[head] = longest[head] == longest[head] ? norm : NAN;
+  });
+  Buffer<KeyRange> reach(p.row_blocks());
+  parallel_for(p.row_blocks(), threads, [&](int64_t number, int) {
+    const RowBlock of = row_block(p, number);
+    const HeadScore score = p.score_of(of.head_q);
+    reach[number] = seen_by_any(score, of.row_begin, of.rows);
+    if (!score.has_reach()) return;
+    double norms[kBlockRows];
+    k.norms(p.query_head(query, of.head_q).from(of.row_begin, p.element_size()), of.rows,
+            p.head_dim, norms);
+    KeyRange all = {p.length_k, 0};
+    for (int64_t i = 0; i < of.rows; ++i) {
+      const KeyRange one = score.reach_of(of.row_begin + i, norms[i] * longest[of.head_kv],
+                                          1.0 / (p.alpha_of(of.head_q).value - 1.0));
+      if (one.size() <= 0) continue;
+      all = {std::min(all.begin, one.begin), std::max(all.end, one.end)};
+    }
+    reach[number] = all.size() > 0 ? all : KeyRange{0, 0};
+  });
+  return reach;
+}
 
 // What the backward needs, in one block of memory:
 //   int64 offsets[rows + 1] | Threshold<T> thresholds[rows] | T probabilities[entries]
@@ -154,9 +196,8 @@ class KeptLists final : public Kept {
 };
 
 template <class T>
-ForwardTask<T> forward_task(const ForwardArguments& a, const RowBlock& of,
-                            const Panels<T>& packed_keys, KeptLists<T>& kept) {
-  const AttentionProblem& p = a.problem;
+ForwardTask<T> forward_task(const ForwardArguments& a, const AttentionProblem& p,
+                            const RowBlock& of, const Panels<T>& packed_keys, KeptLists<T>& kept) {
   const int64_t element = p.element_size(), row = of.first_row;
   ForwardTask<T> task = {};
   task.problem = &p;
@@ -164,6 +205,7 @@ ForwardTask<T> forward_task(const ForwardArguments& a, const RowBlock& of,
   task.value = p.key_head(a.value, of.head_kv);
   task.out = p.query_head(a.out, of.head_q).from(of.row_begin, element);
   task.packed_keys = packed_keys.head(of.head_kv);
+  task.head = of.head_q;
   task.row_begin = of.row_begin;
   task.rows = of.rows;
   task.scan_rows = a.scan_rows;
@@ -177,8 +219,10 @@ ForwardTask<T> forward_task(const ForwardArguments& a, const RowBlock& of,
 
 template <class T>
 std::unique_ptr<Kept> forward(const ForwardArguments& a) {
-  const AttentionProblem& p = a.problem;
+  AttentionProblem p = a.problem;
   const Kernels<T>& k = kernels_for<T>(*a.kernels, p.dtype);
+  const Buffer<KeyRange> reach = reaches(k, p, a.query, a.key, a.threads);
+  p.score.reach = reach.data();
   const Panels<T> packed_keys(k, p, a.key, p.head_dim, a.threads);
   Workspaces workspaces(k.forward_workspace(p), a.threads);
   auto kept = std::make_unique<KeptLists<T>>(p, a.threads);
@@ -186,7 +230,7 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
 
   parallel_for(p.row_blocks(), a.threads, [&](int64_t turn, int thread) {
     const RowBlock of = row_block_at(p, turn);
-    ForwardTask<T> task = forward_task(a, of, packed_keys, *kept);
+    ForwardTask<T> task = forward_task(a, p, of, packed_keys, *kept);
     task.workspace = workspaces.of(thread);
     k.forward(task);
     work[size_t(thread)].add(task.work);
@@ -209,16 +253,17 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
 template <class T>
 struct Columns {
   static constexpr int64_t kChunks = 8;
-  Buffer<int64_t> offsets;  // length_k + 1 per key head, into the arrays below
-  Buffer<int32_t> rows;     // head in group * length_q + row
-  Buffer<T> probabilities, grad_scores;
+  Buffer<int64_t> offsets;         // length_k + 1 per key head, into the arrays below
+  Buffer<int32_t> rows;            // head in group * length_q + row
+  Buffer<T> weights, grad_scores;  // of dO in dV and of Q in dK
 
-  Columns(const AttentionProblem& p, const Saved<T>& saved, const T* grads, int threads) {
+  Columns(const AttentionProblem& p, const Saved<T>& saved, const T* of_values, const T* of_keys,
+          int threads) {
     const int64_t heads = p.key_heads(), group_rows = p.group_rows();
     const int64_t entries = saved.offsets[p.rows()];
     offsets = Buffer<int64_t>(heads * (p.length_k + 1));
     rows = Buffer<int32_t>(entries);
-    probabilities = Buffer<T>(entries);
+    weights = Buffer<T>(entries);
     grad_scores = Buffer<T>(entries);
     Buffer<int64_t> cursor(heads * kChunks * p.length_k);
 
@@ -250,8 +295,8 @@ struct Columns {
     parallel_for(heads * kChunks, threads, [&](int64_t i, int) {
       chunk(i, [&](int64_t& slot, int64_t row, int64_t entry) {
         rows[slot] = int32_t(row);
-        probabilities[slot] = saved.probabilities[entry];
-        grad_scores[slot] = grads[entry];
+        weights[slot] = of_values[entry];
+        grad_scores[slot] = of_keys[entry];
         ++slot;
       });
     });
@@ -282,10 +327,11 @@ Saved<T> saved_of(const BackwardArguments& a) {
 template <class T>
 bool check_lists(const Saved<T>& saved, const AttentionProblem& p, const RowBlock& block) {
   bool flat = false;
+  const HeadScore score = p.score_of(block.head_q);
   for (int64_t i = 0; i < block.rows; ++i) {
     const int64_t row = block.first_row + i, support = saved.support[row];
     const int64_t n = support > 0 ? support : 0, begin = saved.offsets[row];
-    const KeyRange visible = p.score.visible(block.row_begin + i);
+    const KeyRange visible = score.visible(block.row_begin + i);
     if ((row == 0 && begin != 0) || begin < 0 || begin > saved.offsets[p.rows()] - n ||
         saved.offsets[row + 1] != begin + n || n > kListCapacity || support > visible.size() ||
         -1 - support > visible.size())
@@ -305,13 +351,15 @@ bool check_lists(const Saved<T>& saved, const AttentionProblem& p, const RowBloc
 template <class T>
 struct BackwardState {
   const BackwardArguments& arguments;
-  const AttentionProblem& problem;
+  AttentionProblem problem;
   const Kernels<T>& kernels;
   const Saved<T> saved;
+  Buffer<KeyRange> reach;
   Buffer<uint8_t> flat_blocks;  // whether a row block holds a flat row
   bool any_flat = false;
   std::unique_ptr<Panels<T>> packed_keys, packed_values;  // only where a row is flat
   Buffer<T> grad_scores, delta;
+  Buffer<T> weights;  // of dO in dV, where dropout makes them others than the probabilities
 
   explicit BackwardState(const BackwardArguments& a)
       : arguments(a),
@@ -320,6 +368,8 @@ struct BackwardState {
         saved(saved_of<T>(a)),
         flat_blocks(a.problem.row_blocks()) {
     const AttentionProblem& p = problem;
+    reach = reaches(kernels, p, a.query, a.key, a.threads);
+    problem.score.reach = reach.data();
     parallel_for(p.row_blocks(), a.threads,
                  [&](int64_t i, int) { flat_blocks[i] = check_lists(saved, p, row_block(p, i)); });
     for (int64_t i = 0; i < flat_blocks.size(); ++i) any_flat |= flat_blocks[i] != 0;
@@ -329,6 +379,63 @@ struct BackwardState {
     }
     grad_scores = Buffer<T>(saved.offsets[p.rows()]);
     delta = Buffer<T>(any_flat ? p.rows() : 0);
+    if (p.score.seeds.data) weights = Buffer<T>(saved.offsets[p.rows()]);
+  }
+};
+
+// The gradient of a mask, to which all rows that share one of its rows add. One task adds for all
+// heads and batches that share a row block of it, one after another, so that the order of
+// summation is fixed. Where all rows of a head share one, each block has a row of its own first.
+template <class T>
+struct MaskGradient {
+  int64_t batches = 1, heads = 1, keys = 0;  // of the mask
+  int64_t blocks;                            // row blocks of a head
+  const Operand& mask;
+  Buffer<T> partial;  // (batches, heads, blocks, keys), where rows share
+
+  MaskGradient(const AttentionProblem& p, const Operand& grad)
+      : blocks(p.row_blocks_per_head()), mask(grad) {
+    batches = !grad.data || grad.stride_batch ? p.batch : 1;
+    heads = !grad.data || grad.stride_head ? p.heads_q : 1;
+    keys = grad.stride_key ? p.length_k : 1;
+    if (!grad.data || grad.stride_row) return;
+    partial = Buffer<T>(batches * heads * blocks * keys);
+    std::memset(partial.data(), 0, size_t(partial.size()) * sizeof(T));
+  }
+
+  int64_t tasks() const { return batches * heads * blocks; }
+
+  // Calls f with the row blocks of a task, in a fixed order.
+  template <class F>
+  void for_blocks(const AttentionProblem& p, int64_t task, F f) const {
+    const int64_t shared = task / blocks, batch = shared / heads, head = shared % heads;
+    for (int64_t b = batch; b < p.batch; b += batches)
+      for (int64_t h = head; h < p.heads_q; h += heads)
+        f(row_block_at(p, (b * p.heads_q + h) * blocks + task % blocks));
+  }
+
+  void hand_to(RowGradients<T>& task, const AttentionProblem& p, const RowBlock& of) {
+    if (!mask.data) return;
+    const int64_t batch = of.head_q / p.heads_q % batches, head = of.head_q % p.heads_q % heads;
+    const int64_t block = of.row_begin / kBlockRows;
+    task.mask_stride_row = mask.stride_row;
+    task.mask_stride_key = mask.stride_key;
+    task.mask = partial.size() ? partial.data() + ((batch * heads + head) * blocks + block) * keys
+                               : at(batch, head) + of.row_begin * mask.stride_row;
+  }
+
+  void finish() {
+    if (!partial.size()) return;
+    const T* from = partial.data();
+    for (int64_t i = 0; i < batches * heads; ++i)
+      for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t key = 0; key < keys; ++key)
+          at(i / heads, i % heads)[key * mask.stride_key] += *from++;
+  }
+
+ private:
+  T* at(int64_t batch, int64_t head) const {
+    return static_cast<T*>(const_cast<void*>(mask.at(batch, head)));
   }
 };
 
@@ -340,8 +447,8 @@ void backward_rows(BackwardState<T>& state) {
   const Saved<T>& saved = state.saved;
   const int64_t element = p.element_size();
   Workspaces workspaces(state.kernels.backward_rows_workspace(p, state.any_flat), a.threads);
-  parallel_for(p.row_blocks(), a.threads, [&](int64_t turn, int thread) {
-    const RowBlock of = row_block_at(p, turn);
+  MaskGradient<T> mask(p, a.grad_mask);
+  const auto run = [&](const RowBlock& of, int thread) {
     const auto own = [&](const TensorRef& tensor) {
       return p.query_head(tensor, of.head_q).from(of.row_begin, element);
     };
@@ -357,6 +464,15 @@ void backward_rows(BackwardState<T>& state) {
       task.packed_values = state.packed_values->head(of.head_kv);
       task.delta = state.delta.data() + of.first_row;
     }
+    const auto of_rows = [&](void* grad) {
+      return grad ? static_cast<T*>(grad) + of.first_row : nullptr;
+    };
+    task.others.slopes = of_rows(a.grad_slopes);
+    task.others.sinks = of_rows(a.grad_sinks);
+    task.others.scales = of_rows(a.grad_scales);
+    task.others.alphas = of_rows(a.grad_alphas);
+    mask.hand_to(task.others, p, of);
+    task.head = of.head_q;
     task.row_begin = of.row_begin;
     task.rows = of.rows;
     task.thresholds = saved.thresholds + of.first_row;
@@ -365,9 +481,14 @@ void backward_rows(BackwardState<T>& state) {
     task.keys = saved.keys;
     task.probabilities = saved.probabilities;
     task.grad_scores = state.grad_scores.data();
+    task.weights = state.weights.data();
     task.workspace = workspaces.of(thread);
     state.kernels.backward_rows(task);
+  };
+  parallel_for(mask.tasks(), a.threads, [&](int64_t turn, int thread) {
+    mask.for_blocks(p, turn, [&](const RowBlock& of) { run(of, thread); });
   });
+  mask.finish();
 }
 
 // The gradients of the keys and values.
@@ -377,8 +498,10 @@ void backward_keys(BackwardState<T>& state) {
   const AttentionProblem& p = state.problem;
   const Kernels<T>& k = state.kernels;
   const int64_t element = p.element_size();
-  const Columns<T> columns(p, state.saved, state.grad_scores.data(), a.threads);
+  const T* weights = p.score.seeds.data ? state.weights.data() : state.saved.probabilities;
+  const Columns<T> columns(p, state.saved, weights, state.grad_scores.data(), a.threads);
   state.grad_scores = Buffer<T>();
+  state.weights = Buffer<T>();
   Workspaces workspaces(k.backward_keys_workspace(p), a.threads);
   // The query heads of every group, side by side.
   std::vector<HeadRef> queries, grad_outs;
@@ -396,11 +519,12 @@ void backward_keys(BackwardState<T>& state) {
         task.grad_outs = grad_outs.data() + of.first_head_q;
         task.grad_key = p.key_head(a.grad_key, of.head_kv).from(of.key_begin, element);
         task.grad_value = p.key_head(a.grad_value, of.head_kv).from(of.key_begin, element);
+        task.first_head = of.first_head_q;
         task.key_begin = of.key_begin;
         task.keys = of.keys;
         task.offsets = columns.offsets.data() + of.head_kv * (p.length_k + 1) + of.key_begin;
         task.rows = columns.rows.data();
-        task.probabilities = columns.probabilities.data();
+        task.weights = columns.weights.data();
         task.grad_scores = columns.grad_scores.data();
         if (state.any_flat) {
           task.packed_keys = state.packed_keys->head(of.head_kv);

@@ -40,6 +40,9 @@ struct BackwardArguments {
   AttentionProblem problem;
   const KernelTable* kernels;
   TensorRef query, key, value, grad_out, grad_query, grad_key, grad_value;
+  // Compute dtype, null where not wanted. Of each row, (batch, heads_q, length_q):
+  void *grad_slopes, *grad_sinks, *grad_scales, *grad_alphas;
+  Operand grad_mask;    // zeroed, in the shape of the mask
   const void* saved;    // on 8 bytes
   int64_t saved_bytes;  // may be more than were saved
   int threads;

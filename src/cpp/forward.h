@@ -2,6 +2,7 @@
 // values.
 #pragma once
 
+#include "dropout.h"
 #include "kernels.h"
 #include "micro.h"
 #include "solve.h"
@@ -32,25 +33,47 @@ struct Arena {
 template <class T>
 constexpr int64_t kListStride = kListCapacity + kPanelKeys<T> + 2 * kLanes<T>;
 
-// Scores of one row of a tile against all keys, panel by panel, and a vector of slack.
+// What lists and gathers call the sink, which is no key.
+constexpr int32_t kSinkKey = -1;
+
+// Scores of one row of a tile against all keys, panel by panel, a vector of slack, and one for the
+// sink.
 template <class T>
-ADASPLASH2_INLINE int64_t score_stride_of(int64_t keys) {
-  return round_up(keys, kPanelKeys<T>) + kLanes<T>;
+ADASPLASH2_INLINE int64_t score_stride_of(const AttentionProblem& p) {
+  const int64_t sink = p.score.sinks.data ? kLanes<T> : 0;
+  return round_up(p.length_k, kPanelKeys<T>) + sink + kLanes<T>;
+}
+
+// Calls f with what is known of a head's scores at compile time: their alpha's kind, and whether
+// they are plain.
+template <bool B>
+struct Flag {
+  static constexpr bool value = B;
+};
+template <class F>
+ADASPLASH2_INLINE void with_scores(const AttentionProblem& p, int64_t head, F f) {
+  with_kind(p.alpha_of(head).kind, [&](auto kind) {
+    if (p.score.is_plain) return f(kind, Flag<true>{});
+    f(kind, Flag<false>{});
+  });
 }
 
 template <class T>
 struct ForwardWorkspace {
-  T *query, *list_values, *scores, *candidates, *out;
-  int32_t* list_keys;
+  T *query, *list_values, *scores, *candidates, *out, *kept_values;
+  int32_t *list_keys, *kept_keys;
   int64_t score_stride, bytes;
 
   ADASPLASH2_INLINE ForwardWorkspace(const AttentionProblem& p, void* base) {
     Arena arena{static_cast<char*>(base)};
-    score_stride = score_stride_of<T>(p.length_k);
+    score_stride = score_stride_of<T>(p);
     query = arena.take<T>(kBlockRows * p.head_dim);
     list_values = arena.take<T>(kBlockRows * kListStride<T>);
     list_keys = arena.take<int32_t>(kBlockRows * kListStride<T>);
     out = arena.take<T>(kTileRows * p.head_dim_v);
+    // What dropout leaves of a list.
+    kept_values = arena.take<T>(p.score.seeds.data ? kListStride<T> : 0);
+    kept_keys = arena.take<int32_t>(p.score.seeds.data ? kListStride<T> : 0);
     // Flat rows only; not touched, so not resident, without them.
     scores = arena.take<T>(kTileRows * score_stride);
     candidates = arena.take<T>(score_stride);
@@ -58,7 +81,7 @@ struct ForwardWorkspace {
   }
 };
 
-template <class S, AlphaKind K>
+template <class S, AlphaKind K, bool IsPlain>
 struct ForwardBlock {
   using T = ComputeOf<S>;
   static constexpr int64_t kKeys = kPanelKeys<T>;
@@ -66,8 +89,9 @@ struct ForwardBlock {
   const ForwardTask<T>& task;
   const AttentionProblem& problem;
   const ForwardWorkspace<T> ws;
+  const Alpha& alpha;
   const Power<T> power;
-  const Scores<K, T> scores;
+  const Scores<K, T, IsPlain> scores;
   T lo[kBlockRows];
   int64_t count[kBlockRows], trigger[kBlockRows];
   bool flat[kBlockRows];
@@ -77,8 +101,9 @@ struct ForwardBlock {
       : task(t),
         problem(*t.problem),
         ws(*t.problem, t.workspace),
-        power(power_of<T>(t.problem->alpha)),
-        scores(t.problem->score, t.problem->alpha) {}
+        alpha(problem.alpha_of(t.head)),
+        power(power_of<T>(alpha)),
+        scores(problem.score_of(t.head), alpha) {}
 
   ADASPLASH2_INLINE void run() {
     prepare();
@@ -95,11 +120,11 @@ struct ForwardBlock {
   ADASPLASH2_INLINE const T* packed_query(Part rows) const {
     return ws.query + rows.first * problem.head_dim;
   }
-  ADASPLASH2_INLINE KeyRange seen_by_any(Part rows) const {
-    return scores.score.seen_by_any(task.row_begin + rows.first, rows.count);
+  ADASPLASH2_INLINE KeyRange needed_by_any(Part rows) const {
+    return scores.needed_by_any(task.row_begin + rows.first, rows.count);
   }
   ADASPLASH2_INLINE KeyRange seen_by_all(Part rows) const {
-    return scores.score.seen_by_all(task.row_begin + rows.first, rows.count);
+    return adasplash2::seen_by_all(scores, task.row_begin + rows.first, rows.count);
   }
   ADASPLASH2_INLINE bool any_flat(Part rows) const {
     for (int64_t i = rows.first; i < rows.first + rows.count; ++i)
@@ -115,6 +140,9 @@ struct ForwardBlock {
     const int64_t at = i * kListStride<T>;
     return {ws.list_values + at, ws.list_keys + at, count[i]};
   }
+  ADASPLASH2_INLINE bool any_allowed(Part rows, KeyRange keys) const {
+    return scores.any_allowed(task.row_begin + rows.first, rows.count, keys);
+  }
   ADASPLASH2_INLINE Tile<T> dots(Part rows, int64_t panel) const {
     return dot_tile(packed_query(rows), task.packed_keys + panel * kKeys * problem.head_dim,
                     problem.head_dim);
@@ -129,11 +157,22 @@ struct ForwardBlock {
       count[i] = 0;
       trigger[i] = kFirstTrigger;
       flat[i] = false;
+      if (scores.has_sink()) add_sink(i);
     }
     if (!task.results.tiles) return;
-    const KeyRange tiles = seen_by_any({0, task.rows}).in_units_of(kBlockRows);
+    const KeyRange keys = seen_by_any(scores, task.row_begin, task.rows);
+    const KeyRange tiles = keys.in_units_of(kBlockRows);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
-      task.results.tiles[tile] = kEmptyTile;
+      if (any_allowed({0, task.rows}, {tile * kBlockRows, (tile + 1) * kBlockRows}))
+        task.results.tiles[tile] = kEmptyTile;
+  }
+
+  // The first candidate, so that it sharpens the bound from the beginning.
+  ADASPLASH2_INLINE void add_sink(int64_t i) {
+    const Candidates<T> list = candidates(i);
+    list.values[0] = scores.sink_value();
+    list.keys[0] = kSinkKey;
+    count[i] = 1;
   }
 
   // --- scan: what may be in the support -----------------------------------------------------
@@ -150,15 +189,16 @@ struct ForwardBlock {
   ADASPLASH2_INLINE void scan(int64_t tile_begin, int64_t tile_end) {
     const Part first = row_tile(tile_begin), last = row_tile(tile_end - 1);
     const Part together = {first.first, last.first + last.count - first.first};
-    const KeyRange panels = seen_by_any(together).in_units_of(kKeys);
+    const KeyRange panels = needed_by_any(together).in_units_of(kKeys);
     for (int64_t panel = panels.end - 1; panel >= panels.begin; --panel) {
       const KeyRange keys = {panel * kKeys, (panel + 1) * kKeys};
       for (int64_t t = tile_begin; t < tile_end; ++t) {
         const Part rows = row_tile(t);
-        if (!keys.overlaps(seen_by_any(rows)) || all_flat(rows)) continue;
+        if (!keys.overlaps(needed_by_any(rows)) || all_flat(rows)) continue;
+        if (!any_allowed(rows, keys)) continue;
         const Tile<T> tile = dots(rows, panel);
         ++work.tiles;
-        if (seen_by_all(rows).contains(keys) && rows.count == kTileRows)
+        if (IsPlain && seen_by_all(rows).contains(keys) && rows.count == kTileRows)
           collect<false>(tile, rows, keys.begin);
         else
           collect<true>(tile, rows, keys.begin);
@@ -223,8 +263,18 @@ struct ForwardBlock {
     flat[i] = row.state == RowState::kPoisoned;
     if (flat[i]) return;
     count[i] = row.support;
+    if (scores.has_sink()) drop_sink(i);
     work.solved += row.examined;
-    record(i, row.state, row.threshold, int32_t(row.support), row.steps);
+    record(i, row.state, row.threshold, int32_t(count[i]), row.steps);
+  }
+
+  // Its probability is nobody's weight. It came first, and stays there as long as it is kept.
+  ADASPLASH2_INLINE void drop_sink(int64_t i) {
+    const Candidates<T> list = candidates(i);
+    if (list.count == 0 || list.keys[0] != kSinkKey) return;
+    list.values[0] = list.values[list.count - 1];
+    list.keys[0] = list.keys[list.count - 1];
+    --count[i];
   }
 
   ADASPLASH2_INLINE void record(int64_t i, RowState state, const Threshold<T>& threshold,
@@ -232,8 +282,7 @@ struct ForwardBlock {
     work.steps += steps;
     work.flat_rows += flat[i];
     task.results.thresholds[i] = threshold;
-    task.results.tau[i] =
-        state == RowState::kEmpty ? kInfinity<T> : tau_of<K>(threshold, problem.alpha);
+    task.results.tau[i] = state == RowState::kEmpty ? kInfinity<T> : tau_of<K>(threshold, alpha);
     task.results.support[i] = support;
     if (task.results.iterations) task.results.iterations[i] = steps;
   }
@@ -246,12 +295,31 @@ struct ForwardBlock {
   }
 
   ADASPLASH2_INLINE void gather_row(int64_t i) {
-    const Candidates<T> list = candidates(i);
-    gather_rows<false, S>(list.values, list.keys, list.count, task.value, problem.head_dim_v,
+    const Candidates<T> list = candidates(i), kept = after_dropout(i, list);
+    gather_rows<false, S>(kept.values, kept.keys, kept.count, task.value, problem.head_dim_v,
                           ws.out);
     write_out(i, ws.out);
     if (task.results.tiles)
       for (int64_t j = 0; j < list.count; ++j) mark_live(list.keys[j]);
+  }
+
+  // The keys of a list that dropout leaves, and their weights.
+  ADASPLASH2_INLINE Candidates<T> after_dropout(int64_t i, Candidates<T> list) const {
+    const Dropout<T> dropout(scores.score);
+    if (IsPlain || !dropout.is_on()) return list;
+    int64_t n = 0;
+    for (int64_t j = 0; j < list.count; j += kLanes<T>) {
+      Keys<T> keys;
+      __builtin_memcpy(&keys, list.keys + j, sizeof(keys));
+      T weights[kLanes<T>];
+      store(weights, dropout.applied(load(list.values + j), task.row_begin + i, keys));
+      for (int64_t lane = 0; lane < kLanes<T> && j + lane < list.count; ++lane) {
+        ws.kept_values[n] = weights[lane];
+        ws.kept_keys[n] = keys[lane];
+        n += weights[lane] != T(0);
+      }
+    }
+    return {ws.kept_values, ws.kept_keys, n};
   }
 
   ADASPLASH2_INLINE void write_out(int64_t i, const T* row) {
@@ -266,7 +334,7 @@ struct ForwardBlock {
   // The same phases for a row tile with flat rows: all their scores at once, kTileRows rows by the
   // keys that they see, linear in the length however many keys they keep.
   __attribute__((noinline)) void run_flat(Part rows) {
-    const KeyRange keys = seen_by_any(rows), panels = keys.in_units_of(kKeys);
+    const KeyRange keys = needed_by_any(rows), panels = keys.in_units_of(kKeys);
     const KeyRange stored = {panels.begin * kKeys, panels.end * kKeys};
     scan_flat(rows, panels);
     for (int64_t r = 0; r < kTileRows; ++r) {
@@ -281,7 +349,8 @@ struct ForwardBlock {
 
   ADASPLASH2_INLINE void scan_flat(Part rows, KeyRange panels) {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const Tile<T> tile = dots(rows, panel);
+      const bool any = any_allowed(rows, {panel * kKeys, (panel + 1) * kKeys});
+      const Tile<T> tile = any ? dots(rows, panel) : Tile<T>{};
       for (int r = 0; r < rows.count; ++r)
         for (int v = 0; v < kTileVectors; ++v) {
           const int64_t row = task.row_begin + rows.first + r, lane = v * kLanes<T>;
@@ -293,13 +362,26 @@ struct ForwardBlock {
 
   // Values of the keys in `stored` -> probabilities in place.
   ADASPLASH2_INLINE void solve_flat_row(int64_t i, T* x, KeyRange stored) {
-    const DenseRow<T> row = solve_dense<K, T>(x, stored.size(), ws.candidates, power);
-    record(i, row.state, row.threshold, int32_t(-1 - row.support), row.steps);
-    for (int64_t j = 0; j < stored.size(); j += kLanes<T>)
+    const int64_t n = stored.size();
+    if (scores.has_sink()) x[n] = scores.sink_value();
+    const DenseRow<T> row = solve_dense<K, T>(x, n + scores.has_sink(), ws.candidates, power);
+    const bool counts_sink =
+        scores.has_sink() && probability<K>(load(x + n), row.threshold, power)[0] > T(0);
+    record(i, row.state, row.threshold, int32_t(-1 - row.support + counts_sink), row.steps);
+    for (int64_t j = 0; j < n; j += kLanes<T>)
       store(x + j, probability<K>(load(x + j), row.threshold, power) * row.norm);
-    if (row.state == RowState::kPoisoned || !task.results.tiles) return;
-    for (int64_t j = 0; j < stored.size(); ++j)
-      if (x[j] > T(0)) mark_live(stored.begin + j);
+    if (row.state != RowState::kPoisoned && task.results.tiles)
+      for (int64_t j = 0; j < n; ++j)
+        if (x[j] > T(0)) mark_live(stored.begin + j);
+    if (!IsPlain) apply_dropout(i, stored, x);
+  }
+
+  ADASPLASH2_INLINE void apply_dropout(int64_t i, KeyRange stored, T* p) const {
+    const Dropout<T> dropout(scores.score);
+    if (!dropout.is_on()) return;
+    for (int64_t j = 0; j < stored.size(); j += kLanes<T>)
+      store(p + j,
+            dropout.weights(load(p + j), task.row_begin + i, scores.keys_from(stored.begin + j)));
   }
 
   ADASPLASH2_INLINE void gather_flat(Part rows, KeyRange keys) {
@@ -315,8 +397,8 @@ struct ForwardBlock {
 
 template <class S>
 static void forward(ForwardTask<ComputeOf<S>>& task) {
-  with_kind(task.problem->alpha.kind, [&](auto kind) {
-    ForwardBlock<S, decltype(kind)::value> block(task);
+  with_scores(*task.problem, task.head, [&](auto kind, auto plain) {
+    ForwardBlock<S, decltype(kind)::value, decltype(plain)::value> block(task);
     block.run();
     task.list_values = block.ws.list_values;
     task.list_keys = block.ws.list_keys;

@@ -19,6 +19,18 @@ void pack_panels(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begi
 }
 
 template <class S>
+void norms(HeadRef rows, int64_t count, int64_t depth, double* norms) {
+  for (int64_t i = 0; i < count; ++i) {
+    double total = 0;
+    for (int64_t k = 0; k < depth; ++k) {
+      const double x = double(to_compute(row_of<const S>(rows, i)[k]));
+      total += x * x;
+    }
+    norms[i] = __builtin_sqrt(total);
+  }
+}
+
+template <class S>
 int64_t forward_workspace(const AttentionProblem& problem) {
   return ForwardWorkspace<ComputeOf<S>>(problem, nullptr).bytes;
 }
@@ -30,6 +42,7 @@ constexpr Kernels<ComputeOf<S>> kernels_of() {
   k.panel_keys = kPanelKeys<T>;
   k.task_keys = kTaskKeys<T>;
   k.pack_panels = pack_panels<S>;
+  k.norms = norms<S>;
   k.forward_workspace = forward_workspace<S>;
   k.forward = forward<S>;
   k.backward_rows_workspace = backward_rows_workspace<S>;

@@ -22,6 +22,7 @@ struct ForwardTask {
   const AttentionProblem* problem;
   HeadRef query, value, out;
   const T* packed_keys;
+  int64_t head;             // among the query heads of all batches
   int64_t row_begin, rows;  // within the head
   int64_t scan_rows;        // rows that share a pass over the keys
   RowResults<T> results;    // at the first row of the task; tiles at the block's first
@@ -33,12 +34,22 @@ struct ForwardTask {
   Work work;
 };
 
+// Gradients that rows have beside dQ, null where they are not wanted.
+template <class T>
+struct RowGradients {
+  // Of each row, at the first row of the task.
+  T *slopes, *sinks, *scales, *alphas;
+  T* mask;  // added to: of the first row of the task and key 0
+  int64_t mask_stride_row, mask_stride_key;
+};
+
 template <class T>
 struct BackwardRowsTask {
   const AttentionProblem* problem;
   HeadRef query, key, value, grad_out, grad_query;
   const T* packed_keys;    // null unless some row is flat
   const T* packed_values;  // likewise
+  int64_t head;            // among the query heads of all batches
   int64_t row_begin, rows;
   const Threshold<T>* thresholds;
   const int32_t* support;
@@ -46,7 +57,9 @@ struct BackwardRowsTask {
   const int32_t* keys;     // all lists
   const T* probabilities;
   T* grad_scores;  // out, beside probabilities: dL/d(q.k)
+  T* weights;      // out, likewise: of dO in dV; null where they are the probabilities
   T* delta;        // out, for flat rows, at the first row of the task
+  RowGradients<T> others;
   void* workspace;
 };
 
@@ -57,10 +70,11 @@ struct BackwardKeysTask {
   const HeadRef* queries;    // one per query head of the group
   const HeadRef* grad_outs;  // likewise
   HeadRef grad_key, grad_value;
+  int64_t first_head;  // of the group, among the query heads of all batches
   int64_t key_begin, keys;
   const int64_t* offsets;  // at key_begin
   const int32_t* rows;     // head_in_group * length_q + row
-  const T *probabilities, *grad_scores;
+  const T *weights, *grad_scores;
   // Flat rows of the group, or null where there are none: arrays of group * length_q.
   const T *packed_keys, *packed_values;
   const Threshold<T>* thresholds;
@@ -95,6 +109,7 @@ struct Kernels {
   // Panels [panel_begin, panel_end) of the `length` rows, packed as [panel][depth][panel_keys].
   void (*pack_panels)(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begin,
                       int64_t panel_end, T* packed);
+  void (*norms)(HeadRef rows, int64_t count, int64_t depth, double* norms);
   int64_t (*forward_workspace)(const AttentionProblem&);  // bytes, a thread
   void (*forward)(ForwardTask<T>&);
   int64_t (*backward_rows_workspace)(const AttentionProblem&, bool any_flat);

@@ -6,9 +6,11 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <optional>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "attention.h"
 #include "entmax_rows.h"
@@ -52,24 +54,98 @@ Alpha alpha_of(double value) {
   return alpha;
 }
 
-AttentionProblem problem_of(const std::array<std::int64_t, 7>& dims, const std::string& dtype,
-                            double alpha, double scale, bool is_causal) {
-  AttentionProblem p = {};
-  p.batch = dims[0];
-  p.heads_q = dims[1];
-  p.heads_kv = dims[2];
-  p.length_q = dims[3];
-  p.length_k = dims[4];
-  p.head_dim = dims[5];
-  p.head_dim_v = dims[6];
-  p.score = {scale, is_causal, p.length_k};
-  p.alpha = alpha_of(alpha);
-  p.dtype = dtype_of(dtype);
-  // Keys, and rows within a group, are numbered in 32 bits.
-  if (p.length_k > INT32_MAX - 64 || p.group_rows() > INT32_MAX - 64)
-    throw std::invalid_argument("length_k and group_size * length_q must be below 2^31");
-  return p;
+// (address, dtype, strides of batch, query head, row and key), strides in elements and 0 where one
+// entry holds for all.
+using OperandArgument = std::tuple<Address, std::string, std::array<std::int64_t, 4>>;
+using Operands = std::map<std::string, OperandArgument>;
+
+Dtype operand_dtype_of(const std::string& name) {
+  if (name == "bool") return Dtype::kBool;
+  if (name == "int32") return Dtype::kInt32;
+  if (name == "int64") return Dtype::kInt64;
+  return dtype_of(name);
 }
+
+Operand operand_of(const Operands& operands, const char* name) {
+  const auto found = operands.find(name);
+  if (found == operands.end()) return {};
+  const auto& [address, dtype, strides] = found->second;
+  return {pointer<void>(address),
+          operand_dtype_of(dtype),
+          strides[0],
+          strides[1],
+          strides[2],
+          strides[3]};
+}
+
+// What is asked of an attention, and what that points to.
+struct Asked {
+  AttentionProblem problem = {};
+  std::vector<Alpha> alphas;
+
+  Asked(const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
+        double scale, bool is_causal, const std::array<std::int64_t, 2>& window, std::int64_t shift,
+        double softcap, double dropout_p, const Operands& operands) {
+    AttentionProblem& p = problem;
+    p.batch = dims[0];
+    p.heads_q = dims[1];
+    p.heads_kv = dims[2];
+    p.length_q = dims[3];
+    p.length_k = dims[4];
+    p.head_dim = dims[5];
+    p.head_dim_v = dims[6];
+    p.dtype = dtype_of(dtype);
+    // Keys, and rows within a group, are numbered in 32 bits.
+    if (p.length_k > INT32_MAX - 64 || p.group_rows() > INT32_MAX - 64)
+      throw std::invalid_argument("length_k and group_size * length_q must be below 2^31");
+    Score& s = p.score;
+    s.scale = scale;
+    s.softcap = softcap;
+    s.length_k = p.length_k;
+    s.left = window[0];
+    s.right = is_causal ? 0 : window[1];
+    s.shift = shift;
+    s.dropout_p = dropout_p;
+    s.compute_dtype = p.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+    s.mask = operand_of(operands, "attn_mask");
+    s.slopes = operand_of(operands, "alibi_slopes");
+    s.sinks = operand_of(operands, "sinks");
+    s.scales = operand_of(operands, "scales");
+    s.begins = operand_of(operands, "begins");
+    s.ends = operand_of(operands, "ends");
+    s.places = operand_of(operands, "places");
+    s.seeds = operand_of(operands, "dropout_seed");
+    s.blocks_per_head = p.row_blocks_per_head();
+    s.is_plain = s.left < 0 && s.right <= 0 && shift == 0 && softcap == 0.0 &&
+                 !(s.mask.data || s.slopes.data || s.sinks.data || s.scales.data || s.begins.data ||
+                   s.seeds.data);
+    set_alphas(alpha, operand_of(operands, "alphas"));
+  }
+  Asked(const Asked&) = delete;
+
+ private:
+  void set_alphas(double alpha, const Operand& operand) {
+    if (!operand.data) {
+      alphas.push_back(alpha_of(alpha));
+    } else {
+      const std::int64_t batches = operand.stride_batch ? problem.batch : 1;
+      const std::int64_t heads = operand.stride_head ? problem.heads_q : 1;
+      for (std::int64_t batch = 0; batch < batches; ++batch)
+        for (std::int64_t head = 0; head < heads; ++head)
+          alphas.push_back(head_alpha(number_at(operand.at(batch, head), operand.dtype, 0)));
+      problem.alpha_stride_batch = batches > 1 ? heads : 0;
+      problem.alpha_stride_head = heads > 1 ? 1 : 0;
+    }
+    problem.alphas = alphas.data();
+  }
+
+  // One that is not in (1, 2] makes its head's scores NaN, and so its rows.
+  static Alpha head_alpha(double value) {
+    Alpha alpha = alpha_of(value > 1.0 && value <= 2.0 ? value : 1.5);
+    if (!(value > 1.0 && value <= 2.0)) alpha.value = NAN;
+    return alpha;
+  }
+};
 
 }  // namespace
 
@@ -115,15 +191,20 @@ PYBIND11_MODULE(_core, m) {
           "save", [](Kept& kept, Address to) { kept.save(pointer<void>(to)); }, py::arg("address"),
           py::call_guard<py::gil_scoped_release>());
 
+  const std::array<std::int64_t, 2> everything = {-1, -1};
   m.def(
       "attention_forward",
       [](const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
          double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
          const Tensor& out, Address tau, bool keep, int threads, const std::string& isa,
-         std::int64_t scan_rows, Address support, Address iterations, Address tiles, Work* work) {
+         std::int64_t scan_rows, Address support, Address iterations, Address tiles, Work* work,
+         const std::array<std::int64_t, 2>& window, std::int64_t shift, double softcap,
+         double dropout_p, const Operands& operands) {
+        const Asked asked(dims, dtype, alpha, scale, is_causal, window, shift, softcap, dropout_p,
+                          operands);
         ForwardArguments a = {};
         a.kernels = &kernels(isa);
-        a.problem = problem_of(dims, dtype, alpha, scale, is_causal);
+        a.problem = asked.problem;
         a.query = tensor_ref(query);
         a.key = tensor_ref(key);
         a.value = tensor_ref(value);
@@ -143,7 +224,8 @@ PYBIND11_MODULE(_core, m) {
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("tau"),
       py::arg("keep"), py::arg("threads"), py::arg("isa"), py::arg("scan_rows"),
       py::arg("support") = 0, py::arg("iterations") = 0, py::arg("tiles") = 0,
-      py::arg("work") = nullptr);
+      py::arg("work") = nullptr, py::arg("window") = everything, py::arg("shift") = 0,
+      py::arg("softcap") = 0.0, py::arg("dropout_p") = 0.0, py::arg("operands") = Operands());
 
   m.def(
       "attention_backward",
@@ -151,10 +233,14 @@ PYBIND11_MODULE(_core, m) {
          double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
          const Tensor& grad_out, const Tensor& grad_query, const Tensor& grad_key,
          const Tensor& grad_value, Address saved, std::int64_t saved_bytes, int threads,
-         const std::string& isa) {
+         const std::string& isa, const std::array<std::int64_t, 2>& window, std::int64_t shift,
+         double softcap, double dropout_p, const Operands& operands, const Operands& gradients) {
+        Asked asked(dims, dtype, alpha, scale, is_causal, window, shift, softcap, dropout_p,
+                    operands);
+        asked.problem.score.is_plain &= gradients.empty();
         BackwardArguments a = {};
         a.kernels = &kernels(isa);
-        a.problem = problem_of(dims, dtype, alpha, scale, is_causal);
+        a.problem = asked.problem;
         a.query = tensor_ref(query);
         a.key = tensor_ref(key);
         a.value = tensor_ref(value);
@@ -162,6 +248,14 @@ PYBIND11_MODULE(_core, m) {
         a.grad_query = tensor_ref(grad_query);
         a.grad_key = tensor_ref(grad_key);
         a.grad_value = tensor_ref(grad_value);
+        const auto of_rows = [&](const char* name) {
+          return const_cast<void*>(operand_of(gradients, name).data);
+        };
+        a.grad_slopes = of_rows("alibi_slopes");
+        a.grad_sinks = of_rows("sinks");
+        a.grad_scales = of_rows("scales");
+        a.grad_alphas = of_rows("alphas");
+        a.grad_mask = operand_of(gradients, "attn_mask");
         a.saved = pointer<void>(saved);
         a.saved_bytes = saved_bytes;
         a.threads = threads;
@@ -171,7 +265,9 @@ PYBIND11_MODULE(_core, m) {
       py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("grad_out"),
       py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"), py::arg("saved"),
-      py::arg("saved_bytes"), py::arg("threads"), py::arg("isa"));
+      py::arg("saved_bytes"), py::arg("threads"), py::arg("isa"), py::arg("window") = everything,
+      py::arg("shift") = 0, py::arg("softcap") = 0.0, py::arg("dropout_p") = 0.0,
+      py::arg("operands") = Operands(), py::arg("gradients") = Operands());
 
   m.def(
       "entmax_forward",

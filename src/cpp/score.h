@@ -1,5 +1,5 @@
 // Where a score is made: which keys a row may see, what becomes of q . k, and the derivative of
-// that. Nothing else knows of masks, scales, windows or biases.
+// that. Nothing else knows of masks, windows, caps, slopes or scales.
 #pragma once
 
 #include "types.h"
@@ -20,29 +20,186 @@ struct KeyRange {
   ADASPLASH2_INLINE bool contains(KeyRange other) const {
     return begin <= other.begin && other.end <= end;
   }
+  ADASPLASH2_INLINE KeyRange intersection(KeyRange other) const {
+    const int64_t first = begin > other.begin ? begin : other.begin;
+    const int64_t last = end < other.end ? end : other.end;
+    return {first, last > first ? last : first};
+  }
   // In units of `size` keys, those that hold a key of the range.
   ADASPLASH2_INLINE KeyRange in_units_of(int64_t size) const {
     return {begin / size, end > begin ? (end + size - 1) / size : begin / size};
   }
 };
 
-// s = scale * (q . k) over the keys that a row may see: what is the same for every instruction set.
-struct Score {
-  double scale;
-  bool is_causal;
-  int64_t length_k;
+// A tensor beside query, key and value, of (batch, heads_q, length_q, length_k) or the first of
+// these; a stride is 0 where one entry holds for all. Null where there is none.
+struct Operand {
+  const void* data;
+  Dtype dtype;
+  int64_t stride_batch, stride_head, stride_row, stride_key;  // in elements
+
+  ADASPLASH2_INLINE const void* at(int64_t batch, int64_t head) const {
+    const int64_t offset = batch * stride_batch + head * stride_head;
+    return static_cast<const char*>(data) + offset * bytes_of(dtype);
+  }
+};
+
+// One of an operand in float or double.
+ADASPLASH2_INLINE double number_at(const void* data, Dtype dtype, int64_t at) {
+  return dtype == Dtype::kFloat64 ? static_cast<const double*>(data)[at]
+                                  : double(static_cast<const float*>(data)[at]);
+}
+
+constexpr double kNoSink = -__builtin_inf();
+
+// In the order in which it is made: s = scale * (q . k), softcap * tanh(s / softcap), + mask,
+// - slope * |place - key|. Here for the rows of one query head, the same for every instruction set.
+struct HeadScore {
+  double scale, softcap, slope, sink;  // softcap 0 and kNoSink: there is none
+  int64_t length_k, left, right, shift;
+  const int32_t *begins, *ends, *places;  // of each row, or null: the window says it
+  const void *mask, *scales;              // null where there is none
+  Dtype mask_dtype, compute_dtype;
+  int64_t mask_stride_row, mask_stride_key, scales_stride;
+  uint64_t dropped_below;  // of 32 random bits
+  double kept_factor;
+  uint64_t seed;
+  int64_t number;         // of the head among those of all batches
+  const KeyRange* reach;  // of each row block, or null; see reach_of
+
+  // The key whose distance is 0.
+  ADASPLASH2_INLINE int64_t place(int64_t row) const { return places ? places[row] : row + shift; }
 
   ADASPLASH2_INLINE KeyRange visible(int64_t row) const {
-    return {0, is_causal && row + 1 < length_k ? row + 1 : length_k};
+    if (begins) {
+      const int64_t begin = begins[row] > 0 ? begins[row] : 0, end = ends[row];
+      return KeyRange{begin, end}.intersection({0, length_k});
+    }
+    const int64_t at = row + shift;
+    const int64_t begin = left >= 0 && at > left ? at - left : 0;
+    const int64_t end = right >= 0 && at + right + 1 < length_k ? at + right + 1 : length_k;
+    const int64_t first = begin < length_k ? begin : length_k;
+    return {first, end > first ? end : first};
   }
-  // Of rows [first, first + rows): the range outside which none of them sees a key, and the one
-  // inside which each sees every key (where end <= begin there is none). Neither end of `visible`
-  // falls from one row to the next, so that the first and the last row tell.
-  ADASPLASH2_INLINE KeyRange seen_by_any(int64_t first, int64_t rows) const {
-    return {visible(first).begin, visible(first + rows - 1).end};
+
+  ADASPLASH2_INLINE double scale_of(int64_t row) const {
+    return scales ? number_at(scales, compute_dtype, row * scales_stride) : scale;
   }
-  ADASPLASH2_INLINE KeyRange seen_by_all(int64_t first, int64_t rows) const {
-    return {visible(first + rows - 1).begin, visible(first).end};
+
+  // Whether far keys may be left out for their distance alone.
+  ADASPLASH2_INLINE bool has_reach() const {
+    return slope > 0.0 && sink < __builtin_inf() && !(mask && mask_dtype != Dtype::kBool);
+  }
+
+  // The keys that may be in the support of `row`, of those that it sees. `product` is at least
+  // every |q . k| of the row, `width` is 1 / (alpha-1).
+  //
+  // Let m bound |s| before the slope, d0 be the distance of the nearest key that is seen. That one
+  // has s >= -m - slope d0, and so has the row's maximum; a key at distance d has
+  // s <= m - slope d. The threshold of s is at least max s - width, for at it the maximum alone
+  // has a probability of 1. So none has a probability where
+  //     m - slope d <= -m - slope d0 - width,  which is  d >= d0 + (2 m + width) / slope.
+  // A sink only raises the threshold. One part in 1000 and one key more are for rounding; a row
+  // that may overflow, or has a NaN, reaches all keys: it may be poisoned.
+  ADASPLASH2_INLINE KeyRange reach_of(int64_t row, double product, double width) const {
+    const KeyRange seen = visible(row);
+    const double factor = scale_of(row), size = factor < 0.0 ? -factor : factor;
+    double m = size * product;
+    if (!(product < 1e30 && m < 1e30)) return seen;
+    if (softcap > 0.0 && softcap < m) m = softcap;
+    const int64_t nearest = nearest_seen(row);
+    if (nearest < 0) return {seen.begin, seen.begin};
+    const double exact = double(nearest) + (2.0 * m + width) / slope;
+    const double far = exact + exact / 1000.0 + 1.0;
+    if (!(far < 0x1p40)) return seen;
+    const int64_t at = place(row);
+    return seen.intersection({at - int64_t(far), at + int64_t(far) + 1});
+  }
+
+ private:
+  // Distance of the nearest key that `row` sees, of which no mask but one of bools may hide some;
+  // negative where it sees none.
+  ADASPLASH2_INLINE int64_t nearest_seen(int64_t row) const {
+    const KeyRange seen = visible(row);
+    const int64_t at = place(row);
+    if (seen.size() <= 0) return -1;
+    const auto shows = [&](int64_t key) {
+      return key >= seen.begin && key < seen.end &&
+             (!mask || static_cast<const uint8_t*>(
+                           mask)[row * mask_stride_row + key * mask_stride_key] != 0);
+    };
+    int64_t d = at < seen.begin ? seen.begin - at : at >= seen.end ? at - seen.end + 1 : 0;
+    for (; at - d >= seen.begin || at + d < seen.end; ++d)
+      if (shows(at - d) || shows(at + d)) return d;
+    return -1;
+  }
+};
+
+// Of rows [first, first + rows), by their `visible`: the range outside which none of them sees a
+// key, and the one inside which each sees every key (where end <= begin there is none), as far as
+// no mask hides it. Neither end of `visible` falls from one row to the next, so that the first and
+// the last row tell.
+template <class V>
+ADASPLASH2_INLINE KeyRange seen_by_any(const V& of, int64_t first, int64_t rows) {
+  return {of.visible(first).begin, of.visible(first + rows - 1).end};
+}
+template <class V>
+ADASPLASH2_INLINE KeyRange seen_by_all(const V& of, int64_t first, int64_t rows) {
+  return {of.visible(first + rows - 1).begin, of.visible(first).end};
+}
+
+// What an attention call says of its scores.
+struct Score {
+  double scale, softcap;
+  int64_t length_k;
+  int64_t left, right, shift;  // place - left <= key <= place + right, -1: all; place - row
+  double dropout_p;
+  Dtype compute_dtype;
+  Operand mask, slopes, sinks, scales, begins, ends, places, seeds;
+  const KeyRange* reach;  // of the row blocks of all heads, or null
+  int64_t blocks_per_head;
+  bool is_plain;  // a scale and top-left causal masks at most
+
+  // Of a head of a batch, which has `number` among those of all batches.
+  ADASPLASH2_INLINE HeadScore of_head(int64_t batch, int64_t head, int64_t number) const {
+    HeadScore s = {};
+    s.scale = scale;
+    s.sink = kNoSink;
+    s.length_k = length_k;
+    s.left = left;
+    s.right = right;
+    s.number = number;
+    if (is_plain) return s;
+    s.softcap = softcap;
+    s.shift = shift;
+    s.compute_dtype = compute_dtype;
+    const auto one = [&](const Operand& operand, double otherwise) {
+      return operand.data ? number_at(operand.at(batch, head), operand.dtype, 0) : otherwise;
+    };
+    s.slope = one(slopes, 0.0);
+    s.sink = one(sinks, kNoSink);
+    if (begins.data) {
+      s.begins = static_cast<const int32_t*>(begins.at(batch, head));
+      s.ends = static_cast<const int32_t*>(ends.at(batch, head));
+      s.places = static_cast<const int32_t*>(places.at(batch, head));
+    }
+    if (mask.data) {
+      s.mask = mask.at(batch, head);
+      s.mask_dtype = mask.dtype;
+      s.mask_stride_row = mask.stride_row;
+      s.mask_stride_key = mask.stride_key;
+    }
+    if (scales.data) {
+      s.scales = scales.at(batch, head);
+      s.scales_stride = scales.stride_row;
+    }
+    if (seeds.data) {
+      s.seed = *static_cast<const uint64_t*>(seeds.at(batch, head));
+      s.dropped_below = uint64_t(dropout_p * 0x1p32);
+      s.kept_factor = 1.0 / (1.0 - dropout_p);
+    }
+    s.reach = reach ? reach + number * blocks_per_head : nullptr;
+    return s;
   }
 };
 
@@ -51,35 +208,161 @@ struct Score {
 #if defined(ADASPLASH2_ISA)
 namespace adasplash2::ADASPLASH2_ISA {
 
-// The scores of kLanes keys at once, as a row's values (see solve.h), and their derivative.
-template <AlphaKind K, class T>
+ADASPLASH2_INLINE float to_compute(uint8_t x) { return float(x); }
+
+// Some numbers of a mask's row, `count` of them; zeros behind them.
+template <class T, class M>
+ADASPLASH2_INLINE Vec<T> load_strided(const M* p, int64_t stride, int64_t count) {
+  if (stride == 1 && count >= kLanes<T>) {
+    if constexpr (sizeof(M) == 1) {
+      typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+      Bytes bytes;
+      __builtin_memcpy(&bytes, p, sizeof(bytes));
+      return __builtin_convertvector(bytes, Vec<T>);
+    } else if constexpr (sizeof(to_compute(M{})) == sizeof(T)) {
+      return load_compute(p);
+    }
+  }
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < count && i < kLanes<T>; ++i) lanes[i] = T(to_compute(p[i * stride]));
+  return load(lanes);
+}
+
+// The scores of kLanes keys at once, as a row's values (see solve.h), and their derivative. Plain
+// ones know a scale and top-left causal masks; the others ask at run time what there is, out of
+// line: inlined wherever a score is made, that would be most of the code.
+template <AlphaKind K, class T, bool IsPlain>
 struct Scores {
-  const Score score;
-  const T value_of_one;  // of q . k = 1
+  const HeadScore score;
+  const T value_of_one;   // of q . k = 1, where plain
+  const T value_of_unit;  // of s = 1
 
-  ADASPLASH2_INLINE Scores(const Score& s, const Alpha& alpha)
-      : score(s), value_of_one(T(value_factor<K>(alpha) * s.scale)) {}
+  ADASPLASH2_INLINE Scores(const HeadScore& s, const Alpha& alpha)
+      : score(s),
+        value_of_one(T(value_factor<K>(alpha) * s.scale)),
+        value_of_unit(T(value_factor<K>(alpha))) {}
 
+  ADASPLASH2_INLINE KeyRange visible(int64_t row) const {
+    if constexpr (!IsPlain) return score.visible(row);
+    return {0, score.right == 0 && row + 1 < score.length_k ? row + 1 : score.length_k};
+  }
+  // seen_by_any of rows of one block, less the keys that are too far away to have a probability.
+  ADASPLASH2_INLINE KeyRange needed_by_any(int64_t first, int64_t rows) const {
+    const KeyRange seen = seen_by_any(*this, first, rows);
+    if (IsPlain || !score.reach) return seen;
+    return seen.intersection(score.reach[first / kBlockRows]);
+  }
+
+  // Where plain, of keys that are seen.
   ADASPLASH2_INLINE Vec<T> values(Vec<T> dots) const { return dots * value_of_one; }
 
-  // ds / d(q . k): one number as long as s is linear.
-  ADASPLASH2_INLINE T slope() const { return T(score.scale); }
+  // The values of the keys first_key, first_key + 1, ...; -inf where `row` may not see them.
+  ADASPLASH2_INLINE Vec<T> values(Vec<T> dots, int64_t row, int64_t first_key) const {
+    if constexpr (!IsPlain) return made(dots, row, first_key);
+    return in_range(row, first_key) ? values(dots) : broadcast(-kInfinity<T>);
+  }
 
   // Whether `row` may see the keys first_key, first_key + 1, ...
   ADASPLASH2_INLINE Ints<T> allowed(int64_t row, int64_t first_key) const {
-    const KeyRange seen = score.visible(row);
+    if constexpr (!IsPlain) return shown(row, first_key);
+    return in_range(row, first_key);
+  }
+  // Whether one of rows [first, first + rows) may see one of `keys`, a panel.
+  ADASPLASH2_INLINE bool any_allowed(int64_t first, int64_t rows, KeyRange keys) const {
+    return IsPlain || (!score.mask && !score.begins) || any_shown(first, rows, keys);
+  }
+
+  // ds / d(q . k): one number where s is linear in it and has no more parts, else 1, and
+  // through() does the rest.
+  ADASPLASH2_INLINE T slope() const { return IsPlain ? T(score.scale) : T(1); }
+
+  // Gradients of s -> those of scale * (q . k), a row's `factor` apart.
+  ADASPLASH2_INLINE Vec<T> through_cap(Vec<T> ds, Vec<T> dots, int64_t row) const {
+    return IsPlain || score.softcap == 0.0 ? ds : uncapped(ds, dots, row);
+  }
+  ADASPLASH2_INLINE Vec<T> through_scale(Vec<T> ds, int64_t row, const Power<T>& power) const {
+    if (IsPlain) return ds;
+    const Vec<T> scaled = ds * T(score.scale_of(row));
+    if (!is_steep<K>(power)) return scaled;
+    return scaled == scaled ? bounded_by_largest<T>(scaled) : scaled;
+  }
+
+  ADASPLASH2_INLINE bool has_sink() const { return !IsPlain && score.sink != kNoSink; }
+  ADASPLASH2_INLINE T sink_value() const { return T(score.sink) * value_of_unit; }
+
+  // |place - key|: exact as long as T holds the difference.
+  ADASPLASH2_INLINE Vec<T> distances(int64_t row, Keys<T> keys) const {
+    const Keys<T> offset = keys - int32_t(score.place(row));
+    return __builtin_convertvector(offset < 0 ? -offset : offset, Vec<T>);
+  }
+  ADASPLASH2_INLINE static Keys<T> keys_from(int64_t first_key) {
+    return iota<T>() + int32_t(first_key);
+  }
+
+ private:
+  __attribute__((noinline)) Vec<T> made(Vec<T> dots, int64_t row, int64_t first_key) const {
+    Ints<T> seen = in_range(row, first_key);
+    Vec<T> s = dots * T(score.scale_of(row));
+    if (score.softcap != 0.0) s = tanh_of<T>(s / T(score.softcap)).value * T(score.softcap);
+    if (score.mask) {
+      const Vec<T> mask = mask_at(row, first_key);
+      seen &= shows(mask);
+      if (score.mask_dtype != Dtype::kBool) s += mask;
+    }
+    if (score.slope != 0.0) s -= T(score.slope) * distances(row, keys_from(first_key));
+    return seen ? s * value_of_unit : broadcast(-kInfinity<T>);
+  }
+  __attribute__((noinline)) Vec<T> uncapped(Vec<T> ds, Vec<T> dots, int64_t row) const {
+    const T factor = T(score.scale_of(row));
+    const Vec<T> derivative = tanh_of<T>(dots * factor / T(score.softcap)).derivative;
+    return ds == T(0) ? ds : ds * derivative;  // also where q . k is NaN, of a hidden key
+  }
+
+  __attribute__((noinline)) Ints<T> shown(int64_t row, int64_t first_key) const {
+    const Ints<T> seen = in_range(row, first_key);
+    return score.mask ? seen & shows(mask_at(row, first_key)) : seen;
+  }
+  __attribute__((noinline)) bool any_shown(int64_t first, int64_t rows, KeyRange keys) const {
+    for (int64_t row = first; row < first + rows; ++row) {
+      const KeyRange seen = visible(row).intersection(keys);
+      if (seen.size() > 0 && !score.mask) return true;
+      for (int64_t key = keys.begin; key < seen.end; key += kLanes<T>)
+        if (not_below(shown(row, key) ? broadcast(T(1)) : Vec<T>{}, Vec<T>{})) return true;
+    }
+    return false;
+  }
+
+  ADASPLASH2_INLINE Ints<T> in_range(int64_t row, int64_t first_key) const {
+    const KeyRange seen = visible(row);
     const Ints<T> lane = __builtin_convertvector(iota<T>(), Ints<T>);
     return (lane >= Ints<T>{} + lane_of(seen.begin - first_key)) &
            (lane < Ints<T>{} + lane_of(seen.end - first_key));
   }
-  // The values of the keys first_key, first_key + 1, ...; -inf where `row` may not see them.
-  ADASPLASH2_INLINE Vec<T> values(Vec<T> dots, int64_t row, int64_t first_key) const {
-    return allowed(row, first_key) ? values(dots) : broadcast(-kInfinity<T>);
-  }
-
- private:
   ADASPLASH2_INLINE static int lane_of(int64_t offset) {
     return offset < 0 ? 0 : (offset > kLanes<T> ? kLanes<T> : int(offset));
+  }
+
+  ADASPLASH2_INLINE Vec<T> mask_at(int64_t row, int64_t first_key) const {
+    const int64_t stride = score.mask_stride_key, left = score.length_k - first_key;
+    const int64_t at = row * score.mask_stride_row + first_key * stride;
+    switch (score.mask_dtype) {
+      case Dtype::kBool:
+        return load_strided<T>(static_cast<const uint8_t*>(score.mask) + at, stride, left);
+      case Dtype::kFloat32:
+        return load_strided<T>(static_cast<const float*>(score.mask) + at, stride, left);
+      case Dtype::kFloat64:
+        return load_strided<T>(static_cast<const double*>(score.mask) + at, stride, left);
+      case Dtype::kBfloat16:
+        return load_strided<T>(static_cast<const Bfloat16*>(score.mask) + at, stride, left);
+      case Dtype::kFloat16:
+        return load_strided<T>(static_cast<const Float16*>(score.mask) + at, stride, left);
+      default:
+        return Vec<T>{};
+    }
+  }
+  // What is hidden is hidden, whatever q . k is.
+  ADASPLASH2_INLINE Ints<T> shows(Vec<T> mask) const {
+    return score.mask_dtype == Dtype::kBool ? mask != T(0) : mask != -kInfinity<T>;
   }
 };
 

@@ -360,4 +360,32 @@ ADASPLASH2_INLINE Vec<T> power_of_positive(Vec<T> x, Vec<T> rest_of_x, T r) {
   return under ? Vec<T>{} : (over ? broadcast(T(__builtin_inf())) : y);
 }
 
+// tanh and its derivative, both to a few round-offs of themselves. With e = exp(2 |x|) - 1 they are
+// e / (e + 2) and (1 + tanh) 2 / (e + 2), in which nothing cancels.
+template <class T>
+struct Tanh {
+  Vec<T> value, derivative;
+};
+
+template <class T>
+ADASPLASH2_INLINE Tanh<T> tanh_of(Vec<T> x) {
+  using F = FloatFormat<T>;
+  const Vec<T> size = x < T(0) ? -x : x;
+  const Vec<T> y = vmin<T>(size + size, broadcast(T(64)));  // where tanh is 1; so becomes NaN
+  const Vec<T> n = round_to_whole<T>(y * T(1.4426950408889634));
+  // n times the upper part of ln 2 is exact.
+  constexpr T high = sizeof(T) == 4 ? T(0x1.62e4p-1) : T(0x1.62e42fefap-1);
+  constexpr T low = sizeof(T) == 4 ? T(0x1.7f7d1cf79abcap-20) : T(0x1.cf79abc9e3b3ap-40);
+  const Vec<T> f = (y - n * high) - n * low;
+  Vec<T> series = broadcast(T(1));
+#pragma GCC unroll 16
+  for (int k = F::kExpTerms; k >= 2; --k) series = series * f * (T(1) / T(k)) + T(1);
+  const Ints<T> exponent = __builtin_convertvector(n, Ints<T>) + F::kBias;
+  const Vec<T> power = bits_as<Vec<T>>(exponent << F::kMantissaBits);
+  const Vec<T> e = series * f * power + (power - T(1));
+  const Vec<T> value = e / (e + T(2)), derivative = (T(1) + value) * (T(2) / (e + T(2)));
+  const Ints<T> is_number = x == x;
+  return {is_number ? (x < T(0) ? -value : value) : x, is_number ? derivative : x};
+}
+
 }  // namespace adasplash2::ADASPLASH2_ISA

@@ -13,8 +13,31 @@
 
 namespace adasplash2 {
 
-enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
-constexpr int kDtypes = 4;
+// Of tensors; the last three of operands alone.
+enum class Dtype : int {
+  kFloat32 = 0,
+  kFloat64 = 1,
+  kBfloat16 = 2,
+  kFloat16 = 3,
+  kBool = 4,
+  kInt32 = 5,
+  kInt64 = 6
+};
+
+ADASPLASH2_INLINE int64_t bytes_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+    case Dtype::kInt64:
+      return 8;
+    case Dtype::kFloat32:
+    case Dtype::kInt32:
+      return 4;
+    case Dtype::kBool:
+      return 1;
+    default:
+      return 2;
+  }
+}
 
 // Storage of the 16-bit floats; arithmetic happens in float.
 struct Bfloat16 {

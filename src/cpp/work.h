@@ -46,7 +46,8 @@ ADASPLASH2_INLINE S* row_of(HeadRef head, int64_t i) {
 struct AttentionProblem {
   int64_t batch, heads_q, heads_kv, length_q, length_k, head_dim, head_dim_v;
   Score score;
-  Alpha alpha;
+  const Alpha* alphas;  // of the heads, strides as those of an Operand
+  int64_t alpha_stride_batch, alpha_stride_head;
   Dtype dtype;
 
   // Heads of all batches are numbered through: query heads and, apart, key heads.
@@ -65,9 +66,15 @@ struct AttentionProblem {
   ADASPLASH2_INLINE int64_t row_blocks_per_head() const { return parts(length_q, kBlockRows); }
   ADASPLASH2_INLINE int64_t row_blocks() const { return query_heads() * row_blocks_per_head(); }
 
-  ADASPLASH2_INLINE int64_t element_size() const {
-    return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+  // Of a query head among those of all batches.
+  ADASPLASH2_INLINE HeadScore score_of(int64_t number) const {
+    return score.of_head(number / heads_q, number % heads_q, number);
   }
+  ADASPLASH2_INLINE const Alpha& alpha_of(int64_t number) const {
+    return alphas[number / heads_q * alpha_stride_batch + number % heads_q * alpha_stride_head];
+  }
+
+  ADASPLASH2_INLINE int64_t element_size() const { return bytes_of(dtype); }
   ADASPLASH2_INLINE HeadRef query_head(const TensorRef& tensor, int64_t number) const {
     return head_of(tensor, number / heads_q, number % heads_q);
   }
