@@ -404,6 +404,8 @@ def _table() -> Iterator[Case]:
     yield replace(flat, name="flat-mixed-causal", data="mixed", sharpness=1.0, length_q=1500,
                   heads_q=1, is_causal=True)  # fmt: skip
     yield replace(flat, name="flat-minus-infinity", data="minus_infinity")
+    yield replace(flat, name="flat-minus-infinity-bfloat16", data="minus_infinity", dtype=BFLOAT16,
+                  head_dim=64, is_causal=True, length_q=1500, heads_q=1)  # fmt: skip
     yield replace(flat, name="flat-nan-query", data="nan_query")
     yield replace(flat, name="flat-nan-value", data="nan_value", alpha=2.0, sharpness=1e-3)
     yield replace(flat, name="flat-equal", data="equal", sharpness=1.0)

@@ -526,9 +526,6 @@ def check_attention(case: Attention, backend: str) -> Verdict:
     exact = reference.attention(*tensors, **options)
     bounds = Bounds(case, exact, slack_of(case.query.dtype, backend))
     judged = bounds.judged
-    spread = (*tensors[1:], case.grad_out)
-    if backend == "cuda" and not all(t.isfinite().all() for t in spread):
-        judged = torch.zeros_like(judged)  # see the docstring of that backend
     if not all(t.isfinite().all() for t in (case.value, case.grad_out)):
         # Times a probability that is below all numbers, infinity is nothing.
         vanishing = (exact.probabilities > 0.0) & (exact.probabilities < 4.0 * bounds.slack.tiny)

@@ -1,5 +1,5 @@
 """A few small calls of the cuda backend for compute-sanitizer: lists, dense tiles, both scans, keys
-that hundreds of queries keep."""
+that hundreds of queries keep, values that are not finite."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ for length, head_dim, sharpness, is_causal, dtype in (
     )
     if sharpness == 4.0:  # the first key is a sink
         query[..., 0], key[:, :, 0, 0] = 4.0, 16.0
+    if sharpness == 0.05:  # what dense tiles make of it is done again
+        value[:, 0, length // 2, 3], key[:, 1, 5, 0] = torch.nan, -torch.inf
     inputs = [x.requires_grad_() for x in (query * sharpness, key, value)]
     out = adasplash2.entmax_attention(*inputs, is_causal=is_causal, backend="cuda")
     torch.autograd.grad(out, inputs, torch.randn_like(out))

@@ -40,14 +40,6 @@ TENSOR_CORE_FACTOR = 1.5
 rounded to 16 bits, as Triton's interpreter does."""
 
 
-SPREADING = {
-    *("flat", "flat-causal", "flat-alpha2", "flat-wide", "mixed", "list-alpha1.25"),
-    *("flat-minus-infinity", "flat-nan-value", "nan_value-alpha1.25"),
-}
-"""Cases with rows that the CUDA backend serves by dense tiles, and keys or values that may not be
-finite."""
-
-
 class Result(NamedTuple):
     out: Tensor
     gradients: reference.Gradients
@@ -143,12 +135,6 @@ def without_gradient_of_undecided_rows(inputs: Inputs, case: Case) -> None:
     inputs.grad_out[undecided] = 0.0
 
 
-def skip_if_tiles_spread(case: Case, backend: str) -> None:
-    """Dense tiles multiply zeros by what is not finite; see the docstring of the CUDA backend."""
-    if backend == "cuda" and case.name in SPREADING:
-        pytest.skip("keys and values that are not finite reach all rows of a dense tile")
-
-
 # What each reaches in the Triton backend, where others of the table do not.
 REACHING = named(
     *("grid-float32-alpha1.5-causal", "grid-float32-alpha2-full", "grid-float32-alpha1.25-causal"),
@@ -169,8 +155,6 @@ REACHING = named(
 @interpreted(case=REACHING)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_reference(case: Case, backend: str) -> None:
-    if case.data != "gaussian":
-        skip_if_tiles_spread(case, backend)
     inputs = case.inputs(device_of(backend))
     if case.alpha > 2.0:
         without_gradient_of_undecided_rows(inputs, case)
@@ -247,6 +231,8 @@ POISONED = [
     Case("list-causal", length_k=200, is_causal=True, batch=2),
     Case("flat", length_k=1500, sharpness=0.01),
     Case("flat-causal", length_q=1300, length_k=1300, sharpness=0.01, is_causal=True),
+    Case("flat-bfloat16", length_k=1500, sharpness=0.01, head_dim=64, dtype=BFLOAT16),
+    Case("flat-wide-bfloat16", length_k=1500, sharpness=0.01, head_dim=128, dtype=BFLOAT16),
     Case("mixed", length_k=1500, data="mixed"),
     Case("flat-alpha2", length_k=2100, sharpness=1e-3, alpha=2.0),
     Case("flat-wide", length_k=2100, sharpness=1e-3, alpha=2.0, head_dim=128),
@@ -293,7 +279,6 @@ def test_a_bad_query_reaches_its_row_alone(case: Case, poison: float, backend: s
 @on_every_backend
 @pytest.mark.parametrize("case", POISONED, ids=lambda case: case.name)
 def test_a_bad_key_reaches_the_rows_that_may_see_it(case: Case, backend: str) -> None:
-    skip_if_tiles_spread(case, backend)
     inputs = case.inputs(device_of(backend))
     clean = run(inputs, case, backend)
     column = 70
@@ -311,7 +296,6 @@ def test_a_bad_key_reaches_the_rows_that_may_see_it(case: Case, backend: str) ->
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("case", POISONED, ids=lambda case: case.name)
 def test_a_bad_value_reaches_the_rows_that_keep_it(case: Case, poison: float, backend: str) -> None:
-    skip_if_tiles_spread(case, backend)
     inputs = case.inputs(device_of(backend))
     p = probabilities(inputs, case, backend)[:, 0]
     kept_by = (p > 0.0).double().mean(dim=(0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,12 +153,14 @@ def test_a_key_that_all_rows_keep(heads_kv: int, cut: list[int]) -> None:
 
 @pytest.mark.gpu
 @BACKENDS
-def test_cuda_graphs_capture_forward_and_backward(name: str) -> None:
-    """Nothing waits for the host, and a replay serves new data."""
+@pytest.mark.parametrize("sharpness", [1.0, 0.01], ids=["lists", "flat"])
+def test_cuda_graphs_capture_forward_and_backward(sharpness: float, name: str) -> None:
+    """Nothing waits for the host, and a replay serves new data, finite or not."""
     backend = module_of(name)
     if backend.name == "cpu":
         pytest.skip("a graph holds kernels of the GPU")
-    case = Case("graph", length_q=1100, length_k=1100, is_causal=True, dtype=BFLOAT16, head_dim=64)
+    case = Case("graph", length_q=1100, length_k=1100, is_causal=True, dtype=BFLOAT16, head_dim=64,
+                sharpness=sharpness)  # fmt: skip
     inputs = case.inputs("cuda")
     config = backend.configs(problem_of(case, inputs))[0]
     forward_and_backward(backend, case, inputs, config)  # compiles
@@ -167,8 +170,9 @@ def test_cuda_graphs_capture_forward_and_backward(name: str) -> None:
         captured = forward_and_backward(backend, case, inputs, config)
     inputs.query.mul_(2.0)
     inputs.value.neg_()
-    graph.replay()
-    for one, other in zip(
-        captured, forward_and_backward(backend, case, inputs, config), strict=True
-    ):
-        assert torch.equal(one, other)
+    for value in (1.0, math.nan, 1.0):
+        inputs.value[:, 0, 500, 1] = value
+        graph.replay()
+        expected = forward_and_backward(backend, case, inputs, config)
+        for one, other in zip(captured, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

@@ -16,8 +16,8 @@ import torch
 pytest.importorskip("cupy", reason="CuPy is not installed: nothing to compile with")
 
 from adasplash2.backends import cuda
+from adasplash2.backends.cuda import attention, configurations, driver, layout, sizes
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.backends.cuda import launch, layout, plan, sizes
 from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem
 
 HOT = {
@@ -26,7 +26,10 @@ HOT = {
                     "grad_columns", "sort_long_columns", "grad_long_columns"},
     "rows.cu": {"entmax_rows", "entmax_rows_grad"},
 }  # fmt: skip
-COLD = {"dense.cu": {"dense_output", "dense_grad_rows", "dense_grad_columns"}}
+COLD = {
+    "dense.cu": {"dense_output", "dense_grad_rows", "dense_grad_columns"},
+    "exact.cu": {"exact_output", "exact_grad_rows", "exact_grad_columns"},
+}
 KERNELS = HOT | COLD
 FEW_SPILLS = 64
 """Bytes a thread that kernels may spill which are not hot: those for flat rows, and all kernels of
@@ -94,7 +97,7 @@ def test_compiles_without_spills(
     defines = kind(dtype, head_dim, head_dim, alpha, causal=head_dim != 16, aligned=head_dim != 16)
     if unit == "scan.cu":
         defines |= scan.defines_for(capacity)
-    if unit == "dense.cu":
+    if unit in COLD:
         defines |= sizes.portable_dense(head_dim, head_dim, itemsize).defines
     compiled = compiler.compile_unit(unit, defines, arch)
     found = usage(compiled.log)
@@ -107,18 +110,21 @@ def test_compiles_without_spills(
 
 HOPPER = [
     *(
-        (plan.HOPPER_SHAPES[0], head_dim, alpha)
+        (configurations.HOPPER_SHAPES[0], head_dim, alpha)
         for head_dim in (16, 64, 80, 128)
         for alpha in range(3)
     ),
-    *((shape, head_dim, 0) for shape in plan.HOPPER_SHAPES[1:] for head_dim in (64, 128)),
-    *((plan.RETRY_SHAPE, head_dim, alpha) for head_dim, alpha in ((64, 0), (128, 1), (128, 2))),
+    *((shape, head_dim, 0) for shape in configurations.HOPPER_SHAPES[1:] for head_dim in (64, 128)),
+    *(
+        (configurations.RETRY_SHAPE, head_dim, alpha)
+        for head_dim, alpha in ((64, 0), (128, 1), (128, 2))
+    ),
 ]
 
 
 @pytest.mark.parametrize(("shape", "head_dim", "alpha"), HOPPER)
 def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, alpha: int) -> None:
-    scan = sizes.hopper_scan(head_dim, *shape, retry=shape == plan.RETRY_SHAPE)
+    scan = sizes.hopper_scan(head_dim, *shape, retry=shape == configurations.RETRY_SHAPE)
     capacity = scan.capacity(SHARED["sm_90"])
     assert capacity is not None
     # Survivors that a row may keep: what two staging blocks, and what one may add, leave of the
@@ -126,7 +132,7 @@ def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, a
     pair = 2 * layout.LIST_ENTRY_BYTES  # of a lane's two rows, as a staging block is
     staging = layout.MIN_STAGING_BLOCKS * layout.STAGING_LANE_BYTES / pair
     entries = capacity - staging - layout.STAGING_APPEND
-    least = {plan.HOPPER_SHAPES[0]: 64, plan.RETRY_SHAPE: 240}
+    least = {configurations.HOPPER_SHAPES[0]: 64, configurations.RETRY_SHAPE: 240}
     assert layout.LIST_LANES * entries >= least.get(shape, 48)
     defines = kind(alpha % 2, head_dim, head_dim, alpha, causal=head_dim != 16)
     defines |= scan.defines_for(capacity)
@@ -201,7 +207,7 @@ def test_every_field_is_held_to_its_offset(
 
 def test_an_integer_that_does_not_fit_its_field_is_refused() -> None:
     with pytest.raises(OverflowError, match="length_q = 2147483648 does not fit Params"):
-        launch.params({"length_q": 2**31})
+        driver.params({"length_q": 2**31})
 
 
 def test_lists_longer_than_the_memory_for_a_row_do_not_compile(
@@ -310,35 +316,35 @@ MAPPED = 77
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
     found = Driver()
-    monkeypatch.setattr(launch, "driver", lambda: found)
-    monkeypatch.setattr(launch, "context", lambda device: 100 + device)
+    monkeypatch.setattr(driver, "driver", lambda: found)
+    monkeypatch.setattr(driver, "context", lambda device: 100 + device)
     monkeypatch.setattr(
         torch._C, "_cuda_getCurrentRawStream", lambda device: 200 + device, raising=False
     )
     return found
 
 
-def kernel(shared_bytes: int = 0) -> launch.Kernel:
+def kernel(shared_bytes: int = 0) -> driver.Kernel:
     module = SimpleNamespace(get_function=lambda name: SimpleNamespace(ptr=300))
-    return launch.Kernel(module, "scan", shared_bytes)
+    return driver.Kernel(module, "scan", shared_bytes)
 
 
-def test_a_launch_passes_the_bytes_of_its_fields(driver: Driver) -> None:
+def test_a_launch_passes_the_bytes_of_its_fields(fake: Driver) -> None:
     tensor = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
     swapped = tensor.transpose(1, 2)
-    constants = launch.params({"length_q": 7, "c": 0.5, "r": 2.0})
-    call = launch.Call(3, launch.words(constants))
+    constants = driver.params({"length_q": 7, "c": 0.5, "r": 2.0})
+    call = driver.Call(3, driver.words(constants))
     call.put_view("q", tensor)
     call.put_view("grad_v", swapped)
     call.put_pointer("tau", tensor)
-    call.put_parts(tensor, launch.places({"rank": 0, "long_parts": 2**40}))
+    call.put_parts(tensor, driver.places({"rank": 0, "long_parts": 2**40}))
     with call:
         call.fill(64, 5)
         kernel()((6, 2), 32, (), call)
         kernel(1000)((MAPPED, 1), 64, (("q", 128),), call)
-    assert driver.asked == [
+    assert fake.asked == [
         ("push", 103),
         ("zero", 64, 0, 5, 203),
         ("launch", 300, 6, 2, 1, 32, 1, 1, 0, 203),
@@ -351,52 +357,52 @@ def test_a_launch_passes_the_bytes_of_its_fields(driver: Driver) -> None:
     expected.q = (at, *tensor.stride()[:3])
     expected.grad_v = (at, *swapped.stride()[:3])
     expected.tau, expected.rank, expected.long_parts = at, at, at + 2**40
-    assert driver.blocks == [bytes(expected)] * 2
-    assert driver.maps == [b"\7" * 128]
+    assert fake.blocks == [bytes(expected)] * 2
+    assert fake.maps == [b"\7" * 128]
 
 
-def test_a_call_holds_the_maps_that_its_kernels_read(driver: Driver) -> None:
+def test_a_call_holds_the_maps_that_its_kernels_read(fake: Driver) -> None:
     """Whatever becomes of the cache that they come from."""
-    call = launch.Call(0, launch.words(launch.params({})))
+    call = driver.Call(0, driver.words(driver.params({})))
     tensor = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
     call.put_view("q", tensor)
-    launch._encoded_map.cache_clear()
+    driver._encoded_map.cache_clear()
     with call:
         kernel()((MAPPED, 1), 64, (("q", 128),), call)
-        held = weakref.ref(launch.tensor_map(tensor, 128).room)
-        launch._encoded_map.cache_clear()
+        held = weakref.ref(driver.tensor_map(tensor, 128).room)
+        driver._encoded_map.cache_clear()
         assert held() is not None
     del call
     assert held() is None
 
 
-def test_a_failed_launch_has_the_name_of_its_error(driver: Driver) -> None:
-    call = launch.Call(0, launch.words(launch.params({})))
-    driver.status = 700
+def test_a_failed_launch_has_the_name_of_its_error(fake: Driver) -> None:
+    call = driver.Call(0, driver.words(driver.params({})))
+    fake.status = 700
     with pytest.raises(RuntimeError, match=r"CUDA_ERROR_STUB \(700\)"), call:
         kernel()((1, 1), 32, (), call)
-    assert driver.asked[-1] == ("pop",)
+    assert fake.asked[-1] == ("pop",)
 
 
-def test_calls_share_no_block(driver: Driver) -> None:
+def test_calls_share_no_block(fake: Driver) -> None:
     """Several threads may be at work between the launches of one."""
-    constants = launch.words(launch.params({"batch": 1}))
-    first, second = launch.Call(0, constants), launch.Call(0, constants)
+    constants = driver.words(driver.params({"batch": 1}))
+    first, second = driver.Call(0, constants), driver.Call(0, constants)
     tensor = torch.zeros(1)
     second.put_pointer("tau", tensor)
     with first, second:
         kernel()((1, 1), 32, (), second)
         kernel()((1, 1), 32, (), first)
-    found = [layout.Params.from_buffer_copy(block).tau for block in driver.blocks]
+    found = [layout.Params.from_buffer_copy(block).tau for block in fake.blocks]
     assert found == [tensor.data_ptr(), 0]
 
 
 def test_what_tma_takes() -> None:
     """Rows on 16 bytes; heads that are all the same one, but not rows."""
     keys = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
-    assert launch.is_aligned(keys, keys[:, :1].expand(-1, 3, -1, -1), keys.transpose(1, 2))
-    assert not launch.is_aligned(keys[:, :, :1].expand(-1, -1, 8, -1))
-    assert not launch.is_aligned(keys[..., 1:33])
+    assert configurations.is_aligned(keys, keys[:, :1].expand(-1, 3, -1, -1), keys.transpose(1, 2))
+    assert not configurations.is_aligned(keys[:, :, :1].expand(-1, -1, 8, -1))
+    assert not configurations.is_aligned(keys[..., 1:33])
 
 
 def problem(head_dim: int, head_dim_v: int) -> Problem:
@@ -413,7 +419,7 @@ def problem(head_dim: int, head_dim_v: int) -> Problem:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(plan, "shared_memory", lambda device: SHARED["sm_90"])
+    monkeypatch.setattr(configurations, "shared_memory", lambda device: SHARED["sm_90"])
 
 
 @pytest.mark.usefixtures("hopper")
@@ -423,9 +429,9 @@ def test_rows_that_cannot_start_on_16_bytes_are_offered_what_can_run(
 ) -> None:
     on_gpu = {"device": torch.device("cuda:0")}
     offered = cuda.configs(dataclasses.replace(problem(head_dim, head_dim_v), **on_gpu))
-    assert list(offered) == [plan.PORTABLE, plan.PORTABLE_TWO]
+    assert list(offered) == [configurations.PORTABLE, configurations.PORTABLE_TWO]
     aligned = cuda.configs(dataclasses.replace(problem(64, 64), **on_gpu))
-    assert plan.DENSE in aligned
+    assert configurations.DENSE in aligned
     assert [c for c in aligned if c["scan"] == "hopper"]
 
 
@@ -433,15 +439,33 @@ def test_rows_that_cannot_start_on_16_bytes_are_offered_what_can_run(
 def test_a_plan_says_which_configuration_runs(caplog: pytest.LogCaptureFixture) -> None:
     asked = dataclasses.replace(problem(64, 64), device=torch.device("cuda:0"))
     caplog.set_level("DEBUG", "adasplash2")
-    for config in (*cuda.configs(asked), plan.PORTABLE_TWO):
+    for config in (*cuda.configs(asked), configurations.PORTABLE_TWO):
         caplog.clear()
-        assert plan.plan(asked, config, aligned=True).config == config
+        assert attention.plan_of(asked, config, aligned=True).config == config
         assert not caplog.messages
         portable = config["scan"] == "portable"
-        expected = config if portable else plan.PORTABLE
-        assert plan.plan(asked, config, aligned=False).config == expected
+        expected = config if portable else configurations.PORTABLE
+        assert attention.plan_of(asked, config, aligned=False).config == expected
         told = f"{dict(expected)} runs instead of {dict(config)}"
         assert [told in message for message in caplog.messages] == [True] * (not portable)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_notes_tell_what_runs_instead() -> None:
+    """Of tensors whose rows do not start on 16 bytes; those that are copied first do."""
+    asked = dataclasses.replace(problem(64, 64), device=torch.device("cuda:0"))
+    whole = torch.zeros(1, 2, 100, 64, dtype=torch.bfloat16)
+    shifted = torch.zeros(whole.numel() + 1, dtype=torch.bfloat16)[1:].view_as(whole)
+    strided = torch.zeros(1, 2, 100, 130, dtype=torch.bfloat16)[..., 1:129:2]
+    for config in cuda.configs(asked):
+        assert cuda.notes(asked, Inputs(whole, whole, strided), config) == []
+        found = cuda.notes(asked, Inputs(shifted, whole, shifted), config)
+        if config["scan"] == "portable":
+            assert found == []
+        else:
+            told = f"{dict(configurations.PORTABLE)} runs instead"
+            assert [note.split()[2] for note in found] == ["query", "value"]
+            assert all(told in note for note in found)
 
 
 def test_the_bound_of_what_is_saved() -> None:

@@ -22,7 +22,14 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 from adasplash2.backends import triton as backend
 from adasplash2.backends.triton import sizes
-from adasplash2.problem import Inputs, Problem, RowProblem, ScoreTransform
+from adasplash2.problem import (
+    DIFFERENTIABLE,
+    Inputs,
+    Operand,
+    Problem,
+    RowProblem,
+    ScoreTransform,
+)
 
 if sizes.INTERPRETED:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
@@ -65,6 +72,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int8: "*i8",
+    torch.int64: "*i64",
 }
 
 Launch = tuple[Any, dict[str, Any], dict[str, int]]
@@ -74,8 +82,8 @@ def specialise(value: Any, place: tuple[int, ...], constants: Any, attributes: A
     """The type of an argument as Triton specialises it: 1 and None are constants, pointers and
     multiples of 16 are said to be such; members of a tuple one by one."""
     if isinstance(value, tuple):
-        members = (specialise(x, (*place, i), constants, attributes) for i, x in enumerate(value))
-        return type(value)(*members)
+        members = [specialise(x, (*place, i), constants, attributes) for i, x in enumerate(value)]
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
     if value is None or (isinstance(value, int) and value == 1):
         constants[place] = value
         return "constexpr"
@@ -164,6 +172,90 @@ def test_attention_compiles(
         assert compiled.metadata.shared <= SHARED[capability], kernel.__name__
         if dtype != torch.float32 and kernel.__name__ not in sizes.LIST_KERNELS:
             assert TENSOR_CORES[capability] in compiled.asm["ptx"], kernel.__name__
+
+
+PER_HEAD, PER_ROW, PER_PAIR = (False, True), (True, True, True), (True, True, True, True)
+
+ASKED: dict[str, tuple[dict[str, Any], tuple[Operand, ...]]] = {
+    "window": ({"window": (100, 7), "bottom_right": True}, ()),
+    "ranges": ({}, (Operand("ranges", torch.int32, PER_ROW),)),
+    "hidden": ({}, (Operand("attn_mask", torch.bool, (False, False, True, True)),)),
+    "added": ({}, (Operand("attn_mask", torch.bfloat16, PER_PAIR),)),
+    "added by key": ({}, (Operand("attn_mask", torch.float32, (True, False, False, True)),)),
+    "softcap": ({"softcap": 30.0}, (Operand("sinks", torch.float32, PER_HEAD),)),
+    "slopes": ({"is_causal": True}, (Operand("alibi_slopes", torch.float32, PER_HEAD),)),
+    "numbers": (
+        {"scale": 1.0},
+        (
+            Operand("scales", torch.float32, PER_ROW),
+            Operand("alphas", torch.float32, PER_HEAD),
+        ),
+    ),
+    "dropout": ({"dropout_p": 0.1}, (Operand("dropout_seed", torch.int64, (False,)),)),
+    "all": (
+        {"scale": 1.0, "softcap": 30.0, "dropout_p": 0.1},
+        (
+            Operand("attn_mask", torch.float32, (False, True, True, True)),
+            Operand("alibi_slopes", torch.float32, PER_HEAD),
+            Operand("sinks", torch.float32, PER_HEAD),
+            Operand("scales", torch.float32, PER_ROW),
+            Operand("alphas", torch.float32, PER_HEAD),
+            Operand("ranges", torch.int32, PER_ROW),
+            Operand("dropout_seed", torch.int64, (True,)),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked"), [*((90, asked) for asked in ASKED), (80, "added")]
+)
+def test_what_a_call_may_ask_compiles(capability: int, asked: str, launches: list[Launch]) -> None:
+    """Gradients of operands beside those without; the way for what is not finite once."""
+    said, operands = ASKED[asked]
+    plain = problem(64, torch.bfloat16, 1.5, False)
+    whole = dataclasses.replace(
+        plain,
+        batch=2,
+        length_q=900,
+        scores=dataclasses.replace(plain.scores, **said),
+        operands=operands,
+    )
+    backend.precompile(whole, next(sizes.configs(whole, LIMITS[capability])))
+    wanted = {
+        operand.name
+        for operand in operands
+        if operand.name in DIFFERENTIABLE and operand.dtype != torch.bool
+    }
+    names = [kernel.__name__ for kernel, *_ in launches]
+    assert ("grad_mask" in names) == ("attn_mask" in wanted)
+    assert names.count("grad_query") == (4 if wanted else 2)
+    compiled = set()
+    for kernel, arguments, options in launches:
+        kind = kernel.__name__, arguments.get("SAFE"), arguments.get("WANTED")
+        if kind in compiled or (arguments.get("SAFE") and asked != "numbers"):
+            continue
+        compiled.add(kind)
+        made = compile_for(capability, kernel, arguments, options)
+        assert made.metadata.shared <= SHARED[capability], kernel.__name__
+        if kernel.__name__ not in sizes.LIST_KERNELS:
+            assert TENSOR_CORES[capability] in made.asm["ptx"], kernel.__name__
+
+
+def test_a_new_width_or_softcap_compiles_nothing_new() -> None:
+    """Numbers that calls say go to the kernels as they run."""
+    plain = problem(64, torch.bfloat16, 1.5, False)
+    config = next(sizes.configs(plain, LIMITS[90]))
+    made = {
+        sizes.Options.of(
+            dataclasses.replace(plain, scores=dataclasses.replace(plain.scores, **said)), config
+        )
+        for said in (
+            {"window": (100, 7), "softcap": 30.0, "dropout_p": 0.1},
+            {"window": (3, 0), "softcap": 5.0, "dropout_p": 0.5},
+        )
+    }
+    assert len(made) == 1
 
 
 def test_tiles_are_asked_for_before_those_in_use_are_done_with(launches: list[Launch]) -> None:

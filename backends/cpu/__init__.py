@@ -68,6 +68,11 @@ def versions() -> Mapping[str, str]:
     return {"core": _core_hash(), "isa": _core.isa(), "threads": str(torch.get_num_threads())}
 
 
+def notes(problem: Problem | RowProblem, inputs: Inputs, config: Config) -> Sequence[str]:
+    """Nothing: what runs is ``config``, whatever the tensors."""
+    return ()
+
+
 def precompile(problem: Problem | RowProblem, config: Config) -> None:
     """Nothing: the core is compiled with the package."""
 

@@ -8,9 +8,9 @@ with room for up to 256 survivors where that may help, and what is left is serve
 so large a part that dense tiles are faster from the start, and Hopper can leave out the scan.
 Nothing waits for the host, so CUDA graphs can capture forward and backward.
 
-Rows in dense tiles multiply their zeros too: there a key or value, or an output's gradient, that is
-not finite reaches the gradients and outputs of every row of its block, as in softmax attention.
-Without a scan, heads with a query, key or value that is not finite take the element path.
+Dense tiles multiply their zeros too, so that a NaN or an infinity in them reaches rows that do not
+keep its key. What comes out and is not finite is marked, and ``exact.cu`` does it again. Without a
+scan, heads with a query, key or value that is not finite take the element path.
 
 Needs CuPy, which brings NVRTC, and neither Triton nor a compiler. Importing this package imports
 neither CuPy nor NumPy, which CuPy needs: :func:`unavailable` says which is missing.
@@ -18,21 +18,37 @@ neither CuPy nor NumPy, which CuPy needs: :func:`unavailable` says which is miss
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from adasplash2.backends.cuda import attention, configurations, layout, rows, sizes
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.backends.cuda import layout, sizes
-from adasplash2.contract import AttentionStats, Config, Forward, Gradients
+from adasplash2.backends.cuda.attention import backward, forward, stats
+from adasplash2.contract import Config
 from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals, unsupported
+
+__all__ = [
+    "backward",
+    "configs",
+    "forward",
+    "name",
+    "notes",
+    "precompile",
+    "refusals",
+    "rows_backward",
+    "rows_forward",
+    "saved_bound",
+    "stats",
+    "unavailable",
+    "versions",
+]
 
 name = "cuda"
 
 MIN_CAPABILITY = (8, 0)
 """``cp.async`` and bfloat16 matrix fragments."""
-
 
 LARGEST_POWER = {2: 1024.0, 4: 16.0}
 """By bytes of the dtype, the largest ``1 / (alpha - 1)`` of attention: the power makes that much of
@@ -67,9 +83,6 @@ def unavailable() -> str | None:
 
 def refusals(problem: Problem | RowProblem) -> list[str]:
     """All reasons why this problem cannot run here; empty: it can."""
-    from adasplash2.backends.cuda import plan as plans
-    from adasplash2.backends.cuda import rows
-
     reasons = []
     if problem.device.type != "cuda":
         reasons.append(f"tensors are on {problem.device}, this backend needs a CUDA device")
@@ -104,7 +117,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         reasons.append("the query rows of all heads together exceed 2^31 - 1")
     widths, itemsize = (problem.head_dim, problem.head_dim_v), problem.dtype.itemsize
     dense = max(sizes.portable_dense(*widths, itemsize).shared.values())
-    optin = plans.shared_memory(problem.device).per_block
+    optin = configurations.shared_memory(problem.device).per_block
     if not configs(problem) or dense > optin:
         reasons.append(
             f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs "
@@ -115,9 +128,12 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     """The shapes of the scan that the device has room for."""
-    from adasplash2.backends.cuda import plan as plans
+    return [{}] if isinstance(problem, RowProblem) else configurations.offered(problem)
 
-    return [{}] if isinstance(problem, RowProblem) else plans.configs(problem)
+
+def notes(problem: Problem | RowProblem, inputs: Inputs, config: Config) -> list[str]:
+    """What of these tensors makes another configuration run than ``config``, a sentence each."""
+    return [] if isinstance(problem, RowProblem) else configurations.notes(inputs, config)
 
 
 def saved_bound(problem: Problem) -> int:
@@ -127,77 +143,13 @@ def saved_bound(problem: Problem) -> int:
     return sizes.Saved(sizes.Counts.of(problem)).total
 
 
-def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int = -1) -> Forward:
-    """Attention output, thresholds and the survivors for the backward."""
-    return _forward(problem, inputs, config, {}, saved_bytes=saved_bytes)
-
-
-def backward(
-    problem: Problem,
-    inputs: Inputs,
-    forward: Forward,
-    grad_out: Tensor,
-    config: Config,
-    wanted: Collection[str] = (),
-) -> Gradients:
-    """Gradients of query, key and value."""
-    from adasplash2.backends.cuda import launch
-    from adasplash2.backends.cuda import plan as plans
-
-    query, key, value, grad_out = (_unit_stride(x) for x in (*inputs.tensors, grad_out))
-    grad_query, grad_key, grad_value = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.tensors
-    )
-    plan = plans.plan(problem, config, launch.is_aligned(query, key, value, grad_out))
-    plan.saved.check(forward.saved)
-    scratch, steps = plan.scratch, plan.backward
-    memory = torch.empty(scratch.total, dtype=torch.uint8, device=problem.device)
-    call = plan.call()
-    call.put_parts(memory, scratch.places)
-    call.put_parts(forward.saved, plan.saved_places)
-    call.put_pointer("tau", forward.tau)
-    call.put_view("q", query)
-    call.put_view("k", key)
-    call.put_view("v", value)
-    call.put_view("grad_o", grad_out)
-    call.put_view("grad_q", grad_query)
-    call.put_view("grad_k", grad_key)
-    call.put_view("grad_v", grad_value)
-    with call:
-        call.fill(memory.data_ptr(), scratch.zeroed)  # counts, and the number of long columns
-        for step in steps:
-            step(call)
-    return Gradients(grad_query, grad_key, grad_value)
-
-
-def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
-    """A forward that counts what it did."""
-    shape = (problem.batch, problem.heads_q, problem.length_q)
-    tiles_q, tiles_k = -(-problem.length_q // 64), -(-problem.length_k // 64)
-    device = problem.device
-    iterations = torch.zeros(shape, dtype=torch.int32, device=device)
-    tiles = torch.zeros((*shape[:2], tiles_q, tiles_k), dtype=torch.uint8, device=device)
-    support = torch.zeros(shape, dtype=torch.int32, device=device)
-    result = _forward(
-        problem, inputs, config, {"iterations": iterations, "tiles": tiles}, support=support
-    )
-    empty = 1.0 - tiles.sum((-1, -2), dtype=torch.float64) / problem.allowed_tiles(64)
-    return AttentionStats(
-        tau=result.tau, support=support, iterations=iterations, empty_tiles=empty, backend=name
-    )
-
-
 def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
     """Entmax of each row of ``x``."""
-    from adasplash2.backends.cuda import rows
-
     return rows.forward(problem, x)
 
 
 def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
     """Gradient of ``x`` from the output ``y`` and its gradient."""
-    from adasplash2.backends.cuda import rows
-
     return rows.backward(problem, y, grad_y)
 
 
@@ -215,56 +167,9 @@ def versions() -> Mapping[str, str]:
 def precompile(problem: Problem | RowProblem, config: Config) -> None:
     """See :meth:`adasplash2.contract.Backend.precompile`; for tensors whose rows lie on 16 bytes
     where their width allows it. Others may take a variant more."""
-    from adasplash2.backends.cuda import plan as plans
-    from adasplash2.backends.cuda import rows
-
     if isinstance(problem, RowProblem):
         arch = compiler.architecture(torch.cuda.get_device_capability(problem.device))
         compiler.cubin("rows.cu", rows.defines(problem), arch)
         return
-    plan = plans.plan(problem, config, plans.may_align(problem))
+    plan = attention.plan_of(problem, config, configurations.may_align(problem))
     _ = plan.scans, plan.forward, plan.backward if problem.needs_grad else ()
-
-
-def _forward(
-    problem: Problem,
-    inputs: Inputs,
-    config: Config,
-    counted: dict[str, Tensor],
-    support: Tensor | None = None,
-    saved_bytes: int = -1,
-) -> Forward:
-    from adasplash2.backends.cuda import launch
-    from adasplash2.backends.cuda import plan as plans
-
-    query, key, value = (_unit_stride(x) for x in inputs.tensors)
-    plan = plans.plan(problem, config, launch.is_aligned(query, key, value))
-    shape = (problem.batch, problem.heads_q, problem.length_q)
-    device = problem.device
-    out = torch.empty((*shape, problem.head_dim_v), dtype=problem.dtype, device=device)
-    tau = torch.empty(shape, dtype=torch.float32, device=device)
-    length = saved_bytes if saved_bytes > 0 else plan.saved.total
-    saved = torch.empty(length, dtype=torch.uint8, device=device)
-    plan.saved.check(saved)
-    steps = plan.scans + (plan.forward if support is None else plan.forward_counted)
-    call = plan.call()
-    call.put_parts(saved, plan.saved_places)
-    call.put_pointer("tau", tau)
-    call.put_view("q", query)
-    call.put_view("k", key)
-    call.put_view("v", value)
-    call.put_view("o", out)
-    for field, tensor in counted.items():
-        call.put_pointer(field, tensor)
-    with call:
-        plan.start(call, saved)
-        for step in steps:
-            step(call)
-    if support is not None:
-        survivors = plan.saved.part(saved, "row_count").view(torch.int32).view(*shape[:2], -1)
-        support.copy_(survivors[..., : problem.length_q].clamp(min=0))
-    return Forward(out, tau, saved if problem.needs_grad else saved.new_empty(0))
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

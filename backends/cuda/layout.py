@@ -28,9 +28,10 @@ ARENA_ROW = 64
 """Entries of the survivor arena per query row. A row block shares those of its rows, so
 single rows may keep more."""
 
-LISTED, TO_RETRY, FLAT = range(3)
+LISTED, TO_RETRY, FLAT, UNSAFE = range(4)
 """What ``Params.flat`` says of a row block: its survivors are in the arena; a retry of the scan may
-find that they fit after all; the dense kernels serve it."""
+find that they fit after all; the dense kernels serve it; they did, and what came out is not finite,
+so that ``exact.cu`` does it again. The marks of gradients are ``UNSAFE`` or zero."""
 
 POISONED = -1
 """The number of survivors of a row whose output is NaN."""
@@ -217,15 +218,19 @@ Params = _struct(
     # Of each row; rows are numbered head by head, each head's padded to whole row blocks.
     ("RowStart*", "row_start"),
     ("RowCount*", "row_count"),
-    ("unsigned char*", "flat"),  # of each row block: kListed, kToRetry or kFlat
+    ("unsigned char*", "flat"),  # of each row block: kListed, kToRetry, kFlat or kUnsafe
     ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
-    ("Entry*", "entries"),  # the arena. Flat rows: see Threshold in dense.cu, O2 in dense90.cuh
+    ("Entry*", "entries"),  # the arena. Flat rows: see Threshold in dense.cuh, O2 in dense90.cuh
     # Arrival of an arena entry in its column; of long columns, later, the order of their records
     # by row.
     ("int*", "rank"),
     ("int*", "column_count", "column_start"),
     ("Record*", "records"),
     ("float*", "delta"),  # (batch * heads_q, length_q), flat rows only
+    # Whether any row block is unsafe, and in the backward: any rows by their dQ, any keys.
+    ("int*", "unsafe_output", "unsafe_grads"),
+    # Which ones: row blocks, and of each kRowBlock keys first their dK, then their dV.
+    ("unsigned char*", "unsafe_rows", "unsafe_keys"),
     ("int*", "long_columns"),  # [0] their number, then the columns
     ("int*", "long_done"),  # parts of a long column that are summed
     ("void*", "long_parts"),  # their sums, kLongPartBytes each

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adasplash2.backends.cuda import launch, layout, sizes
+from adasplash2.backends.cuda import driver, layout, sizes
 from adasplash2.problem import RowProblem
 
 
@@ -55,8 +55,8 @@ def _run(problem: RowProblem, kernel: str, **fields: Any) -> None:
         return
     shape = {"rows": problem.rows, "length": problem.length}
     numbers = {"c": problem.alpha - 1.0, "r": 1.0 / (problem.alpha - 1.0)}
-    words = launch.words(launch.params({**fields, **shape, **numbers}, struct=layout.RowParams))
-    device, options = launch.index(problem.device), tuple(defines(problem).items())
-    found = launch.kernel(device, "rows.cu", kernel, options)
-    with launch.Call(device, words) as call:
+    words = driver.words(driver.params({**fields, **shape, **numbers}, struct=layout.RowParams))
+    device, options = driver.index(problem.device), tuple(defines(problem).items())
+    found = driver.kernel(device, "rows.cu", kernel, options)
+    with driver.Call(device, words) as call:
         found((problem.rows, 1), layout.ROW_THREADS, (), call)

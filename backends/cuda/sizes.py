@@ -85,11 +85,12 @@ class Dense:
 
 
 def portable_dense(head_dim: int, head_dim_v: int, itemsize: int) -> Dense:
-    """``dense.cu``."""
+    """``dense.cu``, and ``exact.cu``, whose blocks have the same shape."""
     wide = itemsize == 4 and max(padded(head_dim), padded(head_dim_v)) > 128
     rows = 32 if wide else 64  # wide float32 tiles fill the shared memory at half the rows
     keys = tile_bytes(rows, head_dim, itemsize)
     values = tile_bytes(rows, head_dim_v, itemsize)
+    weights = rows * rows * ctypes.sizeof(ctypes.c_float)
     # The sums of both gradients of wide heads do not fit the registers together.
     key_blocks = 2 if padded(head_dim) + padded(head_dim_v) > 256 else 1
     return Dense(
@@ -102,6 +103,9 @@ def portable_dense(head_dim: int, head_dim_v: int, itemsize: int) -> Dense:
             "dense_output": 3 * keys + 2 * values,
             "dense_grad_rows": 3 * keys + 3 * values,
             "dense_grad_columns": 2 * keys + 2 * values,
+            "exact_output": 2 * keys + values + weights,
+            "exact_grad_rows": 2 * keys + 2 * values + weights,
+            "exact_grad_columns": 2 * keys + 2 * values + weights,
         },
         geometry={"BLOCK_ROWS": rows, "KEY_BLOCKS": key_blocks},
         maps=False,
@@ -209,6 +213,7 @@ class Counts:
     heads: int
     kv_heads: int
     columns: int
+    key_blocks: int
 
     @staticmethod
     def of(problem: Problem) -> Counts:
@@ -222,6 +227,7 @@ class Counts:
             heads=heads,
             kv_heads=kv_heads,
             columns=kv_heads * problem.length_k,
+            key_blocks=kv_heads * -(-problem.length_k // layout.ROW_BLOCK),
         )
 
 
@@ -246,6 +252,7 @@ class Saved:
             "row_count": counts.rows * 4,
             "flat": counts.row_blocks,
             "poison": counts.kv_heads * 4,
+            "unsafe_output": 4,
             "entries": counts.rows * layout.ARENA_ROW * ctypes.sizeof(layout.Entry),
         }
         self.offsets, self.total = parts(self._sizes)
@@ -255,9 +262,10 @@ class Saved:
         if saved.numel() < self.total:
             raise ValueError(f"saved must have {self.total} bytes here, got {saved.numel()}")
 
-    def span(self, saved: torch.Tensor, name: str) -> tuple[int, int]:
-        """Address and bytes of one part."""
-        return saved.data_ptr() + self.offsets[name], self._sizes[name]
+    def span(self, saved: torch.Tensor, name: str, last: str = "") -> tuple[int, int]:
+        """Address and bytes of one part, or of several up to ``last``."""
+        at, last = self.offsets[name], last or name
+        return saved.data_ptr() + at, self.offsets[last] + self._sizes[last] - at
 
     def part(self, saved: torch.Tensor, name: str) -> torch.Tensor:
         """One part as bytes."""

@@ -105,6 +105,11 @@ def versions() -> Mapping[str, str]:
     return {"triton": importlib.metadata.version("triton"), "kernels": _source_digest()}
 
 
+def notes(problem: Problem | RowProblem, inputs: Inputs, config: Config) -> Sequence[str]:
+    """Nothing: what runs is ``config``, whatever the tensors."""
+    return ()
+
+
 def precompile(problem: Problem | RowProblem, config: Config) -> None:
     """Compile what forward, and backward where ``problem.needs_grad``, launch for inputs of
     contiguous layout, into Triton's cache. Launches nothing and touches no data."""

@@ -101,6 +101,9 @@ class Backend(Protocol):
     def configs(self, problem: Problem | RowProblem) -> Sequence[Config]:
         """Configurations to choose from; the first is the default without tuning."""
 
+    def notes(self, problem: Problem | RowProblem, inputs: Inputs, config: Config) -> Sequence[str]:
+        """What of these tensors makes something else run than ``config``, a sentence each."""
+
     def precompile(self, problem: Problem | RowProblem, config: Config) -> None:
         """Compile into a disk cache what a forward of ``problem`` needs, and a backward where it
         has gradients. Launches nothing, and may run in another process than the call."""

@@ -30,7 +30,7 @@ from adasplash2 import cache
 from adasplash2.contract import Backend, Config
 from adasplash2.failures import may_pass
 from adasplash2.options import check_backend
-from adasplash2.problem import Problem, RowProblem
+from adasplash2.problem import Inputs, Problem, RowProblem
 from adasplash2.records import Record, Store, problem_class
 
 logger = logging.getLogger("adasplash2")
@@ -186,8 +186,11 @@ def saved_bound(problem: Problem, backend: str | None = None) -> int:
     return functools.reduce(torch.sym_max, concerned) if concerned else 0
 
 
-def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explanation:
-    """What :func:`choose` decides, and what every other backend says.
+def explain(
+    problem: Problem | RowProblem, backend: str | None = None, inputs: Inputs | None = None
+) -> Explanation:
+    """What :func:`choose` decides, and what every other backend says; of ``inputs``, where these
+    are known, also what the backend notes.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -219,6 +222,8 @@ def explain(problem: Problem | RowProblem, backend: str | None = None) -> Explan
             others.append((name, reasons or (could,)))
     strided = problem.strided if isinstance(problem, Problem) else ()
     notes = tuple(f"{name} is copied once: its head_dim stride is not 1" for name in strided)
+    if inputs is not None and chosen is not None:
+        notes += tuple(choice.backend.notes(problem, inputs, config))
     return Explanation(describe(problem), chosen, config, tuple(others), notes, why)
 
 

@@ -302,7 +302,7 @@ def explain(inputs: Inputs, options: Options) -> dispatch.Explanation:
         TypeError, ValueError: as :func:`entmax_attention`; a call that every backend refuses is
             explained, not raised.
     """
-    return dispatch.explain(_problem(inputs, options), options.backend or None)
+    return dispatch.explain(_problem(inputs, options), options.backend or None, inputs)
 
 
 def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = None) -> Tensor:

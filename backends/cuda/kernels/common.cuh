@@ -16,7 +16,7 @@
 //   WARPGROUPS, STAGES       of a block that filter, tiles of keys in shared memory (scan90.cu)
 //   RETRY                    1 to retry rows that lists could not hold (scan90.cu)
 // and for the dense kernels
-//   BLOCK_ROWS, KEY_BLOCKS   rows of a block, blocks for a tile's gradients (dense.cu)
+//   BLOCK_ROWS, KEY_BLOCKS   rows of a block, blocks for a tile's gradients (dense.cu, exact.cu)
 //   KEY_STAGES, GRAD_KEYS    stages of keys, keys of a backward's tile (dense90.cuh)
 //   OUTPUT                   OUTPUT_PLAIN, _SAVES or _COUNTS (dense90_output.cu)
 // SHARED_ and a kernel's name is the dynamic shared memory that it is launched with.

@@ -97,6 +97,17 @@ __device__ __forceinline__ void write_rows(const float (&d)[count], Scalar* head
   }
 }
 
+// Whether a lane's sums of one of its two rows of `width` elements are numbers.
+template <int width, int count>
+__device__ __forceinline__ bool are_finite(const float (&sums)[count], int slot) {
+  bool all = true;
+#pragma unroll
+  for (int n = 0; n < width / 8; ++n)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) all &= is_finite(sums[4 * n + 2 * slot + j]);
+  return all;
+}
+
 // A lane's weights of 16 columns as an A fragment of the product that sums over them.
 template <class Weight>
 __device__ __forceinline__ AFragment as_a_fragment(const Weight& w) {

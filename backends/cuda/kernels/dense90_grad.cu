@@ -150,12 +150,17 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
   add(ring.stage);
   wgmma_wait();
   fence_operands(grad);
+  bool unsafe = false;
 #pragma unroll
-  for (int slot = 0; slot < 2; ++slot)
-    if (tau[slot] != tau[slot])
+  for (int slot = 0; slot < 2; ++slot) {
+    const bool poisoned = tau[slot] != tau[slot];
+    unsafe |= b.flat[slot] && !poisoned && !are_finite<kHeadDim>(grad, slot);
+    if (poisoned)
 #pragma unroll
       for (int n = 0; n < kPanels * 8; ++n)
         grad[4 * n + 2 * slot] = grad[4 * n + 2 * slot + 1] = kNaN;
+  }
+  mark_rows_if(unsafe, p, b.head_row, b.first_row);
   write_rows<kHeadDim, false>(grad, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row, b.first_row,
                               p.length_q, p.scale, b.flat);
 }
@@ -251,6 +256,18 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
   ring.await_empty(at.empty);
   if (lane_id() == 0) queries[ring.stage].first = -1;
   arrive(at.full + ring.stage * 8);
+}
+
+// Add to what lists left of a gradient of a warp's keys. Where keys are unsafe it stays as it is.
+template <int width, int count>
+__device__ __forceinline__ void add_to_keys(const float (&sums)[count], const Params& p,
+                                            const View& to, const Keys& b, int first_key,
+                                            float factor, bool of_values) {
+  const bool unsafe = !are_finite<width>(sums, 0) || !are_finite<width>(sums, 1);
+  if (mark_keys_if(unsafe, p, b.kv_row, first_key, of_values)) return;
+  const bool all[2] = {true, true};
+  write_rows<width, true>(sums, row_of(to, b.batch, b.kv_head, 0), to.row, first_key, p.length_k,
+                          factor, all);
 }
 
 __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* own,
@@ -356,11 +373,8 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     weigh(s, dp);
   }
   fence_operands(grad_k), fence_operands(grad_v);
-  const bool all[2] = {true, true};
-  write_rows<kHeadDim, true>(grad_k, row_of(p.grad_k, b.batch, b.kv_head, 0), p.grad_k.row,
-                             first_key, p.length_k, p.scale, all);
-  write_rows<kHeadDimV, true>(grad_v, row_of(p.grad_v, b.batch, b.kv_head, 0), p.grad_v.row,
-                              first_key, p.length_k, 1.f / kProbScale, all);
+  add_to_keys<kHeadDim>(grad_k, p, p.grad_k, b, first_key, p.scale, false);
+  add_to_keys<kHeadDimV>(grad_v, p, p.grad_v, b, first_key, 1.f / kProbScale, true);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)

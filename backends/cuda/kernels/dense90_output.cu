@@ -511,6 +511,7 @@ struct Attention {
   }
   // Outputs of probabilities that sum to one, and what a backward needs of each row.
   __device__ __forceinline__ void write(Outputs& o) {
+    bool unsafe = false;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const float total = sum_over<4>(o.mass[slot]), total_u = sum_over<4>(o.sum_u[slot]);
@@ -523,6 +524,7 @@ struct Attention {
           float& x = o.out[4 * n + 2 * slot + j];
           x = poisoned[slot] ? kNaN : x * factor;
         }
+      unsafe |= b.flat[slot] && !poisoned[slot] && !are_finite<kHeadDimV>(o.out, slot);
       if (!b.flat[slot]) continue;
       if constexpr (kSaves) {
         float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
@@ -541,6 +543,7 @@ struct Attention {
       if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, b.row(slot));
       if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
+    mark_output_if(unsafe, p, b.head_row, b.first_row);
     write_rows<kHeadDimV, false>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row,
                                  p.length_q, 1.f / kProbScale, b.flat);
   }

@@ -40,7 +40,8 @@ __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
 }
 
 // Where no scan comes first all row blocks start as flat ones. Heads whose queries, keys or values
-// are not all finite are to be scanned after all: dense tiles would spread a NaN over whole blocks.
+// are not all finite are to be scanned after all: dense tiles may not see that a query is infinite,
+// and what they spread a NaN to has to be done again.
 
 template <int width>
 __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int first,

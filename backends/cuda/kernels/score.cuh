@@ -1,4 +1,10 @@
-// Which keys a query may see. Masks are named here and nowhere else.
+// Scores, and which keys a query may see. Masks are named here and nowhere else.
+//
+// A score is s = q_sign (q . k), and z = c s with c = (alpha-1) |scale| > 0: the sign of the scale
+// is in s, so that a larger score is always a larger z. Lists, their bounds, RowStart::top and
+// RowCount::bound are in units of s; thresholds tau and t, and x = z - tau, in units of z. Scans
+// and the Hopper kernels give the sign to queries or keys as they load them; dense.cuh, whose
+// products are q . k as it is, gives it to c.
 #pragma once
 
 #include "common.cuh"

@@ -48,4 +48,29 @@ struct KeyBlock {
   }
 };
 
+// What comes out of dense tiles and is not finite is marked, by the warp that owns its 16 rows or
+// keys, and done again by exact.cu. Each function returns whether some lane of the warp says so.
+
+__device__ __forceinline__ bool mark_if(bool mine, u8* mark, int* any) {
+  const bool unsafe = __any_sync(kAllLanes, mine);
+  if (unsafe && lane_id() == 0) *mark = kUnsafe, *any = 1;
+  return unsafe;
+}
+__device__ __forceinline__ bool mark_output_if(bool mine, const Params& p, int head_row, int row) {
+  return mark_if(mine, p.flat + i64(head_row) * p.row_blocks + row / kRowBlock, p.unsafe_output);
+}
+__device__ __forceinline__ bool mark_rows_if(bool mine, const Params& p, int head_row, int row) {
+  u8* mark = p.unsafe_rows + i64(head_row) * p.row_blocks + row / kRowBlock;
+  return mark_if(mine, mark, p.unsafe_grads);
+}
+__device__ __forceinline__ u8* mark_of_keys(const Params& p, int kv_row, int key, bool of_values) {
+  const int blocks = (p.length_k + kRowBlock - 1) / kRowBlock;
+  return p.unsafe_keys + 2 * (i64(kv_row) * blocks + key / kRowBlock) + of_values;
+}
+__device__ __forceinline__ bool mark_keys_if(bool mine, const Params& p, int kv_row, int key,
+                                             bool of_values) {
+  return mark_if(mine && key < p.length_k, mark_of_keys(p, kv_row, key, of_values),
+                 p.unsafe_grads + 1);
+}
+
 }  // namespace adasplash2

@@ -38,6 +38,7 @@ from adasplash2.backends.triton.kernels.score import (
     scale_of,
     terms_of,
     through_cap,
+    through_dropout,
 )
 from adasplash2.backends.triton.kernels.threshold import (
     alpha_gradient,
@@ -120,6 +121,20 @@ def add_row_sums(parts, x, p, u, distance_to_delta, ds, ds_product, product, row
 
 
 @triton.jit
+def tile_gradient(row_block, grad, delta, spread, k, v, first_key, terms, shape, opt: tl.constexpr,
+                  SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """``ds`` of a row block and a key tile, last, and what it is made of."""
+    x, s, product = distances(row_block, k, first_key, terms, shape, opt, EDGE)
+    p, u = weights(x, terms.r, opt)
+    dp = matmul(grad, tl.trans(v))
+    if opt.dropout:
+        rows, keys = numbers_of(row_block[3], first_key, opt, opt.block_q)
+        dp = through_dropout(dp, is_kept(rows, keys, terms, shape, opt), shape)
+    ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], terms.r, opt, SAFE)
+    return x, p, u, s, product, dp, ds
+
+
+@triton.jit
 def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, entries, terms,
                      shape, opt: tl.constexpr, WANTED: tl.constexpr, SAFE: tl.constexpr,
                      EDGE: tl.constexpr):  # fmt: skip
@@ -130,16 +145,11 @@ def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, e
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
         number = entry_of(numbers, index + 1, stop)
-        x, s, product = distances(row_block, k, first, terms, shape, opt, EDGE)
-        p, u = weights(x, terms.r, opt)
-        dp = matmul(grad, tl.trans(v))
-        if opt.dropout or WANTED.some:
-            rows, columns = numbers_of(row_block[3], first, opt, opt.block_q)
-        if opt.dropout:
-            dp = tl.where(is_kept(rows, columns, terms, shape, opt), dp * shape.terms.kept, 0.0)
-        ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], terms.r, opt, SAFE)
+        x, p, u, s, product, dp, ds = tile_gradient(row_block, grad, delta, spread, k, v, first,
+                                                    terms, shape, opt, SAFE, EDGE)  # fmt: skip
         ds_product = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if WANTED.some:
+            rows, columns = numbers_of(row_block[3], first, opt, opt.block_q)
             to_delta = dp * spread[:, None] - delta[:, None]
             parts = add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, columns,
                                  terms, shape, opt, WANTED, SAFE)  # fmt: skip
@@ -320,8 +330,8 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
             rows, keys = numbers_of(first_row, first_key, opt, part, True)
         if opt.dropout:
             kept = is_kept(rows, keys, terms, shape, opt)
-            p = tl.where(kept, p * shape.terms.kept, 0.0)
-            dp = tl.where(kept, dp * shape.terms.kept, 0.0)
+            p = through_dropout(p, kept, shape)
+            dp = through_dropout(dp, kept, shape)
         acc_v += matmul((p * SCALE).to(grad.dtype), finite_part(grad, SAFE))
         ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], terms.r, opt, SAFE)
         ds = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
@@ -548,13 +558,9 @@ def mask_piece(acc, row_block, tile, query, key, value, grad_out, thresholds, at
     top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
     delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
     spread = load_spread(spread_in, at_row, inside, opt)
+    _, _, _, _, _, _, ds = tile_gradient((q, top, t, first_row), grad, delta, spread, k, v, first,
+                                         terms, shape, opt, True, True)  # fmt: skip
     rows, columns = numbers_of(first_row, first, opt, opt.block_q)
-    x, _, _ = distances((q, top, t, first_row), k, first, terms, shape, opt, True)
-    _, u = weights(x, terms.r, opt)
-    dp = matmul(grad, tl.trans(v))
-    if opt.dropout:
-        dp = tl.where(is_kept(rows, columns, terms, shape, opt), dp * shape.terms.kept, 0.0)
-    ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], terms.r, opt, True)
     sees = allowed(rows, columns, terms, shape, opt) & inside[:, None] & (t != t)[:, None]
     sees = sees & (bias_of(rows, columns, terms, shape, opt) != -INFINITY)
     return acc + tl.where(sees, float("nan"), ds)

@@ -30,7 +30,8 @@ FARTHEST = tl.constexpr(2.0**30)
 
 
 class HeadTerms(NamedTuple):
-    """What scores of one query head are made with; None where ``opt`` does not ask for it.
+    """What scores of one query head are made with; 0 where ``opt`` does not ask for it: Triton
+    before 3.7 takes no None here.
 
     ``c`` and ``r = 1 / (alpha - 1)``; where alpha is an operand, ``c`` is NaN for one that is not
     allowed. ``slope`` and ``sink``: numbers. ``mask``, ``scales`` and ``ranges``: where those of
@@ -39,13 +40,13 @@ class HeadTerms(NamedTuple):
 
     c: Any
     r: Any
-    slope: Any = None
-    sink: Any = None
-    mask: Any = None
-    scales: Any = None
-    ranges: Any = None
-    seed: Any = None
-    number: Any = None
+    slope: Any = 0
+    sink: Any = 0
+    mask: Any = 0
+    scales: Any = 0
+    ranges: Any = 0
+    seed: Any = 0
+    number: Any = 0
 
 
 @triton.jit
@@ -60,18 +61,18 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
     asked = shape.terms
     c = shape.c
     r = shape.r
-    slope = None
-    sink = None
-    mask = None
-    scales = None
-    ranges = None
-    seed = None
-    number = None
+    slope = 0
+    sink = 0
+    mask = 0
+    scales = 0
+    ranges = 0
+    seed = 0
+    number = 0
     if opt.alphas:
         excess = tl.load(base_of(asked.alphas, batch, head)) - 1.0
         right = (excess > 0.0) & (excess <= 1.0)
         c = tl.where(right, excess * c, float("nan"))
-        r = tl.where(right, 1.0 / excess, 1.0)
+        r = 1.0 / tl.where(right, excess, 1.0)
     if opt.alibi:
         slope = tl.load(base_of(asked.slopes, batch, head))
     if opt.sinks:
@@ -95,7 +96,7 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
 def load_range(rows, part: tl.constexpr, terms, shape):
     """First key, end or place of ``rows``, by ``part``; zero for rows that do not exist."""
     ranges = shape.terms.ranges
-    places = terms.ranges + part * ranges.part + rows * ranges.row
+    places = terms.ranges + part * ranges.part + rows.to(tl.int64) * ranges.row
     return tl.load(places, mask=rows < shape.length_q, other=0)
 
 
@@ -209,11 +210,12 @@ def near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt: tl.constexpr
     if opt.upper:
         last = tl.minimum(last, end_of(rows, terms, shape, opt) - 1)
     nearest = tl.maximum(nearest, place - last)
-    distance = nearest.to(tl.float32) + (2.0 * m + terms.r) / terms.slope
+    distance = (2.0 * m + terms.r) / tl.where(terms.slope > 0.0, terms.slope, 1.0)
+    distance = tl.where(terms.slope > 0.0, nearest.to(tl.float32) + distance, INFINITY)
     place = place.to(tl.float32)
     # More than rounding can take from it, also from the norms and the scores.
     distance = distance * (1.0 + 2.0**-10) + tl.abs(place) * 2.0**-20 + 2.0
-    right = (distance < INFINITY) & (distance * 0.0 + terms.slope > 0.0)  # neither is NaN
+    right = distance < INFINITY  # not NaN either
     first = tl.min(tl.where(exists, tl.where(right, place - distance, 0.0), INFINITY), 0)
     stop = tl.max(tl.where(exists, tl.where(right, place + distance, INFINITY), 0.0), 0)
     first = tl.minimum(tl.maximum(first, 0.0), FARTHEST).to(tl.int32)
@@ -413,3 +415,9 @@ def is_kept(rows, keys, terms, shape, opt: tl.constexpr):
     words, _, _, _ = tl.philox(terms.seed, zeros + keys, zeros + rows, zeros + terms.number, zeros)
     # Both as signed numbers, less 2^31: a limit that fits 32 bits is one type, whatever it is.
     return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= shape.terms.dropped
+
+
+@triton.jit
+def through_dropout(values, kept, shape):
+    """What dropout makes of values, which may be gradients; ``kept`` by :func:`is_kept`."""
+    return tl.where(kept, values * shape.terms.kept, 0.0)

@@ -1,4 +1,4 @@
-"""Calling kernels: the argument block, compiled variants per device, torch's stream.
+"""The driver: the argument block of a call, torch's stream, TMA's maps, kernels per device.
 
 CuPy loads kernels; the driver launches them. A launch by CuPy takes several times as long, most
 of it to describe the arguments anew.
@@ -17,23 +17,6 @@ from torch import Tensor
 
 from adasplash2.backends.cuda import compile as compiler
 from adasplash2.backends.cuda import layout
-
-
-def is_aligned(*tensors: Tensor) -> bool:
-    """Whether every row of the tensors starts on 16 bytes and is a multiple of them long. Rows
-    that are all the same one do not count: TMA takes no such stride."""
-    for tensor in tensors:
-        itemsize, strides = tensor.element_size(), tensor.stride()
-        batch, head, row, _ = strides
-        fixed = tensor.data_ptr() | tensor.size(3) * itemsize
-        if row and (fixed | (batch | head | row) * itemsize) & 15 == 0:
-            continue
-        if fixed & 15 or (row == 0 and tensor.size(2) != 1):
-            return False
-        for stride, size in zip(strides[:3], tensor.shape, strict=False):
-            if stride * itemsize & 15 and size > 1:
-                return False
-    return True
 
 
 def params(

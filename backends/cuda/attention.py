@@ -1,6 +1,7 @@
-"""What a kind of attention call needs besides its tensors: sizes, kernels, constants.
+"""Attention: which kernels a call launches, in which order, with what memory.
 
-Made once per problem, configuration and alignment, so that a call fills in pointers and launches.
+A :class:`Plan` has what a kind of call needs besides its tensors: sizes, kernels, constants. It is
+made once per problem, configuration and alignment, so that a call fills in pointers and launches.
 """
 
 from __future__ import annotations
@@ -8,34 +9,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adasplash2.backends.cuda import launch, layout, sizes
-from adasplash2.contract import Config
-from adasplash2.problem import Problem
+from adasplash2.backends.cuda import configurations, driver, layout, sizes
+from adasplash2.contract import AttentionStats, Config, Forward, Gradients
+from adasplash2.problem import Inputs, Problem
 
 logger = logging.getLogger("adasplash2")
-
-PORTABLE: Config = {"scan": "portable", "blocks": 1}
-PORTABLE_TWO: Config = {"scan": "portable", "blocks": 2}
-DENSE: Config = {"scan": "none"}
-"""All rows in dense tiles from the start, on Hopper."""
-
-HOPPER_SHAPES = ((3, 2), (3, 3), (2, 3))
-"""Warpgroups and stages of ``scan90.cu``, for head_dim up to 128. The first was the fastest or
-within 10 % of it wherever measured; fewer warpgroups or stages leave room for longer lists."""
-
-RETRY_SHAPE = (1, 2)
-"""The same of the retry of rows that their lists could not hold."""
-
-SHORT_KEYS = 512
-"""Keys that a row sees, on the mean, up to which it is taken to keep so many of them that the scan
-does not pay. On an H100 a step with Gaussian q, k, v took 0.6x of the time (0.5x with 256 keys);
-with queries times 4, where a row keeps four keys, it takes 1.5x."""
 
 MAX_INVERSE = 1e30
 """Of ``c``: bounds are a few times its inverse below scores, and must be finite in float32."""
@@ -43,39 +27,10 @@ MAX_INVERSE = 1e30
 MINUS_INFINITY = 0xFF800000
 """Its bits in float32."""
 
-ALIGNMENT = 16
-"""Bytes of the copies that kernels make at once."""
+EXACT_BLOCKS = 2
+"""Blocks of ``exact.cu`` for each multiprocessor: what is marked is shared among them."""
 
 CACHED_PLANS = 1024
-
-
-def configs(problem: Problem) -> list[Config]:
-    """The shapes of the scan that the device has room for."""
-    shapes = [PORTABLE, PORTABLE_TWO]
-    if _has_wgmma(problem) and may_align(problem):
-        shapes = [{"scan": "hopper", "warpgroups": w, "stages": s} for w, s in HOPPER_SHAPES]
-        shapes.append(PORTABLE)
-        if _dense(problem, _scan(problem, DENSE)).maps:
-            shapes.insert(0 if _is_short(problem) else len(shapes), DENSE)
-    available = shared_memory(problem.device)
-    return [c for c in shapes if _scan(problem, c).capacity(available) is not None]
-
-
-def may_align(problem: Problem) -> bool:
-    """Whether rows of so many elements can all start on 16 bytes, as TMA and wgmma need them."""
-    widths = problem.head_dim, problem.head_dim_v
-    return all(width * problem.dtype.itemsize % ALIGNMENT == 0 for width in widths)
-
-
-def running(config: Config, aligned: bool) -> Config:
-    """``config``, or what runs instead of it for tensors whose rows do not all start on 16
-    bytes."""
-    return config if aligned or config["scan"] == PORTABLE["scan"] else PORTABLE
-
-
-def plan(problem: Problem, config: Config, aligned: bool) -> Plan:
-    """The plan for these, made at the first call. Forward and backward share it."""
-    return _plan(problem, tuple(config.items()), aligned)
 
 
 class Scratch(NamedTuple):
@@ -94,8 +49,8 @@ class Plan:
         self.problem = problem
         self.counts = sizes.Counts.of(problem)
         self.saved = sizes.Saved(self.counts)
-        self.saved_places = launch.places(self.saved.offsets)
-        self._device = launch.index(problem.device)
+        self.saved_places = driver.places(self.saved.offsets)
+        self._device = driver.index(problem.device)
         self._options = sizes.kind_defines(
             problem.dtype,
             problem.head_dim,
@@ -104,13 +59,13 @@ class Plan:
             causal=problem.scores.is_causal,
             aligned=aligned,
         )
-        self.config = running(config, aligned)
-        self._scans_first = self.config != DENSE
-        self._scan = _scan(problem, self.config)
-        self._dense = _dense(problem, self._scan)
+        self.config = configurations.running(config, aligned)
+        self._scans_first = self.config != configurations.DENSE
+        self._scan = configurations.scan_of(problem, self.config)
+        self._dense = configurations.dense_of(problem, self._scan)
         factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
         c = factor if factor > 0.0 else 1.0
-        constants = launch.params(
+        constants = driver.params(
             {
                 "batch": problem.batch,
                 "heads_q": problem.heads_q,
@@ -127,15 +82,15 @@ class Plan:
                 "r": 1.0 / (problem.alpha - 1.0),
             }
         )
-        self._constants = launch.words(constants)
+        self._constants = driver.words(constants)
 
-    def call(self) -> launch.Call:
+    def call(self) -> driver.Call:
         """A call whose argument block has the constants."""
-        return launch.Call(self._device, self._constants)
+        return driver.Call(self._device, self._constants)
 
-    def start(self, call: launch.Call, saved: Tensor) -> None:
+    def start(self, call: driver.Call, saved: Tensor) -> None:
         """Set what must have a value before the first kernel."""
-        call.fill(*self.saved.span(saved, "poison"))
+        call.fill(*self.saved.span(saved, "poison", "unsafe_output"))
         if self._scans_first:
             return
         call.fill(*self.saved.span(saved, "flat"), layout.FLAT)
@@ -153,6 +108,9 @@ class Plan:
                 "column_count": 4 * counts.columns,
                 "long_columns": 4 * (1 + entries // layout.SHORT_COLUMN),
                 "long_done": 4 * long_parts,
+                "unsafe_grads": 8,
+                "unsafe_rows": counts.row_blocks,
+                "unsafe_keys": 2 * counts.key_blocks,
                 "column_start": 4 * counts.columns,
                 "rank": 4 * entries,
                 "delta": 4 * counts.heads * self.problem.length_q,
@@ -160,10 +118,10 @@ class Plan:
                 "long_parts": layout.LONG_PART_BYTES * long_parts,
             }
         )
-        return Scratch(launch.places(offsets), offsets["column_start"], total)
+        return Scratch(driver.places(offsets), offsets["column_start"], total)
 
     @functools.cached_property
-    def scans(self) -> tuple[launch.Launch, ...]:
+    def scans(self) -> tuple[driver.Launch, ...]:
         """The scan, or what replaces it; where keys come by TMA, the retry."""
         scan, counts = self._scan, self.counts
         if self._scans_first:
@@ -177,23 +135,23 @@ class Plan:
             first = self._elements("check_finite", blocks)
         if not scan.maps_keys:
             return (first,)
-        retry = sizes.hopper_scan(self.problem.head_dim, *RETRY_SHAPE, retry=True)
+        retry = sizes.hopper_scan(self.problem.head_dim, *configurations.RETRY_SHAPE, retry=True)
         return (first, self._launch_scan(retry, self._multiprocessors))
 
     @functools.cached_property
-    def forward(self) -> tuple[launch.Launch, ...]:
+    def forward(self) -> tuple[driver.Launch, ...]:
         """What follows the scan."""
         return self._outputs(
             layout.OUTPUT_SAVES if self.problem.needs_grad else layout.OUTPUT_PLAIN
         )
 
     @functools.cached_property
-    def forward_counted(self) -> tuple[launch.Launch, ...]:
+    def forward_counted(self) -> tuple[driver.Launch, ...]:
         """The same where the call counts what it did."""
         return self._outputs(layout.OUTPUT_COUNTS)
 
     @functools.cached_property
-    def backward(self) -> tuple[launch.Launch, ...]:
+    def backward(self) -> tuple[driver.Launch, ...]:
         problem, counts, dense = self.problem, self.counts, self._dense
         lanes = self._options["GRAD_LANES"]
         key_tiles = counts.kv_heads * -(-problem.length_k // dense.rows)
@@ -206,12 +164,14 @@ class Plan:
             self._elements("sort_long_columns", self._long_blocks, layout.SORT_THREADS),
             self._elements("grad_long_columns", self._long_blocks, layout.LONG_THREADS),
             self._launch_dense(dense.grad_unit, "dense_grad_rows", (self._query_tiles,), names),
+            self._launch_exact("exact_grad_rows"),  # the next one needs their delta
             self._launch_dense(
                 dense.grad_unit, "dense_grad_columns", (key_tiles, dense.key_blocks), names
             ),
+            self._launch_exact("exact_grad_columns", 2),
         )
 
-    def _outputs(self, kind: int) -> tuple[launch.Launch, ...]:
+    def _outputs(self, kind: int) -> tuple[driver.Launch, ...]:
         dense, tiles = self._dense, (self._query_tiles,)
         lanes = self._options["OUTPUT_LANES"]
         # The portable kernel saves nothing, and always counts.
@@ -221,6 +181,7 @@ class Plan:
             self._launch_dense(
                 dense.output_unit, "dense_output", tiles, ("q", "k", "v"), **options
             ),
+            self._launch_exact("exact_output"),
         )
 
     @property
@@ -236,8 +197,8 @@ class Plan:
     def _query_tiles(self) -> int:
         return self.counts.heads * -(-self.problem.length_q // self._dense.rows)
 
-    def _launch_scan(self, scan: sizes.Scan, blocks: int) -> launch.Launch:
-        capacity = scan.capacity(shared_memory(self.problem.device))
+    def _launch_scan(self, scan: sizes.Scan, blocks: int) -> driver.Launch:
+        capacity = scan.capacity(configurations.shared_memory(self.problem.device))
         if capacity is None:
             raise RuntimeError(f"{scan.unit} has no room for lists on {self.problem.device}")
         options = self._options | scan.defines_for(capacity)
@@ -247,7 +208,7 @@ class Plan:
 
     def _elements(
         self, kernel: str, blocks: int, threads: int = layout.ELEMENT_THREADS
-    ) -> launch.Launch:
+    ) -> driver.Launch:
         # The gathers depend on neither the masks nor the lists: one variant serves all.
         options = self._options | {"CAUSAL": 0}
         return self._launch("elements.cu", kernel, options, (blocks,), threads, 0)
@@ -259,11 +220,25 @@ class Plan:
         blocks: tuple[int, ...],
         names: tuple[str, ...],
         **options: int,
-    ) -> launch.Launch:
+    ) -> driver.Launch:
         dense, options = self._dense, self._options | self._dense.defines | options
         maps = tuple((name, layout.DENSE_BOX) for name in names) if dense.maps else ()
         shared = dense.shared[kernel]
         return self._launch(unit, kernel, options, blocks, dense.threads, shared, maps)
+
+    def _launch_exact(self, kernel: str, gradients: int = 1) -> driver.Launch:
+        """What a dense kernel marked, by as many blocks as are at work at once."""
+        problem = self.problem
+        dense = sizes.portable_dense(problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
+        blocks = EXACT_BLOCKS * self._multiprocessors
+        return self._launch(
+            "exact.cu",
+            kernel,
+            self._options | dense.defines,
+            (blocks, gradients),
+            dense.threads,
+            dense.shared[kernel],
+        )
 
     def _launch(
         self,
@@ -273,10 +248,15 @@ class Plan:
         blocks: tuple[int, ...],
         threads: int,
         shared: int,
-        maps: launch.Maps = (),
-    ) -> launch.Launch:
-        found = launch.kernel(self._device, unit, kernel, tuple(options.items()), shared)
+        maps: driver.Maps = (),
+    ) -> driver.Launch:
+        found = driver.kernel(self._device, unit, kernel, tuple(options.items()), shared)
         return functools.partial(found, (*blocks, 1)[:2], threads, maps)
+
+
+def plan_of(problem: Problem, config: Config, aligned: bool) -> Plan:
+    """The plan for these, made at the first call. Forward and backward share it."""
+    return _plan(problem, tuple(config.items()), aligned)
 
 
 @functools.lru_cache(CACHED_PLANS)
@@ -285,45 +265,108 @@ def _plan(problem: Problem, config: tuple[tuple[str, int | str], ...], aligned: 
     if made.config != dict(config):
         logger.debug(
             "cuda: rows of the tensors do not all start on %d bytes, %s runs instead of %s",
-            ALIGNMENT,
+            configurations.ALIGNMENT,
             dict(made.config),
             dict(config),
         )
     return made
 
 
-def _scan(problem: Problem, config: Config) -> sizes.Scan:
-    if config == DENSE:
-        return sizes.hopper_scan(problem.head_dim, *RETRY_SHAPE)
-    if config["scan"] == "hopper":
-        return sizes.hopper_scan(problem.head_dim, int(config["warpgroups"]), int(config["stages"]))
-    return sizes.portable_scan(problem.head_dim, problem.dtype.itemsize, int(config["blocks"]))
+def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int = -1) -> Forward:
+    """Attention output, thresholds and the survivors for the backward."""
+    return _forward(problem, inputs, config, {}, saved_bytes=saved_bytes)
 
 
-def _dense(problem: Problem, scan: sizes.Scan) -> sizes.Dense:
-    widths = problem.head_dim, problem.head_dim_v
-    closed_form = sizes.alpha_code(problem.alpha) != layout.ALPHA_KINDS["kGeneral"]
-    if scan.maps_keys and closed_form and max(widths) <= layout.HOPPER_MAX_HEAD_DIM:
-        return sizes.hopper_dense(*widths)
-    return sizes.portable_dense(*widths, problem.dtype.itemsize)
+def backward(
+    problem: Problem,
+    inputs: Inputs,
+    forward: Forward,
+    grad_out: Tensor,
+    config: Config,
+    wanted: Collection[str] = (),
+) -> Gradients:
+    """Gradients of query, key and value."""
+    query, key, value, grad_out = (_unit_stride(x) for x in (*inputs.tensors, grad_out))
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.tensors
+    )
+    plan = plan_of(problem, config, configurations.is_aligned(query, key, value, grad_out))
+    plan.saved.check(forward.saved)
+    scratch, steps = plan.scratch, plan.backward
+    memory = torch.empty(scratch.total, dtype=torch.uint8, device=problem.device)
+    call = plan.call()
+    call.put_parts(memory, scratch.places)
+    call.put_parts(forward.saved, plan.saved_places)
+    call.put_pointer("tau", forward.tau)
+    call.put_view("q", query)
+    call.put_view("k", key)
+    call.put_view("v", value)
+    call.put_view("grad_o", grad_out)
+    call.put_view("grad_q", grad_query)
+    call.put_view("grad_k", grad_key)
+    call.put_view("grad_v", grad_value)
+    with call:
+        call.fill(
+            memory.data_ptr(), scratch.zeroed
+        )  # counts, marks, and the number of long columns
+        for step in steps:
+            step(call)
+    return Gradients(grad_query, grad_key, grad_value)
 
 
-def _is_short(problem: Problem) -> bool:
-    return problem.length_k <= SHORT_KEYS * (2 if problem.scores.is_causal else 1)
-
-
-def _has_wgmma(problem: Problem) -> bool:
-    return (
-        torch.cuda.get_device_capability(problem.device) == (9, 0)
-        and problem.dtype.itemsize == 2
-        and problem.head_dim <= layout.HOPPER_MAX_HEAD_DIM
+def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
+    """A forward that counts what it did."""
+    shape = (problem.batch, problem.heads_q, problem.length_q)
+    tiles_q, tiles_k = -(-problem.length_q // 64), -(-problem.length_k // 64)
+    device = problem.device
+    iterations = torch.zeros(shape, dtype=torch.int32, device=device)
+    tiles = torch.zeros((*shape[:2], tiles_q, tiles_k), dtype=torch.uint8, device=device)
+    support = torch.zeros(shape, dtype=torch.int32, device=device)
+    result = _forward(
+        problem, inputs, config, {"iterations": iterations, "tiles": tiles}, support=support
+    )
+    empty = 1.0 - tiles.sum((-1, -2), dtype=torch.float64) / problem.allowed_tiles(64)
+    return AttentionStats(
+        tau=result.tau, support=support, iterations=iterations, empty_tiles=empty, backend="cuda"
     )
 
 
-@functools.cache
-def shared_memory(device: torch.device) -> sizes.SharedMemory:
-    """What a block and a multiprocessor of ``device`` have."""
-    found: Any = torch.cuda.get_device_properties(device)
-    return sizes.SharedMemory(
-        found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor
-    )
+def _forward(
+    problem: Problem,
+    inputs: Inputs,
+    config: Config,
+    counted: dict[str, Tensor],
+    support: Tensor | None = None,
+    saved_bytes: int = -1,
+) -> Forward:
+    query, key, value = (_unit_stride(x) for x in inputs.tensors)
+    plan = plan_of(problem, config, configurations.is_aligned(query, key, value))
+    shape = (problem.batch, problem.heads_q, problem.length_q)
+    device = problem.device
+    out = torch.empty((*shape, problem.head_dim_v), dtype=problem.dtype, device=device)
+    tau = torch.empty(shape, dtype=torch.float32, device=device)
+    length = saved_bytes if saved_bytes > 0 else plan.saved.total
+    saved = torch.empty(length, dtype=torch.uint8, device=device)
+    plan.saved.check(saved)
+    steps = plan.scans + (plan.forward if support is None else plan.forward_counted)
+    call = plan.call()
+    call.put_parts(saved, plan.saved_places)
+    call.put_pointer("tau", tau)
+    call.put_view("q", query)
+    call.put_view("k", key)
+    call.put_view("v", value)
+    call.put_view("o", out)
+    for field, tensor in counted.items():
+        call.put_pointer(field, tensor)
+    with call:
+        plan.start(call, saved)
+        for step in steps:
+            step(call)
+    if support is not None:
+        survivors = plan.saved.part(saved, "row_count").view(torch.int32).view(*shape[:2], -1)
+        support.copy_(survivors[..., : problem.length_q].clamp(min=0))
+    return Forward(out, tau, saved if problem.needs_grad else saved.new_empty(0))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
