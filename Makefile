@@ -9,7 +9,7 @@ CPP   := $(wildcard src/cpp/*.h src/cpp/*.cpp python/adasplash2/include/adasplas
 CUDA  := $(wildcard backends/cuda/kernels/*.cu backends/cuda/kernels/*.cuh)
 PY    := python backends tests benchmarks examples
 
-.PHONY: help demo test fuzz sanitize gpu lint format bench targets clean
+.PHONY: help demo test fuzz sanitize gpu lint format features bench targets clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -42,6 +42,9 @@ format: $(VENV)/.tested ## format everything
 	$(BIN)/ruff check --fix $(PY)
 	$(BIN)/ruff format $(PY)
 	$(BIN)/clang-format -i $(CPP) $(CUDA)
+
+features: $(VENV)/.built ## write the table of features by backend into README.md
+	$(BIN)/python tests/test_features.py
 
 bench: $(VENV)/.examples $(VENV)/.built output/smollm2.pt ## all benchmarks, on the GPU if there is one; BENCH="--only solver"
 	$(BIN)/python benchmarks/all.py --output $(OUTPUT)/benchmarks $(BENCH)

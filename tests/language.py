@@ -147,7 +147,7 @@ def dropout_factors(seed: int, shape: tuple[int, ...], dropout_p: float) -> Tens
         torch.zeros(shape, dtype=torch.int64),
     ]
     dropped = philox(counter, seed)[0] < math.floor(dropout_p * 2**32)
-    return torch.where(dropped, 0.0, 1.0 / (1.0 - dropout_p)).double()
+    return (~dropped).double() / (1.0 - dropout_p)
 
 
 def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
@@ -257,7 +257,9 @@ FEATURES: dict[str, Callable[[Sizes, Randomness], Said]] = {
     "sinks": lambda n, r: {"sinks": r.normal(n.heads_q)},
     "scale of heads": lambda n, r: {"scale": 0.1 + 0.3 * r.uniform(n.heads_q)},
     "scale of rows": lambda n, r: {"scale": 0.3 * r.normal(n.batch, n.heads_q, n.length_q)},
-    "alphas": lambda n, r: {"alpha": torch.tensor([1.2, 1.5, 1.8, 1.05], dtype=FLOAT64)},
+    "alphas": lambda n, r: {
+        "alpha": torch.tensor([1.2, 1.5, 1.8, 1.05], dtype=FLOAT64)[: n.heads_q]
+    },
     "lengths": _lengths,
     "dropout": lambda n, r: {"dropout_p": 0.3},
     "alpha 1.25": lambda n, r: {"alpha": 1.25},

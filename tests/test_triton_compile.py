@@ -425,6 +425,25 @@ def test_the_bound_of_what_is_saved(
     assert backend.saved_bound(dataclasses.replace(asked, device=torch.device("cpu"))) == 0
 
 
+@pytest.mark.parametrize("asked", ["ranges", "added", "window"])
+def test_the_bound_of_what_is_saved_where_rows_see_other_than_leading_keys(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setattr(backend, "_limits", lambda device: LIMITS[90])
+    said, operands = ASKED[asked]
+    plain = problem(64, torch.bfloat16, 1.5, False)
+    whole = dataclasses.replace(
+        plain,
+        device=torch.device("cuda"),
+        scores=dataclasses.replace(plain.scores, **said),
+        operands=operands,
+    )
+    assert sizes.is_scattered(whole)
+    totals = [sizes.Saved(whole, c).total for c in sizes.configs(whole, LIMITS[90])]
+    assert backend.saved_bound(whole) == max(totals)
+    assert backend.saved_bound(with_symbols(whole)).node.hint == max(totals)
+
+
 def test_what_is_saved_may_be_longer_but_not_shorter() -> None:
     asked = problem(64, torch.bfloat16, 1.5, True)
     layout = sizes.Saved(asked, next(sizes.configs(asked, LIMITS[90])))

@@ -45,6 +45,11 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
     """All reasons against ``problem``."""
     if problem.device.type != "cpu":
         return [f"the tensors are on {problem.device}, and this backend computes on cpu"]
+    return refusals_anywhere(problem)
+
+
+def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
+    """None: all that passes validation is computed."""
     return []
 
 
@@ -116,19 +121,21 @@ def backward(
     inputs, grad_out = _readable(inputs), _unit_stride(grad_out)
     device = problem.device
     grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs.tensors]
-    others = {name: _other_gradient(problem, inputs, name) for name in wanted}
+    others = {name: _other_gradient(problem, inputs, name) for name in wanted} if wanted else {}
+    asked = _asked(problem, inputs, config)
+    if others:
+        asked["gradients"] = {name: _operand(grad) for name, grad in others.items()}
     saved = forward.saved
     if saved.data_ptr() % SAVED_ALIGNMENT or not saved.is_contiguous():
         saved = saved.clone(memory_format=torch.contiguous_format)
     _core.attention_backward(
-        **_asked(problem, inputs, config),
+        **asked,
         grad_out=_reference(grad_out),
         grad_query=_reference(grads[0]),
         grad_key=_reference(grads[1]),
         grad_value=_reference(grads[2]),
         saved=saved.data_ptr(),
         saved_bytes=saved.numel(),
-        gradients={name: _operand(grad) for name, grad in others.items()},
     )
     return Gradients(*grads, **others)
 

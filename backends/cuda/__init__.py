@@ -37,6 +37,7 @@ __all__ = [
     "notes",
     "precompile",
     "refusals",
+    "refusals_anywhere",
     "rows_backward",
     "rows_forward",
     "saved_bound",
@@ -83,22 +84,38 @@ def unavailable() -> str | None:
 
 def refusals(problem: Problem | RowProblem) -> list[str]:
     """All reasons why this problem cannot run here; empty: it can."""
-    reasons = []
+    reasons = refusals_anywhere(problem)
     if problem.device.type != "cuda":
-        reasons.append(f"tensors are on {problem.device}, this backend needs a CUDA device")
-    if problem.dtype not in layout.DTYPE_CODES:
-        reasons.append(f"dtype {problem.dtype} is computed by other backends only")
-    if problem.alpha == 1.0:
-        reasons.append("alpha = 1 is softmax, which these kernels do not compute")
-    if reasons:
-        return reasons
+        return [f"tensors are on {problem.device}, this backend needs a CUDA device", *reasons]
     capability = torch.cuda.get_device_capability(problem.device)
     if capability < MIN_CAPABILITY:
         reasons.append(
             f"{problem.device} has compute capability {capability[0]}.{capability[1]}, "
             f"the kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
         )
-    reasons += unsupported(problem) + float32_refusals(problem)
+    if reasons or isinstance(problem, RowProblem):
+        return reasons
+    widths, itemsize = (problem.head_dim, problem.head_dim_v), problem.dtype.itemsize
+    dense = max(sizes.portable_dense(*widths, itemsize).shared.values())
+    optin = configurations.shared_memory(problem.device).per_block
+    if not configs(problem) or dense > optin:
+        reasons.append(
+            f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs "
+            f"more shared memory than the {optin} bytes a block has on {problem.device}"
+        )
+    return reasons
+
+
+def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
+    """See :meth:`adasplash2.contract.Backend.refusals_anywhere`."""
+    reasons = []
+    if problem.dtype not in layout.DTYPE_CODES:
+        reasons.append(f"dtype {problem.dtype} is computed by other backends only")
+    if problem.alpha == 1.0:
+        reasons.append("alpha = 1 is softmax, which these kernels do not compute")
+    if reasons:
+        return reasons
+    reasons = unsupported(problem) + float32_refusals(problem)
     if isinstance(problem, RowProblem):
         return reasons + rows.refusals(problem)
     smallest = 1.0 + 1.0 / LARGEST_POWER[problem.dtype.itemsize]
@@ -115,14 +132,6 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         )
     if sizes.Counts.of(problem).rows > 2**31 - 1:
         reasons.append("the query rows of all heads together exceed 2^31 - 1")
-    widths, itemsize = (problem.head_dim, problem.head_dim_v), problem.dtype.itemsize
-    dense = max(sizes.portable_dense(*widths, itemsize).shared.values())
-    optin = configurations.shared_memory(problem.device).per_block
-    if not configs(problem) or dense > optin:
-        reasons.append(
-            f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs "
-            f"more shared memory than the {optin} bytes a block has on {problem.device}"
-        )
     return reasons
 
 

@@ -60,16 +60,11 @@ def unavailable() -> str | None:
 
 def refusals(problem: Problem | RowProblem) -> list[str]:
     """All reasons why this problem cannot run here; empty: it can."""
+    reasons = refusals_anywhere(problem)
     wanted = "cpu" if INTERPRETED else "cuda"
-    runs = "Triton's interpreter runs on" if INTERPRETED else "this backend needs"
-    against = (
-        (problem.device.type != wanted, f"tensors are on {problem.device}, {runs} {wanted}"),
-        (problem.dtype not in DTYPES, f"dtype {problem.dtype} is computed by other backends only"),
-        (problem.alpha == 1.0, "alpha = 1 is softmax, which these kernels do not compute"),
-    )
-    reasons = [reason for holds, reason in against if holds]
-    if reasons:
-        return reasons
+    if problem.device.type != wanted:
+        runs = "Triton's interpreter runs on" if INTERPRETED else "this backend needs"
+        return [f"tensors are on {problem.device}, {runs} {wanted}", *reasons]
     if not INTERPRETED and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(problem.device)
         if (major, minor) < MIN_CAPABILITY:
@@ -77,18 +72,32 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             reasons.append(
                 f"{problem.device} has compute capability {major}.{minor}, Triton needs {least}"
             )
-    reasons += float32_refusals(problem)
+    if reasons or isinstance(problem, RowProblem):
+        return reasons
+    if next(sizes.configs(problem, _limits(problem.device)), None) is None:
+        reasons.append(
+            f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs more "
+            f"shared memory than a block has on {problem.device}"
+        )
+    return reasons
+
+
+def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
+    """See :meth:`adasplash2.contract.Backend.refusals_anywhere`."""
+    reasons = []
+    if problem.dtype not in DTYPES:
+        reasons.append(f"dtype {problem.dtype} is computed by other backends only")
+    if problem.alpha == 1.0:
+        reasons.append("alpha = 1 is softmax, which these kernels do not compute")
+    if reasons:
+        return reasons
+    reasons = float32_refusals(problem)
     limit = 2**31 - 1
     if isinstance(problem, RowProblem):
         if max(problem.rows, problem.length) > limit:
             reasons.append(f"{problem.rows} rows of {problem.length} exceed 2^31 - 1 either way")
     elif max(problem.length_q, problem.length_k) * problem.batch * problem.heads_q > limit:
         reasons.append("the rows of all heads together exceed 2^31 - 1")
-    elif next(sizes.configs(problem, _limits(problem.device)), None) is None:
-        reasons.append(
-            f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs more "
-            f"shared memory than a block has on {problem.device}"
-        )
     return reasons
 
 

@@ -59,6 +59,13 @@ SPANS = (1, 2)
 """Tiles whose scores the scan computes at a time: more make wider products and fewer stores. On an
 H200 two are up to 3 % faster with head_dim 64, and 2 to 5 % slower with 128."""
 
+MASK_ITEMSIZE = 4
+"""Bytes of shared memory for each entry of a mask's tile, through which threads hand on what they
+have loaded."""
+
+AHEAD_ITEMSIZE = 4
+"""Bytes of a mask's entries from which Triton asks for its tiles ahead however they are aligned."""
+
 BLOCKS = ((64, 64), (128, 128), (128, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 """``block_q`` and ``block_k``, the best first. At 16,384 positions on an H200 a step with 64 x 64
 took 8.4 ms where rows keep 28 keys and 4.7 where they keep 2, with 128 x 128 8.5 and 7.4; at
@@ -489,7 +496,9 @@ def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
         few = block_k * wide <= FEW_SUMS and longest * block_k <= FEW_SUMS
         warps = 4 if few and not unrolled else 8
         narrow = wide <= 64 and longest <= 64 and not unrolled
-        spans = SPANS[:1] if found or unrolled else SPANS if wide > 64 else SPANS[::-1]
+        # Beside those of a mask, the scores of two tiles do not fit the registers.
+        single = found or unrolled or problem.operand("attn_mask")
+        spans = SPANS[:1] if single else SPANS if wide > 64 else SPANS[::-1]
         for span in spans:
             config: dict[str, int | str] = {
                 "block_q": block_q,
@@ -559,12 +568,11 @@ def _stages(problem: Problem, config: Config, shared: int) -> dict[str, int] | N
         "grad_query": (both * block_q, both * block_k),
         "grad_key_value": (both * block_k, both * part),
     }
-    if mask := problem.operand("attn_mask"):
-        # Tiles of it, which are loaded ahead as keys are.
-        for kernel, (kept, staged) in kept_and_staged.items():
-            size = mask.dtype.itemsize * block_q * block_k
-            size *= int(config["span"]) if kernel == "solve" else 1
-            kept_and_staged[kernel] = kept, staged + size
+    mask, mask_ahead = 0, 0
+    if operand := problem.operand("attn_mask"):
+        products += block_q * block_k * MASK_ITEMSIZE
+        mask = block_q * block_k * operand.dtype.itemsize
+        mask_ahead = mask if operand.dtype.itemsize >= AHEAD_ITEMSIZE else 0
     chosen = {}
     for kernel, (kept, staged) in kept_and_staged.items():
         # On an H200 two are 5 % faster than three, and a fifth at head_dim 128.
@@ -577,8 +585,8 @@ def _stages(problem: Problem, config: Config, shared: int) -> dict[str, int] | N
             for stages in range(MIN_STAGES, most + 1)
             if stages == MIN_STAGES
             or (
-                kept + stages * staged + products <= shared
-                and blocks * (kept + stages * staged + RESERVED) <= shared + RESERVED
+                kept + stages * (staged + mask) + products <= shared
+                and blocks * (kept + stages * (staged + mask_ahead) + RESERVED) <= shared + RESERVED
             )
         )
     return chosen

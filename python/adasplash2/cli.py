@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from adasplash2 import _core, cache, dispatch, records, tuning
+from adasplash2 import features as feature_table
 from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend
 from adasplash2.functional import entmax_attention
@@ -333,6 +334,38 @@ def explain(backend: str | None, as_json: bool, device: torch.device | None, **c
         console.print(str(told), soft_wrap=True)
     if told.chosen is None:
         sys.exit(NO)
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="Print the table as README has it.")
+@json_option
+def features(markdown: bool, as_json: bool) -> None:
+    """What each backend computes, on whatever device, and why not the rest.
+
+    `forward` is without gradients.
+    """
+    if markdown:
+        click.echo(feature_table.markdown())
+        return
+    found = feature_table.table()
+    if as_json:
+        rows = {
+            label: {name: {"answer": a.word, "reasons": a.reasons} for name, a in answers.items()}
+            for label, answers in found.items()
+        }
+        _print_json(rows)
+        return
+    table = _table("", *REGISTRY)
+    for label, answers in found.items():
+        table.add_row(label.replace("`", ""), *(answer.word for answer in answers.values()))
+    console.print(table)
+    reasons = {
+        f"{name}: {reason}": None
+        for answers in found.values()
+        for name, answer in answers.items()
+        for reason in answer.reasons
+    }
+    _print_record("", *reasons)
 
 
 @main.command()

@@ -98,6 +98,10 @@ class Backend(Protocol):
     def refusals(self, problem: Problem | RowProblem) -> list[str]:
         """All reasons why this problem cannot run here, a sentence each; empty: it can."""
 
+    def refusals_anywhere(self, problem: Problem | RowProblem) -> list[str]:
+        """Those of them that hold on every device: ``problem.device`` is not looked at. Neither it
+        nor what the backend needs to run must be here."""
+
     def configs(self, problem: Problem | RowProblem) -> Sequence[Config]:
         """Configurations to choose from; the first is the default without tuning."""
 

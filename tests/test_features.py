@@ -1,0 +1,106 @@
+"""The table of features by backend: complete, true of what runs here, and README's is the same.
+
+Run as a program it writes README's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cases import device_of, interpreted, usable_backends
+from click.testing import CliRunner
+
+import adasplash2
+from adasplash2 import cli, features
+from adasplash2.backends import REGISTRY
+from adasplash2.features import Call
+from adasplash2.problem import DTYPES, FEATURES, TENSORS
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+CALLS = [call for calls in features.ROWS.values() for call in calls]
+
+
+def with_table(text: str) -> str:
+    """README with the table of now."""
+    before, rest = text.split(features.BEGIN)
+    return before + features.markdown() + rest.split(features.END)[1]
+
+
+def test_readme_has_it() -> None:
+    text = README.read_text()
+    assert text == with_table(text), "README's table is another: run `make features`"
+
+
+def test_all_that_may_be_asked_is_in_it() -> None:
+    """Every argument, operand and number but its default, and every dtype."""
+    arguments = inspect.signature(adasplash2.entmax_attention).parameters.keys()
+    said = {name for call in CALLS for name in call.said}
+    assert said == arguments - {*TENSORS, "enable_gqa", "return_aux", "backend"}
+    problems = [call.problem(needs_grad=True) for call in CALLS]
+    assert {feature for p in problems for feature in p.features} > set(FEATURES.values())
+    assert {p.dtype for p in problems} == set(DTYPES)
+    plain = Call({}).problem(needs_grad=True).scores
+    for number in dataclasses.fields(plain):
+        values = {getattr(p.scores, number.name) for p in problems}
+        assert values != {getattr(plain, number.name)}, number.name
+
+
+@interpreted()
+@pytest.mark.parametrize("backend", usable_backends())
+def test_it_is_what_the_backend_says_of_a_device(backend: str) -> None:
+    module = importlib.import_module(REGISTRY[backend])
+    for call in CALLS:
+        for needs_grad in (False, True):
+            problem = call.problem(needs_grad)
+            here = dataclasses.replace(problem, device=torch.device(device_of(backend)))
+            assert module.refusals(here) == module.refusals_anywhere(problem)
+
+
+def test_no_backend_needs_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def there_is_none(*_: object) -> None:
+        raise AssertionError("a device was asked")
+
+    for name in ("get_device_capability", "get_device_properties", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, there_is_none)
+    assert set(features.table()["float32"]) == set(REGISTRY)
+
+
+def test_the_command_prints_it() -> None:
+    def printed(*options: str) -> str:
+        result = CliRunner().invoke(cli.main, ["features", *options])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert printed("--markdown") == features.markdown() + "\n"
+    told = json.loads(printed("--json"))["float64"]
+    assert told["cpu"] == {"answer": "yes", "reasons": []}
+    assert told["triton"]["answer"] == "no"
+    assert "float64" in told["triton"]["reasons"][0]
+    text = printed()
+    assert "triton: dtype torch.float64 is computed by other backends only" in text
+    assert "`" not in text
+
+
+def test_a_backend_without_gradients_says_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = importlib.import_module(REGISTRY["cpu"])
+    monkeypatch.setattr(
+        cpu, "refusals_anywhere", lambda problem: ["no gradients"] if problem.needs_grad else []
+    )
+    assert features.table()["float32"]["cpu"] == ("forward", ("no gradients",))
+
+
+def test_a_broken_backend_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY, "broken", "adasplash2_no_such_module")
+    word, reasons = features.table()["float32"]["broken"]
+    assert word == "no"
+    assert "does not import" in reasons[0]
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))
