@@ -159,7 +159,7 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         tiles=tiles.data_ptr(),
     )
     live, seen = ((tiles >= state).sum(dim=(2, 3)) for state in (LIVE_TILE, EMPTY_TILE))
-    empty = 1.0 - live.double() / seen
+    empty = (seen - live).double() / seen.clamp(min=1)  # 0 where no query sees any key
     return AttentionStats(tau, support, iterations, empty, backend=name)
 
 

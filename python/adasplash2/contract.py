@@ -63,7 +63,7 @@ class AttentionStats:
         iterations: ``(B, H, L)`` int32, refinement steps of the threshold after the
             histogram start.
         empty_tiles: ``(B, H)`` float64, share of the 64x64 tiles with at least one allowed
-            pair in which every probability is zero.
+            pair in which every probability is zero; 0 where there is no such pair.
         backend: name of the backend that ran.
     """
 
