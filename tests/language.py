@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -205,7 +206,7 @@ Said = dict[str, Any]
 def _bool_mask(n: Sizes, r: Randomness) -> Said:
     """Some pairs, a block of 64 by 64, and all keys of three queries are hidden."""
     mask = r.uniform(n.batch, n.heads_q, n.length_q, n.length_k) < 0.7
-    mask[:, 1, :64, :64] = False
+    mask[:, -1, :64, :64] = False
     mask[0, :, 5:8] = False
     return {"attn_mask": mask}
 
@@ -230,7 +231,7 @@ def _bias_of_keys(n: Sizes, r: Randomness) -> Said:
 
 def _lengths(n: Sizes, r: Randomness) -> Said:
     return {
-        "q_lengths": torch.tensor([n.length_q - 12, 1][: n.batch], dtype=torch.int32),
+        "q_lengths": torch.tensor([max(n.length_q - 12, 0), 1][: n.batch], dtype=torch.int32),
         "kv_lengths": torch.tensor([n.length_k - 30, n.length_k][: n.batch], dtype=torch.int32),
         "kv_starts": torch.tensor([7, n.length_k - 9][: n.batch], dtype=torch.int32),
     }
@@ -341,6 +342,28 @@ def calls() -> Iterator[Call]:
         yield Call(pair, FLOAT64, flat, 0.01)
     yield Call(("causal", "added mask", "softcap", "sinks", "scale of rows", "alphas", "dropout"))
     yield Call(("bottom-right", "window", "bool mask", "slopes", "lengths"))
+
+
+def random_calls(count: int, seed: int) -> Iterator[Call]:
+    """Calls of up to four features, sizes and sharpness at random: in float64, which leaves nothing
+    to chance at the edge of a support."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        features = chance.sample(list(FEATURES), chance.randint(1, 4))
+        kinds = [SAME.get(feature, feature) for feature in features]
+        if len(set(kinds)) < len(kinds):
+            features = features[:1]
+        heads_kv = chance.choice((1, 2, 4))
+        sizes = Sizes(
+            batch=chance.choice((1, 2)),
+            heads_q=4 if heads_kv == 4 else heads_kv * chance.choice((1, 2)),
+            heads_kv=heads_kv,
+            length_q=chance.choice((1, 2, 63, 65, 130, 200)),
+            length_k=chance.choice((31, 64, 65, 129, 300, 700)),
+            head_dim=chance.choice((1, 3, 16, 33, 64)),
+            head_dim_v=chance.choice((1, 5, 16, 40)),
+        )
+        yield Call(tuple(features), FLOAT64, sizes, chance.choice((0.01, 0.3, 1.0)))
 
 
 CALLS = tuple(calls())

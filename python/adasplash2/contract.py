@@ -25,7 +25,7 @@ class Forward(NamedTuple):
 
     ``out``: ``(batch, heads_q, length_q, head_dim_v)``, dtype of the query.
     ``tau``: ``(batch, heads_q, length_q)``, compute dtype; threshold of ``(alpha-1) * s``;
-    ``+inf`` for a row without an allowed key, NaN for a poisoned row.
+    ``+inf`` for a row without an allowed key and a sink, NaN for a poisoned row.
     ``saved``: 1-D uint8, what the backward of the same backend needs; its layout is the
     backend's own, its end may be unused. Empty where ``problem.needs_grad`` is False.
     """

@@ -49,8 +49,8 @@ def scores(
             seen = seen & (distance >= -said.left)
         if said.right >= 0:
             seen = seen & (distance <= said.right)
-    if mask is not None and mask.dtype == torch.bool:
-        seen = seen & mask
+    if mask is not None:  # what is added as -inf hides a key too, whatever its score
+        seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
     return torch.where(seen, s, -math.inf)
 
 

@@ -97,8 +97,8 @@ def entmax_attention(
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         attn_mask: broadcasts to ``(batch, heads_q, length_q, length_k)`` and is not expanded. bool:
             True may be seen. Dtype of ``query``, or float32: added to the scores, with a gradient
-            where it requires one. torch's ``causal_upper_left`` and ``causal_lower_right`` are
-            taken as what they say.
+            where it requires one; -inf hides a key. torch's ``causal_upper_left`` and
+            ``causal_lower_right`` are taken as what they say.
         dropout_p: each probability is dropped with this probability, in [0, 1); the others are
             divided by ``1 - dropout_p``. Drawn from a counter-based generator whose seed comes from
             torch's, so that ``torch.manual_seed`` repeats it and every backend drops the same keys.
