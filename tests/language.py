@@ -217,7 +217,7 @@ def _key_mask(n: Sizes, r: Randomness) -> Said:
 
 def _added_mask(n: Sizes, r: Randomness) -> Said:
     mask = r.normal(n.batch, n.heads_q, n.length_q, n.length_k)
-    mask[:, :, 3, ::2] = -math.inf
+    mask[:, :, 3:4, ::2] = -math.inf
     return {"attn_mask": mask}
 
 
