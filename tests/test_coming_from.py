@@ -194,3 +194,13 @@ def test_entmax_is_what_it_was() -> None:
     before, after = BLOCKS["entmax"]
     expected = results(before, "entmax")
     torch.testing.assert_close(results(after, "entmax"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_lines_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """With shorter sequences."""
+    first, second = re.findall(r"```python\n(.*?)```", README, re.S)[:2]
+    given: dict[str, Any] = {}
+    code = (first + second).replace("4096", "512").replace("1000", "100")
+    exec(compile(code, "README", "exec"), given)
+    assert given["weights"].shape == (8 * 512, 512)
+    assert "chosen" in capsys.readouterr().out

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import language
@@ -432,6 +433,24 @@ def test_gradients_are_the_same_bits_each_time(backend: str) -> None:
         results.append(torch.autograd.grad(out, [*tensors, *learned], grad))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 0.01])
+def test_threads_change_no_bit(sharpness: float) -> None:
+    """Not of the gradients of masks either, which many rows share."""
+    sizes = Sizes(2, 4, 2, 150, 600)
+    call = Call(("bias of keys", "alphas", "sinks", "slopes", "dropout"), sizes=sizes)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        tensors, grad, said = leaves_of(replace(call, sharpness=sharpness), "cpu")
+        out = attend(adasplash2.entmax_attention, *tensors, **said, enable_gqa=True, backend="cpu")
+        learned = [t for t in said.values() if isinstance(t, Tensor) and t.requires_grad]
+        results.append(torch.autograd.grad(out, [*tensors, *learned], grad))
+    torch.set_num_threads(before)
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("features", [
