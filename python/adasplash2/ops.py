@@ -564,7 +564,9 @@ def _row_call(
     alphas: Tensor | None,
 ) -> tuple[Tensor, RowProblem, Tensor | None]:
     """``x`` with ``dim`` last, what is asked, and the alphas ``(rows,)`` where there are some."""
-    alpha = check_alpha_above_one(_read(Options(alpha), numbers).alpha)
+    if numbers is not None:
+        alpha = _read(Options(alpha), numbers).alpha
+    alpha = check_alpha_above_one(alpha)
     x = _last(x, dim)
     if alphas is None:
         return x, row_problem(x, alpha=alpha, needs_grad=needs_grad), None
@@ -686,12 +688,12 @@ class _Entmax(_ReverseMode):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         tensors = grads[0], *ctx.saved_tensors
         grad_y, y, *alphas = tensors
-        grad_x = grad_alphas = None
-        if ctx.needs_input_grad[0]:
-            body = _entmax_backward if _is_final(*tensors) else entmax_backward
-            grad_x = body(grad_y, y, *ctx.options, *alphas)
-        if alphas and ctx.needs_input_grad[5]:
-            grad_alphas = _alpha_gradient(grad_y, y, alphas[0], ctx.options[1])
+        body = _entmax_backward if _is_final(*tensors) else entmax_backward
+        if not alphas:
+            return body(grad_y, y, *ctx.options), None, None, None, None
+        of_x, of_alphas = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        grad_x = body(grad_y, y, *ctx.options, *alphas) if of_x else None
+        grad_alphas = _alpha_gradient(grad_y, y, alphas[0], ctx.options[1]) if of_alphas else None
         return grad_x, None, None, None, None, grad_alphas
 
 
@@ -792,12 +794,12 @@ def attention_and_tau(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]
 
 def rows(x: Tensor, alpha: float, dim: int, backend: str, alphas: Tensor | None = None) -> Tensor:
     """Output of :data:`entmax_forward`."""
-    given = (x,) if alphas is None else (x, alphas)
+    given, more = ((x,), ()) if alphas is None else ((x, alphas), (None, alphas))
     if not is_plain(*given):
-        return cast(Tensor, entmax_forward(x, alpha, dim, backend, False, None, alphas))
+        return cast(Tensor, entmax_forward(x, alpha, dim, backend, False, *more))
     if _differentiated(*given):
-        return cast(Tensor, apply_plain(_Entmax, x, alpha, dim, backend, None, alphas))
-    return _entmax_forward(x, alpha, dim, backend, False, None, alphas)
+        return cast(Tensor, apply_plain(_Entmax, x, alpha, dim, backend, *more))
+    return _entmax_forward(x, alpha, dim, backend, False, *more)
 
 
 def _is_final(*tensors: Tensor) -> bool:
