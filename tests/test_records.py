@@ -127,6 +127,8 @@ def test_alphas_without_a_closed_form_are_one_class() -> None:
 def test_rows_have_classes_of_their_own() -> None:
     rows = RowProblem(5, 1000, torch.float32, CPU, 1.5, needs_grad=True)
     assert problem_class(rows) == "rows float32 length 1024 alpha 1.5 training"
+    rows = dataclasses.replace(rows, alphas=True)
+    assert problem_class(rows) == "rows float32 length 1024 alphas alpha 1.5 training"
 
 
 @pytest.mark.parametrize(("length", "bucket"), [(0, 1), (1, 1), (3, 4), (64, 64), (2**20, 2**20)])

@@ -302,9 +302,13 @@ def test_registers_are_limited_where_that_was_measured() -> None:
         assert "maxnreg" not in sizes.launch_options(config, "grad_key_value")
 
 
-@pytest.mark.parametrize("alpha", [1.5, 1.25, 3.0])
-def test_rows_compile(alpha: float, launches: list[Launch]) -> None:
-    asked = RowProblem(100, 5000, torch.bfloat16, torch.device("cpu"), alpha, needs_grad=True)
+@pytest.mark.parametrize("alpha", [1.5, 1.25, 3.0, None])
+def test_rows_compile(alpha: float | None, launches: list[Launch]) -> None:
+    """``None`` has an alpha for each row."""
+    asked = RowProblem(
+        100, 5000, torch.bfloat16, torch.device("cpu"), alpha or 1.5, needs_grad=True,
+        alphas=alpha is None,
+    )  # fmt: skip
     backend.precompile(asked, backend.configs(asked)[0])
     assert len(launches) == 2
     for kernel, arguments, options in launches:

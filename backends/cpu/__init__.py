@@ -163,7 +163,9 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     return AttentionStats(tau, support, iterations, empty, backend=name)
 
 
-def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
+def rows_forward(
+    problem: RowProblem, x: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
     """See :meth:`adasplash2.contract.Backend.rows_forward`."""
     shape = (problem.rows, problem.length)
     y = torch.empty(shape, dtype=problem.dtype, device=problem.device)
@@ -177,11 +179,14 @@ def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
         y.data_ptr(),
         torch.get_num_threads(),
         str(config["isa"]),
+        0 if alphas is None else alphas.data_ptr(),
     )
     return y
 
 
-def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
+def rows_backward(
+    problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
     """See :meth:`adasplash2.contract.Backend.rows_backward`."""
     y = y.contiguous()
     if problem.length > 1 and grad_y.stride(1) != 1:
@@ -198,6 +203,7 @@ def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
         grad_x.data_ptr(),
         torch.get_num_threads(),
         str(config["isa"]),
+        0 if alphas is None else alphas.data_ptr(),
     )
     return grad_x
 

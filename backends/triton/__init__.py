@@ -129,9 +129,10 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
     meta: dict[str, Any] = {"dtype": problem.dtype, "device": "meta"}
     if isinstance(problem, RowProblem):
         x = torch.empty((problem.rows, problem.length), **meta)
-        rows.forward(problem, x, config, launch.compile_only)
+        alphas = torch.empty(problem.rows, device="meta") if problem.alphas else None
+        rows.forward(problem, x, config, launch.compile_only, alphas)
         if problem.needs_grad:
-            rows.backward(problem, x, x, config, launch.compile_only)
+            rows.backward(problem, x, x, config, launch.compile_only, alphas)
         return
     p = problem
     key_heads = (p.batch, p.heads_kv, p.length_k)
@@ -243,18 +244,22 @@ def _allowed_tiles(problem: Problem, inputs: Inputs, side: int) -> Tensor:
     return count
 
 
-def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
+def rows_forward(
+    problem: RowProblem, x: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
     """Entmax of each row of ``x``."""
     from adasplash2.backends.triton import launch, rows
 
-    return rows.forward(problem, x, config, launch.launch)
+    return rows.forward(problem, x, config, launch.launch, alphas)
 
 
-def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
+def rows_backward(
+    problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
     """Gradient of ``x`` from the output ``y`` and its gradient."""
     from adasplash2.backends.triton import launch, rows
 
-    return rows.backward(problem, y, grad_y, config, launch.launch)
+    return rows.backward(problem, y, grad_y, config, launch.launch, alphas)
 
 
 def _limits(device: torch.device) -> sizes.Limits:

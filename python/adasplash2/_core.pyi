@@ -95,6 +95,7 @@ def entmax_forward(
     y: int,
     threads: int,
     isa: str,
+    alphas: int = 0,
 ) -> None: ...
 def entmax_backward(
     rows: int,
@@ -107,4 +108,5 @@ def entmax_backward(
     grad_x: int,
     threads: int,
     isa: str,
+    alphas: int = 0,
 ) -> None: ...

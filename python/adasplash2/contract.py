@@ -137,10 +137,19 @@ class Backend(Protocol):
     def stats(self, problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         """A forward that records what it did."""
 
-    def rows_forward(self, problem: RowProblem, x: Tensor, config: Config) -> Tensor:
-        """Entmax of each row of ``x`` ``(rows, length)``, whose last stride is 1."""
+    def rows_forward(
+        self, problem: RowProblem, x: Tensor, config: Config, alphas: Tensor | None = None
+    ) -> Tensor:
+        """Entmax of each row of ``x`` ``(rows, length)``, whose last stride is 1; ``alphas``, where
+        ``problem.alphas``, is contiguous ``(rows,)`` in the compute dtype. A row whose alpha is not
+        in (1, 2] is NaN."""
 
     def rows_backward(
-        self, problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
+        self,
+        problem: RowProblem,
+        y: Tensor,
+        grad_y: Tensor,
+        config: Config,
+        alphas: Tensor | None = None,
     ) -> Tensor:
         """Gradient of ``x`` from the output ``y`` and its gradient, both ``(rows, length)``."""

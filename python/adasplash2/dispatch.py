@@ -241,14 +241,14 @@ def describe(problem: Problem | RowProblem) -> str:
     kind = f"{str(problem.dtype).removeprefix('torch.')} on {problem.device}"
     gradient = "with" if problem.needs_grad else "without"
     tail = f"{kind}, alpha={problem.alpha:g}, {gradient} gradient"
+    asked = "".join(f", {feature}" for feature in problem.features)
     if isinstance(problem, RowProblem):
-        return f"entmax of {problem.rows} rows of {problem.length}, {tail}"
+        return f"entmax of {problem.rows} rows of {problem.length}{asked}, {tail}"
     p = problem
     query = (p.batch, p.heads_q, p.length_q, p.head_dim)
     key = (p.batch, p.heads_kv, p.length_k, p.head_dim)
     value = (p.batch, p.heads_kv, p.length_k, p.head_dim_v)
     causal = "causal" if p.scores.is_causal else "not causal"
-    asked = "".join(f", {feature}" for feature in p.features)
     return f"attention of query {query}, key {key}, value {value}, {causal}{asked}, {tail}"
 
 

@@ -17,7 +17,13 @@ from adasplash2 import dispatch, ops
 from adasplash2.auxiliary import AttentionAux
 from adasplash2.contract import AttentionStats
 from adasplash2.dense import softmax_attention
-from adasplash2.lowering import Call, lowered, lowered_packed
+from adasplash2.lowering import (
+    Call,
+    alphas_of_rows,
+    lowered,
+    lowered_packed,
+    tensor_or_number,
+)
 from adasplash2.options import (
     Options,
     check_alpha,
@@ -305,7 +311,9 @@ def explain(inputs: Inputs, options: Options) -> dispatch.Explanation:
     return dispatch.explain(_problem(inputs, options), options.backend or None, inputs)
 
 
-def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = None) -> Tensor:
+def entmax(
+    x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, backend: str | None = None
+) -> Tensor:
     r"""alpha-entmax of ``x`` along ``dim``: like softmax, with true zeros.
 
     With :math:`z = (\alpha - 1) x` it is :math:`p = [z - \tau]_+^{1 / (\alpha - 1)}`,
@@ -319,7 +327,11 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
         x: any shape but a scalar, float32, float64, bfloat16 or float16, any strides. Where
             ``dim`` is not the last dimension, or has a stride, it is copied once.
         alpha: any finite number of at least 1, as in :func:`entmax_attention`; 1 is
-            :func:`torch.softmax` and goes there.
+            :func:`torch.softmax` and goes there. Or a tensor with an alpha for each row, of values
+            in (1, 2], with gradient (Correia, Niculae, Martins 2019): of the shape of ``x`` without
+            ``dim``, or one that broadcasts to the shape of ``x`` with the size 1 in ``dim``. Its
+            values are not looked at: one outside makes its rows NaN. Tensors without dimensions
+            that require no gradient are read as numbers.
         dim: the dimension along which probabilities sum to 1.
         backend: name of the backend to run; None lets the dispatcher choose.
 
@@ -328,7 +340,7 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
 
     Raises:
         TypeError: ``x``, ``alpha``, ``dim`` or ``backend`` is not of the type it must be.
-        ValueError: ``alpha`` or the name ``backend`` does not fit.
+        ValueError: ``alpha`` (also its shape or device) or the name ``backend`` does not fit.
         IndexError: ``x`` has no dimension ``dim``.
         BackendRefused: no backend that was asked can run this (a ``ValueError``).
 
@@ -336,14 +348,17 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
         Peters, Niculae, Martins 2019, *Sparse Sequence-to-Sequence Models*; gradient: Correia,
         Niculae, Martins 2019, *Adaptively Sparse Transformers*.
     """
-    alpha = check_alpha(alpha)
+    alphas, number = tensor_or_number(alpha, 1.5)
+    number = check_alpha(number)
     check_tensor("x", x)
     backend = check_backend(backend)
     dim = check_dim(dim, x.dim())
-    if alpha == 1.0:
-        row_problem(x, alpha=alpha, needs_grad=False)
+    if alphas is not None:
+        return ops.rows(x, number, dim, backend, alphas_of_rows(alphas, x, dim))
+    if number == 1.0:
+        row_problem(x, alpha=number, needs_grad=False)
         return torch.softmax(x, dim)
-    return ops.rows(x, alpha, dim, backend)
+    return ops.rows(x, number, dim, backend)
 
 
 def entmax15(x: Tensor, dim: int = -1) -> Tensor:

@@ -62,8 +62,8 @@ def lowered(
         )  # fmt: skip
         offsets = cast(Any, query.transpose(1, 2)).offsets()
         return call._replace(shaped=lambda result: _to_nested(call.shaped(result), offsets))
-    alphas, number_alpha = _tensor_or_number(alpha, 1.5)
-    scales, number_scale = _tensor_or_number(scale, None)
+    alphas, number_alpha = tensor_or_number(alpha, 1.5)
+    scales, number_scale = tensor_or_number(scale, None)
     options = check_options(
         alpha=number_alpha,
         scale=number_scale,
@@ -196,7 +196,7 @@ def _broadcast(sizes: Any) -> int | None:
 # Operands
 
 
-def _tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
+def tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
     """A tensor of numbers, or one that has a gradient, and what stands in the number's place; or
     None and the number."""
     if type(value) is float or value is None:  # as most calls have it
@@ -240,6 +240,25 @@ def _of_rows(scale: Tensor, dtype: torch.dtype) -> Tensor:
             f"shape {tuple(scale.shape)}"
         )
     return scale[(None,) * (3 - scale.dim())]
+
+
+def alphas_of_rows(alpha: Tensor, x: Tensor, dim: int) -> Tensor:
+    """``alpha`` of :func:`adasplash2.entmax` with the dimensions of ``x``: 1 along ``dim``, of the
+    others each as it is or 1."""
+    alpha = _check_numbers("alpha", alpha)
+    behind = x.dim() + dim + 1
+    rows = *x.shape[:dim], 1, *x.shape[behind:]
+    if alpha.shape == x.shape[:dim] + x.shape[behind:]:
+        alpha = alpha.unsqueeze(dim)
+    sizes = *(1,) * (x.dim() - alpha.dim()), *alpha.shape
+    if len(sizes) > len(rows) or any(n not in (1, m) for n, m in zip(sizes, rows, strict=True)):
+        raise ValueError(
+            f"alpha must be a number or broadcast to {rows}, the shape of x with the size 1 in "
+            f"dim, got the shape {tuple(alpha.shape)}"
+        )
+    if alpha.device != x.device:
+        raise ValueError(f"alpha must be on the device of x ({x.device}), got {alpha.device}")
+    return alpha.reshape(sizes).to(compute_dtype(x.dtype))
 
 
 def _four_dimensional_mask(attn_mask: object, lead: int) -> Tensor:

@@ -257,8 +257,8 @@ FEATURES = {
 
 
 def unsupported(problem: Problem | RowProblem, supported: Collection[str] = ()) -> list[str]:
-    """Reasons of a backend that has only some of :attr:`Problem.features`."""
-    asked = problem.features if isinstance(problem, Problem) else ()
+    """Reasons of a backend that has only some of the problem's ``features``."""
+    asked = problem.features
     return [f"{name} is computed by other backends only" for name in asked if name not in supported]
 
 
@@ -285,7 +285,15 @@ class RowProblem:
     dtype: torch.dtype
     device: torch.device
     alpha: float
+    """1.5 where there are ``alphas``."""
     needs_grad: bool
+    alphas: bool = False
+    """Whether each row has its own alpha, in (1, 2]."""
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """See :attr:`Problem.features`."""
+        return (FEATURES["alphas"],) if self.alphas else ()
 
 
 def float32_refusals(problem: Problem | RowProblem) -> list[str]:
@@ -505,8 +513,11 @@ def _check_operand(
 _looked_up = functools.lru_cache(maxsize=1024, typed=True)(_validate)
 
 
-def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
-    """Validate one ``entmax`` call over the last dimension of ``x``.
+def row_problem(
+    x: Tensor, *, alpha: float, needs_grad: bool, alphas: Tensor | None = None
+) -> RowProblem:
+    """Validate one ``entmax`` call over the last dimension of ``x``. ``alphas``, in the compute
+    dtype, has as many dimensions, the last of size 1 and the others as in ``x`` or 1.
 
     Raises:
         TypeError, ValueError: as :func:`validated`.
@@ -514,6 +525,9 @@ def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
     check_tensor("x", x)
     check_dim(-1, x.dim())
     length = x.shape[-1]
+    if alphas is not None:
+        alpha = 1.5
+        _check_row_alphas(alphas, x)
     return RowProblem(
         rows=math.prod(x.shape[:-1]),
         length=length,
@@ -521,7 +535,20 @@ def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
         device=x.device,
         alpha=check_alpha(alpha),
         needs_grad=needs_grad,
+        alphas=alphas is not None,
     )
+
+
+def _check_row_alphas(alphas: Tensor, x: Tensor) -> None:
+    rows = *x.shape[:-1], 1
+    fits = alphas.dim() == x.dim() and all(
+        n in (1, m) for n, m in zip(alphas.shape, rows, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"alpha must broadcast to the shape {rows} of the rows, got {tuple(alphas.shape)}"
+        )
+    check_like("alpha", alphas, alphas.shape, compute_dtype(x.dtype), x.device)
 
 
 def _check_factor(alpha: float, scale: float, dtype: torch.dtype) -> float:

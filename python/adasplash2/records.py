@@ -117,6 +117,7 @@ _SAID: dict[str, Callable[[Any], str]] = {
     "dropout_p": lambda dropout_p: "dropout" if dropout_p else "",
     "operands": lambda operands: " ".join(map(_operand, operands)),
     "group": str,
+    "alphas": lambda alphas: "alphas" if alphas else "",
     "alpha": lambda alpha: f"alpha {alpha if alpha in (1.5, 2.0) else 'general'}",
     "needs_grad": lambda needs_grad: "training" if needs_grad else "inference",
 }

@@ -5,13 +5,13 @@
 
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "alpha.h"
 #include "attention.h"
 #include "entmax_rows.h"
 #include "isa.h"
@@ -42,16 +42,6 @@ Dtype dtype_of(const std::string& name) {
   if (name == "float16") return Dtype::kFloat16;
   throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got '" + name +
                               "'");
-}
-
-Alpha alpha_of(double value) {
-  if (!(value > 1.0)) throw std::invalid_argument("alpha must be greater than 1");
-  Alpha alpha = {};
-  alpha.kind = value == 1.5 ? AlphaKind::k15 : value == 2.0 ? AlphaKind::k2 : AlphaKind::kGeneral;
-  alpha.value = value;
-  alpha.exponent = 1.0 / (value - 1.0);
-  for (int k = 0; k <= kBins; ++k) alpha.powers[k] = std::pow(double(k) / kBins, alpha.exponent);
-  return alpha;
 }
 
 // (address, dtype, strides of batch, query head, row and key), strides in elements and 0 where one
@@ -132,18 +122,11 @@ struct Asked {
       const std::int64_t heads = operand.stride_head ? problem.heads_q : 1;
       for (std::int64_t batch = 0; batch < batches; ++batch)
         for (std::int64_t head = 0; head < heads; ++head)
-          alphas.push_back(head_alpha(number_at(operand.at(batch, head), operand.dtype, 0)));
+          alphas.push_back(alpha_or_nan(number_at(operand.at(batch, head), operand.dtype, 0)));
       problem.alpha_stride_batch = batches > 1 ? heads : 0;
       problem.alpha_stride_head = heads > 1 ? 1 : 0;
     }
     problem.alphas = alphas.data();
-  }
-
-  // One that is not in (1, 2] makes its head's scores NaN, and so its rows.
-  static Alpha head_alpha(double value) {
-    Alpha alpha = alpha_of(value > 1.0 && value <= 2.0 ? value : 1.5);
-    if (!(value > 1.0 && value <= 2.0)) alpha.value = NAN;
-    return alpha;
   }
 };
 
@@ -272,27 +255,29 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "entmax_forward",
       [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address x,
-         std::int64_t stride_x, Address y, int threads, const std::string& isa) {
-        const EntmaxArguments a = {rows,    length,       alpha_of(alpha), dtype_of(dtype),
-                                   threads, &kernels(isa)};
+         std::int64_t stride_x, Address y, int threads, const std::string& isa, Address alphas) {
+        const EntmaxArguments a = {
+            rows,    length,       alpha_of(alpha), pointer<void>(alphas), dtype_of(dtype),
+            threads, &kernels(isa)};
         const py::gil_scoped_release release;
         entmax_forward(a, pointer<void>(x), stride_x, pointer<void>(y));
       },
       py::arg("rows"), py::arg("length"), py::arg("dtype"), py::arg("alpha"), py::arg("x"),
-      py::arg("stride_x"), py::arg("y"), py::arg("threads"), py::arg("isa"));
+      py::arg("stride_x"), py::arg("y"), py::arg("threads"), py::arg("isa"), py::arg("alphas") = 0);
 
   m.def(
       "entmax_backward",
       [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address y,
          Address grad_y, std::int64_t stride_grad_y, Address grad_x, int threads,
-         const std::string& isa) {
-        const EntmaxArguments a = {rows,    length,       alpha_of(alpha), dtype_of(dtype),
-                                   threads, &kernels(isa)};
+         const std::string& isa, Address alphas) {
+        const EntmaxArguments a = {
+            rows,    length,       alpha_of(alpha), pointer<void>(alphas), dtype_of(dtype),
+            threads, &kernels(isa)};
         const py::gil_scoped_release release;
         entmax_backward(a, pointer<void>(y), pointer<void>(grad_y), stride_grad_y,
                         pointer<void>(grad_x));
       },
       py::arg("rows"), py::arg("length"), py::arg("dtype"), py::arg("alpha"), py::arg("y"),
       py::arg("grad_y"), py::arg("stride_grad_y"), py::arg("grad_x"), py::arg("threads"),
-      py::arg("isa"));
+      py::arg("isa"), py::arg("alphas") = 0);
 }
