@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import language
 import pytest
@@ -569,3 +570,27 @@ def test_cuda_refuses_alphas_by_name() -> None:
     assert asked.alphas
     assert cuda.refusals_anywhere(asked) == ["alpha as a tensor is computed by other backends only"]
     assert "entmax of 3 rows of 9, alpha as a tensor" in dispatch.describe(asked)
+
+
+@pytest.mark.parametrize(
+    ("loss", "mapping"), [("Entmax15", "entmax15"), ("Sparsemax", "sparsemax")]
+)
+def test_losses_of_the_package_entmax_run_on_our_mappings(loss: str, mapping: str) -> None:
+    from entmax import losses
+
+    function: Any = getattr(losses, f"{loss}LossFunction")
+
+    class Ours(function):  # type: ignore[misc]
+        @classmethod
+        def project(cls, X: Tensor, alpha: float, k: int | None = None) -> Tensor:  # noqa: N803
+            found: Tensor = getattr(adasplash2, mapping)(X, dim=-1)
+            return found
+
+    torch.manual_seed(0)
+    x, target = torch.randn(7, 50, dtype=torch.float64), torch.randint(50, (7,))
+    results = []
+    for one in (function, Ours):
+        leaf = x.clone().requires_grad_()
+        value = one.apply(leaf, target)
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), leaf)))
+    torch.testing.assert_close(results[1], results[0])
