@@ -690,7 +690,7 @@ class _Entmax(_ReverseMode):
         grad_y, y, *alphas = tensors
         body = _entmax_backward if _is_final(*tensors) else entmax_backward
         if not alphas:
-            return body(grad_y, y, *ctx.options), None, None, None, None
+            return body(grad_y, y, *ctx.options), None, None, None, None, None
         of_x, of_alphas = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         grad_x = body(grad_y, y, *ctx.options, *alphas) if of_x else None
         grad_alphas = _alpha_gradient(grad_y, y, alphas[0], ctx.options[1]) if of_alphas else None
