@@ -517,3 +517,74 @@ def test_compiles_to_one_graph(feature: str) -> None:
         results.append([out.detach(), *torch.autograd.grad(out, [*tensors, *learned], grad)])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("window", [(2**63, 2**63), (-1, 2**63 - 1), (2**63 - 1, -1)])
+def test_windows_wider_than_any_number(window: tuple[int, int]) -> None:
+    q = torch.randn(1, 2, 9, 8)
+    for align in ("top-left", "bottom-right"):
+        whole = adasplash2.entmax_attention(q[:, :, :4], q, q)
+        got = adasplash2.entmax_attention(q[:, :, :4], q, q, window=window, causal_align=align)
+        assert torch.equal(got, whole)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_nothing_leaks_out_of_other_documents(alpha: float) -> None:
+    x = torch.randn(9, 2, 4)
+    x[5:] = math.nan
+    x.requires_grad_()
+    places = torch.tensor([0, 5, 9], dtype=torch.int32)
+    out = adasplash2.entmax_attention_varlen(x, x, x, places, places, alpha=alpha)
+    (gradient,) = torch.autograd.grad(out[:5].sum(), x)
+    assert out[:5].isfinite().all()
+    assert out[5:].isnan().all()
+    assert gradient[:5].isfinite().all()
+
+
+def test_slices_of_one_seed_drop_the_same() -> None:
+    x = torch.randn(2, 4, 9, 8).expand(3, 2, 4, 9, 8).clone().requires_grad_()
+    results = {}
+    for randomness in ("same", "different"):
+        out = torch.vmap(
+            lambda x: adasplash2.entmax_attention(x, x, x, dropout_p=0.5), randomness=randomness
+        )(x)
+        results[randomness] = out
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(gradient[0], gradient[1]) == (randomness == "same")
+    assert torch.equal(results["same"][0], results["same"][1])
+    assert not torch.equal(results["different"][0], results["different"][1])
+
+
+@pytest.mark.parametrize("shape", [
+    (3, 1, 5, 7), (3, 2, 5, 7), (2, 1, 1, 5, 7), (1, 3, 1, 5, 7), (1, 1, 1, 5, 7), (5, 7),
+], ids=str)  # fmt: skip
+def test_masks_broadcast_over_all_leading_dimensions(shape: tuple[int, ...]) -> None:
+    q, k = torch.randn(2, 3, 2, 5, 4), torch.randn(2, 3, 2, 7, 4)
+    mask = torch.randn(shape) > 0
+    flat = [t.flatten(0, 1) for t in (q, k, k)]
+    expected = adasplash2.entmax_attention(*flat, mask.expand(2, 3, 2, 5, 7).flatten(0, 1))
+    assert torch.equal(adasplash2.entmax_attention(q, k, k, mask), expected.view(q.shape))
+
+
+def test_nothing_at_all() -> None:
+    """No heads, no queries."""
+    none = torch.randn(1, 0, 4, 8)
+    assert adasplash2.entmax_attention(none, none, none).shape == none.shape
+    query, key = torch.randn(1, 2, 0, 8), torch.randn(1, 2, 9, 8)
+    _, aux = adasplash2.entmax_attention(query, key, key, return_aux=True)
+    assert aux.probabilities().shape == (0, 9)
+    assert aux.support.shape == (1, 2, 0)
+
+
+def test_packed_graphs_are_dynamic() -> None:
+    torch._dynamo.reset()
+
+    def packed(x: Tensor, places: Tensor, sinks: Tensor) -> Tensor:
+        out: Tensor = adasplash2.entmax_attention_varlen(x, x, x, places, places, sinks=sinks)
+        return out
+
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend="aot_eager")
+    for total in (9, 14):
+        x, sinks = torch.randn(total, 2, 8), torch.zeros(2)
+        places = torch.tensor([0, 4, total], dtype=torch.int32)
+        assert torch.equal(compiled(x, places, sinks), packed(x, places, sinks))

@@ -178,6 +178,8 @@ BAD_ATTENTION = [
     ("align", {"causal_align": "middle"}, ValueError, "causal_align", "'top-left'", "'middle'"),
     ("align type", {"causal_align": 1}, TypeError, "causal_align", "text", "1"),
     ("softcap -1", {"softcap": -1.0}, ValueError, "softcap", "at least 0", "-1.0"),
+    ("softcap huge", {"softcap": 4e38}, ValueError, "softcap", "3.4e+38", "4e+38"),
+    ("mask numpy", {"attn_mask": np.ones((5, 6), bool)}, TypeError, "attn_mask", "Tensor"),
     ("softcap nan", {"softcap": NAN}, ValueError, "softcap", "finite", "nan"),
     ("softcap text", {"softcap": "30"}, TypeError, "softcap", "real number", "'30'"),
     ("softcap bool", {"softcap": False}, TypeError, "softcap", "real number", "False"),

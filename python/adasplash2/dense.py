@@ -22,7 +22,12 @@ def scores(
     a key may not be seen. See :class:`adasplash2.problem.ScoreTransform`."""
     p, said = problem, problem.scores
     query = inputs.query[:, :, rows].to(dtype).unflatten(1, (p.heads_kv, p.group_size))
-    s = (query @ inputs.key.to(dtype).mT.unsqueeze(2)).flatten(1, 2)
+    key = inputs.key.to(dtype).unsqueeze(2)
+    # What is not finite makes its own scores, and by zeros times it no others and no gradients.
+    right_q, right_k = query.isfinite(), key.isfinite()
+    s = torch.where(right_q, query, 0.0) @ torch.where(right_k, key, 0.0).mT
+    right = right_q.all(-1, keepdim=True) & right_k.all(-1, keepdim=True).mT
+    s = torch.where(right, s, query.detach() @ key.detach().mT).flatten(1, 2)
     if inputs.scales is None:
         s = said.scale * s
     else:
@@ -85,5 +90,8 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
     p = torch.where(hidden, 0.0, torch.softmax(s, dim=3))[..., : problem.length_k]
     p = F.dropout(p, said.dropout_p)
     p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))
-    out: Tensor = (p @ inputs.value.unsqueeze(2)).flatten(1, 2)
-    return out
+    value = inputs.value.unsqueeze(2)
+    right = value.isfinite()
+    out: Tensor = p @ torch.where(right, value, 0.0)
+    reached = (p != 0.0).to(p.dtype) @ (~right).to(p.dtype)
+    return torch.where(reached > 0.0, math.nan, out).flatten(1, 2)

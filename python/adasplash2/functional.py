@@ -128,18 +128,19 @@ def entmax_attention(
             above 0 makes keys from some distance on *exactly* zero, and they are not read: scores
             without the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so that a key
             further than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest one is outside the
-            support. Values are looked at only where they are on a CPU.
+            support. Values are looked at only where they are on a CPU, outside of traces and
+            transforms.
         softcap: scores become ``softcap * tanh(s / softcap)``; 0 for none.
         sinks: ``(heads_q,)``: one more score for each row of a head, not scaled, which takes
             probability and has no value; with gradient.
         q_lengths: int32 ``(batch,)``: queries from here on are padding; their rows are zeros, in
             the output and in gradients.
         kv_lengths: int32 ``(batch,)``: keys from here on are padding, which nobody sees.
-        kv_starts: int32 ``(batch,)``: keys before are padding. On a GPU the values of the three are
-            not looked at; there they are clamped to what exists.
-        return_aux: return also an :class:`AttentionAux`.
+        kv_starts: int32 ``(batch,)``: keys before are padding. On a GPU, in traces and
+            transforms values of the three are not looked at, but clamped to what exists.
+        return_aux: return also an :class:`AttentionAux`; not for ``alpha = 1``.
         backend: name of the backend to run; None lets the dispatcher choose. See :func:`explain`
-            and :func:`available_backends`.
+            and :func:`available_backends`. For ``alpha = 1``, which is torch's, it is only checked.
 
     Returns:
         ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``; with

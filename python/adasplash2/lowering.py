@@ -75,17 +75,16 @@ def lowered(
         softcap=softcap,
         dropout_p=dropout_p,
     )
-    tensors, lead = (query, key, value), 0
+    tensors, lead = (query, key, value), [1]
     shaped: Callable[[Tensor], Tensor] = _as_it_is
     if not _is_common(query, key, value):
         for name, tensor in zip(TENSORS, tensors, strict=True):
             check_tensor(name, tensor)
-        lead = max(t.dim() for t in tensors) - 3
-        tensors, shared, shaped = _four_dimensional(*tensors, options.enable_gqa)
+        tensors, lead, shared, shaped = _four_dimensional(*tensors, options.enable_gqa)
         options = options._replace(enable_gqa=options.enable_gqa or shared)
     inputs = Inputs(*tensors)
     operands = attn_mask, alphas, scales, alibi_slopes, sinks, q_lengths, kv_lengths, kv_starts
-    if not options.dropout_p and operands == _NO_OPERANDS:
+    if not options.dropout_p and _are_none(operands):
         return Call(inputs, options, shaped)
     if _is_causal_bias(attn_mask):
         options = _with_causal_bias(options, attn_mask, inputs)
@@ -97,7 +96,7 @@ def lowered(
         return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads))
 
     inputs = inputs._replace(
-        attn_mask=None if attn_mask is None else _four_dimensional_mask(attn_mask, max(lead, 1)),
+        attn_mask=None if attn_mask is None else _four_dimensional_mask(attn_mask, lead),
         alibi_slopes=of_heads("alibi_slopes", alibi_slopes),
         sinks=of_heads("sinks", sinks),
         scales=None if scales is None else _of_rows(scales, compute),
@@ -111,7 +110,11 @@ def lowered(
     return Call(inputs, options, shaped)
 
 
-_NO_OPERANDS = (None,) * 8
+def _are_none(operands: tuple[object, ...]) -> bool:
+    for operand in operands:  # noqa: SIM110 (all() takes three times as long)
+        if operand is not None:
+            return False
+    return True
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -143,9 +146,9 @@ def _is_common(query: Any, key: Any, value: Any) -> bool:
 
 def _four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor], bool, Callable[[Tensor], Tensor]]:
-    """SDPA's ``(..., heads, length, head_dim)`` with dimensions that broadcast; whether heads of
-    keys are shared by that; and the way back."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[int], bool, Callable[[Tensor], Tensor]]:
+    """SDPA's ``(..., heads, length, head_dim)`` with dimensions that broadcast; the leading ones,
+    which become the batch; whether heads of keys are shared by that; and the way back."""
     tensors = [query, key, value]
     dims = max(t.dim() for t in tensors)
     for name, t in zip(TENSORS, tensors, strict=True):
@@ -184,7 +187,7 @@ def _four_dimensional(
             result = result.squeeze(0)
         return result
 
-    return (query, key, value), shared, shaped
+    return (query, key, value), sizes, shared, shaped
 
 
 def _broadcast(sizes: Any) -> int | None:
@@ -220,8 +223,12 @@ def _of_heads(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, i
     tensor = _check_numbers(public, tensor)
     batch, heads = sizes
     allowed = [(heads,), (batch, heads)] if name == "alibi_slopes" else [(heads,)]
-    if tensor.shape not in allowed and not (name == "alphas" and tensor.dim() == 0):
-        shapes = " or ".join(str(shape) for shape in allowed)
+    fits = tensor.dim() == 0 if name == "alphas" else False
+    for shape in allowed:
+        if tensor.dim() == len(shape):
+            fits = fits or all(n == m for n, m in zip(tensor.shape, shape, strict=True))
+    if not fits:
+        shapes = f"{allowed[0]} or {allowed[1]}" if len(allowed) > 1 else f"{allowed[0]}"
         raise ValueError(f"{public} must have the shape {shapes}, got {tuple(tensor.shape)}")
     if name == "alibi_slopes" and is_known(tensor) and bool((tensor < 0).any()):
         raise ValueError(f"alibi_slopes must be at least 0, got {shown(tensor.min().item())}")
@@ -261,20 +268,26 @@ def alphas_of_rows(alpha: Tensor, x: Tensor, dim: int) -> Tensor:
     return alpha.reshape(sizes).to(compute_dtype(x.dtype))
 
 
-def _four_dimensional_mask(attn_mask: object, lead: int) -> Tensor:
-    """``attn_mask`` in four dimensions, of which the first stands for ``lead`` of the query's."""
+def _four_dimensional_mask(attn_mask: object, lead: list[int]) -> Tensor:
+    """``attn_mask`` in four dimensions, of which the first stands for those of ``lead``."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.layout != torch.strided:
         raise TypeError(f"attn_mask must be a strided tensor, got layout {attn_mask.layout}")
-    if attn_mask.dim() > lead + 3:
+    dims, shape = max(len(lead), 1), tuple(attn_mask.shape)
+    attn_mask = attn_mask[(None,) * (dims + 3 - attn_mask.dim())]
+    fits = attn_mask.dim() == dims + 3
+    if fits and dims > 1:
+        first = attn_mask.shape[:dims]
+        fits = all(n in (1, m) for n, m in zip(first, lead, strict=True))
+        if fits and any(n != 1 for n in first):  # copies where only some of them broadcast
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[dims:])
+        attn_mask = attn_mask.flatten(0, dims - 1) if fits else attn_mask
+    if not fits:
         raise ValueError(
-            "attn_mask must broadcast to (batch, heads, length_q, length_k), got the shape "
-            f"{tuple(attn_mask.shape)}"
+            f"attn_mask must broadcast to (batch, heads, length_q, length_k), with {tuple(lead)} "
+            f"as batch, got the shape {shape}"
         )
-    attn_mask = attn_mask[(None,) * (lead + 3 - attn_mask.dim())]
-    if lead > 1:  # copies a mask of which only some of these dimensions broadcast
-        attn_mask = attn_mask.flatten(0, lead - 1)
     return attn_mask
 
 

@@ -332,10 +332,33 @@ def _attention_forward_vmap(
     (saved_bytes,) = asked.own
     if not isinstance(saved_bytes, int) or saved_bytes > 0:
         saved_bytes *= n
+    seed = OPERANDS.index("dropout_seed")
+    if asked.operands[seed] is not None and dims.operands[seed] is None:
+        # One seed for all slices, by which each drops the same: heads must be numbered alike.
+        return _forward_by_slices(n, in_dims, query, key, value, *args)
     shape = _folds(query, in_dims[0], n)
     asked = asked._replace(own=(saved_bytes,), operands=_folded_operands(asked, dims, shape))
     out, tau, saved = attention_forward(*inputs, *asked.flat)
     return (out.unflatten(0, shape), tau.unflatten(0, shape), saved), (0, 0, None)
+
+
+def _forward_by_slices(n: int, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """Calls of their own, whose ``saved`` are as long as the longest."""
+    outs, taus, saved = zip(
+        *(
+            attention_forward(
+                *(
+                    t.select(d, i) if isinstance(t, Tensor) and isinstance(d, int) else t
+                    for t, d in zip(args, in_dims, strict=True)
+                )
+            )
+            for i in range(n)
+        ),
+        strict=True,
+    )
+    longest = max(t.shape[0] for t in saved)
+    padded = [torch.nn.functional.pad(t, (0, longest - t.shape[0])) for t in saved]
+    return (torch.stack(outs), torch.stack(taus), torch.stack(padded)), (0, 0, 0)
 
 
 def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

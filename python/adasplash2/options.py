@@ -124,6 +124,10 @@ def check_options(
     )
 
 
+WIDEST_WINDOW = 2**30
+"""Of a side: more keys than any sequence has."""
+
+
 def check_window(window: tuple[int, int] | None) -> tuple[int, int]:
     """``(left, right)``, -1 where a side is open.
 
@@ -138,7 +142,9 @@ def check_window(window: tuple[int, int] | None) -> tuple[int, int]:
     sides = tuple(_as_int("window", side) for side in window)
     if min(sides) < -1:
         raise ValueError(f"window must have sides of at least -1 (open), got {shown(window)}")
-    return sides[0], sides[1]
+    # Places are 32-bit numbers in kernels, to which a side is added.
+    left, right = (min(s, WIDEST_WINDOW) if isinstance(s, int) else s for s in sides)
+    return left, right
 
 
 def check_count(name: str, value: int) -> int:

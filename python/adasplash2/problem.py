@@ -172,7 +172,7 @@ class Problem:
     @property
     def group_size(self) -> int:
         """Query heads that share one key and value head."""
-        return self.heads_q // self.heads_kv
+        return self.heads_q // self.heads_kv if self.heads_kv else 1
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -416,6 +416,10 @@ def _validate(
             )
     alpha = check_alpha(options.alpha)
     scale = _check_factor(alpha, check_scale(options.scale, head_dim), dtype)
+    if options.softcap > (limit := torch.finfo(compute_dtype(dtype)).max):
+        raise ValueError(
+            f"softcap must be at most {limit:.3g} for {dtype}, got {options.softcap:g}"
+        )
     sizes = batch, heads_q, length_q, length_k
     known = tuple(_check_operand(*operand, sizes, dtype, device) for operand in operands)
     names = {operand.name for operand in known}
@@ -477,6 +481,7 @@ def _check_operand(
     Raises:
         TypeError, ValueError: dtype, device or shape are not what :class:`Inputs` says.
     """
+    public = {"scales": "scale", "alphas": "alpha"}.get(name, name)
     batch, heads_q, length_q, length_k = sizes
     full = {
         "attn_mask": (batch, heads_q, length_q, length_k),
@@ -494,9 +499,9 @@ def _check_operand(
     }.get(name, (compute_dtype(dtype),))
     if its_dtype not in allowed:
         names = " or ".join(dict.fromkeys(str(one) for one in allowed))
-        raise TypeError(f"{name} must have the dtype {names}, got {its_dtype}")
+        raise TypeError(f"{public} must have the dtype {names}, got {its_dtype}")
     if its_device != device:
-        raise ValueError(f"{name} must be on the device of query ({device}), got {its_device}")
+        raise ValueError(f"{public} must be on the device of query ({device}), got {its_device}")
     exact = 3, None, length_q  # of ranges, whose first and last dimension are never 1 for all
     fits = len(shape) == len(full) and all(
         n == m or (n == 1 and not (name == "ranges" and exact[place] is not None))
@@ -504,7 +509,7 @@ def _check_operand(
     )
     if not fits:
         raise ValueError(
-            f"{name} must have a shape that broadcasts to {tuple(full)}, got {tuple(shape)}"
+            f"{public} must have a shape that broadcasts to {tuple(full)}, got {tuple(shape)}"
         )
     return Operand(name, its_dtype, tuple(n != 1 for n in shape))
 
