@@ -120,7 +120,7 @@ def test_random_calls(seed: int) -> None:
 
 
 @BACKENDS
-@interpreted(features=("causal", "lengths"))
+@interpreted(features=(("causal",), ("lengths", "causal"), ("bool mask",)))
 @pytest.mark.parametrize(
     "features", [("causal",), ("lengths", "causal"), ("bool mask",), ("sinks",), ("slopes",)]
 )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adasplash2.problem import Inputs, Problem
+from adasplash2.problem import Inputs, Problem, places, rows_of, seen_keys
 
 
 def scores(
@@ -31,37 +31,17 @@ def scores(
     if inputs.scales is None:
         s = said.scale * s
     else:
-        s = _of(inputs.scales, 2, rows).to(dtype).unsqueeze(3) * s
+        s = rows_of(inputs.scales, 2, rows).to(dtype).unsqueeze(3) * s
     if said.softcap:
         s = said.softcap * torch.tanh(s / said.softcap)
-    mask = None if inputs.attn_mask is None else _of(inputs.attn_mask, 2, rows)
+    mask = inputs.attn_mask
     if mask is not None and mask.dtype != torch.bool:
-        s = s + mask.to(dtype)
-    keys = torch.arange(p.length_k, device=p.device)
-    at = torch.arange(p.length_q, device=p.device)[rows] + p.shift
-    if inputs.ranges is not None:
-        at = inputs.ranges[2][:, None, rows]  # (batch, 1, rows)
+        s = s + rows_of(mask, 2, rows).to(dtype)
     if inputs.alibi_slopes is not None:
-        distance = (at.unsqueeze(-1) - keys).abs().to(dtype)
+        keys = torch.arange(p.length_k, device=p.device)
+        distance = (places(p, inputs, rows).unsqueeze(-1) - keys).abs().to(dtype)
         s = s - inputs.alibi_slopes.to(dtype)[:, :, None, None] * distance
-    seen = torch.ones(s.shape[2:], dtype=torch.bool, device=p.device)
-    if inputs.ranges is not None:
-        begin, end = (inputs.ranges[i][:, None, rows, None] for i in (0, 1))
-        seen = (keys >= begin) & (keys < end)
-    elif said.left >= 0 or said.right >= 0:
-        distance = keys - at[:, None]
-        if said.left >= 0:
-            seen = seen & (distance >= -said.left)
-        if said.right >= 0:
-            seen = seen & (distance <= said.right)
-    if mask is not None:  # what is added as -inf hides a key too, whatever its score
-        seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
-    return torch.where(seen, s, -math.inf)
-
-
-def _of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
-    """The ``rows`` of a dimension, which may be one for all."""
-    return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (rows,)]
+    return torch.where(seen_keys(p, inputs, rows), s, -math.inf)
 
 
 def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:

@@ -256,6 +256,39 @@ FEATURES = {
 """What users call an operand; a ``dropout_seed`` comes with ``dropout_p``."""
 
 
+def places(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
+    """``i'`` of the queries ``rows``; broadcasts to ``(batch, heads_q, rows)``."""
+    if inputs.ranges is not None:
+        return inputs.ranges[2][:, None, rows]
+    return torch.arange(problem.length_q, device=problem.device)[rows] + problem.shift
+
+
+def seen_keys(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
+    """Which keys the queries ``rows`` may see: bool, broadcasts to ``(batch, heads_q, rows,
+    length_k)``. For what is looked at: kernels know it by themselves."""
+    said, mask = problem.scores, inputs.attn_mask
+    keys = torch.arange(problem.length_k, device=problem.device)
+    distance = keys - places(problem, inputs, rows)[..., None]
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if inputs.ranges is not None:
+        begin, end = (inputs.ranges[i][:, None, rows, None] for i in (0, 1))
+        seen = (keys >= begin) & (keys < end)
+    else:
+        if said.left >= 0:
+            seen = seen & (distance >= -said.left)
+        if said.right >= 0:
+            seen = seen & (distance <= said.right)
+    if mask is not None:  # what is added as -inf hides a key too, whatever its score
+        mask = rows_of(mask, 2, rows)
+        seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
+    return seen
+
+
+def rows_of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
+    """The ``rows`` of a dimension, which may be one for all."""
+    return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (rows,)]
+
+
 def unsupported(problem: Problem | RowProblem, supported: Collection[str] = ()) -> list[str]:
     """Reasons of a backend that has only some of the problem's ``features``."""
     asked = problem.features
