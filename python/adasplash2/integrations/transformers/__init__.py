@@ -1,5 +1,6 @@
-"""entmax attention in the models of Hugging Face transformers: :func:`apply` sets it and tells which
-layers run it.
+"""entmax attention in the models of Hugging Face transformers.
+
+:func:`apply` sets it and tells which layers run it.
 """
 
 from __future__ import annotations
