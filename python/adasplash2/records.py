@@ -116,6 +116,7 @@ _SAID: dict[str, Callable[[Any], str]] = {
     "softcap": lambda softcap: "softcap" if softcap else "",
     "dropout_p": lambda dropout_p: "dropout" if dropout_p else "",
     "operands": lambda operands: " ".join(map(_operand, operands)),
+    "page_size": lambda size: f"pages of {_bucket(size)}" if size else "",
     "group": str,
     "alphas": lambda alphas: "alphas" if alphas else "",
     "alpha": lambda alpha: f"alpha {alpha if alpha in (1.5, 2.0) else 'general'}",
