@@ -50,6 +50,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
     """None: all that passes validation is computed."""
+    if isinstance(problem, Problem) and problem.page_size:
+        return ["block_table is computed by other backends only"]
     return []
 
 

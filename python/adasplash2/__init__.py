@@ -14,6 +14,7 @@ from adasplash2.functional import (
     entmax15,
     entmax_attention,
     entmax_attention_varlen,
+    entmax_attention_with_kvcache,
     explain,
     sparsemax,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "entmax15",
     "entmax_attention",
     "entmax_attention_varlen",
+    "entmax_attention_with_kvcache",
     "explain",
     "sparsemax",
 ]
