@@ -1,5 +1,8 @@
 """Sphinx reads this: `make docs` builds the pages of this folder into output/docs."""
 
+import dataclasses
+from typing import Any
+
 import adasplash2
 
 project = "adasplash2"
@@ -30,12 +33,10 @@ nitpick_ignore_regex = [
 ]
 
 # Docstrings
-autodoc_class_signature = "separated"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 88
 napoleon_custom_sections = ["Sources"]
-napoleon_use_ivar = True
 napoleon_use_rtype = False
 add_module_names = False
 
@@ -47,3 +48,15 @@ html_show_sphinx = False
 html_theme_options = {"footer_icons": [], "navigation_with_keys": True}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def without_constructor(
+    app: Any, what: str, name: str, thing: Any, *_: Any
+) -> tuple[str, None] | None:
+    """Of what users are given and never make."""
+    given = dataclasses.is_dataclass(thing) or (what == "exception")
+    return ("", None) if given else None
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", without_constructor)

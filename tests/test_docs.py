@@ -105,9 +105,14 @@ def test_the_examples_of_a_public_name_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("module", public_modules(), ids=lambda module: str(module.__name__))
-def test_a_public_module_has_a_page(module: ModuleType) -> None:
+def test_public_names_are_on_the_page_of_their_module(module: ModuleType) -> None:
+    """One by one, or all of the module at once."""
     pages = [path.read_text() for path in (ROOT / "docs/api").glob("*.md")]
-    assert any(f".. automodule:: {module.__name__}\n" in page for page in pages)
+    found = [page for page in pages if f".. automodule:: {module.__name__}\n" in page]
+    assert len(found) == 1, f"{module.__name__} needs a page in docs/api"
+    if f".. automodule:: {module.__name__}\n   :members:" not in found[0]:
+        shown = re.findall(r"^\.\. (?:auto(?!module)\w+|py:data):: (\w+)$", found[0], re.M)
+        assert sorted(shown) == sorted(module.__all__)
 
 
 @pytest.mark.parametrize("module", public_modules(), ids=lambda module: str(module.__name__))
