@@ -18,10 +18,26 @@ demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; w
 	@mkdir -p $(OUTPUT)
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
 
-test: $(VENV)/.built $(VENV)/.oldest ## run the tests
-	$(BIN)/python -m pytest --expect-backends cpu
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_transformers.py
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --expect-backends triton tests/test_attention.py tests/test_entmax.py tests/test_edges.py tests/test_configs.py tests/test_fuzz.py tests/test_language.py tests/test_compat.py tests/test_kvcache.py
+test: $(VENV)/.built $(VENV)/.oldest ## run the tests, as many parts side by side as there are cores; TEST="-k window"
+	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) $(SYNC) $(TESTED)
+
+# Parts of the tests, which take minutes each; what one says is shown when it ends.
+JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
+SYNC   := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+MAIN   := $(addprefix test-main-,0 1 2 3)
+INTERPRETED := $(addprefix test-interpreted-,0 1)
+TESTED := $(MAIN) test-oldest $(INTERPRETED)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(TEST)
+
+.PHONY: $(TESTED)
+$(MAIN): test-main-%:
+	$(PYTEST) --expect-backends cpu --part $*/4
+
+test-oldest:
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) tests/test_transformers.py
+
+$(INTERPRETED): test-interpreted-%:
+	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
 
 fuzz: $(VENV)/.built ## 20,000 random problems; FUZZ="--backend cuda"
 	$(BIN)/python tests/fuzz.py --problems 20000 $(FUZZ)
