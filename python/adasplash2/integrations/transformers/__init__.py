@@ -1,8 +1,6 @@
 """entmax attention in the models of Hugging Face transformers.
 
->>> from adasplash2.integrations.transformers import apply
->>> print(apply(model, alpha=1.5))
-24 of 24 attention layers run adasplash2-1.5
+:func:`apply` sets it and tells which layers run it.
 """
 
 from __future__ import annotations
@@ -55,6 +53,19 @@ def apply(
         TypeError: ``model`` is not a model of transformers.
         TypeError, ValueError: ``alpha`` is not a number of at least 1.
         ValueError: no layer of the model runs our attention.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import apply
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2))
+        >>> print(apply(model, alpha=1.5))
+        2 of 2 attention layers run adasplash2-1.5
+        >>> seen = lambda layer, query, key, value, arguments: print(layer, tuple(query.shape))
+        >>> _ = apply(model, observer=seen)
+        >>> _ = model(input_ids=torch.tensor([[1, 2, 3]]))
+        0 (1, 2, 3, 4)
+        1 (1, 2, 3, 4)
     """
     from transformers import PreTrainedModel
 
@@ -115,6 +126,13 @@ def register(
     Raises:
         ImportError: transformers is not installed.
         TypeError, ValueError: ``alpha`` is not a number of at least 1, or ``name`` is taken.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import register
+        >>> register("sparsemax", alpha=2.0)
+        >>> config = GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2)
+        >>> model = GPT2LMHeadModel._from_config(config, attn_implementation="sparsemax")
     """
     _register(name, Attention(check_alpha(alpha), check_backend(backend) or None, observer))
 
