@@ -1,6 +1,7 @@
 """Our attention in models of transformers: equal to the model's own in all that models ask.
 
-Runs with the newest and with the oldest release that pyproject.toml allows, see the Makefile.
+Runs with the newest and with the oldest release that pyproject.toml allows, see the Makefile;
+``test_architectures.py`` goes through all kinds of models.
 Models are tiny and random. With alpha = 1 ours is softmax, so a model's eager attention is the
 reference for everything but the numbers of entmax, which other files hold.
 """
@@ -22,125 +23,30 @@ import adasplash2
 from adasplash2.integrations import transformers as integration
 
 transformers = pytest.importorskip("transformers")
+from architectures import (  # noqa: E402
+    BIG_BIRD,
+    DECODER,
+    ENCODER,
+    GPT,
+    GPT_NEO,
+    GPT_OSS,
+    LLAMA4,
+    LOCAL,
+    OLD,
+    PAIR,
+    SEQ2SEQ,
+    SHORTER,
+    T5,
+    TEXT,
+    TOKENS,
+    VISION,
+    make,
+    run,
+)
+
 from adasplash2.integrations.transformers import masks  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-OLD = transformers.__version__.startswith("4.")
-TOKENS = torch.arange(24).reshape(2, 12) * 7 % 50 + 3
-SHORTER = TOKENS[:, :9] % 40 + 4
-
-DECODER = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ENCODER = {k: v for k, v in DECODER.items() if k not in ("head_dim", "num_key_value_heads")}
-GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-SEQ2SEQ = {
-    "vocab_size": 60,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 4,
-}
-AUDIO = {
-    **ENCODER,
-    "conv_dim": [16, 16],
-    "conv_kernel": [4, 4],
-    "conv_stride": [4, 4],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-}
-MAMBA = {"mamba_n_groups": 1, "mamba_d_state": 8}
-BIG_BIRD = {**SEQ2SEQ, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
-T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-T5 |= {"decoder_start_token_id": 0}
-MOE = {"num_experts": 2, "num_experts_per_tok": 1}
-LLAMA4 = {"attention_chunk_size": 4, "moe_layers": [], "intermediate_size_mlp": 16}
-GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-FALCON_H1 = {**MAMBA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
-
-TEXT = {"input_ids": TOKENS}
-PAIR = {"input_ids": TOKENS, "decoder_input_ids": SHORTER}
-IMAGE = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)}
-WAVE = {"input_values": torch.linspace(-9, 9, 2 * 320).sin().reshape(2, 320)}
-SPECTRUM = torch.linspace(-9, 9, 2 * 8 * 32).cos().reshape(2, 8, 32)
-
-ARCHITECTURES = [
-    # model, config, its arguments, inputs, what happens: "equal" or "none" (no layer is ours). A
-    # second outcome is that of the oldest release.
-    ("LlamaForCausalLM", "Llama", DECODER, TEXT, "equal"),
-    ("Qwen2ForCausalLM", "Qwen2", DECODER, TEXT, "equal"),
-    ("Qwen3ForCausalLM", "Qwen3", DECODER, TEXT, "equal"),
-    ("PhiForCausalLM", "Phi", DECODER, TEXT, "equal"),
-    ("GPTNeoXForCausalLM", "GPTNeoX", DECODER, TEXT, "equal"),
-    ("OlmoeForCausalLM", "Olmoe", {**DECODER, **MOE}, TEXT, "equal", "none"),
-    ("MixtralForCausalLM", "Mixtral", {**DECODER, "num_local_experts": 2}, TEXT, "equal"),
-    ("GPT2LMHeadModel", "GPT2", GPT, TEXT, "equal"),
-    ("GPTBigCodeForCausalLM", "GPTBigCode", GPT, TEXT, "equal"),
-    ("OPTForCausalLM", "OPT", {**DECODER, "word_embed_proj_dim": 32, "ffn_dim": 48}, TEXT, "equal"),
-    ("BioGptForCausalLM", "BioGpt", DECODER, TEXT, "equal"),
-    ("FalconH1ForCausalLM", "FalconH1", {**DECODER, **FALCON_H1}, TEXT, "equal"),
-    ("BertLMHeadModel", "Bert", {**ENCODER, "is_decoder": True}, TEXT, "equal", "none"),
-    ("BigBirdPegasusForCausalLM", "BigBirdPegasus", BIG_BIRD, TEXT, "equal"),
-    ("BartForCausalLM", "Bart", SEQ2SEQ, TEXT, "equal"),
-    ("CLIPTextModel", "CLIPText", ENCODER, TEXT, "equal"),
-    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 12}, TEXT, "equal"),
-    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 5}, TEXT, "equal"),
-    ("Gemma3ForCausalLM", "Gemma3Text", {**DECODER, "sliding_window": 5}, TEXT, "equal"),
-    ("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}, TEXT, "equal"),
-    ("Gemma2ForCausalLM", "Gemma2", DECODER, TEXT, "equal"),
-    ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS}, TEXT, "equal"),
-    ("DogeForCausalLM", "Doge", DECODER, TEXT, "equal"),
-    ("BertModel", "Bert", ENCODER, TEXT, "equal", "none"),
-    ("DistilBertModel", "DistilBert", {**ENCODER, "dim": 32}, TEXT, "equal", "none"),
-    ("LayoutLMModel", "LayoutLM", ENCODER, TEXT, "equal"),
-    ("SplinterModel", "Splinter", ENCODER, TEXT, "equal"),
-    ("ModernBertModel", "ModernBert", {**ENCODER, "local_attention": 4}, TEXT, "equal", "none"),
-    ("BartModel", "Bart", SEQ2SEQ, PAIR, "equal"),
-    ("MarianModel", "Marian", SEQ2SEQ, PAIR, "equal"),
-    (
-        "WhisperModel",
-        "Whisper",
-        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16},
-        {"input_features": SPECTRUM, "decoder_input_ids": SHORTER},
-        "equal",
-    ),
-    ("ViTModel", "ViT", VISION, IMAGE, "equal"),
-    ("Dinov2Model", "Dinov2", VISION, IMAGE, "equal"),
-    ("SiglipVisionModel", "SiglipVision", VISION, IMAGE, "equal"),
-    ("Wav2Vec2Model", "Wav2Vec2", AUDIO, WAVE, "equal"),
-    ("HubertModel", "Hubert", AUDIO, WAVE, "equal"),
-    ("T5Model", "T5", T5, PAIR, "equal", "none"),
-    ("BloomForCausalLM", "Bloom", DECODER, TEXT, "none"),
-    ("GPTJForCausalLM", "GPTJ", {**GPT, "rotary_dim": 8}, TEXT, "none"),
-    ("DebertaV2Model", "DebertaV2", ENCODER, TEXT, "none"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -151,72 +57,12 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def make(model: str, config: str, arguments: dict[str, Any], implementation: str = "eager") -> Any:
-    torch.manual_seed(0)
-    configuration = getattr(transformers, config + "Config")(**arguments)
-    configuration._attn_implementation = implementation
-    return getattr(transformers, model)(configuration).eval()
-
-
 def llama(implementation: str = "eager", **arguments: Any) -> Any:
     return make("LlamaForCausalLM", "Llama", {**DECODER, **arguments}, implementation)
 
 
-def run(model: nn.Module, **inputs: Any) -> Tensor:
-    with torch.no_grad():
-        out = model(**inputs)
-    logits: Tensor = out.logits if "logits" in out else out.last_hidden_state
-    return logits
-
-
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def equals_eager(
-    model: nn.Module, name: str, inputs: dict[str, Any], tokens: Tensor | None = None
-) -> None:
-    """``model`` with our softmax equals itself with eager, at ``tokens`` where not all are."""
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-    expected = run(model, **inputs)
-    model.set_attn_implementation(name)  # type: ignore[operator]
-    found = run(model, **inputs)
-    if tokens is not None and tokens.shape == found.shape[:2]:
-        found, expected = found[tokens], expected[tokens]
-    close(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("model", "config", "arguments", "inputs", "outcomes"),
-    [pytest.param(*case[:4], case[4:], id=f"{case[0]}-{case[4]}") for case in ARCHITECTURES],
-)
-def test_architectures(
-    model: str,
-    config: str,
-    arguments: dict[str, Any],
-    inputs: dict[str, Tensor],
-    outcomes: tuple[str, ...],
-) -> None:
-    """Equal to eager: as it is, with another last token, with padding on either side."""
-    if not hasattr(transformers, model):
-        pytest.skip(f"transformers {transformers.__version__} has no {model}")
-    ours = make(model, config, arguments)
-    if (outcomes[-1] if OLD else outcomes[0]) == "none":
-        with pytest.raises(ValueError, match="cannot run our attention: 0 of"):
-            integration.apply(ours, alpha=1.0)
-        assert ours.config._attn_implementation == "eager"
-        return
-    name = integration.apply(ours, alpha=1.0).name
-    equals_eager(ours, name, inputs)
-    for padded in (slice(-3, None), slice(3)) if "input_ids" in inputs else ():
-        tokens = torch.ones_like(TOKENS)
-        tokens[0, padded] = 0
-        equals_eager(ours, name, {**inputs, "attention_mask": tokens}, tokens.bool())
-    decoded = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    if decoded != "input_ids" or model.endswith(("LM", "HeadModel")):
-        changed = inputs[decoded].clone()
-        changed[:, -1] = 5
-        close(run(ours, **{**inputs, decoded: changed})[:, :-1], run(ours, **inputs)[:, :-1])
 
 
 @pytest.mark.parametrize("model", ["BloomForCausalLM", "GPTJForCausalLM", "GPTNeoForCausalLM"])
@@ -225,8 +71,7 @@ def test_models_that_never_ask_keep_their_masks(model: str, padded: bool) -> Non
     """Set by its config, a model may take our masks and compute attention itself."""
     arguments = {**DECODER, **GPT, "rotary_dim": 8}
     if model.startswith("GPTNeo"):
-        arguments = {"vocab_size": 60, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
-        arguments |= {"attention_types": [[["global", "local"], 1]], "window_size": 4}
+        arguments = GPT_NEO
     padding = torch.ones_like(TOKENS)
     padding[0, :3] = 0 if padded else 1
     integration.register("adasplash2-forced")
@@ -753,7 +598,7 @@ PADDED = [
     ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS, "sliding_window": 4}),
     ("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}),
     ("BertModel", "Bert", ENCODER),
-    ("ModernBertModel", "ModernBert", {**ENCODER, "local_attention": 4}),
+    ("ModernBertModel", "ModernBert", LOCAL),
     ("T5Model", "T5", T5),
     ("BartModel", "Bart", SEQ2SEQ),
 ]
