@@ -8,6 +8,7 @@ reference for everything but the numbers of entmax, which other files hold.
 
 from __future__ import annotations
 
+import copy
 import re
 import tomllib
 import warnings
@@ -166,6 +167,136 @@ def test_backend_arrives(call: str) -> None:
         integration.apply(model, backend="cuda")
     with pytest.raises(adasplash2.BackendRefused, match="backend 'cuda' cannot run"):
         run(model, **TEXT)
+
+
+# alpha of each head
+
+LAYERS = ("model.layers.0.self_attn", "model.layers.1.self_attn")
+
+
+def alphas(model: Any) -> list[Any]:
+    return [layer.self_attn.adasplash2 for layer in model.model.layers]
+
+
+def test_learned_alphas_are_seen_by_an_optimizer_and_stay_inside() -> None:
+    model = llama()
+    integration.apply(model, alpha=1.5)
+    expected = run(model, **TEXT)
+    found = integration.apply(model, alpha=1.5, learn=True)
+    assert found.name == "adasplash2-learned"
+    close(run(model, **TEXT), expected)
+    logits = [held.logit for held in alphas(model)]
+    assert all(any(logit is p for p in model.parameters()) for logit in logits)
+    optimizer = torch.optim.SGD(logits, lr=1e6)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    for held in alphas(model):
+        assert held().shape == (4,)
+        assert ((held() > 1) & (held() < 2)).all()
+        assert (held() != 1.5).all()
+    assert run(model, **TEXT).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["number", "by head", "learned", "learned and copied"])
+def test_alpha_comes_back_with_the_model(how: str, tmp_path: Path) -> None:
+    model = llama()
+    by_head = dict(zip(LAYERS, ([1.2, 1.5, 1.7, 1.9], [1.2, 1.5, 1.7, 1.4]), strict=True))
+    if how == "number":
+        integration.apply(model, alpha=1.3)
+    else:
+        integration.apply(model, alpha=by_head, learn="learned" in how)
+    if how == "learned and copied":
+        model = copy.deepcopy(model)
+    if "learned" in how:
+        with torch.no_grad():
+            alphas(model)[0].logit += torch.tensor([-50.0, 0.1, 3.0, 50.0])
+    expected = run(model, **TEXT)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    integration.apply(loaded)
+    assert ("learned" in how) == any("adasplash2" in name for name, _ in loaded.named_parameters())
+    torch.testing.assert_close(run(loaded, **TEXT), expected, rtol=1e-6, atol=1e-6)
+    loaded.load_state_dict(model.state_dict())
+    assert run(loaded, **TEXT).equal(expected)
+
+
+def test_each_head_has_its_own_alpha() -> None:
+    model = llama(num_hidden_layers=1)
+    of_heads: list[Tensor] = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, inputs: of_heads.append(inputs[0].unflatten(-1, (4, 8)))
+    )
+    own = [1.2, 1.5, 1.7, 2.0]
+    integration.apply(model, alpha={"model.layers.0.self_attn": own})
+    model.bfloat16().float()  # the weights are rounded, alpha is not
+    run(model, **TEXT)
+    for head, alpha in enumerate(own):
+        integration.apply(model, alpha=alpha)
+        run(model, **TEXT)
+        close(of_heads[0][:, :, head], of_heads[-1][:, :, head])
+        assert (of_heads[0] - of_heads[-1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 2.5, "learn": True}, r"above 1\.01 and below 1\.99 to be learned, got 2\.5"),
+        ({"alpha": 1.0, "learn": True}, r"above 1\.01 and below 1\.99 to be learned, got 1"),
+        ({"alpha": {"model.layers.0.self_attn": [1.5] * 4}}, "alpha must name the layers"),
+        (
+            {"alpha": {layer: [1.5, 1.5, 1.5, 2.5] for layer in LAYERS}},
+            "above 1 and at most 2, got 2.5",
+        ),
+        (
+            {"alpha": {layer: [1.5] * 3 for layer in LAYERS}},
+            "one number for each of 4 heads, got 3",
+        ),
+        ({"alpha": "learn"}, "alpha must be a real number"),
+        ({"learn": 2}, "learn must be True or False"),
+    ],
+)
+def test_alphas_that_do_not_fit_change_nothing(arguments: dict[str, Any], message: str) -> None:
+    model = llama()
+    expected = run(model, **TEXT)
+    with pytest.raises((TypeError, ValueError), match=message):
+        integration.apply(model, **arguments)
+    assert run(model, **TEXT).equal(expected)
+    assert "adasplash2" not in repr(model) + repr(model.config)
+
+
+@pytest.mark.parametrize("model", [llama(), make("T5Model", "T5", T5)], ids=["Llama", "T5"])
+def test_a_model_gets_back_what_it_had(model: Any) -> None:
+    if OLD and isinstance(model, transformers.T5Model):
+        pytest.skip("T5 computes its attention itself here")
+    inputs = PAIR if isinstance(model, transformers.T5Model) else TEXT
+    expected, before = run(model, **inputs), (repr(model), repr(model.config))
+    integration.apply(model, alpha=1.9)
+    integration.apply(model, learn=True)
+    assert not run(model, **inputs).equal(expected)
+    integration.restore(model)
+    assert run(model, **inputs).equal(expected)
+    assert (repr(model), repr(model.config)) == before
+    with pytest.raises(ValueError, match="was not set by apply"):
+        integration.restore(model)
+
+
+def test_names_are_forgotten() -> None:
+    model, other = llama(), llama()
+    name = integration.apply(model, alpha=1.25).name
+    integration.apply(other, alpha=2.0)
+    integration.unregister(name)
+    run(other, **TEXT)
+    with pytest.raises(KeyError):
+        run(model, **TEXT)
+    with pytest.raises(ValueError, match="name must be registered"):
+        integration.unregister(name)
+    integration.restore(model)
+    run(model, **TEXT)
+    integration.unregister()
+    with pytest.raises(KeyError):
+        run(other, **TEXT)
 
 
 # Modules that call our attention

@@ -58,6 +58,9 @@ def apply(
         model = AutoModelForCausalLM.from_pretrained(folder)
         apply(model)
 
+    transformers then tells that learned alphas are in the file unexpected; they come from the
+    config.
+
     Args:
         model: a model of transformers. Models that it holds are set too.
         alpha: as for :func:`adasplash2.entmax_attention`; or for each layer, by its name in

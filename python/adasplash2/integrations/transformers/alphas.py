@@ -104,10 +104,15 @@ def by_layer(
     found = {}
     for path in layers:
         module = model.get_submodule(path)
-        if isinstance(alpha, Mapping):
-            alphas = [check_alpha(number) for number in alpha[path]]
-        else:
-            alphas = [check_alpha(alpha)] * _count_heads(path, module)
+        heads = _count_heads(module)
+        given = alpha[path] if isinstance(alpha, Mapping) else [alpha] * heads
+        alphas = [check_alpha(number) for number in given]
+        if not alphas:
+            raise ValueError(f"cannot tell how many heads {path} has: give alpha for each layer")
+        if heads and len(alphas) != heads:
+            raise ValueError(
+                f"alpha of {path} must be one number for each of {heads} heads, got {len(alphas)}"
+            )
         for number in alphas:
             if learned and not LOW < number < HIGH:
                 raise ValueError(
@@ -120,11 +125,12 @@ def by_layer(
     return found
 
 
-def _count_heads(path: str, module: nn.Module) -> int:
-    """The query heads of a layer, as models of transformers name their number."""
+def _count_heads(module: nn.Module) -> int:
+    """The query heads of a layer, as models of transformers name their number; 0 where they do not
+    tell."""
     for owner in (module, getattr(module, "config", None)):
         for name in ("num_attention_heads", "num_heads", "n_heads"):
             heads = getattr(owner, name, None)
             if isinstance(heads, int):
                 return heads
-    raise ValueError(f"cannot tell how many heads {path} has: give alpha for each layer")
+    return 0
