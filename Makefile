@@ -4,12 +4,15 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 OUTPUT ?= output
+# Of the bare environment that tries a wheel; TORCH=torch takes the newest.
+TORCH  ?= $(shell grep '^torch==' requirements/test.txt)
 
 CPP   := $(wildcard src/cpp/*.h src/cpp/*.cpp python/adasplash2/include/adasplash2/*.h)
 CUDA  := $(wildcard backends/cuda/kernels/*.cu backends/cuda/kernels/*.cuh)
 PY    := python backends tests benchmarks examples docs
 
-.PHONY: help demo test fuzz sanitize gpu lint format features docs figures links bench targets clean
+.PHONY: help demo test fuzz sanitize gpu lint format features docs figures links bench targets wheel
+.PHONY: clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -18,10 +21,26 @@ demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; w
 	@mkdir -p $(OUTPUT)
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
 
-test: $(VENV)/.built $(VENV)/.oldest ## run the tests
-	$(BIN)/python -m pytest --expect-backends cpu
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_transformers.py
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --expect-backends triton tests/test_attention.py tests/test_entmax.py tests/test_edges.py tests/test_configs.py tests/test_fuzz.py tests/test_language.py tests/test_compat.py tests/test_kvcache.py
+test: $(VENV)/.built $(VENV)/.oldest ## run the tests, as many parts side by side as there are cores; TEST="-k window"
+	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) $(SYNC) $(TESTED)
+
+# Parts of the tests, which take minutes each; what one says is shown when it ends.
+JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
+SYNC   := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+MAIN   := $(addprefix test-main-,0 1 2 3)
+INTERPRETED := $(addprefix test-interpreted-,0 1)
+TESTED := $(MAIN) test-oldest $(INTERPRETED)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(TEST)
+
+.PHONY: $(TESTED)
+$(MAIN): test-main-%:
+	$(PYTEST) --expect-backends cpu --part $*/4
+
+test-oldest:
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) tests/test_transformers.py tests/test_architectures.py
+
+$(INTERPRETED): test-interpreted-%:
+	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
 
 fuzz: $(VENV)/.built ## 20,000 random problems; FUZZ="--backend cuda"
 	$(BIN)/python tests/fuzz.py --problems 20000 $(FUZZ)
@@ -63,6 +82,16 @@ targets: $(VENV)/.examples $(VENV)/.built ## judge the speed targets on the CPU
 	$(BIN)/python benchmarks/attention.py --device cpu --data gaussian --targets --limit 120 --budget 600
 	$(BIN)/python benchmarks/rows.py --device cpu --targets
 
+wheel: $(VENV)/.wheel ## sdist and wheel into dist/, the wheel for any Linux as new as this one; tried in output/bare
+	rm -rf dist wheelhouse $(OUTPUT)/bare
+	$(BIN)/python -m build
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl
+	mv wheelhouse/*.whl dist/ && rm dist/*-linux_*.whl && rmdir wheelhouse
+	$(PYTHON) -m venv $(OUTPUT)/bare
+	$(OUTPUT)/bare/bin/python -m pip --disable-pip-version-check --quiet install "$(TORCH)" dist/*.whl
+	cd / && "$(abspath $(OUTPUT))/bare/bin/python" "$(CURDIR)/tests/smoke.py"
+	ls -l dist
+
 output/smollm2.pt: benchmarks/capture.py | $(VENV)/.examples $(VENV)/.built
 	$(BIN)/python benchmarks/capture.py --output $@
 
@@ -82,6 +111,10 @@ $(VENV)/.examples: requirements/examples.txt requirements/weights.txt $(VENV)/.t
 	@touch $@
 
 $(VENV)/.docs: requirements/docs.txt $(VENV)/.tested
+	$(PIP) install -r $<
+	@touch $@
+
+$(VENV)/.wheel: requirements/wheel.txt | $(BIN)/python
 	$(PIP) install -r $<
 	@touch $@
 

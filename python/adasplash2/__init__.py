@@ -5,6 +5,7 @@ Start at :func:`entmax_attention`.
 
 from importlib.metadata import version
 
+from adasplash2 import nn
 from adasplash2.auxiliary import AttentionAux
 from adasplash2.contract import AttentionStats
 from adasplash2.dispatch import BackendRefused, BackendStatus, Explanation, available_backends
@@ -38,5 +39,6 @@ __all__ = [
     "entmax_attention_varlen",
     "entmax_attention_with_kvcache",
     "explain",
+    "nn",
     "sparsemax",
 ]

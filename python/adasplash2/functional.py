@@ -16,7 +16,7 @@ from torch import Tensor
 from adasplash2 import dispatch, ops
 from adasplash2.auxiliary import AttentionAux
 from adasplash2.contract import AttentionStats
-from adasplash2.dense import softmax_attention
+from adasplash2.dense import softmax_attention, weights
 from adasplash2.lowering import (
     Call,
     alphas_of_rows,
@@ -350,6 +350,31 @@ def _attend(call: Call, return_aux: bool) -> Any:
     out, tau = ops.attention_and_tau(inputs, options)
     kept = inputs.mapped(Tensor.detach)
     return shaped(out), AttentionAux(tau.detach(), validated(kept, options, False), kept)
+
+
+def dense_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = NOTHING,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1.5,
+    alibi_slopes: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The weights of the values in :func:`entmax_attention`, ``(batch, heads, length_q, length_k)``
+    in the dtype of the queries: dense, with gradients, as dropout leaves them. For modules that
+    return them."""
+    inputs, options, _ = lowered(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, False, alpha, "top-left", None,
+        alibi_slopes, NOTHING, None, None, None, None, backend,
+    )  # fmt: skip
+    inputs = _cast(inputs)
+    found = weights(_problem(inputs, options), inputs, options.backend)
+    return found.to(inputs.query.dtype)
 
 
 def _takes_what(
