@@ -112,7 +112,8 @@ def test_public_names_are_on_the_page_of_their_module(module: ModuleType) -> Non
     assert len(found) == 1, f"{module.__name__} needs a page in docs/api"
     if f".. automodule:: {module.__name__}\n   :members:" not in found[0]:
         shown = re.findall(r"^\.\. (?:auto(?!module)\w+|py:data):: (\w+)$", found[0], re.M)
-        assert sorted(shown) == sorted(module.__all__)
+        names = [n for n in module.__all__ if not inspect.ismodule(getattr(module, n))]
+        assert sorted(shown) == sorted(names)
 
 
 @pytest.mark.parametrize("module", public_modules(), ids=lambda module: str(module.__name__))
