@@ -17,6 +17,9 @@ import torch
 
 import adasplash2
 
+for package in ("matplotlib", "transformers"):
+    pytest.importorskip(package)
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path
