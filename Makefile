@@ -20,7 +20,7 @@ demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; w
 
 test: $(VENV)/.built $(VENV)/.oldest ## run the tests
 	$(BIN)/python -m pytest --expect-backends cpu
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_transformers.py tests/test_architectures.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_transformers.py tests/test_transformers_generation.py tests/test_architectures.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --expect-backends triton tests/test_attention.py tests/test_entmax.py tests/test_edges.py tests/test_configs.py tests/test_fuzz.py tests/test_language.py tests/test_compat.py
 
 fuzz: $(VENV)/.built ## 20,000 random problems; FUZZ="--backend cuda"
