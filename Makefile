@@ -37,7 +37,7 @@ $(MAIN): test-main-%:
 	$(PYTEST) --expect-backends cpu --part $*/4
 
 test-oldest:
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) tests/test_transformers.py tests/test_architectures.py
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures))
 
 $(INTERPRETED): test-interpreted-%:
 	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
