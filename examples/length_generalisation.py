@@ -30,6 +30,7 @@ from training import (
     add_common,
     autocast,
     chosen,
+    compiled,
     environment,
     fit,
     generator_of,
@@ -215,8 +216,8 @@ def accuracy(
 
 
 def train_and_test(
-    name: str, contender: str, rate: float, seed: int, scale: Scale, folder: Path, device: str,
-    budget: Budget,
+    name: str, contender: str, rate: float, seed: int, scale: Scale, folder: Path,
+    options: argparse.Namespace, budget: Budget,
 ) -> dict[str, Any]:  # fmt: skip
     """One run, or what it has left in ``folder``."""
     label = f"{name}-{contender.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
@@ -227,14 +228,16 @@ def train_and_test(
     task = TASKS[name]
     torch.manual_seed(seed)
     size = Size(task.vocabulary, scale.layers, scale.heads, scale.features)
+    device = options.device
     model = Decoder(size, CONTENDERS[contender]).to(device)
+    run = compiled(model, options)
 
-    def loss_of(model: torch.nn.Module, step: int) -> Tensor:
+    def loss_of(step: int) -> Tensor:
         generator = generator_of(0, seed, step)
         length = int(torch.randint(SHORTEST, LONGEST + 1, (), generator=generator))
         tokens, targets = (t.to(device) for t in task.draw(scale.batch, length, generator))
         with autocast(device):
-            logits = model(tokens)
+            logits = run(tokens)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     losses = fit(
@@ -264,12 +267,17 @@ def train_and_test(
 
 
 def compete(
-    name: str, contender: str, scale: Scale, folder: Path, device: str, budget: Budget
+    name: str,
+    contender: str,
+    scale: Scale,
+    folder: Path,
+    options: argparse.Namespace,
+    budget: Budget,
 ) -> list[dict[str, Any]]:
     """The runs of a contender with its own best learning rate, one a seed."""
 
     def run(rate: float, seed: int) -> dict[str, Any]:
-        return train_and_test(name, contender, rate, seed, scale, folder, device, budget)
+        return train_and_test(name, contender, rate, seed, scale, folder, options, budget)
 
     first = [run(rate, 0) for rate in scale.rates]
     best = max(first, key=lambda result: (result["validation"], -result["loss"]))
@@ -344,13 +352,15 @@ def main(arguments: list[str] | None = None) -> int:
     scale = Scale(**{**vars(scale), "steps": options.steps})
     folder = options.output / f"{options.size}-{options.steps}"
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    stopped = False
     try:
         for name in options.tasks:
             for contender in options.contenders:
-                runs = compete(name, contender, scale, folder, options.device, budget)
+                runs = compete(name, contender, scale, folder, options, budget)
                 results.setdefault(name, {})[contender] = runs
     except Stopped:
         print("the minutes are spent: the same command goes on", file=sys.stderr)
+        stopped = True
     if not results:
         return 1
     print(table(results, scale.multiples))
@@ -360,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     draw(results, options.output / "length_generalisation.png")
     print(f"picture: {options.output / 'length_generalisation.png'}")
-    return 1 if budget.is_spent else 0
+    return 1 if stopped else 0
 
 
 if __name__ == "__main__":
