@@ -136,22 +136,22 @@ def draw_flip_flop(count: int, length: int, generator: torch.Generator) -> Batch
     return Batch(tokens, targets)
 
 
-TAGS = 16
+OTHER, NEEDLE, COLOURS, COLOUR_COUNT = 0, 1, 2, 8
+"""Kinds come before colours; the token behind both asks."""
 
 
 def draw_needle(count: int, length: int, generator: torch.Generator) -> Batch:
-    """Pairs of tags and values, of which one has the tag 0: its value is to be said at the end. All
-    others have the same value, so that whoever attends to many of them says that."""
+    """Things, each a kind and a colour. One is the needle: its colour is to be said at the end. All
+    others have one colour, so that whoever attends to many of them says that."""
     pairs = length // 2
-    tags = torch.randint(1, TAGS, (count, pairs), generator=generator)
-    values = torch.randint(VALUES, (count, 1), generator=generator).repeat(1, pairs)
     place = torch.randint(pairs, (count, 1), generator=generator)
-    answer = torch.randint(VALUES, (count, 1), generator=generator)
-    tags, values = tags.scatter(1, place, 0), TAGS + values.scatter(1, place, answer)
-    source = torch.stack([tags, values], dim=2).flatten(1)
-    tokens = torch.cat([source, torch.full((count, 1), TAGS + VALUES)], dim=1)
+    colours = COLOURS + torch.randint(COLOUR_COUNT, (count, 2), generator=generator)
+    kinds = torch.full((count, pairs), OTHER).scatter(1, place, NEEDLE)
+    seen = colours[:, :1].repeat(1, pairs).scatter(1, place, colours[:, 1:])
+    source = torch.stack([kinds, seen], dim=2).flatten(1)
+    tokens = torch.cat([source, torch.full((count, 1), COLOURS + COLOUR_COUNT)], dim=1)
     targets = torch.full_like(tokens, IGNORED)
-    targets[:, -1:] = TAGS + answer
+    targets[:, -1:] = colours[:, 1:]
     return Batch(tokens, targets)
 
 
@@ -160,7 +160,7 @@ TASKS = {
     "reverse": Task(DIGITS + 1, True, draw_reverse),
     "recall": Task(KEYS + VALUES, False, draw_recall),
     "flip-flop": Task(BITS + 2, False, draw_flip_flop),
-    "needle": Task(TAGS + VALUES + 1, False, draw_needle),
+    "needle": Task(COLOURS + COLOUR_COUNT + 1, False, draw_needle),
 }
 
 # Sizes

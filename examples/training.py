@@ -92,22 +92,21 @@ class Attention(nn.Module):
         if self.recipe.positions == "rope":
             query, key = rotated(query), rotated(key)
         length = x.shape[1]
-        arguments: dict[str, Any] = {"is_causal": True, "scale": self.scale, "alpha": self.alpha}
-        if isinstance(self.alpha, nn.Module):
-            arguments["alpha"] = self.alpha()
+        alpha = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
+        scale: float | Tensor = self.scale
         if self.log_scale is not None:
-            arguments["scale"] = self.scale * self.log_scale.exp()[:, None]
+            scale = scale * self.log_scale.exp()
         if self.length_scale is not None:
             seen = torch.arange(1, length + 1, device=x.device)
-            arguments["scale"] = arguments["scale"] * self.length_scale(x, seen)
-        elif self.log_scale is not None:
-            arguments["scale"] = arguments["scale"][:, 0]
-        if self.slopes is not None:
-            if arguments["alpha"] == 1.0:  # as a mask it goes through SDPA's own kernels
-                bias = causal_bias(self.slopes, length)
-                arguments |= {"is_causal": False, "attn_mask": bias.to(query.dtype)}
-            else:
-                arguments["alibi_slopes"] = self.slopes
+            by_head = scale[:, None] if isinstance(scale, Tensor) else scale
+            scale = by_head * self.length_scale(x, seen)
+        arguments: dict[str, Any] = {"is_causal": True, "scale": scale, "alpha": alpha}
+        if self.slopes is not None and alpha is self.alpha and alpha == 1.0:
+            # As a mask they go through SDPA's own kernels.
+            bias = causal_bias(self.slopes, length)
+            arguments |= {"is_causal": False, "attn_mask": bias.to(query.dtype)}
+        elif self.slopes is not None:
+            arguments["alibi_slopes"] = self.slopes
         if self.observer is not None and not torch.compiler.is_compiling():
             self.observer(None, query, key, value, arguments)
         out = adasplash2.entmax_attention(query, key, value, **arguments)
