@@ -15,6 +15,7 @@ from adasplash2.functional import (
     entmax15,
     entmax_attention,
     entmax_attention_varlen,
+    entmax_attention_with_kvcache,
     explain,
     sparsemax,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "entmax15",
     "entmax_attention",
     "entmax_attention_varlen",
+    "entmax_attention_with_kvcache",
     "explain",
     "nn",
     "sparsemax",
