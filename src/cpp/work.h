@@ -43,6 +43,27 @@ ADASPLASH2_INLINE S* row_of(HeadRef head, int64_t i) {
   return static_cast<S*>(head.data) + i * head.stride;
 }
 
+// Where the rows of a cache lie in pages of `page_size` rows: row i of sequence b is row
+// i % page_size of page data[b * stride + i / page_size]. Null where they lie one behind another.
+struct BlockTable {
+  const int32_t* data;
+  int64_t stride, page_size, pages;  // `pages`: in the cache
+};
+
+// The rows of one head of a cache.
+struct CacheRef {
+  HeadRef rows;          // of page 0, where there are pages
+  const int32_t* pages;  // null where there are none
+  int64_t page_size, page_stride;
+};
+
+template <class S>
+ADASPLASH2_INLINE S* row_of(const CacheRef& head, int64_t i) {
+  if (!head.pages) return row_of<S>(head.rows, i);
+  const uint32_t row = uint32_t(i), size = uint32_t(head.page_size);
+  return row_of<S>(head.rows, row % size) + head.pages[row / size] * head.page_stride;
+}
+
 struct AttentionProblem {
   int64_t batch, heads_q, heads_kv, length_q, length_k, head_dim, head_dim_v;
   Score score;
@@ -80,6 +101,13 @@ struct AttentionProblem {
   }
   ADASPLASH2_INLINE HeadRef key_head(const TensorRef& tensor, int64_t number) const {
     return head_of(tensor, number / heads_kv, number % heads_kv);
+  }
+  // Of a cache, whose batch stride is that of its pages where there are any.
+  ADASPLASH2_INLINE CacheRef cached_head(const TensorRef& tensor, const BlockTable& table,
+                                         int64_t number) const {
+    if (!table.data) return {key_head(tensor, number), nullptr, 0, 0};
+    return {head_of(tensor, 0, number % heads_kv), table.data + number / heads_kv * table.stride,
+            table.page_size, tensor.stride_batch};
   }
 
  private:
