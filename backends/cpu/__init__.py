@@ -50,6 +50,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
     """None: all that passes validation is computed."""
+    if isinstance(problem, Problem) and problem.page_size:
+        return ["block_table is computed by other backends only"]
     return []
 
 
@@ -70,7 +72,8 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
 
 def versions() -> Mapping[str, str]:
     """See :meth:`adasplash2.contract.Backend.versions`."""
-    return {"core": _core_hash(), "isa": _core.isa(), "threads": str(torch.get_num_threads())}
+    threads = str(torch.get_num_threads()) if _core.OPENMP else "1 (built without OpenMP)"
+    return {"core": _core_hash(), "isa": _core.isa(), "threads": threads}
 
 
 def notes(problem: Problem | RowProblem, inputs: Inputs, config: Config) -> Sequence[str]:

@@ -7,6 +7,7 @@ _Operand = tuple[int, str, tuple[int, int, int, int]]
 """Address, dtype and strides (batch, head, query, key), 0 where one entry holds for all."""
 
 LIST_CAPACITY: int
+OPENMP: bool
 TILE_ROWS: int
 
 def usable_isas() -> list[str]: ...

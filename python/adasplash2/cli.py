@@ -337,7 +337,7 @@ def explain(backend: str | None, as_json: bool, device: torch.device | None, **c
 
 
 @main.command()
-@click.option("--markdown", is_flag=True, help="Print the table as README has it.")
+@click.option("--markdown", is_flag=True, help="Print the table as the documentation has it.")
 @json_option
 def features(markdown: bool, as_json: bool) -> None:
     """What each backend computes, on whatever device, and why not the rest.

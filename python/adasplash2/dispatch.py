@@ -78,6 +78,12 @@ class BackendStatus:
         name: as ``backend=`` takes it.
         usable: True if it can.
         reason: why, or why not, in a sentence.
+
+    Example:
+        >>> import adasplash2
+        >>> status = adasplash2.available_backends()[-1]
+        >>> status.name, status.usable
+        ('cpu', True)
     """
 
     name: str
@@ -101,6 +107,15 @@ class BackendRefused(ValueError):
 
     Attributes:
         answers: what each backend that was asked has against it.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q = torch.randn(1, 1, 4, 8, dtype=torch.float64)
+        >>> try:
+        ...     adasplash2.entmax_attention(q, q, q, backend="cuda")
+        ... except adasplash2.BackendRefused as error:
+        ...     print([answer.name for answer in error.answers])
+        ['cuda']
     """
 
     def __init__(self, message: str, answers: tuple[Answer, ...] = ()) -> None:
@@ -130,6 +145,13 @@ class Explanation:
         others: name of every backend that is not chosen, and why.
         notes: what is worth knowing beside, such as copies that are made.
         why: what the choice rests on, a measurement or the order of the registry.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q = torch.randn(1, 1, 4, 8)
+        >>> explanation = adasplash2.explain(q, q, q)
+        >>> explanation.chosen, [name for name, reasons in explanation.others]
+        ('cpu', ['cuda', 'triton'])
     """
 
     problem: str
@@ -228,7 +250,13 @@ def explain(
 
 
 def available_backends() -> list[BackendStatus]:
-    """Every backend there is, in the order in which they are asked, usable here or not."""
+    """Every backend there is, in the order in which they are asked, usable here or not.
+
+    Example:
+        >>> import adasplash2
+        >>> [status.name for status in adasplash2.available_backends()]
+        ['cuda', 'triton', 'cpu']
+    """
     statuses = []
     for name in registry.REGISTRY:
         found = _load(name)

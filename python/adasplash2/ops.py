@@ -329,6 +329,8 @@ def _attention_forward_vmap(
     n = info.batch_size
     inputs = (_folded(t, dim, n) for t, dim in zip((query, key, value), in_dims, strict=False))
     asked, dims = _Arguments.of(args, 1), _Arguments.of(in_dims[3:], 1)
+    if asked.operands[OPERANDS.index("block_table")] is not None:
+        raise RuntimeError("vmap does not go over a paged cache: its pages are of no one sequence")
     (saved_bytes,) = asked.own
     if not isinstance(saved_bytes, int) or saved_bytes > 0:
         saved_bytes *= n

@@ -118,7 +118,7 @@ struct ForwardWorkspace {
 template <class S, AlphaKind K, bool IsPlain>
 struct ForwardBlock {
   using T = ComputeOf<S>;
-  static constexpr int64_t kKeys = kPanelKeys<T>;
+  static constexpr int64_t kKeys = kPanelKeys<T>, kRowTiles = kBlockRows / kTileRows;
 
   const ForwardTask<T>& task;
   const AttentionProblem& problem;
@@ -220,36 +220,45 @@ struct ForwardBlock {
     const Part first = row_tile(tile_begin), last = row_tile(tile_end - 1);
     const Part together = {first.first, last.first + last.count - first.first};
     const KeyRange panels = needed_by_any(together).in_units_of(kKeys);
+    KeyRange needed[kRowTiles], whole[kRowTiles];  // whole: keys whose scores are scaled alone
+    for (int64_t t = tile_begin; t < tile_end; ++t) {
+      const Part rows = row_tile(t);
+      needed[t] = needed_by_any(rows);
+      whole[t] = scores.is_scaled && rows.count == kTileRows ? seen_by_all(rows) : KeyRange{0, 0};
+    }
     for (int64_t panel = panels.end - 1; panel >= panels.begin; --panel) {
       const KeyRange keys = {panel * kKeys, (panel + 1) * kKeys};
       for (int64_t t = tile_begin; t < tile_end; ++t) {
         const Part rows = row_tile(t);
-        if (!keys.overlaps(needed_by_any(rows)) || all_flat(rows)) continue;
+        if (!keys.overlaps(needed[t]) || all_flat(rows)) continue;
         if (!any_allowed(rows, keys)) continue;
+        scores.prefetch(task.row_begin + rows.first, rows.count, keys.begin - kKeys, kKeys);
         const Tile<T> tile = dots(rows, panel);
         ++work.tiles;
-        if (IsPlain && seen_by_all(rows).contains(keys) && rows.count == kTileRows)
-          collect<false>(tile, rows, keys.begin);
-        else
+        if (whole[t].contains(keys)) {
           collect<true>(tile, rows, keys.begin);
+        } else {
+          Tile<T> values = tile;  // in memory, while `tile` is in registers
+          scores.to_values(values, task.row_begin + rows.first, rows.count, keys.begin);
+          collect<false>(values, rows, keys.begin);
+        }
       }
     }
   }
 
-  // Appends what lies above each row's bound. Partial: there are fewer rows than a tile has, or
-  // not all of them see all keys.
-  template <bool Partial>
+  // Appends what lies above each row's bound. Whole: the tile holds q . k, and all rows see all
+  // keys; else it holds the values of rows.count rows.
+  template <bool Whole>
   ADASPLASH2_INLINE void collect(const Tile<T>& tile, Part rows, int64_t key) {
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      if (Partial && r >= rows.count) continue;
+      if (!Whole && r >= rows.count) continue;
       const int64_t i = rows.first + r;
       Vec<T> x[kTileVectors];
       unsigned above[kTileVectors], any = 0;
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
-        x[v] = Partial ? scores.values(tile.rows[r][v], task.row_begin + i, key + v * kLanes<T>)
-                       : scores.values(tile.rows[r][v]);
+        x[v] = Whole ? scores.values(tile.rows[r][v]) : tile.rows[r][v];
         above[v] = not_below(x[v], broadcast(lo[i]));
         any |= above[v];
       }
@@ -362,13 +371,12 @@ struct ForwardBlock {
   ADASPLASH2_INLINE void scan_flat(Part rows, KeyRange panels) {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const bool any = any_allowed(rows, {panel * kKeys, (panel + 1) * kKeys});
-      const Tile<T> tile = any ? dots(rows, panel) : Tile<T>{};
+      Tile<T> tile = any ? dots(rows, panel) : Tile<T>{};
+      scores.to_values(tile, task.row_begin + rows.first, rows.count, panel * kKeys);
       for (int r = 0; r < rows.count; ++r)
-        for (int v = 0; v < kTileVectors; ++v) {
-          const int64_t row = task.row_begin + rows.first + r, lane = v * kLanes<T>;
-          store(ws.scores + r * ws.score_stride + (panel - panels.begin) * kKeys + lane,
-                scores.values(tile.rows[r][v], row, panel * kKeys + lane));
-        }
+        for (int v = 0; v < kTileVectors; ++v)
+          store(ws.scores + r * ws.score_stride + (panel - panels.begin) * kKeys + v * kLanes<T>,
+                tile.rows[r][v]);
     }
   }
 

@@ -146,6 +146,11 @@ struct Asked {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "C++ core of adasplash2.";
   m.attr("LIST_CAPACITY") = kListCapacity;
+#if defined(_OPENMP)
+  m.attr("OPENMP") = true;
+#else
+  m.attr("OPENMP") = false;
+#endif
   m.attr("TILE_ROWS") = kBlockRows;
 
   m.def("usable_isas", &usable_isas);
