@@ -65,8 +65,8 @@ def attention_forward(
 ) -> Kept | None:
     """With a ``block_table`` (address of int32 ``(batch, pages)`` with unit stride, batch stride,
     rows of a page, pages of the cache) the batch strides of ``key`` and ``value`` are those of
-    pages, and ``length_k`` is what the table has room for, or less. Only entries whose keys some
-    query may see are read. It is for calls without gradients or statistics."""
+    pages, and ``length_k`` is at most what the table's pages hold. It is for calls without
+    gradients or statistics."""
 
 def attention_backward(
     dims: _Dims,

@@ -114,11 +114,17 @@ struct DecodedHead {
 };
 
 template <class T>
+constexpr int kChunkVectors = int(kChunkKeys) / kLanes<T>;
+template <class T>
+using ChunkRow = Vec<T>[kChunkVectors<T>];
+
+template <class T>
 struct DecodeWorkspace {
-  T *query, *dots, *list_values;
+  T *query, *list_values;
+  ChunkRow<T>* chunk;  // q . k, then values, of each row
   int32_t* list_keys;
   DecodedHead<T>* heads;
-  const void** chunk;
+  const void** chunk_keys;
   int64_t depth, list_stride, bytes;
 
   // For `rows` query rows and `keys` keys at most.
@@ -129,9 +135,9 @@ struct DecodeWorkspace {
     // Whatever a chunk may add, and a vector; the odd one as in kListStride.
     list_stride = round_up(keys, kChunkKeys) + kChunkKeys + 3 * kLanes<T>;
     query = arena.take<T>(round_up(rows, kRowsTogether) * depth);
-    dots = arena.take<T>(round_up(rows, kRowsTogether) * kChunkKeys);
+    chunk = arena.take<ChunkRow<T>>(round_up(rows, kRowsTogether));
     heads = arena.take<DecodedHead<T>>(rows < p.gqa_group() ? rows : p.gqa_group());
-    chunk = arena.take<const void*>(kChunkKeys);
+    chunk_keys = arena.take<const void*>(kChunkKeys);
     list_values = arena.take<T>(rows * list_stride);
     list_keys = arena.take<int32_t>(rows * list_stride);
     bytes = arena.used;
@@ -142,6 +148,9 @@ struct DecodeWorkspace {
 template <class S>
 struct DecodeScan {
   using T = ComputeOf<S>;
+  struct Chunk {
+    ChunkRow<T>* rows;
+  };
 
   DecodeScanTask<T>& task;
   const AttentionProblem& problem;
@@ -222,7 +231,7 @@ struct DecodeScan {
 
   // The products of all rows with the keys of a chunk.
   ADASPLASH2_INLINE void multiply(KeyRange keys) {
-    const S** const at = reinterpret_cast<const S**>(ws.chunk);
+    const S** const at = reinterpret_cast<const S**>(ws.chunk_keys);
     for (int64_t j = 0; j < kChunkKeys; ++j) at[j] = key_row(keys.begin + j);
     int64_t i = 0;
     for (; i + 2 < task.rows.count; i += 4) multiply<4>(i, at, keys.end);
@@ -242,7 +251,7 @@ struct DecodeScan {
       // One row alone is done with its keys before the processor expects the next.
       for (int64_t c = j; R == 1 && i == 0 && c < j + kProducts; ++c) prefetch(next + c);
       dot_rows<R>(ws.query + i * ws.depth, ws.depth, at + j, problem.head_dim,
-                  ws.dots + i * kChunkKeys + j);
+                  reinterpret_cast<T*>(ws.chunk[i]) + j);
     }
   }
   ADASPLASH2_INLINE void prefetch(int64_t key) const {
@@ -255,31 +264,36 @@ struct DecodeScan {
   template <AlphaKind K, bool IsPlain>
   __attribute__((noinline)) void collect(const DecodedHead<T>& head, KeyRange keys) {
     const Scores<K, T, IsPlain> scores(head.score, problem.alpha_of(head.number));
-    for (int64_t r = 0; r < head.rows.count; ++r) {
-      const int64_t i = head.rows.first + r, row = head.row_begin + r;
-      const KeyRange seen = scores.visible(row);
-      if (task.counts[i] < 0 || !keys.overlaps(seen)) continue;
-      if (scores.is_linear() && seen.contains(keys)) {
-        const T factor = scores.factor_of(row);
-        append(i, keys, [&](Vec<T> dots, int64_t) { return dots * factor; });
-      } else {
-        append(i, keys, [&](Vec<T> dots, int64_t key) { return scores.values(dots, row, key); });
-      }
+    const int64_t row = head.row_begin, rows = head.rows.count;
+    Chunk chunk = {ws.chunk + head.rows.first};
+    const bool is_whole = scores.is_scaled && seen_by_all(scores, row, rows).contains(keys);
+    if (!is_whole) {
+      scores.to_values(chunk, row, rows, keys.begin);
+      if (keys.end < task.keys.end) scores.prefetch(row, rows, keys.end, kChunkKeys);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = head.rows.first + r;
+      if (task.counts[i] < 0) continue;
+      if (is_whole)
+        append(i, keys.begin, [&](Vec<T> dots) { return scores.values(dots); });
+      else
+        append(i, keys.begin, [](Vec<T> values) { return values; });
       if (task.counts[i] >= trigger[i]) tighten_row<K>(i, head.power);
     }
   }
 
   template <class F>
-  ADASPLASH2_INLINE void append(int64_t i, KeyRange keys, F value_of) {
+  ADASPLASH2_INLINE void append(int64_t i, int64_t first_key, F value_of) {
     T* const values = ws.list_values + i * ws.list_stride;
     int32_t* const list_keys = ws.list_keys + i * ws.list_stride;
     const Vec<T> bound = broadcast(lo[i]);
     int64_t n = task.counts[i];
-    for (int64_t j = 0; j < kChunkKeys; j += kLanes<T>) {
-      const Vec<T> x = value_of(load(ws.dots + i * kChunkKeys + j), keys.begin + j);
+    for (int v = 0; v < kChunkVectors<T>; ++v) {
+      const Vec<T> x = value_of(ws.chunk[i][v]);
       const unsigned above = not_below(x, bound);
       if (above)
-        n += compress<T>(x, iota<T>() + int32_t(keys.begin + j), above, values + n, list_keys + n);
+        n += compress<T>(x, iota<T>() + int32_t(first_key + v * kLanes<T>), above, values + n,
+                         list_keys + n);
     }
     task.work.appended += n - task.counts[i];
     task.counts[i] = n;

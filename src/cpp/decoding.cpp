@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "isa.h"
@@ -43,16 +42,6 @@ Block block_of(const AttentionProblem& p, int64_t number) {
   return {head_kv, rows, all.size() > 0 ? all : KeyRange{0, 0}};
 }
 
-void check_pages(const AttentionProblem& p, const BlockTable& table, const Block& block) {
-  const int32_t* pages = table.data + block.head_kv / p.heads_kv * table.stride;
-  const KeyRange seen = block.seen.in_units_of(table.page_size);
-  for (int64_t i = seen.begin; i < seen.end; ++i)
-    if (pages[i] < 0 || pages[i] >= table.pages)
-      throw std::invalid_argument("block_table must name pages from 0 to " +
-                                  std::to_string(table.pages - 1) + ", got " +
-                                  std::to_string(pages[i]));
-}
-
 // How the keys of all blocks are cut into parts: by the problem alone, whatever the threads.
 struct Cut {
   int64_t chunk, parts_per_block, part_keys;
@@ -86,17 +75,14 @@ struct Decoding {
       : arguments(a),
         problem(a.problem),
         kernels(kernels_for<T>(*a.kernels, a.problem.dtype)),
-        blocks(all_blocks(a)),
+        blocks(all_blocks(a.problem)),
         cut(blocks, kernels.chunk_keys),
         work(size_t(std::max(a.threads, 1))) {}
 
-  static std::vector<Block> all_blocks(const ForwardArguments& a) {
-    const AttentionProblem& p = a.problem;
+  static std::vector<Block> all_blocks(const AttentionProblem& p) {
     std::vector<Block> blocks;
-    for (int64_t i = 0; i < p.key_heads() * parts(p.group_rows(), kBlockRows); ++i) {
+    for (int64_t i = 0; i < p.key_heads() * parts(p.group_rows(), kBlockRows); ++i)
       blocks.push_back(block_of(p, i));
-      if (a.pages.data) check_pages(p, a.pages, blocks.back());
-    }
     return blocks;
   }
 

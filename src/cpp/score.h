@@ -258,14 +258,6 @@ struct Scores {
   // Where they are scaled alone, of keys that are seen.
   ADASPLASH2_INLINE Vec<T> values(Vec<T> dots) const { return dots * value_of_one; }
 
-  // Whether the values of the keys that a row sees are q . k times its factor_of.
-  ADASPLASH2_INLINE bool is_linear() const {
-    return IsPlain || (score.softcap == 0.0 && !score.mask && score.slope == 0.0);
-  }
-  ADASPLASH2_INLINE T factor_of(int64_t row) const {
-    return IsPlain ? value_of_one : T(score.scale_of(row)) * value_of_unit;
-  }
-
   // The values of the keys first_key, first_key + 1, ...; -inf where `row` may not see them.
   ADASPLASH2_INLINE Vec<T> values(Vec<T> dots, int64_t row, int64_t first_key) const {
     if constexpr (!IsPlain) return made(dots, row, first_key);
