@@ -279,6 +279,8 @@ SAME = {
 }
 """Features of which a call has one."""
 
+FEW = Sizes(length_q=5, length_k=300, head_dim=19, head_dim_v=10)
+
 WITH_GRADIENT = ("attn_mask", "alibi_slopes", "sinks", "scale", "alpha")
 
 
@@ -294,7 +296,9 @@ class Call:
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        extra = "" if self.sizes == Sizes() and self.sharpness == 1.0 else "-flat"
+        extra = "" if self.sharpness == 1.0 else "-flat"
+        if self.sizes.length_q != Sizes().length_q:
+            extra += f"-{self.sizes.length_q}x{self.sizes.length_k}"
         return f"{'+'.join(self.features) or 'plain'}-{dtype}{extra}"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -340,6 +344,15 @@ def calls() -> Iterator[Call]:
             yield Call((feature,), torch.float32, flat, 0.01)
     for pair in (("added mask", "sinks"), ("alphas", "window"), ("dropout", "scale of rows")):
         yield Call(pair, FLOAT64, flat, 0.01)
+    # Few queries, which are read together where they share keys; then keys enough for parts.
+    for feature in FEATURES:
+        yield Call((feature,), torch.float32, FEW)
+    for dtype in (torch.float32, FLOAT64, torch.bfloat16, torch.float16):
+        yield Call(("bottom-right",), dtype, FEW)
+    many = Sizes(batch=1, heads_kv=1, length_q=3, length_k=20_000)
+    for features in ((), ("left window",), ("alphas", "sinks"), ("key mask", "slopes")):
+        yield Call(features, torch.float32, many)
+    yield Call(("alpha 2", "bias of heads"), FLOAT64, many, 0.01)
     yield Call(("causal", "added mask", "softcap", "sinks", "scale of rows", "alphas", "dropout"))
     yield Call(("bottom-right", "window", "bool mask", "slopes", "lengths"))
 
