@@ -330,7 +330,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
     )
     add = parser.add_argument
     add("--size", choices=SIZES, default="small", help="small: five minutes on two threads; real: "
-        "one GPU; cut: what tests run (default small)")  # fmt: skip
+        "one GPU; cut: a minute, which tests run (default small)")  # fmt: skip
     add("--tasks", nargs="+", help=f"of {', '.join(TASKS)} (default: the size's)")
     add("--contenders", nargs="+", default=list(CONTENDERS)[:3], help=f"of {'; '.join(CONTENDERS)} "
         "(default: the first three)")  # fmt: skip
