@@ -17,9 +17,10 @@ PY    := python backends tests benchmarks examples docs
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; writes output/
+demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention, train small ones; writes output/
 	@mkdir -p $(OUTPUT)
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
+	$(BIN)/python examples/length_generalisation.py --size cut --output $(OUTPUT)
 
 test: $(VENV)/.built $(VENV)/.oldest ## run the tests, as many parts side by side as there are cores; TEST="-k window"
 	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) $(SYNC) $(TESTED)

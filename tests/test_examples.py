@@ -192,7 +192,19 @@ def test_language_models_at_their_smallest(
         kept = language.kept_by_layer(run, "support")
         assert len(kept) == (0 if name == "softmax" else 2)
     assert (tmp_path / f"{program}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{program}-alpha.png").exists() == ("learned alpha" in names)
     assert "held out" in capsys.readouterr().out
+
+
+def test_entmax_finds_the_needle_where_softmax_no_longer_does(tmp_path: Path) -> None:
+    command = ["--size", "cut", "--output", str(tmp_path), "--contenders", "softmax", "entmax"]
+    assert lengths.main(command) == 0
+    told = json.loads((tmp_path / "results.json").read_text())["results"]["needle"]
+    softmax, entmax = (told[name][0]["accuracy"] for name in ("softmax", "entmax"))
+    assert min(softmax["1"], entmax["1"]) > 0.8, "both have learned it"
+    assert entmax["16"] > softmax["16"] + 0.05
+    assert (tmp_path / "length_generalisation.png").exists()
+    assert lengths.main([*command, "--minutes", "0"]) == 0, "what is done is not done again"
 
 
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:

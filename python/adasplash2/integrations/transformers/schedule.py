@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import AttentionInterface, TrainerCallback
 
-from adasplash2.integrations.transformers import Observer, apply, register
+from adasplash2.integrations.transformers import Observer, apply
 from adasplash2.nn import AlphaSchedule
+from adasplash2.options import check_alpha
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,9 +49,11 @@ def alpha_setter(
     """
     seen = _nobody if observer is None else observer
     name = apply(model, 1.5, backend, seen).name  # of this model alone, since it is observed
+    attention = AttentionInterface()[name]
+    attention.observer = observer
 
     def set_alpha(alpha: float) -> None:
-        register(name, alpha, backend, observer)
+        attention.alpha = check_alpha(alpha)  # not registered anew: compiled graphs stay
 
     return set_alpha
 
