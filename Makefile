@@ -17,9 +17,10 @@ PY    := python backends tests benchmarks examples docs
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; writes output/
+demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention, train small ones; writes output/
 	@mkdir -p $(OUTPUT)
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
+	$(BIN)/python examples/length_generalisation.py --size cut --output $(OUTPUT)
 
 test: $(VENV)/.built $(VENV)/.oldest ## run the tests, as many parts side by side as there are cores; TEST="-k window"
 	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) $(SYNC) $(TESTED)
@@ -37,7 +38,7 @@ $(MAIN): test-main-%:
 	$(PYTEST) --expect-backends cpu --part $*/4
 
 test-oldest:
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) tests/test_transformers.py tests/test_architectures.py
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures))
 
 $(INTERPRETED): test-interpreted-%:
 	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import adasplash2
 
-SAVE_SECONDS = 30.0
+SAVE_SECONDS = 60.0
 """Between checkpoints: what a run that is stopped loses at most."""
 
 
@@ -92,22 +92,21 @@ class Attention(nn.Module):
         if self.recipe.positions == "rope":
             query, key = rotated(query), rotated(key)
         length = x.shape[1]
-        arguments: dict[str, Any] = {"is_causal": True, "scale": self.scale, "alpha": self.alpha}
-        if isinstance(self.alpha, nn.Module):
-            arguments["alpha"] = self.alpha()
+        alpha = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
+        scale: float | Tensor = self.scale
         if self.log_scale is not None:
-            arguments["scale"] = self.scale * self.log_scale.exp()[:, None]
+            scale = scale * self.log_scale.exp()
         if self.length_scale is not None:
             seen = torch.arange(1, length + 1, device=x.device)
-            arguments["scale"] = arguments["scale"] * self.length_scale(x, seen)
-        elif self.log_scale is not None:
-            arguments["scale"] = arguments["scale"][:, 0]
-        if self.slopes is not None:
-            if arguments["alpha"] == 1.0:  # as a mask it goes through SDPA's own kernels
-                bias = causal_bias(self.slopes, length)
-                arguments |= {"is_causal": False, "attn_mask": bias.to(query.dtype)}
-            else:
-                arguments["alibi_slopes"] = self.slopes
+            by_head = scale[:, None] if isinstance(scale, Tensor) else scale
+            scale = by_head * self.length_scale(x, seen)
+        arguments: dict[str, Any] = {"is_causal": True, "scale": scale, "alpha": alpha}
+        if self.slopes is not None and alpha is self.alpha and alpha == 1.0:
+            # As a mask they go through SDPA's own kernels.
+            bias = causal_bias(self.slopes, length)
+            arguments |= {"is_causal": False, "attn_mask": bias.to(query.dtype)}
+        elif self.slopes is not None:
+            arguments["alibi_slopes"] = self.slopes
         if self.observer is not None and not torch.compiler.is_compiling():
             self.observer(None, query, key, value, arguments)
         out = adasplash2.entmax_attention(query, key, value, **arguments)
@@ -230,13 +229,14 @@ def optimizer_of(model: nn.Module, plan: Plan) -> torch.optim.AdamW:
 
 def fit(
     model: nn.Module,
-    loss_of: Callable[[nn.Module, int], Tensor],
+    loss_of: Callable[[int], Tensor],
     plan: Plan,
     *,
     checkpoint: Path,
     budget: Budget,
     description: str,
     schedule: adasplash2.nn.AlphaSchedule | None = None,
+    notes: dict[str, Any] | None = None,
     after: Callable[[int, float], object] | None = None,
 ) -> list[float]:
     """Train ``model`` and return its losses, one a step.
@@ -246,7 +246,8 @@ def fit(
 
     Args:
         loss_of: the loss of a step, of data drawn by its number.
-        checkpoint: is written every half minute and where the budget ends.
+        checkpoint: is written now and then, and where the budget ends.
+        notes: what ``after`` has noted; kept in the checkpoint, and filled from it.
         after: called as ``after(steps done, seconds of training)`` after each step.
 
     Raises:
@@ -254,12 +255,13 @@ def fit(
     """
     optimizer = optimizer_of(model, plan)
     losses: list[float] = []
-    seconds = 0.0
+    seconds, notes = 0.0, {} if notes is None else notes
     if checkpoint.exists():
         held = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(held["model"])
         optimizer.load_state_dict(held["optimizer"])
         losses, seconds = held["losses"], held["seconds"]
+        notes.update(held["notes"])
         if schedule is not None:
             schedule.load_state_dict(held["schedule"])
 
@@ -269,6 +271,7 @@ def fit(
             "optimizer": optimizer.state_dict(),
             "losses": losses,
             "seconds": seconds,
+            "notes": notes,
             "schedule": None if schedule is None else schedule.state_dict(),
         }
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +285,7 @@ def fit(
             began = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, plan) * group["faster"]
-            loss = loss_of(model, step)
+            loss = loss_of(step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -329,9 +332,8 @@ def add_common(parser: argparse.ArgumentParser, output: str) -> None:
     add = parser.add_argument
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
     add("--threads", type=int, help="on the CPU (default: torch's)")
-    add(
-        "--minutes", type=float, help="stop after so many; the same command goes on (default: none)"
-    )
+    add("--compile", action="store_true", help="with torch.compile")
+    add("--minutes", type=float, help="stop after so many; the same command goes on then")
     add("--output", type=Path, default=Path(output), help=f"a folder (default {output})")
 
 
@@ -367,6 +369,11 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def compiled(model: nn.Module, options: argparse.Namespace) -> Callable[..., Any]:
+    """``model`` as ``--compile`` says; what it computes is the same."""
+    return torch.compile(model) if options.compile else model
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

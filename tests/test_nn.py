@@ -575,7 +575,7 @@ def test_nape_slopes() -> None:
         slopes = nape_slopes(heads)
         assert slopes.shape == (heads,)
         assert (slopes == 0).sum() == heads - heads // 2
-    torch.testing.assert_close(nape_slopes(16)[8:], 2.0 ** -torch.arange(1.0, 9.0))
+    torch.testing.assert_close(nape_slopes(16)[8:], 1.0 - torch.arange(8.0) / 8.0)
     with pytest.raises(ValueError, match=r"^heads"):
         nape_slopes(0)
 

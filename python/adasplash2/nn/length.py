@@ -63,8 +63,12 @@ class LengthScale(nn.Module):
         self.features = check_count("features", features, at_least=1)
         self.heads = check_count("heads", heads, at_least=1)
         self.delta = check_finite("delta", delta)
-        shape = 2 * heads, features
-        self.weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(2 * heads, features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All zeros."""
+        nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor, seen: Tensor | int) -> Tensor:
         """The factors ``(batch, heads, length)``, in float32, or float64 for float64.
@@ -92,8 +96,11 @@ def nape_slopes(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``alibi_slopes`` of NAPE: the first half of the heads know nothing of positions (NoPE, a
-    slope of 0), the others have those of ALiBi for as many heads, ``2 ** (-8 i / count)`` for ``i``
-    from 1 on.
+    slope of 0), the others have ALiBi with slopes that fall evenly from 1: ``1 - i / count`` for
+    ``i`` from 0 on.
+
+    A slope of 1 sees the last few keys, and a small one some dozens, at every length. ALiBi's own
+    slopes are flatter: they begin at ``2 ** (-8 / count)``.
 
     Of an odd number of heads the one in the middle has no slope. Causal masks are what tells the
     first half of the heads any order, so that it is meant for causal attention.
@@ -111,7 +118,7 @@ def nape_slopes(
     Example:
         >>> import adasplash2
         >>> adasplash2.nn.nape_slopes(4)
-        tensor([0.0000, 0.0000, 0.0625, 0.0039])
+        tensor([0.0000, 0.0000, 1.0000, 0.5000])
 
     Sources:
         Vasylenko, Pitorro, Martins, Treviso 2025, *Long-Context Generalization with Sparse
@@ -119,7 +126,5 @@ def nape_slopes(
     """
     check_count("heads", heads, at_least=1)
     sloped = heads // 2
-    place = torch.arange(1, sloped + 1, device=device, dtype=torch.float64)
-    slopes = torch.zeros(heads, device=device, dtype=torch.float64)
-    slopes[heads - sloped :] = 2.0 ** (-8.0 * place / max(sloped, 1))
-    return slopes.to(dtype)
+    place = torch.arange(heads, device=device, dtype=torch.float64) - (heads - sloped)
+    return torch.where(place < 0, 0.0, 1.0 - place / max(sloped, 1)).to(dtype)
