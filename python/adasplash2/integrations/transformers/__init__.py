@@ -1,8 +1,6 @@
 """entmax attention in the models of Hugging Face transformers.
 
->>> from adasplash2.integrations.transformers import apply
->>> print(apply(model, alpha=1.5))
-24 of 24 attention layers run adasplash2-1.5
+:func:`apply` sets it and tells which layers run it.
 """
 
 from __future__ import annotations
@@ -83,6 +81,19 @@ def apply(
         TypeError: ``model`` is not a model of transformers.
         TypeError, ValueError: ``alpha`` is not a number of at least 1, or does not fit the layers.
         ValueError: no layer of the model runs our attention.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import apply
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2))
+        >>> print(apply(model, alpha=1.5))
+        2 of 2 attention layers run adasplash2-1.5
+        >>> seen = lambda layer, query, key, value, arguments: print(layer, tuple(query.shape))
+        >>> _ = apply(model, observer=seen)
+        >>> _ = model(input_ids=torch.tensor([[1, 2, 3]]))
+        0 (1, 2, 3, 4)
+        1 (1, 2, 3, 4)
     """
     from transformers import PreTrainedModel
 
@@ -135,6 +146,15 @@ def restore(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: :func:`apply` did not set this model.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import apply, restore
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+        >>> covered = apply(model, alpha=1.5)
+        >>> restore(model)
+        >>> model.config._attn_implementation
+        'sdpa'
     """
     if BEFORE not in vars(model):
         raise ValueError(f"this {type(model).__name__} was not set by apply")
@@ -168,6 +188,13 @@ def register(
     Raises:
         ImportError: transformers is not installed.
         TypeError, ValueError: ``alpha`` is not a number of at least 1, or ``name`` is taken.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import register
+        >>> register("sparsemax", alpha=2.0)
+        >>> config = GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2)
+        >>> model = GPT2LMHeadModel._from_config(config, attn_implementation="sparsemax")
     """
     _register(name, Attention(check_alpha(alpha), check_backend(backend) or None, observer))
 
@@ -179,6 +206,11 @@ def unregister(name: str | None = None) -> None:
 
     Raises:
         ValueError: ``name`` was not registered here.
+
+    Example:
+        >>> from adasplash2.integrations.transformers import register, unregister
+        >>> register("sparse-for-a-while", alpha=2.0)
+        >>> unregister("sparse-for-a-while")
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
