@@ -200,9 +200,10 @@ def test_entmax_finds_the_needle_where_softmax_no_longer_does(tmp_path: Path) ->
     command = ["--size", "cut", "--output", str(tmp_path), "--contenders", "softmax", "entmax"]
     assert lengths.main(command) == 0
     told = json.loads((tmp_path / "results.json").read_text())["results"]["needle"]
-    softmax, entmax = (told[name][0]["accuracy"] for name in ("softmax", "entmax"))
-    assert min(softmax["1"], entmax["1"]) > 0.8, "both have learned it"
-    assert entmax["16"] > softmax["16"] + 0.05
+    softmax, entmax = (
+        sum(run["accuracy"]["16"] for run in told[name]) / 3 for name in ("softmax", "entmax")
+    )
+    assert entmax > softmax + 0.05
     assert (tmp_path / "length_generalisation.png").exists()
     assert lengths.main([*command, "--minutes", "0"]) == 0, "what is done is not done again"
 

@@ -54,7 +54,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         scale: of the scores; ``1 / sqrt(head_dim)`` where None.
         length_scale: multiply ``scale`` by :class:`adasplash2.nn.LengthScale` of the queries. The
             keys that a query sees are counted from the masks.
-        alibi_slopes: ``(num_heads,)``, as :func:`adasplash2.nape_slopes`; a constant, kept in no
+        alibi_slopes: ``(num_heads,)``, as :func:`adasplash2.nn.nape_slopes`; a constant, kept in no
             state dict. Not with ``add_bias_kv`` or ``add_zero_attn``, whose keys have no place.
         backend: as for :func:`adasplash2.entmax_attention`.
 
