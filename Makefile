@@ -38,7 +38,7 @@ $(MAIN): test-main-%:
 	$(PYTEST) --expect-backends cpu --part $*/4
 
 test-oldest:
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) tests/test_transformers.py tests/test_architectures.py
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures))
 
 $(INTERPRETED): test-interpreted-%:
 	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
@@ -49,8 +49,8 @@ fuzz: $(VENV)/.built ## 20,000 random problems; FUZZ="--backend cuda"
 sanitize: $(VENV)/.tested ## build the core with ASan and UBSan and run the tables of tests for the CPU
 	PYTHON=$(BIN)/python bash tests/sanitize.sh $(OUTPUT)/sanitize
 
-gpu: $(VENV)/.examples $(VENV)/.built ## what only a GPU can show: tests, sanitizer, tuning, benchmarks
-	PYTHON=$(BIN)/python tests/on_gpu.sh $(OUTPUT)/gpu
+gpu: $(VENV)/.examples $(VENV)/.built ## what only a GPU can show: tests, sanitizer, tuning, benchmarks; STAGES="tests fuzz"
+	PYTHON=$(BIN)/python tests/on_gpu.sh $(OUTPUT)/gpu $(STAGES)
 
 lint: $(VENV)/.built ## check style, types and formatting
 	$(BIN)/ruff check $(PY)

@@ -182,6 +182,11 @@ def test_softmax_is_what_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     softmax = types.SimpleNamespace(
         entmax_attention=functools.partial(adasplash2.entmax_attention, alpha=1.0),
         entmax_attention_varlen=functools.partial(adasplash2.entmax_attention_varlen, alpha=1.0),
+        nn=types.SimpleNamespace(
+            EntmaxMultiheadAttention=functools.partial(
+                adasplash2.nn.EntmaxMultiheadAttention, alpha=1.0
+            )
+        ),
     )
     before, after = BLOCKS[name]
     expected = results(before, name)

@@ -16,6 +16,10 @@ import pytest
 import torch
 
 import adasplash2
+from adasplash2 import cli
+
+for package in ("matplotlib", "transformers"):
+    pytest.importorskip(package)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -105,9 +109,15 @@ def test_the_examples_of_a_public_name_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("module", public_modules(), ids=lambda module: str(module.__name__))
-def test_a_public_module_has_a_page(module: ModuleType) -> None:
+def test_public_names_are_on_the_page_of_their_module(module: ModuleType) -> None:
+    """One by one, or all of the module at once."""
     pages = [path.read_text() for path in (ROOT / "docs/api").glob("*.md")]
-    assert any(f".. automodule:: {module.__name__}\n" in page for page in pages)
+    found = [page for page in pages if f".. automodule:: {module.__name__}\n" in page]
+    assert len(found) == 1, f"{module.__name__} needs a page in docs/api"
+    if f".. automodule:: {module.__name__}\n   :members:" not in found[0]:
+        shown = re.findall(r"^\.\. (?:auto(?!module)\w+|py:data):: (\w+)$", found[0], re.M)
+        names = [n for n in module.__all__ if not inspect.ismodule(getattr(module, n))]
+        assert sorted(shown) == sorted(names)
 
 
 @pytest.mark.parametrize("module", public_modules(), ids=lambda module: str(module.__name__))
@@ -131,6 +141,13 @@ def test_links_of_pages_outside_the_site_lead_somewhere(page: str) -> None:
             target = (ROOT / page).parent / path if path else ROOT / page
             assert target.is_file(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_every_variable_and_command_is_told() -> None:
+    variables = PAGES["docs/environment.md"].read_text()
+    assert set(re.findall(r"^\| `(ADASPLASH2_\w+)`", variables, re.M)) == set(cli.SETTINGS)
+    commands = PAGES["docs/command_line.md"].read_text()
+    assert set(re.findall(r"^\| `adasplash2 (\w+)", commands, re.M)) == set(cli.main.commands)
 
 
 def test_readme_is_short() -> None:

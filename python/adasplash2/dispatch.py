@@ -161,7 +161,8 @@ class Explanation:
     notes: tuple[str, ...] = ()
     why: str = ""
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, str]]:
+        """What it prints, as heads and texts."""
         config = ", ".join(f"{key}={value}" for key, value in self.config.items())
         rows = [("call", self.problem), ("chosen", self.chosen or "nothing: the call raises")]
         if self.why:
@@ -170,6 +171,10 @@ class Explanation:
             rows.append(("config", config))
         rows += [("note", note) for note in self.notes]
         rows += [(f"not {name}", reason) for name, reasons in self.others for reason in reasons]
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
         width = max(len(head) for head, _ in rows)
         return "\n".join(f"{head:<{width}}  {text}" for head, text in rows)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from adasplash2.nn.monitor import Watched
 
+__all__ = ["alpha_by_head", "attention_map", "support_by_head", "training_curves"]
+
 SIDE = 512
 """Cells of a drawn map in each direction: larger maps are shown by the maxima of their squares."""
 
@@ -64,6 +66,13 @@ def support_by_head(watched: Mapping[str, Watched], axes: Any = None) -> Any:
     Raises:
         ValueError: ``watched`` has no layer.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch, adasplash2.plot
+        >>> four = torch.ones(4)
+        >>> layer = adasplash2.nn.Watched(alpha=1.5 * four, support=9 * four, empty_tiles=0 * four)
+        >>> adasplash2.plot.support_by_head({"0": layer, "1": layer}).get_title()
+        'Keys that a query keeps'
     """
     from matplotlib.colors import LogNorm
 
@@ -83,6 +92,13 @@ def alpha_by_head(history: Mapping[int, Mapping[str, Watched]], axes: Any = None
     Raises:
         ValueError: ``history`` has no step.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch, adasplash2.plot
+        >>> four = torch.ones(4)
+        >>> layer = adasplash2.nn.Watched(alpha=1.5 * four, support=9 * four, empty_tiles=0 * four)
+        >>> adasplash2.plot.alpha_by_head({0: {"0": layer}, 100: {"0": layer}}).get_xlabel()
+        'step'
     """
     import matplotlib
 

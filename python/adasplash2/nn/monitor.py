@@ -25,6 +25,14 @@ class Watched(NamedTuple):
         support: mean of the keys a query keeps; NaN for softmax, which keeps all it sees.
         empty_tiles: share of 64x64 tiles without a probability above zero; 0 for softmax, and NaN
             for packed sequences, which are not cut into tiles.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> watched = adasplash2.nn.Watched(
+        ...     alpha=torch.full((4,), 1.5), support=torch.ones(4), empty_tiles=torch.zeros(4)
+        ... )
+        >>> watched.support.mean().item()
+        1.0
     """
 
     alpha: Tensor

@@ -145,6 +145,15 @@ def restore(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: :func:`apply` did not set this model.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import apply, restore
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+        >>> covered = apply(model, alpha=1.5)
+        >>> restore(model)
+        >>> model.config._attn_implementation
+        'sdpa'
     """
     if BEFORE not in vars(model):
         raise ValueError(f"this {type(model).__name__} was not set by apply")
@@ -196,6 +205,11 @@ def unregister(name: str | None = None) -> None:
 
     Raises:
         ValueError: ``name`` was not registered here.
+
+    Example:
+        >>> from adasplash2.integrations.transformers import register, unregister
+        >>> register("sparse-for-a-while", alpha=2.0)
+        >>> unregister("sparse-for-a-while")
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -14,6 +14,8 @@ from adasplash2.options import check_alpha
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["AlphaScheduleCallback", "alpha_setter"]
+
 
 def alpha_setter(
     model: PreTrainedModel, backend: str | None = None, observer: Observer | None = None
@@ -34,6 +36,16 @@ def alpha_setter(
 
     Raises:
         TypeError, ValueError: as ``apply``.
+
+    Example:
+        >>> import adasplash2
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers.schedule import alpha_setter
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+        >>> schedule = adasplash2.nn.AlphaSchedule(alpha_setter(model), steps=4, target=1.5)
+        >>> schedule.step()
+        >>> schedule.alpha
+        1.125
     """
     seen = _nobody if observer is None else observer
     name = apply(model, 1.5, backend, seen).name  # of this model alone, since it is observed
@@ -62,6 +74,12 @@ class AlphaScheduleCallback(TrainerCallback):
     Raises:
         TypeError, ValueError: as :class:`adasplash2.nn.AlphaSchedule`; when training begins, as
             ``apply``.
+
+    Example:
+        >>> from adasplash2.integrations.transformers.schedule import AlphaScheduleCallback
+        >>> callback = AlphaScheduleCallback(steps=1000, target=1.5)
+        >>> callback.schedule.alpha
+        1.0
     """
 
     def __init__(
