@@ -319,6 +319,8 @@ SAME = {
 }
 """Features of which a call has one."""
 
+FEW = Sizes(length_q=5, length_k=300, head_dim=19, head_dim_v=10)
+
 VARIANTS = ("bias of queries", "bias of all", "bias across", "bias in float32", "alphas near 1")
 """Of another feature: in no pair but those of :data:`TOGETHER`."""
 
@@ -355,6 +357,8 @@ class Call:
         dtype = str(self.dtype).removeprefix("torch.")
         kinds = {1.0: "", 0.6: "-mixed", 0.01: "-flat"}
         extra = kinds.get(self.sharpness, f"-{self.sharpness}")
+        if self.sizes.length_q <= FEW.length_q:
+            extra += f"-{self.sizes.length_q}x{self.sizes.length_k}"
         return f"{'+'.join(self.features) or 'plain'}-{dtype}{extra}"
 
     @property
@@ -409,6 +413,15 @@ def calls() -> Iterator[Call]:
         yield Call((feature,), FLOAT64, flat, 0.6)
     for pair in (("added mask", "sinks"), ("alphas", "window"), ("dropout", "scale of rows")):
         yield Call(pair, FLOAT64, long, 0.01)
+    # Few queries, which are read together where they share keys; then keys enough for parts.
+    for feature in FEATURES:
+        yield Call((feature,), torch.float32, FEW)
+    for dtype in (torch.float32, FLOAT64, torch.bfloat16, torch.float16):
+        yield Call(("bottom-right",), dtype, FEW)
+    many = Sizes(batch=1, heads_kv=1, length_q=3, length_k=20_000)
+    for features in ((), ("left window",), ("alphas", "sinks"), ("key mask", "slopes")):
+        yield Call(features, torch.float32, many)
+    yield Call(("alpha 2", "bias of heads"), FLOAT64, many, 0.01)
     for together in TOGETHER:
         if len(together) > 2:
             yield Call(together)

@@ -24,11 +24,14 @@ from adasplash2.lowering import new_seed
 BACKENDS = pytest.mark.parametrize("backend", usable_backends())
 SEED = 7
 
+MOST_DECODED = 16
+"""Queries that backends may treat otherwise where no gradient is wanted."""
+
 INTERPRETED = tuple(
     call
     for call in CALLS
-    if len(call.features) == 1 and call.sharpness == 1.0 and call.dtype == torch.float32
-    if call.features[0] not in VARIANTS
+    if len(call.features) == 1 and call.sizes == Sizes() and call.sharpness == 1.0
+    if call.dtype == torch.float32 and call.features[0] not in VARIANTS
 )
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 2e-2}
@@ -126,6 +129,15 @@ def assert_right(call: Call, backend: str) -> None:
             assert_near(name, got, exact[name], max(LIMITS[call.dtype], lost))
     if backend == "cpu" and call.dtype == torch.float64:
         assert_right_thresholds(call, tensors, said, p)
+    if call.sizes.length_q <= MOST_DECODED:
+        with torch.no_grad():
+            said = {k: t.detach() if isinstance(t, Tensor) else t for k, t in said.items()}
+            out = attend(
+                adasplash2.entmax_attention, *tensors, **said, enable_gqa=True, backend=backend
+            )
+        assert_near(
+            "decoded", out, exact_out, limit / 10.0 if call.dtype != torch.bfloat16 else limit / 4
+        )
 
 
 def assert_right_thresholds(
@@ -536,6 +548,42 @@ def test_threads_change_no_bit(sharpness: float, features: tuple[str, ...]) -> N
     for others in results[1:]:
         for one, other in zip(results[0], others, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("features", [("bottom-right",), ("window",), ("bool mask",), ("sinks",)])
+def test_few_queries_are_poisoned_by_what_poisons_them_with_gradients(
+    features: tuple[str, ...],
+) -> None:
+    tensors, _, said = leaves_of(Call(features, sizes=language.FEW), "cpu")
+    with torch.no_grad():
+        tensors[0][0, 3, 2, 1] = math.inf
+        tensors[1][0, 0, 298:, 3] = math.nan
+        tensors[2][1, 1, ::5] = math.inf
+    exact = attend(adasplash2.entmax_attention, *tensors, **said, enable_gqa=True, backend="cpu")
+    with torch.no_grad():
+        out = attend(adasplash2.entmax_attention, *tensors, **said, enable_gqa=True, backend="cpu")
+    assert not exact.isfinite().all()
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(out.isinf(), exact.isinf())
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 0.01])
+def test_threads_change_no_bit_of_decoding(sharpness: float) -> None:
+    sizes = Sizes(1, 4, 1, 2, 30_000)
+    call = Call(("bias of keys", "alphas", "sinks", "slopes", "dropout"), sizes=sizes)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        tensors, _, said = leaves_of(replace(call, sharpness=sharpness), "cpu")
+        with torch.no_grad():
+            results.append(
+                attend(
+                    adasplash2.entmax_attention, *tensors, **said, enable_gqa=True, backend="cpu"
+                )
+            )
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("features", [

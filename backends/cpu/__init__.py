@@ -70,7 +70,8 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
 
 def versions() -> Mapping[str, str]:
     """See :meth:`adasplash2.contract.Backend.versions`."""
-    return {"core": _core_hash(), "isa": _core.isa(), "threads": str(torch.get_num_threads())}
+    threads = str(torch.get_num_threads()) if _core.OPENMP else "1 (built without OpenMP)"
+    return {"core": _core_hash(), "isa": _core.isa(), "threads": threads}
 
 
 def notes(problem: Problem | RowProblem, inputs: Inputs, config: Config) -> Sequence[str]:
@@ -250,10 +251,20 @@ def _operands(inputs: Inputs) -> dict[str, _Operand]:
         for name, operand in zip(OPERANDS, inputs.operands, strict=True)
         if operand is not None
     }
+    given.pop("block_table", None)  # see _block_table
     if (ranges := given.pop("ranges", None)) is not None:
         # (batch, length_q) each: as (batch, no heads, length_q).
         given |= zip(("begins", "ends", "places"), ranges[:, :, None], strict=True)
     return {name: _operand(operand) for name, operand in given.items()}
+
+
+def _block_table(inputs: Inputs) -> tuple[int, int, int, int] | None:
+    """Address, batch stride, keys of a page and pages there are, as the core takes them."""
+    table = inputs.block_table
+    if table is None or table.numel() == 0:
+        return None
+    pages, _, page_size, _ = inputs.key.shape
+    return table.data_ptr(), table.stride(0), page_size, pages
 
 
 _Operand = tuple[int, str, tuple[int, int, int, int]]
@@ -291,6 +302,7 @@ def _run(
         support=support,
         iterations=iterations,
         tiles=tiles,
+        block_table=_block_table(inputs),
     )
     return out, tau, kept
 
@@ -314,10 +326,12 @@ def _readable(inputs: Inputs) -> Inputs:
     tensors = map(_unit_stride, inputs.tensors)
     if not inputs.has_operands:
         return Inputs(*tensors)
-    ranges = inputs.ranges
+    ranges, table = inputs.ranges, inputs.block_table
     if ranges is not None and ranges.stride(2) != 1:
         ranges = ranges.contiguous()
-    return Inputs(*tensors, *inputs.operands)._replace(ranges=ranges)
+    if table is not None and table.stride(1) != 1:
+        table = table.contiguous()
+    return Inputs(*tensors, *inputs.operands)._replace(ranges=ranges, block_table=table)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

@@ -137,6 +137,8 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         return
     p = problem
     key_heads = (p.batch, p.heads_kv, p.length_k)
+    if p.page_size:
+        key_heads = (p.batch * (p.length_k // p.page_size), p.heads_kv, p.page_size)
     inputs = Inputs(
         torch.empty((p.batch, p.heads_q, p.length_q, p.head_dim), **meta),
         torch.empty((*key_heads, p.head_dim), **meta),

@@ -65,6 +65,13 @@ class AttentionStats:
         empty_tiles: ``(B, H)`` float64, share of the 64x64 tiles with at least one allowed
             pair in which every probability is zero; 0 where there is no such pair.
         backend: name of the backend that ran.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> eye = 9.0 * torch.eye(4, 16)[None, None]  # each query is like one key
+        >>> stats = adasplash2.attention_stats(eye, eye, eye)
+        >>> stats.support, stats.empty_tiles, stats.backend
+        (tensor([[[1, 1, 1, 1]]], dtype=torch.int32), tensor([[0.]], dtype=torch.float64), 'cpu')
     """
 
     tau: Tensor

@@ -1,7 +1,8 @@
 """Scores of some queries against all keys, with torch's own operators: slow, plain, with gradients.
 
-For what is looked at rather than trained on (:class:`adasplash2.auxiliary.AttentionAux`), and for
-softmax with what SDPA does not know. The kernels of the backends do not use it.
+For what is looked at rather than trained on (:class:`adasplash2.auxiliary.AttentionAux`), for
+weights that are asked for densely, and for softmax with what SDPA does not know. The kernels of the
+backends do not use it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adasplash2 import ops
 from adasplash2.problem import Inputs, Problem, places, rows_of, seen_keys
 
 
@@ -44,6 +46,24 @@ def scores(
     return torch.where(seen_keys(p, inputs, rows), s, -math.inf)
 
 
+def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:
+    """The probabilities of all keys after dropout, ``(batch, heads_q, length_q, length_k)`` in the
+    compute dtype: dense, with gradients. ``backend`` maps the rows."""
+    p = problem
+    s = scores(p, inputs, p.compute_dtype)
+    if inputs.sinks is not None:
+        sink = inputs.sinks[:, :, None, None].expand(*s.shape[:2], s.shape[2], 1)
+        s = torch.cat([s, sink.expand(s.shape[0], -1, -1, -1)], dim=3)
+    if p.alpha == 1.0:
+        hidden = s == -math.inf
+        s = torch.where(hidden.all(dim=3, keepdim=True), 0.0, s)
+        found = torch.where(hidden, 0.0, torch.softmax(s, dim=3))
+    else:
+        alphas = None if inputs.alphas is None else inputs.alphas[:, :, None, None]
+        found = ops.rows(s, p.alpha, -1, backend, alphas)
+    return F.dropout(found[..., : p.length_k], p.scores.dropout_p)
+
+
 def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:
     """Attention at alpha = 1: torch's SDPA where it knows all that is asked, else dense, with
     memory that grows by the product of the lengths. ``scale`` as the caller gave it."""
@@ -61,14 +81,7 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
             scale=scale,
             enable_gqa=problem.group_size > 1,
         )
-    s = scores(problem, inputs, problem.compute_dtype)
-    if inputs.sinks is not None:
-        sink = inputs.sinks[:, :, None, None].expand(*s.shape[:2], s.shape[2], 1)
-        s = torch.cat([s, sink.expand(s.shape[0], -1, -1, -1)], dim=3)
-    hidden = s == -math.inf
-    s = torch.where(hidden.all(dim=3, keepdim=True), 0.0, s)
-    p = torch.where(hidden, 0.0, torch.softmax(s, dim=3))[..., : problem.length_k]
-    p = F.dropout(p, said.dropout_p)
+    p = weights(problem, inputs)
     p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))
     value = inputs.value.unsqueeze(2)
     right = value.isfinite()

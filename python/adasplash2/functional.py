@@ -16,11 +16,12 @@ from torch import Tensor
 from adasplash2 import dispatch, ops
 from adasplash2.auxiliary import AttentionAux
 from adasplash2.contract import AttentionStats
-from adasplash2.dense import softmax_attention
+from adasplash2.dense import softmax_attention, weights
 from adasplash2.lowering import (
     Call,
     alphas_of_rows,
     lowered,
+    lowered_cached,
     lowered_packed,
     tensor_or_number,
 )
@@ -32,7 +33,15 @@ from adasplash2.options import (
     check_dim,
     check_flag,
 )
-from adasplash2.problem import TENSORS, Inputs, Problem, check_tensor, row_problem, validated
+from adasplash2.problem import (
+    TENSORS,
+    Inputs,
+    Problem,
+    check_tensor,
+    row_problem,
+    unpaged,
+    validated,
+)
 from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 
 NOTHING = 0
@@ -234,6 +243,98 @@ def entmax_attention_varlen(
     return _attend(call, return_aux)
 
 
+def entmax_attention_with_kvcache(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    cache_lengths: Tensor | int | None = None,
+    block_table: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    alpha: float | Tensor = 1.5,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = NOTHING,
+    sinks: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`entmax_attention` of new queries over a cache of keys and values, as flash-attn's
+    ``flash_attn_with_kvcache``: for generation, without gradient.
+
+    ``key`` and ``value``, where they are given, are written into the cache in place, behind the
+    ``cache_lengths`` that there are, and seen by ``query``. Lengths are data: as they grow nothing
+    is compiled or decided anew, nothing waits for a device, and a CUDA graph can hold the call.
+    The last query stands at the last key: causal masks, windows and slopes are aligned at the
+    bottom right. ``cache_lengths`` is left as it is: add the new length for the next call.
+
+    Args:
+        query: ``(batch, heads_q, length_q, head_dim)``. ``heads_q`` may be a multiple of the
+            cache's heads.
+        key_cache: ``(batch, heads_kv, capacity, head_dim)``, dtype and device of ``query``, any
+            strides: flash-attn's ``(batch, capacity, heads_kv, head_dim)`` with ``transpose(1,
+            2)``. With a ``block_table`` pages of all sequences, ``(pages there are, page_size,
+            heads_kv, head_dim)``, as flash-attn and vLLM keep them.
+        value_cache: likewise, ``head_dim_v`` wide.
+        key: new ``(batch, heads_kv, new, head_dim)``; None where the cache has all.
+        value: ``(batch, heads_kv, new, head_dim_v)``.
+        cache_lengths: int32 ``(batch,)``, or a number for all: how many keys of each sequence are
+            in the cache, without those of ``key``. None if it is full. flash-attn's
+            ``cache_seqlens``. On a GPU lengths are not looked at, but clamped to what exists;
+            writing beyond it ends the program with an assertion of the device.
+        block_table: int32 ``(batch, pages)``: key ``j`` of a sequence is number ``j % page_size``
+            of page ``block_table[j // page_size]``. Any page size; sequences may share pages; what
+            stands behind a sequence's last page is not read. For ``alpha = 1`` pages are copied.
+        is_causal: query ``i`` of the last ``length_q`` sees no key behind its own.
+        scale, alpha, window, alibi_slopes, softcap, sinks, backend: as in :func:`entmax_attention`.
+        kv_starts: int32 ``(batch,)``: keys before are padding. flash-attn's ``cache_leftpad``.
+
+    Returns:
+        ``(batch, heads_q, length_q, head_dim_v)``, dtype of ``query``.
+
+    Raises:
+        TypeError, ValueError, BackendRefused: as :func:`entmax_attention`. Nothing has been written
+            to the cache then, unless a backend that was asked by name refuses.
+        RuntimeError: a gradient is asked for: call it under ``torch.no_grad()``.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> keys, values = torch.zeros(2, 1, 4, 128, 32)
+        >>> for length in range(3):
+        ...     q, k, v = torch.randn(3, 1, 4, 1, 32)
+        ...     out = adasplash2.entmax_attention_with_kvcache(
+        ...         q, keys, values, k, v, cache_lengths=length
+        ...     )
+        >>> out.shape, int((keys != 0).any(dim=3).sum())  # 3 keys of 4 heads
+        (torch.Size([1, 4, 1, 32]), 12)
+    """
+    if torch.is_grad_enabled():
+        tensors = query, key_cache, value_cache, key, value
+        names = "query", "key_cache", "value_cache", "key", "value"
+        for name, tensor in zip(names, tensors, strict=True):
+            if getattr(tensor, "requires_grad", False):
+                raise RuntimeError(
+                    f"{name} must not require a gradient: entmax_attention_with_kvcache has none; "
+                    "call it under torch.no_grad(), or entmax_attention"
+                )
+    if is_autocast_on() and isinstance(key_cache, Tensor):
+        # What is new becomes what the cache is: the whole cache is not cast at every step.
+        query = query.to(key_cache.dtype)
+        key = key if key is None else key.to(key_cache.dtype)
+        value = value if value is None else value.to(key_cache.dtype)
+    inputs, options, shaped = lowered_cached(
+        query, key_cache, value_cache, key, value, cache_lengths, block_table, is_causal, scale,
+        alpha, window, alibi_slopes, softcap, sinks, kv_starts, backend,
+    )  # fmt: skip
+    if options.alpha == 1.0:
+        inputs = unpaged(inputs)
+        return shaped(softmax_attention(_problem(inputs, options), inputs, options.scale))
+    return shaped(ops.attention(inputs, options))
+
+
 def _attend(call: Call, return_aux: bool) -> Any:
     inputs, options, shaped = call
     if is_autocast_on() or options.alpha == 1.0:  # else checked where it is validated
@@ -249,6 +350,31 @@ def _attend(call: Call, return_aux: bool) -> Any:
     out, tau = ops.attention_and_tau(inputs, options)
     kept = inputs.mapped(Tensor.detach)
     return shaped(out), AttentionAux(tau.detach(), validated(kept, options, False), kept)
+
+
+def dense_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = NOTHING,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1.5,
+    alibi_slopes: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The weights of the values in :func:`entmax_attention`, ``(batch, heads, length_q, length_k)``
+    in the dtype of the queries: dense, with gradients, as dropout leaves them. For modules that
+    return them."""
+    inputs, options, _ = lowered(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, False, alpha, "top-left", None,
+        alibi_slopes, NOTHING, None, None, None, None, backend,
+    )  # fmt: skip
+    inputs = _cast(inputs)
+    found = weights(_problem(inputs, options), inputs, options.backend)
+    return found.to(inputs.query.dtype)
 
 
 def _takes_what(
@@ -294,6 +420,13 @@ def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
     Raises:
         TypeError, ValueError, BackendRefused: as :func:`entmax_attention`, and ``ValueError`` for
             ``alpha = 1``: softmax has no threshold and no zeros.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q, k, v = torch.randn(3, 2, 4, 128, 32)
+        >>> stats = adasplash2.attention_stats(q, k, v, is_causal=True)
+        >>> stats.support.shape, stats.empty_tiles.shape  # keys a row keeps; share of empty tiles
+        (torch.Size([2, 4, 128]), torch.Size([2, 4]))
     """
     check_alpha_above_one(options.alpha)
     return ops.attention_stats(inputs, options)
@@ -308,6 +441,14 @@ def explain(inputs: Inputs, options: Options) -> dispatch.Explanation:
     Raises:
         TypeError, ValueError: as :func:`entmax_attention`; a call that every backend refuses is
             explained, not raised.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q, k, v = torch.randn(3, 2, 4, 128, 32)
+        >>> print(adasplash2.explain(q, k, v, is_causal=True))  # doctest: +ELLIPSIS
+        call        attention of query (2, 4, 128, 32), key (2, 4, 128, 32), ...
+        chosen      cpu
+        ...
     """
     return dispatch.explain(_problem(inputs, options), options.backend or None, inputs)
 
@@ -345,6 +486,15 @@ def entmax(
         IndexError: ``x`` has no dimension ``dim``.
         BackendRefused: no backend that was asked can run this (a ``ValueError``).
 
+    Example:
+        >>> import torch, adasplash2
+        >>> adasplash2.entmax(torch.tensor([[2.0, 1.0, -2.0], [0.0, 0.0, 0.0]]), alpha=2.0)
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.3333, 0.3333, 0.3333]])
+        >>> x = torch.randn(8, 16)
+        >>> adasplash2.entmax(x, alpha=torch.linspace(1.1, 2.0, 8)).shape  # one for each row
+        torch.Size([8, 16])
+
     Sources:
         Peters, Niculae, Martins 2019, *Sparse Sequence-to-Sequence Models*; gradient: Correia,
         Niculae, Martins 2019, *Adaptively Sparse Transformers*.
@@ -363,7 +513,13 @@ def entmax(
 
 
 def entmax15(x: Tensor, dim: int = -1) -> Tensor:
-    """:func:`entmax` with ``alpha = 1.5``."""
+    """:func:`entmax` with ``alpha = 1.5``.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> adasplash2.entmax15(torch.tensor([1.0, 1.0, -1.0]))
+        tensor([0.5000, 0.5000, 0.0000])
+    """
     return entmax(x, 1.5, dim)
 
 
@@ -371,6 +527,11 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     """:func:`entmax` with ``alpha = 2``: the Euclidean projection onto the simplex.
 
     Source: Martins, Astudillo 2016, *From Softmax to Sparsemax*.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> adasplash2.sparsemax(torch.tensor([0.5, 0.25, -1.0]))
+        tensor([0.6250, 0.3750, 0.0000])
     """
     return entmax(x, 2.0, dim)
 

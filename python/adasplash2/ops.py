@@ -329,6 +329,8 @@ def _attention_forward_vmap(
     n = info.batch_size
     inputs = (_folded(t, dim, n) for t, dim in zip((query, key, value), in_dims, strict=False))
     asked, dims = _Arguments.of(args, 1), _Arguments.of(in_dims[3:], 1)
+    if asked.operands[OPERANDS.index("block_table")] is not None:
+        raise RuntimeError("vmap does not go over a paged cache: its pages are of no one sequence")
     (saved_bytes,) = asked.own
     if not isinstance(saved_bytes, int) or saved_bytes > 0:
         saved_bytes *= n
@@ -545,7 +547,7 @@ def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> 
     if numbers is not None or _symbols(options) is not None:
         dropout_p = 0.0 if inputs.dropout_seed is None else 0.5
         options = options._replace(alpha=1.5, scale=None, softcap=0.0, dropout_p=dropout_p)
-    return _problem(inputs, options, True)
+    return _problem(inputs, options, inputs.block_table is None)  # pages have no gradient
 
 
 def _nothing_forward(problem: Problem, query: Tensor, saved_bytes: int) -> Forward:

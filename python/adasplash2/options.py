@@ -147,15 +147,27 @@ def check_window(window: tuple[int, int] | None) -> tuple[int, int]:
     return left, right
 
 
-def check_count(name: str, value: int) -> int:
-    """An integer of at least 0.
+def check_count(name: str, value: int, at_least: int = 0) -> int:
+    """An integer of at least ``at_least``.
 
     Raises:
         TypeError, ValueError: it is not.
     """
     number = _as_int(name, value)
-    if number < 0:
-        raise ValueError(f"{name} must be at least 0, got {shown(value)}")
+    if number < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {shown(value)}")
+    return number
+
+
+def check_finite(name: str, value: float) -> float:
+    """A finite number.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    number = _as_float(name, value, "a real number")
+    if not -math.inf < number < math.inf:  # also refuses NaN
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
     return number
 
 

@@ -47,6 +47,10 @@ class Inputs(NamedTuple):
             of the first two falls from one query to the next. They hold all that causal masks,
             windows, lengths and packed sequences say, in whose place they stand.
         dropout_seed: int64 ``(batch,)``.
+        block_table: int32 ``(batch, pages)``, for a paged cache: ``key`` and ``value`` are ``(pages
+            there are, heads, page_size, head_dim)``, and key ``j`` of a sequence is number ``j %
+            page_size`` of page ``block_table[j // page_size]``. Numbers of no page stand for the
+            nearest one: behind a sequence's end anything may stand.
     """
 
     query: Tensor
@@ -59,6 +63,7 @@ class Inputs(NamedTuple):
     alphas: Tensor | None = None
     ranges: Tensor | None = None
     dropout_seed: Tensor | None = None
+    block_table: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,6 +170,8 @@ class Problem:
     needs_grad: bool
     operands: tuple[Operand, ...] = ()
     """Those that are given, in the order of :class:`Inputs`."""
+    page_size: int = 0
+    """Keys of a page; 0 where there is no ``block_table``. ``length_k`` is what its pages hold."""
     strided: tuple[str, ...] = field(default=(), compare=False)
     """Names of the inputs whose ``head_dim`` stride is not 1 (backends copy those once). Never a
     reason to decide otherwise, so that forward and backward of one call always decide alike."""
@@ -252,6 +259,7 @@ FEATURES = {
     "scales": "scale as a tensor",
     "alphas": "alpha as a tensor",
     "ranges": "lengths or packed sequences",
+    "block_table": "block_table",
 }
 """What users call an operand; a ``dropout_seed`` comes with ``dropout_p``."""
 
@@ -282,6 +290,21 @@ def seen_keys(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
         mask = rows_of(mask, 2, rows)
         seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
     return seen
+
+
+def unpaged(inputs: Inputs) -> Inputs:
+    """The keys and values of a paged cache as tensors of their own, a copy."""
+    table = inputs.block_table
+    if table is None:
+        return inputs
+
+    def joined(pages: Tensor) -> Tensor:
+        count, heads, size, width = pages.shape
+        found = pages[table.clamp(0, count - 1).long()]  # (batch, pages, heads, size, width)
+        return found.transpose(1, 2).reshape(table.shape[0], heads, table.shape[1] * size, width)
+
+    key, value = joined(inputs.key), joined(inputs.value)
+    return inputs._replace(key=key, value=value, block_table=None)
 
 
 def rows_of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
@@ -418,12 +441,13 @@ def _validate(
             )
     batch, heads_q, length_q, head_dim = shapes["query"]
     _, dtype, device, _ = query
+    table = next((shape for name, shape, *_ in operands if name == "block_table"), None)
     for name, (shape, its_dtype, its_device, _) in (("key", key), ("value", value)):
         if its_dtype != dtype:
             raise TypeError(f"{name} must have the dtype of query ({dtype}), got {its_dtype}")
         if its_device != device:
             raise ValueError(f"{name} must be on the device of query ({device}), got {its_device}")
-        if shape[0] != batch:
+        if shape[0] != batch and table is None:
             raise ValueError(f"{name} must have the batch of query ({batch}), got {shape[0]}")
     _, heads_kv, length_k, key_dim = shapes["key"]
     _, value_heads, value_length, head_dim_v = shapes["value"]
@@ -434,6 +458,11 @@ def _validate(
             f"value must have the heads and length of key ({heads_kv}, {length_k}), "
             f"got ({value_heads}, {value_length})"
         )
+    page_size = 0
+    if table is not None:
+        if needs_grad:
+            raise ValueError("block_table must be None where gradients are wanted: there are none")
+        page_size, length_k = length_k, _paged_length(table, batch, shapes)
     for name, width in (("query", head_dim), ("value", head_dim_v)):
         if not 1 <= width <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim of 1 to {MAX_HEAD_DIM}, got {width}")
@@ -492,12 +521,32 @@ def _validate(
         scores=scores,
         needs_grad=needs_grad,
         operands=known,
+        page_size=page_size,
         strided=tuple(
             name
             for name, t in zip(TENSORS, (query, key, value), strict=True)
             if t[0][3] > 1 and not t[3]
         ),
     )
+
+
+def _paged_length(table: torch.Size, batch: int, shapes: dict[str, torch.Size]) -> int:
+    """Keys that the pages of a sequence hold.
+
+    Raises:
+        ValueError: the table's shape does not fit, or key and value have not the same pages, or
+            pages without a key.
+    """
+    if len(table) != 2 or table[0] != batch:
+        raise ValueError(f"block_table must have the shape ({batch}, pages), got {tuple(table)}")
+    (count, _, page_size, _), (of_value, *_) = shapes["key"], shapes["value"]
+    if of_value != count:
+        raise ValueError(f"value must have the pages of key ({count}), got {of_value}")
+    if table[1] and not (count and page_size):
+        raise ValueError(
+            f"key must have pages of at least one key, got {count} pages of {page_size}"
+        )
+    return table[1] * page_size
 
 
 def _check_operand(
@@ -524,10 +573,12 @@ def _check_operand(
         "alphas": (batch, heads_q),
         "ranges": (3, batch, length_q),
         "dropout_seed": (batch,),
+        "block_table": shape,  # looked at by :func:`_paged_length`
     }[name]
     allowed = {
         "attn_mask": (torch.bool, dtype, torch.float32),
         "ranges": (torch.int32,),
+        "block_table": (torch.int32,),
         "dropout_seed": (torch.int64,),
     }.get(name, (compute_dtype(dtype),))
     if its_dtype not in allowed:

@@ -36,6 +36,40 @@ constexpr int64_t kListStride = kListCapacity + kPanelKeys<T> + 2 * kLanes<T>;
 // What lists and gathers call the sink, which is no key.
 constexpr int32_t kSinkKey = -1;
 
+// The first candidate, so that it sharpens the bound from the beginning.
+template <class T>
+ADASPLASH2_INLINE void add_sink(Candidates<T>& list, T value) {
+  list.values[0] = value;
+  list.keys[0] = kSinkKey;
+  list.count = 1;
+}
+// Its probability is nobody's weight. It came first, and stays there as long as it is kept.
+template <class T>
+ADASPLASH2_INLINE void drop_sink(Candidates<T>& list) {
+  if (list.count == 0 || list.keys[0] != kSinkKey) return;
+  list.values[0] = list.values[list.count - 1];
+  list.keys[0] = list.keys[list.count - 1];
+  --list.count;
+}
+
+// The keys of a row's list that dropout leaves, and their weights, in `kept`.
+template <class T>
+ADASPLASH2_INLINE Candidates<T> after_dropout(const Dropout<T>& dropout, int64_t row,
+                                              Candidates<T> list, Candidates<T> kept) {
+  for (int64_t j = 0; j < list.count; j += kLanes<T>) {
+    Keys<T> keys;
+    __builtin_memcpy(&keys, list.keys + j, sizeof(keys));
+    T weights[kLanes<T>];
+    store(weights, dropout.applied(load(list.values + j), row, keys));
+    for (int64_t lane = 0; lane < kLanes<T> && j + lane < list.count; ++lane) {
+      kept.values[kept.count] = weights[lane];
+      kept.keys[kept.count] = keys[lane];
+      kept.count += weights[lane] != T(0);
+    }
+  }
+  return kept;
+}
+
 // Scores of one row of a tile against all keys, panel by panel, a vector of slack, and one for the
 // sink.
 template <class T>
@@ -157,7 +191,11 @@ struct ForwardBlock {
       count[i] = 0;
       trigger[i] = kFirstTrigger;
       flat[i] = false;
-      if (scores.has_sink()) add_sink(i);
+      if (scores.has_sink()) {
+        Candidates<T> list = candidates(i);
+        add_sink(list, scores.sink_value());
+        count[i] = list.count;
+      }
     }
     if (!task.results.tiles) return;
     const KeyRange keys = seen_by_any(scores, task.row_begin, task.rows);
@@ -165,14 +203,6 @@ struct ForwardBlock {
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
       if (any_allowed({0, task.rows}, {tile * kBlockRows, (tile + 1) * kBlockRows}))
         task.results.tiles[tile] = kEmptyTile;
-  }
-
-  // The first candidate, so that it sharpens the bound from the beginning.
-  ADASPLASH2_INLINE void add_sink(int64_t i) {
-    const Candidates<T> list = candidates(i);
-    list.values[0] = scores.sink_value();
-    list.keys[0] = kSinkKey;
-    count[i] = 1;
   }
 
   // --- scan: what may be in the support -----------------------------------------------------
@@ -272,18 +302,13 @@ struct ForwardBlock {
     flat[i] = row.state == RowState::kPoisoned;
     if (flat[i]) return;
     count[i] = row.support;
-    if (scores.has_sink()) drop_sink(i);
+    if (scores.has_sink()) {
+      Candidates<T> list = candidates(i);
+      drop_sink(list);
+      count[i] = list.count;
+    }
     work.solved += row.examined;
     record(i, row.state, row.threshold, int32_t(count[i]), row.steps);
-  }
-
-  // Its probability is nobody's weight. It came first, and stays there as long as it is kept.
-  ADASPLASH2_INLINE void drop_sink(int64_t i) {
-    const Candidates<T> list = candidates(i);
-    if (list.count == 0 || list.keys[0] != kSinkKey) return;
-    list.values[0] = list.values[list.count - 1];
-    list.keys[0] = list.keys[list.count - 1];
-    --count[i];
   }
 
   ADASPLASH2_INLINE void record(int64_t i, RowState state, const Threshold<T>& threshold,
@@ -304,7 +329,7 @@ struct ForwardBlock {
   }
 
   ADASPLASH2_INLINE void gather_row(int64_t i) {
-    const Candidates<T> list = candidates(i), kept = after_dropout(i, list);
+    const Candidates<T> list = candidates(i), kept = kept_of(i, list);
     gather_rows<false, S>(kept.values, kept.keys, kept.count, task.value, problem.head_dim_v,
                           ws.out);
     write_out(i, ws.out);
@@ -312,23 +337,10 @@ struct ForwardBlock {
       for (int64_t j = 0; j < list.count; ++j) mark_live(list.keys[j]);
   }
 
-  // The keys of a list that dropout leaves, and their weights.
-  ADASPLASH2_INLINE Candidates<T> after_dropout(int64_t i, Candidates<T> list) const {
+  ADASPLASH2_INLINE Candidates<T> kept_of(int64_t i, Candidates<T> list) const {
     const Dropout<T> dropout(scores.score);
     if (IsPlain || !dropout.is_on()) return list;
-    int64_t n = 0;
-    for (int64_t j = 0; j < list.count; j += kLanes<T>) {
-      Keys<T> keys;
-      __builtin_memcpy(&keys, list.keys + j, sizeof(keys));
-      T weights[kLanes<T>];
-      store(weights, dropout.applied(load(list.values + j), task.row_begin + i, keys));
-      for (int64_t lane = 0; lane < kLanes<T> && j + lane < list.count; ++lane) {
-        ws.kept_values[n] = weights[lane];
-        ws.kept_keys[n] = keys[lane];
-        n += weights[lane] != T(0);
-      }
-    }
-    return {ws.kept_values, ws.kept_keys, n};
+    return after_dropout(dropout, task.row_begin + i, list, {ws.kept_values, ws.kept_keys, 0});
   }
 
   ADASPLASH2_INLINE void write_out(int64_t i, const T* row) {

@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -66,6 +67,16 @@ Operand operand_of(const Operands& operands, const char* name) {
           strides[1],
           strides[2],
           strides[3]};
+}
+
+// (address of int32 (batch, pages), batch stride, rows of a page, pages of the cache).
+using BlockTableArgument = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
+
+BlockTable block_table_of(const std::optional<BlockTableArgument>& table) {
+  if (!table) return {};
+  const auto& [address, stride, page_size, pages] = *table;
+  if (page_size < 1) throw std::invalid_argument("page_size must be at least 1");
+  return {pointer<std::int32_t>(address), stride, page_size, pages};
 }
 
 // What is asked of an attention, and what that points to.
@@ -135,6 +146,11 @@ struct Asked {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "C++ core of adasplash2.";
   m.attr("LIST_CAPACITY") = kListCapacity;
+#if defined(_OPENMP)
+  m.attr("OPENMP") = true;
+#else
+  m.attr("OPENMP") = false;
+#endif
   m.attr("TILE_ROWS") = kBlockRows;
 
   m.def("usable_isas", &usable_isas);
@@ -182,10 +198,12 @@ PYBIND11_MODULE(_core, m) {
          const Tensor& out, Address tau, bool keep, int threads, const std::string& isa,
          std::int64_t scan_rows, Address support, Address iterations, Address tiles, Work* work,
          const std::array<std::int64_t, 2>& window, std::int64_t shift, double softcap,
-         double dropout_p, const Operands& operands) {
+         double dropout_p, const Operands& operands,
+         const std::optional<BlockTableArgument>& block_table) {
         const Asked asked(dims, dtype, alpha, scale, is_causal, window, shift, softcap, dropout_p,
                           operands);
         ForwardArguments a = {};
+        a.pages = block_table_of(block_table);
         a.kernels = &kernels(isa);
         a.problem = asked.problem;
         a.query = tensor_ref(query);
@@ -208,7 +226,8 @@ PYBIND11_MODULE(_core, m) {
       py::arg("keep"), py::arg("threads"), py::arg("isa"), py::arg("scan_rows"),
       py::arg("support") = 0, py::arg("iterations") = 0, py::arg("tiles") = 0,
       py::arg("work") = nullptr, py::arg("window") = everything, py::arg("shift") = 0,
-      py::arg("softcap") = 0.0, py::arg("dropout_p") = 0.0, py::arg("operands") = Operands());
+      py::arg("softcap") = 0.0, py::arg("dropout_p") = 0.0, py::arg("operands") = Operands(),
+      py::arg("block_table") = py::none());
 
   m.def(
       "attention_backward",
