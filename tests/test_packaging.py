@@ -155,7 +155,7 @@ def imported(folder: str) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("python/adasplash2", ("bench", "transformers", "triton")),
+        ("python/adasplash2", ("plot", "transformers", "triton")),
         ("backends", ("cuda13", "triton")),
         ("benchmarks", ("bench", "examples", "triton")),
         ("examples", ("examples",)),
