@@ -130,6 +130,8 @@ GEMMA3N = {
     "vocab_size_per_layer_input": 60,
     "num_kv_shared_layers": 0,
 }
+GEMMA4 = {"global_head_dim": 16}
+GEMMA4 |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 60}
 BEIT = {**VISION, "use_relative_position_bias": True}
 SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "window_size": 2}
 SWIN |= {"depths": [1, 1], "num_heads": [2, 2]}
@@ -248,7 +250,7 @@ ARCHITECTURES = [
     Architecture("Gemma2ForCausalLM", "Gemma2", window(5)),
     Architecture("Gemma3ForCausalLM", "Gemma3Text", window(5)),
     Architecture("Gemma3nForCausalLM", "Gemma3nText", window(5, **GEMMA3N)),
-    Architecture("Gemma4ForCausalLM", "Gemma4Text", window(5, global_head_dim=16)),
+    Architecture("Gemma4ForCausalLM", "Gemma4Text", window(5, **GEMMA4)),
     Architecture("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}),
     Architecture("GptOssForCausalLM", "GptOss", window(5, **GPT_OSS)),
     # Mixtures of experts
