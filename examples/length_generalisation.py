@@ -1,6 +1,6 @@
 """Trained short, tested long: softmax, entmax, and entmax whose scale follows the length.
 
-Small decoders learn five tasks at lengths of 32 to 64 and are tested at up to 64 times that. Each
+Small decoders learn six tasks at lengths of 32 to 64 and are tested at up to 64 times that. Each
 contender trains with each learning rate; the one that does best at twice the length, on sequences
 of its own, is then trained with the other seeds. Prints a table and writes results.json and a
 picture: means of the seeds, within their range. A run that was stopped goes on from where it was,
@@ -155,12 +155,32 @@ def draw_needle(count: int, length: int, generator: torch.Generator) -> Batch:
     return Batch(tokens, targets)
 
 
+TAGS, MARKS, NEEDLES = 8, 4, 4
+
+
+def draw_needles(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Things, each a tag and a mark in one token, and behind them tags that are asked: the mark is
+    to be said. Those that are asked stand once, all other things are alike. What matters is known
+    from the question alone, so that no layer can leave out the others before it."""
+    order = torch.rand(count, TAGS, generator=generator).argsort(dim=1)
+    asked, other = order[:, :NEEDLES], order[:, NEEDLES : NEEDLES + 1]
+    marks = torch.randint(MARKS, (count, NEEDLES + 1), generator=generator)
+    place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, :NEEDLES]
+    alike = (MARKS * other + marks[:, -1:]).repeat(1, length)
+    source = alike.scatter(1, place, MARKS * asked + marks[:, :-1])
+    tokens = torch.cat([source, TAGS * MARKS + asked], dim=1)
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, length:] = marks[:, :-1]
+    return Batch(tokens, targets)
+
+
 TASKS = {
     "sort": Task(DIGITS + 1, True, draw_sort),
     "reverse": Task(DIGITS + 1, True, draw_reverse),
     "recall": Task(KEYS + VALUES, False, draw_recall),
     "flip-flop": Task(BITS + 2, False, draw_flip_flop),
     "needle": Task(COLOURS + COLOUR_COUNT + 1, False, draw_needle),
+    "needles": Task(TAGS * MARKS + TAGS, False, draw_needles),
 }
 
 # Sizes

@@ -78,6 +78,15 @@ def test_needle_has_one_among_many_alike() -> None:
         assert len(values) <= 2
 
 
+def test_needles_are_asked_by_their_tags() -> None:
+    batch = drawn("needles")
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        things = [divmod(token, lengths.MARKS) for token in tokens[:40]]
+        for question, mark in zip(tokens[40:], answer, strict=True):
+            assert [m for tag, m in things if tag == question - 32] == [mark]
+        assert len(set(things)) == lengths.NEEDLES + 1
+
+
 RECIPES = {
     "softmax": Recipe(alpha=1.0),
     "all that is learned": Recipe("learn", scale="learn", length_scale=True, qk_norm=True),
