@@ -279,7 +279,7 @@ SAME = {
 }
 """Features of which a call has one."""
 
-FEW = Sizes(length_q=5, length_k=300, head_dim=19, head_dim_v=10)
+FEW = Sizes(length_q=5, length_k=300, head_dim=23, head_dim_v=10)
 
 WITH_GRADIENT = ("attn_mask", "alibi_slopes", "sinks", "scale", "alpha")
 
