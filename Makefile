@@ -17,9 +17,10 @@ PY    := python backends tests benchmarks examples docs
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention; writes output/
+demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention, train small ones; writes output/
 	@mkdir -p $(OUTPUT)
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
+	$(BIN)/python examples/length_generalisation.py --size cut --output $(OUTPUT)
 
 test: $(VENV)/.built $(VENV)/.oldest ## run the tests, as many parts side by side as there are cores; TEST="-k window"
 	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) $(SYNC) $(TESTED)
@@ -38,6 +39,7 @@ $(MAIN): test-main-%:
 
 test-oldest:
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures))
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs tests/test_cli.py -k "info or cache or report or help"
 
 $(INTERPRETED): test-interpreted-%:
 	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
@@ -118,7 +120,8 @@ $(VENV)/.wheel: requirements/wheel.txt | $(BIN)/python
 	$(PIP) install -r $<
 	@touch $@
 
-# The oldest transformers that is allowed, which goes before the newest on PYTHONPATH.
+# The oldest packages that are allowed, which go before the newest on PYTHONPATH. Pytest would load a
+# plugin that the newest platformdirs has and the oldest has not.
 $(VENV)/.oldest: requirements/oldest.txt $(VENV)/.tested
 	rm -rf $(VENV)/oldest
 	$(PIP) install --no-deps --target $(VENV)/oldest -r $<

@@ -105,12 +105,15 @@ def main() -> None:
     add("--rounds", type=command_line.positive_int, default=7, help="default %(default)s")
     add("--threads", type=command_line.positive_int, default=2, help="on the CPU; default 2")
     add("--long", type=command_line.positive_int, help="positions; default 65,536, CPU 4,096")
+    add("--window", type=command_line.positive_int, help="its keys; default 1,024, CPU 256")
     add("--json", type=command_line.writable, metavar="PATH", help="write the measurements there")
     add("--targets", action="store_true", help="exit with 1 if one is missed")
     options = parser.parse_args()
     command_line.check_device(parser, options)
     if options.long:
         LONG[options.device] = options.long
+    if options.window:
+        WINDOW[options.device] = options.window
     environment = records.environment(options.device)
     print(records.describe(environment), flush=True)
     measured, targets = [], []

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 import adasplash2
 
 project = "adasplash2"
@@ -12,7 +15,6 @@ release = adasplash2.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -42,6 +44,7 @@ add_module_names = False
 
 # Pages
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"adasplash2 {release}"
 html_copy_source = False
 html_show_sphinx = False
@@ -58,5 +61,13 @@ def without_constructor(
     return ("", None) if given else None
 
 
+def write_formula(translator: Any, node: Any) -> None:
+    """As MathML, which browsers draw themselves: a page needs no script of another site."""
+    is_block = isinstance(node, nodes.math_block)
+    translator.body.append(tex2mathml(node.astext(), as_block=is_block))
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
     app.connect("autodoc-process-signature", without_constructor)

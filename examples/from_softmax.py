@@ -38,7 +38,7 @@ CONTENDERS = {
 SIZES = {
     "tiny": Scale(64, 2, 20, (1e-3,), 2),
     "small": Scale(256, 1, 30, (5e-5,), 4),
-    "real": Scale(8192, 4, 400, (1e-4, 5e-5), 8),
+    "real": Scale(8192, 2, 400, (1e-4, 5e-5), 8),
 }
 
 

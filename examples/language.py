@@ -29,7 +29,7 @@ from training import (
 )
 
 from adasplash2 import plot
-from adasplash2.nn import AlphaSchedule, AttentionMonitor
+from adasplash2.nn import AlphaSchedule, AttentionMonitor, Watched
 
 LOOKS = 10
 """How often the held-out loss is measured in a run, beside before."""
@@ -191,12 +191,26 @@ def train(
     """What is told of one run."""
     scale, seed, device = program.scale, program.options.seed, program.options.device
     notes: dict[str, Any] = {"held_out": []}
-    ready.monitor.is_due = False  # until the end
+    monitor = ready.monitor
+    monitor.is_due = False
 
     def look(step: int, seconds: float) -> None:
-        if step % max(1, scale.steps // LOOKS) == 0 or step == scale.steps:
-            loss = held_out(ready.logits, corpus, device).mean().item()
-            notes["held_out"].append({"step": step, "seconds": seconds, "loss": loss})
+        if step % max(1, scale.steps // LOOKS) and step != scale.steps:
+            return
+        monitor.is_due, monitor.last_step = True, step
+        with torch.compiler.set_stance("force_eager"):  # compiled graphs are not looked into
+            losses = held_out(ready.logits, corpus, device)
+        monitor.step()
+        monitor.is_due = False
+        notes["held_out"].append(
+            {
+                "step": step,
+                "seconds": seconds,
+                "loss": losses.mean().item(),
+                "by_position": by_position(losses),
+                "layers": layers_seen_by(monitor),
+            }
+        )
 
     if not checkpoint.exists():
         look(0, 0.0)
@@ -211,18 +225,12 @@ def train(
         notes=notes,
         after=look,
     )
-    ready.monitor.is_due = True
-    with torch.compiler.set_stance("force_eager"):  # compiled graphs are not looked into
-        positions = by_position(held_out(ready.logits, corpus, device))
-    ready.monitor.step()
     return {
         "rate": rate,
         "seed": seed,
         "losses": losses,
         "held_out": notes["held_out"],
         "seconds_a_step": notes["held_out"][-1]["seconds"] / scale.steps,
-        "by_position": positions,
-        "layers": layers_seen_by(ready.monitor),
     }
 
 
@@ -267,6 +275,7 @@ def compete(program: Program, corpus: Corpus, ready: Callable[[str], Ready]) -> 
         write_json(options.output / "results.json", {**about, "results": results})
         title = f"{program.name}: {scale.context} tokens of context, {scale.steps} steps"
         draw(results, options.output / f"{program.name}.png", title)
+        draw_alphas(results, options.output / f"{program.name}-alpha.png")
         print(f"picture: {options.output / f'{program.name}.png'}")
     return 1 if stopped else 0
 
@@ -290,7 +299,7 @@ def kept_by_layer(run: Mapping[str, Any], what: str) -> dict[float, float]:
     """Means over the heads of each layer that has zeros."""
     return {
         float(layer): mean(found[what])
-        for layer, found in run["layers"].items()
+        for layer, found in run["held_out"][-1]["layers"].items()
         if "support" in found
     }
 
@@ -326,7 +335,7 @@ def draw(results: Runs, path: Path, title: str) -> None:
         }
         plot.training_curves(curves, axes, xlabel=of, ylabel="held-out loss, nats a token")
     places = {
-        name: [{float(end): loss for end, loss in run["by_position"].items()}]
+        name: [{float(end): loss for end, loss in run["held_out"][-1]["by_position"].items()}]
         for name, run in runs.items()
     }
     plot.training_curves(places, by_place, xlabel="up to position", ylabel="held-out loss")
@@ -336,4 +345,30 @@ def draw(results: Runs, path: Path, title: str) -> None:
         plot.training_curves(kept, by_layer, xlabel="layer", ylabel="keys that a query keeps")
         by_layer.set_yscale("log")
     figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def draw_alphas(results: Runs, path: Path) -> None:
+    """The alphas of heads over the steps, of contenders whose heads differ."""
+    from matplotlib.figure import Figure
+
+    histories = {}
+    for name, runs in results.items():
+        history = {
+            point["step"]: {
+                layer: Watched(*(torch.tensor(found["alpha"], dtype=torch.float64),) * 3)
+                for layer, found in point["layers"].items()
+            }
+            for point in best(runs)["held_out"]
+            if point["layers"]
+        }
+        last = [seen.alpha for seen in history[max(history)].values()] if history else []
+        if any(alpha.min() < alpha.max() for alpha in last):
+            histories[name] = history
+    if not histories:
+        return
+    figure = Figure(figsize=(6 * len(histories), 5), layout="constrained")
+    panels = figure.subplots(1, len(histories), squeeze=False)[0]
+    for axes, (name, history) in zip(panels, histories.items(), strict=True):
+        plot.alpha_by_head(history, axes).set_title(f"{name}: alpha by head")
     figure.savefig(path, dpi=110)

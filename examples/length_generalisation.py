@@ -183,8 +183,8 @@ class Scale:
 
 
 SIZES = {
-    "cut": Scale(("flip-flop",), 2, 4, 64, 400, 32, (3e-3,), 1, (1, 2, 8), 2**14),
-    "small": Scale(("flip-flop",), 2, 4, 64, 600, 32, (1e-2, 3e-3), 3, (1, 2, 4, 8), 2**15),
+    "cut": Scale(("needle",), 2, 4, 32, 300, 32, (3e-3,), 1, (1, 16), 2**16),
+    "small": Scale(("needle",), 2, 4, 32, 400, 32, (1e-2, 3e-3), 3, (1, 2, 4, 8, 64), 2**16),
     "real": Scale(
         tuple(TASKS), 4, 8, 256, 6000, 128, (3e-3, 1e-3, 3e-4), 3, (1, 2, 4, 8, 64), 2**18
     ),
@@ -330,7 +330,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
     )
     add = parser.add_argument
     add("--size", choices=SIZES, default="small", help="small: five minutes on two threads; real: "
-        "one GPU; cut: what tests run (default small)")  # fmt: skip
+        "one GPU; cut: a minute, which tests run (default small)")  # fmt: skip
     add("--tasks", nargs="+", help=f"of {', '.join(TASKS)} (default: the size's)")
     add("--contenders", nargs="+", default=list(CONTENDERS)[:3], help=f"of {'; '.join(CONTENDERS)} "
         "(default: the first three)")  # fmt: skip

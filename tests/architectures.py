@@ -107,6 +107,51 @@ LLAMA4 = {"attention_chunk_size": 4, "moe_layers": [], "intermediate_size_mlp": 
 GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 FALCON_H1 = {**MAMBA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
 BAMBA = {**MAMBA, "mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]}
+JAMBA = {
+    "num_experts": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "mamba_d_state": 4,
+    "use_mamba_kernels": False,
+}
+QWEN3_NEXT = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+GEMMA3N = {
+    "intermediate_size": [48, 48],
+    "activation_sparsity_pattern": [0.0, 0.0],
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 60,
+    "num_kv_shared_layers": 0,
+}
+BEIT = {**VISION, "use_relative_position_bias": True}
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "window_size": 2}
+SWIN |= {"depths": [1, 1], "num_heads": [2, 2]}
+PATCH_TST = {
+    "num_input_channels": 1,
+    "context_length": 32,
+    "patch_length": 4,
+    "patch_stride": 4,
+    "d_model": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+MOONSHINE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "encoder_num_hidden_layers": 2,
+    "decoder_num_hidden_layers": 2,
+    "encoder_num_attention_heads": 4,
+    "decoder_num_attention_heads": 4,
+}
 LATENT = {
     "q_lora_rank": 16,
     "head_dim": 4,
@@ -128,6 +173,12 @@ PAIR = {"input_ids": TOKENS, "decoder_input_ids": SHORTER}
 IMAGE = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)}
 WAVE = {"input_values": torch.linspace(-9, 9, 2 * 320).sin().reshape(2, 320)}
 SPECTRUM = torch.linspace(-9, 9, 2 * 8 * 32).cos().reshape(2, 8, 32)
+VIDEO = {"pixel_values": torch.linspace(-9, 9, 2 * 4 * 3 * 256).sin().reshape(2, 4, 3, 16, 16)}
+SERIES = {"past_values": torch.linspace(-9, 9, 2 * 32).sin().reshape(2, 32, 1)}
+SPOKEN = {
+    "input_values": torch.linspace(-99, 99, 2 * 4000).sin().reshape(2, 4000),
+    "decoder_input_ids": SHORTER,
+}
 HEARD = {"input_features": SPECTRUM, "decoder_input_ids": SHORTER}
 
 
@@ -196,6 +247,8 @@ ARCHITECTURES = [
     Architecture("MistralForCausalLM", "Mistral", window(5)),
     Architecture("Gemma2ForCausalLM", "Gemma2", window(5)),
     Architecture("Gemma3ForCausalLM", "Gemma3Text", window(5)),
+    Architecture("Gemma3nForCausalLM", "Gemma3nText", window(5, **GEMMA3N)),
+    Architecture("Gemma4ForCausalLM", "Gemma4Text", window(5, global_head_dim=16)),
     Architecture("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}),
     Architecture("GptOssForCausalLM", "GptOss", window(5, **GPT_OSS)),
     # Mixtures of experts
@@ -209,6 +262,9 @@ ARCHITECTURES = [
     Architecture("FalconH1ForCausalLM", "FalconH1", {**DECODER, **FALCON_H1}),
     Architecture("BambaForCausalLM", "Bamba", {**DECODER, **BAMBA}),
     Architecture("Lfm2ForCausalLM", "Lfm2", {**DECODER, "full_attn_idxs": [1]}),
+    Architecture("JambaForCausalLM", "Jamba", {**DECODER, **JAMBA}, TEXT, "all", "none"),
+    Architecture("Qwen3NextForCausalLM", "Qwen3Next", {**DECODER, **MOE, **QWEN3_NEXT}),
+    Architecture("MiniMaxForCausalLM", "MiniMax", {**DECODER, **GPT_OSS}, TEXT, "some"),
     # Encoders
     Architecture("BertModel", "Bert", ENCODER, TEXT, "all", "none"),
     Architecture("RobertaModel", "Roberta", ENCODER, TEXT, "all", "none"),
@@ -228,6 +284,8 @@ ARCHITECTURES = [
     Architecture("M2M100Model", "M2M100", SEQ2SEQ, PAIR),
     Architecture("T5Model", "T5", T5, PAIR, "all", "none"),
     Architecture("UMT5Model", "UMT5", T5, PAIR, "all", "none"),
+    Architecture("LongT5Model", "LongT5", {**T5, "local_radius": 4}, PAIR, "some", "none"),
+    Architecture("T5GemmaModel", "T5Gemma", {"encoder": window(5), "decoder": window(5)}, PAIR),
     Architecture("BigBirdPegasusModel", "BigBirdPegasus", BIG_BIRD, PAIR, "some"),
     # Images and sound
     Architecture("ViTModel", "ViT", VISION, IMAGE),
@@ -239,6 +297,11 @@ ARCHITECTURES = [
     Architecture("Wav2Vec2Model", "Wav2Vec2", AUDIO, WAVE),
     Architecture("HubertModel", "Hubert", AUDIO, WAVE),
     Architecture("WhisperModel", "Whisper", WHISPER, HEARD),
+    Architecture("BeitModel", "Beit", BEIT, IMAGE, "all", "none"),
+    Architecture("SwinModel", "Swin", SWIN, IMAGE, "all", "none"),
+    Architecture("VideoMAEModel", "VideoMAE", {**VISION, "num_frames": 4}, VIDEO),
+    Architecture("PatchTSTModel", "PatchTST", PATCH_TST, SERIES),
+    Architecture("MoonshineModel", "Moonshine", MOONSHINE, SPOKEN),
     # These never ask for an attention.
     Architecture("BloomForCausalLM", "Bloom", DECODER, TEXT, "none"),
     Architecture("FalconForCausalLM", "Falcon", ENCODER, TEXT, "none"),
@@ -246,6 +309,8 @@ ARCHITECTURES = [
     Architecture("GPTNeoForCausalLM", "GPTNeo", GPT_NEO, TEXT, "none"),
     Architecture("MptForCausalLM", "Mpt", {**MPT, "n_layers": 2, "n_heads": 4}, TEXT, "none"),
     Architecture("XLNetModel", "XLNet", {**MPT, "n_layer": 2, "n_head": 4}, TEXT, "none"),
+    Architecture("LongformerModel", "Longformer", {**ENCODER, "attention_window": 4}, TEXT, "none"),
+    Architecture("WavLMModel", "WavLM", AUDIO, WAVE, "none"),
     Architecture("DebertaV2Model", "DebertaV2", ENCODER, TEXT, "none"),
 ]  # fmt: skip
 
@@ -394,7 +459,7 @@ class Examined:
     def sharpen(self, layers: tuple[str, ...]) -> None:
         """Weights that make attention sharp enough to see what it does, and no sharper: rounding
         grows with it."""
-        for gain in (1.0, 1.4, 2.0, 2.8):
+        for gain in (0.5, 0.7, 1.0, 1.4, 2.0, 2.8):
             weigh(self.model, layers, gain)
             self.eager(self.architecture.inputs)
             if self.sharpness >= SHARP:

@@ -16,6 +16,10 @@ import pytest
 import torch
 
 import adasplash2
+from adasplash2 import cli
+
+for package in ("matplotlib", "transformers"):
+    pytest.importorskip(package)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -137,6 +141,13 @@ def test_links_of_pages_outside_the_site_lead_somewhere(page: str) -> None:
             target = (ROOT / page).parent / path if path else ROOT / page
             assert target.is_file(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_every_variable_and_command_is_told() -> None:
+    variables = PAGES["docs/environment.md"].read_text()
+    assert set(re.findall(r"^\| `(ADASPLASH2_\w+)`", variables, re.M)) == set(cli.SETTINGS)
+    commands = PAGES["docs/command_line.md"].read_text()
+    assert set(re.findall(r"^\| `adasplash2 (\w+)", commands, re.M)) == set(cli.main.commands)
 
 
 def test_readme_is_short() -> None:

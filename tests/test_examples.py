@@ -192,7 +192,20 @@ def test_language_models_at_their_smallest(
         kept = language.kept_by_layer(run, "support")
         assert len(kept) == (0 if name == "softmax" else 2)
     assert (tmp_path / f"{program}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{program}-alpha.png").exists() == ("learned alpha" in names)
     assert "held out" in capsys.readouterr().out
+
+
+def test_what_entmax_learned_short_holds_long(tmp_path: Path) -> None:
+    command = ["--size", "cut", "--output", str(tmp_path), "--contenders", "softmax", "entmax"]
+    assert lengths.main(command) == 0
+    told = json.loads((tmp_path / "results.json").read_text())["results"]["needle"]
+    assert list(told) == ["softmax", "entmax"]
+    (run,) = told["entmax"]
+    assert run["accuracy"]["1"] > 0.5, "an eighth is chance"
+    assert run["accuracy"]["16"] > run["accuracy"]["1"] - 0.15
+    assert (tmp_path / "length_generalisation.png").exists()
+    assert lengths.main([*command, "--minutes", "0"]) == 0, "what is done is not done again"
 
 
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:

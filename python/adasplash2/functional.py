@@ -541,8 +541,9 @@ def _cast(inputs: Inputs) -> Inputs:
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
     device = inputs.query.device.type
-    # Where autocast knows nothing of a device (meta), asking is an error.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Autocast knows nothing of meta, where asking is an error. Whether it knows a device can be
+    # asked as well, but not in graphs of torch 2.11.
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in inputs.tensors)
         return Inputs(*cast, *inputs.operands)

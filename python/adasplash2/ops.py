@@ -547,7 +547,7 @@ def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> 
     if numbers is not None or _symbols(options) is not None:
         dropout_p = 0.0 if inputs.dropout_seed is None else 0.5
         options = options._replace(alpha=1.5, scale=None, softcap=0.0, dropout_p=dropout_p)
-    return _problem(inputs, options, True)
+    return _problem(inputs, options, inputs.block_table is None)  # pages have no gradient
 
 
 def _nothing_forward(problem: Problem, query: Tensor, saved_bytes: int) -> Forward:

@@ -92,7 +92,8 @@ class AlphaSchedule:
     Args:
         driven: a module, all of whose modules with a fixed ``alpha`` (those of
             :mod:`adasplash2.nn`) follow; or a function that is given each alpha, as
-            ``adasplash2.integrations.transformers.alpha_setter(model)`` returns one.
+            ``alpha_setter(model)`` of :mod:`adasplash2.integrations.transformers.schedule` returns
+            one.
         steps: how many it takes from ``start`` to ``target``.
         target: where alpha ends.
         start: where it begins; 1 is softmax.

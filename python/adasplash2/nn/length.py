@@ -63,8 +63,12 @@ class LengthScale(nn.Module):
         self.features = check_count("features", features, at_least=1)
         self.heads = check_count("heads", heads, at_least=1)
         self.delta = check_finite("delta", delta)
-        shape = 2 * heads, features
-        self.weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(2 * heads, features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All zeros."""
+        nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor, seen: Tensor | int) -> Tensor:
         """The factors ``(batch, heads, length)``, in float32, or float64 for float64.

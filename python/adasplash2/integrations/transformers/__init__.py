@@ -16,7 +16,7 @@ from torch import nn
 
 from adasplash2.integrations.transformers import alphas
 from adasplash2.integrations.transformers.attention import Attention, Observer
-from adasplash2.integrations.transformers.coverage import Coverage, cover, ran
+from adasplash2.integrations.transformers.coverage import Coverage, asks, cover, ran
 from adasplash2.integrations.transformers.masks import mask_function
 from adasplash2.options import check_alpha, check_backend, check_flag, shown
 
@@ -115,10 +115,11 @@ def apply(
     previous = _implementations(model)
     try:
         model.set_attn_implementation(name)
-        # A part with a copy of the model's config (T5's encoder and decoder) is not reached so.
-        for config, _ in previous:
-            if type(config) is type(model.config):
-                config._attn_implementation_internal = model.config._attn_implementation_internal
+        # Copies of a config are not reached by that: those of T5's encoder and decoder.
+        for module in filter(asks, model.modules()):
+            config: Any = getattr(module, "config", None)
+            if config is not None:
+                config._attn_implementation_internal = name
         found = cover(model, name)
         if example is not None:
             found = _probed(found, model, example, Attention(number or 1.5, backend, observer))

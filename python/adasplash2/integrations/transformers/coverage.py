@@ -56,9 +56,7 @@ def cover(model: nn.Module, name: str) -> Coverage:
     ours: list[str] = []
     others: dict[str, str] = {}
     modules = dict(model.named_modules())
-    asking = {
-        path for path, module in modules.items() if "ALL_ATTENTION_FUNCTIONS" in _names(module)
-    }
+    asking = {path for path, module in modules.items() if asks(module)}
     alone = {
         path
         for path, module in modules.items()
@@ -80,6 +78,11 @@ def cover(model: nn.Module, name: str) -> Coverage:
             if not any(other.startswith(inner) for other in asking | alone if other != path):
                 others[path] = f"{type(module).__name__} computes attention in its own code"
     return Coverage(name, tuple(ours), others)
+
+
+def asks(module: nn.Module) -> bool:
+    """Whether a module asks transformers for its attention."""
+    return "ALL_ATTENTION_FUNCTIONS" in _names(module)
 
 
 def ran(coverage: Coverage, model: nn.Module, called: set[nn.Module]) -> Coverage:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import AttentionInterface, TrainerCallback
 
-from adasplash2.integrations.transformers import Observer, apply, register
+from adasplash2.integrations.transformers import Observer, apply
 from adasplash2.nn import AlphaSchedule
+from adasplash2.options import check_alpha
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+__all__ = ["AlphaScheduleCallback", "alpha_setter"]
 
 
 def alpha_setter(
@@ -33,12 +36,24 @@ def alpha_setter(
 
     Raises:
         TypeError, ValueError: as ``apply``.
+
+    Example:
+        >>> import adasplash2
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers.schedule import alpha_setter
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+        >>> schedule = adasplash2.nn.AlphaSchedule(alpha_setter(model), steps=4, target=1.5)
+        >>> schedule.step()
+        >>> schedule.alpha
+        1.125
     """
     seen = _nobody if observer is None else observer
     name = apply(model, 1.5, backend, seen).name  # of this model alone, since it is observed
+    attention = AttentionInterface()[name]
+    attention.observer = observer
 
     def set_alpha(alpha: float) -> None:
-        register(name, alpha, backend, observer)
+        attention.alpha = check_alpha(alpha)  # not registered anew: compiled graphs stay
 
     return set_alpha
 
@@ -59,6 +74,12 @@ class AlphaScheduleCallback(TrainerCallback):
     Raises:
         TypeError, ValueError: as :class:`adasplash2.nn.AlphaSchedule`; when training begins, as
             ``apply``.
+
+    Example:
+        >>> from adasplash2.integrations.transformers.schedule import AlphaScheduleCallback
+        >>> callback = AlphaScheduleCallback(steps=1000, target=1.5)
+        >>> callback.schedule.alpha
+        1.0
     """
 
     def __init__(
