@@ -319,7 +319,7 @@ SAME = {
 }
 """Features of which a call has one."""
 
-FEW = Sizes(length_q=5, length_k=300, head_dim=19, head_dim_v=10)
+FEW = Sizes(length_q=5, length_k=300, head_dim=23, head_dim_v=10)
 
 VARIANTS = ("bias of queries", "bias of all", "bias across", "bias in float32", "alphas near 1")
 """Of another feature: in no pair but those of :data:`TOGETHER`."""

@@ -11,8 +11,12 @@
 namespace adasplash2 {
 namespace {
 
-// More rows than these earn the packing of the keys that the other forward does.
-constexpr int64_t kMostQueries = 16;
+// More queries than these earn the packing of the keys that the other forward does. So do several
+// of fewer keys than one chunk, and rows so short that sums over lanes are most of a product:
+// unless there are so many keys that what is packed would leave the cache.
+constexpr int64_t kMostQueries = 16, kLeastKeys = 64, kManyKeys = 8192;
+constexpr int64_t kLeastDepth = 16, kDepthPerQuery = 4;
+
 // Parts that a call is cut into, where there are fewer heads and keys enough. Every part has to
 // find a bound of its own, so that short ones cost more; long ones need room for as many
 // candidates.
@@ -196,7 +200,11 @@ struct Decoding {
 bool is_decoding(const ForwardArguments& a) {
   if (a.pages.data && (a.keep || a.tiles))
     throw std::invalid_argument("a block_table is for calls without gradients or statistics");
-  return !a.keep && !a.tiles && (a.pages.data || a.problem.length_q <= kMostQueries);
+  if (a.keep || a.tiles) return false;
+  const int64_t queries = a.problem.length_q, keys = a.problem.length_k;
+  if (a.pages.data || (queries <= kMostQueries && keys >= kManyKeys)) return true;
+  const bool is_deep = a.problem.head_dim >= std::max(kLeastDepth, kDepthPerQuery * queries);
+  return is_deep && queries <= kMostQueries && (queries == 1 || keys >= kLeastKeys);
 }
 
 void decode(const ForwardArguments& arguments) {
