@@ -455,8 +455,9 @@ def test_every_function_of_a_call_takes_its_arguments() -> None:
     taken = asked(adasplash2.entmax_attention)
     assert asked(adasplash2.attention_stats) == asked(adasplash2.explain)
     assert asked(adasplash2.explain) == {k: v for k, v in taken.items() if k != "return_aux"}
-    # Operands and options whose public names are others.
+    # Operands and options whose public names are others, and what is said of a cache alone.
     others = {"scales", "alphas", "ranges", "dropout_seed", "window_left", "window_right"}
+    others |= {"block_table"} & set(asked(adasplash2.entmax_attention_with_kvcache))
     said = {"window", "q_lengths", "kv_lengths", "kv_starts", "return_aux"}
     assert set(taken) == {*Inputs._fields, *Options._fields} - others | said
     for name in Options._fields:
