@@ -38,7 +38,7 @@ $(MAIN): test-main-%:
 	$(PYTEST) --expect-backends cpu --part $*/4
 
 test-oldest:
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures))
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures))
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs tests/test_cli.py -k "info or cache or report or help"
 
 $(INTERPRETED): test-interpreted-%:
