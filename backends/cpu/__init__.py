@@ -121,7 +121,7 @@ def backward(
     """See :meth:`adasplash2.contract.Backend.backward`."""
     inputs, grad_out = _readable(inputs), _unit_stride(grad_out)
     device = problem.device
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs.tensors]
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs.tensors()]
     others = {name: _other_gradient(problem, inputs, name) for name in wanted} if wanted else {}
     asked = _asked(problem, inputs, config)
     if others:
@@ -228,7 +228,7 @@ def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
         "alpha": problem.alpha,
         "scale": problem.scores.scale,
         "is_causal": problem.scores.is_causal,
-        **{name: _reference(t) for name, t in zip(TENSORS, inputs.tensors, strict=True)},
+        **{name: _reference(t) for name, t in zip(TENSORS, inputs.tensors(), strict=True)},
         "threads": torch.get_num_threads(),
         "isa": str(config["isa"]),
     }
@@ -248,7 +248,7 @@ def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
 def _operands(inputs: Inputs) -> dict[str, _Operand]:
     given = {
         name: operand
-        for name, operand in zip(OPERANDS, inputs.operands, strict=True)
+        for name, operand in zip(OPERANDS, inputs.operands(), strict=True)
         if operand is not None
     }
     given.pop("block_table", None)  # see _block_table
@@ -323,15 +323,15 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _readable(inputs: Inputs) -> Inputs:
     """Copies where the core could not read the strides."""
-    tensors = map(_unit_stride, inputs.tensors)
-    if not inputs.has_operands:
+    tensors = map(_unit_stride, inputs.tensors())
+    if not inputs.has_operands():
         return Inputs(*tensors)
     ranges, table = inputs.ranges, inputs.block_table
     if ranges is not None and ranges.stride(2) != 1:
         ranges = ranges.contiguous()
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
-    return Inputs(*tensors, *inputs.operands)._replace(ranges=ranges, block_table=table)
+    return Inputs(*tensors, *inputs.operands())._replace(ranges=ranges, block_table=table)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
     if known and not (masked and said.is_causal):
         mask = inputs.attn_mask
         return F.scaled_dot_product_attention(
-            *inputs.tensors,
+            *inputs.tensors(),
             attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(problem.dtype),
             dropout_p=said.dropout_p,
             is_causal=said.is_causal,

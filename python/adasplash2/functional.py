@@ -545,11 +545,11 @@ def _cast(inputs: Inputs) -> Inputs:
     # asked as well, but not in graphs of torch 2.11.
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in inputs.tensors)
-        return Inputs(*cast, *inputs.operands)
+        cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in inputs.tensors())
+        return Inputs(*cast, *inputs.operands())
     return inputs
 
 
 def _problem(inputs: Inputs, options: Options) -> Problem:
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.given)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.given())
     return validated(inputs, options, needs_grad)

@@ -434,7 +434,6 @@ class Cache(NamedTuple):
     value: Tensor
     block_table: Tensor | None
 
-    @property
     def heads(self) -> int:
         """Of keys and values."""
         return self.key.shape[1 if self.block_table is None else 2]
@@ -446,7 +445,6 @@ class Cache(NamedTuple):
             key, value = key.transpose(1, 2), value.transpose(1, 2)
         return Inputs(query, key, value, block_table=self.block_table)
 
-    @property
     def capacity(self) -> int:
         """Keys that there is room for in a sequence."""
         if self.block_table is None:
@@ -510,11 +508,11 @@ def lowered_cached(
     if new and cache_lengths is None:
         raise ValueError("cache_lengths must be given with key: it is written behind them")
     lengths = _cache_lengths(cache, query, cache_lengths, new)
-    _check_lengths("kv_starts", kv_starts, query, cache.capacity)
+    _check_lengths("kv_starts", kv_starts, query, cache.capacity())
     inputs = _with_numbers(cache.inputs(query), alphas, scales, alibi_slopes, sinks)
     if lengths is not None or kv_starts is not None:
         total = None if lengths is None else lengths + new
-        options, ranges = _ranges(options, query, cache.capacity, None, total, kv_starts)
+        options, ranges = _ranges(options, query, cache.capacity(), None, total, kv_starts)
         inputs = inputs._replace(ranges=ranges)
     validated(inputs, options, False)
     if key is not None and value is not None and lengths is not None:
@@ -586,7 +584,7 @@ def _check_new(cache: Cache, query: Tensor, key: Tensor | None, value: Tensor | 
     new = key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else 0
     for name, tensor, held in (("key", key, cache.key), ("value", value, cache.value)):
         check_tensor(name, tensor)
-        shape = query.shape[0], cache.heads, new, held.shape[3]
+        shape = query.shape[0], cache.heads(), new, held.shape[3]
         check_like(name, tensor, shape, query.dtype, query.device)
     return new
 
@@ -595,17 +593,17 @@ def _cache_lengths(
     cache: Cache, query: Tensor, cache_lengths: Tensor | int | None, new: int
 ) -> Tensor | None:
     """int32 ``(batch,)``, or None where the cache is full."""
-    room = cache.capacity - new
+    room = cache.capacity() - new
     if cache_lengths is None:
-        lengths = query.new_full(query.shape[:1], cache.capacity, dtype=torch.int32)
+        lengths = query.new_full(query.shape[:1], cache.capacity(), dtype=torch.int32)
     elif isinstance(cache_lengths, Tensor):
         lengths = cache_lengths
     else:
         check_count("cache_lengths", cache_lengths)
         lengths = query.new_full(query.shape[:1], cache_lengths, dtype=torch.int32)
-    if new > cache.capacity:
+    if new > cache.capacity():
         raise ValueError(
-            f"key must have at most {cache.capacity} keys, what the cache holds, got {new}"
+            f"key must have at most {cache.capacity()} keys, what the cache holds, got {new}"
         )
     _check_lengths("cache_lengths", lengths, query, room)
     _check_pages(cache, lengths + new)

@@ -116,7 +116,6 @@ class _Arguments(NamedTuple):
     operands: tuple[Tensor | None, ...] = (None,) * len(OPERANDS)
     wanted: tuple[bool, ...] = ()
 
-    @property
     def flat(self) -> tuple[Any, ...]:
         """As operators take them."""
         options, later = self.options[:FIRST], self.options[FIRST:]
@@ -250,7 +249,7 @@ def _run_backward(
     if problem.is_empty:
         given = {name: getattr(inputs, name) for name in names}
         zeros = {name: t.new_zeros(t.shape) for name, t in given.items()}
-        return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors), **zeros)
+        return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors()), **zeros)
     choice = choose(problem, options.backend or None) if decided is None else decided[1]
     chosen, config, _ = choice
     found = chosen.backward(problem, inputs, Forward(out, tau, saved), grad_out, config, names)
@@ -293,7 +292,7 @@ def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     problem = _shape_problem(inputs, asked.options, asked.numbers)
     _check_backward(problem, grad_out, out, tau, saved)
     names = _wanted(inputs, asked.wanted) if asked.wanted else ()
-    return *(t.new_empty(t.shape) for t in inputs.tensors), *(
+    return *(t.new_empty(t.shape) for t in inputs.tensors()), *(
         query.new_empty(getattr(inputs, name).shape, dtype=getattr(inputs, name).dtype)
         if name in names
         else query.new_empty(0)
@@ -340,7 +339,7 @@ def _attention_forward_vmap(
         return _forward_by_slices(n, in_dims, query, key, value, *args)
     shape = _folds(query, in_dims[0], n)
     asked = asked._replace(own=(saved_bytes,), operands=_folded_operands(asked, dims, shape))
-    out, tau, saved = attention_forward(*inputs, *asked.flat)
+    out, tau, saved = attention_forward(*inputs, *asked.flat())
     return (out.unflatten(0, shape), tau.unflatten(0, shape), saved), (0, 0, None)
 
 
@@ -371,7 +370,7 @@ def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) ->
         folded = (_folded(t, dim, n) for t, dim in zip(tensors, in_dims, strict=False))
         shape = _folds(tensors[0], in_dims[0], n)
         asked = asked._replace(operands=_folded_operands(asked, dims, shape))
-        found = attention_backward(*folded, saved, *asked.flat)
+        found = attention_backward(*folded, saved, *asked.flat())
         grads = [grad.unflatten(0, shape) for grad in found[:3]]
         for name, grad, said in zip(DIFFERENTIABLE, found[3:], _said(asked), strict=True):
             place = OPERANDS.index(name)
@@ -394,7 +393,7 @@ def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) ->
             operands=tuple(map(functools.partial(at, i), asked.operands, dims.operands))
         )
         own = (at(i, t, dim) for t, dim in zip(args[:7], in_dims, strict=False))
-        slices.append(attention_backward(*own, *one.flat))
+        slices.append(attention_backward(*own, *one.flat()))
     return tuple(torch.stack(grads) for grads in zip(*slices, strict=True)), (0,) * count
 
 
@@ -463,7 +462,7 @@ class _Attention(_ReverseMode):
         if is_plain(query, key, value, *given) if given else is_plain(query, key, value):
             (out, tau, saved), ctx.decided = _run(inputs, _read(options, numbers), saved_bytes)
         else:
-            flat = _Arguments(options, (saved_bytes,), numbers, inputs.operands).flat
+            flat = _Arguments(options, (saved_bytes,), numbers, inputs.operands()).flat()
             out, tau, saved = beneath(attention_forward, query, key, value, *flat)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(tau, saved)
@@ -491,7 +490,7 @@ class _Attention(_ReverseMode):
             options = _read(ctx.options, ctx.numbers)
             found = _run_backward(tensors, operands, options, wanted, ctx.decided)
         else:
-            flat = _Arguments(ctx.options, (), ctx.numbers, operands, wanted).flat
+            flat = _Arguments(ctx.options, (), ctx.numbers, operands, wanted).flat()
             found = Gradients(*attention_backward(*tensors, *flat))
         # What is not needed is not kept.
         first = [grad if need else None for grad, need in zip(found[:3], needed, strict=False)]
@@ -513,11 +512,11 @@ def _differentiable_call(
     numbers: Tensor | None,
 ) -> Any:
     """``apply`` :class:`_Attention` to ``inputs``."""
-    if not inputs.has_operands:
+    if not inputs.has_operands():
         return apply(_Attention, *inputs[:3], (options, saved_bytes, numbers, ()))
     names = tuple(name for name in OPERANDS if getattr(inputs, name) is not None)
     asked = options, saved_bytes, numbers, names
-    return apply(_Attention, *inputs[:3], asked, *inputs.given[3:])
+    return apply(_Attention, *inputs[:3], asked, *inputs.given()[3:])
 
 
 def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
@@ -525,16 +524,16 @@ def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -
     (saved_bytes,) = asked.own
     options, numbers = _set_aside(asked.options, asked.numbers)
     inputs = Inputs(query, key, value, *asked.operands)
-    if _differentiated(*inputs.given):
+    if _differentiated(*inputs.given()):
         if saved_bytes == 0:
             saved_bytes = AS_NEEDED
-            if query.is_meta or is_without_data(*inputs.given):
+            if query.is_meta or is_without_data(*inputs.given()):
                 problem = _shape_problem(inputs, options, numbers)
                 saved_bytes = saved_bound(problem, options.backend or None)
         return _differentiable_call(in_kernel, inputs, options, saved_bytes, numbers)
     asked = asked._replace(options=options, numbers=numbers)
     with below_autograd():
-        return attention_forward(query, key, value, *asked.flat)
+        return attention_forward(query, key, value, *asked.flat())
 
 
 def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
@@ -801,7 +800,7 @@ def attention(inputs: Inputs, options: Options) -> Tensor:
 
 def attention_and_tau(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """Output and thresholds of :data:`attention_forward`."""
-    given = inputs.given
+    given = inputs.given()
     if is_plain(*given):
         if _differentiated(*given):
             out, tau, _ = _differentiable_call(apply_plain, inputs, options, AS_NEEDED, None)
@@ -812,8 +811,8 @@ def attention_and_tau(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]
         check_tensor(name, tensor)  # torch's dispatcher would say it in other words
     if not torch.compiler.is_compiling():  # and a transform's rules see other shapes
         _problem(inputs, options, False)
-    asked = _Arguments(options, (0,), None, inputs.operands)
-    out, tau, _ = attention_forward(*inputs.tensors, *asked.flat)
+    asked = _Arguments(options, (0,), None, inputs.operands())
+    out, tau, _ = attention_forward(*inputs.tensors(), *asked.flat())
     return out, tau
 
 

@@ -65,26 +65,22 @@ class Inputs(NamedTuple):
     dropout_seed: Tensor | None = None
     block_table: Tensor | None = None
 
-    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value."""
         return self[:3]
 
-    @property
     def operands(self) -> tuple[Tensor | None, ...]:
         """All that may be None."""
         return self[3:]
 
-    @property
     def given(self) -> tuple[Tensor, ...]:
         """All that are not None."""
-        return tuple(t for t in self if t is not None) if self.has_operands else self[:3]
+        return tuple(t for t in self if t is not None) if self.has_operands() else self[:3]
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """All that are given, each as ``function`` makes it."""
         return Inputs._make(t if t is None else function(t) for t in self)
 
-    @property
     def has_operands(self) -> bool:
         """Whether one is given."""
         for operand in self[3:]:  # noqa: SIM110 (any() takes three times as long)
@@ -389,16 +385,16 @@ def validated(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
     # A loop asks the same again and again: what has been validated is looked up. A compiler asks
     # once, and warns of look-ups that it cannot see into.
     if not torch.compiler.is_compiling():
-        query, key, value = inputs.tensors
+        query, key, value = inputs.tensors()
         try:
             tensors = _described(query), _described(key), _described(value)
-            operands = _described_operands(inputs) if inputs.has_operands else ()
+            operands = _described_operands(inputs) if inputs.has_operands() else ()
             return _looked_up(*tensors, operands, needs_grad, *options)
         except (AttributeError, RuntimeError, TypeError):
             pass  # no strided tensors, sizes that are symbols, or an error that comes again below
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
-    q, k, v = map(_described, inputs.tensors)
+    q, k, v = map(_described, inputs.tensors())
     return _validate(q, k, v, _described_operands(inputs), needs_grad, *options)
 
 
@@ -416,7 +412,7 @@ _DescribedOperand = tuple[str, torch.Size, torch.dtype, torch.device]
 def _described_operands(inputs: Inputs) -> tuple[_DescribedOperand, ...]:
     return tuple(
         (name, tensor.shape, tensor.dtype, tensor.device)
-        for name, tensor in zip(OPERANDS, inputs.operands, strict=True)
+        for name, tensor in zip(OPERANDS, inputs.operands(), strict=True)
         if tensor is not None
     )
 
