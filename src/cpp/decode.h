@@ -67,8 +67,8 @@ ADASPLASH2_INLINE int64_t place_in_tail(int64_t k, int64_t depth) {
 // R rows of `query`, `stride` apart, by kProducts / R keys: dots[r * kChunkKeys + key]. Few keys at
 // a time: those are read from one end to the other.
 template <int R, class S, class T>
-ADASPLASH2_INLINE void dot_rows(const T* query, int64_t stride, const void* const* keys,
-                                int64_t depth, T* dots) {
+ADASPLASH2_INLINE void dot_rows(const T* query, int64_t stride, const S* const* keys, int64_t depth,
+                                T* dots) {
   constexpr int L = kLanes<T>, C = kProducts / R, B = C < kRowsTogether ? C : kRowsTogether;
   Vec<T> products[C][R];
 #pragma GCC unroll 16
@@ -77,7 +77,7 @@ ADASPLASH2_INLINE void dot_rows(const T* query, int64_t stride, const void* cons
     const auto add = [&](int64_t at, auto load_key) {
       Vec<T> k[B];
 #pragma GCC unroll 4
-      for (int c = 0; c < B; ++c) k[c] = load_key(static_cast<const S*>(keys[first + c]));
+      for (int c = 0; c < B; ++c) k[c] = load_key(keys[first + c]);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Vec<T> q = load(query + r * stride + at);
@@ -124,7 +124,7 @@ struct DecodeWorkspace {
   ChunkRow<T>* chunk;  // q . k, then values, of each row
   int32_t* list_keys;
   DecodedHead<T>* heads;
-  const void **chunk_keys, **next_keys;  // where they are
+  const void** chunk_keys;
   int64_t depth, list_stride, bytes;
 
   // For `rows` query rows and `keys` keys at most.
@@ -138,7 +138,6 @@ struct DecodeWorkspace {
     chunk = arena.take<ChunkRow<T>>(round_up(rows, kRowsTogether));
     heads = arena.take<DecodedHead<T>>(rows < p.gqa_group() ? rows : p.gqa_group());
     chunk_keys = arena.take<const void*>(kChunkKeys);
-    next_keys = arena.take<const void*>(kChunkKeys);
     list_values = arena.take<T>(rows * list_stride);
     list_keys = arena.take<int32_t>(rows * list_stride);
     bytes = arena.used;
@@ -155,9 +154,8 @@ struct DecodeScan {
 
   DecodeScanTask<T>& task;
   const AttentionProblem& problem;
-  DecodeWorkspace<T> ws;
+  const DecodeWorkspace<T> ws;
   int64_t heads = 0;
-  int64_t found = -1;  // the chunk whose keys next_keys has
   T lo[kBlockRows];
   int64_t trigger[kBlockRows];
 
@@ -233,49 +231,33 @@ struct DecodeScan {
 
   // The products of all rows with the keys of a chunk.
   ADASPLASH2_INLINE void multiply(KeyRange keys) {
-    if (found != keys.begin) find_keys(keys.begin, ws.next_keys);
-    const void** const at = ws.next_keys;
-    ws.next_keys = ws.chunk_keys;
-    ws.chunk_keys = at;
-    // One row alone is done with its keys before the processor expects the next; rows that lie
-    // apart it does not expect at all.
-    const bool asks = task.rows.count == 1 || task.key.rows.stride != problem.head_dim;
-    found = asks ? keys.end : -1;
-    if (asks) find_keys(keys.end, ws.next_keys);
+    const S** const at = reinterpret_cast<const S**>(ws.chunk_keys);
+    for (int64_t j = 0; j < kChunkKeys; ++j) at[j] = key_row(keys.begin + j);
     int64_t i = 0;
-    for (; i + 2 < task.rows.count; i += 4) multiply<4>(i, asks && i == 0);
-    if (i + 1 < task.rows.count) return multiply<2>(i, asks && i == 0);
-    if (i < task.rows.count) multiply<1>(i, asks && i == 0);
+    for (; i + 2 < task.rows.count; i += 4) multiply<4>(i, at, keys.end);
+    if (i + 1 < task.rows.count) return multiply<2>(i, at, keys.end);
+    if (i < task.rows.count) multiply<1>(i, at, keys.end);
+  }
+  // Nobody sees a key outside of `readable`: another is read in its place.
+  ADASPLASH2_INLINE const S* key_row(int64_t key) const {
+    const int64_t last = task.readable.end - 1;
+    const int64_t first = key > task.readable.begin ? key : task.readable.begin;
+    return row_of<const S>(task.key, first < last ? first : last);
   }
   template <int R>
-  ADASPLASH2_INLINE void multiply(int64_t i, bool asks) {
+  ADASPLASH2_INLINE void multiply(int64_t i, const S* const* at, int64_t next) {
     ++task.work.tiles;
     for (int64_t j = 0; j < kChunkKeys; j += kProducts / R) {
-      for (int64_t c = j; asks && c < j + kProducts / R; ++c) prefetch(ws.next_keys[c]);
-      dot_rows<R, S>(ws.query + i * ws.depth, ws.depth, ws.chunk_keys + j, problem.head_dim,
-                     reinterpret_cast<T*>(ws.chunk[i]) + j);
+      // One row alone is done with its keys before the processor expects the next.
+      for (int64_t c = j; R == 1 && i == 0 && c < j + kProducts; ++c) prefetch(next + c);
+      dot_rows<R>(ws.query + i * ws.depth, ws.depth, at + j, problem.head_dim,
+                  reinterpret_cast<T*>(ws.chunk[i]) + j);
     }
   }
-  ADASPLASH2_INLINE void prefetch(const void* row) const {
+  ADASPLASH2_INLINE void prefetch(int64_t key) const {
+    const char* row = reinterpret_cast<const char*>(key_row(key));
     const int64_t bytes = problem.head_dim * int64_t(sizeof(S));
-    for (int64_t at = 0; at < bytes; at += 64)
-      __builtin_prefetch(static_cast<const char*>(row) + at);
-  }
-
-  // Where the keys of a chunk are. Nobody sees those outside of `readable`: others are read in
-  // their places.
-  ADASPLASH2_INLINE void find_keys(int64_t first, const void** at) const {
-    const BlockTable& table = task.key.table;
-    const KeyRange all = KeyRange{first, first + kChunkKeys}.intersection(task.readable);
-    const int64_t last = task.readable.end - 1, any = all.size() > 0 ? all.begin : last;
-    const S* const instead = row_of<const S>(task.key, any);
-    for (int64_t j = 0; j < kChunkKeys; ++j) at[j] = instead;
-    for (int64_t key = all.begin; key < all.end;) {
-      const S* row = row_of<const S>(task.key, key);
-      const int64_t left = table.data ? table.page_size - key % table.page_size : kChunkKeys;
-      const int64_t end = key + left < all.end ? key + left : all.end;
-      for (; key < end; ++key, row += task.key.rows.stride) at[key - first] = row;
-    }
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
   }
 
   // Appends what lies above each row's bound.
