@@ -203,6 +203,8 @@ bool is_decoding(const ForwardArguments& a) {
   if (a.keep || a.tiles) return false;
   const int64_t queries = a.problem.length_q, keys = a.problem.length_k;
   if (a.pages.data || (queries <= kMostQueries && keys >= kManyKeys)) return true;
+  // A short sequence with itself rounds as it does where gradients are wanted.
+  if (queries > 1 && queries >= keys) return false;
   const bool is_deep = a.problem.head_dim >= std::max(kLeastDepth, kDepthPerQuery * queries);
   return is_deep && queries <= kMostQueries && (queries == 1 || keys >= kLeastKeys);
 }
