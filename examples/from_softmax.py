@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from language import Corpus, Ready, Scale, bytes_of, compete, parse, texts
+from text_models import Corpus, Ready, Scale, bytes_of, compete, parse, texts
 from torch import Tensor
 from training import compiled
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from language import Corpus, Ready, Scale, bytes_of, compete, parse, texts
+from text_models import Corpus, Ready, Scale, bytes_of, compete, parse, texts
 from training import Decoder, Recipe, Size, compiled, schedule_of
 
 from adasplash2.nn import AttentionMonitor

@@ -16,8 +16,8 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-import language  # noqa: E402
 import length_generalisation as lengths  # noqa: E402
+import text_models  # noqa: E402
 import train_lm  # noqa: E402
 import training  # noqa: E402
 from training import Decoder, Plan, Recipe, Size  # noqa: E402
@@ -198,7 +198,7 @@ def test_language_models_at_their_smallest(
         assert len(run["losses"]) == 20
         assert run["held_out"][0]["step"] == 0
         assert run["held_out"][-1]["loss"] < run["held_out"][0]["loss"]
-        kept = language.kept_by_layer(run, "support")
+        kept = text_models.kept_by_layer(run, "support")
         assert len(kept) == (0 if name == "softmax" else 2)
     assert (tmp_path / f"{program}.png").stat().st_size > 10_000
     assert (tmp_path / f"{program}-alpha.png").exists() == ("learned alpha" in names)
