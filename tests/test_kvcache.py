@@ -226,6 +226,27 @@ def test_compiles_to_one_graph_for_all_lengths(page_size: int) -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("alpha", [1.5, 1.0])
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_compiles_with_dynamic_shapes(page_size: int, alpha: float) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        entmax_attention_with_kvcache, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    plain, traced = (Cached(page_size, torch.float32, "cpu") for _ in range(2))
+    for cached in (plain, traced):
+        for held in cached.cache:
+            held.nan_to_num_(1.0)
+        if cached.table is not None:
+            cached.table.clamp_(0, len(cached.cache[0]) - 1)
+    with torch.no_grad():
+        got = compiled(
+            traced.query, *traced.cache, *traced.new, cache_lengths=traced.lengths,
+            block_table=traced.table, alpha=alpha,
+        )  # fmt: skip
+    torch.testing.assert_close(got, plain.attend(alpha=alpha))
+
+
 def test_autocast_casts_what_is_new_and_not_the_cache() -> None:
     cached = Cached(0, torch.bfloat16, "cpu")
     cached.query, *cached.new = (t.float() for t in (cached.query, *cached.new))
@@ -325,6 +346,11 @@ def test_a_gradient_is_refused() -> None:
         cached.attend()
     with torch.no_grad():
         cached.attend()
+    cached.query = cached.query.detach()
+    for name in ("alpha", "scale", "sinks", "alibi_slopes"):
+        learned = torch.full((HEADS_Q,), 1.5, requires_grad=True)
+        with pytest.raises(RuntimeError, match=f"{name} must not require a gradient"):
+            cached.attend(**{name: learned})
 
 
 def test_vmap_over_pages_is_refused() -> None:

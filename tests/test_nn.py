@@ -409,6 +409,17 @@ def test_meta_device() -> None:
     assert module(x, x, x, need_weights=False)[0].shape == x.shape
 
 
+def test_slopes_come_back_from_a_state_dict() -> None:
+    """Also where they had no data before; a dict without them, as torch's, leaves them alone."""
+    slopes = torch.tensor([0.0, 0.5, 1.0, 0.25])[:HEADS]
+    saved = EntmaxMultiheadAttention(EMBED, HEADS, alibi_slopes=slopes).state_dict()
+    module = EntmaxMultiheadAttention(EMBED, HEADS, alibi_slopes=slopes, device="meta")
+    module.to_empty(device="cpu").load_state_dict(saved)
+    assert torch.equal(module.get_buffer("alibi_slopes"), slopes)
+    module.load_state_dict(nn.MultiheadAttention(EMBED, HEADS).state_dict())
+    assert torch.equal(module.get_buffer("alibi_slopes"), slopes)
+
+
 # torch's machinery
 
 
@@ -502,6 +513,7 @@ NESTED = torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)
         ({"scale": math.inf}, "scale", ValueError),
         ({"length_scale": 2}, "length_scale", TypeError),
         ({"backend": "gpu"}, "backend", ValueError),
+        ({"dropout": 1.0}, "dropout", ValueError),
         ({"alibi_slopes": torch.zeros(3)}, "alibi_slopes", ValueError),
         ({"alibi_slopes": [0.0] * HEADS}, "alibi_slopes", ValueError),
         ({"alibi_slopes": torch.zeros(HEADS), "add_bias_kv": True}, "add_bias_kv", ValueError),
@@ -513,6 +525,11 @@ def test_what_cannot_be_constructed(arguments: Any, name: str, kind: type[Except
         EntmaxMultiheadAttention(EMBED, HEADS, **arguments)
 
 
+def test_heads_that_are_too_wide() -> None:
+    with pytest.raises(ValueError, match=r"^embed_dim must be at most 256 times num_heads"):
+        EntmaxMultiheadAttention(1024, 2)
+
+
 @pytest.mark.parametrize(
     ("tensors", "said", "name", "kind"),
     [
@@ -522,6 +539,9 @@ def test_what_cannot_be_constructed(arguments: Any, name: str, kind: type[Except
         ((X, X[:, 1:], X[:, 1:]), {}, "key", ValueError),
         ((X[None], X[None], X[None]), {}, "query", ValueError),
         ((NESTED, NESTED, NESTED), {}, "query", TypeError),
+        ((None, X, X), {}, "query", TypeError),
+        ((X, [1], X), {}, "key", TypeError),
+        ((X, X, X), {"average_attn_weights": "no"}, "average_attn_weights", TypeError),
         ((X, X, X), {"attn_mask": torch.zeros(2, 2)}, "attn_mask", ValueError),
         ((X, X, X), {"attn_mask": torch.zeros(7, 7, dtype=torch.int64)}, "attn_mask", TypeError),
         ((X, X, X), {"attn_mask": [[True]]}, "attn_mask", TypeError),

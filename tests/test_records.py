@@ -460,12 +460,15 @@ def test_a_cpu_record_holds_for_one_core_and_its_setting(
         content[len(content) // 2] ^= 1
         (tmp_path / "core.so").write_bytes(content)
         changed = SimpleNamespace(
-            __file__=str(tmp_path / "core.so"), isa=cpu._core.isa, usable_isas=cpu._core.usable_isas
+            __file__=str(tmp_path / "core.so"),
+            isa=cpu._core.isa,
+            usable_isas=cpu._core.usable_isas,
+            OPENMP=cpu._core.OPENMP,
         )
         monkeypatch.setattr(cpu, "_core", changed)
         cpu._core_hash.cache_clear()
     elif part == "isa":
-        monkeypatch.setattr(cpu, "_core", SimpleNamespace(isa=lambda: "another"))
+        monkeypatch.setattr(cpu, "_core", SimpleNamespace(isa=lambda: "another", OPENMP=True))
     elif part == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     elif part == "torch":

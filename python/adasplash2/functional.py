@@ -312,9 +312,11 @@ def entmax_attention_with_kvcache(
         (torch.Size([1, 4, 1, 32]), 12)
     """
     if torch.is_grad_enabled():
-        tensors = query, key_cache, value_cache, key, value
-        names = "query", "key_cache", "value_cache", "key", "value"
-        for name, tensor in zip(names, tensors, strict=True):
+        for name, tensor in {
+            **{"query": query, "key_cache": key_cache, "value_cache": value_cache},
+            **{"key": key, "value": value, "scale": scale, "alpha": alpha},
+            **{"alibi_slopes": alibi_slopes, "sinks": sinks},
+        }.items():
             if getattr(tensor, "requires_grad", False):
                 raise RuntimeError(
                     f"{name} must not require a gradient: entmax_attention_with_kvcache has none; "

@@ -503,6 +503,7 @@ def lowered_cached(
         causal_align="bottom-right",
         window=window,
         softcap=softcap,
+        dropout_p=0,  # not 0.0, of which a compiler makes a symbol
     )
     new = _check_new(cache, query, key, value)
     if new and cache_lengths is None:

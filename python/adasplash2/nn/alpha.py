@@ -58,12 +58,16 @@ class LearnedAlpha(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = check_count("heads", heads, at_least=1)
-        alphas = torch.as_tensor(start, dtype=torch.float64, device="cpu")
+        try:
+            alphas = torch.as_tensor(start, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"start must be a number or a tensor, got {shown(start)}") from error
         if alphas.shape not in ((), (heads,)):
             raise ValueError(
                 f"start must be a number or have the shape ({heads},), got {tuple(alphas.shape)}"
             )
-        if not bool(((alphas >= 1.02) & (alphas <= 1.98)).all()):
+        rounded = 1e-6  # what float32 makes of the limits
+        if not bool(((alphas >= 1.02 - rounded) & (alphas <= 1.98 + rounded)).all()):
             raise ValueError(f"start must be from 1.02 to 1.98, got {shown(start)}")
         self.start = alphas.expand(heads).tolist()
         self.logits = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))

@@ -14,6 +14,7 @@ from adasplash2.nn.alpha import LearnedAlpha
 from adasplash2.nn.length import LengthScale
 from adasplash2.nn.monitor import Observer
 from adasplash2.options import check_alpha, check_backend, check_flag, check_scale, shown
+from adasplash2.problem import MAX_HEAD_DIM
 
 LEARNED = "alpha.logits", "length_scale.weight"
 """Entries of a state dict that torch's module has not."""
@@ -31,12 +32,12 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
     - Nested tensors are refused. It never takes torch's fused inference path, which knows softmax
       alone, also within :class:`torch.nn.TransformerEncoderLayer`.
 
-    State dict: that of torch's module where ``alpha`` is fixed and ``length_scale`` is False, so
-    that checkpoints load both ways, strictly. The fixed ``alpha`` travels in the dict's metadata
-    (``torch.save`` keeps it, formats that hold tensors alone do not) and is set when it is loaded.
-    ``alpha="learn"`` adds ``alpha.logits`` and ``length_scale=True`` adds
-    ``length_scale.weight``: these keep their start where a dict has neither, as torch's, and
-    torch's module takes ours with ``strict=False``.
+    State dict: that of torch's module where ``alpha`` is fixed, ``length_scale`` is False and there
+    are no ``alibi_slopes``, so that checkpoints load both ways, strictly. The fixed ``alpha``
+    travels in the dict's metadata (``torch.save`` keeps it, formats that hold tensors alone do not)
+    and is set when it is loaded. ``alpha="learn"`` adds ``alpha.logits``, ``length_scale=True``
+    ``length_scale.weight``, and slopes ``alibi_slopes``: these keep their start where a dict has
+    none, as torch's, and torch's module takes ours with ``strict=False``.
 
     Args:
         embed_dim: features of the queries and of the output, a multiple of ``num_heads``.
@@ -53,7 +54,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             1.5, which says what learning rate it wants.
         scale: of the scores; ``1 / sqrt(head_dim)`` where None.
         length_scale: multiply ``scale`` by :class:`adasplash2.nn.LengthScale` of the queries. The
-            keys that a query sees are counted from the masks.
+            keys that a query sees are counted from the masks: those that a mask of floats adds
+            -inf to are hidden, others are seen, also where it adds a large negative number.
         alibi_slopes: ``(num_heads,)``, as :func:`adasplash2.nn.nape_slopes`; a constant, kept in no
             state dict. Not with ``add_bias_kv`` or ``add_zero_attn``, whose keys have no place.
         backend: as for :func:`adasplash2.entmax_attention`.
@@ -107,6 +109,13 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
             batch_first, device, dtype,
         )  # fmt: skip
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {shown(dropout)}")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"embed_dim must be at most {MAX_HEAD_DIM} times num_heads, got {embed_dim} and "
+                f"{num_heads}"
+            )
         # torch's encoder layers ask for this before they compute softmax by themselves.
         self._qkv_same_embed_dim = False
         if isinstance(alpha, str):
@@ -129,7 +138,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
                     f"{shown(getattr(alibi_slopes, 'shape', alibi_slopes))}"
                 )
             alibi_slopes = alibi_slopes.to(device)
-        self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
+        self.register_buffer("alibi_slopes", alibi_slopes)
         self.backend = check_backend(backend) or None
         self.observer = None
 
@@ -174,6 +183,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             ValueError: shapes do not fit, or ``"sparse"`` is asked of what it cannot give.
         """
         sparse = need_weights == "sparse"
+        average_attn_weights = check_flag("average_attn_weights", average_attn_weights)
         if not sparse:
             need_weights = check_flag("need_weights", need_weights)
         elif average_attn_weights:
@@ -239,9 +249,13 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         """Whether the tensors have a batch."""
         tensors = {"query": query, "key": key, "value": value}
         for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
             if tensor.is_nested:
                 raise TypeError(
-                    f"{name} must not be nested: adasplash2.entmax_attention takes jagged tensors"
+                    f"{name} must not be nested: adasplash2.entmax_attention takes jagged tensors. "
+                    "A torch.nn.TransformerEncoder whose layers are given this attention nests "
+                    "none with enable_nested_tensor=False"
                 )
         dims = query.dim()
         features = (self.embed_dim, self.kdim, self.vdim)
@@ -345,6 +359,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         ours = {name: t for name, t in self.named_parameters() if name in LEARNED}
         if not any(prefix + name in state_dict for name in ours):
             state_dict.update((prefix + name, t.detach()) for name, t in ours.items())
+        if self.alibi_slopes is not None:
+            state_dict.setdefault(prefix + "alibi_slopes", self.alibi_slopes)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         if "alpha" in local_metadata and not isinstance(self.alpha, nn.Module):
             self.alpha = check_alpha(local_metadata["alpha"])
