@@ -319,6 +319,17 @@ def test_bad_input_is_named_before_the_cache_is_written(wrong: str) -> None:
         assert torch.equal(held.nan_to_num(), was.nan_to_num())
 
 
+def test_a_backend_that_refuses_leaves_the_cache_as_it_was() -> None:
+    cached = Cached(0, torch.float32, "cpu")
+    before = [t.clone() for t in cached.cache]
+    with pytest.raises(adasplash2.BackendRefused):
+        entmax_attention_with_kvcache(
+            cached.query, *cached.cache, *cached.new, cache_lengths=cached.lengths, backend="cuda"
+        )
+    for held, was in zip(cached.cache, before, strict=True):
+        assert torch.equal(held.nan_to_num(), was.nan_to_num())
+
+
 @pytest.mark.parametrize(
     ("table", "kind", "words"),
     [

@@ -44,7 +44,7 @@ class Call(NamedTuple):
                 query, pages, pages, block_table=table, cache_lengths=_LENGTHS
             )
             bound.apply_defaults()
-            inputs, options, _ = lowered_cached(**bound.arguments)
+            (inputs, options, _), _ = lowered_cached(**bound.arguments)
             return validated(inputs, options, False)
         key = torch.empty((BATCH, HEADS_KV, LENGTH_K, HEAD_DIM), **meta)
         query = torch.empty((BATCH, HEADS_Q, LENGTH_Q, HEAD_DIM), **meta)

@@ -297,7 +297,7 @@ def entmax_attention_with_kvcache(
 
     Raises:
         TypeError, ValueError, BackendRefused: as :func:`entmax_attention`. Nothing has been written
-            to the cache then, unless a backend that was asked by name refuses.
+            to the cache then.
         RuntimeError: a gradient is asked for: call it under ``torch.no_grad()``.
 
     Example:
@@ -327,13 +327,18 @@ def entmax_attention_with_kvcache(
         query = query.to(key_cache.dtype)
         key = key if key is None else key.to(key_cache.dtype)
         value = value if value is None else value.to(key_cache.dtype)
-    inputs, options, shaped = lowered_cached(
+    (inputs, options, shaped), append = lowered_cached(
         query, key_cache, value_cache, key, value, cache_lengths, block_table, is_causal, scale,
         alpha, window, alibi_slopes, softcap, sinks, kv_starts, backend,
     )  # fmt: skip
+    problem = _problem(inputs, options)
     if options.alpha == 1.0:
+        append()
         inputs = unpaged(inputs)
         return shaped(softmax_attention(_problem(inputs, options), inputs, options.scale))
+    if not (torch.compiler.is_compiling() or query.is_meta):
+        dispatch.choose(problem, options.backend or None)  # refuses before anything is written
+    append()
     return shaped(ops.attention(inputs, options))
 
 

@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.options import Options, check_count, check_options, shown
-from adasplash2.problem import (
-    TENSORS,
-    Inputs,
-    check_like,
-    check_tensor,
-    compute_dtype,
-    validated,
-)
+from adasplash2.problem import TENSORS, Inputs, check_like, check_tensor, compute_dtype
 from adasplash2.torch_fastpath import assert_on_device, is_in_a_transform, is_without_data
 
 
@@ -484,9 +477,9 @@ def lowered_cached(
     sinks: Tensor | None,
     kv_starts: Tensor | None,
     backend: str | None,
-) -> Call:
-    """Arguments as for :func:`adasplash2.entmax_attention_with_kvcache`. Nothing is written to the
-    cache before all is checked.
+) -> tuple[Call, Callable[[], None]]:
+    """Arguments as for :func:`adasplash2.entmax_attention_with_kvcache`. With the call comes what
+    writes new keys into the cache, for when nothing can be refused any more.
 
     Raises:
         TypeError, ValueError: as :func:`lowered`.
@@ -515,10 +508,12 @@ def lowered_cached(
         total = None if lengths is None else lengths + new
         options, ranges = _ranges(options, query, cache.capacity(), None, total, kv_starts)
         inputs = inputs._replace(ranges=ranges)
-    validated(inputs, options, False)
-    if key is not None and value is not None and lengths is not None:
-        cache.append(key, value, lengths)
-    return Call(inputs, options, _as_it_is)
+
+    def append() -> None:
+        if key is not None and value is not None and lengths is not None:
+            cache.append(key, value, lengths)
+
+    return Call(inputs, options, _as_it_is), append
 
 
 def _check_cache(
