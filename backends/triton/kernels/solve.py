@@ -33,13 +33,9 @@ from adasplash2.backends.triton.kernels.score import (
     terms_of,
 )
 from adasplash2.backends.triton.kernels.threshold import (
-    EPSILON,
     HIGHEST,
     certain_rise,
-    guarded,
-    is_near,
-    leap,
-    rise,
+    stepped,
     weights,
 )
 from adasplash2.backends.triton.kernels.work import (
@@ -55,10 +51,6 @@ from adasplash2.backends.triton.kernels.work import (
 BOUND_STEPS = tl.constexpr(3)
 """Certain rises on the maxima of a row's tiles. On Gaussian scores the bound then keeps a
 twentieth more keys than the threshold itself; more steps change nothing."""
-
-SHALLOW_TOLERANCE = tl.constexpr(1e-3)
-"""How far ``sum p`` may be above 1 before the last step where alpha is below 1.5, see
-``launch.tolerance``."""
 
 BOUND_SLACK = tl.constexpr(1e-6)
 """See :func:`slack`."""
@@ -328,26 +320,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept
-            if opt.steep:
-                moved, lo, hi, final = guarded(t, lo, hi, mass, slope, terms.r, tolerance, step,
-                                               opt)  # fmt: skip
-            else:
-                certain = t + rise(mass, slope, terms.r, opt)
-                lo = tl.maximum(lo, certain)
-                moved = certain
-                if opt.alpha == 1.5:
-                    most = tl.where(mass >= 1.0, count, most)
-                    solved = is_near(mass, slope, most, tolerance)
-                    ahead = t + leap(mass, slope, count)
-                    moved = tl.where(solved | (mass > 1.0), ahead, certain)
-                elif opt.alphas:
-                    near = tl.where(lift_of(terms.r, opt) > 0.0, SHALLOW_TOLERANCE, tolerance)
-                    solved = tl.abs(mass - 1.0) <= near
-                else:
-                    solved = tl.abs(mass - 1.0) <= tolerance
-                final = solved | (certain == t)
-                if opt.alphas:  # an ulp to and fro may change many keys' sum by more
-                    final = final | (tl.abs(certain - t) <= tl.abs(t) * EPSILON)
+            moved, lo, hi, most, final = stepped(t, lo, hi, most, mass, slope, count, terms.r,
+                                                 tolerance, step, opt)  # fmt: skip
             steps += pending.to(tl.int32)
             t = tl.where(pending, moved, t)
             pending = pending & (final == 0)

@@ -28,6 +28,10 @@ less than any float32; but the nearest key must keep a distance to it."""
 
 EPSILON = tl.constexpr(2.0**-23)
 
+SHALLOW_TOLERANCE = tl.constexpr(1e-3)
+"""How far ``sum p`` may be above 1 before the last step where alpha is below 1.5, see
+``launch.tolerance``."""
+
 FREE_STEPS = tl.constexpr(8)
 """Newton's steps above alpha = 2 before every other one becomes a bisection."""
 
@@ -151,6 +155,33 @@ def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
     moved = tl.where(inside & (solved | (bisect == 0)), t + newton, otherwise)
     closed = hi - lo <= ulp
     return tl.where(closed & (solved == 0), t, moved), lo, hi, solved | closed
+
+
+@triton.jit
+def stepped(t, lo, hi, most, mass, slope, count, r, tolerance, step, opt: tl.constexpr):
+    """One step from ``t``, whose ``mass`` is ``sum p``, ``slope`` is ``sum u`` and ``count`` (at
+    alpha = 1.5) the size of the support: where ``t`` moves; bounds of the root, ``most`` of
+    :func:`is_near` and whether that is final."""
+    if opt.steep:
+        moved, lo, hi, final = guarded(t, lo, hi, mass, slope, r, tolerance, step, opt)
+    else:
+        certain = t + rise(mass, slope, r, opt)
+        lo = tl.maximum(lo, certain)
+        moved = certain
+        if opt.alpha == 1.5:
+            most = tl.where(mass >= 1.0, count, most)
+            solved = is_near(mass, slope, most, tolerance)
+            ahead = t + leap(mass, slope, count)
+            moved = tl.where(solved | (mass > 1.0), ahead, certain)
+        elif opt.alphas:
+            near = tl.where(lift_of(r, opt) > 0.0, SHALLOW_TOLERANCE, tolerance)
+            solved = tl.abs(mass - 1.0) <= near
+        else:
+            solved = tl.abs(mass - 1.0) <= tolerance
+        final = solved | (certain == t)
+        if opt.alphas:  # an ulp to and fro may change many keys' sum by more
+            final = final | (tl.abs(certain - t) <= tl.abs(t) * EPSILON)
+    return moved, lo, hi, most, final
 
 
 @triton.jit
