@@ -315,7 +315,8 @@ def draw(run: Run) -> None:
     colour = pictures.colours(names)
     title = f"Attention, {dtype}, head_dim {run.options.head_dim}"
     width = 0.84 / max(1, len(names))
-    with pictures.canvas(run.options.plot, title, run.footer(), 2, 6.0) as (_, axes):
+    wide = max(9.0, 1.1 * len(cases))  # the labels below the groups stand side by side
+    with pictures.canvas(run.options.plot, title, run.footer(), 1, wide, rows=2) as (_, axes):
         for axis, mode in zip(axes, (FORWARD, BOTH), strict=True):
             for i, name in enumerate(names):
                 at = {m.case: m.times[mode].median for m in found if m.contender.name == name}
@@ -323,8 +324,8 @@ def draw(run: Run) -> None:
                 axis.bar(places, at.values(), 0.92 * width, color=colour[name], label=name)
             labels = [f"{c.data_words()}\n{c.length:,}" for c in cases]
             axis.set_xticks(range(len(cases)), labels, fontsize=8)
-            axis.set(title=mode, yscale="log", xlabel="data, and length")
-        axes[0].set_ylabel("time, ms (log scale)")
+            axis.set(title=mode, yscale="log", ylabel="time, ms (log scale)")
+        axes[-1].set_xlabel("data, and length")
 
 
 if __name__ == "__main__":

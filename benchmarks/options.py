@@ -7,8 +7,6 @@ of their medians to the ratio of the work that is left.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +23,6 @@ LONG = {"cuda": 65_536, "cpu": 4096}
 
 WINDOW = {"cuda": 1024, "cpu": 256}
 DOCUMENTS = 16
-WARM_UPS = 3
 
 SHARPNESS = 1.0
 """Factor of Gaussian queries: some 28 keys a row at 16,384 positions."""
@@ -99,31 +96,6 @@ def pairs(device: str, backend: str | None) -> Iterator[Pair]:
     yield Pair(f"{DOCUMENTS} x {length:,}, additive mask of heads", 1.5, biased, full)
 
 
-def side_by_side(
-    calls: dict[str, Callable[[], object]], device: str, rounds: int
-) -> dict[str, float]:
-    """Median milliseconds of calls made in turn: on a GPU, of its work (``harness/timing.py``)."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(WARM_UPS + rounds):
-        for name, call in calls.items():
-            if device == "cuda":
-                torch.cuda._sleep(timing.HOST_AHEAD_CYCLES)
-                torch.empty(timing.FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                call()
-                end.record()
-                torch.cuda.synchronize()
-                taken = begin.elapsed_time(end)
-            else:
-                began = time.perf_counter()
-                call()
-                taken = 1e3 * (time.perf_counter() - began)
-            if turn >= WARM_UPS:
-                times[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -133,18 +105,22 @@ def main() -> None:
     add("--rounds", type=command_line.positive_int, default=7, help="default %(default)s")
     add("--threads", type=command_line.positive_int, default=2, help="on the CPU; default 2")
     add("--long", type=command_line.positive_int, help="positions; default 65,536, CPU 4,096")
+    add("--window", type=command_line.positive_int, help="its keys; default 1,024, CPU 256")
     add("--json", type=command_line.writable, metavar="PATH", help="write the measurements there")
     add("--targets", action="store_true", help="exit with 1 if one is missed")
     options = parser.parse_args()
     command_line.check_device(parser, options)
     if options.long:
         LONG[options.device] = options.long
+    if options.window:
+        WINDOW[options.device] = options.window
     environment = records.environment(options.device)
     print(records.describe(environment), flush=True)
     measured, targets = [], []
     for pair in pairs(options.device, options.backend):
         calls = {"with": pair.step, "without": pair.base}
-        found = side_by_side(calls, options.device, options.rounds)
+        timings = timing.side_by_side(calls, options.device, options.rounds)
+        found = {way: t.median for way, t in timings.items()}
         measured.append({"name": pair.name, **found})
         target = Target(pair.name, "x", found["with"] / found["without"], round(pair.limit, 4))
         targets.append(target)

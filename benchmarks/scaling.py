@@ -179,7 +179,7 @@ def draw(
     found: dict[str, list[Measurement]],
     fits: dict[str, dict[str, float | None]],
 ) -> None:
-    """Four panels, each with its own scale; dashed lines: with backward."""
+    """A panel a sweep that was measured, each with its own scale; dashed: with backward."""
     options = run.options
     panels = (
         ("length", ("forward ms", "fwd+bwd ms"), f"heads {options.length_heads}, head_dim 64"),
@@ -191,10 +191,15 @@ def draw(
             f"length {options.length:,}, heads {options.middle_heads}",
         ),
     )
+    panels = tuple(panel for panel in panels if found[panel[0]])
     colour = pictures.colours(m.contender.name for ms in found.values() for m in ms)
     title = f"Scaling of attention: causal, {options.dtype}, queries x {options.sharpness:g}"
-    with pictures.canvas(options.plot, title, run.footer(), 4, 4.0, share_y=False) as (_, axes):
-        for axis, (swept, quantities, fixed) in zip(axes, panels, strict=True):
+    columns = max(1, len(panels))
+    with pictures.canvas(options.plot, title, run.footer(), columns, 4.0, share_y=False) as (
+        _,
+        axes,
+    ):
+        for axis, (swept, quantities, fixed) in zip(axes, panels, strict=False):
             notes = []
             ticks: set[int] = set()
             for quantity in quantities:

@@ -32,8 +32,8 @@ PASSES = 30
 SHOWN = 10
 """Passes that the picture shows."""
 
-FLOOR = 1e-12
-"""Smaller errors are drawn there."""
+FLOOR = 1e-8
+"""Smaller errors are drawn there, where a line ends: float32 has long converged."""
 
 
 class Bracket(NamedTuple):
@@ -277,7 +277,6 @@ def main() -> int:
         else:
             cases.append(case)
     table: list[dict[str, object]] = []
-    curves: dict[str, list[pictures.Line]] = {}
     for case in cases:
         if reason := run.budget.over():
             run.leave_out([case], reason)
@@ -298,10 +297,6 @@ def main() -> int:
                     "median_error": median.tolist(),
                     "max_error": history.max(1).values.tolist(),
                 }
-            )
-            shown = median[: SHOWN + 1].clamp(min=FLOOR).tolist()
-            curves.setdefault(str(case), []).append(
-                pictures.Line(method.name, range(len(shown)), shown)
             )
         tables.progress(f"{case}: done, {run.budget.left():.0f} s left")
     run.results["passes"] = table
@@ -324,19 +319,32 @@ def main() -> int:
         )
     )
     if options.plot:
-        pictures.draw(
-            options.plot,
-            f"Threshold of entmax, alpha {options.alpha:g}: error by passes over the row",
-            curves,
-            "passes",
-            f"median error, {options.dtype}",
-            f"{run.footer()}; {options.rows} rows each; dotted: float32 has converged",
-            x_log=False,
-            palette=palette(options.bins),
-            mark=TOLERANCE,
-            rows=1 if len(curves) <= 3 else 2,
-        )
+        draw(run)
     return 0
+
+
+def draw(run: Run) -> None:
+    """A panel a kind of rows; a line ends where all of its errors are below :data:`FLOOR`."""
+    options = run.options
+    panels: dict[str, list[pictures.Line]] = {}
+    for entry in run.results["passes"]:
+        median = entry["median_error"][: SHOWN + 1]
+        last = max((i for i, error in enumerate(median) if error > FLOOR), default=0)
+        shown = [max(error, FLOOR) for error in median[: last + 2]]
+        line = pictures.Line(entry["method"], range(len(shown)), shown)
+        panels.setdefault(entry["rows"], []).append(line)
+    pictures.draw(
+        options.plot,
+        f"Threshold of entmax, alpha {options.alpha:g}: error by passes over the row",
+        panels,
+        "passes",
+        f"median error, {options.dtype}",
+        f"{run.footer()}; {options.rows} rows each; dotted: float32 has converged",
+        x_log=False,
+        palette=palette(options.bins),
+        mark=TOLERANCE,
+        rows=1 if len(panels) <= 3 else 2,
+    )
 
 
 if __name__ == "__main__":

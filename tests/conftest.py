@@ -169,13 +169,14 @@ def is_interpreted(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)  # parts of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if part := config.getoption("--part"):
-        first, step = map(int, part.split("/"))
-        items[:] = items[first::step]
     if INTERPRETED:
         chosen = [item for item in items if is_interpreted(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+    if part := config.getoption("--part"):
+        first, step = map(int, part.split("/"))
+        items[:] = items[first::step]
+    if INTERPRETED:
         return
     if torch.cuda.is_available():
         return

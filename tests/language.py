@@ -90,26 +90,21 @@ def seen(
     return visible, distance
 
 
-def attention(
+def scores(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     *,
-    alpha: float | Tensor = 1.5,
     scale: float | Tensor | None = None,
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    kept: Tensor | None = None,
     **places: Any,
-) -> tuple[Tensor, Tensor]:
-    """Output and probabilities, in float64. ``kept`` ``(batch, heads, length_q, length_k)`` are the
-    factors of dropout; ``places`` are for :func:`seen`."""
+) -> Tensor:
+    """In float64, -inf where a key is hidden; a sink is one more key. ``places`` are for
+    :func:`seen`."""
     batch, heads = query.shape[:2]
-    group = heads // key.shape[1]
-    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    s = query @ key.mT
+    s = query @ key.repeat_interleave(heads // key.shape[1], dim=1).mT
     if isinstance(scale, Tensor):
         factor = scale[:, None] if scale.dim() == 1 else scale
         s = s * factor.expand(batch, heads, query.shape[2])[..., None]
@@ -130,12 +125,35 @@ def attention(
     s = torch.where(visible, s, -math.inf)
     if sinks is not None:
         s = torch.cat([s, sinks[None, :, None, None].expand(*s.shape[:3], 1)], dim=-1)
+    return s
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float | Tensor = 1.5,
+    kept: Tensor | None = None,
+    **said: Any,
+) -> tuple[Tensor, Tensor]:
+    """Output and probabilities, in float64. ``kept`` ``(batch, heads, length_q, length_k)`` are the
+    factors of dropout; what else is ``said`` is for :func:`scores`."""
+    s = scores(query, key, **said)
     if isinstance(alpha, Tensor):
         alphas = alpha[None, :, None, None]
     else:
         alphas = torch.full((1, 1, 1, 1), alpha, dtype=s.dtype, device=s.device)
     p = Entmax.apply(s, alphas)[..., : key.shape[2]]
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return (p if kept is None else p * kept) @ value, p
+
+
+def thresholds(s: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
+    """``tau`` of rows of :func:`scores`."""
+    alphas = [alpha] * s.shape[1] if isinstance(alpha, float) else alpha.tolist()
+    rows = [reference.entmax_and_tau(s[:, head], one)[1] for head, one in enumerate(alphas)]
+    return torch.stack(rows, dim=1)
 
 
 def dropout_factors(seed: int, shape: tuple[int, ...], dropout_p: float) -> Tensor:
@@ -229,6 +247,23 @@ def _bias_of_keys(n: Sizes, r: Randomness) -> Said:
     return {"attn_mask": r.normal(n.batch, 1, 1, n.length_k)}
 
 
+def _bias_of_queries(n: Sizes, r: Randomness) -> Said:
+    return {"attn_mask": r.normal(1, 1, n.length_q, 1)}
+
+
+def _bias_of_all(n: Sizes, r: Randomness) -> Said:
+    mask = r.normal(1, 1, 1, n.length_k)
+    mask[..., 60:64] = -math.inf
+    return {"attn_mask": mask}
+
+
+def _bias_across(n: Sizes, r: Randomness) -> Said:
+    """Queries are its innermost dimension in memory."""
+    mask = r.normal(n.batch, 1, n.length_k, n.length_q).mT
+    mask[:, :, ::3, 48:96] = -math.inf
+    return {"attn_mask": mask}
+
+
 def _lengths(n: Sizes, r: Randomness) -> Said:
     return {
         "q_lengths": torch.tensor([max(n.length_q - 12, 0), 1][: n.batch], dtype=torch.int32),
@@ -252,6 +287,10 @@ FEATURES: dict[str, Callable[[Sizes, Randomness], Said]] = {
     "added mask": _added_mask,
     "bias of heads": _bias_of_heads,
     "bias of keys": _bias_of_keys,
+    "bias of queries": _bias_of_queries,
+    "bias of all": _bias_of_all,
+    "bias across": _bias_across,
+    "bias in float32": lambda n, r: {"attn_mask": r.normal(1, n.heads_q, n.length_q, n.length_k)},
     "slopes": _slopes,
     "slopes of batch": lambda n, r: {"alibi_slopes": r.uniform(n.batch, n.heads_q)},
     "softcap": lambda n, r: {"softcap": 1.5},
@@ -260,6 +299,9 @@ FEATURES: dict[str, Callable[[Sizes, Randomness], Said]] = {
     "scale of rows": lambda n, r: {"scale": 0.3 * r.normal(n.batch, n.heads_q, n.length_q)},
     "alphas": lambda n, r: {
         "alpha": torch.tensor([1.2, 1.5, 1.8, 1.05], dtype=FLOAT64)[: n.heads_q]
+    },
+    "alphas near 1": lambda n, r: {
+        "alpha": torch.tensor([1.001, 1.0625, 1.9, 1.1], dtype=FLOAT64)[: n.heads_q]
     },
     "lengths": _lengths,
     "dropout": lambda n, r: {"dropout_p": 0.3},
@@ -270,14 +312,33 @@ FEATURES: dict[str, Callable[[Sizes, Randomness], Said]] = {
 SAME = {
     **dict.fromkeys(("causal", "bottom-right"), "causal"),
     **dict.fromkeys(("window", "left window"), "window"),
-    **dict.fromkeys(
-        ("bool mask", "key mask", "added mask", "bias of heads", "bias of keys"), "mask"
-    ),
+    **{feature: "mask" for feature in FEATURES if "mask" in feature or "bias" in feature},
     **dict.fromkeys(("slopes", "slopes of batch"), "slopes"),
     **dict.fromkeys(("scale of heads", "scale of rows"), "scale"),
-    **dict.fromkeys(("alphas", "alpha 1.25", "alpha 2"), "alpha"),
+    **{feature: "alpha" for feature in FEATURES if feature.startswith("alpha")},
 }
 """Features of which a call has one."""
+
+FEW = Sizes(length_q=5, length_k=300, head_dim=23, head_dim_v=10)
+
+VARIANTS = ("bias of queries", "bias of all", "bias across", "bias in float32", "alphas near 1")
+"""Of another feature: in no pair but those of :data:`TOGETHER`."""
+
+TOGETHER = (
+    ("softcap", "scale of rows"),
+    ("added mask", "softcap", "slopes"),
+    ("bool mask", "slopes", "window"),
+    ("lengths", "slopes", "sinks"),
+    ("alphas", "sinks", "scale of rows", "softcap"),
+    ("dropout", "sinks", "bias of keys"),
+    ("dropout", "alphas", "lengths"),
+    ("alpha 1.25", "slopes of batch", "softcap", "causal", "left window"),
+    ("alpha 1.25", "added mask", "sinks", "dropout"),
+    ("key mask", "sinks", "alphas"),
+    ("bias of queries", "sinks"),
+    ("causal", "added mask", "softcap", "sinks", "scale of rows", "alphas", "dropout"),
+    ("bottom-right", "window", "bool mask", "slopes", "lengths"),
+)
 
 WITH_GRADIENT = ("attn_mask", "alibi_slopes", "sinks", "scale", "alpha")
 
@@ -294,8 +355,15 @@ class Call:
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        extra = "" if self.sizes == Sizes() and self.sharpness == 1.0 else "-flat"
+        kinds = {1.0: "", 0.6: "-mixed", 0.01: "-flat"}
+        extra = kinds.get(self.sharpness, f"-{self.sharpness}")
+        if self.sizes.length_q <= FEW.length_q:
+            extra += f"-{self.sizes.length_q}x{self.sizes.length_k}"
         return f"{'+'.join(self.features) or 'plain'}-{dtype}{extra}"
+
+    @property
+    def mask_dtype(self) -> torch.dtype:
+        return torch.float32 if "bias in float32" in self.features else self.dtype
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key, value and the output's gradient: float64, of numbers that ``dtype`` has."""
@@ -310,7 +378,7 @@ class Call:
         return (query * self.sharpness).to(self.dtype).double(), key, value, grad
 
     def said(self) -> Said:
-        """The arguments, numbers in float64 but exact in float32 (a mask in ``dtype``)."""
+        """The arguments, numbers in float64 but exact in float32 (a mask in ``mask_dtype``)."""
         r = Randomness()
         said: Said = {}
         for feature in self.features:
@@ -319,29 +387,47 @@ class Call:
             said["causal_align"] = "bottom-right"
         for name, given in said.items():
             if isinstance(given, Tensor) and given.is_floating_point():
-                exact = self.dtype if name == "attn_mask" else torch.float32
-                said[name] = (given if self.dtype == FLOAT64 else given.to(exact)).double()
+                otherwise = FLOAT64 if self.dtype == FLOAT64 else torch.float32
+                exact = self.mask_dtype if name == "attn_mask" else otherwise
+                said[name] = given.to(exact).double()
         return said
 
 
 def calls() -> Iterator[Call]:
-    """Each feature in each dtype, and each pair of features."""
+    """Each feature in each dtype and with rows of each kind, and each pair of features."""
     yield Call(())
     for feature in FEATURES:
-        for dtype in (torch.float32, FLOAT64, torch.bfloat16):
+        for dtype in (torch.float32, FLOAT64, torch.bfloat16, torch.float16):
             yield Call((feature,), dtype)
-    for pair in itertools.combinations(FEATURES, 2):
+    for pair in itertools.combinations([f for f in FEATURES if f not in VARIANTS], 2):
         if SAME.get(pair[0], pair[0]) != SAME.get(pair[1], pair[1]):
             yield Call(pair)
-    # Rows that keep more keys than a list holds.
-    flat = Sizes(batch=1, length_q=40, length_k=1300)
+    # Rows that keep more keys than a list holds, or some of which do.
+    long = Sizes(batch=1, length_q=40, length_k=1300)
+    flat = Sizes(1, 2, 1, 70, 700, 16, 24)
     for feature in FEATURES:
         if not feature.startswith("slopes"):
-            yield Call((feature,), torch.float32, flat, 0.01)
+            yield Call((feature,), torch.float32, long, 0.01)
+        yield Call((feature,), torch.float32, flat, 0.6)
+        yield Call((feature,), FLOAT64, flat, 0.01)
+        yield Call((feature,), FLOAT64, flat, 0.6)
     for pair in (("added mask", "sinks"), ("alphas", "window"), ("dropout", "scale of rows")):
-        yield Call(pair, FLOAT64, flat, 0.01)
-    yield Call(("causal", "added mask", "softcap", "sinks", "scale of rows", "alphas", "dropout"))
-    yield Call(("bottom-right", "window", "bool mask", "slopes", "lengths"))
+        yield Call(pair, FLOAT64, long, 0.01)
+    # Few queries, which are read together where they share keys; then keys enough for parts.
+    for feature in FEATURES:
+        yield Call((feature,), torch.float32, FEW)
+    for dtype in (torch.float32, FLOAT64, torch.bfloat16, torch.float16):
+        yield Call(("bottom-right",), dtype, FEW)
+    many = Sizes(batch=1, heads_kv=1, length_q=3, length_k=20_000)
+    for features in ((), ("left window",), ("alphas", "sinks"), ("key mask", "slopes")):
+        yield Call(features, torch.float32, many)
+    yield Call(("alpha 2", "bias of heads"), FLOAT64, many, 0.01)
+    for together in TOGETHER:
+        if len(together) > 2:
+            yield Call(together)
+        yield Call(together, FLOAT64)
+        yield Call(together, FLOAT64, flat, 0.01)
+        yield Call(together, FLOAT64, flat, 0.6)
 
 
 def random_calls(count: int, seed: int) -> Iterator[Call]:

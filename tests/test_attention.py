@@ -184,7 +184,11 @@ def test_agrees_with_the_reference(case: Case, backend: str) -> None:
 
     with torch.no_grad():
         without_gradient = attend(inputs, case, backend)
-    torch.testing.assert_close(without_gradient, got.out, rtol=0, atol=0, equal_nan=True)
+    if backend == "cpu" and case.length_q <= MOST_DECODED:  # may be computed otherwise
+        assert_close("out without gradients", case, without_gradient, exact.out, magnitude.out,
+                     "out", [one.out for one in dense], backend)  # fmt: skip
+    else:
+        torch.testing.assert_close(without_gradient, got.out, rtol=0, atol=0, equal_nan=True)
 
 
 def probabilities(inputs: Inputs, case: Case, backend: str) -> Tensor:
@@ -198,6 +202,10 @@ def probabilities(inputs: Inputs, case: Case, backend: str) -> Tensor:
         for window in identity.split(width, dim=1)
     ]
     return torch.cat(windows, dim=-1)
+
+
+MOST_DECODED = 16
+"""Queries up to which the core may read keys as generation does."""
 
 
 SUM_CASES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -371,3 +372,34 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        "2026-11-26-h200/attention",
+        "2026-11-26-h200/paper_figure",
+        "2026-11-26-h100/rows",
+        "2026-11-25-h100/solver",
+    ],
+)
+def test_committed_results_can_be_drawn_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: str
+) -> None:
+    """Into one legend, with labels that leave each other alone."""
+    figures = pytest.importorskip("matplotlib.figure")
+    import redraw
+
+    drawn = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k)
+    )
+    redraw.redraw(FOLDER / f"results/{results}.json", tmp_path / "picture.png")
+    [figure] = drawn
+    assert len(figure.legends) == 1
+    assert not any(axis.get_legend() for axis in figure.axes)
+    for axis in figure.axes:
+        boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+        for left, right in itertools.pairwise(boxes):
+            assert left.x1 < right.x0 or left.y1 < right.y0 or left.x0 > right.x1

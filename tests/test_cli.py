@@ -254,8 +254,121 @@ def test_what_is_printed_fits_the_columns(monkeypatch: pytest.MonkeyPatch, colum
         assert len(bench) <= 6
 
 
-def test_an_empty_cache_says_so() -> None:
-    assert "no records" in run("cache", "show").stdout
+@pytest.mark.parametrize("columns", [40, 60])
+def test_what_info_explain_and_features_print_fits_the_columns(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in (("info",), ("explain", *TINY), ("features",), ("report",)):
+        assert max(map(len, run(*command).stdout.splitlines())) <= columns
+    summary = run("--help").stdout.partition("Commands:")[2].splitlines()
+    assert all("..." not in line for line in summary) or columns < 60
+
+
+def test_milliseconds_have_no_exponent() -> None:
+    assert [cli._ms(ms) for ms in (0.01234, 12.345, 123.45, 123456.7)] == [
+        "0.0123",
+        "12.3",
+        "123",
+        "123457",
+    ]
+
+
+def test_an_empty_cache_says_so(folder: Path) -> None:
+    told = run("cache", "show").stdout.splitlines()
+    assert told == [
+        "no records of speeds: adasplash2 tune makes them",
+        f"nothing is kept in {folder}",
+    ]
+
+
+# Reports of bugs
+
+
+def test_report_has_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = answer("report")
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["platform"]
+    assert {status["name"] for status in found["backends"]} == set(cli.REGISTRY)
+    assert found["sample"]["chosen"]
+    assert found["cache"].startswith("0 files")
+    monkeypatch.setattr(dispatch, "FORCED", "cdua")
+    text = run("report").stdout  # of a backend that is none
+    assert "got 'cdua'" in text
+    assert "chosen" in text
+
+
+def test_report_names_no_folder_and_no_variable_of_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a home" / "cache"
+    folder.parent.mkdir()
+    folder.write_text("a file, which is a trouble that names it")
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(folder))
+    monkeypatch.setenv("ADASPLASH2_LOG", "/a/secret")
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    with pytest.warns(RuntimeWarning, match="cannot read measured speeds"):
+        told = run("report").stdout + run("report", "--json").stdout
+    assert "PATH" in told
+    assert "ADASPLASH2_CACHE_DIR" in told
+    for secret in (str(tmp_path), str(Path.home()), "a home", "hunter2", "SECRET_TOKEN", "secret"):
+        assert secret not in told
+
+
+# Mistakes that end in a sentence
+
+
+def test_a_wrong_forced_backend_is_named_by_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "FORCED", "cdua")
+    words = "got 'cdua' from ADASPLASH2_BACKEND"
+    assert words in run("explain", *TINY, code=2).output
+    assert words in run("bench", "--length", "16", "--device", "cpu", code=2).output
+
+
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_what_is_larger_than_the_memory_has_no_traceback(command: str) -> None:
+    call = {
+        "bench": ("--length", "100000000000"),
+        "tune": ("--shape", "1,8,100000000000,64", "--seconds", "5"),
+    }[command]
+    result = run(command, "--device", "cpu", *call, code=cli.NO)
+    assert "more than the machine has to give" in result.stderr
+
+
+def test_tune_says_why_nothing_was_measured() -> None:
+    result = run("tune", *TINY, "--backend", "cuda", "--seconds", "5", code=cli.NO)
+    assert "cuda: " in result.stderr.splitlines()[-1]
+    assert "triton" not in result.stderr
+
+
+def test_tune_says_first_that_nothing_will_be_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ADASPLASH2_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="cannot keep measured speeds"):
+        result = run("tune", *TINY, "--seconds", "5", code=cli.CACHE_FAILED)
+    assert "will not be kept" in result.stderr.splitlines()[0]
+
+
+def test_warnings_show_no_source() -> None:
+    """Warnings of the library are for who typed the command, not for who wrote it."""
+    with started("cache", "show", ADASPLASH2_CACHE_DIR=__file__) as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == cli.CACHE_FAILED
+    assert said.startswith(b"warning: ")
+    assert len(said.splitlines()) == 2
+    assert b"cli.py:" not in said
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_without_its_packages_the_command_says_what_to_install(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\nfrom adasplash2.__main__ import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == f"the command adasplash2 needs {missing}: pip install {missing}\n"
 
 
 @pytest.mark.parametrize(
@@ -302,7 +415,7 @@ def test_info_has_nothing_against_right_settings(monkeypatch: pytest.MonkeyPatch
 
 
 def test_info_shows_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert answer("info")["packages"]["transformers"] == cli._version("transformers")
+    assert answer("info")["packages"]["transformers"] == cli._versions()["transformers"]
     assert "transformers" in run("info").stdout
 
 
@@ -369,6 +482,13 @@ def test_explain_of_a_device_that_is_not_here_exits_with_1() -> None:
         (("explain", "--shape", "1,2,16,8", "--device", "tpu"), "must be cpu, cuda or cuda:N"),
         (("tune", *TINY, "--backend", "nowhere"), "got 'nowhere'"),
         (("tune", "--shape", "1,1,4,4", "--device", "cuda:77"), "cuda:77 is not here"),
+        (("explain", "--shape", "1,8,99999999999999999999,64"), "larger than any tensor"),
+        (("explain", "--shape", "9999999999,99999999,64,64"), "larger than any tensor"),
+        (("explain", "--shape", "1,2,16,8", "--device", "cuda:300"), "must be cpu, cuda or cuda:N"),
+        (("explain", "--shape", "1,2,16,8", "--device", "cpu:1"), "must be cpu, cuda or cuda:N"),
+        (("tune", *TINY, "--alpha", "1"), "1 is softmax"),
+        (("tune", "--seconds", "nan"), "must be a finite number"),
+        (("bench", "--sharpness", "inf"), "must be a finite number"),
         (("tune", "--seconds", "0"), "seconds"),
         (("nothing",), "nothing"),
     ],
@@ -552,4 +672,4 @@ def test_the_module_runs_as_the_command() -> None:
     )
     assert done.stdout.startswith("adasplash2, version ")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"adasplash2": "adasplash2.cli:main"}
+    assert project["scripts"] == {"adasplash2": "adasplash2.__main__:main"}

@@ -1,4 +1,4 @@
-"""What README's "Coming from" tells users to write is what they had: both halves of each block run,
+"""What the page "Coming from" tells users to write is what they had: both halves of each block run,
 and where the first is softmax the second does the same with ``alpha=1``."""
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from torch import Tensor
 
 import adasplash2
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-SECTION = README.split("\n## Coming from\n")[1].split("\n## ")[0]
-BLOCK = re.compile(r"^\*\*\[?([\w.-]+).*?```python\n# before\n(.*?)# after\n(.*?)```", re.M | re.S)
-BLOCKS = {name: (before, after) for name, before, after in BLOCK.findall(SECTION)}
+PAGE = (Path(__file__).resolve().parent.parent / "docs/coming_from.md").read_text()
+BLOCK = re.compile(r"^## ([\w.-]+)\n.*?```python\n# before\n(.*?)# after\n(.*?)```", re.M | re.S)
+BLOCKS = {name: (before, after) for name, before, after in BLOCK.findall(PAGE)}
 
 SOFTMAX = ("SDPA", "flash-attn", "FlexAttention", "torch.nn.MultiheadAttention")
 
@@ -160,7 +159,7 @@ def results(code: str, name: str, library: Any = adasplash2) -> dict[str, Any]:
 
 def test_every_block_is_run() -> None:
     assert list(BLOCKS) == list(NAMES)
-    assert SECTION.count("```python") == len(BLOCKS)
+    assert PAGE.count("```python") == len(BLOCKS)
     for before, _ in BLOCKS.values():  # adasplash needs a GPU, flash-attn too: these must parse
         ast.parse(before)
 
@@ -183,6 +182,11 @@ def test_softmax_is_what_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     softmax = types.SimpleNamespace(
         entmax_attention=functools.partial(adasplash2.entmax_attention, alpha=1.0),
         entmax_attention_varlen=functools.partial(adasplash2.entmax_attention_varlen, alpha=1.0),
+        nn=types.SimpleNamespace(
+            EntmaxMultiheadAttention=functools.partial(
+                adasplash2.nn.EntmaxMultiheadAttention, alpha=1.0
+            )
+        ),
     )
     before, after = BLOCKS[name]
     expected = results(before, name)

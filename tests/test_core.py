@@ -3,21 +3,28 @@ threads."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from cases import Case, Inputs
 
 import adasplash2
-from adasplash2 import _core
+from adasplash2 import _core, problem
+from adasplash2.backends import cpu
 
 
-def work_of(case: Case, inputs: Inputs | None = None, tiles: int = 0) -> _core.Work:
-    """What the forward of a case does, in this machine's first instruction set."""
+def work_of(case: Case, inputs: Inputs | None = None, tiles: int = 0, **said: Any) -> _core.Work:
+    """What the forward of a case does, in this machine's first instruction set. ``said``: a window,
+    and other operands by name."""
     inputs = inputs or case.inputs()
     rows = (case.batch, case.heads_q, case.length_q)
     out = torch.empty(*rows, case.head_dim, dtype=case.dtype)
     tau = torch.empty(rows, dtype=case.dtype)
     query, key, value, to = ((t.data_ptr(), *t.stride()[:3]) for t in (*inputs[:3], out))
+    window = said.pop("window", (-1, -1))
+    operands = cpu._operands(problem.Inputs(*inputs[:3], **said))
     work = _core.Work()
     _core.attention_forward(
         dims=(case.batch, case.heads_q, case.heads_q, case.length_q, case.length_k, case.head_dim,
@@ -25,7 +32,7 @@ def work_of(case: Case, inputs: Inputs | None = None, tiles: int = 0) -> _core.W
         dtype=str(case.dtype).removeprefix("torch."), alpha=case.alpha,
         scale=case.head_dim**-0.5, is_causal=case.is_causal, query=query, key=key, value=value,
         out=to, tau=tau.data_ptr(), keep=False, threads=2, isa=_core.isa(),
-        scan_rows=64, tiles=tiles, work=work,
+        scan_rows=64, tiles=tiles, work=work, window=window, operands=operands,
     )  # fmt: skip
     return work
 
@@ -71,6 +78,25 @@ def test_causal_tiles_are_skipped() -> None:
         for is_causal in (True, False)
     )
     assert 0.5 < causal / full < 0.52
+
+
+def test_tiles_that_nobody_sees_are_not_computed() -> None:
+    case = Case("unseen", length_q=512, length_k=2048, batch=1, heads_q=1, head_dim=16)
+    all_tiles = work_of(case).tiles
+    mask = torch.zeros(1, 1, 1, 2048, dtype=torch.bool)
+    mask[..., :256] = True
+    rows = torch.arange(512, dtype=torch.int32)
+    packed = torch.stack([rows // 128 * 512, rows // 128 * 512 + 256, rows])[:, None]
+    far = torch.tensor([[5.0]])
+    for said, share in (
+        ({"attn_mask": mask}, 1 / 8),
+        ({"attn_mask": torch.where(mask, 0.0, -math.inf)}, 1 / 8),
+        ({"window": (100, 27)}, 1 / 16),
+        ({"ranges": packed}, 1 / 8),
+        ({"alibi_slopes": far}, 1 / 16),
+        ({"alibi_slopes": far, "attn_mask": mask}, 1 / 8),
+    ):
+        assert work_of(case, **said).tiles < (share + 0.04) * all_tiles, said.keys()
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

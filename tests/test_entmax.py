@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import language
 import pytest
 import reference
 import torch
@@ -26,6 +28,9 @@ from cases import (
 from torch import Tensor
 
 import adasplash2
+from adasplash2 import dispatch
+from adasplash2.backends import cuda
+from adasplash2.problem import row_problem
 
 on_every_backend = pytest.mark.parametrize("backend", usable_backends())
 
@@ -275,3 +280,317 @@ def test_named_shorthands() -> None:
     assert torch.equal(adasplash2.sparsemax(x, dim=0), adasplash2.entmax(x, 2.0, dim=0))
     assert torch.equal(adasplash2.entmax(x), adasplash2.entmax15(x))
     assert not torch.equal(adasplash2.entmax15(x), adasplash2.sparsemax(x))
+
+
+# alpha as a tensor
+
+ROW_ALPHAS = (1.05, 1.25, 1.5, 1.7, 2.0)
+
+
+def run_with_alphas(
+    x: Tensor, grad_y: Tensor, alpha: Tensor, backend: str, dim: int = -1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and gradients of ``x`` and ``alpha``; skips with the reasons where a backend
+    refuses."""
+    device = device_of(backend)
+    leaf = x.to(device).detach().requires_grad_()
+    alphas = alpha.to(device).detach().requires_grad_()
+    try:
+        y = adasplash2.entmax(leaf, alphas, dim, backend=backend)
+    except adasplash2.BackendRefused as refused:
+        if backend == "cpu":
+            raise
+        pytest.skip(str(refused))
+    of_x, of_alpha = torch.autograd.grad(y, (leaf, alphas), grad_y.to(device))
+    assert y.dtype == of_x.dtype == x.dtype
+    assert of_alpha.dtype == alpha.dtype
+    assert of_alpha.shape == alpha.shape
+    return y.detach().to(x.device), of_x.to(x.device), of_alpha.to(x.device)
+
+
+def exact_with_alphas(x: Tensor, grad_y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By the float64 reference, of ``alpha`` that broadcasts to ``x`` with a last size of 1."""
+    leaf, alphas = x.double().requires_grad_(), alpha.double().requires_grad_()
+    y = language.Entmax.apply(leaf, alphas.expand(*x.shape[:-1], 1))
+    return y.detach(), *torch.autograd.grad(y, (leaf, alphas), grad_y.double())
+
+
+@on_every_backend
+@interpreted(length=65, dtype=FLOAT32)
+@interpreted(length=65, dtype=BFLOAT16)
+@interpreted(length=200, dtype=FLOAT16)
+@interpreted(length=1, dtype=FLOAT32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 2, 16, 65, 200, 1023])
+def test_alphas_agree_with_the_reference(length: int, dtype: torch.dtype, backend: str) -> None:
+    computed = FLOAT64 if dtype == FLOAT64 else FLOAT32
+    x, grad_y = gaussian(3, 5, length, dtype=dtype), gaussian(5, 3, length, dtype=dtype)
+    grad_y = grad_y.reshape(x.shape)
+    alpha = torch.tensor(ROW_ALPHAS, dtype=computed)[:, None]
+    got = run_with_alphas(x, grad_y, alpha, backend)
+    exact = exact_with_alphas(x, grad_y, alpha)
+    if dtype in (BFLOAT16, FLOAT16):  # gradients are the formulas', at the output as it was rounded
+        rounded = got[0].double()
+        assert reference.error(rounded, exact[0]) <= (
+            ROUNDING_FACTOR * reference.error(exact[0].to(dtype), exact[0])
+            + FLOAT32_FLOOR * reference.norm(exact[0])
+        )
+        for row, one in enumerate(alpha[:, 0].tolist()):
+            expected = reference.entmax_gradient(rounded[:, row], grad_y[:, row].double(), one)
+            allowed = ROUNDING_FACTOR * reference.error(expected.to(dtype), expected)
+            allowed += FLOAT32_FLOOR * reference.norm(grad_y.double())
+            assert reference.error(got[1][:, row], expected) <= allowed
+        assert reference.error(got[2], exact[2]) <= 0.02 * reference.norm(grad_y.double())
+        return
+    limits = tolerances(backend)[dtype]
+    for one, expected, allowed in zip(
+        got, exact, (limits.out, *2 * [limits.gradient]), strict=True
+    ):
+        floor = FLOAT32_FLOOR * (1.0 if dtype == FLOAT32 else 1e-8)
+        assert reference.error(one, expected) <= allowed * reference.norm(expected) + floor
+
+
+@on_every_backend
+@interpreted()
+def test_equal_alphas_are_as_a_number(backend: str) -> None:
+    x, grad_y = gaussian(6, 50), gaussian(50, 6).T
+    for alpha in (1.1, 1.5, 1.8, 2.0):
+        number = run(x, grad_y, alpha, backend)
+        one_for_all = run_with_alphas(x, grad_y, torch.tensor(alpha), backend)
+        each = run_with_alphas(x, grad_y, torch.full((6,), alpha), backend)
+        for index in range(2):
+            assert torch.equal(one_for_all[index], each[index])
+            if backend == "cpu" and alpha in (1.5, 2.0):  # the others are no float32
+                assert torch.equal(number[index], each[index])
+            else:
+                assert reference.relative_error(number[index], each[index]) < 5e-6
+        torch.testing.assert_close(one_for_all[2], each[2].sum(), rtol=1e-5, atol=1e-6)
+
+
+@on_every_backend
+@interpreted()
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((), -1), ((1,), 0), ((2, 3), -1), ((2, 3, 1), -1), ((3, 1), -1), ((1, 3, 1), 2),
+     ((2, 1, 1), -1), ((2, 7), 1), ((2, 1, 7), 1), ((1, 7), 1), ((7,), -2), ((3, 7), 0),
+     ((1, 3, 7), -3), ((3, 1), 0)],
+)  # fmt: skip
+def test_alphas_broadcast(shape: tuple[int, ...], dim: int, backend: str) -> None:
+    x, grad_y = gaussian(2, 3, 7), gaussian(3, 2, 7).reshape(2, 3, 7)
+    count = math.prod(shape)
+    alpha = torch.linspace(1.2, 1.9, count).reshape(shape)
+    got = run_with_alphas(x, grad_y, alpha, backend, dim)
+    rows = list(x.shape)
+    rows[dim] = 1
+    without = [n for index, n in enumerate(x.shape) if index != dim % 3]
+    full = (alpha.unsqueeze(dim) if list(shape) == without else alpha).expand(rows)
+    moved = run_with_alphas(
+        x.movedim(dim, -1).contiguous(), grad_y.movedim(dim, -1).contiguous(),
+        full.movedim(dim, -1).contiguous(), backend,
+    )  # fmt: skip
+    for one, other in zip(got[:2], moved[:2], strict=True):
+        assert torch.equal(one, other.movedim(-1, dim))
+    for index in range(count):  # its gradient is the sum of its rows'
+        mark = torch.zeros(count)
+        mark[index] = 1.0
+        mark = mark.reshape(shape)
+        mark = (mark.unsqueeze(dim) if list(shape) == without else mark).expand(rows)
+        expected = (moved[2].movedim(-1, dim) * mark).sum()
+        torch.testing.assert_close(got[2].flatten()[index], expected, rtol=1e-5, atol=1e-6)
+
+
+@on_every_backend
+@interpreted(layout="columns")
+@pytest.mark.parametrize("layout", ["columns", "slice", "transposed", "expanded"])
+def test_strides_with_alphas(layout: str, backend: str) -> None:
+    base, of_base = gaussian(12, 12), torch.linspace(1.1, 2.0, 144).reshape(12, 12)
+    x = {
+        "columns": base[:, ::3],
+        "slice": base[1:-1, 3:-5],
+        "transposed": base.T,
+        "expanded": base[:1].expand(12, 12),
+    }[layout]
+    alpha = of_base[: x.shape[0], 3]  # has a stride
+    grad_y = torch.ones(()).expand(x.shape) + x
+    got = run_with_alphas(x, grad_y, alpha, backend)
+    expected = run_with_alphas(
+        x.clone(memory_format=torch.contiguous_format), grad_y, alpha.contiguous(), backend
+    )
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@on_every_backend
+@interpreted()
+def test_special_entries_with_alphas(backend: str) -> None:
+    inf, nan = math.inf, math.nan
+    x = gaussian(12, 40)
+    x[0, ::3] = -inf
+    x[1] = -inf
+    x[2, 7] = nan
+    x[3, 8] = inf
+    x[4, 1:] = -inf
+    alpha = torch.tensor([1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.0, 0.5, 2.5, nan, inf, -inf])
+    y, of_x, of_alpha = run_with_alphas(x, torch.ones_like(x).cumsum(-1), alpha, backend)
+    bad = torch.tensor([2, 3, 6, 7, 8, 9, 10, 11])
+    for found in (y, of_x, of_alpha[:, None]):
+        assert found[bad].isnan().all()
+    good = [0, 1, 4, 5]
+    exact = exact_with_alphas(x[good], torch.ones(4, 40).cumsum(-1), alpha[good, None])
+    assert reference.relative_error(y[good], exact[0]) < 1e-5
+    assert reference.relative_error(of_x[good], exact[1]) < 1e-4
+    assert reference.relative_error(of_alpha[good], exact[2][:, 0]) < 1e-4
+    assert (y[1] == 0.0).all()
+    assert (of_x[1] == 0.0).all()
+    assert of_alpha[1] == of_alpha[4] == 0.0
+    assert y[4].tolist() == [1.0] + 39 * [0.0]
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (1,), ()])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_gradcheck_with_alphas(dim: int, shape: tuple[int, ...]) -> None:
+    x = (1.7 * gaussian(5, 6, dtype=FLOAT64)).movedim(-1, dim).requires_grad_()
+    alpha = torch.linspace(1.15, 1.85, math.prod(shape), dtype=FLOAT64).reshape(shape)
+    if shape == (5, 1) and dim == 0:
+        alpha = alpha.T
+    assert torch.autograd.gradcheck(
+        lambda x, alpha: adasplash2.entmax(x, alpha, dim), [x, alpha.clone().requires_grad_()]
+    )
+
+
+def test_learned_alphas_are_as_in_the_package_entmax() -> None:
+    import entmax
+
+    x, grad_y = gaussian(2, 5, 30, dtype=FLOAT64), gaussian(5, 2, 30, dtype=FLOAT64)
+    grad_y = grad_y.reshape(x.shape)
+    alpha = torch.tensor([1.01, 1.2, 1.5, 1.8, 1.99], dtype=FLOAT64)[:, None]
+    got = run_with_alphas(x, grad_y, alpha, "cpu")
+    leaf, alphas = x.clone().requires_grad_(), alpha.clone().requires_grad_()
+    y = entmax.entmax_bisect(leaf, alphas.expand(2, 5, 1), n_iter=100)
+    theirs = y.detach(), *torch.autograd.grad(y, (leaf, alphas), grad_y)
+    for one, other in zip(got, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [1.0 + 2.0**-20, 1.0 + 2.0**-10, 1.01])
+def test_gradient_of_alphas_next_to_softmax(alpha: float) -> None:
+    """Where the formula's own terms grow without bound and cancel; the derivative of softmax's
+    neighbours in alpha is known: by differences of the float64 reference."""
+    x, grad_y = gaussian(4, 30, dtype=FLOAT64), gaussian(30, 4, dtype=FLOAT64).T
+    step = 2.0**-22
+    ends = (reference.entmax(x, alpha + sign * step) for sign in (1.0, -1.0))
+    above, below = ((y * grad_y).sum() for y in ends)
+    slope = (above - below) / (2.0 * step)
+    for dtype, near in ((FLOAT64, 1e-6), (FLOAT32, 1e-5)):
+        of_alpha = run_with_alphas(
+            x.to(dtype), grad_y.to(dtype), torch.tensor(alpha, dtype=dtype), "cpu"
+        )[2]
+        torch.testing.assert_close(of_alpha.double(), slope, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (1, 0), (None, 1)], ids=str)
+def test_vmap_with_alphas(in_dims: tuple[int | None, int | None]) -> None:
+    def one(x: Tensor, alpha: Tensor) -> Tensor:
+        return adasplash2.entmax(x, alpha, 0)
+
+    def squares(x: Tensor, alpha: Tensor) -> Tensor:
+        return one(x, alpha).square().sum()
+
+    x, alpha = gaussian(4, 4, 7), torch.linspace(1.1, 2.0, 28).reshape(4, 7)
+    if in_dims[0] is None:
+        x = x[0]
+    if in_dims[1] is None:
+        alpha = alpha[0]
+    if in_dims[1] == 1:
+        alpha = alpha.T
+    pairs = [
+        (
+            x if in_dims[0] is None else x.select(in_dims[0], i),
+            alpha if in_dims[1] is None else alpha.select(in_dims[1], i),
+        )
+        for i in range(4)
+    ]
+    mapped = torch.vmap(one, in_dims)(x, alpha)
+    torch.testing.assert_close(mapped, torch.stack([one(*pair) for pair in pairs]))
+    gradients = torch.func.grad(squares, (0, 1))
+    expected = zip(*(gradients(*pair) for pair in pairs), strict=True)
+    for found, each in zip(torch.vmap(gradients, in_dims)(x, alpha), expected, strict=True):
+        torch.testing.assert_close(found, torch.stack(each))
+    jacobian = torch.func.jacrev(one, 1)(*pairs[0])
+    leaf = pairs[0][1].clone().requires_grad_()
+    y = one(pairs[0][0], leaf)
+    rows = [torch.autograd.grad(p, leaf, retain_graph=True)[0] for p in y.flatten()]
+    torch.testing.assert_close(jacobian.flatten(0, 1), torch.stack(rows))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_with_alphas(dynamic: bool) -> None:
+    torch._dynamo.reset()
+
+    def layer(x: Tensor, alpha: Tensor) -> Tensor:
+        return adasplash2.entmax(2.0 * x, alpha.sigmoid() + 1.0, 1) + 1.0
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (7, 9):
+        x = gaussian(3, length, 5).requires_grad_()
+        alpha = gaussian(3, 5).requires_grad_()
+        found = torch.autograd.grad(compiled(x, alpha).square().sum(), (x, alpha))
+        expected = torch.autograd.grad(layer(x, alpha).square().sum(), (x, alpha))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        with torch.no_grad():
+            assert torch.equal(compiled(x, alpha), layer(x, alpha))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_empty_with_alphas(shape: tuple[int, int]) -> None:
+    x = torch.ones(shape, requires_grad=True)
+    alpha = torch.full(shape[:1], 1.5, requires_grad=True)
+    y = adasplash2.entmax(x, alpha)
+    assert y.shape == shape
+    of_x, of_alpha = torch.autograd.grad(y.sum(), (x, alpha))
+    assert of_x.shape == shape
+    assert torch.equal(of_alpha, torch.zeros(shape[:1]))
+
+
+def test_only_what_is_asked_is_differentiated() -> None:
+    x, alpha = gaussian(3, 9), torch.tensor([1.2, 1.5, 1.9])
+    for asked in ((True, False), (False, True)):
+        leaves = [t.clone().requires_grad_(want) for t, want in zip((x, alpha), asked, strict=True)]
+        adasplash2.entmax(*leaves).square().sum().backward()
+        assert tuple(leaf.grad is not None for leaf in leaves) == asked
+    y = adasplash2.entmax(x, torch.tensor(1.3))  # is read as a number
+    assert torch.equal(y, adasplash2.entmax(x, torch.tensor(1.3).item()))
+
+
+def test_cuda_refuses_alphas_by_name() -> None:
+    x = torch.empty(3, 9, device="meta")
+    alphas = torch.empty(3, 1, device="meta")
+    asked = row_problem(x, alpha=1.5, needs_grad=False, alphas=alphas)
+    assert asked.alphas
+    assert cuda.refusals_anywhere(asked) == ["alpha as a tensor is computed by other backends only"]
+    assert "entmax of 3 rows of 9, alpha as a tensor" in dispatch.describe(asked)
+
+
+@pytest.mark.parametrize(
+    ("loss", "mapping"), [("Entmax15", "entmax15"), ("Sparsemax", "sparsemax")]
+)
+def test_losses_of_the_package_entmax_run_on_our_mappings(loss: str, mapping: str) -> None:
+    from entmax import losses
+
+    function: Any = getattr(losses, f"{loss}LossFunction")
+
+    class Ours(function):  # type: ignore[misc]
+        @classmethod
+        def project(cls, X: Tensor, alpha: float, k: int | None = None) -> Tensor:  # noqa: N803
+            found: Tensor = getattr(adasplash2, mapping)(X, dim=-1)
+            return found
+
+    torch.manual_seed(0)
+    x, target = torch.randn(7, 50, dtype=torch.float64), torch.randint(50, (7,))
+    results = []
+    for one in (function, Ours):
+        leaf = x.clone().requires_grad_()
+        value = one.apply(leaf, target)
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), leaf)))
+    torch.testing.assert_close(results[1], results[0])

@@ -1,6 +1,7 @@
-"""The table of features by backend: complete, true of what runs here, and README's is the same.
+"""The table of features by backend: complete, true of what runs here, and that of the documentation
+is the same.
 
-Run as a program it writes README's.
+Run as a program it writes the documentation's.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from adasplash2.backends import REGISTRY
 from adasplash2.features import Call
 from adasplash2.problem import DTYPES, FEATURES, TENSORS
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs/features.md"
 CALLS = [call for calls in features.ROWS.values() for call in calls]
 
 
 def with_table(text: str) -> str:
-    """README with the table of now."""
+    """The page with the table of now."""
     before, rest = text.split(features.BEGIN)
     return before + features.markdown() + rest.split(features.END)[1]
 
 
-def test_readme_has_it() -> None:
-    text = README.read_text()
-    assert text == with_table(text), "README's table is another: run `make features`"
+def test_the_documentation_has_it() -> None:
+    text = PAGE.read_text()
+    assert text == with_table(text), "the page's table is another: run `make features`"
 
 
 def test_all_that_may_be_asked_is_in_it() -> None:
@@ -103,4 +104,4 @@ def test_a_broken_backend_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -144,7 +144,7 @@ def test_lists_hold_the_tiles_with_support_alone(backend: str) -> None:
     counts = Saved(problem, config).split(saved)["counts"]
     listed = counts[: 2 * case.heads_q].view(-1, 2)[:, 1].cpu()
 
-    p = reference.attention(*tensors, **case.options).probabilities
+    p = reference.attention(*inputs[:3], **case.options).probabilities
     tiles = p.flatten().view(case.heads_q, -1, int(config["block_k"]))
     live = (tiles > 0.0).any(dim=2).sum(dim=1).cpu()
     assert 0 < live.sum() < tiles.shape[0] * tiles.shape[1] // 2

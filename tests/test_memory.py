@@ -94,6 +94,38 @@ def test_a_compiled_step_touches_no_more() -> None:
     assert compiled < 1.25 * eager
 
 
+DECODING = """
+import sys
+import torch
+import adasplash2
+
+def resident(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+keys = torch.randn(1, 1, 2**20, 64)
+query = torch.randn(1, 1, 1, 64) * float(sys.argv[1])
+adasplash2.entmax_attention(query, keys[:, :, :64], keys[:, :, :64], backend="cpu")
+before = resident("VmHWM")
+out = adasplash2.entmax_attention(query, keys, keys, backend="cpu")
+assert out.isfinite().all()
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("sharpness", ["1.0", "0.01"], ids=["sparse", "flat"])
+def test_one_query_copies_no_cache(sharpness: str) -> None:
+    """A million keys of it are 256 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", DECODING, sharpness], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 * MEBIBYTE
+
+
 @pytest.mark.slow
 def test_a_long_sequence_fits() -> None:
     """32,768 positions, 8 heads, head_dim 64: 0.41 GiB. One head's scores are 4 GiB."""

@@ -114,6 +114,14 @@ def test_opcheck_entmax(device: str) -> None:
     torch.library.opcheck(ops.entmax_forward, (x.clone().requires_grad_(), 1.3, 1, "", False))
     y = ops.entmax_forward(x, 1.5, -1, "", False)
     torch.library.opcheck(ops.entmax_backward, (torch.randn_like(y), y, 1.5, -1, ""))
+    alphas = torch.linspace(1.2, 1.9, 5, device=device)[:, None]
+    learned = alphas[None].clone().requires_grad_()
+    asked = x.clone().requires_grad_(), 1.5, -1, "", False, None, learned
+    torch.library.opcheck(ops.entmax_forward, asked)
+    y = ops.entmax_forward(x, 1.5, -1, "", False, None, alphas[None])
+    torch.library.opcheck(
+        ops.entmax_backward, (torch.randn_like(y), y, 1.5, -1, "", None, alphas[None])
+    )
 
 
 # torch.compile

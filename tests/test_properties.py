@@ -185,14 +185,20 @@ def test_causal_rows_ignore_later_keys(
 def test_a_block_of_queries_is_the_same_alone(
     tensors: tuple[Tensor, Tensor, Tensor], alpha: float, is_causal: bool
 ) -> None:
-    """Rows do not know their neighbours: the first half alone gives the same."""
+    """Rows do not know their neighbours: the first half alone gives the same. Without gradients few
+    queries may be computed otherwise, which rounds otherwise."""
     query, key, value = tensors
     half = (query.shape[2] + 1) // 2
-    out = adasplash2.entmax_attention(query, key, value, alpha=alpha, is_causal=is_causal)
-    alone = adasplash2.entmax_attention(
-        query[:, :, :half], key, value, alpha=alpha, is_causal=is_causal
-    )
-    assert torch.equal(alone, out[:, :, :half])
+    for wanted in (True, False):
+        query = query.detach().requires_grad_(wanted)
+        out = adasplash2.entmax_attention(query, key, value, alpha=alpha, is_causal=is_causal)
+        alone = adasplash2.entmax_attention(
+            query[:, :, :half], key, value, alpha=alpha, is_causal=is_causal
+        )
+        if wanted:
+            assert torch.equal(alone, out[:, :, :half])
+        else:
+            assert (alone - out[:, :, :half]).abs().max() <= slack(alpha)
 
 
 @bounded

@@ -127,6 +127,8 @@ def test_alphas_without_a_closed_form_are_one_class() -> None:
 def test_rows_have_classes_of_their_own() -> None:
     rows = RowProblem(5, 1000, torch.float32, CPU, 1.5, needs_grad=True)
     assert problem_class(rows) == "rows float32 length 1024 alpha 1.5 training"
+    rows = dataclasses.replace(rows, alphas=True)
+    assert problem_class(rows) == "rows float32 length 1024 alphas alpha 1.5 training"
 
 
 @pytest.mark.parametrize(("length", "bucket"), [(0, 1), (1, 1), (3, 4), (64, 64), (2**20, 2**20)])
@@ -458,12 +460,15 @@ def test_a_cpu_record_holds_for_one_core_and_its_setting(
         content[len(content) // 2] ^= 1
         (tmp_path / "core.so").write_bytes(content)
         changed = SimpleNamespace(
-            __file__=str(tmp_path / "core.so"), isa=cpu._core.isa, usable_isas=cpu._core.usable_isas
+            __file__=str(tmp_path / "core.so"),
+            isa=cpu._core.isa,
+            usable_isas=cpu._core.usable_isas,
+            OPENMP=cpu._core.OPENMP,
         )
         monkeypatch.setattr(cpu, "_core", changed)
         cpu._core_hash.cache_clear()
     elif part == "isa":
-        monkeypatch.setattr(cpu, "_core", SimpleNamespace(isa=lambda: "another"))
+        monkeypatch.setattr(cpu, "_core", SimpleNamespace(isa=lambda: "another", OPENMP=True))
     elif part == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     elif part == "torch":

@@ -1,12 +1,14 @@
 """Our attention in models of transformers: equal to the model's own in all that models ask.
 
-Runs with the newest and with the oldest release that pyproject.toml allows, see the Makefile.
+Runs with the newest and with the oldest release that pyproject.toml allows, see the Makefile;
+``test_architectures.py`` goes through all kinds of models.
 Models are tiny and random. With alpha = 1 ours is softmax, so a model's eager attention is the
 reference for everything but the numbers of entmax, which other files hold.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import tomllib
 import warnings
@@ -22,125 +24,30 @@ import adasplash2
 from adasplash2.integrations import transformers as integration
 
 transformers = pytest.importorskip("transformers")
+from architectures import (  # noqa: E402
+    BIG_BIRD,
+    DECODER,
+    ENCODER,
+    GPT,
+    GPT_NEO,
+    GPT_OSS,
+    LLAMA4,
+    LOCAL,
+    OLD,
+    PAIR,
+    SEQ2SEQ,
+    SHORTER,
+    T5,
+    TEXT,
+    TOKENS,
+    VISION,
+    make,
+    run,
+)
+
 from adasplash2.integrations.transformers import masks  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-OLD = transformers.__version__.startswith("4.")
-TOKENS = torch.arange(24).reshape(2, 12) * 7 % 50 + 3
-SHORTER = TOKENS[:, :9] % 40 + 4
-
-DECODER = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ENCODER = {k: v for k, v in DECODER.items() if k not in ("head_dim", "num_key_value_heads")}
-GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-SEQ2SEQ = {
-    "vocab_size": 60,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 4,
-}
-AUDIO = {
-    **ENCODER,
-    "conv_dim": [16, 16],
-    "conv_kernel": [4, 4],
-    "conv_stride": [4, 4],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-}
-MAMBA = {"mamba_n_groups": 1, "mamba_d_state": 8}
-BIG_BIRD = {**SEQ2SEQ, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
-T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-T5 |= {"decoder_start_token_id": 0}
-MOE = {"num_experts": 2, "num_experts_per_tok": 1}
-LLAMA4 = {"attention_chunk_size": 4, "moe_layers": [], "intermediate_size_mlp": 16}
-GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-FALCON_H1 = {**MAMBA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
-
-TEXT = {"input_ids": TOKENS}
-PAIR = {"input_ids": TOKENS, "decoder_input_ids": SHORTER}
-IMAGE = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)}
-WAVE = {"input_values": torch.linspace(-9, 9, 2 * 320).sin().reshape(2, 320)}
-SPECTRUM = torch.linspace(-9, 9, 2 * 8 * 32).cos().reshape(2, 8, 32)
-
-ARCHITECTURES = [
-    # model, config, its arguments, inputs, what happens: "equal" or "none" (no layer is ours). A
-    # second outcome is that of the oldest release.
-    ("LlamaForCausalLM", "Llama", DECODER, TEXT, "equal"),
-    ("Qwen2ForCausalLM", "Qwen2", DECODER, TEXT, "equal"),
-    ("Qwen3ForCausalLM", "Qwen3", DECODER, TEXT, "equal"),
-    ("PhiForCausalLM", "Phi", DECODER, TEXT, "equal"),
-    ("GPTNeoXForCausalLM", "GPTNeoX", DECODER, TEXT, "equal"),
-    ("OlmoeForCausalLM", "Olmoe", {**DECODER, **MOE}, TEXT, "equal", "none"),
-    ("MixtralForCausalLM", "Mixtral", {**DECODER, "num_local_experts": 2}, TEXT, "equal"),
-    ("GPT2LMHeadModel", "GPT2", GPT, TEXT, "equal"),
-    ("GPTBigCodeForCausalLM", "GPTBigCode", GPT, TEXT, "equal"),
-    ("OPTForCausalLM", "OPT", {**DECODER, "word_embed_proj_dim": 32, "ffn_dim": 48}, TEXT, "equal"),
-    ("BioGptForCausalLM", "BioGpt", DECODER, TEXT, "equal"),
-    ("FalconH1ForCausalLM", "FalconH1", {**DECODER, **FALCON_H1}, TEXT, "equal"),
-    ("BertLMHeadModel", "Bert", {**ENCODER, "is_decoder": True}, TEXT, "equal", "none"),
-    ("BigBirdPegasusForCausalLM", "BigBirdPegasus", BIG_BIRD, TEXT, "equal"),
-    ("BartForCausalLM", "Bart", SEQ2SEQ, TEXT, "equal"),
-    ("CLIPTextModel", "CLIPText", ENCODER, TEXT, "equal"),
-    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 12}, TEXT, "equal"),
-    ("MistralForCausalLM", "Mistral", {**DECODER, "sliding_window": 5}, TEXT, "equal"),
-    ("Gemma3ForCausalLM", "Gemma3Text", {**DECODER, "sliding_window": 5}, TEXT, "equal"),
-    ("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}, TEXT, "equal"),
-    ("Gemma2ForCausalLM", "Gemma2", DECODER, TEXT, "equal"),
-    ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS}, TEXT, "equal"),
-    ("DogeForCausalLM", "Doge", DECODER, TEXT, "equal"),
-    ("BertModel", "Bert", ENCODER, TEXT, "equal", "none"),
-    ("DistilBertModel", "DistilBert", {**ENCODER, "dim": 32}, TEXT, "equal", "none"),
-    ("LayoutLMModel", "LayoutLM", ENCODER, TEXT, "equal"),
-    ("SplinterModel", "Splinter", ENCODER, TEXT, "equal"),
-    ("ModernBertModel", "ModernBert", {**ENCODER, "local_attention": 4}, TEXT, "equal", "none"),
-    ("BartModel", "Bart", SEQ2SEQ, PAIR, "equal"),
-    ("MarianModel", "Marian", SEQ2SEQ, PAIR, "equal"),
-    (
-        "WhisperModel",
-        "Whisper",
-        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16},
-        {"input_features": SPECTRUM, "decoder_input_ids": SHORTER},
-        "equal",
-    ),
-    ("ViTModel", "ViT", VISION, IMAGE, "equal"),
-    ("Dinov2Model", "Dinov2", VISION, IMAGE, "equal"),
-    ("SiglipVisionModel", "SiglipVision", VISION, IMAGE, "equal"),
-    ("Wav2Vec2Model", "Wav2Vec2", AUDIO, WAVE, "equal"),
-    ("HubertModel", "Hubert", AUDIO, WAVE, "equal"),
-    ("T5Model", "T5", T5, PAIR, "equal", "none"),
-    ("BloomForCausalLM", "Bloom", DECODER, TEXT, "none"),
-    ("GPTJForCausalLM", "GPTJ", {**GPT, "rotary_dim": 8}, TEXT, "none"),
-    ("DebertaV2Model", "DebertaV2", ENCODER, TEXT, "none"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -151,72 +58,12 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def make(model: str, config: str, arguments: dict[str, Any], implementation: str = "eager") -> Any:
-    torch.manual_seed(0)
-    configuration = getattr(transformers, config + "Config")(**arguments)
-    configuration._attn_implementation = implementation
-    return getattr(transformers, model)(configuration).eval()
-
-
 def llama(implementation: str = "eager", **arguments: Any) -> Any:
     return make("LlamaForCausalLM", "Llama", {**DECODER, **arguments}, implementation)
 
 
-def run(model: nn.Module, **inputs: Any) -> Tensor:
-    with torch.no_grad():
-        out = model(**inputs)
-    logits: Tensor = out.logits if "logits" in out else out.last_hidden_state
-    return logits
-
-
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def equals_eager(
-    model: nn.Module, name: str, inputs: dict[str, Any], tokens: Tensor | None = None
-) -> None:
-    """``model`` with our softmax equals itself with eager, at ``tokens`` where not all are."""
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-    expected = run(model, **inputs)
-    model.set_attn_implementation(name)  # type: ignore[operator]
-    found = run(model, **inputs)
-    if tokens is not None and tokens.shape == found.shape[:2]:
-        found, expected = found[tokens], expected[tokens]
-    close(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("model", "config", "arguments", "inputs", "outcomes"),
-    [pytest.param(*case[:4], case[4:], id=f"{case[0]}-{case[4]}") for case in ARCHITECTURES],
-)
-def test_architectures(
-    model: str,
-    config: str,
-    arguments: dict[str, Any],
-    inputs: dict[str, Tensor],
-    outcomes: tuple[str, ...],
-) -> None:
-    """Equal to eager: as it is, with another last token, with padding on either side."""
-    if not hasattr(transformers, model):
-        pytest.skip(f"transformers {transformers.__version__} has no {model}")
-    ours = make(model, config, arguments)
-    if (outcomes[-1] if OLD else outcomes[0]) == "none":
-        with pytest.raises(ValueError, match="cannot run our attention: 0 of"):
-            integration.apply(ours, alpha=1.0)
-        assert ours.config._attn_implementation == "eager"
-        return
-    name = integration.apply(ours, alpha=1.0).name
-    equals_eager(ours, name, inputs)
-    for padded in (slice(-3, None), slice(3)) if "input_ids" in inputs else ():
-        tokens = torch.ones_like(TOKENS)
-        tokens[0, padded] = 0
-        equals_eager(ours, name, {**inputs, "attention_mask": tokens}, tokens.bool())
-    decoded = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    if decoded != "input_ids" or model.endswith(("LM", "HeadModel")):
-        changed = inputs[decoded].clone()
-        changed[:, -1] = 5
-        close(run(ours, **{**inputs, decoded: changed})[:, :-1], run(ours, **inputs)[:, :-1])
 
 
 @pytest.mark.parametrize("model", ["BloomForCausalLM", "GPTJForCausalLM", "GPTNeoForCausalLM"])
@@ -225,8 +72,7 @@ def test_models_that_never_ask_keep_their_masks(model: str, padded: bool) -> Non
     """Set by its config, a model may take our masks and compute attention itself."""
     arguments = {**DECODER, **GPT, "rotary_dim": 8}
     if model.startswith("GPTNeo"):
-        arguments = {"vocab_size": 60, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
-        arguments |= {"attention_types": [[["global", "local"], 1]], "window_size": 4}
+        arguments = GPT_NEO
     padding = torch.ones_like(TOKENS)
     padding[0, :3] = 0 if padded else 1
     integration.register("adasplash2-forced")
@@ -321,6 +167,136 @@ def test_backend_arrives(call: str) -> None:
         integration.apply(model, backend="cuda")
     with pytest.raises(adasplash2.BackendRefused, match="backend 'cuda' cannot run"):
         run(model, **TEXT)
+
+
+# alpha of each head
+
+LAYERS = ("model.layers.0.self_attn", "model.layers.1.self_attn")
+
+
+def alphas(model: Any) -> list[Any]:
+    return [layer.self_attn.adasplash2 for layer in model.model.layers]
+
+
+def test_learned_alphas_are_seen_by_an_optimizer_and_stay_inside() -> None:
+    model = llama()
+    integration.apply(model, alpha=1.5)
+    expected = run(model, **TEXT)
+    found = integration.apply(model, alpha=1.5, learn=True)
+    assert found.name == "adasplash2-learned"
+    close(run(model, **TEXT), expected)
+    logits = [held.logit for held in alphas(model)]
+    assert all(any(logit is p for p in model.parameters()) for logit in logits)
+    optimizer = torch.optim.SGD(logits, lr=1e6)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    for held in alphas(model):
+        assert held().shape == (4,)
+        assert ((held() > 1) & (held() < 2)).all()
+        assert (held() != 1.5).all()
+    assert run(model, **TEXT).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["number", "by head", "learned", "learned and copied"])
+def test_alpha_comes_back_with_the_model(how: str, tmp_path: Path) -> None:
+    model = llama()
+    by_head = dict(zip(LAYERS, ([1.2, 1.5, 1.7, 1.9], [1.2, 1.5, 1.7, 1.4]), strict=True))
+    if how == "number":
+        integration.apply(model, alpha=1.3)
+    else:
+        integration.apply(model, alpha=by_head, learn="learned" in how)
+    if how == "learned and copied":
+        model = copy.deepcopy(model)
+    if "learned" in how:
+        with torch.no_grad():
+            alphas(model)[0].logit += torch.tensor([-50.0, 0.1, 3.0, 50.0])
+    expected = run(model, **TEXT)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    integration.apply(loaded)
+    assert ("learned" in how) == any("adasplash2" in name for name, _ in loaded.named_parameters())
+    torch.testing.assert_close(run(loaded, **TEXT), expected, rtol=1e-6, atol=1e-6)
+    loaded.load_state_dict(model.state_dict())
+    assert run(loaded, **TEXT).equal(expected)
+
+
+def test_each_head_has_its_own_alpha() -> None:
+    model = llama(num_hidden_layers=1)
+    of_heads: list[Tensor] = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, inputs: of_heads.append(inputs[0].unflatten(-1, (4, 8)))
+    )
+    own = [1.2, 1.5, 1.7, 2.0]
+    integration.apply(model, alpha={"model.layers.0.self_attn": own})
+    model.bfloat16().float()  # the weights are rounded, alpha is not
+    run(model, **TEXT)
+    for head, alpha in enumerate(own):
+        integration.apply(model, alpha=alpha)
+        run(model, **TEXT)
+        close(of_heads[0][:, :, head], of_heads[-1][:, :, head])
+        assert (of_heads[0] - of_heads[-1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 2.5, "learn": True}, r"above 1\.01 and below 1\.99 to be learned, got 2\.5"),
+        ({"alpha": 1.0, "learn": True}, r"above 1\.01 and below 1\.99 to be learned, got 1"),
+        ({"alpha": {"model.layers.0.self_attn": [1.5] * 4}}, "alpha must name the layers"),
+        (
+            {"alpha": {layer: [1.5, 1.5, 1.5, 2.5] for layer in LAYERS}},
+            "above 1 and at most 2, got 2.5",
+        ),
+        (
+            {"alpha": {layer: [1.5] * 3 for layer in LAYERS}},
+            "one number for each of 4 heads, got 3",
+        ),
+        ({"alpha": "learn"}, "alpha must be a real number"),
+        ({"learn": 2}, "learn must be True or False"),
+    ],
+)
+def test_alphas_that_do_not_fit_change_nothing(arguments: dict[str, Any], message: str) -> None:
+    model = llama()
+    expected = run(model, **TEXT)
+    with pytest.raises((TypeError, ValueError), match=message):
+        integration.apply(model, **arguments)
+    assert run(model, **TEXT).equal(expected)
+    assert "adasplash2" not in repr(model) + repr(model.config)
+
+
+@pytest.mark.parametrize("model", [llama(), make("T5Model", "T5", T5)], ids=["Llama", "T5"])
+def test_a_model_gets_back_what_it_had(model: Any) -> None:
+    if OLD and isinstance(model, transformers.T5Model):
+        pytest.skip("T5 computes its attention itself here")
+    inputs = PAIR if isinstance(model, transformers.T5Model) else TEXT
+    expected, before = run(model, **inputs), (repr(model), repr(model.config))
+    integration.apply(model, alpha=1.9)
+    integration.apply(model, learn=True)
+    assert not run(model, **inputs).equal(expected)
+    integration.restore(model)
+    assert run(model, **inputs).equal(expected)
+    assert (repr(model), repr(model.config)) == before
+    with pytest.raises(ValueError, match="was not set by apply"):
+        integration.restore(model)
+
+
+def test_names_are_forgotten() -> None:
+    model, other = llama(), llama()
+    name = integration.apply(model, alpha=1.25).name
+    integration.apply(other, alpha=2.0)
+    integration.unregister(name)
+    run(other, **TEXT)
+    with pytest.raises(KeyError):
+        run(model, **TEXT)
+    with pytest.raises(ValueError, match="name must be registered"):
+        integration.unregister(name)
+    integration.restore(model)
+    run(model, **TEXT)
+    integration.unregister()
+    with pytest.raises(KeyError):
+        run(other, **TEXT)
 
 
 # Modules that call our attention
@@ -753,7 +729,7 @@ PADDED = [
     ("GptOssForCausalLM", "GptOss", {**DECODER, **GPT_OSS, "sliding_window": 4}),
     ("Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4}),
     ("BertModel", "Bert", ENCODER),
-    ("ModernBertModel", "ModernBert", {**ENCODER, "local_attention": 4}),
+    ("ModernBertModel", "ModernBert", LOCAL),
     ("T5Model", "T5", T5),
     ("BartModel", "Bart", SEQ2SEQ),
 ]

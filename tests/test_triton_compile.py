@@ -207,6 +207,23 @@ ASKED: dict[str, tuple[dict[str, Any], tuple[Operand, ...]]] = {
 }
 
 
+def test_a_paged_cache_compiles(launches: list[Launch]) -> None:
+    ranges = Operand("ranges", torch.int32, PER_ROW)
+    asked = dataclasses.replace(
+        problem(128, torch.bfloat16, 1.5, False),
+        length_q=1,
+        length_k=1024,
+        page_size=16,
+        operands=(ranges, Operand("block_table", torch.int32, (True, True))),
+        needs_grad=False,
+    )
+    backend.precompile(asked, next(sizes.configs(asked, LIMITS[90])))
+    assert [kernel.__name__ for kernel, *_ in launches] == ["solve", "output", "output"]
+    for kernel, arguments, options in launches:
+        compiled = compile_for(90, kernel, arguments, options)
+        assert compiled.metadata.shared <= SHARED[90]
+
+
 @pytest.mark.parametrize(
     ("capability", "asked"), [*((90, asked) for asked in ASKED), (80, "added")]
 )
@@ -302,9 +319,13 @@ def test_registers_are_limited_where_that_was_measured() -> None:
         assert "maxnreg" not in sizes.launch_options(config, "grad_key_value")
 
 
-@pytest.mark.parametrize("alpha", [1.5, 1.25, 3.0])
-def test_rows_compile(alpha: float, launches: list[Launch]) -> None:
-    asked = RowProblem(100, 5000, torch.bfloat16, torch.device("cpu"), alpha, needs_grad=True)
+@pytest.mark.parametrize("alpha", [1.5, 1.25, 3.0, None])
+def test_rows_compile(alpha: float | None, launches: list[Launch]) -> None:
+    """``None`` has an alpha for each row."""
+    asked = RowProblem(
+        100, 5000, torch.bfloat16, torch.device("cpu"), alpha or 1.5, needs_grad=True,
+        alphas=alpha is None,
+    )  # fmt: skip
     backend.precompile(asked, backend.configs(asked)[0])
     assert len(launches) == 2
     for kernel, arguments, options in launches:

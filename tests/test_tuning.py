@@ -180,7 +180,7 @@ def test_groups_stay_groups() -> None:
 def test_the_cpu_backend_is_measured(dtype: torch.dtype, needs_grad: bool) -> None:
     attention = dataclasses.replace(problem(length=96), dtype=dtype, needs_grad=needs_grad)
     rows = RowProblem(4, 50, dtype, CPU, 1.5, needs_grad)
-    for asked in (attention, rows):
+    for asked in (attention, rows, dataclasses.replace(rows, alphas=True)):
         [outcome] = tuning.tune([(asked, {"cpu": cpu})], seconds=60)
         [record] = outcome.records
         assert record.config in cpu.configs(asked)

@@ -178,6 +178,8 @@ BAD_ATTENTION = [
     ("align", {"causal_align": "middle"}, ValueError, "causal_align", "'top-left'", "'middle'"),
     ("align type", {"causal_align": 1}, TypeError, "causal_align", "text", "1"),
     ("softcap -1", {"softcap": -1.0}, ValueError, "softcap", "at least 0", "-1.0"),
+    ("softcap huge", {"softcap": 4e38}, ValueError, "softcap", "3.4e+38", "4e+38"),
+    ("mask numpy", {"attn_mask": np.ones((5, 6), bool)}, TypeError, "attn_mask", "Tensor"),
     ("softcap nan", {"softcap": NAN}, ValueError, "softcap", "finite", "nan"),
     ("softcap text", {"softcap": "30"}, TypeError, "softcap", "real number", "'30'"),
     ("softcap bool", {"softcap": False}, TypeError, "softcap", "real number", "False"),
@@ -357,6 +359,13 @@ BAD_ENTMAX = [
     ("alpha 0.5", {"alpha": 0.5}, ValueError, "alpha", "at least 1", "0.5"),
     ("alpha nan", {"alpha": NAN}, ValueError, "alpha", "at least 1", "nan"),
     ("alpha str", {"alpha": "2"}, TypeError, "alpha", "real number", "'2'"),
+    ("alpha shape", {"alpha": tensor(3)}, ValueError, "alpha", "(2, 1)", "(3,)"),
+    ("alpha wide", {"alpha": tensor(2, 3)}, ValueError, "alpha", "(2, 1)", "(2, 3)"),
+    ("alpha rank", {"alpha": tensor(1, 2, 1)}, ValueError, "alpha", "(2, 1)", "(1, 2, 1)"),
+    ("alpha shape in dim", {"alpha": tensor(2, 1), "dim": 0}, ValueError, "(1, 3)", "(2, 1)"),
+    ("alpha int", {"alpha": tensor(2).int()}, TypeError, "alpha", "floating", "int32"),
+    ("alpha bool", {"alpha": tensor(2).bool()}, TypeError, "alpha", "floating", "bool"),
+    ("alpha meta", {"alpha": tensor(2).to("meta")}, ValueError, "alpha", "cpu", "meta"),
     ("dim none", {"dim": None}, TypeError, "dim", "int", "None"),
     ("dim np.bool_", {"dim": np.bool_(True)}, TypeError, "dim", "int"),
     ("dim np.float32", {"dim": np.float32(1)}, TypeError, "dim", "int"),
@@ -446,8 +455,9 @@ def test_every_function_of_a_call_takes_its_arguments() -> None:
     taken = asked(adasplash2.entmax_attention)
     assert asked(adasplash2.attention_stats) == asked(adasplash2.explain)
     assert asked(adasplash2.explain) == {k: v for k, v in taken.items() if k != "return_aux"}
-    # Operands and options whose public names are others.
+    # Operands and options whose public names are others, and what is said of a cache alone.
     others = {"scales", "alphas", "ranges", "dropout_seed", "window_left", "window_right"}
+    others |= {"block_table"} & set(asked(adasplash2.entmax_attention_with_kvcache))
     said = {"window", "q_lengths", "kv_lengths", "kv_starts", "return_aux"}
     assert set(taken) == {*Inputs._fields, *Options._fields} - others | said
     for name in Options._fields:

@@ -70,7 +70,8 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
 
 def versions() -> Mapping[str, str]:
     """See :meth:`adasplash2.contract.Backend.versions`."""
-    return {"core": _core_hash(), "isa": _core.isa(), "threads": str(torch.get_num_threads())}
+    threads = str(torch.get_num_threads()) if _core.OPENMP else "1 (built without OpenMP)"
+    return {"core": _core_hash(), "isa": _core.isa(), "threads": threads}
 
 
 def notes(problem: Problem | RowProblem, inputs: Inputs, config: Config) -> Sequence[str]:
@@ -120,7 +121,7 @@ def backward(
     """See :meth:`adasplash2.contract.Backend.backward`."""
     inputs, grad_out = _readable(inputs), _unit_stride(grad_out)
     device = problem.device
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs.tensors]
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs.tensors()]
     others = {name: _other_gradient(problem, inputs, name) for name in wanted} if wanted else {}
     asked = _asked(problem, inputs, config)
     if others:
@@ -163,7 +164,9 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     return AttentionStats(tau, support, iterations, empty, backend=name)
 
 
-def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
+def rows_forward(
+    problem: RowProblem, x: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
     """See :meth:`adasplash2.contract.Backend.rows_forward`."""
     shape = (problem.rows, problem.length)
     y = torch.empty(shape, dtype=problem.dtype, device=problem.device)
@@ -177,11 +180,14 @@ def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
         y.data_ptr(),
         torch.get_num_threads(),
         str(config["isa"]),
+        0 if alphas is None else alphas.data_ptr(),
     )
     return y
 
 
-def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
+def rows_backward(
+    problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
     """See :meth:`adasplash2.contract.Backend.rows_backward`."""
     y = y.contiguous()
     if problem.length > 1 and grad_y.stride(1) != 1:
@@ -198,6 +204,7 @@ def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
         grad_x.data_ptr(),
         torch.get_num_threads(),
         str(config["isa"]),
+        0 if alphas is None else alphas.data_ptr(),
     )
     return grad_x
 
@@ -221,7 +228,7 @@ def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
         "alpha": problem.alpha,
         "scale": problem.scores.scale,
         "is_causal": problem.scores.is_causal,
-        **{name: _reference(t) for name, t in zip(TENSORS, inputs.tensors, strict=True)},
+        **{name: _reference(t) for name, t in zip(TENSORS, inputs.tensors(), strict=True)},
         "threads": torch.get_num_threads(),
         "isa": str(config["isa"]),
     }
@@ -241,13 +248,23 @@ def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
 def _operands(inputs: Inputs) -> dict[str, _Operand]:
     given = {
         name: operand
-        for name, operand in zip(OPERANDS, inputs.operands, strict=True)
+        for name, operand in zip(OPERANDS, inputs.operands(), strict=True)
         if operand is not None
     }
+    given.pop("block_table", None)  # see _block_table
     if (ranges := given.pop("ranges", None)) is not None:
         # (batch, length_q) each: as (batch, no heads, length_q).
         given |= zip(("begins", "ends", "places"), ranges[:, :, None], strict=True)
     return {name: _operand(operand) for name, operand in given.items()}
+
+
+def _block_table(inputs: Inputs) -> tuple[int, int, int, int] | None:
+    """Address, batch stride, keys of a page and pages there are, as the core takes them."""
+    table = inputs.block_table
+    if table is None or table.numel() == 0:
+        return None
+    pages, _, page_size, _ = inputs.key.shape
+    return table.data_ptr(), table.stride(0), page_size, pages
 
 
 _Operand = tuple[int, str, tuple[int, int, int, int]]
@@ -285,6 +302,7 @@ def _run(
         support=support,
         iterations=iterations,
         tiles=tiles,
+        block_table=_block_table(inputs),
     )
     return out, tau, kept
 
@@ -305,13 +323,15 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _readable(inputs: Inputs) -> Inputs:
     """Copies where the core could not read the strides."""
-    tensors = map(_unit_stride, inputs.tensors)
-    if not inputs.has_operands:
+    tensors = map(_unit_stride, inputs.tensors())
+    if not inputs.has_operands():
         return Inputs(*tensors)
-    ranges = inputs.ranges
+    ranges, table = inputs.ranges, inputs.block_table
     if ranges is not None and ranges.stride(2) != 1:
         ranges = ranges.contiguous()
-    return Inputs(*tensors, *inputs.operands)._replace(ranges=ranges)
+    if table is not None and table.stride(1) != 1:
+        table = table.contiguous()
+    return Inputs(*tensors, *inputs.operands())._replace(ranges=ranges, block_table=table)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

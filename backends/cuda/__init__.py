@@ -152,12 +152,16 @@ def saved_bound(problem: Problem) -> int:
     return sizes.Saved(sizes.Counts.of(problem)).total
 
 
-def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
-    """Entmax of each row of ``x``."""
+def rows_forward(
+    problem: RowProblem, x: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
+    """Entmax of each row of ``x``; there are no ``alphas``, which :func:`refusals` sees to."""
     return rows.forward(problem, x)
 
 
-def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
+def rows_backward(
+    problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
     """Gradient of ``x`` from the output ``y`` and its gradient."""
     return rows.backward(problem, y, grad_y)
 

@@ -286,9 +286,9 @@ def backward(
     wanted: Collection[str] = (),
 ) -> Gradients:
     """Gradients of query, key and value."""
-    query, key, value, grad_out = (_unit_stride(x) for x in (*inputs.tensors, grad_out))
+    query, key, value, grad_out = (_unit_stride(x) for x in (*inputs.tensors(), grad_out))
     grad_query, grad_key, grad_value = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.tensors
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.tensors()
     )
     plan = plan_of(problem, config, configurations.is_aligned(query, key, value, grad_out))
     plan.saved.check(forward.saved)
@@ -339,7 +339,7 @@ def _forward(
     support: Tensor | None = None,
     saved_bytes: int = -1,
 ) -> Forward:
-    query, key, value = (_unit_stride(x) for x in inputs.tensors)
+    query, key, value = (_unit_stride(x) for x in inputs.tensors())
     plan = plan_of(problem, config, configurations.is_aligned(query, key, value))
     shape = (problem.batch, problem.heads_q, problem.length_q)
     device = problem.device

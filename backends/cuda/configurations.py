@@ -82,7 +82,7 @@ def notes(inputs: Inputs, config: Config) -> list[str]:
         return []
     return [
         f"rows of {name} do not all start on {ALIGNMENT} bytes: {dict(instead)} runs instead"
-        for name, x in zip(TENSORS, inputs.tensors, strict=True)
+        for name, x in zip(TENSORS, inputs.tensors(), strict=True)
         if (x.stride(-1) == 1 or x.size(-1) == 1) and not is_aligned(x)
     ]
 

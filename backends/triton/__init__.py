@@ -33,6 +33,7 @@ from adasplash2.problem import (
     Problem,
     RowProblem,
     float32_refusals,
+    seen_keys,
 )
 
 name = "triton"
@@ -129,12 +130,15 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
     meta: dict[str, Any] = {"dtype": problem.dtype, "device": "meta"}
     if isinstance(problem, RowProblem):
         x = torch.empty((problem.rows, problem.length), **meta)
-        rows.forward(problem, x, config, launch.compile_only)
+        alphas = torch.empty(problem.rows, device="meta") if problem.alphas else None
+        rows.forward(problem, x, config, launch.compile_only, alphas)
         if problem.needs_grad:
-            rows.backward(problem, x, x, config, launch.compile_only)
+            rows.backward(problem, x, x, config, launch.compile_only, alphas)
         return
     p = problem
     key_heads = (p.batch, p.heads_kv, p.length_k)
+    if p.page_size:
+        key_heads = (p.batch * (p.length_k // p.page_size), p.heads_kv, p.page_size)
     inputs = Inputs(
         torch.empty((p.batch, p.heads_q, p.length_q, p.head_dim), **meta),
         torch.empty((*key_heads, p.head_dim), **meta),
@@ -221,40 +225,33 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
 def _allowed_tiles(problem: Problem, inputs: Inputs, side: int) -> Tensor:
     """Tiles of ``side`` queries by ``side`` keys with a pair that may be seen: ``(batch,
     heads_q)``, of which either is 1 where it holds for all."""
-    ranges, mask = inputs.ranges, inputs.attn_mask
-    if ranges is None and mask is None:
+    if inputs.ranges is None and inputs.attn_mask is None:
         return torch.full((1, 1), problem.allowed_tiles(side), device=problem.device)
-    keys = torch.arange(problem.length_k, device=problem.device)
     count = torch.zeros((1, 1), dtype=torch.int64, device=problem.device)
     for first in range(0, problem.length_q, side):
         rows = slice(first, min(first + side, problem.length_q))
-        if ranges is not None:
-            begin, end = (part[:, None, rows, None] for part in ranges[:2])
-            seen = (keys >= begin) & (keys < end)
-        else:
-            limits = [problem.visible(i) for i in range(rows.start, rows.stop)]
-            begin, end = torch.tensor(limits, device=problem.device).T[:, None, None, :, None]
-            seen = (keys >= begin) & (keys < end)
-        if mask is not None:
-            of_rows = mask if mask.shape[2] == 1 else mask[:, :, rows]
-            seen = seen & (of_rows if mask.dtype == torch.bool else of_rows != -torch.inf)
-        seen = torch.nn.functional.pad(seen.any(dim=2), (0, -problem.length_k % side))
-        count = count + seen.unflatten(2, (-1, side)).any(dim=3).sum(dim=2)
+        seen = seen_keys(problem, inputs, rows).any(dim=-2)
+        seen = torch.nn.functional.pad(seen, (0, -problem.length_k % side))
+        count = count + seen.unflatten(-1, (-1, side)).any(dim=-1).sum(dim=-1)
     return count
 
 
-def rows_forward(problem: RowProblem, x: Tensor, config: Config) -> Tensor:
+def rows_forward(
+    problem: RowProblem, x: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
     """Entmax of each row of ``x``."""
     from adasplash2.backends.triton import launch, rows
 
-    return rows.forward(problem, x, config, launch.launch)
+    return rows.forward(problem, x, config, launch.launch, alphas)
 
 
-def rows_backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config) -> Tensor:
+def rows_backward(
+    problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config, alphas: Tensor | None = None
+) -> Tensor:
     """Gradient of ``x`` from the output ``y`` and its gradient."""
     from adasplash2.backends.triton import launch, rows
 
-    return rows.backward(problem, y, grad_y, config, launch.launch)
+    return rows.backward(problem, y, grad_y, config, launch.launch, alphas)
 
 
 def _limits(device: torch.device) -> sizes.Limits:

@@ -163,13 +163,13 @@ class Call:
         self.problem, self.config, self.run = problem, config, run
         self.dtype = sizes.kernel_dtype(problem.dtype)
         self.device = inputs.query.device
-        self.inputs = tuple(self.prepared(x) for x in inputs.tensors)
+        self.inputs = tuple(self.prepared(x) for x in inputs.tensors())
         self.plan = plan = _plan(problem, tuple(config.items()))
         self.grid, self.shape = plan.grid, plan.shape
         if problem.features:
-            operands = Inputs(*inputs.tensors, *map(_operand, inputs.operands))
+            operands = Inputs(*inputs.tensors(), *map(_operand, inputs.operands()))
             self.shape = self.shape._replace(terms=sizes.Terms.of(problem, operands))
-            more = *more, *(t for t in operands.operands if t is not None)
+            more = *more, *(t for t in operands.operands() if t is not None)
         self.compiled = plan.compiled_for((*self.inputs, *more))
         programs = sizes.residents(config, "solve") * _multiprocessors(problem.device)
         self.programs = min(programs, plan.grid.heads * plan.grid.row_blocks)

@@ -18,7 +18,9 @@ STEEP_TOLERANCE = 2.0**-24
 """The same above alpha = 2, either way: where no ``t`` comes so near, the bracket closes."""
 
 
-def forward(problem: RowProblem, x: Tensor, config: Config, run: Run) -> Tensor:
+def forward(
+    problem: RowProblem, x: Tensor, config: Config, run: Run, alphas: Tensor | None = None
+) -> Tensor:
     """Entmax of each row of ``x`` ``(rows, length)``."""
     x = x.to(kernel_dtype(x.dtype))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -31,7 +33,8 @@ def forward(problem: RowProblem, x: Tensor, config: Config, run: Run) -> Tensor:
         "c": problem.alpha - 1.0,
         "r": 1.0 / (problem.alpha - 1.0),
         "tolerance": tolerance,
-        "opt": RowOptions.of(problem),
+        "alphas": alphas,
+        "opt": _options(problem),
         "CHUNK": int(config["chunk"]),
         "MAX_STEPS": MAX_STEPS,
     }
@@ -40,7 +43,14 @@ def forward(problem: RowProblem, x: Tensor, config: Config, run: Run) -> Tensor:
     return y.to(problem.dtype)
 
 
-def backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config, run: Run) -> Tensor:
+def backward(
+    problem: RowProblem,
+    y: Tensor,
+    grad_y: Tensor,
+    config: Config,
+    run: Run,
+    alphas: Tensor | None = None,
+) -> Tensor:
     """Gradient of ``x`` from the output ``y`` and its gradient."""
     y, grad_y = y.contiguous().to(kernel_dtype(y.dtype)), grad_y.to(kernel_dtype(y.dtype))
     if problem.length > 1 and grad_y.stride(1) != 1:
@@ -53,12 +63,19 @@ def backward(problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config, run
         "stride_grad_y": grad_y.stride(0),
         "length": problem.length,
         "exponent": 2.0 - problem.alpha,
-        "opt": RowOptions.of(problem),
+        "alphas": alphas,
+        "opt": _options(problem),
         "CHUNK": int(config["chunk"]),
     }
     with on_device(problem.device):
         run(Launch(kernels.entmax_rows_grad, problem.rows, arguments, launch_options(config)))
     return grad_x.to(problem.dtype)
+
+
+def _options(problem: RowProblem) -> RowOptions:
+    if problem.alphas:
+        return RowOptions(alpha=0.0, steep=False, shallow=False, alphas=True)
+    return RowOptions.of(problem)
 
 
 def launch_options(config: Config) -> dict[str, int]:

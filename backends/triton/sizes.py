@@ -139,6 +139,25 @@ class Ranges(NamedTuple):
         return cls(tensor, part, 0 if tensor.shape[1] == 1 else batch, row)
 
 
+class Pages(NamedTuple):
+    """A ``block_table``, its strides by sequence and by page, keys of a page, and pages there
+    are."""
+
+    table: Tensor
+    batch: int
+    column: int
+    size: int
+    number: int
+
+    @classmethod
+    def of(cls, operands: Inputs) -> Pages | None:
+        table, (number, _, size, _) = operands.block_table, operands.key.shape
+        if table is None:
+            return None
+        batch, column = table.stride()
+        return cls(table, batch, column, size, number)
+
+
 class Terms(NamedTuple):
     """What a call asks beyond plain and causal attention, as kernels take it; None where it is not
     asked.
@@ -165,6 +184,7 @@ class Terms(NamedTuple):
     alphas: Spread | None = None
     ranges: Ranges | None = None
     seed: Spread | None = None
+    pages: Pages | None = None
 
     @classmethod
     def of(cls, problem: Problem, operands: Inputs) -> Terms | None:
@@ -189,6 +209,7 @@ class Terms(NamedTuple):
             alphas=Spread.of(operands.alphas),
             ranges=Ranges.of(operands.ranges),
             seed=Spread.of(operands.dropout_seed),
+            pages=Pages.of(operands),
         )
 
 
@@ -254,7 +275,8 @@ class Options(NamedTuple):
     :class:`Terms`; ``lower`` and ``upper``, that something limits the keys on this side;
     ``hides``, a mask of booleans; ``adds``, one that is added; ``masked``, either. ``scored``: see
     :func:`is_scored`; ``biased``: something is added to scores; ``local``: slopes keep far keys out
-    of the support; ``scattered``: a row may see other keys than leading ones."""
+    of the support; ``scattered``: a row may see other keys than leading ones; ``paged``: keys and
+    values lie in pages."""
 
     block_q: int
     block_k: int
@@ -288,6 +310,7 @@ class Options(NamedTuple):
     biased: bool
     local: bool
     scattered: bool
+    paged: bool
 
     @classmethod
     def of(cls, problem: Problem, config: Config) -> Options:
@@ -330,8 +353,9 @@ class Options(NamedTuple):
             dropout=said.dropout_p != 0.0,
             scored=scored,
             biased=mask is not None or alibi,
-            local=alibi and mask is None,
+            local=alibi and mask is None and not problem.page_size,  # norms of all pages would cost
             scattered=is_scattered(problem),
+            paged=problem.page_size > 0,
         )
 
 

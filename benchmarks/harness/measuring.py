@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from harness.budget import BUDGET_MS, WARM_UPS, Budget, time_limit
 from harness.cases import Case, Inputs
@@ -19,6 +21,10 @@ from harness.timing import TIMED, Timing, clock, parts, summary
 
 ROUNDS_SHARE = 0.25
 """Part of what is left of the budget that the rounds of one group of cases may take."""
+
+
+def _not_here(*_: Any) -> Tensor:
+    raise NotImplementedError("this contender was read from results")
 
 
 @dataclass
@@ -44,6 +50,14 @@ class Measurement:
     @property
     def backward(self) -> float:
         return self.times[BACKWARD].median
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], case: type[Case]) -> Measurement:
+        """From :meth:`record`. Its contender has a name alone: nothing is measured again."""
+        times = {mode: Timing(**timing) for mode, timing in record["milliseconds"].items()}
+        contender = Contender(record["contender"], _not_here)
+        error, peak = record["relative_error"], record["peak_bytes"]
+        return cls(case(**record["case"]), contender, error, times, peak)
 
     def record(self) -> dict[str, object]:
         """As it stands in JSON."""

@@ -21,6 +21,11 @@ COLOURS = {
     "adasplash-v1": "#9a9a3c",
     "adasplash-v2": "#5c5c1c",
     "dense": "#777777",
+    "dense-bisect": "#b0b0b0",
+    "softmax": "#1f4e8c",
+    "entmax": "#777777",
+    "entmax-bisect": "#b0b0b0",
+    "adasplash": "#9a9a3c",
 }
 """A contender has one colour in all pictures; others take those of the cycle."""
 
@@ -74,7 +79,7 @@ def canvas(
         title_fontsize=7,
         frameon=False,
     )
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     progress(f"wrote {path}")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,8 +33,19 @@ class Run:
         self.environment = environment(options.device)
         self.measurements: list[Measurement] = []
         self.left_out: list[LeftOut] = []
-        self.results: dict[str, object] = {}
+        self.results: dict[str, Any] = {}
         print(describe(self.environment), flush=True)
+
+    @classmethod
+    def read(cls, path: Path, case: type[Case]) -> Run:
+        """The run that wrote ``path``, whose cases are ``case``, as far as pictures need it."""
+        kept = json.loads(path.read_text())
+        run = cls.__new__(cls)
+        run.options = argparse.Namespace(**kept["arguments"])
+        run.environment = kept["environment"]
+        run.measurements = [Measurement.of(record, case) for record in kept["measurements"]]
+        run.results = kept["results"]
+        return run
 
     def measure(
         self, cases: Sequence[Case], contenders: Iterable[Contender], peak_memory: bool = False

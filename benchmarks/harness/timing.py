@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,35 @@ class Timing(NamedTuple):
 
 def summary(times: Sequence[float]) -> Timing:
     return Timing(statistics.median(times), min(times), max(times), len(times))
+
+
+WARM_UPS = 3
+"""Rounds of :func:`side_by_side` that are not counted."""
+
+
+def side_by_side(
+    calls: dict[str, Callable[[], object]], device: str, rounds: int
+) -> dict[str, Timing]:
+    """Calls made in turn: on a GPU, the time of its work."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(WARM_UPS + rounds):
+        for name, call in calls.items():
+            if device == "cuda":
+                torch.cuda._sleep(HOST_AHEAD_CYCLES)
+                torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                call()
+                end.record()
+                torch.cuda.synchronize()
+                taken = begin.elapsed_time(end)
+            else:
+                began = time.perf_counter()
+                call()
+                taken = 1e3 * (time.perf_counter() - began)
+            if turn >= WARM_UPS:
+                times[name].append(taken)
+    return {name: summary(taken) for name, taken in times.items()}
 
 
 def clock(case: Case, contender: Contender, inputs: Inputs, mode: str) -> float:

@@ -5,6 +5,7 @@ Start at :func:`entmax_attention`.
 
 from importlib.metadata import version
 
+from adasplash2 import nn
 from adasplash2.auxiliary import AttentionAux
 from adasplash2.contract import AttentionStats
 from adasplash2.dispatch import BackendRefused, BackendStatus, Explanation, available_backends
@@ -14,6 +15,7 @@ from adasplash2.functional import (
     entmax15,
     entmax_attention,
     entmax_attention_varlen,
+    entmax_attention_with_kvcache,
     explain,
     sparsemax,
 )
@@ -35,6 +37,8 @@ __all__ = [
     "entmax15",
     "entmax_attention",
     "entmax_attention_varlen",
+    "entmax_attention_with_kvcache",
     "explain",
+    "nn",
     "sparsemax",
 ]

@@ -7,6 +7,7 @@ _Operand = tuple[int, str, tuple[int, int, int, int]]
 """Address, dtype and strides (batch, head, query, key), 0 where one entry holds for all."""
 
 LIST_CAPACITY: int
+OPENMP: bool
 TILE_ROWS: int
 
 def usable_isas() -> list[str]: ...
@@ -60,7 +61,13 @@ def attention_forward(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     operands: dict[str, _Operand] = {},
-) -> Kept | None: ...
+    block_table: tuple[int, int, int, int] | None = None,
+) -> Kept | None:
+    """With a ``block_table`` (address of int32 ``(batch, pages)`` with unit stride, batch stride,
+    rows of a page, pages of the cache) the batch strides of ``key`` and ``value`` are those of
+    pages, and ``length_k`` is at most what the table's pages hold. It is for calls without
+    gradients or statistics."""
+
 def attention_backward(
     dims: _Dims,
     dtype: str,
@@ -95,6 +102,7 @@ def entmax_forward(
     y: int,
     threads: int,
     isa: str,
+    alphas: int = 0,
 ) -> None: ...
 def entmax_backward(
     rows: int,
@@ -107,4 +115,5 @@ def entmax_backward(
     grad_x: int,
     threads: int,
     isa: str,
+    alphas: int = 0,
 ) -> None: ...

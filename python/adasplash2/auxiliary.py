@@ -16,10 +16,11 @@ CHUNK = 2**24
 """Scores that are held at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionAux:
     """Comes with the output where ``return_aux`` asks for it. ``B, H, L`` are batch, query heads
-    and query length. Nothing here has a gradient.
+    and query length. Nothing here has a gradient. What is found later is found from the tensors of
+    the call: do not change these in place before.
 
     Attributes:
         tau: ``(B, H, L)``, threshold of ``(alpha-1) * s`` in float32, or float64 for float64;
@@ -55,7 +56,7 @@ class AttentionAux:
         p = self._problem
         counts, columns, values = [], [], []
         rows = max(1, CHUNK // max(1, p.batch * p.heads_q * p.length_k))
-        for first in range(0, p.length_q, rows):
+        for first in range(0, max(p.length_q, 1), rows):  # once, also where there are none
             found = self._of_rows(slice(first, min(first + rows, p.length_q)))
             places = found.nonzero()
             counts.append((found != 0).sum(dim=3))

@@ -1,8 +1,8 @@
 """The command ``adasplash2``: what works here, what would run, measure, look into the cache.
 
 Exit codes: 0 for success; 1 where the answer is no (nothing can run the call, nothing could be
-measured); 2 for a wrong command line; 3 where the cache could not be written, read or deleted; 130
-after Ctrl-C.
+measured, memory did not suffice); 2 for a wrong command line; 3 where the cache could not be
+written, read or deleted; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import logging
 import math
 import os
 import platform
+import re
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -28,10 +30,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
-from adasplash2 import _core, cache, dispatch, records, tuning
+from adasplash2 import _core, cache, dispatch, failures, records, tuning
 from adasplash2 import features as feature_table
 from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend
@@ -58,6 +60,9 @@ BENCH_ROUNDS = 5
 WIDE = 200
 """Columns of what goes to a file or a pipe, where ``COLUMNS`` says nothing."""
 
+ABSOLUTE = re.compile(r"""(['"])~?/.*?\1|(?<![\w.)\]])~?/[^\s'"(),;]+""")
+"""A path from the root or a home: quoted, as errors have it, or up to the next blank."""
+
 MAX_SHOWN = 200
 """Characters of a configuration: what a record may hold is longer."""
 
@@ -70,6 +75,18 @@ def alpha_option(context: click.Context, parameter: click.Parameter, value: floa
         return check_alpha(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+class Finite(click.FloatRange):
+    """Neither NaN nor infinite, for which every comparison of a range is false or idle."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"must be a finite number, got {value}", param, ctx)
+        return number
 
 
 class Shape(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -101,7 +118,8 @@ class Device(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
             device = torch.device(value)
         except RuntimeError:
             device = torch.device("meta")
-        if device.type not in ("cpu", "cuda"):
+        known = device.type == "cuda" or (device.type == "cpu" and device.index is None)
+        if not known or str(device) != value:  # torch reads 300 as another number
             self.fail(f"must be cpu, cuda or cuda:N, got {value!r}", param, ctx)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", 0)
@@ -117,12 +135,16 @@ def present(device: torch.device | None) -> torch.device:
     device = device or default_device()
     count = torch.cuda.device_count()
     if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= count):
-        raise click.BadParameter(f"{device} is not here: torch sees {count} CUDA devices")
+        raise click.BadParameter(
+            f"{device} is not here: torch sees {count} CUDA devices", param_hint="'--device'"
+        )
     return device
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-device_option = click.option("--device", type=Device(), help="Default: a GPU if there is one.")
+device_option = click.option(
+    "--device", type=Device(), metavar=Device.name, help="Default: a GPU if there is one."
+)
 
 
 def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,8 +182,13 @@ class Call:
         batch, heads, length, width = self.shape
         keys = (batch, self.heads_kv or heads, self.length_k or length, width)
         dtype = DTYPE_NAMES[self.dtype]
-        query = torch.empty(self.shape, dtype=dtype, device="meta")
-        key = torch.empty(keys, dtype=dtype, device="meta")
+        try:
+            query = torch.empty(self.shape, dtype=dtype, device="meta")
+            key = torch.empty(keys, dtype=dtype, device="meta")
+        except (RuntimeError, TypeError):  # whose words are torch's inside
+            raise click.UsageError(
+                f"{self.shape} with keys {keys} is larger than any tensor"
+            ) from None
         try:
             problem = attention_problem(
                 Inputs(query, key, key),
@@ -176,20 +203,32 @@ class Call:
         return dataclasses.replace(problem, device=self.device)
 
 
-class _Interruptible(click.Group):
-    """Ctrl-C is no answer: click would exit with 1."""
+class _Main(click.Group):
+    """Ctrl-C is no answer: click would exit with 1. And what is larger than the memory is no bug
+    that a traceback would tell of."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             _fail("interrupted", INTERRUPTED)
+        except Exception as error:
+            if isinstance(error, click.ClickException) or not failures.may_pass(error):
+                raise
+            lines = str(error).splitlines() or [type(error).__name__]
+            _fail(f"this is more than the machine has to give now: {lines[0]}", NO)
 
 
-@click.group(cls=_Interruptible, context_settings={"help_option_names": ["-h", "--help"]})
+def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Without the line of source that made it, which says nothing to who typed a command."""
+    return f"warning: {message}\n"
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("adasplash2"), prog_name="adasplash2")
 def main() -> None:
     """Exact sparse attention: what runs here, how fast, and what is remembered of it."""
+    warnings.formatwarning = _format_warning
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files and devices hold what they like
             stream.reconfigure(errors="backslashreplace")
@@ -199,58 +238,119 @@ def main() -> None:
             each.width = int(columns) if columns.isdecimal() and int(columns) else WIDE
 
 
-@main.command()
+@main.command(short_help="Versions, devices, backends, the cache.")
 @json_option
 def info(as_json: bool) -> None:
     """Versions, devices, backends and why each is or is not usable, the cache.
 
     Exits with 1 if no backend is usable, or the one that the environment forces is not.
     """
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    backends = dispatch.available_backends()
-    found = {
+    found = _state()
+    if as_json:
+        _print_json(found)
+    else:
+        _print_rows(_rows(found))
+    asked = [s for s in found["backends"] if dispatch.FORCED in (None, s["name"])]
+    if not any(status["usable"] for status in asked):
+        sys.exit(NO)
+
+
+def _devices() -> list[torch.device]:
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu"), *gpus]
+
+
+def _state() -> dict[str, Any]:
+    """What is installed, here and set."""
+    return {
         "adasplash2": importlib.metadata.version("adasplash2"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "devices": [{"device": str(device), **records.identity(device)} for device in devices],
+        "packages": _versions(),
+        "devices": [{"device": str(device), **records.identity(device)} for device in _devices()],
         "threads": torch.get_num_threads(),
-        "backends": [dataclasses.asdict(status) for status in backends],
+        "backends": [dataclasses.asdict(status) for status in dispatch.available_backends()],
         "backend_versions": {
             name: _backend_versions(module) for name, module in dispatch.usable().items()
         },
         "forced_backend": dispatch.FORCED,
         "autotune": dispatch.AUTOTUNE,
         "cache": str(cache.directory()),
+        "cache_trouble": _cache_trouble(),
         "environment": _environment(),
     }
+
+
+def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What :func:`_state` found, as heads and words."""
+    yield "adasplash2", f"{found['adasplash2']} on Python {found['python']}"
+    for name, version in found["packages"].items():
+        yield name, version or "not installed"
+    for device in found["devices"]:
+        yield device["device"], ", ".join(v for k, v in device.items() if k != "device")
+    yield "threads", str(found["threads"])
+    for status in found["backends"]:
+        versions = found["backend_versions"].get(status["name"], {})
+        words = ", ".join(f"{name} {value}" for name, value in versions.items())
+        usable = "usable" if status["usable"] else "not usable"
+        yield (
+            f"backend {status['name']}",
+            f"{usable}: {status['reason']}" + (words and f" ({words})"),
+        )
+    yield "autotune", found["autotune"]
+    trouble = found["cache_trouble"]
+    yield "cache", found["cache"] + (f": cannot be used, {trouble}" if trouble else "")
+    for setting in found["environment"]:
+        trouble = f": {setting['trouble']}" if setting["trouble"] else ""
+        yield setting["variable"], f"{_shown(setting['value'])}{trouble}"
+
+
+@main.command(short_help="What a bug report needs.")
+@json_option
+def report(as_json: bool) -> None:
+    """What a bug report needs: versions, devices, who would run a call, what the cache holds.
+
+    Names no folder, and of the environment the library's own variables alone.
+    """
+    found = {**_state(), "platform": platform.platform()}
+    kept = _kept()
+    valid = sum(ok for *_, ok in kept)
+    sizes = cache.sizes()
+    found["cache"] = (
+        f"{len(sizes)} files, {_mebibytes(sizes)}, {len(kept)} records, {valid} of these versions"
+    )
+    device = default_device()
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    sample = Call((1, 8, 4096, 64), None, None, dtype, True, 1.5, True, device).problem()
+    try:
+        told = dispatch.explain(sample)
+    except ValueError as error:  # of a backend that is forced and is none
+        told = dispatch.Explanation(dispatch.describe(sample), None, {}, notes=(str(error),))
+    found["sample"] = dataclasses.asdict(told)
+    for setting in found["environment"]:
+        if setting["variable"] == cache.VARIABLE:
+            setting["value"] = "PATH"  # whatever it is
+    found = _without_paths(found)
     if as_json:
         _print_json(found)
-    else:
-        table = _table("", "")
-        table.add_row("adasplash2", f"{found['adasplash2']} on Python {found['python']}")
-        for name in PACKAGES:
-            table.add_row(name, _version(name) or "not installed")
-        for device in devices:
-            words = ", ".join(records.identity(device).values())
-            table.add_row(str(device), words)
-        table.add_row("threads", str(found["threads"]))
-        for status in backends:
-            versions = found["backend_versions"].get(status.name, {})  # type: ignore[attr-defined]
-            words = ", ".join(f"{name} {value}" for name, value in versions.items())
-            usable = "usable" if status.usable else "not usable"
-            table.add_row(
-                f"backend {status.name}", f"{usable}: {status.reason}" + (words and f" ({words})")
-            )
-        table.add_row("autotune", dispatch.AUTOTUNE)
-        table.add_row("cache", str(cache.directory()))
-        for setting in _environment():
-            trouble = f": {setting['trouble']}" if setting["trouble"] else ""
-            table.add_row(setting["variable"], f"{_shown(setting['value'])}{trouble}")
-        console.print(table)
-    asked = [s for s in backends if dispatch.FORCED in (None, s.name)]
-    if not any(status.usable for status in asked):
-        sys.exit(NO)
+        return
+    rows = [*_rows(found), ("platform", found["platform"])]
+    rows += [(head, _without_paths(text)) for head, text in told.rows()]
+    _print_rows(rows)
+
+
+def _without_paths(found: Any) -> Any:
+    """``found``, at any depth, with a word for every absolute path: whose folders they are is not
+    for a report."""
+    if isinstance(found, Mapping):
+        return {key: _without_paths(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_without_paths(value) for value in found]
+    if not isinstance(found, str):
+        return found
+    folder = cache.directory()
+    for path in (folder, *folder.parents[:-1]):  # the root is in too many words
+        found = found.replace(str(path), "PATH")
+    return ABSOLUTE.sub("PATH", found)
 
 
 def _environment() -> list[dict[str, Any]]:
@@ -288,7 +388,7 @@ def _log_trouble(value: str) -> str | None:
     return None if value.lower() in names else f"must be one of {', '.join(names)}"
 
 
-def _cache_trouble(value: str) -> str | None:
+def _cache_trouble(value: str = "") -> str | None:
     try:
         cache.check()
     except OSError as error:
@@ -313,7 +413,7 @@ def _backend_versions(module: Backend) -> dict[str, str]:
         return {"unknown": f"({error})"}
 
 
-@main.command()
+@main.command(short_help="Which backend would run a call, and why.")
 @click.option("--shape", type=Shape(), required=True, help="Of the query.")
 @call_options
 @click.option("--backend", help="Ask this one alone.")
@@ -331,13 +431,13 @@ def explain(backend: str | None, as_json: bool, device: torch.device | None, **c
     if as_json:
         _print_json({"problem_class": records.problem_class(problem), **dataclasses.asdict(told)})
     else:
-        console.print(str(told), soft_wrap=True)
+        _print_rows(told.rows())
     if told.chosen is None:
         sys.exit(NO)
 
 
-@main.command()
-@click.option("--markdown", is_flag=True, help="Print the table as README has it.")
+@main.command(short_help="What each backend computes.")
+@click.option("--markdown", is_flag=True, help="Print the table as the documentation has it.")
 @json_option
 def features(markdown: bool, as_json: bool) -> None:
     """What each backend computes, on whatever device, and why not the rest.
@@ -368,12 +468,12 @@ def features(markdown: bool, as_json: bool) -> None:
     _print_record("", *reasons)
 
 
-@main.command()
+@main.command(short_help="Measure backends here, keep the fastest.")
 @click.option("--quick", is_flag=True, help="A few common shapes: a minute on a CPU, two on a GPU.")
 @click.option("--shape", "shapes", type=Shape(), multiple=True, help="This query; repeatable.")
 @call_options
 @click.option("--backend", help="Measure this one alone.")
-@click.option("--seconds", type=click.FloatRange(1), help="Budget; default: by device.")
+@click.option("--seconds", type=Finite(1), help="Budget; default: by device.")
 @json_option
 def tune(
     quick: bool,
@@ -389,6 +489,10 @@ def tune(
     Without --shape it takes common shapes, whose dtype, alpha and masks are its own. Exits with 1
     if some class of problems found no time or no backend, with 3 if the cache cannot be written.
     """
+    if shapes and call["alpha"] == 1.0:
+        raise click.BadParameter(
+            "1 is softmax, which torch computes: there is nothing to choose", param_hint="'--alpha'"
+        )
     device = present(device)
     budget = seconds or (QUICK_SECONDS if quick else SECONDS)[device.type]
     problems: list[Problem | RowProblem] = [
@@ -397,6 +501,8 @@ def tune(
     if backend is not None and backend not in REGISTRY:
         names = ", ".join(REGISTRY)
         raise click.BadParameter(f"--backend must be one of {names}, got {backend!r}")
+    if trouble := _cache_trouble():
+        errors.print(f"what is measured will not be kept: {trouble}", soft_wrap=True)
     able = [(problem, dispatch.able(problem, backend)) for problem in problems]
     with _progress(as_json) as progress:
         outcomes = list(tuning.tune(able, seconds=budget, progress=progress))
@@ -406,13 +512,23 @@ def tune(
         _print_json({"outcomes": [_outcome(o) for o in outcomes], "kept": kept})
     else:
         _print_outcomes(outcomes)
-        where = f" in {records.Store(device).path}" if kept else ""
+        where = f" in {records.Store(device).path}" if found and kept else ""
         console.print(f"{len(found)} records{where}", soft_wrap=True)
     if not kept:
         _fail("the records could not be kept: see the warning above", CACHE_FAILED)
-    missing = [outcome.problem_class for outcome in outcomes if not outcome.records]
+    missing = [outcome for outcome in outcomes if not outcome.records]
+    for outcome in missing:
+        asked = dispatch.explain(outcome.problem, backend)
+        against = [
+            f"{name}: {reason}"
+            for name, reasons in asked.others
+            if backend in (None, name)
+            for reason in reasons
+        ]
+        why = "time was up" if dispatch.able(outcome.problem, backend) else "; ".join(against)
+        errors.print(f"nothing was measured for {outcome.problem_class}: {why}", soft_wrap=True)
     if missing:
-        _fail(f"nothing was measured for: {'; '.join(missing)}", NO)
+        sys.exit(NO)
 
 
 def common_problems(device: torch.device, quick: bool) -> Iterator[Problem | RowProblem]:
@@ -435,7 +551,7 @@ def common_problems(device: torch.device, quick: bool) -> Iterator[Problem | Row
         yield RowProblem(4096, 4096, DTYPE_NAMES[dtype], device, 1.5, needs_grad=True)
 
 
-@main.group("cache")
+@main.group("cache", short_help="What is kept: measured speeds, kernels.")
 def cache_group() -> None:
     """The folder with measured speeds and compiled kernels."""
 
@@ -446,17 +562,25 @@ def path() -> None:
     click.echo(os.fsencode(cache.directory()))
 
 
-@cache_group.command()
+def _kept() -> list[tuple[torch.device, records.Record, bool]]:
+    """The records of this machine's devices, and whether each is of what is installed."""
+    valid = dispatch.usable()
+    return [
+        (device, record, _is_valid(record, valid.get(record.backend)))
+        for device in _devices()
+        for record in records.Store(device)
+    ]
+
+
+def _mebibytes(sizes: Sequence[int]) -> str:
+    return f"{sum(sizes) / 2**20:.1f} MiB"
+
+
+@cache_group.command(short_help="The records, and the size of all.")
 @json_option
 def show(as_json: bool) -> None:
     """The records of this machine's devices, and the size of everything kept."""
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    found = [(device, record) for device in devices for record in records.Store(device)]
-    valid = dispatch.usable()
-    rows = [
-        (device, record, _is_valid(record, valid.get(record.backend))) for device, record in found
-    ]
+    rows = _kept()
     try:
         cache.kept_parts()
     except OSError as error:
@@ -479,14 +603,17 @@ def show(as_json: bool) -> None:
     for device, record, ok in rows:
         _print_record(
             f"{device}: {record.problem_class}",
-            f"{record.backend}: {record.milliseconds:.3g} ms, default ms "
-            f"{record.default_milliseconds:.3g}, {_words(record.config)}"
+            f"{record.backend}: {_ms(record.milliseconds)} ms, default ms "
+            f"{_ms(record.default_milliseconds)}, {_words(record.config)}"
             + ("" if ok else ", of other versions: not used"),
         )
+    folder = cache.directory()
     if not rows:
-        console.print("no records: adasplash2 tune makes them")
-    size = f"{len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB"
-    console.print(f"{size} in {cache.directory()}", soft_wrap=True)
+        console.print("no records of speeds: adasplash2 tune makes them")
+    if sizes:
+        console.print(f"{len(sizes)} files, {_mebibytes(sizes)} in {folder}", soft_wrap=True)
+    else:
+        console.print(f"nothing is kept in {folder}", soft_wrap=True)
 
 
 @cache_group.command()
@@ -508,14 +635,16 @@ def clear(yes: bool) -> None:
     console.print(f"deleted {words} in {folder}", soft_wrap=True)
 
 
-@main.command()
+@main.command(short_help="Time it beside torch's SDPA.")
 @click.option("--length", "lengths", type=click.IntRange(1), multiple=True, help="Repeatable.")
 @click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPE_NAMES)), help="Default: by device.")
 @click.option("--causal/--no-causal", default=True, show_default=True)
 @click.option("--alpha", type=float, default=1.5, show_default=True, callback=alpha_option)
-@click.option("--sharpness", type=float, default=4.0, show_default=True, help="Queries times this.")
+@click.option(
+    "--sharpness", type=Finite(), default=4.0, show_default=True, help="Queries times this."
+)
 @device_option
 @json_option
 def bench(
@@ -559,7 +688,7 @@ def bench(
         cells = [str(row["length"]), row["backend"]]
         for mode in ("forward", "forward+backward"):
             ours, sdpa = row[mode]["adasplash2"], row[mode]["sdpa"]
-            cells += [f"{ours:.3g}", f"{sdpa:.3g}", f"{ours / sdpa:.2f}"]
+            cells += [_ms(ours), _ms(sdpa), f"{ours / sdpa:.2f}"]
         table.add_row(*cells)
     console.print(table)
 
@@ -591,10 +720,13 @@ def _compare(
         enable_gqa=False,
         needs_grad=True,
     )
-    told = dispatch.explain(problem)
+    try:
+        told = dispatch.explain(problem)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     if told.chosen is None:
         _fail(str(told), NO)
-    found: dict[str, Any] = {"backend": told.chosen}
+    found: dict[str, Any] = {"backend": "sdpa" if alpha == 1.0 else told.chosen}
     for mode in ("forward", "forward+backward"):
         leaves = [t.detach().requires_grad_(mode != "forward") for t in (query, key, value)]
 
@@ -624,7 +756,8 @@ def _progress(quiet: bool) -> Iterator[tuning.Progress]:
 
         yield tell
         return
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1))
+    columns = (BarColumn(bar_width=10), text, TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
@@ -640,8 +773,8 @@ def _print_outcomes(outcomes: Sequence[tuning.Outcome]) -> None:
         for record in outcome.records:
             candidates = [t for t in outcome.trials if t.backend == record.backend and any(t.times)]
             lines.append(
-                f"{record.backend}: default ms {record.default_milliseconds:.3g}, "
-                f"tuned ms {record.milliseconds:.3g}, "
+                f"{record.backend}: default ms {_ms(record.default_milliseconds)}, "
+                f"tuned ms {_ms(record.milliseconds)}, "
                 f"{record.default_milliseconds / record.milliseconds:.2f}x, "
                 f"{len(candidates)} candidates, {_words(record.config)}"
             )
@@ -693,6 +826,18 @@ def _table(*heads: str) -> Table:
     return table
 
 
+def _print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    table = _table("", "")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _ms(milliseconds: float) -> str:
+    """Three digits, or all before the point: never an exponent, which takes columns."""
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
 def _words(config: Any) -> str:
     return _shown(", ".join(f"{name}={value}" for name, value in config.items()) or "-")
 
@@ -701,10 +846,12 @@ def _shown(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
-def _version(package: str) -> str | None:
-    """Of what is installed as ``package``; CuPy's wheels are named after the CUDA release."""
-    found = importlib.metadata.packages_distributions().get(package)
-    return importlib.metadata.version(found[0]) if found else None
+def _versions() -> dict[str, str | None]:
+    """Of :data:`PACKAGES`, None where one is not installed. CuPy's wheels are named after the CUDA
+    release; which one torch is built for only torch itself tells."""
+    wheels = importlib.metadata.packages_distributions()
+    found = {n: importlib.metadata.version(wheels[n][0]) if n in wheels else None for n in PACKAGES}
+    return {**found, "torch": str(torch.__version__)}
 
 
 def _print_json(data: Any) -> None:

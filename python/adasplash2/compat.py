@@ -174,21 +174,42 @@ triton_entmax_v2 = triton_entmax
 def triton_entmax_v1(
     x: Tensor, alpha: float = 1.5, n_iter: int = 10, fast_math: bool = True
 ) -> Tensor:
-    """:func:`triton_entmax`."""
+    """:func:`triton_entmax`.
+
+    Example:
+        >>> import torch
+        >>> from adasplash2.compat import triton_entmax_v1
+        >>> triton_entmax_v1(torch.tensor([1.0, 1.0, -1.0]))
+        tensor([0.5000, 0.5000, 0.0000])
+    """
     return triton_entmax(x, alpha, n_iter, fast_math=fast_math)
 
 
 def triton_sparsemax(
     x: Tensor, *, n_iter: int = 2, use_histogram: bool = True, fast_math: bool = False
 ) -> Tensor:
-    """:func:`triton_entmax` with ``alpha = 2``."""
+    """:func:`triton_entmax` with ``alpha = 2``.
+
+    Example:
+        >>> import torch
+        >>> from adasplash2.compat import triton_sparsemax
+        >>> triton_sparsemax(torch.tensor([0.5, 0.25, -1.0]))
+        tensor([0.6250, 0.3750, 0.0000])
+    """
     return triton_entmax(x, 2.0, n_iter, use_histogram, fast_math)
 
 
 def triton_entmax15(
     x: Tensor, *, n_iter: int = 2, use_histogram: bool = True, fast_math: bool = False
 ) -> Tensor:
-    """:func:`triton_entmax` with ``alpha = 1.5``."""
+    """:func:`triton_entmax` with ``alpha = 1.5``.
+
+    Example:
+        >>> import torch
+        >>> from adasplash2.compat import triton_entmax15
+        >>> triton_entmax15(torch.tensor([1.0, 1.0, -1.0]))
+        tensor([0.5000, 0.5000, 0.0000])
+    """
     return triton_entmax(x, 1.5, n_iter, use_histogram, fast_math)
 
 

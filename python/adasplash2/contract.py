@@ -65,6 +65,13 @@ class AttentionStats:
         empty_tiles: ``(B, H)`` float64, share of the 64x64 tiles with at least one allowed
             pair in which every probability is zero; 0 where there is no such pair.
         backend: name of the backend that ran.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> eye = 9.0 * torch.eye(4, 16)[None, None]  # each query is like one key
+        >>> stats = adasplash2.attention_stats(eye, eye, eye)
+        >>> stats.support, stats.empty_tiles, stats.backend
+        (tensor([[[1, 1, 1, 1]]], dtype=torch.int32), tensor([[0.]], dtype=torch.float64), 'cpu')
     """
 
     tau: Tensor
@@ -137,10 +144,19 @@ class Backend(Protocol):
     def stats(self, problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         """A forward that records what it did."""
 
-    def rows_forward(self, problem: RowProblem, x: Tensor, config: Config) -> Tensor:
-        """Entmax of each row of ``x`` ``(rows, length)``, whose last stride is 1."""
+    def rows_forward(
+        self, problem: RowProblem, x: Tensor, config: Config, alphas: Tensor | None = None
+    ) -> Tensor:
+        """Entmax of each row of ``x`` ``(rows, length)``, whose last stride is 1; ``alphas``, where
+        ``problem.alphas``, is contiguous ``(rows,)`` in the compute dtype. A row whose alpha is not
+        in (1, 2] is NaN."""
 
     def rows_backward(
-        self, problem: RowProblem, y: Tensor, grad_y: Tensor, config: Config
+        self,
+        problem: RowProblem,
+        y: Tensor,
+        grad_y: Tensor,
+        config: Config,
+        alphas: Tensor | None = None,
     ) -> Tensor:
         """Gradient of ``x`` from the output ``y`` and its gradient, both ``(rows, length)``."""

@@ -1,7 +1,8 @@
 """Scores of some queries against all keys, with torch's own operators: slow, plain, with gradients.
 
-For what is looked at rather than trained on (:class:`adasplash2.auxiliary.AttentionAux`), and for
-softmax with what SDPA does not know. The kernels of the backends do not use it.
+For what is looked at rather than trained on (:class:`adasplash2.auxiliary.AttentionAux`), for
+weights that are asked for densely, and for softmax with what SDPA does not know. The kernels of the
+backends do not use it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adasplash2.problem import Inputs, Problem
+from adasplash2 import ops
+from adasplash2.problem import Inputs, Problem, places, rows_of, seen_keys
 
 
 def scores(
@@ -22,41 +24,44 @@ def scores(
     a key may not be seen. See :class:`adasplash2.problem.ScoreTransform`."""
     p, said = problem, problem.scores
     query = inputs.query[:, :, rows].to(dtype).unflatten(1, (p.heads_kv, p.group_size))
-    s = (query @ inputs.key.to(dtype).mT.unsqueeze(2)).flatten(1, 2)
+    key = inputs.key.to(dtype).unsqueeze(2)
+    # What is not finite makes its own scores, and by zeros times it no others and no gradients.
+    right_q, right_k = query.isfinite(), key.isfinite()
+    s = torch.where(right_q, query, 0.0) @ torch.where(right_k, key, 0.0).mT
+    right = right_q.all(-1, keepdim=True) & right_k.all(-1, keepdim=True).mT
+    s = torch.where(right, s, query.detach() @ key.detach().mT).flatten(1, 2)
     if inputs.scales is None:
         s = said.scale * s
     else:
-        s = _of(inputs.scales, 2, rows).to(dtype).unsqueeze(3) * s
+        s = rows_of(inputs.scales, 2, rows).to(dtype).unsqueeze(3) * s
     if said.softcap:
         s = said.softcap * torch.tanh(s / said.softcap)
-    mask = None if inputs.attn_mask is None else _of(inputs.attn_mask, 2, rows)
+    mask = inputs.attn_mask
     if mask is not None and mask.dtype != torch.bool:
-        s = s + mask.to(dtype)
-    keys = torch.arange(p.length_k, device=p.device)
-    at = torch.arange(p.length_q, device=p.device)[rows] + p.shift
-    if inputs.ranges is not None:
-        at = inputs.ranges[2][:, None, rows]  # (batch, 1, rows)
+        s = s + rows_of(mask, 2, rows).to(dtype)
     if inputs.alibi_slopes is not None:
-        distance = (at.unsqueeze(-1) - keys).abs().to(dtype)
+        keys = torch.arange(p.length_k, device=p.device)
+        distance = (places(p, inputs, rows).unsqueeze(-1) - keys).abs().to(dtype)
         s = s - inputs.alibi_slopes.to(dtype)[:, :, None, None] * distance
-    seen = torch.ones(s.shape[2:], dtype=torch.bool, device=p.device)
-    if inputs.ranges is not None:
-        begin, end = (inputs.ranges[i][:, None, rows, None] for i in (0, 1))
-        seen = (keys >= begin) & (keys < end)
-    elif said.left >= 0 or said.right >= 0:
-        distance = keys - at[:, None]
-        if said.left >= 0:
-            seen = seen & (distance >= -said.left)
-        if said.right >= 0:
-            seen = seen & (distance <= said.right)
-    if mask is not None:  # what is added as -inf hides a key too, whatever its score
-        seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
-    return torch.where(seen, s, -math.inf)
+    return torch.where(seen_keys(p, inputs, rows), s, -math.inf)
 
 
-def _of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
-    """The ``rows`` of a dimension, which may be one for all."""
-    return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (rows,)]
+def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:
+    """The probabilities of all keys after dropout, ``(batch, heads_q, length_q, length_k)`` in the
+    compute dtype: dense, with gradients. ``backend`` maps the rows."""
+    p = problem
+    s = scores(p, inputs, p.compute_dtype)
+    if inputs.sinks is not None:
+        sink = inputs.sinks[:, :, None, None].expand(*s.shape[:2], s.shape[2], 1)
+        s = torch.cat([s, sink.expand(s.shape[0], -1, -1, -1)], dim=3)
+    if p.alpha == 1.0:
+        hidden = s == -math.inf
+        s = torch.where(hidden.all(dim=3, keepdim=True), 0.0, s)
+        found = torch.where(hidden, 0.0, torch.softmax(s, dim=3))
+    else:
+        alphas = None if inputs.alphas is None else inputs.alphas[:, :, None, None]
+        found = ops.rows(s, p.alpha, -1, backend, alphas)
+    return F.dropout(found[..., : p.length_k], p.scores.dropout_p)
 
 
 def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:
@@ -69,21 +74,17 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
     if known and not (masked and said.is_causal):
         mask = inputs.attn_mask
         return F.scaled_dot_product_attention(
-            *inputs.tensors,
+            *inputs.tensors(),
             attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(problem.dtype),
             dropout_p=said.dropout_p,
             is_causal=said.is_causal,
             scale=scale,
             enable_gqa=problem.group_size > 1,
         )
-    s = scores(problem, inputs, problem.compute_dtype)
-    if inputs.sinks is not None:
-        sink = inputs.sinks[:, :, None, None].expand(*s.shape[:2], s.shape[2], 1)
-        s = torch.cat([s, sink.expand(s.shape[0], -1, -1, -1)], dim=3)
-    hidden = s == -math.inf
-    s = torch.where(hidden.all(dim=3, keepdim=True), 0.0, s)
-    p = torch.where(hidden, 0.0, torch.softmax(s, dim=3))[..., : problem.length_k]
-    p = F.dropout(p, said.dropout_p)
+    p = weights(problem, inputs)
     p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))
-    out: Tensor = (p @ inputs.value.unsqueeze(2)).flatten(1, 2)
-    return out
+    value = inputs.value.unsqueeze(2)
+    right = value.isfinite()
+    out: Tensor = p @ torch.where(right, value, 0.0)
+    reached = (p != 0.0).to(p.dtype) @ (~right).to(p.dtype)
+    return torch.where(reached > 0.0, math.nan, out).flatten(1, 2)

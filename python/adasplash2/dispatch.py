@@ -78,6 +78,12 @@ class BackendStatus:
         name: as ``backend=`` takes it.
         usable: True if it can.
         reason: why, or why not, in a sentence.
+
+    Example:
+        >>> import adasplash2
+        >>> status = adasplash2.available_backends()[-1]
+        >>> status.name, status.usable
+        ('cpu', True)
     """
 
     name: str
@@ -101,6 +107,15 @@ class BackendRefused(ValueError):
 
     Attributes:
         answers: what each backend that was asked has against it.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q = torch.randn(1, 1, 4, 8, dtype=torch.float64)
+        >>> try:
+        ...     adasplash2.entmax_attention(q, q, q, backend="cuda")
+        ... except adasplash2.BackendRefused as error:
+        ...     print([answer.name for answer in error.answers])
+        ['cuda']
     """
 
     def __init__(self, message: str, answers: tuple[Answer, ...] = ()) -> None:
@@ -130,6 +145,13 @@ class Explanation:
         others: name of every backend that is not chosen, and why.
         notes: what is worth knowing beside, such as copies that are made.
         why: what the choice rests on, a measurement or the order of the registry.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q = torch.randn(1, 1, 4, 8)
+        >>> explanation = adasplash2.explain(q, q, q)
+        >>> explanation.chosen, [name for name, reasons in explanation.others]
+        ('cpu', ['cuda', 'triton'])
     """
 
     problem: str
@@ -139,7 +161,8 @@ class Explanation:
     notes: tuple[str, ...] = ()
     why: str = ""
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, str]]:
+        """What it prints, as heads and texts."""
         config = ", ".join(f"{key}={value}" for key, value in self.config.items())
         rows = [("call", self.problem), ("chosen", self.chosen or "nothing: the call raises")]
         if self.why:
@@ -148,6 +171,10 @@ class Explanation:
             rows.append(("config", config))
         rows += [("note", note) for note in self.notes]
         rows += [(f"not {name}", reason) for name, reasons in self.others for reason in reasons]
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
         width = max(len(head) for head, _ in rows)
         return "\n".join(f"{head:<{width}}  {text}" for head, text in rows)
 
@@ -228,7 +255,13 @@ def explain(
 
 
 def available_backends() -> list[BackendStatus]:
-    """Every backend there is, in the order in which they are asked, usable here or not."""
+    """Every backend there is, in the order in which they are asked, usable here or not.
+
+    Example:
+        >>> import adasplash2
+        >>> [status.name for status in adasplash2.available_backends()]
+        ['cuda', 'triton', 'cpu']
+    """
     statuses = []
     for name in registry.REGISTRY:
         found = _load(name)
@@ -241,14 +274,14 @@ def describe(problem: Problem | RowProblem) -> str:
     kind = f"{str(problem.dtype).removeprefix('torch.')} on {problem.device}"
     gradient = "with" if problem.needs_grad else "without"
     tail = f"{kind}, alpha={problem.alpha:g}, {gradient} gradient"
+    asked = "".join(f", {feature}" for feature in problem.features)
     if isinstance(problem, RowProblem):
-        return f"entmax of {problem.rows} rows of {problem.length}, {tail}"
+        return f"entmax of {problem.rows} rows of {problem.length}{asked}, {tail}"
     p = problem
     query = (p.batch, p.heads_q, p.length_q, p.head_dim)
     key = (p.batch, p.heads_kv, p.length_k, p.head_dim)
     value = (p.batch, p.heads_kv, p.length_k, p.head_dim_v)
     causal = "causal" if p.scores.is_causal else "not causal"
-    asked = "".join(f", {feature}" for feature in p.features)
     return f"attention of query {query}, key {key}, value {value}, {causal}{asked}, {tail}"
 
 

@@ -14,8 +14,8 @@ import torch
 
 from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend
-from adasplash2.functional import entmax_attention
-from adasplash2.lowering import lowered
+from adasplash2.functional import entmax_attention, entmax_attention_with_kvcache
+from adasplash2.lowering import lowered, lowered_cached
 from adasplash2.problem import DTYPES, Problem, validated
 
 BEGIN = "<!-- written by `adasplash2 features --markdown` -->"
@@ -26,14 +26,26 @@ BATCH, HEADS_Q, HEADS_KV, LENGTH_Q, LENGTH_K, HEAD_DIM = 2, 4, 2, 64, 96, 32
 
 
 class Call(NamedTuple):
-    """Arguments of ``entmax_attention`` beside query, key and value."""
+    """Arguments of ``entmax_attention`` beside query, key and value, or of
+    ``entmax_attention_with_kvcache`` over pages."""
 
     said: dict[str, Any]
     dtype: torch.dtype = torch.float32
+    paged: bool = False
 
     def problem(self, needs_grad: bool) -> Problem:
         """Validated as a user's call is."""
         meta: dict[str, Any] = {"dtype": self.dtype, "device": "meta"}
+        if self.paged:
+            pages = torch.empty((8, 16, HEADS_KV, HEAD_DIM), **meta)
+            table = _tensor(BATCH, 4, dtype=torch.int32)
+            query = torch.empty((BATCH, HEADS_Q, 1, HEAD_DIM), **meta)
+            bound = inspect.signature(entmax_attention_with_kvcache).bind(
+                query, pages, pages, block_table=table, cache_lengths=_LENGTHS
+            )
+            bound.apply_defaults()
+            (inputs, options, _), _ = lowered_cached(**bound.arguments)
+            return validated(inputs, options, False)
         key = torch.empty((BATCH, HEADS_KV, LENGTH_K, HEAD_DIM), **meta)
         query = torch.empty((BATCH, HEADS_Q, LENGTH_Q, HEAD_DIM), **meta)
         bound = inspect.signature(entmax_attention).bind(query, key, key, **self.said)
@@ -69,6 +81,7 @@ ROWS: dict[str, list[Call]] = {
     "`q_lengths`, `kv_lengths`, `kv_starts`, packed sequences": [
         Call({"q_lengths": _LENGTHS, "kv_lengths": _LENGTHS, "kv_starts": _LENGTHS})
     ],
+    "a paged cache (`block_table`)": [Call({}, paged=True)],
     **{str(dtype).removeprefix("torch."): [Call({}, dtype)] for dtype in DTYPES},
     "`alpha` 1.5 and 2": [Call({"alpha": 1.5}), Call({"alpha": 2.0})],
     "other `alpha` from 1.1 to 2": [Call({"alpha": alpha}) for alpha in (1.1, 1.25, 1.9)],
@@ -111,13 +124,15 @@ def _answer(backend: Backend | Exception, calls: list[Call]) -> Answer:
     for needs_grad, found in reasons.items():
         for call in calls:
             found.update(dict.fromkeys(backend.refusals_anywhere(call.problem(needs_grad))))
+            if needs_grad and call.paged:
+                found["a cache has no gradient"] = None
     if not reasons[True]:
         return Answer("yes")
     return Answer("no" if reasons[False] else "forward", tuple(reasons[True]))
 
 
 def markdown() -> str:
-    """The table as README has it, between :data:`BEGIN` and :data:`END`."""
+    """The table as the documentation has it, between :data:`BEGIN` and :data:`END`."""
     lines = [BEGIN, f"| | {' | '.join(f'`{name}`' for name in REGISTRY)} |"]
     lines.append("|---" * (len(REGISTRY) + 1) + "|")
     for label, answers in table().items():

@@ -16,8 +16,15 @@ from torch import Tensor
 from adasplash2 import dispatch, ops
 from adasplash2.auxiliary import AttentionAux
 from adasplash2.contract import AttentionStats
-from adasplash2.dense import softmax_attention
-from adasplash2.lowering import Call, lowered, lowered_packed
+from adasplash2.dense import softmax_attention, weights
+from adasplash2.lowering import (
+    Call,
+    alphas_of_rows,
+    lowered,
+    lowered_cached,
+    lowered_packed,
+    tensor_or_number,
+)
 from adasplash2.options import (
     Options,
     check_alpha,
@@ -26,7 +33,15 @@ from adasplash2.options import (
     check_dim,
     check_flag,
 )
-from adasplash2.problem import TENSORS, Inputs, Problem, check_tensor, row_problem, validated
+from adasplash2.problem import (
+    TENSORS,
+    Inputs,
+    Problem,
+    check_tensor,
+    row_problem,
+    unpaged,
+    validated,
+)
 from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 
 NOTHING = 0
@@ -122,18 +137,19 @@ def entmax_attention(
             above 0 makes keys from some distance on *exactly* zero, and they are not read: scores
             without the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so that a key
             further than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest one is outside the
-            support. Values are looked at only where they are on a CPU.
+            support. Values are looked at only where they are on a CPU, outside of traces and
+            transforms.
         softcap: scores become ``softcap * tanh(s / softcap)``; 0 for none.
         sinks: ``(heads_q,)``: one more score for each row of a head, not scaled, which takes
             probability and has no value; with gradient.
         q_lengths: int32 ``(batch,)``: queries from here on are padding; their rows are zeros, in
             the output and in gradients.
         kv_lengths: int32 ``(batch,)``: keys from here on are padding, which nobody sees.
-        kv_starts: int32 ``(batch,)``: keys before are padding. On a GPU the values of the three are
-            not looked at; there they are clamped to what exists.
-        return_aux: return also an :class:`AttentionAux`.
+        kv_starts: int32 ``(batch,)``: keys before are padding. On a GPU, in traces and
+            transforms values of the three are not looked at, but clamped to what exists.
+        return_aux: return also an :class:`AttentionAux`; not for ``alpha = 1``.
         backend: name of the backend to run; None lets the dispatcher choose. See :func:`explain`
-            and :func:`available_backends`.
+            and :func:`available_backends`. For ``alpha = 1``, which is torch's, it is only checked.
 
     Returns:
         ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``; with
@@ -227,6 +243,105 @@ def entmax_attention_varlen(
     return _attend(call, return_aux)
 
 
+def entmax_attention_with_kvcache(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    cache_lengths: Tensor | int | None = None,
+    block_table: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    alpha: float | Tensor = 1.5,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = NOTHING,
+    sinks: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`entmax_attention` of new queries over a cache of keys and values, as flash-attn's
+    ``flash_attn_with_kvcache``: for generation, without gradient.
+
+    ``key`` and ``value``, where they are given, are written into the cache in place, behind the
+    ``cache_lengths`` that there are, and seen by ``query``. Lengths are data: as they grow nothing
+    is compiled or decided anew, nothing waits for a device, and a CUDA graph can hold the call.
+    The last query stands at the last key: causal masks, windows and slopes are aligned at the
+    bottom right. ``cache_lengths`` is left as it is: add the new length for the next call.
+
+    Args:
+        query: ``(batch, heads_q, length_q, head_dim)``. ``heads_q`` may be a multiple of the
+            cache's heads.
+        key_cache: ``(batch, heads_kv, capacity, head_dim)``, dtype and device of ``query``, any
+            strides: flash-attn's ``(batch, capacity, heads_kv, head_dim)`` with ``transpose(1,
+            2)``. With a ``block_table`` pages of all sequences, ``(pages there are, page_size,
+            heads_kv, head_dim)``, as flash-attn and vLLM keep them.
+        value_cache: likewise, ``head_dim_v`` wide.
+        key: new ``(batch, heads_kv, new, head_dim)``; None where the cache has all.
+        value: ``(batch, heads_kv, new, head_dim_v)``.
+        cache_lengths: int32 ``(batch,)``, or a number for all: how many keys of each sequence are
+            in the cache, without those of ``key``. None if it is full. flash-attn's
+            ``cache_seqlens``. On a GPU lengths are not looked at, but clamped to what exists;
+            writing beyond it ends the program with an assertion of the device.
+        block_table: int32 ``(batch, pages)``: key ``j`` of a sequence is number ``j % page_size``
+            of page ``block_table[j // page_size]``. Any page size; sequences may share pages; what
+            stands behind a sequence's last page is not read. For ``alpha = 1`` pages are copied.
+        is_causal: query ``i`` of the last ``length_q`` sees no key behind its own.
+        scale, alpha, window, alibi_slopes, softcap, sinks, backend: as in :func:`entmax_attention`.
+        kv_starts: int32 ``(batch,)``: keys before are padding. flash-attn's ``cache_leftpad``.
+
+    Returns:
+        ``(batch, heads_q, length_q, head_dim_v)``, dtype of ``query``.
+
+    Raises:
+        TypeError, ValueError, BackendRefused: as :func:`entmax_attention`. Nothing has been written
+            to the cache then.
+        RuntimeError: a gradient is asked for: call it under ``torch.no_grad()``.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> keys, values = torch.zeros(2, 1, 4, 128, 32)
+        >>> for length in range(3):
+        ...     q, k, v = torch.randn(3, 1, 4, 1, 32)
+        ...     out = adasplash2.entmax_attention_with_kvcache(
+        ...         q, keys, values, k, v, cache_lengths=length
+        ...     )
+        >>> out.shape, int((keys != 0).any(dim=3).sum())  # 3 keys of 4 heads
+        (torch.Size([1, 4, 1, 32]), 12)
+    """
+    if torch.is_grad_enabled():
+        for name, tensor in {
+            **{"query": query, "key_cache": key_cache, "value_cache": value_cache},
+            **{"key": key, "value": value, "scale": scale, "alpha": alpha},
+            **{"alibi_slopes": alibi_slopes, "sinks": sinks},
+        }.items():
+            if getattr(tensor, "requires_grad", False):
+                raise RuntimeError(
+                    f"{name} must not require a gradient: entmax_attention_with_kvcache has none; "
+                    "call it under torch.no_grad(), or entmax_attention"
+                )
+    if is_autocast_on() and isinstance(key_cache, Tensor):
+        # What is new becomes what the cache is: the whole cache is not cast at every step.
+        query = query.to(key_cache.dtype)
+        key = key if key is None else key.to(key_cache.dtype)
+        value = value if value is None else value.to(key_cache.dtype)
+    (inputs, options, shaped), append = lowered_cached(
+        query, key_cache, value_cache, key, value, cache_lengths, block_table, is_causal, scale,
+        alpha, window, alibi_slopes, softcap, sinks, kv_starts, backend,
+    )  # fmt: skip
+    problem = _problem(inputs, options)
+    if options.alpha == 1.0:
+        append()
+        inputs = unpaged(inputs)
+        return shaped(softmax_attention(_problem(inputs, options), inputs, options.scale))
+    if not (torch.compiler.is_compiling() or query.is_meta):
+        dispatch.choose(problem, options.backend or None)  # refuses before anything is written
+    append()
+    return shaped(ops.attention(inputs, options))
+
+
 def _attend(call: Call, return_aux: bool) -> Any:
     inputs, options, shaped = call
     if is_autocast_on() or options.alpha == 1.0:  # else checked where it is validated
@@ -242,6 +357,31 @@ def _attend(call: Call, return_aux: bool) -> Any:
     out, tau = ops.attention_and_tau(inputs, options)
     kept = inputs.mapped(Tensor.detach)
     return shaped(out), AttentionAux(tau.detach(), validated(kept, options, False), kept)
+
+
+def dense_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = NOTHING,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1.5,
+    alibi_slopes: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The weights of the values in :func:`entmax_attention`, ``(batch, heads, length_q, length_k)``
+    in the dtype of the queries: dense, with gradients, as dropout leaves them. For modules that
+    return them."""
+    inputs, options, _ = lowered(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, False, alpha, "top-left", None,
+        alibi_slopes, NOTHING, None, None, None, None, backend,
+    )  # fmt: skip
+    inputs = _cast(inputs)
+    found = weights(_problem(inputs, options), inputs, options.backend)
+    return found.to(inputs.query.dtype)
 
 
 def _takes_what(
@@ -287,6 +427,13 @@ def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
     Raises:
         TypeError, ValueError, BackendRefused: as :func:`entmax_attention`, and ``ValueError`` for
             ``alpha = 1``: softmax has no threshold and no zeros.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q, k, v = torch.randn(3, 2, 4, 128, 32)
+        >>> stats = adasplash2.attention_stats(q, k, v, is_causal=True)
+        >>> stats.support.shape, stats.empty_tiles.shape  # keys a row keeps; share of empty tiles
+        (torch.Size([2, 4, 128]), torch.Size([2, 4]))
     """
     check_alpha_above_one(options.alpha)
     return ops.attention_stats(inputs, options)
@@ -301,11 +448,21 @@ def explain(inputs: Inputs, options: Options) -> dispatch.Explanation:
     Raises:
         TypeError, ValueError: as :func:`entmax_attention`; a call that every backend refuses is
             explained, not raised.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> q, k, v = torch.randn(3, 2, 4, 128, 32)
+        >>> print(adasplash2.explain(q, k, v, is_causal=True))  # doctest: +ELLIPSIS
+        call        attention of query (2, 4, 128, 32), key (2, 4, 128, 32), ...
+        chosen      cpu
+        ...
     """
     return dispatch.explain(_problem(inputs, options), options.backend or None, inputs)
 
 
-def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = None) -> Tensor:
+def entmax(
+    x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, backend: str | None = None
+) -> Tensor:
     r"""alpha-entmax of ``x`` along ``dim``: like softmax, with true zeros.
 
     With :math:`z = (\alpha - 1) x` it is :math:`p = [z - \tau]_+^{1 / (\alpha - 1)}`,
@@ -319,7 +476,11 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
         x: any shape but a scalar, float32, float64, bfloat16 or float16, any strides. Where
             ``dim`` is not the last dimension, or has a stride, it is copied once.
         alpha: any finite number of at least 1, as in :func:`entmax_attention`; 1 is
-            :func:`torch.softmax` and goes there.
+            :func:`torch.softmax` and goes there. Or a tensor with an alpha for each row, of values
+            in (1, 2], with gradient (Correia, Niculae, Martins 2019): of the shape of ``x`` without
+            ``dim``, or one that broadcasts to the shape of ``x`` with the size 1 in ``dim``. Its
+            values are not looked at: one outside makes its rows NaN. Tensors without dimensions
+            that require no gradient are read as numbers.
         dim: the dimension along which probabilities sum to 1.
         backend: name of the backend to run; None lets the dispatcher choose.
 
@@ -328,26 +489,44 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1, backend: str | None = N
 
     Raises:
         TypeError: ``x``, ``alpha``, ``dim`` or ``backend`` is not of the type it must be.
-        ValueError: ``alpha`` or the name ``backend`` does not fit.
+        ValueError: ``alpha`` (also its shape or device) or the name ``backend`` does not fit.
         IndexError: ``x`` has no dimension ``dim``.
         BackendRefused: no backend that was asked can run this (a ``ValueError``).
+
+    Example:
+        >>> import torch, adasplash2
+        >>> adasplash2.entmax(torch.tensor([[2.0, 1.0, -2.0], [0.0, 0.0, 0.0]]), alpha=2.0)
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.3333, 0.3333, 0.3333]])
+        >>> x = torch.randn(8, 16)
+        >>> adasplash2.entmax(x, alpha=torch.linspace(1.1, 2.0, 8)).shape  # one for each row
+        torch.Size([8, 16])
 
     Sources:
         Peters, Niculae, Martins 2019, *Sparse Sequence-to-Sequence Models*; gradient: Correia,
         Niculae, Martins 2019, *Adaptively Sparse Transformers*.
     """
-    alpha = check_alpha(alpha)
+    alphas, number = tensor_or_number(alpha, 1.5)
+    number = check_alpha(number)
     check_tensor("x", x)
     backend = check_backend(backend)
     dim = check_dim(dim, x.dim())
-    if alpha == 1.0:
-        row_problem(x, alpha=alpha, needs_grad=False)
+    if alphas is not None:
+        return ops.rows(x, number, dim, backend, alphas_of_rows(alphas, x, dim))
+    if number == 1.0:
+        row_problem(x, alpha=number, needs_grad=False)
         return torch.softmax(x, dim)
-    return ops.rows(x, alpha, dim, backend)
+    return ops.rows(x, number, dim, backend)
 
 
 def entmax15(x: Tensor, dim: int = -1) -> Tensor:
-    """:func:`entmax` with ``alpha = 1.5``."""
+    """:func:`entmax` with ``alpha = 1.5``.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> adasplash2.entmax15(torch.tensor([1.0, 1.0, -1.0]))
+        tensor([0.5000, 0.5000, 0.0000])
+    """
     return entmax(x, 1.5, dim)
 
 
@@ -355,6 +534,11 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     """:func:`entmax` with ``alpha = 2``: the Euclidean projection onto the simplex.
 
     Source: Martins, Astudillo 2016, *From Softmax to Sparsemax*.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> adasplash2.sparsemax(torch.tensor([0.5, 0.25, -1.0]))
+        tensor([0.6250, 0.3750, 0.0000])
     """
     return entmax(x, 2.0, dim)
 
@@ -364,14 +548,15 @@ def _cast(inputs: Inputs) -> Inputs:
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
     device = inputs.query.device.type
-    # Where autocast knows nothing of a device (meta), asking is an error.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Autocast knows nothing of meta, where asking is an error. Whether it knows a device can be
+    # asked as well, but not in graphs of torch 2.11.
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in inputs.tensors)
-        return Inputs(*cast, *inputs.operands)
+        cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in inputs.tensors())
+        return Inputs(*cast, *inputs.operands())
     return inputs
 
 
 def _problem(inputs: Inputs, options: Options) -> Problem:
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.given)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.given())
     return validated(inputs, options, needs_grad)

@@ -62,8 +62,8 @@ def lowered(
         )  # fmt: skip
         offsets = cast(Any, query.transpose(1, 2)).offsets()
         return call._replace(shaped=lambda result: _to_nested(call.shaped(result), offsets))
-    alphas, number_alpha = _tensor_or_number(alpha, 1.5)
-    scales, number_scale = _tensor_or_number(scale, None)
+    alphas, number_alpha = tensor_or_number(alpha, 1.5)
+    scales, number_scale = tensor_or_number(scale, None)
     options = check_options(
         alpha=number_alpha,
         scale=number_scale,
@@ -75,43 +75,40 @@ def lowered(
         softcap=softcap,
         dropout_p=dropout_p,
     )
-    tensors, lead = (query, key, value), 0
+    tensors, lead = (query, key, value), [1]
     shaped: Callable[[Tensor], Tensor] = _as_it_is
     if not _is_common(query, key, value):
         for name, tensor in zip(TENSORS, tensors, strict=True):
             check_tensor(name, tensor)
-        lead = max(t.dim() for t in tensors) - 3
-        tensors, shared, shaped = _four_dimensional(*tensors, options.enable_gqa)
+        tensors, lead, shared, shaped = _four_dimensional(*tensors, options.enable_gqa)
         options = options._replace(enable_gqa=options.enable_gqa or shared)
     inputs = Inputs(*tensors)
     operands = attn_mask, alphas, scales, alibi_slopes, sinks, q_lengths, kv_lengths, kv_starts
-    if not options.dropout_p and operands == _NO_OPERANDS:
+    if not options.dropout_p and _are_none(operands):
         return Call(inputs, options, shaped)
     if _is_causal_bias(attn_mask):
         options = _with_causal_bias(options, attn_mask, inputs)
         attn_mask = None
-    compute = compute_dtype(inputs.query.dtype)
-    batch, heads = inputs.query.shape[:2]
-
-    def of_heads(name: str, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads))
-
-    inputs = inputs._replace(
-        attn_mask=None if attn_mask is None else _four_dimensional_mask(attn_mask, max(lead, 1)),
-        alibi_slopes=of_heads("alibi_slopes", alibi_slopes),
-        sinks=of_heads("sinks", sinks),
-        scales=None if scales is None else _of_rows(scales, compute),
-        alphas=of_heads("alphas", alphas),
-    )
+    if attn_mask is not None:
+        inputs = inputs._replace(attn_mask=_four_dimensional_mask(attn_mask, lead))
+    inputs = _with_numbers(inputs, alphas, scales, alibi_slopes, sinks)
     if not (q_lengths is None and kv_lengths is None and kv_starts is None):
-        options, ranges = _ranges(inputs, options, q_lengths, kv_lengths, kv_starts)
+        length_q, length_k = inputs.query.shape[2], inputs.key.shape[2]
+        _check_lengths("q_lengths", q_lengths, inputs.query, length_q)
+        _check_lengths("kv_lengths", kv_lengths, inputs.query, length_k)
+        _check_lengths("kv_starts", kv_starts, inputs.query, length_k)
+        options, ranges = _ranges(options, inputs.query, length_k, q_lengths, kv_lengths, kv_starts)
         inputs = inputs._replace(ranges=ranges)
     if options.dropout_p:
         inputs = inputs._replace(dropout_seed=new_seed(inputs.query.device))
     return Call(inputs, options, shaped)
 
 
-_NO_OPERANDS = (None,) * 8
+def _are_none(operands: tuple[object, ...]) -> bool:
+    for operand in operands:  # noqa: SIM110 (all() takes three times as long)
+        if operand is not None:
+            return False
+    return True
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -143,9 +140,9 @@ def _is_common(query: Any, key: Any, value: Any) -> bool:
 
 def _four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor], bool, Callable[[Tensor], Tensor]]:
-    """SDPA's ``(..., heads, length, head_dim)`` with dimensions that broadcast; whether heads of
-    keys are shared by that; and the way back."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[int], bool, Callable[[Tensor], Tensor]]:
+    """SDPA's ``(..., heads, length, head_dim)`` with dimensions that broadcast; the leading ones,
+    which become the batch; whether heads of keys are shared by that; and the way back."""
     tensors = [query, key, value]
     dims = max(t.dim() for t in tensors)
     for name, t in zip(TENSORS, tensors, strict=True):
@@ -184,7 +181,7 @@ def _four_dimensional(
             result = result.squeeze(0)
         return result
 
-    return (query, key, value), shared, shaped
+    return (query, key, value), sizes, shared, shaped
 
 
 def _broadcast(sizes: Any) -> int | None:
@@ -196,7 +193,7 @@ def _broadcast(sizes: Any) -> int | None:
 # Operands
 
 
-def _tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
+def tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
     """A tensor of numbers, or one that has a gradient, and what stands in the number's place; or
     None and the number."""
     if type(value) is float or value is None:  # as most calls have it
@@ -214,14 +211,40 @@ def _check_numbers(name: str, tensor: object) -> Tensor:
     return tensor
 
 
+def _with_numbers(
+    inputs: Inputs,
+    alphas: Tensor | None,
+    scales: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> Inputs:
+    """With the operands that are numbers of heads or rows."""
+    compute = compute_dtype(inputs.query.dtype)
+    batch, heads = inputs.query.shape[:2]
+
+    def of_heads(name: str, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads))
+
+    return inputs._replace(
+        alibi_slopes=of_heads("alibi_slopes", alibi_slopes),
+        sinks=of_heads("sinks", sinks),
+        scales=None if scales is None else _of_rows(scales, compute),
+        alphas=of_heads("alphas", alphas),
+    )
+
+
 def _of_heads(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, int]) -> Tensor:
     """``(heads,)``, and of slopes ``(batch, heads)``, as ``(batch or 1, heads)``."""
     public = "alpha" if name == "alphas" else name
     tensor = _check_numbers(public, tensor)
     batch, heads = sizes
     allowed = [(heads,), (batch, heads)] if name == "alibi_slopes" else [(heads,)]
-    if tensor.shape not in allowed and not (name == "alphas" and tensor.dim() == 0):
-        shapes = " or ".join(str(shape) for shape in allowed)
+    fits = tensor.dim() == 0 if name == "alphas" else False
+    for shape in allowed:
+        if tensor.dim() == len(shape):
+            fits = fits or all(n == m for n, m in zip(tensor.shape, shape, strict=True))
+    if not fits:
+        shapes = f"{allowed[0]} or {allowed[1]}" if len(allowed) > 1 else f"{allowed[0]}"
         raise ValueError(f"{public} must have the shape {shapes}, got {tuple(tensor.shape)}")
     if name == "alibi_slopes" and is_known(tensor) and bool((tensor < 0).any()):
         raise ValueError(f"alibi_slopes must be at least 0, got {shown(tensor.min().item())}")
@@ -242,20 +265,45 @@ def _of_rows(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale[(None,) * (3 - scale.dim())]
 
 
-def _four_dimensional_mask(attn_mask: object, lead: int) -> Tensor:
-    """``attn_mask`` in four dimensions, of which the first stands for ``lead`` of the query's."""
+def alphas_of_rows(alpha: Tensor, x: Tensor, dim: int) -> Tensor:
+    """``alpha`` of :func:`adasplash2.entmax` with the dimensions of ``x``: 1 along ``dim``, of the
+    others each as it is or 1."""
+    alpha = _check_numbers("alpha", alpha)
+    behind = x.dim() + dim + 1
+    rows = *x.shape[:dim], 1, *x.shape[behind:]
+    if alpha.shape == x.shape[:dim] + x.shape[behind:]:
+        alpha = alpha.unsqueeze(dim)
+    sizes = *(1,) * (x.dim() - alpha.dim()), *alpha.shape
+    if len(sizes) > len(rows) or any(n not in (1, m) for n, m in zip(sizes, rows, strict=True)):
+        raise ValueError(
+            f"alpha must be a number or broadcast to {rows}, the shape of x with the size 1 in "
+            f"dim, got the shape {tuple(alpha.shape)}"
+        )
+    if alpha.device != x.device:
+        raise ValueError(f"alpha must be on the device of x ({x.device}), got {alpha.device}")
+    return alpha.reshape(sizes).to(compute_dtype(x.dtype))
+
+
+def _four_dimensional_mask(attn_mask: object, lead: list[int]) -> Tensor:
+    """``attn_mask`` in four dimensions, of which the first stands for those of ``lead``."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.layout != torch.strided:
         raise TypeError(f"attn_mask must be a strided tensor, got layout {attn_mask.layout}")
-    if attn_mask.dim() > lead + 3:
+    dims, shape = max(len(lead), 1), tuple(attn_mask.shape)
+    attn_mask = attn_mask[(None,) * (dims + 3 - attn_mask.dim())]
+    fits = attn_mask.dim() == dims + 3
+    if fits and dims > 1:
+        first = attn_mask.shape[:dims]
+        fits = all(n in (1, m) for n, m in zip(first, lead, strict=True))
+        if fits and any(n != 1 for n in first):  # copies where only some of them broadcast
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[dims:])
+        attn_mask = attn_mask.flatten(0, dims - 1) if fits else attn_mask
+    if not fits:
         raise ValueError(
-            "attn_mask must broadcast to (batch, heads, length_q, length_k), got the shape "
-            f"{tuple(attn_mask.shape)}"
+            f"attn_mask must broadcast to (batch, heads, length_q, length_k), with {tuple(lead)} "
+            f"as batch, got the shape {shape}"
         )
-    attn_mask = attn_mask[(None,) * (lead + 3 - attn_mask.dim())]
-    if lead > 1:  # copies a mask of which only some of these dimensions broadcast
-        attn_mask = attn_mask.flatten(0, lead - 1)
     return attn_mask
 
 
@@ -289,20 +337,15 @@ def is_known(*tensors: Tensor) -> bool:
 
 
 def _ranges(
-    inputs: Inputs,
     options: Options,
+    query: Tensor,
+    length_k: int,
     q_lengths: Tensor | None,
     kv_lengths: Tensor | None,
     kv_starts: Tensor | None,
 ) -> tuple[Options, Tensor]:
-    query, key = inputs.query, inputs.key
-    batch, _, length_q, _ = query.shape
-    length_k = key.shape[2]
-    lengths = {"q_lengths": q_lengths, "kv_lengths": kv_lengths, "kv_starts": kv_starts}
-    limits = {"q_lengths": length_q, "kv_lengths": length_k, "kv_starts": length_k}
-    for name, given in lengths.items():
-        if given is not None:
-            _check_lengths(name, given, batch, limits[name], query.device)
+    """``ranges`` of sequences of these lengths, and options that say nothing of it any more."""
+    length_q = query.shape[2]
     queries = torch.arange(length_q, dtype=torch.int32, device=query.device)
 
     def column(given: Tensor | None, otherwise: int) -> Tensor:
@@ -374,6 +417,209 @@ def lowered_packed(
         return result.squeeze(0).transpose(0, 1).contiguous()
 
     return Call(call.inputs._replace(ranges=ranges), options, shaped)
+
+
+class Cache(NamedTuple):
+    """Keys and values of sequences that grow: ``(batch, heads, capacity, head_dim)``, or with a
+    ``block_table`` pages ``(pages there are, page_size, heads, head_dim)``."""
+
+    key: Tensor
+    value: Tensor
+    block_table: Tensor | None
+
+    def heads(self) -> int:
+        """Of keys and values."""
+        return self.key.shape[1 if self.block_table is None else 2]
+
+    def inputs(self, query: Tensor) -> Inputs:
+        """With new queries."""
+        key, value = self.key, self.value
+        if self.block_table is not None:
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+        return Inputs(query, key, value, block_table=self.block_table)
+
+    def capacity(self) -> int:
+        """Keys that there is room for in a sequence."""
+        if self.block_table is None:
+            return self.key.shape[2]
+        return self.block_table.shape[1] * self.key.shape[1]
+
+    def append(self, key: Tensor, value: Tensor, lengths: Tensor) -> None:
+        """Write new keys and values ``(batch, heads, new, head_dim)`` behind the ``lengths`` that
+        there are, in place. Nothing waits for a device."""
+        batch, _, new, _ = key.shape
+        places = lengths[:, None].long() + torch.arange(new, device=key.device)
+        if self.block_table is None:
+            sequences = torch.arange(batch, device=key.device)[:, None]
+            at, held = (sequences, places), (self.key.transpose(1, 2), self.value.transpose(1, 2))
+        else:
+            size = self.key.shape[1]
+            pages = self.block_table.long().gather(1, places // size)
+            at, held = (pages, places % size), (self.key, self.value)
+        for tensor, added in zip(held, (key, value), strict=True):
+            tensor.index_put_(at, added.transpose(1, 2))
+
+
+def lowered_cached(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    cache_lengths: Tensor | int | None,
+    block_table: Tensor | None,
+    is_causal: bool,
+    scale: float | Tensor | None,
+    alpha: float | Tensor,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    kv_starts: Tensor | None,
+    backend: str | None,
+) -> tuple[Call, Callable[[], None]]:
+    """Arguments as for :func:`adasplash2.entmax_attention_with_kvcache`. With the call comes what
+    writes new keys into the cache, for when nothing can be refused any more.
+
+    Raises:
+        TypeError, ValueError: as :func:`lowered`.
+    """
+    cache = _check_cache(query, key_cache, value_cache, block_table)
+    alphas, number_alpha = tensor_or_number(alpha, 1.5)
+    scales, number_scale = tensor_or_number(scale, None)
+    options = check_options(
+        alpha=number_alpha,
+        scale=number_scale,
+        is_causal=is_causal,
+        enable_gqa=True,
+        backend=backend,
+        causal_align="bottom-right",
+        window=window,
+        softcap=softcap,
+        dropout_p=0,  # not 0.0, of which a compiler makes a symbol
+    )
+    new = _check_new(cache, query, key, value)
+    if new and cache_lengths is None:
+        raise ValueError("cache_lengths must be given with key: it is written behind them")
+    lengths = _cache_lengths(cache, query, cache_lengths, new)
+    _check_lengths("kv_starts", kv_starts, query, cache.capacity())
+    inputs = _with_numbers(cache.inputs(query), alphas, scales, alibi_slopes, sinks)
+    if lengths is not None or kv_starts is not None:
+        total = None if lengths is None else lengths + new
+        options, ranges = _ranges(options, query, cache.capacity(), None, total, kv_starts)
+        inputs = inputs._replace(ranges=ranges)
+
+    def append() -> None:
+        if key is not None and value is not None and lengths is not None:
+            cache.append(key, value, lengths)
+
+    return Call(inputs, options, _as_it_is), append
+
+
+def _check_cache(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor | None
+) -> Cache:
+    named = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
+    axes = dict.fromkeys(named, "batch, heads, length, head_dim")
+    if block_table is not None:
+        axes |= dict.fromkeys(("key_cache", "value_cache"), "pages, page_size, heads, head_dim")
+    for name, tensor in named.items():
+        check_tensor(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions ({axes[name]}), got {tensor.dim()} with shape "
+                f"{tuple(tensor.shape)}"
+            )
+        if tensor.dtype != query.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of query ({query.dtype}), got {tensor.dtype}"
+            )
+        if tensor.device != query.device:
+            raise ValueError(
+                f"{name} must be on the device of query ({query.device}), got {tensor.device}"
+            )
+    if value_cache.shape[:3] != key_cache.shape[:3]:
+        raise ValueError(
+            f"value_cache must have the first three sizes of key_cache {tuple(key_cache.shape[:3])}"
+            f", got {tuple(value_cache.shape[:3])}"
+        )
+    heads_q, heads = query.shape[1], key_cache.shape[1 if block_table is None else 2]
+    if heads == 0 or heads_q % heads:
+        raise ValueError(
+            f"query must have a multiple of the heads of key_cache ({heads}), got {heads_q}"
+        )
+    if key_cache.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"key_cache must have the head_dim of query ({query.shape[3]}), got "
+            f"{key_cache.shape[3]}"
+        )
+    if block_table is None and key_cache.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"key_cache must have the batch of query ({query.shape[0]}), got {key_cache.shape[0]}"
+        )
+    if block_table is not None:
+        if not isinstance(block_table, Tensor):
+            raise TypeError(f"block_table must be a torch.Tensor, got {type(block_table).__name__}")
+        if block_table.dim() != 2:
+            raise ValueError(
+                f"block_table must have the shape ({query.shape[0]}, pages), got "
+                f"{tuple(block_table.shape)}"
+            )
+        shape = query.shape[0], block_table.shape[1]
+        check_like("block_table", block_table, shape, torch.int32, query.device)
+    return Cache(key_cache, value_cache, block_table)
+
+
+def _check_new(cache: Cache, query: Tensor, key: Tensor | None, value: Tensor | None) -> int:
+    """How many keys are new in each sequence."""
+    if (key is None) != (value is None):
+        missing, given = ("key", "value") if key is None else ("value", "key")
+        raise ValueError(f"{missing} must be given with {given}, got None")
+    if key is None or value is None:
+        return 0
+    new = key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else 0
+    for name, tensor, held in (("key", key, cache.key), ("value", value, cache.value)):
+        check_tensor(name, tensor)
+        shape = query.shape[0], cache.heads(), new, held.shape[3]
+        check_like(name, tensor, shape, query.dtype, query.device)
+    return new
+
+
+def _cache_lengths(
+    cache: Cache, query: Tensor, cache_lengths: Tensor | int | None, new: int
+) -> Tensor | None:
+    """int32 ``(batch,)``, or None where the cache is full."""
+    room = cache.capacity() - new
+    if cache_lengths is None:
+        lengths = query.new_full(query.shape[:1], cache.capacity(), dtype=torch.int32)
+    elif isinstance(cache_lengths, Tensor):
+        lengths = cache_lengths
+    else:
+        check_count("cache_lengths", cache_lengths)
+        lengths = query.new_full(query.shape[:1], cache_lengths, dtype=torch.int32)
+    if new > cache.capacity():
+        raise ValueError(
+            f"key must have at most {cache.capacity()} keys, what the cache holds, got {new}"
+        )
+    _check_lengths("cache_lengths", lengths, query, room)
+    _check_pages(cache, lengths + new)
+    return None if cache_lengths is None else lengths
+
+
+def _check_pages(cache: Cache, lengths: Tensor) -> None:
+    """Whether there are all pages that sequences of these lengths are in, as far as that is known.
+    What stands behind is not looked at."""
+    table = cache.block_table
+    if table is None or not is_known(table, lengths):
+        return
+    size, count = cache.key.shape[1], cache.key.shape[0]
+    used = torch.arange(table.shape[1]) * size < lengths[:, None]
+    wrong = table[used & ((table < 0) | (table >= count))]
+    if wrong.numel():
+        raise ValueError(
+            f"block_table must name pages from 0 to {count - 1} for all keys there are, got "
+            f"{int(wrong[0])}"
+        )
 
 
 def _from_nested(
@@ -448,13 +694,14 @@ def _lowered_ranges(
     return options, ranges
 
 
-def _check_lengths(
-    name: str, lengths: object, batch: int, limit: int, device: torch.device
-) -> None:
+def _check_lengths(name: str, lengths: object, query: Tensor, limit: int) -> None:
+    """Of each sequence of ``query``; None where they are not given."""
+    if lengths is None:
+        return
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(lengths).__name__}")
-    check_like(name, lengths, (batch,), torch.int32, device)
-    if is_known(lengths) and batch:
+    check_like(name, lengths, query.shape[:1], torch.int32, query.device)
+    if is_known(lengths) and lengths.numel():
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > limit:
             raise ValueError(f"{name} must be from 0 to {limit}, got {low if low < 0 else high}")

@@ -116,7 +116,6 @@ class _Arguments(NamedTuple):
     operands: tuple[Tensor | None, ...] = (None,) * len(OPERANDS)
     wanted: tuple[bool, ...] = ()
 
-    @property
     def flat(self) -> tuple[Any, ...]:
         """As operators take them."""
         options, later = self.options[:FIRST], self.options[FIRST:]
@@ -250,7 +249,7 @@ def _run_backward(
     if problem.is_empty:
         given = {name: getattr(inputs, name) for name in names}
         zeros = {name: t.new_zeros(t.shape) for name, t in given.items()}
-        return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors), **zeros)
+        return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors()), **zeros)
     choice = choose(problem, options.backend or None) if decided is None else decided[1]
     chosen, config, _ = choice
     found = chosen.backward(problem, inputs, Forward(out, tau, saved), grad_out, config, names)
@@ -293,7 +292,7 @@ def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     problem = _shape_problem(inputs, asked.options, asked.numbers)
     _check_backward(problem, grad_out, out, tau, saved)
     names = _wanted(inputs, asked.wanted) if asked.wanted else ()
-    return *(t.new_empty(t.shape) for t in inputs.tensors), *(
+    return *(t.new_empty(t.shape) for t in inputs.tensors()), *(
         query.new_empty(getattr(inputs, name).shape, dtype=getattr(inputs, name).dtype)
         if name in names
         else query.new_empty(0)
@@ -329,13 +328,38 @@ def _attention_forward_vmap(
     n = info.batch_size
     inputs = (_folded(t, dim, n) for t, dim in zip((query, key, value), in_dims, strict=False))
     asked, dims = _Arguments.of(args, 1), _Arguments.of(in_dims[3:], 1)
+    if asked.operands[OPERANDS.index("block_table")] is not None:
+        raise RuntimeError("vmap does not go over a paged cache: its pages are of no one sequence")
     (saved_bytes,) = asked.own
     if not isinstance(saved_bytes, int) or saved_bytes > 0:
         saved_bytes *= n
+    seed = OPERANDS.index("dropout_seed")
+    if asked.operands[seed] is not None and dims.operands[seed] is None:
+        # One seed for all slices, by which each drops the same: heads must be numbered alike.
+        return _forward_by_slices(n, in_dims, query, key, value, *args)
     shape = _folds(query, in_dims[0], n)
     asked = asked._replace(own=(saved_bytes,), operands=_folded_operands(asked, dims, shape))
-    out, tau, saved = attention_forward(*inputs, *asked.flat)
+    out, tau, saved = attention_forward(*inputs, *asked.flat())
     return (out.unflatten(0, shape), tau.unflatten(0, shape), saved), (0, 0, None)
+
+
+def _forward_by_slices(n: int, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """Calls of their own, whose ``saved`` are as long as the longest."""
+    outs, taus, saved = zip(
+        *(
+            attention_forward(
+                *(
+                    t.select(d, i) if isinstance(t, Tensor) and isinstance(d, int) else t
+                    for t, d in zip(args, in_dims, strict=True)
+                )
+            )
+            for i in range(n)
+        ),
+        strict=True,
+    )
+    longest = max(t.shape[0] for t in saved)
+    padded = [torch.nn.functional.pad(t, (0, longest - t.shape[0])) for t in saved]
+    return (torch.stack(outs), torch.stack(taus), torch.stack(padded)), (0, 0, 0)
 
 
 def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -346,7 +370,7 @@ def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) ->
         folded = (_folded(t, dim, n) for t, dim in zip(tensors, in_dims, strict=False))
         shape = _folds(tensors[0], in_dims[0], n)
         asked = asked._replace(operands=_folded_operands(asked, dims, shape))
-        found = attention_backward(*folded, saved, *asked.flat)
+        found = attention_backward(*folded, saved, *asked.flat())
         grads = [grad.unflatten(0, shape) for grad in found[:3]]
         for name, grad, said in zip(DIFFERENTIABLE, found[3:], _said(asked), strict=True):
             place = OPERANDS.index(name)
@@ -369,7 +393,7 @@ def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) ->
             operands=tuple(map(functools.partial(at, i), asked.operands, dims.operands))
         )
         own = (at(i, t, dim) for t, dim in zip(args[:7], in_dims, strict=False))
-        slices.append(attention_backward(*own, *one.flat))
+        slices.append(attention_backward(*own, *one.flat()))
     return tuple(torch.stack(grads) for grads in zip(*slices, strict=True)), (0,) * count
 
 
@@ -438,7 +462,7 @@ class _Attention(_ReverseMode):
         if is_plain(query, key, value, *given) if given else is_plain(query, key, value):
             (out, tau, saved), ctx.decided = _run(inputs, _read(options, numbers), saved_bytes)
         else:
-            flat = _Arguments(options, (saved_bytes,), numbers, inputs.operands).flat
+            flat = _Arguments(options, (saved_bytes,), numbers, inputs.operands()).flat()
             out, tau, saved = beneath(attention_forward, query, key, value, *flat)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(tau, saved)
@@ -466,7 +490,7 @@ class _Attention(_ReverseMode):
             options = _read(ctx.options, ctx.numbers)
             found = _run_backward(tensors, operands, options, wanted, ctx.decided)
         else:
-            flat = _Arguments(ctx.options, (), ctx.numbers, operands, wanted).flat
+            flat = _Arguments(ctx.options, (), ctx.numbers, operands, wanted).flat()
             found = Gradients(*attention_backward(*tensors, *flat))
         # What is not needed is not kept.
         first = [grad if need else None for grad, need in zip(found[:3], needed, strict=False)]
@@ -488,11 +512,11 @@ def _differentiable_call(
     numbers: Tensor | None,
 ) -> Any:
     """``apply`` :class:`_Attention` to ``inputs``."""
-    if not inputs.has_operands:
+    if not inputs.has_operands():
         return apply(_Attention, *inputs[:3], (options, saved_bytes, numbers, ()))
     names = tuple(name for name in OPERANDS if getattr(inputs, name) is not None)
     asked = options, saved_bytes, numbers, names
-    return apply(_Attention, *inputs[:3], asked, *inputs.given[3:])
+    return apply(_Attention, *inputs[:3], asked, *inputs.given()[3:])
 
 
 def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
@@ -500,16 +524,16 @@ def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -
     (saved_bytes,) = asked.own
     options, numbers = _set_aside(asked.options, asked.numbers)
     inputs = Inputs(query, key, value, *asked.operands)
-    if _differentiated(*inputs.given):
+    if _differentiated(*inputs.given()):
         if saved_bytes == 0:
             saved_bytes = AS_NEEDED
-            if query.is_meta or is_without_data(*inputs.given):
+            if query.is_meta or is_without_data(*inputs.given()):
                 problem = _shape_problem(inputs, options, numbers)
                 saved_bytes = saved_bound(problem, options.backend or None)
         return _differentiable_call(in_kernel, inputs, options, saved_bytes, numbers)
     asked = asked._replace(options=options, numbers=numbers)
     with below_autograd():
-        return attention_forward(query, key, value, *asked.flat)
+        return attention_forward(query, key, value, *asked.flat())
 
 
 def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
@@ -522,7 +546,7 @@ def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> 
     if numbers is not None or _symbols(options) is not None:
         dropout_p = 0.0 if inputs.dropout_seed is None else 0.5
         options = options._replace(alpha=1.5, scale=None, softcap=0.0, dropout_p=dropout_p)
-    return _problem(inputs, options, True)
+    return _problem(inputs, options, inputs.block_table is None)  # pages have no gradient
 
 
 def _nothing_forward(problem: Problem, query: Tensor, saved_bytes: int) -> Forward:
@@ -535,55 +559,110 @@ def _nothing_forward(problem: Problem, query: Tensor, saved_bytes: int) -> Forwa
     )
 
 
-# Entmax of rows: of the options, it has alpha and a backend.
+# Entmax of rows: of the options, it has alpha and a backend. `alphas`, in the place of alpha, have
+# the dimensions of x, sizes that broadcast to it, and 1 along `dim`.
 
 
 def _entmax_forward(
-    x: Tensor, alpha: float, dim: int, backend: str, needs_grad: bool, numbers: Tensor | None = None
+    x: Tensor,
+    alpha: float,
+    dim: int,
+    backend: str,
+    needs_grad: bool,
+    numbers: Tensor | None = None,
+    alphas: Tensor | None = None,
 ) -> Tensor:
-    alpha = _read(Options(alpha), numbers).alpha
-    x = _last(x, dim)
-    problem = row_problem(x, alpha=check_alpha_above_one(alpha), needs_grad=needs_grad)
+    x, problem, alphas = _row_call(x, alpha, dim, needs_grad, numbers, alphas)
     if not problem.rows * problem.length:
         return _unlast(x.new_zeros(x.shape), x.shape, dim)
     chosen, config, _ = choose(problem, backend or None)
-    return _unlast(chosen.rows_forward(problem, _rows(problem, x), config), x.shape, dim)
+    return _unlast(chosen.rows_forward(problem, _rows(problem, x), config, alphas), x.shape, dim)
 
 
-def _entmax_forward_fake(x: Tensor, alpha: float, dim: int, *_: Any) -> Tensor:
+def _row_call(
+    x: Tensor,
+    alpha: float,
+    dim: int,
+    needs_grad: bool,
+    numbers: Tensor | None,
+    alphas: Tensor | None,
+) -> tuple[Tensor, RowProblem, Tensor | None]:
+    """``x`` with ``dim`` last, what is asked, and the alphas ``(rows,)`` where there are some."""
+    if numbers is not None:
+        alpha = _read(Options(alpha), numbers).alpha
+    alpha = check_alpha_above_one(alpha)
     x = _last(x, dim)
-    row_problem(x, alpha=1.5, needs_grad=False)
+    if alphas is None:
+        return x, row_problem(x, alpha=alpha, needs_grad=needs_grad), None
+    alphas = _last(alphas, dim)
+    problem = row_problem(x, alpha=alpha, needs_grad=needs_grad, alphas=alphas)
+    return x, problem, alphas.expand(*x.shape[:-1], 1).reshape(problem.rows).contiguous()
+
+
+def _entmax_forward_fake(
+    x: Tensor,
+    alpha: float,
+    dim: int,
+    backend: str,
+    needs_grad: bool,
+    numbers: Tensor | None = None,
+    alphas: Tensor | None = None,
+) -> Tensor:
+    x = _row_call(x, 1.5, dim, needs_grad, None, alphas)[0]
     return _unlast(x.new_empty(x.shape), x.shape, dim)
 
 
 def _entmax_backward(
-    grad_y: Tensor, y: Tensor, alpha: float, dim: int, backend: str, numbers: Tensor | None = None
+    grad_y: Tensor,
+    y: Tensor,
+    alpha: float,
+    dim: int,
+    backend: str,
+    numbers: Tensor | None = None,
+    alphas: Tensor | None = None,
 ) -> Tensor:
-    alpha = _read(Options(alpha), numbers).alpha
-    y_last = _last(y, dim)
-    problem = row_problem(y_last, alpha=check_alpha_above_one(alpha), needs_grad=True)
+    y_last, problem, alphas = _row_call(y, alpha, dim, True, numbers, alphas)
     check_like("grad_y", grad_y, y.shape, y.dtype, y.device)
     shape = y_last.shape
     if not problem.rows * problem.length:
         return _unlast(y.new_zeros(shape), shape, dim)
     chosen, config, _ = choose(problem, backend or None)
     y_rows, grad_rows = _rows(problem, y_last), _rows(problem, _last(grad_y, dim))
-    return _unlast(chosen.rows_backward(problem, y_rows, grad_rows, config), shape, dim)
+    found = chosen.rows_backward(problem, y_rows, grad_rows, config, alphas)
+    return _unlast(found, shape, dim)
 
 
-def _entmax_backward_fake(grad_y: Tensor, y: Tensor, alpha: float, dim: int, *_: Any) -> Tensor:
+def _entmax_backward_fake(
+    grad_y: Tensor,
+    y: Tensor,
+    alpha: float,
+    dim: int,
+    backend: str,
+    numbers: Tensor | None = None,
+    alphas: Tensor | None = None,
+) -> Tensor:
     check_like("grad_y", grad_y, y.shape, y.dtype, y.device)
-    shape = _last(y, dim).shape
+    shape = _row_call(y, 1.5, dim, True, None, alphas)[0].shape
     return _unlast(y.new_empty(shape), shape, dim)
 
 
 def _entmax_forward_vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, alpha: float, dim: int, *options: Any
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    alpha: float,
+    dim: int,
+    backend: str,
+    needs_grad: bool,
+    numbers: Tensor | None = None,
+    alphas: Tensor | None = None,
 ) -> tuple[Any, Any]:
     """More rows."""
-    assert in_dims[0] is not None
-    rows = x.movedim(in_dims[0], 0)
-    return entmax_forward(rows, alpha, check_dim(dim, x.dim() - 1), *options), 0
+    rows = _more_rows(x, in_dims[0], info.batch_size)
+    if alphas is not None:
+        alphas = _more_rows(alphas, in_dims[6], info.batch_size)
+    dim = check_dim(dim, rows.dim() - 1)
+    return entmax_forward(rows, alpha, dim, backend, needs_grad, numbers, alphas), 0
 
 
 def _entmax_backward_vmap(
@@ -593,41 +672,102 @@ def _entmax_backward_vmap(
     y: Tensor,
     alpha: float,
     dim: int,
-    *options: Any,
+    backend: str,
+    numbers: Tensor | None = None,
+    alphas: Tensor | None = None,
 ) -> tuple[Any, Any]:
     grad_y, y = (
-        t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
-        for t, d in zip((grad_y, y), in_dims, strict=False)
+        _more_rows(t, d, info.batch_size) for t, d in zip((grad_y, y), in_dims, strict=False)
     )
-    return entmax_backward(grad_y, y, alpha, check_dim(dim, y.dim() - 1), *options), 0
+    if alphas is not None:
+        alphas = _more_rows(alphas, in_dims[6], info.batch_size)
+    dim = check_dim(dim, y.dim() - 1)
+    return entmax_backward(grad_y, y, alpha, dim, backend, numbers, alphas), 0
+
+
+def _more_rows(tensor: Tensor, dim: int | None, n: int) -> Tensor:
+    """The dimension that is mapped over as the first."""
+    return tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 class _Entmax(_ReverseMode):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, alpha: float, dim: int, backend: str, numbers: Tensor | None = None
+        ctx: Any,
+        x: Tensor,
+        alpha: float,
+        dim: int,
+        backend: str,
+        numbers: Tensor | None = None,
+        alphas: Tensor | None = None,
     ) -> Any:
-        args = x, alpha, dim, backend, True, numbers
-        y = _entmax_forward(*args) if is_plain(x) else beneath(entmax_forward, *args)
-        ctx.save_for_backward(y)
+        args = x, alpha, dim, backend, True, numbers, alphas
+        given = (x,) if alphas is None else (x, alphas)
+        y = _entmax_forward(*args) if is_plain(*given) else beneath(entmax_forward, *args)
+        ctx.save_for_backward(y, *given[1:])
         ctx.options = alpha, dim, backend, numbers
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         tensors = grads[0], *ctx.saved_tensors
+        grad_y, y, *alphas = tensors
         body = _entmax_backward if _is_final(*tensors) else entmax_backward
-        return body(*tensors, *ctx.options), None, None, None, None
+        if not alphas:
+            return body(grad_y, y, *ctx.options), None, None, None, None, None
+        of_x, of_alphas = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        grad_x = body(grad_y, y, *ctx.options, *alphas) if of_x else None
+        grad_alphas = _alpha_gradient(grad_y, y, alphas[0], ctx.options[1]) if of_alphas else None
+        return grad_x, None, None, None, None, grad_alphas
+
+
+def _alpha_gradient(grad_y: Tensor, y: Tensor, alphas: Tensor, dim: int) -> Tensor:
+    """Gradient of ``alphas`` from the output and its gradient, by torch's own operators.
+
+    With ``e = alpha - 1``, ``L = -log p``, ``u = p^(2 - alpha)`` and ``w = u / sum u`` a row's is
+    ``sum_j dy_j dp_j/dalpha``, ``dp/dalpha = (p - w) / e^2 + p L / e - w sum_k p_k L_k / e``
+    (Correia, Niculae, Martins 2019), whose terms cancel where ``e`` is small. With ``E = (exp(e L)
+    - 1) / e`` and ``M = sum p E`` it is ``u = p (1 + e E)`` and ``sum u = 1 + e M``, and because
+    ``sum w (dy - delta) = 0`` the sum of ``p (M L - Q + M (M - E) / sum u) (dy - delta) / sum u``,
+    ``Q = (E - L) / e``, where nothing grows.
+    """
+    p, dy = y.to(alphas.dtype), grad_y.to(alphas.dtype)
+    e = alphas - 1.0
+    outside = p <= 0.0  # not where NaN
+    log = -torch.where(outside, 1.0, p).log()
+    x = e * log
+    excess = torch.expm1(x) / e
+    u = p * (1.0 + e * excess)
+    mean = (p * excess).sum(dim, keepdim=True)
+    mass = 1.0 + e * mean
+    delta = torch.where(outside, 0.0, u * dy).sum(dim, keepdim=True) / mass
+    # Q / L^2 = (exp(x) - 1 - x) / x^2, by its series where that cancels.
+    series = torch.zeros_like(x)
+    for k in range(16 if x.dtype == torch.float64 else 9, 1, -1):
+        series = (series * x + 1.0) / k
+    far = (torch.expm1(x) - x) / torch.where(x < 0.5, 1.0, x * x)
+    q = log * log * torch.where(x < 0.5, series, far)
+    weight = mean * log - q + mean * (mean - excess) / mass
+    terms = torch.where(outside, 0.0, p * weight * (dy - delta))
+    rows = terms.sum(dim, keepdim=True) / mass
+    return rows.to(torch.float64).sum_to_size(alphas.shape).to(alphas.dtype)
 
 
 def _entmax_autograd(
-    x: Tensor, alpha: float, dim: int, backend: str, needs_grad: bool, numbers: Tensor | None = None
+    x: Tensor,
+    alpha: float,
+    dim: int,
+    backend: str,
+    needs_grad: bool,
+    numbers: Tensor | None = None,
+    alphas: Tensor | None = None,
 ) -> Any:
     options, numbers = _set_aside(Options(alpha), numbers)
-    if _differentiated(x):
-        return in_kernel(_Entmax, x, options.alpha, dim, backend, numbers)
+    given = (x,) if alphas is None else (x, alphas)
+    if _differentiated(*given):
+        return in_kernel(_Entmax, x, options.alpha, dim, backend, numbers, alphas)
     with below_autograd():
-        return entmax_forward(x, options.alpha, dim, backend, needs_grad, numbers)
+        return entmax_forward(x, options.alpha, dim, backend, needs_grad, numbers, alphas)
 
 
 def _last(x: Tensor, dim: int) -> Tensor:
@@ -660,7 +800,7 @@ def attention(inputs: Inputs, options: Options) -> Tensor:
 
 def attention_and_tau(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """Output and thresholds of :data:`attention_forward`."""
-    given = inputs.given
+    given = inputs.given()
     if is_plain(*given):
         if _differentiated(*given):
             out, tau, _ = _differentiable_call(apply_plain, inputs, options, AS_NEEDED, None)
@@ -671,18 +811,19 @@ def attention_and_tau(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]
         check_tensor(name, tensor)  # torch's dispatcher would say it in other words
     if not torch.compiler.is_compiling():  # and a transform's rules see other shapes
         _problem(inputs, options, False)
-    asked = _Arguments(options, (0,), None, inputs.operands)
-    out, tau, _ = attention_forward(*inputs.tensors, *asked.flat)
+    asked = _Arguments(options, (0,), None, inputs.operands())
+    out, tau, _ = attention_forward(*inputs.tensors(), *asked.flat())
     return out, tau
 
 
-def rows(x: Tensor, alpha: float, dim: int, backend: str) -> Tensor:
+def rows(x: Tensor, alpha: float, dim: int, backend: str, alphas: Tensor | None = None) -> Tensor:
     """Output of :data:`entmax_forward`."""
-    if not is_plain(x):
-        return cast(Tensor, entmax_forward(x, alpha, dim, backend, False))
-    if _differentiated(x):
-        return cast(Tensor, apply_plain(_Entmax, x, alpha, dim, backend))
-    return _entmax_forward(x, alpha, dim, backend, False)
+    given, more = ((x,), ()) if alphas is None else ((x, alphas), (None, alphas))
+    if not is_plain(*given):
+        return cast(Tensor, entmax_forward(x, alpha, dim, backend, False, *more))
+    if _differentiated(*given):
+        return cast(Tensor, apply_plain(_Entmax, x, alpha, dim, backend, *more))
+    return _entmax_forward(x, alpha, dim, backend, False, *more)
 
 
 def _is_final(*tensors: Tensor) -> bool:
@@ -773,7 +914,7 @@ is. What is not found is an empty tensor."""
 
 entmax_forward = _operator(
     "entmax_forward(Tensor x, Scalar alpha, int dim, str backend, bool needs_grad,"
-    f" {_NUMBERS}) -> Tensor",
+    f" {_NUMBERS}, Tensor? alphas=None) -> Tensor",
     _entmax_forward,
     _entmax_forward_fake,
     _entmax_forward_vmap,
@@ -781,8 +922,8 @@ entmax_forward = _operator(
 )
 
 entmax_backward = _operator(
-    f"entmax_backward(Tensor grad_y, Tensor y, Scalar alpha, int dim, str backend, {_NUMBERS})"
-    " -> Tensor",
+    f"entmax_backward(Tensor grad_y, Tensor y, Scalar alpha, int dim, str backend, {_NUMBERS},"
+    " Tensor? alphas=None) -> Tensor",
     _entmax_backward,
     _entmax_backward_fake,
     _entmax_backward_vmap,

@@ -124,6 +124,10 @@ def check_options(
     )
 
 
+WIDEST_WINDOW = 2**30
+"""Of a side: more keys than any sequence has."""
+
+
 def check_window(window: tuple[int, int] | None) -> tuple[int, int]:
     """``(left, right)``, -1 where a side is open.
 
@@ -138,18 +142,32 @@ def check_window(window: tuple[int, int] | None) -> tuple[int, int]:
     sides = tuple(_as_int("window", side) for side in window)
     if min(sides) < -1:
         raise ValueError(f"window must have sides of at least -1 (open), got {shown(window)}")
-    return sides[0], sides[1]
+    # Places are 32-bit numbers in kernels, to which a side is added.
+    left, right = (min(s, WIDEST_WINDOW) if isinstance(s, int) else s for s in sides)
+    return left, right
 
 
-def check_count(name: str, value: int) -> int:
-    """An integer of at least 0.
+def check_count(name: str, value: int, at_least: int = 0) -> int:
+    """An integer of at least ``at_least``.
 
     Raises:
         TypeError, ValueError: it is not.
     """
     number = _as_int(name, value)
-    if number < 0:
-        raise ValueError(f"{name} must be at least 0, got {shown(value)}")
+    if number < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {shown(value)}")
+    return number
+
+
+def check_finite(name: str, value: float) -> float:
+    """A finite number.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    number = _as_float(name, value, "a real number")
+    if not -math.inf < number < math.inf:  # also refuses NaN
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
     return number
 
 

@@ -47,6 +47,10 @@ class Inputs(NamedTuple):
             of the first two falls from one query to the next. They hold all that causal masks,
             windows, lengths and packed sequences say, in whose place they stand.
         dropout_seed: int64 ``(batch,)``.
+        block_table: int32 ``(batch, pages)``, for a paged cache: ``key`` and ``value`` are ``(pages
+            there are, heads, page_size, head_dim)``, and key ``j`` of a sequence is number ``j %
+            page_size`` of page ``block_table[j // page_size]``. Numbers of no page stand for the
+            nearest one: behind a sequence's end anything may stand.
     """
 
     query: Tensor
@@ -59,27 +63,24 @@ class Inputs(NamedTuple):
     alphas: Tensor | None = None
     ranges: Tensor | None = None
     dropout_seed: Tensor | None = None
+    block_table: Tensor | None = None
 
-    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value."""
         return self[:3]
 
-    @property
     def operands(self) -> tuple[Tensor | None, ...]:
         """All that may be None."""
         return self[3:]
 
-    @property
     def given(self) -> tuple[Tensor, ...]:
         """All that are not None."""
-        return tuple(t for t in self if t is not None) if self.has_operands else self[:3]
+        return tuple(t for t in self if t is not None) if self.has_operands() else self[:3]
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """All that are given, each as ``function`` makes it."""
         return Inputs._make(t if t is None else function(t) for t in self)
 
-    @property
     def has_operands(self) -> bool:
         """Whether one is given."""
         for operand in self[3:]:  # noqa: SIM110 (any() takes three times as long)
@@ -165,6 +166,8 @@ class Problem:
     needs_grad: bool
     operands: tuple[Operand, ...] = ()
     """Those that are given, in the order of :class:`Inputs`."""
+    page_size: int = 0
+    """Keys of a page; 0 where there is no ``block_table``. ``length_k`` is what its pages hold."""
     strided: tuple[str, ...] = field(default=(), compare=False)
     """Names of the inputs whose ``head_dim`` stride is not 1 (backends copy those once). Never a
     reason to decide otherwise, so that forward and backward of one call always decide alike."""
@@ -172,7 +175,7 @@ class Problem:
     @property
     def group_size(self) -> int:
         """Query heads that share one key and value head."""
-        return self.heads_q // self.heads_kv
+        return self.heads_q // self.heads_kv if self.heads_kv else 1
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -252,13 +255,62 @@ FEATURES = {
     "scales": "scale as a tensor",
     "alphas": "alpha as a tensor",
     "ranges": "lengths or packed sequences",
+    "block_table": "block_table",
 }
 """What users call an operand; a ``dropout_seed`` comes with ``dropout_p``."""
 
 
+def places(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
+    """``i'`` of the queries ``rows``; broadcasts to ``(batch, heads_q, rows)``."""
+    if inputs.ranges is not None:
+        return inputs.ranges[2][:, None, rows]
+    return torch.arange(problem.length_q, device=problem.device)[rows] + problem.shift
+
+
+def seen_keys(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
+    """Which keys the queries ``rows`` may see: bool, broadcasts to ``(batch, heads_q, rows,
+    length_k)``. For what is looked at: kernels know it by themselves."""
+    said, mask = problem.scores, inputs.attn_mask
+    keys = torch.arange(problem.length_k, device=problem.device)
+    distance = keys - places(problem, inputs, rows)[..., None]
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if inputs.ranges is not None:
+        begin, end = (inputs.ranges[i][:, None, rows, None] for i in (0, 1))
+        seen = (keys >= begin) & (keys < end)
+    else:
+        if said.left >= 0:
+            seen = seen & (distance >= -said.left)
+        if said.right >= 0:
+            seen = seen & (distance <= said.right)
+    if mask is not None:  # what is added as -inf hides a key too, whatever its score
+        mask = rows_of(mask, 2, rows)
+        seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
+    return seen
+
+
+def unpaged(inputs: Inputs) -> Inputs:
+    """The keys and values of a paged cache as tensors of their own, a copy."""
+    table = inputs.block_table
+    if table is None:
+        return inputs
+
+    def joined(pages: Tensor) -> Tensor:
+        count, heads, size, width = pages.shape
+        found = pages[table.clamp(0, count - 1).long()]  # (batch, pages, heads, size, width)
+        return found.transpose(1, 2).reshape(table.shape[0], heads, table.shape[1] * size, width)
+
+    key, value = joined(inputs.key), joined(inputs.value)
+    return inputs._replace(key=key, value=value, block_table=None)
+
+
+def rows_of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
+    """The ``rows`` of a dimension, which may be one for all."""
+    return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (rows,)]
+
+
 def unsupported(problem: Problem | RowProblem, supported: Collection[str] = ()) -> list[str]:
-    """Reasons of a backend that has only some of :attr:`Problem.features`."""
-    asked = problem.features if isinstance(problem, Problem) else ()
+    """Reasons of a backend that has only some of the problem's ``features``."""
+    asked = problem.features
     return [f"{name} is computed by other backends only" for name in asked if name not in supported]
 
 
@@ -285,7 +337,15 @@ class RowProblem:
     dtype: torch.dtype
     device: torch.device
     alpha: float
+    """1.5 where there are ``alphas``."""
     needs_grad: bool
+    alphas: bool = False
+    """Whether each row has its own alpha, in (1, 2]."""
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """See :attr:`Problem.features`."""
+        return (FEATURES["alphas"],) if self.alphas else ()
 
 
 def float32_refusals(problem: Problem | RowProblem) -> list[str]:
@@ -325,16 +385,16 @@ def validated(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
     # A loop asks the same again and again: what has been validated is looked up. A compiler asks
     # once, and warns of look-ups that it cannot see into.
     if not torch.compiler.is_compiling():
-        query, key, value = inputs.tensors
+        query, key, value = inputs.tensors()
         try:
             tensors = _described(query), _described(key), _described(value)
-            operands = _described_operands(inputs) if inputs.has_operands else ()
+            operands = _described_operands(inputs) if inputs.has_operands() else ()
             return _looked_up(*tensors, operands, needs_grad, *options)
         except (AttributeError, RuntimeError, TypeError):
             pass  # no strided tensors, sizes that are symbols, or an error that comes again below
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
-    q, k, v = map(_described, inputs.tensors)
+    q, k, v = map(_described, inputs.tensors())
     return _validate(q, k, v, _described_operands(inputs), needs_grad, *options)
 
 
@@ -352,7 +412,7 @@ _DescribedOperand = tuple[str, torch.Size, torch.dtype, torch.device]
 def _described_operands(inputs: Inputs) -> tuple[_DescribedOperand, ...]:
     return tuple(
         (name, tensor.shape, tensor.dtype, tensor.device)
-        for name, tensor in zip(OPERANDS, inputs.operands, strict=True)
+        for name, tensor in zip(OPERANDS, inputs.operands(), strict=True)
         if tensor is not None
     )
 
@@ -377,12 +437,13 @@ def _validate(
             )
     batch, heads_q, length_q, head_dim = shapes["query"]
     _, dtype, device, _ = query
+    table = next((shape for name, shape, *_ in operands if name == "block_table"), None)
     for name, (shape, its_dtype, its_device, _) in (("key", key), ("value", value)):
         if its_dtype != dtype:
             raise TypeError(f"{name} must have the dtype of query ({dtype}), got {its_dtype}")
         if its_device != device:
             raise ValueError(f"{name} must be on the device of query ({device}), got {its_device}")
-        if shape[0] != batch:
+        if shape[0] != batch and table is None:
             raise ValueError(f"{name} must have the batch of query ({batch}), got {shape[0]}")
     _, heads_kv, length_k, key_dim = shapes["key"]
     _, value_heads, value_length, head_dim_v = shapes["value"]
@@ -393,6 +454,11 @@ def _validate(
             f"value must have the heads and length of key ({heads_kv}, {length_k}), "
             f"got ({value_heads}, {value_length})"
         )
+    page_size = 0
+    if table is not None:
+        if needs_grad:
+            raise ValueError("block_table must be None where gradients are wanted: there are none")
+        page_size, length_k = length_k, _paged_length(table, batch, shapes)
     for name, width in (("query", head_dim), ("value", head_dim_v)):
         if not 1 <= width <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim of 1 to {MAX_HEAD_DIM}, got {width}")
@@ -408,6 +474,10 @@ def _validate(
             )
     alpha = check_alpha(options.alpha)
     scale = _check_factor(alpha, check_scale(options.scale, head_dim), dtype)
+    if options.softcap > (limit := torch.finfo(compute_dtype(dtype)).max):
+        raise ValueError(
+            f"softcap must be at most {limit:.3g} for {dtype}, got {options.softcap:g}"
+        )
     sizes = batch, heads_q, length_q, length_k
     known = tuple(_check_operand(*operand, sizes, dtype, device) for operand in operands)
     names = {operand.name for operand in known}
@@ -447,12 +517,32 @@ def _validate(
         scores=scores,
         needs_grad=needs_grad,
         operands=known,
+        page_size=page_size,
         strided=tuple(
             name
             for name, t in zip(TENSORS, (query, key, value), strict=True)
             if t[0][3] > 1 and not t[3]
         ),
     )
+
+
+def _paged_length(table: torch.Size, batch: int, shapes: dict[str, torch.Size]) -> int:
+    """Keys that the pages of a sequence hold.
+
+    Raises:
+        ValueError: the table's shape does not fit, or key and value have not the same pages, or
+            pages without a key.
+    """
+    if len(table) != 2 or table[0] != batch:
+        raise ValueError(f"block_table must have the shape ({batch}, pages), got {tuple(table)}")
+    (count, _, page_size, _), (of_value, *_) = shapes["key"], shapes["value"]
+    if of_value != count:
+        raise ValueError(f"value must have the pages of key ({count}), got {of_value}")
+    if table[1] and not (count and page_size):
+        raise ValueError(
+            f"key must have pages of at least one key, got {count} pages of {page_size}"
+        )
+    return table[1] * page_size
 
 
 def _check_operand(
@@ -469,6 +559,7 @@ def _check_operand(
     Raises:
         TypeError, ValueError: dtype, device or shape are not what :class:`Inputs` says.
     """
+    public = {"scales": "scale", "alphas": "alpha"}.get(name, name)
     batch, heads_q, length_q, length_k = sizes
     full = {
         "attn_mask": (batch, heads_q, length_q, length_k),
@@ -478,17 +569,19 @@ def _check_operand(
         "alphas": (batch, heads_q),
         "ranges": (3, batch, length_q),
         "dropout_seed": (batch,),
+        "block_table": shape,  # looked at by :func:`_paged_length`
     }[name]
     allowed = {
         "attn_mask": (torch.bool, dtype, torch.float32),
         "ranges": (torch.int32,),
+        "block_table": (torch.int32,),
         "dropout_seed": (torch.int64,),
     }.get(name, (compute_dtype(dtype),))
     if its_dtype not in allowed:
         names = " or ".join(dict.fromkeys(str(one) for one in allowed))
-        raise TypeError(f"{name} must have the dtype {names}, got {its_dtype}")
+        raise TypeError(f"{public} must have the dtype {names}, got {its_dtype}")
     if its_device != device:
-        raise ValueError(f"{name} must be on the device of query ({device}), got {its_device}")
+        raise ValueError(f"{public} must be on the device of query ({device}), got {its_device}")
     exact = 3, None, length_q  # of ranges, whose first and last dimension are never 1 for all
     fits = len(shape) == len(full) and all(
         n == m or (n == 1 and not (name == "ranges" and exact[place] is not None))
@@ -496,7 +589,7 @@ def _check_operand(
     )
     if not fits:
         raise ValueError(
-            f"{name} must have a shape that broadcasts to {tuple(full)}, got {tuple(shape)}"
+            f"{public} must have a shape that broadcasts to {tuple(full)}, got {tuple(shape)}"
         )
     return Operand(name, its_dtype, tuple(n != 1 for n in shape))
 
@@ -505,8 +598,11 @@ def _check_operand(
 _looked_up = functools.lru_cache(maxsize=1024, typed=True)(_validate)
 
 
-def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
-    """Validate one ``entmax`` call over the last dimension of ``x``.
+def row_problem(
+    x: Tensor, *, alpha: float, needs_grad: bool, alphas: Tensor | None = None
+) -> RowProblem:
+    """Validate one ``entmax`` call over the last dimension of ``x``. ``alphas``, in the compute
+    dtype, has as many dimensions, the last of size 1 and the others as in ``x`` or 1.
 
     Raises:
         TypeError, ValueError: as :func:`validated`.
@@ -514,6 +610,9 @@ def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
     check_tensor("x", x)
     check_dim(-1, x.dim())
     length = x.shape[-1]
+    if alphas is not None:
+        alpha = 1.5
+        _check_row_alphas(alphas, x)
     return RowProblem(
         rows=math.prod(x.shape[:-1]),
         length=length,
@@ -521,7 +620,20 @@ def row_problem(x: Tensor, *, alpha: float, needs_grad: bool) -> RowProblem:
         device=x.device,
         alpha=check_alpha(alpha),
         needs_grad=needs_grad,
+        alphas=alphas is not None,
     )
+
+
+def _check_row_alphas(alphas: Tensor, x: Tensor) -> None:
+    rows = *x.shape[:-1], 1
+    fits = alphas.dim() == x.dim() and all(
+        n in (1, m) for n, m in zip(alphas.shape, rows, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"alpha must broadcast to the shape {rows} of the rows, got {tuple(alphas.shape)}"
+        )
+    check_like("alpha", alphas, alphas.shape, compute_dtype(x.dtype), x.device)
 
 
 def _check_factor(alpha: float, scale: float, dtype: torch.dtype) -> float:

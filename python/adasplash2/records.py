@@ -15,7 +15,7 @@ import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _fields_of(part: Any) -> Iterator[tuple[str, Any, Any]]:
     """Name, value and default of every field, also of those within fields."""
     for name, default in _fields_with_defaults(type(part)):  # type: ignore[arg-type]
         value = getattr(part, name)
-        if is_dataclass(value):
+        if hasattr(value, "__dataclass_fields__"):  # as dataclasses.is_dataclass, in a tenth
             yield from _fields_of(value)
         else:
             yield name, value, default
@@ -116,7 +116,9 @@ _SAID: dict[str, Callable[[Any], str]] = {
     "softcap": lambda softcap: "softcap" if softcap else "",
     "dropout_p": lambda dropout_p: "dropout" if dropout_p else "",
     "operands": lambda operands: " ".join(map(_operand, operands)),
+    "page_size": lambda size: f"pages of {_bucket(size)}" if size else "",
     "group": str,
+    "alphas": lambda alphas: "alphas" if alphas else "",
     "alpha": lambda alpha: f"alpha {alpha if alpha in (1.5, 2.0) else 'general'}",
     "needs_grad": lambda needs_grad: "training" if needs_grad else "inference",
 }

@@ -162,7 +162,20 @@ def in_kernel(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` in an autograd kernel, where one transform at most is to be served, and
     torch sees to the others beneath."""
     with enable_single_level_autograd_function():
-        return apply_plain(function, *args)
+        if _SingleLevelFunction is None:
+            return apply_plain(function, *args)
+        return _single_level(function).apply(*args)  # type: ignore[attr-defined]
+
+
+_SingleLevelFunction = private("autograd.function._SingleLevelFunction")
+
+
+@functools.cache
+def _single_level(function: type[torch.autograd.Function]) -> type:
+    """The same as torch's own rules for transforms have it: from torch 2.14 on ``Function`` itself
+    is for what has its context made apart, also when it is asked as a base class has it."""
+    parts = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward", "jvp")}
+    return type(function.__name__, (_SingleLevelFunction,), parts)
 
 
 # Checking

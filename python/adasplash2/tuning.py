@@ -32,7 +32,7 @@ from torch import Tensor
 
 from adasplash2 import cache, records
 from adasplash2.contract import Backend, Config
-from adasplash2.problem import Inputs, Operand, Problem, RowProblem
+from adasplash2.problem import Inputs, Operand, Problem, RowProblem, compute_dtype
 from adasplash2.records import Record
 
 logger = logging.getLogger("adasplash2")
@@ -401,7 +401,7 @@ def compile_here(orders: BinaryIO, output: TextIO) -> None:
 class _Data:
     """Random tensors of one problem."""
 
-    inputs: Inputs | tuple[Tensor]  # or the rows
+    inputs: Inputs | tuple[Tensor, Tensor | None]  # or the rows and their alphas
     grad: Tensor
 
     @staticmethod
@@ -413,7 +413,10 @@ class _Data:
 
         if isinstance(problem, RowProblem):
             shape = problem.rows, problem.length
-            return _Data((normal(*shape) * sharpness,), normal(*shape))
+            x = normal(*shape) * sharpness
+            kind: dict[str, Any] = {"dtype": compute_dtype(x.dtype), "device": x.device}
+            alphas = torch.full(shape[:1], 1.5, **kind) if problem.alphas else None
+            return _Data((x, alphas), normal(*shape))
         p = problem
         queries, keys = (p.batch, p.heads_q, p.length_q), (p.batch, p.heads_kv, p.length_k)
         # Scores of a standard deviation of `sharpness`, whatever the scale.
@@ -448,9 +451,10 @@ def _operand(p: Problem, operand: Operand, generator: torch.Generator) -> Tensor
 
 def _run(problem: AnyProblem, backend: Backend, config: Config, data: _Data) -> None:
     if isinstance(problem, RowProblem):
-        y = backend.rows_forward(problem, data.inputs[0], config)
+        x, alphas = data.inputs[:2]
+        y = backend.rows_forward(problem, x, config, alphas)
         if problem.needs_grad:
-            backend.rows_backward(problem, y, data.grad, config)
+            backend.rows_backward(problem, y, data.grad, config, alphas)
         return
     inputs = Inputs(*data.inputs)
     result = backend.forward(problem, inputs, config)

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "decoding.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -554,6 +555,10 @@ int64_t saved_bytes(Dtype dtype, int64_t rows, int64_t entries) {
 }
 
 std::unique_ptr<Kept> attention_forward(const ForwardArguments& arguments) {
+  if (is_decoding(arguments)) {
+    decode(arguments);
+    return nullptr;
+  }
   return arguments.problem.dtype == Dtype::kFloat64 ? forward<double>(arguments)
                                                     : forward<float>(arguments);
 }

@@ -11,6 +11,7 @@ struct ForwardArguments {
   AttentionProblem problem;
   const KernelTable* kernels;
   TensorRef query, key, value, out;
+  BlockTable pages;     // of key and value, whose batch strides are those of pages then
   void* tau;            // (batch, heads_q, length_q), compute dtype
   int32_t* iterations;  // likewise, or null
   int32_t* support;     // likewise, or null

@@ -192,7 +192,7 @@ struct BackwardRows {
     Sum<T> slopes, scales;
     for (int64_t j = 0; j < n; j += kLanes<T>) {
       const Vec<T> of_score = load(x + j), dots = needs_dots() ? load(row_dots + j) : Vec<T>{};
-      if (others.mask) add_to_mask(i, seen_at(j) ? of_score : Vec<T>{}, key_at(j), n - j);
+      if (others.mask) add_to_mask(i, of_score, seen_at(j), key_at(j), n - j);
       if (others.slopes) slopes.add_any(of_score * scores.distances(row, key_at(j)));
       const Vec<T> of_scaled = scores.through_cap(of_score, dots, row);
       if (others.scales) scales.add_any(of_scaled == T(0) ? Vec<T>{} : of_scaled * dots);
@@ -203,10 +203,12 @@ struct BackwardRows {
     return delta;
   }
 
-  ADASPLASH2_INLINE void add_to_mask(int64_t i, Vec<T> ds, Keys<T> keys, int64_t count) {
+  // Keys that are not seen may be none: behind a row's last key lies what another task adds to.
+  ADASPLASH2_INLINE void add_to_mask(int64_t i, Vec<T> ds, Ints<T> seen, Keys<T> keys,
+                                     int64_t count) {
     T* row = task.others.mask + i * task.others.mask_stride_row;
     for (int64_t lane = 0; lane < kLanes<T> && lane < count; ++lane)
-      row[keys[lane] * task.others.mask_stride_key] += ds[lane];
+      if (seen[lane]) row[keys[lane] * task.others.mask_stride_key] += ds[lane];
   }
 
   // Steep ds may be so large that their products with keys overflow with both signs, whose sum is

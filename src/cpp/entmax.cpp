@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "alpha.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -15,6 +16,7 @@ int64_t rows_per_task(int64_t rows, int64_t length) {
   return n < rows ? n : (rows < 1 ? 1 : rows);
 }
 
+// Calls run(kernels, first row, rows, their alpha, workspace) for all rows.
 template <class T, class F>
 void for_rows(const EntmaxArguments& a, F run) {
   const Kernels<T>& k = kernels_for<T>(*a.kernels, a.dtype);
@@ -23,8 +25,14 @@ void for_rows(const EntmaxArguments& a, F run) {
   for (int t = 0; t < (a.threads < 1 ? 1 : a.threads); ++t)
     workspaces.emplace_back(k.entmax_workspace(a.length));
   parallel_for((a.rows + step - 1) / step, a.threads, [&](int64_t i, int thread) {
-    const int64_t first = i * step, left = a.rows - first;
-    run(k, first, left < step ? left : step, workspaces[size_t(thread)].data());
+    const int64_t begin = i * step, end = a.rows - begin < step ? a.rows : begin + step;
+    char* const workspace = workspaces[size_t(thread)].data();
+    if (!a.alphas) return run(k, begin, end - begin, a.alpha, workspace);
+    const T* const alphas = static_cast<const T*>(a.alphas);
+    for (int64_t first = begin, next; first < end; first = next) {  // rows that share an alpha
+      for (next = first + 1; next < end && alphas[next] == alphas[first];) ++next;
+      run(k, first, next - first, alpha_or_nan(double(alphas[first])), workspace);
+    }
   });
 }
 
@@ -39,20 +47,21 @@ char* row(void* data, int64_t elements, Dtype dtype) {
 
 template <class T>
 void forward(const EntmaxArguments& a, const void* x, int64_t stride_x, void* y) {
-  for_rows<T>(a, [&](const Kernels<T>& k, int64_t first, int64_t rows, void* workspace) {
+  for_rows<T>(a, [&](const Kernels<T>& k, int64_t first, int64_t rows, const Alpha& alpha,
+                     void* workspace) {
     k.entmax({row(x, first * stride_x, a.dtype), row(y, first * a.length, a.dtype), rows, a.length,
-              stride_x, &a.alpha, workspace});
+              stride_x, &alpha, workspace});
   });
 }
 
 template <class T>
 void backward(const EntmaxArguments& a, const void* y, const void* grad_y, int64_t stride_grad_y,
               void* grad_x) {
-  for_rows<T>(a, [&](const Kernels<T>& k, int64_t first, int64_t rows, void* workspace) {
-    k.entmax_backward({row(y, first * a.length, a.dtype),
-                       row(grad_y, first * stride_grad_y, a.dtype),
-                       row(grad_x, first * a.length, a.dtype), rows, a.length, stride_grad_y,
-                       &a.alpha, workspace});
+  for_rows<T>(a, [&](const Kernels<T>& k, int64_t first, int64_t rows, const Alpha& alpha,
+                     void* workspace) {
+    k.entmax_backward(
+        {row(y, first * a.length, a.dtype), row(grad_y, first * stride_grad_y, a.dtype),
+         row(grad_x, first * a.length, a.dtype), rows, a.length, stride_grad_y, &alpha, workspace});
   });
 }
 

@@ -8,6 +8,7 @@ namespace adasplash2 {
 struct EntmaxArguments {
   int64_t rows, length;
   Alpha alpha;
+  const void* alphas;  // of each row, in the compute dtype; null where `alpha` holds for all
   Dtype dtype;
   int threads;
   const KernelTable* kernels;

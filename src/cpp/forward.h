@@ -36,6 +36,40 @@ constexpr int64_t kListStride = kListCapacity + kPanelKeys<T> + 2 * kLanes<T>;
 // What lists and gathers call the sink, which is no key.
 constexpr int32_t kSinkKey = -1;
 
+// The first candidate, so that it sharpens the bound from the beginning.
+template <class T>
+ADASPLASH2_INLINE void add_sink(Candidates<T>& list, T value) {
+  list.values[0] = value;
+  list.keys[0] = kSinkKey;
+  list.count = 1;
+}
+// Its probability is nobody's weight. It came first, and stays there as long as it is kept.
+template <class T>
+ADASPLASH2_INLINE void drop_sink(Candidates<T>& list) {
+  if (list.count == 0 || list.keys[0] != kSinkKey) return;
+  list.values[0] = list.values[list.count - 1];
+  list.keys[0] = list.keys[list.count - 1];
+  --list.count;
+}
+
+// The keys of a row's list that dropout leaves, and their weights, in `kept`.
+template <class T>
+ADASPLASH2_INLINE Candidates<T> after_dropout(const Dropout<T>& dropout, int64_t row,
+                                              Candidates<T> list, Candidates<T> kept) {
+  for (int64_t j = 0; j < list.count; j += kLanes<T>) {
+    Keys<T> keys;
+    __builtin_memcpy(&keys, list.keys + j, sizeof(keys));
+    T weights[kLanes<T>];
+    store(weights, dropout.applied(load(list.values + j), row, keys));
+    for (int64_t lane = 0; lane < kLanes<T> && j + lane < list.count; ++lane) {
+      kept.values[kept.count] = weights[lane];
+      kept.keys[kept.count] = keys[lane];
+      kept.count += weights[lane] != T(0);
+    }
+  }
+  return kept;
+}
+
 // Scores of one row of a tile against all keys, panel by panel, a vector of slack, and one for the
 // sink.
 template <class T>
@@ -84,7 +118,7 @@ struct ForwardWorkspace {
 template <class S, AlphaKind K, bool IsPlain>
 struct ForwardBlock {
   using T = ComputeOf<S>;
-  static constexpr int64_t kKeys = kPanelKeys<T>;
+  static constexpr int64_t kKeys = kPanelKeys<T>, kRowTiles = kBlockRows / kTileRows;
 
   const ForwardTask<T>& task;
   const AttentionProblem& problem;
@@ -157,7 +191,11 @@ struct ForwardBlock {
       count[i] = 0;
       trigger[i] = kFirstTrigger;
       flat[i] = false;
-      if (scores.has_sink()) add_sink(i);
+      if (scores.has_sink()) {
+        Candidates<T> list = candidates(i);
+        add_sink(list, scores.sink_value());
+        count[i] = list.count;
+      }
     }
     if (!task.results.tiles) return;
     const KeyRange keys = seen_by_any(scores, task.row_begin, task.rows);
@@ -165,14 +203,6 @@ struct ForwardBlock {
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
       if (any_allowed({0, task.rows}, {tile * kBlockRows, (tile + 1) * kBlockRows}))
         task.results.tiles[tile] = kEmptyTile;
-  }
-
-  // The first candidate, so that it sharpens the bound from the beginning.
-  ADASPLASH2_INLINE void add_sink(int64_t i) {
-    const Candidates<T> list = candidates(i);
-    list.values[0] = scores.sink_value();
-    list.keys[0] = kSinkKey;
-    count[i] = 1;
   }
 
   // --- scan: what may be in the support -----------------------------------------------------
@@ -190,36 +220,45 @@ struct ForwardBlock {
     const Part first = row_tile(tile_begin), last = row_tile(tile_end - 1);
     const Part together = {first.first, last.first + last.count - first.first};
     const KeyRange panels = needed_by_any(together).in_units_of(kKeys);
+    KeyRange needed[kRowTiles], whole[kRowTiles];  // whole: keys whose scores are scaled alone
+    for (int64_t t = tile_begin; t < tile_end; ++t) {
+      const Part rows = row_tile(t);
+      needed[t] = needed_by_any(rows);
+      whole[t] = scores.is_scaled && rows.count == kTileRows ? seen_by_all(rows) : KeyRange{0, 0};
+    }
     for (int64_t panel = panels.end - 1; panel >= panels.begin; --panel) {
       const KeyRange keys = {panel * kKeys, (panel + 1) * kKeys};
       for (int64_t t = tile_begin; t < tile_end; ++t) {
         const Part rows = row_tile(t);
-        if (!keys.overlaps(needed_by_any(rows)) || all_flat(rows)) continue;
+        if (!keys.overlaps(needed[t]) || all_flat(rows)) continue;
         if (!any_allowed(rows, keys)) continue;
+        scores.prefetch(task.row_begin + rows.first, rows.count, keys.begin - kKeys, kKeys);
         const Tile<T> tile = dots(rows, panel);
         ++work.tiles;
-        if (IsPlain && seen_by_all(rows).contains(keys) && rows.count == kTileRows)
-          collect<false>(tile, rows, keys.begin);
-        else
+        if (whole[t].contains(keys)) {
           collect<true>(tile, rows, keys.begin);
+        } else {
+          Tile<T> values = tile;  // in memory, while `tile` is in registers
+          scores.to_values(values, task.row_begin + rows.first, rows.count, keys.begin);
+          collect<false>(values, rows, keys.begin);
+        }
       }
     }
   }
 
-  // Appends what lies above each row's bound. Partial: there are fewer rows than a tile has, or
-  // not all of them see all keys.
-  template <bool Partial>
+  // Appends what lies above each row's bound. Whole: the tile holds q . k, and all rows see all
+  // keys; else it holds the values of rows.count rows.
+  template <bool Whole>
   ADASPLASH2_INLINE void collect(const Tile<T>& tile, Part rows, int64_t key) {
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      if (Partial && r >= rows.count) continue;
+      if (!Whole && r >= rows.count) continue;
       const int64_t i = rows.first + r;
       Vec<T> x[kTileVectors];
       unsigned above[kTileVectors], any = 0;
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
-        x[v] = Partial ? scores.values(tile.rows[r][v], task.row_begin + i, key + v * kLanes<T>)
-                       : scores.values(tile.rows[r][v]);
+        x[v] = Whole ? scores.values(tile.rows[r][v]) : tile.rows[r][v];
         above[v] = not_below(x[v], broadcast(lo[i]));
         any |= above[v];
       }
@@ -263,18 +302,13 @@ struct ForwardBlock {
     flat[i] = row.state == RowState::kPoisoned;
     if (flat[i]) return;
     count[i] = row.support;
-    if (scores.has_sink()) drop_sink(i);
+    if (scores.has_sink()) {
+      Candidates<T> list = candidates(i);
+      drop_sink(list);
+      count[i] = list.count;
+    }
     work.solved += row.examined;
     record(i, row.state, row.threshold, int32_t(count[i]), row.steps);
-  }
-
-  // Its probability is nobody's weight. It came first, and stays there as long as it is kept.
-  ADASPLASH2_INLINE void drop_sink(int64_t i) {
-    const Candidates<T> list = candidates(i);
-    if (list.count == 0 || list.keys[0] != kSinkKey) return;
-    list.values[0] = list.values[list.count - 1];
-    list.keys[0] = list.keys[list.count - 1];
-    --count[i];
   }
 
   ADASPLASH2_INLINE void record(int64_t i, RowState state, const Threshold<T>& threshold,
@@ -295,7 +329,7 @@ struct ForwardBlock {
   }
 
   ADASPLASH2_INLINE void gather_row(int64_t i) {
-    const Candidates<T> list = candidates(i), kept = after_dropout(i, list);
+    const Candidates<T> list = candidates(i), kept = kept_of(i, list);
     gather_rows<false, S>(kept.values, kept.keys, kept.count, task.value, problem.head_dim_v,
                           ws.out);
     write_out(i, ws.out);
@@ -303,23 +337,10 @@ struct ForwardBlock {
       for (int64_t j = 0; j < list.count; ++j) mark_live(list.keys[j]);
   }
 
-  // The keys of a list that dropout leaves, and their weights.
-  ADASPLASH2_INLINE Candidates<T> after_dropout(int64_t i, Candidates<T> list) const {
+  ADASPLASH2_INLINE Candidates<T> kept_of(int64_t i, Candidates<T> list) const {
     const Dropout<T> dropout(scores.score);
     if (IsPlain || !dropout.is_on()) return list;
-    int64_t n = 0;
-    for (int64_t j = 0; j < list.count; j += kLanes<T>) {
-      Keys<T> keys;
-      __builtin_memcpy(&keys, list.keys + j, sizeof(keys));
-      T weights[kLanes<T>];
-      store(weights, dropout.applied(load(list.values + j), task.row_begin + i, keys));
-      for (int64_t lane = 0; lane < kLanes<T> && j + lane < list.count; ++lane) {
-        ws.kept_values[n] = weights[lane];
-        ws.kept_keys[n] = keys[lane];
-        n += weights[lane] != T(0);
-      }
-    }
-    return {ws.kept_values, ws.kept_keys, n};
+    return after_dropout(dropout, task.row_begin + i, list, {ws.kept_values, ws.kept_keys, 0});
   }
 
   ADASPLASH2_INLINE void write_out(int64_t i, const T* row) {
@@ -350,13 +371,12 @@ struct ForwardBlock {
   ADASPLASH2_INLINE void scan_flat(Part rows, KeyRange panels) {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const bool any = any_allowed(rows, {panel * kKeys, (panel + 1) * kKeys});
-      const Tile<T> tile = any ? dots(rows, panel) : Tile<T>{};
+      Tile<T> tile = any ? dots(rows, panel) : Tile<T>{};
+      scores.to_values(tile, task.row_begin + rows.first, rows.count, panel * kKeys);
       for (int r = 0; r < rows.count; ++r)
-        for (int v = 0; v < kTileVectors; ++v) {
-          const int64_t row = task.row_begin + rows.first + r, lane = v * kLanes<T>;
-          store(ws.scores + r * ws.score_stride + (panel - panels.begin) * kKeys + lane,
-                scores.values(tile.rows[r][v], row, panel * kKeys + lane));
-        }
+        for (int v = 0; v < kTileVectors; ++v)
+          store(ws.scores + r * ws.score_stride + (panel - panels.begin) * kKeys + v * kLanes<T>,
+                tile.rows[r][v]);
     }
   }
 

@@ -1,6 +1,7 @@
 // All kernels of one instruction set: this file is compiled once per set, with
 // ADASPLASH2_ISA its name. Nothing here may have external linkage but the table.
 #include "backward.h"
+#include "decode.h"
 #include "entmax.h"
 #include "forward.h"
 
@@ -36,6 +37,16 @@ int64_t forward_workspace(const AttentionProblem& problem) {
 }
 
 template <class S>
+int64_t decode_scan_workspace(const AttentionProblem& problem, int64_t rows, int64_t keys) {
+  return DecodeWorkspace<ComputeOf<S>>(problem, rows, keys, nullptr).bytes;
+}
+
+template <class S>
+int64_t decode_row_workspace(const AttentionProblem& problem, int64_t entries) {
+  return DecodeRowWorkspace<ComputeOf<S>>(problem, entries, nullptr).bytes;
+}
+
+template <class S>
 constexpr Kernels<ComputeOf<S>> kernels_of() {
   using T = ComputeOf<S>;
   Kernels<T> k = {};
@@ -45,6 +56,11 @@ constexpr Kernels<ComputeOf<S>> kernels_of() {
   k.norms = norms<S>;
   k.forward_workspace = forward_workspace<S>;
   k.forward = forward<S>;
+  k.chunk_keys = kChunkKeys;
+  k.decode_scan_workspace = decode_scan_workspace<S>;
+  k.decode_scan = decode_scan<S>;
+  k.decode_row_workspace = decode_row_workspace<S>;
+  k.decode_row = decode_row<S>;
   k.backward_rows_workspace = backward_rows_workspace<S>;
   k.backward_rows = backward_rows<S>;
   k.backward_keys_workspace = backward_keys_workspace<S>;

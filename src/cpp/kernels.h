@@ -34,6 +34,51 @@ struct ForwardTask {
   Work work;
 };
 
+// The scan of some keys for some rows of a group of query heads that share them.
+template <class T>
+struct DecodeScanTask {
+  const AttentionProblem* problem;
+  TensorRef query;
+  CacheRef key;
+  int64_t first_head;  // of the group, among the query heads of all batches
+  Part rows;           // of the group, kBlockRows at most
+  KeyRange keys;       // from a multiple of chunk_keys on
+  KeyRange readable;   // keys that some row may see: no other is read
+  void* workspace;
+  // Out, in the workspace: of row i, what may be in its support, at + i * list_stride.
+  T* list_values;
+  int32_t* list_keys;
+  int64_t list_stride;
+  int64_t counts[kBlockRows];  // or kPoisonedPart
+  Work work;
+};
+
+// What a part of the keys has left of a row.
+constexpr int64_t kPoisonedPart = -1;
+template <class T>
+struct PartList {
+  const T* values;
+  const int32_t* keys;
+  int64_t count;  // or kPoisonedPart
+};
+
+// One row: its output of what its parts have left.
+template <class T>
+struct DecodeRowTask {
+  const AttentionProblem* problem;
+  CacheRef value;
+  HeadRef out;
+  int64_t head;  // among the query heads of all batches
+  int64_t row;   // within the head
+  const PartList<T>* lists;
+  int64_t parts, entries;  // of all lists together
+  void* workspace;
+  // Out.
+  T* tau;
+  int32_t support, steps;
+  Work work;
+};
+
 // Gradients that rows have beside dQ, null where they are not wanted.
 template <class T>
 struct RowGradients {
@@ -112,6 +157,11 @@ struct Kernels {
   void (*norms)(HeadRef rows, int64_t count, int64_t depth, double* norms);
   int64_t (*forward_workspace)(const AttentionProblem&);  // bytes, a thread
   void (*forward)(ForwardTask<T>&);
+  int64_t chunk_keys;  // keys of a DecodeScanTask begin at a multiple of this
+  int64_t (*decode_scan_workspace)(const AttentionProblem&, int64_t rows, int64_t keys);
+  void (*decode_scan)(DecodeScanTask<T>&);
+  int64_t (*decode_row_workspace)(const AttentionProblem&, int64_t entries);
+  void (*decode_row)(DecodeRowTask<T>&);
   int64_t (*backward_rows_workspace)(const AttentionProblem&, bool any_flat);
   void (*backward_rows)(const BackwardRowsTask<T>&);
   int64_t (*backward_keys_workspace)(const AttentionProblem&);

@@ -110,10 +110,11 @@ ADASPLASH2_INLINE void add_weighted_rows(const T* weights, int64_t weight_stride
   }
 }
 
-// out[0..width) (+)= sum_{j < n} weights[j] * matrix[keys[j]]: a gather of few rows.
-template <bool Add, class S, class T>
-ADASPLASH2_INLINE void gather_rows(const T* weights, const int32_t* keys, int64_t n, HeadRef matrix,
-                                   int64_t width, T* out) {
+// out[0..width) (+)= sum_{j < n} weights[j] * matrix[keys[j]]: a gather of few rows, of a HeadRef
+// or a CacheRef.
+template <bool Add, class S, class M, class T>
+ADASPLASH2_INLINE void gather_rows(const T* weights, const int32_t* keys, int64_t n,
+                                   const M& matrix, int64_t width, T* out) {
   constexpr int V = 4, L = kLanes<T>;
   int64_t at = 0;
   for (; at + V * L <= width; at += V * L) {

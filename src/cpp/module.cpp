@@ -5,13 +5,14 @@
 
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "alpha.h"
 #include "attention.h"
 #include "entmax_rows.h"
 #include "isa.h"
@@ -44,16 +45,6 @@ Dtype dtype_of(const std::string& name) {
                               "'");
 }
 
-Alpha alpha_of(double value) {
-  if (!(value > 1.0)) throw std::invalid_argument("alpha must be greater than 1");
-  Alpha alpha = {};
-  alpha.kind = value == 1.5 ? AlphaKind::k15 : value == 2.0 ? AlphaKind::k2 : AlphaKind::kGeneral;
-  alpha.value = value;
-  alpha.exponent = 1.0 / (value - 1.0);
-  for (int k = 0; k <= kBins; ++k) alpha.powers[k] = std::pow(double(k) / kBins, alpha.exponent);
-  return alpha;
-}
-
 // (address, dtype, strides of batch, query head, row and key), strides in elements and 0 where one
 // entry holds for all.
 using OperandArgument = std::tuple<Address, std::string, std::array<std::int64_t, 4>>;
@@ -76,6 +67,16 @@ Operand operand_of(const Operands& operands, const char* name) {
           strides[1],
           strides[2],
           strides[3]};
+}
+
+// (address of int32 (batch, pages), batch stride, rows of a page, pages of the cache).
+using BlockTableArgument = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
+
+BlockTable block_table_of(const std::optional<BlockTableArgument>& table) {
+  if (!table) return {};
+  const auto& [address, stride, page_size, pages] = *table;
+  if (page_size < 1) throw std::invalid_argument("page_size must be at least 1");
+  return {pointer<std::int32_t>(address), stride, page_size, pages};
 }
 
 // What is asked of an attention, and what that points to.
@@ -132,18 +133,11 @@ struct Asked {
       const std::int64_t heads = operand.stride_head ? problem.heads_q : 1;
       for (std::int64_t batch = 0; batch < batches; ++batch)
         for (std::int64_t head = 0; head < heads; ++head)
-          alphas.push_back(head_alpha(number_at(operand.at(batch, head), operand.dtype, 0)));
+          alphas.push_back(alpha_or_nan(number_at(operand.at(batch, head), operand.dtype, 0)));
       problem.alpha_stride_batch = batches > 1 ? heads : 0;
       problem.alpha_stride_head = heads > 1 ? 1 : 0;
     }
     problem.alphas = alphas.data();
-  }
-
-  // One that is not in (1, 2] makes its head's scores NaN, and so its rows.
-  static Alpha head_alpha(double value) {
-    Alpha alpha = alpha_of(value > 1.0 && value <= 2.0 ? value : 1.5);
-    if (!(value > 1.0 && value <= 2.0)) alpha.value = NAN;
-    return alpha;
   }
 };
 
@@ -152,6 +146,11 @@ struct Asked {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "C++ core of adasplash2.";
   m.attr("LIST_CAPACITY") = kListCapacity;
+#if defined(_OPENMP)
+  m.attr("OPENMP") = true;
+#else
+  m.attr("OPENMP") = false;
+#endif
   m.attr("TILE_ROWS") = kBlockRows;
 
   m.def("usable_isas", &usable_isas);
@@ -199,10 +198,12 @@ PYBIND11_MODULE(_core, m) {
          const Tensor& out, Address tau, bool keep, int threads, const std::string& isa,
          std::int64_t scan_rows, Address support, Address iterations, Address tiles, Work* work,
          const std::array<std::int64_t, 2>& window, std::int64_t shift, double softcap,
-         double dropout_p, const Operands& operands) {
+         double dropout_p, const Operands& operands,
+         const std::optional<BlockTableArgument>& block_table) {
         const Asked asked(dims, dtype, alpha, scale, is_causal, window, shift, softcap, dropout_p,
                           operands);
         ForwardArguments a = {};
+        a.pages = block_table_of(block_table);
         a.kernels = &kernels(isa);
         a.problem = asked.problem;
         a.query = tensor_ref(query);
@@ -225,7 +226,8 @@ PYBIND11_MODULE(_core, m) {
       py::arg("keep"), py::arg("threads"), py::arg("isa"), py::arg("scan_rows"),
       py::arg("support") = 0, py::arg("iterations") = 0, py::arg("tiles") = 0,
       py::arg("work") = nullptr, py::arg("window") = everything, py::arg("shift") = 0,
-      py::arg("softcap") = 0.0, py::arg("dropout_p") = 0.0, py::arg("operands") = Operands());
+      py::arg("softcap") = 0.0, py::arg("dropout_p") = 0.0, py::arg("operands") = Operands(),
+      py::arg("block_table") = py::none());
 
   m.def(
       "attention_backward",
@@ -272,27 +274,29 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "entmax_forward",
       [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address x,
-         std::int64_t stride_x, Address y, int threads, const std::string& isa) {
-        const EntmaxArguments a = {rows,    length,       alpha_of(alpha), dtype_of(dtype),
-                                   threads, &kernels(isa)};
+         std::int64_t stride_x, Address y, int threads, const std::string& isa, Address alphas) {
+        const EntmaxArguments a = {
+            rows,    length,       alpha_of(alpha), pointer<void>(alphas), dtype_of(dtype),
+            threads, &kernels(isa)};
         const py::gil_scoped_release release;
         entmax_forward(a, pointer<void>(x), stride_x, pointer<void>(y));
       },
       py::arg("rows"), py::arg("length"), py::arg("dtype"), py::arg("alpha"), py::arg("x"),
-      py::arg("stride_x"), py::arg("y"), py::arg("threads"), py::arg("isa"));
+      py::arg("stride_x"), py::arg("y"), py::arg("threads"), py::arg("isa"), py::arg("alphas") = 0);
 
   m.def(
       "entmax_backward",
       [](std::int64_t rows, std::int64_t length, const std::string& dtype, double alpha, Address y,
          Address grad_y, std::int64_t stride_grad_y, Address grad_x, int threads,
-         const std::string& isa) {
-        const EntmaxArguments a = {rows,    length,       alpha_of(alpha), dtype_of(dtype),
-                                   threads, &kernels(isa)};
+         const std::string& isa, Address alphas) {
+        const EntmaxArguments a = {
+            rows,    length,       alpha_of(alpha), pointer<void>(alphas), dtype_of(dtype),
+            threads, &kernels(isa)};
         const py::gil_scoped_release release;
         entmax_backward(a, pointer<void>(y), pointer<void>(grad_y), stride_grad_y,
                         pointer<void>(grad_x));
       },
       py::arg("rows"), py::arg("length"), py::arg("dtype"), py::arg("alpha"), py::arg("y"),
       py::arg("grad_y"), py::arg("stride_grad_y"), py::arg("grad_x"), py::arg("threads"),
-      py::arg("isa"));
+      py::arg("isa"), py::arg("alphas") = 0);
 }

@@ -234,13 +234,15 @@ ADASPLASH2_INLINE Vec<T> load_strided(const M* p, int64_t stride, int64_t count)
 template <AlphaKind K, class T, bool IsPlain>
 struct Scores {
   const HeadScore score;
-  const T value_of_one;   // of q . k = 1, where plain
+  const T value_of_one;   // of q . k = 1, where that is all that a score is made of
   const T value_of_unit;  // of s = 1
+  const bool is_scaled;   // whether it is: ranges of keys hide some, but change none
 
   ADASPLASH2_INLINE Scores(const HeadScore& s, const Alpha& alpha)
       : score(s),
         value_of_one(T(value_factor<K>(alpha) * s.scale)),
-        value_of_unit(T(value_factor<K>(alpha))) {}
+        value_of_unit(T(value_factor<K>(alpha))),
+        is_scaled(IsPlain || !(s.mask || s.scales || s.softcap != 0.0 || s.slope != 0.0)) {}
 
   ADASPLASH2_INLINE KeyRange visible(int64_t row) const {
     if constexpr (!IsPlain) return score.visible(row);
@@ -253,19 +255,42 @@ struct Scores {
     return seen.intersection(score.reach[first / kBlockRows]);
   }
 
-  // Where plain, of keys that are seen.
+  // Where they are scaled alone, of keys that are seen.
   ADASPLASH2_INLINE Vec<T> values(Vec<T> dots) const { return dots * value_of_one; }
 
   // The values of the keys first_key, first_key + 1, ...; -inf where `row` may not see them.
   ADASPLASH2_INLINE Vec<T> values(Vec<T> dots, int64_t row, int64_t first_key) const {
     if constexpr (!IsPlain) return made(dots, row, first_key);
-    return in_range(row, first_key) ? values(dots) : broadcast(-kInfinity<T>);
+    return in_range(visible(row), first_key) ? values(dots) : broadcast(-kInfinity<T>);
+  }
+  // Likewise of a tile, in place: of its first `rows` rows, which are first_row, ... Once a tile:
+  // each call out of line moves the tile to memory and back.
+  template <class Tile>
+  ADASPLASH2_INLINE void to_values(Tile& tile, int64_t first_row, int64_t rows,
+                                   int64_t first_key) const {
+    if constexpr (!IsPlain) return make(tile, first_row, rows, first_key);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int v = 0; v < int(sizeof(tile.rows[0]) / sizeof(Vec<T>)); ++v)
+        tile.rows[r][v] = values(tile.rows[r][v], first_row + r, first_key + v * kLanes<T>);
+  }
+
+  // Asks for what a mask says of some rows and the keys first_key, ..., some time before it is
+  // read: its rows lie far apart, and are read a few keys at a time.
+  ADASPLASH2_INLINE void prefetch(int64_t first_row, int64_t rows, int64_t first_key,
+                                  int64_t keys) const {
+    if (IsPlain || !score.mask || score.mask_stride_key != 1 || first_key < 0) return;
+    const int64_t element = bytes_of(score.mask_dtype);
+    for (int64_t row = first_row; row < first_row + rows; ++row) {
+      const char* at = static_cast<const char*>(score.mask) +
+                       (row * score.mask_stride_row + first_key) * element;
+      for (int64_t byte = 0; byte < keys * element; byte += 64) __builtin_prefetch(at + byte);
+    }
   }
 
   // Whether `row` may see the keys first_key, first_key + 1, ...
   ADASPLASH2_INLINE Ints<T> allowed(int64_t row, int64_t first_key) const {
     if constexpr (!IsPlain) return shown(row, first_key);
-    return in_range(row, first_key);
+    return in_range(visible(row), first_key);
   }
   // Whether one of rows [first, first + rows) may see one of `keys`, a panel.
   ADASPLASH2_INLINE bool any_allowed(int64_t first, int64_t rows, KeyRange keys) const {
@@ -301,7 +326,24 @@ struct Scores {
 
  private:
   __attribute__((noinline)) Vec<T> made(Vec<T> dots, int64_t row, int64_t first_key) const {
-    Ints<T> seen = in_range(row, first_key);
+    return made_inline(dots, row, first_key, visible(row));
+  }
+  template <class Tile>
+  __attribute__((noinline)) void make(Tile& tile, int64_t first_row, int64_t rows,
+                                      int64_t first_key) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const KeyRange seen = visible(first_row + r);
+      int64_t key = first_key;
+      for (Vec<T>& dots : tile.rows[r]) {
+        dots = made_inline(dots, first_row + r, key, seen);
+        key += kLanes<T>;
+      }
+    }
+  }
+  ADASPLASH2_INLINE Vec<T> made_inline(Vec<T> dots, int64_t row, int64_t first_key,
+                                       KeyRange range) const {
+    Ints<T> seen = in_range(range, first_key);
+    if (is_scaled) return seen ? values(dots) : broadcast(-kInfinity<T>);
     Vec<T> s = dots * T(score.scale_of(row));
     if (score.softcap != 0.0) s = tanh_of<T>(s / T(score.softcap)).value * T(score.softcap);
     if (score.mask) {
@@ -319,7 +361,7 @@ struct Scores {
   }
 
   __attribute__((noinline)) Ints<T> shown(int64_t row, int64_t first_key) const {
-    const Ints<T> seen = in_range(row, first_key);
+    const Ints<T> seen = in_range(visible(row), first_key);
     return score.mask ? seen & shows(mask_at(row, first_key)) : seen;
   }
   __attribute__((noinline)) bool any_shown(int64_t first, int64_t rows, KeyRange keys) const {
@@ -332,8 +374,7 @@ struct Scores {
     return false;
   }
 
-  ADASPLASH2_INLINE Ints<T> in_range(int64_t row, int64_t first_key) const {
-    const KeyRange seen = visible(row);
+  ADASPLASH2_INLINE static Ints<T> in_range(KeyRange seen, int64_t first_key) {
     const Ints<T> lane = __builtin_convertvector(iota<T>(), Ints<T>);
     return (lane >= Ints<T>{} + lane_of(seen.begin - first_key)) &
            (lane < Ints<T>{} + lane_of(seen.end - first_key));

@@ -79,23 +79,37 @@ ADASPLASH2_INLINE Vec<T> vmin(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
 
-// Reductions in a fixed order.
+// Lane i takes what is in lane (i + by) % kLanes.
+template <class T>
+ADASPLASH2_INLINE Vec<T> lanes_from(Vec<T> v, int by) {
+#if defined(__clang__)
+  Vec<T> moved;
+  for (int i = 0; i < kLanes<T>; ++i) moved[i] = v[(i + by) % kLanes<T>];
+  return moved;
+#else
+  using Number = decltype(Ints<T>{}[0] + 0);
+  static constexpr Number numbers[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                         11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                         22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  Ints<T> from;
+  __builtin_memcpy(&from, numbers + by, sizeof(from));
+  return __builtin_shuffle(v, from);
+#endif
+}
+
+// Reductions in a fixed order: the upper half onto the lower, until one lane is left. In registers:
+// lists are short, and a reduction by way of memory took longer than the passes over them.
 template <class T>
 ADASPLASH2_INLINE T sum(Vec<T> v) {
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+#pragma GCC unroll 4
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) v += lanes_from<T>(v, width);
+  return v[0];
 }
 template <class T>
 ADASPLASH2_INLINE T largest(Vec<T> v) {
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i)
-      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+#pragma GCC unroll 4
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) v = vmax<T>(v, lanes_from<T>(v, width));
+  return v[0];
 }
 template <class T>
 ADASPLASH2_INLINE T smallest(Vec<T> v) {

@@ -177,22 +177,34 @@ ADASPLASH2_INLINE void pad(T* values, int64_t n) {
   store(values + n, broadcast(-kInfinity<T>));
 }
 
-// Counts of z - max z per bin, of a padded list. Two sets of counters, since consecutive scores
-// often share a bin and an increment waits for the one before it.
+// Counts of z - max z per bin, of a padded list. A byte a bin, all in one vector: an increment in
+// memory would wait for the one before it, since consecutive scores often share a bin.
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE void histogram(const T* values, int64_t n, T max, const Power<T>& power,
                                  int* counts) {
-  int sets[2][kBins] = {};
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const Vec<T> bin = (shifted<K>(load(values + i), max, power) + T(1)) * T(kBins);
-    const Vec<T> clamped = vmin<T>(vmax<T>(bin, Vec<T>{}), broadcast(T(kBins - 1)));
-    const Keys<T> bins = __builtin_convertvector(clamped, Keys<T>);
-    int32_t lanes[kLanes<T>];
-    __builtin_memcpy(lanes, &bins, sizeof(bins));
+  typedef uint8_t Bytes __attribute__((vector_size(kBins)));
+  typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<T>)));
+  constexpr int64_t kChunk = 240;  // whole vectors, and a byte can count them
+  static_assert(kBins == 16 && kChunk % kLanes<T> == 0);
+  const Bytes numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int b = 0; b < kBins; ++b) counts[b] = 0;
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int64_t end = begin + kChunk < n ? begin + kChunk : n;
+    uint8_t bins[kChunk];
+    for (int64_t i = begin; i < end; i += kLanes<T>) {
+      const Vec<T> bin = (shifted<K>(load(values + i), max, power) + T(1)) * T(kBins);
+      const Vec<T> clamped = vmin<T>(vmax<T>(bin, Vec<T>{}), broadcast(T(kBins - 1)));
+      const LaneBytes bytes =
+          __builtin_convertvector(__builtin_convertvector(clamped, Keys<T>), LaneBytes);
+      __builtin_memcpy(bins + (i - begin), &bytes, sizeof(bytes));
+    }
+    Bytes sums = {};
+    for (int64_t i = 0; i < end - begin; i += kLanes<T>)
 #pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes<T>; ++lane) ++sets[lane % 2][lanes[lane]];
+      for (int lane = 0; lane < kLanes<T>; ++lane)
+        sums -= Bytes(numbers == Bytes{} + bins[i + lane]);
+    for (int b = 0; b < kBins; ++b) counts[b] += sums[b];
   }
-  for (int b = 0; b < kBins; ++b) counts[b] = sets[0][b] + sets[1][b];
   counts[0] -= int((kLanes<T> - n % kLanes<T>) % kLanes<T>);  // the padding
 }
 
@@ -294,14 +306,15 @@ __attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const P
   int32_t* const keys = row.keys;
   const int64_t count = row.count;
   pad(values, count);
-  Vec<T> top = broadcast(-kInfinity<T>), bad = {};
+  Vec<T> top = broadcast(-kInfinity<T>);
+  unsigned unordered = 0;
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const Vec<T> v = load(values + i);
     top = vmax<T>(v, top);
-    bad += v == v ? Vec<T>{} : v;
+    unordered |= not_below(v, v);
   }
   Tightened<T> result = {RowState::kPoisoned, count, largest<T>(top), 0, {}};
-  if (!(sum<T>(bad) == T(0)) || result.max == kInfinity<T>) return result;
+  if (unordered || result.max == kInfinity<T>) return result;
   result.state = RowState::kEmpty;
   if (count == 0) return result;
 
@@ -407,14 +420,15 @@ template <AlphaKind K, class T>
 __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T* candidates,
                                                          const Power<T>& power) {
   pad(values, n);
-  Vec<T> top = broadcast(-kInfinity<T>), bad = {};
+  Vec<T> top = broadcast(-kInfinity<T>);
+  unsigned unordered = 0;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     const Vec<T> v = load(values + i);
     top = vmax<T>(v, top);
-    bad += v == v ? Vec<T>{} : v;
+    unordered |= not_below(v, v);
   }
   const T max = largest<T>(top);
-  if (!(sum<T>(bad) == T(0)) || max == kInfinity<T>)
+  if (unordered || max == kInfinity<T>)
     return {RowState::kPoisoned, {kNan<T>, kNan<T>, kNan<T>}, kNan<T>, 0, 0};
   if (max == -kInfinity<T>) return {RowState::kEmpty, {max, kInfinity<T>, T(0)}, T(0), 0, 0};
 

@@ -43,6 +43,31 @@ ADASPLASH2_INLINE S* row_of(HeadRef head, int64_t i) {
   return static_cast<S*>(head.data) + i * head.stride;
 }
 
+// Where the rows of a cache lie in pages of `page_size` rows: row i of sequence b is row
+// i % page_size of page data[b * stride + i / page_size], of `pages` that there are. Numbers of no
+// page stand for the nearest one. Null where rows lie one behind another.
+struct BlockTable {
+  const int32_t* data;
+  int64_t stride, page_size, pages;
+};
+
+// The rows of one head of a cache.
+struct CacheRef {
+  HeadRef rows;      // of page 0, where there are pages
+  BlockTable table;  // of the sequence
+  int64_t page_stride;
+};
+
+template <class S>
+ADASPLASH2_INLINE S* row_of(const CacheRef& head, int64_t i) {
+  const BlockTable& table = head.table;
+  if (!table.data) return row_of<S>(head.rows, i);
+  const uint32_t row = uint32_t(i), size = uint32_t(table.page_size);
+  const int64_t number = table.data[row / size], last = table.pages - 1;
+  const int64_t page = number < 0 ? 0 : number < last ? number : last;
+  return row_of<S>(head.rows, row % size) + page * head.page_stride;
+}
+
 struct AttentionProblem {
   int64_t batch, heads_q, heads_kv, length_q, length_k, head_dim, head_dim_v;
   Score score;
@@ -80,6 +105,13 @@ struct AttentionProblem {
   }
   ADASPLASH2_INLINE HeadRef key_head(const TensorRef& tensor, int64_t number) const {
     return head_of(tensor, number / heads_kv, number % heads_kv);
+  }
+  // Of a cache, whose batch stride is that of its pages where there are any.
+  ADASPLASH2_INLINE CacheRef cached_head(const TensorRef& tensor, BlockTable table,
+                                         int64_t number) const {
+    if (!table.data) return {key_head(tensor, number), table, 0};
+    table.data += number / heads_kv * table.stride;
+    return {head_of(tensor, 0, number % heads_kv), table, tensor.stride_batch};
   }
 
  private:

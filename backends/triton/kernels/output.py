@@ -31,6 +31,7 @@ from adasplash2.backends.triton.kernels.work import (
     entry_of,
     head_of,
     is_marked,
+    keys_of,
     load_pair,
     load_thresholds,
     load_tile,
@@ -115,8 +116,8 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
         return
     queries = head_of(query, batch, head)
     q = load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded, True)
-    keys = head_of(key, batch, kv_head)
-    values = head_of(value, batch, kv_head)
+    keys = keys_of(key, batch, kv_head, shape, opt)
+    values = keys_of(value, batch, kv_head, shape, opt)
     entries = entries_at(lists, counts, at_block, tiles)
     top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
     scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0

@@ -12,6 +12,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     largest,
     power,
 )
+from adasplash2.backends.triton.kernels.score import lift_of
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     guarded,
@@ -46,12 +47,16 @@ def entmax_rows(
     c,
     r,
     tolerance,
+    alphas,
     opt: tl.constexpr,
     CHUNK: tl.constexpr,
     MAX_STEPS: tl.constexpr,
 ):
     """``y = [c (x - max x) - t]_+^r / sum``: one pass for the maximum, Newton's steps on ``t``
-    from the lower end of its window (guarded above alpha = 2), one pass that writes."""
+    from the lower end of its window (guarded above alpha = 2), one pass that writes.
+
+    ``alphas`` has one of each row where ``opt.alphas``, in the place of ``c`` and ``r``; a row
+    whose alpha is not in (1, 2] is NaN."""
     row = x + tl.program_id(0).to(tl.int64) * stride_x
     written = y + tl.program_id(0).to(tl.int64) * length
     highest = tl.full((CHUNK,), -INFINITY, tl.float32)
@@ -59,9 +64,17 @@ def entmax_rows(
         highest = larger(highest, load_chunk(row, start, length, CHUNK))
     top = largest(highest, 0)
     poisoned = (top != top) | (top == INFINITY)
+    if opt.alphas:
+        c = tl.load(alphas + tl.program_id(0)) - 1.0
+        right = (c > 0.0) & (c <= 1.0)
+        poisoned = poisoned | (right == 0)
+        r = 1.0 / tl.where(right, c, 1.0)
     pending = (top > -INFINITY) & (poisoned == 0)
     top = tl.where(pending, top, 0.0)
-    t = tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
+    if opt.alphas:
+        t = tl.where(pending, lift_of(r, opt) - 1.0, INFINITY)
+    else:
+        t = tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
     lo = t
     hi = tl.where(pending, HIGHEST, INFINITY)
     mass = 1.0
@@ -114,6 +127,7 @@ def entmax_rows_grad(
     stride_grad_y,
     length,
     exponent,
+    alphas,
     opt: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -125,6 +139,8 @@ def entmax_rows_grad(
     row = y + tl.program_id(0).to(tl.int64) * length
     grads = grad_y + tl.program_id(0).to(tl.int64) * stride_grad_y
     written = grad_x + tl.program_id(0).to(tl.int64) * length
+    if opt.alphas:  # of a row whose alpha is not allowed, ``y`` is NaN
+        exponent = 2.0 - tl.load(alphas + tl.program_id(0))
     least = 1.0
     if opt.steep:
         lowest = tl.full((CHUNK,), 1.0, tl.float32)

@@ -45,6 +45,8 @@ from adasplash2.backends.triton.kernels.threshold import (
 from adasplash2.backends.triton.kernels.work import (
     entry_of,
     head_of,
+    keys_of,
+    load_keys,
     load_tile,
     portion,
     row_block_at,
@@ -73,7 +75,7 @@ def span_maxima(q, keys, first, bias, first_row, terms, shape, opt: tl.constexpr
                 SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """The row maxima of SPAN tiles."""
     width: tl.constexpr = SPAN * opt.block_k
-    k = load_tile(keys, first, shape.length_k, width, opt.head_dim, opt.padded, EDGE)
+    k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, EDGE, opt)
     rows = (first_row + tl.arange(0, opt.block_q))[:, None]
     s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
     if EDGE:
@@ -219,7 +221,7 @@ def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
     for index in tl.range(start, stop, num_stages=STAGES):
         first = number * opt.block_k
         number = entry_of(numbers, index + 1, stop)
-        k = load_tile(keys, first, shape.length_k, opt.block_k, opt.head_dim, opt.padded, EDGE)
+        k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, EDGE, opt)
         x, _, _ = distances(row_block, k, first, terms, shape, opt, EDGE)
         p, u = weights(x, terms.r, opt)
         mass += tl.sum(p, 1)
@@ -254,7 +256,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         batch, head, kv_head = at_head
         q = load_tile(head_of(query, batch, head), first_row, shape.length_q, opt.block_q,
                       opt.head_dim, opt.padded, True)  # fmt: skip
-        keys = head_of(key, batch, kv_head)
+        keys = keys_of(key, batch, kv_head, shape, opt)
         terms = terms_of(batch, head, shape, opt)
         open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
         end = seen_tiles(first_row, terms, shape, opt)

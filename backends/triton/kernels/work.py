@@ -24,6 +24,18 @@ def head_of(tensor, batch, head):
 
 
 @triton.jit
+def keys_of(tensor, batch, head, shape, opt: tl.constexpr):
+    """A head of keys or values as :func:`load_keys` takes it: behind the row stride, where pages
+    are not the same as sequences, those of the sequence and the stride from page to page."""
+    if opt.paged:
+        pages = shape.terms.pages
+        base = tensor.base + head.to(tl.int64) * tensor.head
+        return base, tensor.row, pages.table + batch.to(tl.int64) * pages.batch, tensor.batch
+    else:
+        return head_of(tensor, batch, head)
+
+
+@triton.jit
 def tile_pointers(head, first, BLOCK: tl.constexpr, PADDED: tl.constexpr):
     base, stride = head
     rows = tl.arange(0, BLOCK)[:, None] * stride
@@ -51,6 +63,27 @@ def load_tile(
     else:
         tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def load_keys(
+    head, first, shape, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    EDGE: tl.constexpr, opt: tl.constexpr,
+):  # fmt: skip
+    """Keys or values ``first`` and following of a head by :func:`keys_of`, as :func:`load_tile`."""
+    if opt.paged:
+        base, row, table, page = head
+        pages = shape.terms.pages
+        keys = first + tl.arange(0, BLOCK)
+        inside = keys < shape.length_k
+        number = tl.load(table + keys // pages.size * pages.column, mask=inside, other=0)
+        number = tl.minimum(tl.maximum(number, 0), pages.number - 1)
+        places = number.to(tl.int64) * page + (keys % pages.size).to(tl.int64) * row
+        columns = tl.arange(0, PADDED)[None, :]
+        mask = inside[:, None] & (columns < WIDTH)
+        return tl.load(base + places[:, None] + columns, mask=mask, other=0.0)
+    else:
+        return load_tile(head, first, shape.length_k, BLOCK, WIDTH, PADDED, EDGE)
 
 
 @triton.jit
@@ -169,9 +202,8 @@ def entry_of(numbers, index, stop):
 def load_pair(number, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr):
     """``(first_key, k, v)`` of a list's entry."""
     first = number * opt.block_k
-    length = shape.length_k
-    k = load_tile(keys, first, length, opt.block_k, opt.head_dim, opt.padded, EDGE)
-    v = load_tile(values, first, length, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE)
+    k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, EDGE, opt)
+    v = load_keys(values, first, shape, opt.block_k, opt.head_dim_v, opt.padded_v, EDGE, opt)
     return first, k, v
 
 

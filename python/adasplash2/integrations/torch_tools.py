@@ -70,11 +70,20 @@ class _Watcher(importlib.abc.MetaPathFinder):
 # Operations
 
 
-def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
     """As torch counts SDPA's: two dense products, whatever masks and zeros save. Arguments are
     shapes."""
     batch, heads, length_q, head_dim = query
-    return int(2 * batch * heads * length_q * key[2] * (head_dim + value[3]))
+    table = _argument("block_table", rest, named)
+    length_k = key[2] if table is None else key[2] * table[1]
+    return int(2 * batch * heads * length_q * length_k * (head_dim + value[3]))
+
+
+def _argument(name: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """An argument of ``attention_forward`` from those behind the first three; None if not given."""
+    schema = torch.ops.adasplash2.attention_forward.default._schema
+    names = [argument.name for argument in schema.arguments[3:]]
+    return dict(zip(names, rest, strict=False), **named).get(name)
 
 
 def attention_backward_flops(
@@ -125,6 +134,8 @@ def shardings(operator: Any, *arguments: Any) -> list[tuple[list[Any], list[Any]
             continue
         if way == "heads" and heads_kv % devices:
             continue
+        if way == "batch" and "block_table" in given:  # pages are of no one sequence
+            continue
 
         def placed(name: str, way: str = way) -> Any:
             name = name.removeprefix("grad_")
@@ -149,6 +160,6 @@ _BATCH_AT = {
 _HEADS_AT = {
     name: 0 if name == "saved" else 1
     for name in _BATCH_AT
-    if name not in ("ranges", "dropout_seed")
+    if name not in ("ranges", "dropout_seed", "block_table")
 }
 """Which dimension is cut. What is saved is each device's own."""

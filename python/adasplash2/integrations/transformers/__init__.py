@@ -1,50 +1,76 @@
 """entmax attention in the models of Hugging Face transformers.
 
->>> from adasplash2.integrations.transformers import apply
->>> print(apply(model, alpha=1.5))
-24 of 24 attention layers run adasplash2-1.5
+:func:`apply` sets it and tells which layers run it.
 """
 
 from __future__ import annotations
 
 import itertools
+import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from adasplash2.integrations.transformers import alphas
 from adasplash2.integrations.transformers.attention import Attention, Observer
-from adasplash2.integrations.transformers.coverage import Coverage, cover, ran
+from adasplash2.integrations.transformers.coverage import Coverage, asks, cover, ran
 from adasplash2.integrations.transformers.masks import mask_function
-from adasplash2.options import check_alpha, check_backend, shown
+from adasplash2.options import check_alpha, check_backend, check_flag, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Coverage", "Observer", "apply", "cover", "register"]
+__all__ = ["Coverage", "Observer", "apply", "cover", "register", "restore", "unregister"]
+
+STORED = "adasplash2"
+"""The entry of a model's config: ``{"alpha": ..., "learn": ...}``."""
+
+BEFORE = "_adasplash2_before"
+"""Where a model keeps which implementations it had."""
 
 _observed = itertools.count()
+_registered: set[str] = set()
 
 
 def apply(
     model: PreTrainedModel,
-    alpha: float = 1.5,
+    alpha: float | Mapping[str, Sequence[float]] | None = None,
     backend: str | None = None,
     observer: Observer | None = None,
     example: Mapping[str, Any] | None = None,
+    *,
+    learn: bool | None = None,
 ) -> Coverage:
     """Make a model run our attention, and tell which of its layers do.
 
     Some models never ask for an attention (Bloom, Falcon, GPT-J, DeBERTa), some only in part.
     Which layers ask is read from their code; with ``example`` also seen in a forward.
 
+    What is set for ``alpha`` is kept in the model's config, learned numbers as they are when the
+    model is saved. A model that is loaded has transformers' attention until this is called::
+
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        apply(model)
+
+    transformers then tells that learned alphas are in the file unexpected; they come from the
+    config.
+
     Args:
         model: a model of transformers. Models that it holds are set too.
-        alpha, backend: as for :func:`adasplash2.entmax_attention`.
+        alpha: as for :func:`adasplash2.entmax_attention`; or for each layer, by its name in
+            :attr:`Coverage.ours`, a number above 1 and up to 2 for each query head. None: what the
+            model or its config holds, else 1.5.
+        backend: as for :func:`adasplash2.entmax_attention`.
         observer: sees the inputs of every attention, see :data:`Observer`.
         example: arguments of one ``model(**example)``, which is run without gradients.
+        learn: each head's alpha becomes a parameter that begins at ``alpha``, see
+            :class:`~adasplash2.integrations.transformers.alphas.HeadAlphas`; so make the optimizer
+            after this call. None: what the model or its config holds where ``alpha`` is None too,
+            else False.
 
     Returns:
         :class:`Coverage`: the layers that run our attention, and why the others do not. Others
@@ -53,42 +79,89 @@ def apply(
     Raises:
         ImportError: transformers is not installed.
         TypeError: ``model`` is not a model of transformers.
-        TypeError, ValueError: ``alpha`` is not a number of at least 1.
+        TypeError, ValueError: ``alpha`` is not a number of at least 1, or does not fit the layers.
         ValueError: no layer of the model runs our attention.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import apply
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2))
+        >>> print(apply(model, alpha=1.5))
+        2 of 2 attention layers run adasplash2-1.5
+        >>> seen = lambda layer, query, key, value, arguments: print(layer, tuple(query.shape))
+        >>> _ = apply(model, observer=seen)
+        >>> _ = model(input_ids=torch.tensor([[1, 2, 3]]))
+        0 (1, 2, 3, 4)
+        1 (1, 2, 3, 4)
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     backend = check_backend(backend) or None
+    if alpha is None:
+        stored = alphas.stored_by(model) or getattr(model.config, STORED, {})
+        alpha = stored.get("alpha", 1.5)
+        learn = stored.get("learn", False) if learn is None else learn
+    learn = learn is not None and check_flag("learn", learn)
+    number = None if learn or isinstance(alpha, Mapping) else check_alpha(alpha)
     # One name for one set of options: models do not change each other's.
-    name = f"adasplash2-{check_alpha(alpha):g}" + (f"-{backend}" if backend else "")
-    if float(f"{alpha:g}") != alpha or observer is not None:
+    kind = "learned" if learn else "by-head" if number is None else f"{number:g}"
+    name = f"adasplash2-{kind}" + (f"-{backend}" if backend else "")
+    if (number is not None and float(kind) != number) or observer is not None:
         name += f"-{next(_observed)}"
-    register(name, alpha, backend or None, observer)
-    before = _implementations(model)
-    model.set_attn_implementation(name)
-    # A part with a copy of the model's config (T5's encoder and decoder) is not reached by that.
-    for config, _ in before:
-        if type(config) is type(model.config):
-            config._attn_implementation_internal = model.config._attn_implementation_internal
-    found = cover(model, name)
-    if example is not None:
-        called: set[nn.Module] = set()
-        _register(name, Attention(alpha, backend, observer, called.add))
-        try:
-            with torch.no_grad():
-                model(**example)
-        finally:
-            register(name, alpha, backend, observer)
-        found = ran(found, model, called)
-    if not found.ours:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-        raise ValueError(f"{type(model).__name__} cannot run our attention: {found}")
+    _register(name, Attention(number, backend, observer))
+    previous = _implementations(model)
+    try:
+        model.set_attn_implementation(name)
+        # Copies of a config are not reached by that: those of T5's encoder and decoder.
+        for module in filter(asks, model.modules()):
+            config: Any = getattr(module, "config", None)
+            if config is not None:
+                config._attn_implementation_internal = name
+        found = cover(model, name)
+        if example is not None:
+            found = _probed(found, model, example, Attention(number or 1.5, backend, observer))
+        if not found.ours:
+            raise ValueError(f"{type(model).__name__} cannot run our attention: {found}")
+        own = {} if number is not None else alphas.by_layer(model, found.ours, alpha, learn)
+    except BaseException:
+        _put_back(previous)
+        raise
+    alphas.take_from(model)
+    for path, held in own.items():
+        setattr(model.get_submodule(path), alphas.ATTRIBUTE, held)
+    if BEFORE not in vars(model):
+        setattr(model, BEFORE, previous)
+    _store(model, alphas.stored_by(model) or {"alpha": number, "learn": False})
     if found.others:
         warnings.warn(f"{type(model).__name__}: {found}", stacklevel=2)
     return found
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Give a model back the attention that it had before :func:`apply`, and leave nothing of ours:
+    no parameters of alpha, no entry in its config.
+
+    Raises:
+        ValueError: :func:`apply` did not set this model.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import apply, restore
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+        >>> covered = apply(model, alpha=1.5)
+        >>> restore(model)
+        >>> model.config._attn_implementation
+        'sdpa'
+    """
+    if BEFORE not in vars(model):
+        raise ValueError(f"this {type(model).__name__} was not set by apply")
+    _put_back(getattr(model, BEFORE))
+    delattr(model, BEFORE)
+    alphas.take_from(model)
+    _store(model, None)
 
 
 def register(
@@ -115,8 +188,40 @@ def register(
     Raises:
         ImportError: transformers is not installed.
         TypeError, ValueError: ``alpha`` is not a number of at least 1, or ``name`` is taken.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import register
+        >>> register("sparsemax", alpha=2.0)
+        >>> config = GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2)
+        >>> model = GPT2LMHeadModel._from_config(config, attn_implementation="sparsemax")
     """
     _register(name, Attention(check_alpha(alpha), check_backend(backend) or None, observer))
+
+
+def unregister(name: str | None = None) -> None:
+    """Make transformers forget ``name``, or all names of :func:`apply` and :func:`register`.
+
+    Models that are still set to it cannot run any more: :func:`restore` them before.
+
+    Raises:
+        ValueError: ``name`` was not registered here.
+
+    Example:
+        >>> from adasplash2.integrations.transformers import register, unregister
+        >>> register("sparse-for-a-while", alpha=2.0)
+        >>> unregister("sparse-for-a-while")
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if name is not None and name not in _registered:
+        known = ", ".join(sorted(_registered)) or "none are"
+        raise ValueError(f"name must be registered ({known}), got {shown(name)}")
+    for gone in [name] if name is not None else list(_registered):
+        _registered.remove(gone)
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            # What register fills; transformers has no function that takes a name out of it.
+            interface._global_mapping.pop(gone, None)
 
 
 def _register(name: str, attention: Callable[..., Any]) -> None:
@@ -132,6 +237,46 @@ def _register(name: str, attention: Callable[..., Any]) -> None:
         )
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask_function())
+    _registered.add(name)
+
+
+def _probed(
+    coverage: Coverage, model: PreTrainedModel, example: Mapping[str, Any], attention: Attention
+) -> Coverage:
+    """``coverage`` after ``model(**example)``, in which layers run ``attention``."""
+    from transformers import AttentionInterface
+
+    called: set[nn.Module] = set()
+    usual = AttentionInterface()[coverage.name]
+    attention.called = called.add
+    _register(coverage.name, attention)
+    try:
+        with torch.no_grad():
+            model(**example)
+    finally:
+        _register(coverage.name, usual)
+    return ran(coverage, model, called)
+
+
+def _put_back(implementations: list[tuple[Any, str | None]]) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation_internal = implementation
+
+
+def _store(model: PreTrainedModel, entry: dict[str, Any] | None) -> None:
+    """Keeps ``entry`` in a model's config; what is learned is written anew at each saving."""
+    if entry is not None:
+        setattr(model.config, STORED, entry)
+    elif hasattr(model.config, STORED):
+        delattr(model.config, STORED)
+    vars(model).pop("save_pretrained", None)
+    if entry is not None and entry["learn"]:
+        vars(model)["save_pretrained"] = types.MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(model: PreTrainedModel, *arguments: Any, **more: Any) -> Any:
+    setattr(model.config, STORED, alphas.stored_by(model))
+    return type(model).save_pretrained(model, *arguments, **more)
 
 
 def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adasplash2.functional import entmax_attention, entmax_attention_varlen
+from adasplash2.integrations.transformers.alphas import held_by
 from adasplash2.integrations.transformers.masks import Statement, statement_of
 
 Observer = Callable[[int | None, Tensor, Tensor, Tensor, dict[str, Any]], object]
@@ -38,11 +39,12 @@ HINTS = {"head_mask": "leave it out"}
 
 
 class Attention:
-    """One registered attention: ``alpha``, ``backend`` and who watches."""
+    """One registered attention: ``alpha``, None where layers hold their own, ``backend`` and who
+    watches."""
 
     def __init__(
         self,
-        alpha: float,
+        alpha: float | None,
         backend: str | None,
         observer: Observer | None,
         called: Callable[[nn.Module], object] | None = None,
@@ -88,11 +90,16 @@ class Attention:
             said = _unmasked(module, is_causal, sliding_window, query.shape[2], key.shape[2])
         else:  # says all, a window too
             said = _masked(attention_mask, query, key.shape[2])
+        alpha: float | Tensor | None = self.alpha
+        if alpha is None:
+            if (own := held_by(module)) is None:
+                raise ValueError(f"{type(module).__name__} has no alphas: call apply for its model")
+            alpha = own().to(query.device)
         arguments: dict[str, Any] = {
             "is_causal": said.is_causal,
             "scale": scaling,
             "enable_gqa": query.shape[1] != key.shape[1],
-            "alpha": self.alpha,
+            "alpha": alpha,
             "backend": self.backend,
         }
         # What is not asked is left out: it leaves the call as it would be without.

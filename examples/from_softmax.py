@@ -1,0 +1,104 @@
+"""A softmax model continued with entmax: SmolLM2-135M on State of the Union speeches.
+
+alpha rises from 1 (softmax) to its target, and beside it the same model takes the same steps with
+softmax. The speeches of the last ten years are held out. Prints a table and writes results.json and
+a picture: held-out loss before, during and after, at equal steps and at equal time, loss by
+position, keys kept by layer. A run that was stopped goes on from where it was, and one that is done
+is not done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from text_models import Corpus, Ready, Scale, bytes_of, compete, parse, texts
+from torch import Tensor
+from training import compiled
+
+from adasplash2.integrations.transformers.schedule import alpha_setter
+from adasplash2.nn import AlphaSchedule, AttentionMonitor
+
+
+class Contender(NamedTuple):
+    """``rise``: the share of the steps in which alpha rises from 1."""
+
+    alpha: float
+    rise: float = 0.0
+
+
+CONTENDERS = {
+    "softmax": Contender(1.0),
+    "entmax": Contender(1.5, rise=0.5),
+    "entmax at once": Contender(1.5),
+    "alpha 1.25": Contender(1.25, rise=0.5),
+    "slowly": Contender(1.5, rise=0.9),
+}
+
+SIZES = {
+    "tiny": Scale(64, 2, 20, (1e-3,), 2),
+    "small": Scale(256, 1, 30, (5e-5,), 4),
+    "real": Scale(8192, 2, 400, (1e-4, 5e-5), 8),
+}
+
+
+class Source(NamedTuple):
+    """``load()`` gives a new model with the weights to start from."""
+
+    load: Callable[[], Any]
+    encode: Callable[[str], Tensor]
+
+
+def tiny_source() -> Source:
+    """A random model of the same family, and bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    return Source(lambda: LlamaForCausalLM(config), bytes_of)
+
+
+def real_source() -> Source:
+    from real_model import load_model
+
+    _, tokenizer = load_model("cpu")
+    return Source(
+        lambda: load_model("cpu")[0],
+        lambda text: tokenizer(text, return_tensors="pt").input_ids[0],
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    program = parse("from_softmax", __doc__, SIZES, CONTENDERS, arguments)
+    options, scale = program.options, program.scale
+    source = tiny_source() if options.size == "tiny" else real_source()
+    corpus = Corpus(program, *(source.encode(text) for text in texts(options.text)))
+
+    def ready(name: str) -> Ready:
+        contender = CONTENDERS[name]
+        model = source.load().to(options.device).train()
+        monitor = AttentionMonitor()
+        schedule = None
+        if contender.alpha == 1.0:
+            model.set_attn_implementation("sdpa")
+        else:
+            set_alpha = alpha_setter(model, observer=monitor)
+            set_alpha(contender.alpha)
+            if contender.rise:
+                rise = max(1, round(contender.rise * scale.steps))
+                schedule = AlphaSchedule(set_alpha, rise, contender.alpha)
+        run = compiled(model, options)
+
+        def logits(tokens: Tensor) -> Tensor:
+            found: Tensor = run(input_ids=tokens, use_cache=False).logits
+            return found
+
+        return Ready(model, logits, schedule, monitor)
+
+    return compete(program, corpus, ready)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,397 @@
+"""Trained short, tested long: softmax, entmax, and entmax whose scale follows the length.
+
+Small decoders learn six tasks at lengths of 32 to 64 and are tested at up to 64 times that. Each
+contender trains with each learning rate; the one that does best at twice the length, on sequences
+of its own, is then trained with the other seeds. Prints a table and writes results.json and a
+picture: means of the seeds, within their range. A run that was stopped goes on from where it was,
+and one that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from training import (
+    Budget,
+    Decoder,
+    Plan,
+    Recipe,
+    Size,
+    Stopped,
+    add_common,
+    autocast,
+    chosen,
+    compiled,
+    environment,
+    fit,
+    generator_of,
+    prepare,
+    write_json,
+)
+
+from adasplash2 import plot
+
+IGNORED = -100
+"""Target of what is no answer; cross_entropy's default."""
+SHORTEST, LONGEST = 32, 64
+"""Lengths trained at."""
+
+CONTENDERS = {
+    "softmax": Recipe(alpha=1.0),
+    "entmax": Recipe(alpha=1.5),
+    "entmax, length scale": Recipe(alpha=1.5, length_scale=True),
+    "softmax, rope": Recipe(alpha=1.0, positions="rope"),
+    "entmax, rope": Recipe(alpha=1.5, positions="rope"),
+    "entmax, learned alpha": Recipe(alpha="learn", length_scale=True),
+}
+
+# Tasks
+
+
+class Batch(NamedTuple):
+    """``(batch, tokens)`` each; ``targets`` are the next tokens where they are an answer."""
+
+    tokens: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """``draw(count, length, generator)``. ``whole``: a sequence is right if all its answers are;
+    else answers are counted one by one."""
+
+    vocabulary: int
+    whole: bool
+    draw: Callable[[int, int, torch.Generator], Batch]
+
+
+DIGITS = 32
+
+
+def answers_behind(source: Tensor, answer: Tensor, separator: int) -> Batch:
+    """``source``, a separator, and what is to be said then."""
+    mark = torch.full((len(source), 1), separator)
+    tokens = torch.cat([source, mark, answer], dim=1)
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, source.shape[1] :] = torch.cat([answer, mark], dim=1)
+    return Batch(tokens, targets)
+
+
+def draw_sort(count: int, length: int, generator: torch.Generator) -> Batch:
+    source = torch.randint(DIGITS, (count, length), generator=generator)
+    return answers_behind(source, source.sort(dim=1).values, DIGITS)
+
+
+def draw_reverse(count: int, length: int, generator: torch.Generator) -> Batch:
+    source = torch.randint(DIGITS, (count, length), generator=generator)
+    return answers_behind(source, source.flip(1), DIGITS)
+
+
+KEYS, VALUES, QUERIES = 4096, 16, 8
+
+
+def draw_recall(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Pairs of keys, all different, and values; then some of the keys again, each to be followed by
+    its value (Arora et al. 2023, multi-query associative recall)."""
+    pairs = length // 2
+    order = torch.rand(count, KEYS, generator=generator).argsort(dim=1)
+    keys = order[:, :pairs]
+    values = KEYS + torch.randint(VALUES, (count, pairs), generator=generator)
+    asked = torch.rand(count, pairs, generator=generator).argsort(dim=1)[:, :QUERIES]
+    held = torch.stack([keys, values], dim=2).flatten(1)
+    again = torch.stack([keys.gather(1, asked), values.gather(1, asked)], dim=2).flatten(1)
+    tokens = torch.cat([held, again], dim=1)
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, 2 * pairs :: 2] = values.gather(1, asked)
+    return Batch(tokens, targets)
+
+
+IGNORE, WRITE, READ, BITS = 0, 1, 2, 3
+IGNORE_SHARE = 0.8
+
+
+def draw_flip_flop(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Instructions, each with a bit: a read's is that of the last write, and is to be said (Liu et
+    al. 2023, *Exposing Attention Glitches with Flip-Flop Language Modeling*)."""
+    pairs = length // 2
+    drawn = torch.rand(count, pairs, generator=generator)
+    does = torch.where(drawn < IGNORE_SHARE, IGNORE, WRITE)
+    does = torch.where(drawn > 0.5 + 0.5 * IGNORE_SHARE, READ, does)
+    does[:, 0], does[:, -1] = WRITE, READ
+    bits = torch.randint(2, (count, pairs), generator=generator)
+    last = torch.where(does == WRITE, torch.arange(pairs), 0).cummax(dim=1).values
+    bits = BITS + torch.where(does == READ, bits.gather(1, last), bits)
+    tokens = torch.stack([does, bits], dim=2).flatten(1)
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, 0::2] = torch.where(does == READ, bits, IGNORED)
+    return Batch(tokens, targets)
+
+
+OTHER, NEEDLE, COLOURS, COLOUR_COUNT = 0, 1, 2, 8
+"""Kinds come before colours; the token behind both asks."""
+
+
+def draw_needle(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Things, each a kind and a colour. One is the needle: its colour is to be said at the end. All
+    others have one colour, so that whoever attends to many of them says that."""
+    pairs = length // 2
+    place = torch.randint(pairs, (count, 1), generator=generator)
+    colours = COLOURS + torch.randint(COLOUR_COUNT, (count, 2), generator=generator)
+    kinds = torch.full((count, pairs), OTHER).scatter(1, place, NEEDLE)
+    seen = colours[:, :1].repeat(1, pairs).scatter(1, place, colours[:, 1:])
+    source = torch.stack([kinds, seen], dim=2).flatten(1)
+    tokens = torch.cat([source, torch.full((count, 1), COLOURS + COLOUR_COUNT)], dim=1)
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, -1:] = colours[:, 1:]
+    return Batch(tokens, targets)
+
+
+TAGS, MARKS, NEEDLES = 8, 4, 4
+
+
+def draw_needles(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Things, each a tag and a mark in one token, and behind them tags that are asked: the mark is
+    to be said. Those that are asked stand once, all other things are alike. What matters is known
+    from the question alone, so that no layer can leave out the others before it."""
+    order = torch.rand(count, TAGS, generator=generator).argsort(dim=1)
+    asked, other = order[:, :NEEDLES], order[:, NEEDLES : NEEDLES + 1]
+    marks = torch.randint(MARKS, (count, NEEDLES + 1), generator=generator)
+    place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, :NEEDLES]
+    alike = (MARKS * other + marks[:, -1:]).repeat(1, length)
+    source = alike.scatter(1, place, MARKS * asked + marks[:, :-1])
+    tokens = torch.cat([source, TAGS * MARKS + asked], dim=1)
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, length:] = marks[:, :-1]
+    return Batch(tokens, targets)
+
+
+TASKS = {
+    "sort": Task(DIGITS + 1, True, draw_sort),
+    "reverse": Task(DIGITS + 1, True, draw_reverse),
+    "recall": Task(KEYS + VALUES, False, draw_recall),
+    "flip-flop": Task(BITS + 2, False, draw_flip_flop),
+    "needle": Task(COLOURS + COLOUR_COUNT + 1, False, draw_needle),
+    "needles": Task(TAGS * MARKS + TAGS, False, draw_needles),
+}
+
+# Sizes
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What ``--size`` stands for. ``tested``: tokens of each test."""
+
+    tasks: tuple[str, ...]
+    layers: int
+    heads: int
+    features: int
+    steps: int
+    batch: int
+    rates: tuple[float, ...]
+    seeds: int
+    multiples: tuple[int, ...]
+    tested: int
+
+
+SIZES = {
+    "cut": Scale(("needle",), 2, 4, 32, 300, 32, (3e-3,), 1, (1, 16), 2**16),
+    "small": Scale(("needle",), 2, 4, 32, 400, 32, (1e-2, 3e-3), 3, (1, 2, 4, 8, 64), 2**16),
+    "real": Scale(
+        tuple(TASKS), 4, 8, 256, 6000, 128, (3e-3, 1e-3, 3e-4), 3, (1, 2, 4, 8, 64), 2**18
+    ),
+}
+
+VALIDATION, TEST = 1, 2
+"""Of the seeds of sequences: never those trained on."""
+
+
+def accuracy(
+    model: Decoder, task: Task, multiple: int, purpose: int, tested: int, device: str
+) -> float:
+    """Share of what is right at ``multiple`` times the longest length trained at."""
+    length = multiple * LONGEST
+    count = max(4, tested // length)
+    generator = generator_of(purpose, multiple)
+    right = total = 0
+    at_once = max(1, min(count, 2**15 // length))
+    with torch.no_grad():
+        for _ in range(-(-count // at_once)):
+            tokens, targets = (t.to(device) for t in task.draw(at_once, length, generator))
+            with autocast(device):
+                said = model(tokens).argmax(dim=2)
+            answers = targets != IGNORED
+            wrong = answers & (said != targets)
+            right += int((~wrong.any(dim=1)).sum() if task.whole else (answers & ~wrong).sum())
+            total += at_once if task.whole else int(answers.sum())
+    return right / total
+
+
+def train_and_test(
+    name: str, contender: str, rate: float, seed: int, scale: Scale, folder: Path,
+    options: argparse.Namespace, budget: Budget,
+) -> dict[str, Any]:  # fmt: skip
+    """One run, or what it has left in ``folder``."""
+    label = f"{name}-{contender.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    done = folder / f"{label}.json"
+    if done.exists():
+        found: dict[str, Any] = json.loads(done.read_text())
+        return found
+    task = TASKS[name]
+    torch.manual_seed(seed)
+    size = Size(task.vocabulary, scale.layers, scale.heads, scale.features)
+    device = options.device
+    model = Decoder(size, CONTENDERS[contender]).to(device)
+    run = compiled(model, options)
+
+    def loss_of(step: int) -> Tensor:
+        generator = generator_of(0, seed, step)
+        length = int(torch.randint(SHORTEST, LONGEST + 1, (), generator=generator))
+        tokens, targets = (t.to(device) for t in task.draw(scale.batch, length, generator))
+        with autocast(device):
+            logits = run(tokens)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    losses = fit(
+        model,
+        loss_of,
+        Plan(scale.steps, rate, seed),
+        checkpoint=folder / f"{label}.pt",
+        budget=budget,
+        description=f"{name}, {contender}, rate {rate:g}, seed {seed}",
+    )
+    model.eval()
+    result = {
+        "task": name,
+        "contender": contender,
+        "rate": rate,
+        "seed": seed,
+        "loss": sum(losses[-50:]) / len(losses[-50:]),
+        "validation": accuracy(model, task, 2, VALIDATION, scale.tested, device),
+        "accuracy": {
+            str(multiple): accuracy(model, task, multiple, TEST, scale.tested, device)
+            for multiple in scale.multiples
+        },
+    }
+    write_json(done, result)
+    (folder / f"{label}.pt").unlink(missing_ok=True)
+    return result
+
+
+def compete(
+    name: str,
+    contender: str,
+    scale: Scale,
+    folder: Path,
+    options: argparse.Namespace,
+    budget: Budget,
+) -> list[dict[str, Any]]:
+    """The runs of a contender with its own best learning rate, one a seed."""
+
+    def run(rate: float, seed: int) -> dict[str, Any]:
+        return train_and_test(name, contender, rate, seed, scale, folder, options, budget)
+
+    first = [run(rate, 0) for rate in scale.rates]
+    best = max(first, key=lambda result: (result["validation"], -result["loss"]))
+    return [best, *(run(best["rate"], seed) for seed in range(1, scale.seeds))]
+
+
+def table(results: dict[str, dict[str, list[dict[str, Any]]]], multiples: tuple[int, ...]) -> str:
+    """Means in percent, and the range where there are several seeds."""
+    width = max(len(contender) for by in results.values() for contender in by)
+    lines = [f"{'':<10} {'':<{width}} {'rate':>6} " + " ".join(f"{f'{m}x':>14}" for m in multiples)]
+    for name, by_contender in results.items():
+        for contender, runs in by_contender.items():
+            cells = []
+            for multiple in multiples:
+                values = [100 * run["accuracy"][str(multiple)] for run in runs]
+                spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
+                cells.append(f"{f'{sum(values) / len(values):.1f}{spread}':>14}")
+            rate = f"{runs[0]['rate']:g}"
+            lines.append(f"{name:<10} {contender:<{width}} {rate:>6} " + " ".join(cells))
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4 * len(results), 4), layout="constrained")
+    for axes, (name, by_contender) in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
+    ):
+        plot.training_curves(
+            {
+                contender: [
+                    {float(m): 100 * value for m, value in run["accuracy"].items()} for run in runs
+                ]
+                for contender, runs in by_contender.items()
+            },
+            axes,
+            xlabel=f"length, in times of {LONGEST}",
+            ylabel="whole sequences right, %" if TASKS[name].whole else "answers right, %",
+        )
+        axes.set_xscale("log", base=2)
+        axes.set(title=name, ylim=(-3, 103))
+        axes.axvline(1, color="grey", lw=0.8, ls=":")
+    figure.savefig(path, dpi=110)
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="small", help="small: five minutes on two threads; real: "
+        "one GPU; cut: a minute, which tests run (default small)")  # fmt: skip
+    add("--tasks", nargs="+", help=f"of {', '.join(TASKS)} (default: the size's)")
+    add("--contenders", nargs="+", default=list(CONTENDERS)[:3], help=f"of {'; '.join(CONTENDERS)} "
+        "(default: the first three)")  # fmt: skip
+    add("--steps", type=int, help="of each run (default: the size's)")
+    add_common(parser, "output/length_generalisation")
+    options = parser.parse_args(arguments)
+    scale = SIZES[options.size]
+    options.tasks = chosen(parser, "--tasks", options.tasks or list(scale.tasks), TASKS)
+    chosen(parser, "--contenders", options.contenders, CONTENDERS)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"argument --steps: must be at least 1, got {options.steps}")
+    options.steps = options.steps or scale.steps
+    return options, prepare(parser, options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, budget = parse(arguments)
+    scale = SIZES[options.size]
+    scale = Scale(**{**vars(scale), "steps": options.steps})
+    folder = options.output / f"{options.size}-{options.steps}"
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    stopped = False
+    try:
+        for name in options.tasks:
+            for contender in options.contenders:
+                runs = compete(name, contender, scale, folder, options, budget)
+                results.setdefault(name, {})[contender] = runs
+    except Stopped:
+        print("the minutes are spent: the same command goes on", file=sys.stderr)
+        stopped = True
+    if not results:
+        return 1
+    print(table(results, scale.multiples))
+    write_json(
+        options.output / "results.json",
+        {"environment": environment(options.device), "size": vars(scale), "results": results},
+    )
+    draw(results, options.output / "length_generalisation.png")
+    print(f"picture: {options.output / 'length_generalisation.png'}")
+    return 1 if stopped else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

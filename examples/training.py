@@ -1,0 +1,390 @@
+"""What the training recipes share: a small decoder whose attention is said by a recipe, a training
+loop that goes on after a stop, and the records it leaves."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import adasplash2
+
+SAVE_SECONDS = 60.0
+"""Between checkpoints: what a run that is stopped loses at most."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a contender attends.
+
+    Attributes:
+        alpha: 1 is softmax. "learn": one of each head.
+        rise: the share of the steps in which alpha rises from 1; 0 begins with it.
+        scale: a factor of 1/sqrt(head_dim), or "learn": one of each head.
+        length_scale: the factor of ASEntmax, which follows the keys that a query sees.
+        positions: "nape", "rope" or "none".
+        qk_norm: queries and keys have a root mean square of 1.
+    """
+
+    alpha: float | str = 1.5
+    rise: float = 0.0
+    scale: float | str = 1.0
+    length_scale: bool = False
+    positions: str = "nape"
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a decoder."""
+
+    vocabulary: int
+    layers: int
+    heads: int
+    features: int
+
+
+# The model
+
+
+class Attention(nn.Module):
+    """Causal self-attention as a :class:`Recipe` says."""
+
+    def __init__(self, size: Size, recipe: Recipe) -> None:
+        super().__init__()
+        self.heads, self.recipe = size.heads, recipe
+        self.inputs = nn.Linear(size.features, 3 * size.features, bias=False)
+        self.output = nn.Linear(size.features, size.features, bias=False)
+        self.alpha: Any = 1.0 if recipe.rise else recipe.alpha
+        if recipe.alpha == "learn":
+            self.alpha = adasplash2.nn.LearnedAlpha(size.heads)
+        self.log_scale, factor = None, recipe.scale
+        if isinstance(factor, str):
+            self.log_scale, factor = nn.Parameter(torch.zeros(size.heads)), 1.0
+        self.scale = factor / math.sqrt(size.features // size.heads)
+        self.length_scale = None
+        if recipe.length_scale:
+            self.length_scale = adasplash2.nn.LengthScale(size.features, size.heads)
+        slopes = adasplash2.nn.nape_slopes(size.heads) if recipe.positions == "nape" else None
+        self.register_buffer("slopes", slopes, persistent=False)
+        self.observer: adasplash2.nn.Observer | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.inputs(x).unflatten(-1, (3, self.heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.recipe.qk_norm:
+            query, key = (F.rms_norm(t, t.shape[-1:]) for t in (query, key))
+        if self.recipe.positions == "rope":
+            query, key = rotated(query), rotated(key)
+        length = x.shape[1]
+        alpha = self.alpha() if isinstance(self.alpha, nn.Module) else self.alpha
+        scale: float | Tensor = self.scale
+        if self.log_scale is not None:
+            scale = scale * self.log_scale.exp()
+        if self.length_scale is not None:
+            seen = torch.arange(1, length + 1, device=x.device)
+            by_head = scale[:, None] if isinstance(scale, Tensor) else scale
+            scale = by_head * self.length_scale(x, seen)
+        arguments: dict[str, Any] = {"is_causal": True, "scale": scale, "alpha": alpha}
+        if self.slopes is not None and alpha is self.alpha and alpha == 1.0:
+            # As a mask they go through SDPA's own kernels.
+            bias = causal_bias(self.slopes, length)
+            arguments |= {"is_causal": False, "attn_mask": bias.to(query.dtype)}
+        elif self.slopes is not None:
+            arguments["alibi_slopes"] = self.slopes
+        if self.observer is not None and not torch.compiler.is_compiling():
+            self.observer(None, query, key, value, arguments)
+        out = adasplash2.entmax_attention(query, key, value, **arguments)
+        return self.output(out.transpose(1, 2).flatten(2))
+
+
+def rotated(x: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary positions (Su et al. 2021) of ``(batch, heads, length, head_dim)``."""
+    half = x.shape[-1] // 2
+    rate = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * rate
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def causal_bias(slopes: Tensor, length: int) -> Tensor:
+    """ALiBi and the causal mask, ``(1, heads, length, length)``."""
+    place = torch.arange(length, device=slopes.device)
+    distance = place[:, None] - place
+    bias = -slopes[:, None, None] * distance
+    return bias.masked_fill(distance < 0, -math.inf)[None]
+
+
+class Block(nn.Module):
+    def __init__(self, size: Size, recipe: Recipe) -> None:
+        super().__init__()
+        self.attention = Attention(size, recipe)
+        self.norms = nn.ModuleList(nn.LayerNorm(size.features) for _ in range(2))
+        self.hidden = nn.Linear(size.features, 4 * size.features)
+        self.output = nn.Linear(4 * size.features, size.features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norms[0](x))
+        return x + self.output(F.gelu(self.hidden(self.norms[1](x))))
+
+
+class Decoder(nn.Module):
+    """A transformer that predicts the next token: ``(batch, length)`` to logits
+    ``(batch, length, vocabulary)``."""
+
+    def __init__(self, size: Size, recipe: Recipe) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size.vocabulary, size.features)
+        self.blocks = nn.ModuleList(Block(size, recipe) for _ in range(size.layers))
+        self.norm = nn.LayerNorm(size.features)
+        self.logits = nn.Linear(size.features, size.vocabulary, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and "length_scale" not in name:
+                deep = name.endswith("output.weight")
+                scale = 0.02 / math.sqrt(2 * size.layers) if deep else 0.02
+                nn.init.normal_(parameter, std=scale)
+        nn.init.normal_(self.embedding.weight, std=1.0 / math.sqrt(size.features))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(self.norm(x))
+
+
+# Training
+
+
+class Plan(NamedTuple):
+    """How long and how fast: ``rate`` is the highest learning rate."""
+
+    steps: int
+    rate: float
+    seed: int
+    warmup: int = 100
+    decay: float = 0.0
+    """Of the weights, but of no vector."""
+
+
+class Budget:
+    """Minutes of a whole program; None for as many as it takes."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.ends = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
+
+    @property
+    def is_spent(self) -> bool:
+        return time.monotonic() >= self.ends
+
+
+class Stopped(Exception):
+    """The budget is spent; the checkpoint holds what was reached."""
+
+
+def rate_at(step: int, plan: Plan) -> float:
+    """Linear warm-up, then half a cosine down to a tenth."""
+    if step < plan.warmup:
+        return plan.rate * (step + 1) / plan.warmup
+    share = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
+    return plan.rate * (0.55 + 0.45 * math.cos(math.pi * share))
+
+
+def optimizer_of(model: nn.Module, plan: Plan) -> torch.optim.AdamW:
+    """AdamW; learned alphas move ten times as fast, as ``LearnedAlpha`` says."""
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "vectors": [], "alphas": []}
+    for name, parameter in model.named_parameters():
+        kind = "weights" if parameter.dim() > 1 else "vectors"
+        groups["alphas" if name.endswith("alpha.logits") else kind].append(parameter)
+    faster = {"weights": 1.0, "vectors": 1.0, "alphas": 10.0}
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": plan.decay if kind == "weights" else 0.0,
+                "faster": faster[kind],
+            }
+            for kind, parameters in groups.items()
+            if parameters
+        ],
+        lr=plan.rate,
+        betas=(0.9, 0.98),
+    )
+
+
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    plan: Plan,
+    *,
+    checkpoint: Path,
+    budget: Budget,
+    description: str,
+    schedule: adasplash2.nn.AlphaSchedule | None = None,
+    notes: dict[str, Any] | None = None,
+    after: Callable[[int, float], object] | None = None,
+) -> list[float]:
+    """Train ``model`` and return its losses, one a step.
+
+    A step's loss must follow from the model and the step's number alone: a run that was stopped
+    goes on from ``checkpoint`` as if nothing had been.
+
+    Args:
+        loss_of: the loss of a step, of data drawn by its number.
+        checkpoint: is written now and then, and where the budget ends.
+        notes: what ``after`` has noted; kept in the checkpoint, and filled from it.
+        after: called as ``after(steps done, seconds of training)`` after each step.
+
+    Raises:
+        Stopped: the budget ended before the steps.
+    """
+    optimizer = optimizer_of(model, plan)
+    losses: list[float] = []
+    seconds, notes = 0.0, {} if notes is None else notes
+    if checkpoint.exists():
+        held = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(held["model"])
+        optimizer.load_state_dict(held["optimizer"])
+        losses, seconds = held["losses"], held["seconds"]
+        notes.update(held["notes"])
+        if schedule is not None:
+            schedule.load_state_dict(held["schedule"])
+
+    def save() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "losses": losses,
+            "seconds": seconds,
+            "notes": notes,
+            "schedule": None if schedule is None else schedule.state_dict(),
+        }
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, checkpoint.with_suffix(".new"))
+        os.replace(checkpoint.with_suffix(".new"), checkpoint)
+
+    saved = time.monotonic()
+    bar = tqdm(total=plan.steps, initial=len(losses), desc=description, leave=False)
+    with bar:
+        for step in range(len(losses), plan.steps):
+            began = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, plan) * group["faster"]
+            loss = loss_of(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            losses.append(loss.item())
+            seconds += time.monotonic() - began
+            bar.update()
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            if after is not None:
+                after(step + 1, seconds)
+            if budget.is_spent and step + 1 < plan.steps:
+                save()
+                raise Stopped
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+    return losses
+
+
+def schedule_of(model: nn.Module, recipe: Recipe, steps: int) -> adasplash2.nn.AlphaSchedule | None:
+    """What drives alpha, where the recipe lets it rise."""
+    if not recipe.rise:
+        return None
+    assert isinstance(recipe.alpha, float)
+    rise = max(1, round(recipe.rise * steps))
+    return adasplash2.nn.AlphaSchedule(model, steps=rise, target=recipe.alpha)
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """A generator on the CPU, another one for other ``numbers``, the same on every machine."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+# Programs
+
+
+def add_common(parser: argparse.ArgumentParser, output: str) -> None:
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    add("--threads", type=int, help="on the CPU (default: torch's)")
+    add("--compile", action="store_true", help="with torch.compile")
+    add("--minutes", type=float, help="stop after so many; the same command goes on then")
+    add("--output", type=Path, default=Path(output), help=f"a folder (default {output})")
+
+
+def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Budget:
+    """Check and apply what :func:`add_common` added."""
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"argument --threads: must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no CUDA device")
+    options.output.mkdir(parents=True, exist_ok=True)
+    return Budget(options.minutes)
+
+
+def chosen(parser: argparse.ArgumentParser, flag: str, names: list[str], known: Any) -> list[str]:
+    """``names``, all of them ``known``."""
+    for name in names:
+        if name not in known:
+            parser.error(f"argument {flag}: {name!r} is none of: {', '.join(known)}")
+    return names
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a result depends on beside its arguments."""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
+        "threads": torch.get_num_threads(),
+        "adasplash2": adasplash2.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def compiled(model: nn.Module, options: argparse.Namespace) -> Callable[..., Any]:
+    """``model`` as ``--compile`` says; what it computes is the same."""
+    return torch.compile(model) if options.compile else model
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(new, path)
+
+
+def autocast(device: str) -> torch.autocast:
+    """bfloat16 on GPUs."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")

@@ -1,0 +1,136 @@
+"""alpha of each head of a model's layers, fixed or learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adasplash2.options import check_alpha, shown
+
+ATTRIBUTE = "adasplash2"
+"""Where a layer holds its :class:`HeadAlphas`."""
+
+LOW, HIGH = 1.01, 1.99
+"""What learned alphas lie between."""
+
+STEEP = 30.0
+"""The sigmoid of more is 1 in float64, from which no logit comes back."""
+
+
+class HeadAlphas(nn.Module):
+    """The alphas of one layer, one for each query head; called, it gives them as a tensor.
+
+    Learned ones are ``1.01 + 0.98 * sigmoid(logit)`` of the parameter ``logit``: inside (1, 2)
+    whatever an optimizer does, and never rounded to its ends. Fixed ones are no parameters.
+    """
+
+    logit: nn.Parameter | None
+    bits: Tensor
+
+    def __init__(self, alphas: Sequence[float], learned: bool, device: torch.device) -> None:
+        super().__init__()
+        self.fixed, self.logit = list(alphas), None
+        if learned:
+            logits = [_logit(alpha) for alpha in alphas]
+            self.logit = nn.Parameter(torch.tensor(logits, dtype=torch.float32, device=device))
+        else:
+            # As integers, which a model that is cast to bfloat16 leaves as they are.
+            bits = torch.tensor(self.fixed, dtype=torch.float32, device=device).view(torch.int32)
+            self.register_buffer("bits", bits, persistent=False)
+
+    def forward(self) -> Tensor:
+        if self.logit is None:
+            return self.bits.view(torch.float32)
+        return LOW + (HIGH - LOW) * self.logit.float().sigmoid()
+
+    def numbers(self) -> list[float]:
+        """As they are now, such that learned ones come back to the last bit."""
+        if self.logit is None:
+            return self.fixed
+        logit = self.logit.detach().double().clamp(-STEEP, STEEP)
+        found: list[float] = (LOW + (HIGH - LOW) * logit.sigmoid()).tolist()
+        return found
+
+
+def _logit(alpha: float) -> float:
+    return math.log((alpha - LOW) / (HIGH - alpha))
+
+
+def held_by(module: nn.Module) -> HeadAlphas | None:
+    """The alphas of a layer, None where it has none of its own."""
+    found = getattr(module, ATTRIBUTE, None)
+    return found if isinstance(found, HeadAlphas) else None
+
+
+def stored_by(model: nn.Module) -> dict[str, Any]:
+    """``alpha`` and ``learn`` of the layers that have their own, or nothing."""
+    layers = {path: held for path, module in model.named_modules() if (held := held_by(module))}
+    if not layers:
+        return {}
+    return {
+        "alpha": {path: held.numbers() for path, held in layers.items()},
+        "learn": any(held.logit is not None for held in layers.values()),
+    }
+
+
+def take_from(model: nn.Module) -> None:
+    """Leaves no layer its own alphas."""
+    for module in list(model.modules()):
+        if held_by(module) is not None:
+            delattr(module, ATTRIBUTE)
+
+
+def by_layer(
+    model: nn.Module,
+    layers: tuple[str, ...],
+    alpha: float | Mapping[str, Sequence[float]],
+    learned: bool,
+) -> dict[str, HeadAlphas]:
+    """The alphas of each of ``layers``.
+
+    Raises:
+        TypeError, ValueError: ``alpha`` does not fit the layers, or is not in the range.
+    """
+    if isinstance(alpha, Mapping) and set(alpha) != set(layers):
+        wrong = sorted(set(alpha) ^ set(layers))
+        raise ValueError(
+            f"alpha must name the layers that run our attention, and all of them: {shown(wrong)} "
+            "are named and do not, or the reverse"
+        )
+    found = {}
+    for path in layers:
+        module = model.get_submodule(path)
+        heads = _count_heads(module)
+        given = alpha[path] if isinstance(alpha, Mapping) else [alpha] * heads
+        alphas = [check_alpha(number) for number in given]
+        if not alphas:
+            raise ValueError(f"cannot tell how many heads {path} has: give alpha for each layer")
+        if heads and len(alphas) != heads:
+            raise ValueError(
+                f"alpha of {path} must be one number for each of {heads} heads, got {len(alphas)}"
+            )
+        for number in alphas:
+            if learned and not LOW < number < HIGH:
+                raise ValueError(
+                    f"alpha must be above {LOW} and below {HIGH} to be learned, got {number}"
+                )
+            if not 1.0 < number <= 2.0:
+                raise ValueError(f"alpha of a head must be above 1 and at most 2, got {number}")
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        found[path] = HeadAlphas(alphas, learned, device)
+    return found
+
+
+def _count_heads(module: nn.Module) -> int:
+    """The query heads of a layer, as models of transformers name their number; 0 where they do not
+    tell."""
+    for owner in (module, getattr(module, "config", None)):
+        for name in ("num_attention_heads", "num_heads", "n_heads"):
+            heads = getattr(owner, name, None)
+            if isinstance(heads, int):
+                return heads
+    return 0

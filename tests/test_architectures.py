@@ -1,0 +1,20 @@
+"""Every kind of model of transformers equals its own attention, or is refused; see the program."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+from architectures import ARCHITECTURES, Architecture, examine, transformers
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+def test_a_model_equals_eager_or_is_refused(architecture: Architecture) -> None:
+    if not hasattr(transformers, architecture.model):
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture.model}")
+    outcome = examine(architecture)
+    assert outcome.checks or outcome.refusal
+
+
+def test_there_are_forty() -> None:
+    assert len({architecture.model for architecture in ARCHITECTURES}) >= 40

@@ -1,0 +1,232 @@
+"""The training recipes: their data, a run that was stopped, and their smallest sizes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import length_generalisation as lengths  # noqa: E402
+import text_models  # noqa: E402
+import train_lm  # noqa: E402
+import training  # noqa: E402
+from training import Decoder, Plan, Recipe, Size  # noqa: E402
+
+README = str(ROOT / "README.md")
+
+
+def answers(batch: lengths.Batch) -> list[list[int]]:
+    return [row[row != lengths.IGNORED].tolist() for row in batch.targets]
+
+
+def drawn(name: str, length: int = 40) -> lengths.Batch:
+    task = lengths.TASKS[name]
+    batch = task.draw(5, length, training.generator_of(3))
+    assert torch.equal(batch.tokens, task.draw(5, length, training.generator_of(3)).tokens)
+    assert batch.tokens.shape == batch.targets.shape
+    assert 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < task.vocabulary
+    assert int(batch.targets.max()) < task.vocabulary
+    return batch
+
+
+@pytest.mark.parametrize(("name", "said"), [("sort", sorted), ("reverse", lambda x: x[::-1])])
+def test_sort_and_reverse(name: str, said: Any) -> None:
+    batch = drawn(name)
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        assert answer == [*said(tokens[:40]), lengths.DIGITS]
+        assert tokens[40:] == [lengths.DIGITS, *answer[:-1]], "what comes next is to be said"
+
+
+def test_recall_asks_for_keys_that_were_told() -> None:
+    batch = drawn("recall")
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        told = dict(zip(tokens[:40:2], tokens[1:40:2], strict=True))
+        assert len(told) == 20
+        assert answer == [told[key] for key in tokens[40::2]] == tokens[41::2]
+
+
+def test_flip_flop_reads_what_was_written_last() -> None:
+    batch = drawn("flip-flop", 400)
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        written, read = None, []
+        for does, bit in zip(tokens[::2], tokens[1::2], strict=True):
+            if does == lengths.WRITE:
+                written = bit
+            if does == lengths.READ:
+                assert bit == written
+                read.append(bit)
+        assert answer == read
+        assert len(read) > 1
+
+
+def test_needle_has_one_among_many_alike() -> None:
+    batch = drawn("needle")
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        values = dict.fromkeys(tokens[1:40:2])
+        assert tokens[:40:2].count(lengths.NEEDLE) == 1
+        assert answer == [tokens[2 * tokens[:40:2].index(lengths.NEEDLE) + 1]]
+        assert len(values) <= 2
+
+
+def test_needles_are_asked_by_their_tags() -> None:
+    batch = drawn("needles")
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        things = [divmod(token, lengths.MARKS) for token in tokens[:40]]
+        for question, mark in zip(tokens[40:], answer, strict=True):
+            assert [m for tag, m in things if tag == question - 32] == [mark]
+        assert len(set(things)) == lengths.NEEDLES + 1
+
+
+RECIPES = {
+    "softmax": Recipe(alpha=1.0),
+    "all that is learned": Recipe("learn", scale="learn", length_scale=True, qk_norm=True),
+    "half scale, rope": Recipe(scale=0.5, positions="rope"),
+    "alpha rises": Recipe(rise=0.5, positions="none"),
+}
+SIZE = Size(vocabulary=11, layers=2, heads=2, features=16)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_token_sees_a_later_one_and_all_parameters_learn(name: str) -> None:
+    torch.manual_seed(0)
+    model = Decoder(SIZE, RECIPES[name])
+    tokens = torch.randint(11, (2, 12))
+    before = model(tokens)
+    tokens[:, 8] = (tokens[:, 8] + 1) % 11
+    after = model(tokens)
+    torch.testing.assert_close(after[:, :8], before[:, :8])
+    assert not torch.equal(after[:, 8:], before[:, 8:])
+    after.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+class Steps:
+    """A budget that ends after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    @property
+    def is_spent(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(name: str, tmp_path: Path) -> None:
+    def trained(budgets: list[Any], checkpoint: Path) -> tuple[list[float], Decoder]:
+        for budget in budgets:
+            torch.manual_seed(0)
+            model = Decoder(SIZE, RECIPES[name])
+
+            def loss_of(step: int, model: Decoder = model) -> Tensor:
+                tokens = torch.randint(11, (2, 12), generator=training.generator_of(1, step))
+                return torch.nn.functional.cross_entropy(
+                    model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+                )
+
+            try:
+                losses = training.fit(
+                    model,
+                    loss_of,
+                    Plan(steps=9, rate=1e-2, seed=0, warmup=2, decay=0.1),
+                    checkpoint=checkpoint,
+                    budget=budget,
+                    description="",
+                    schedule=training.schedule_of(model, RECIPES[name], 9),
+                )
+            except training.Stopped:
+                continue
+        return losses, model
+
+    endless = training.Budget(None)
+    whole, expected = trained([endless], tmp_path / "whole.pt")
+    parts, got = trained([Steps(4), Steps(2), endless], tmp_path / "parts.pt")
+    assert parts == whole
+    assert all(
+        torch.equal(a, b) for a, b in zip(got.parameters(), expected.parameters(), strict=True)
+    )
+
+
+def test_learned_alphas_move_faster_and_only_matrices_decay() -> None:
+    model = Decoder(SIZE, RECIPES["all that is learned"])
+    optimizer = training.optimizer_of(model, Plan(10, 1e-3, 0, decay=0.1))
+    for group in optimizer.param_groups:
+        matrices = {p.dim() > 1 for p in group["params"]}
+        assert len(matrices) == 1
+        assert group["weight_decay"] == (0.1 if matrices.pop() else 0.0)
+    assert [len(g["params"]) for g in optimizer.param_groups if g["faster"] == 10.0] == [2]
+
+
+@pytest.mark.parametrize("program", ["train_lm", "from_softmax"])
+def test_language_models_at_their_smallest(
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if program == "from_softmax":
+        pytest.importorskip("transformers")
+        import from_softmax
+
+        main, names = from_softmax.main, ["softmax", "entmax"]
+    else:
+        main, names = train_lm.main, ["softmax", "learned alpha"]
+    command = [
+        "--size",
+        "tiny",
+        "--text",
+        README,
+        "--output",
+        str(tmp_path),
+        "--contenders",
+        *names,
+    ]
+    assert main([*command, "--minutes", "0"]) == 1, "stopped after a step"
+    assert main(command) == 0
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert list(told["results"]) == names
+    for name in names:
+        (run,) = told["results"][name]
+        assert len(run["losses"]) == 20
+        assert run["held_out"][0]["step"] == 0
+        assert run["held_out"][-1]["loss"] < run["held_out"][0]["loss"]
+        kept = text_models.kept_by_layer(run, "support")
+        assert len(kept) == (0 if name == "softmax" else 2)
+    assert (tmp_path / f"{program}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{program}-alpha.png").exists() == ("learned alpha" in names)
+    assert "held out" in capsys.readouterr().out
+
+
+def test_what_entmax_learned_short_holds_long(tmp_path: Path) -> None:
+    command = ["--size", "cut", "--output", str(tmp_path), "--contenders", "softmax", "entmax"]
+    assert lengths.main(command) == 0
+    told = json.loads((tmp_path / "results.json").read_text())["results"]["needle"]
+    assert list(told) == ["softmax", "entmax"]
+    (run,) = told["entmax"]
+    assert run["accuracy"]["1"] > 0.5, "an eighth is chance"
+    assert run["accuracy"]["16"] > run["accuracy"]["1"] - 0.15
+    assert (tmp_path / "length_generalisation.png").exists()
+    assert lengths.main([*command, "--minutes", "0"]) == 0, "what is done is not done again"
+
+
+def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, named in {
+        ("--contenders", "sigmoid"): "--contenders",
+        ("--tasks", "copy"): "--tasks",
+        ("--steps", "0"): "--steps",
+        ("--threads", "0"): "--threads",
+    }.items():
+        with pytest.raises(SystemExit):
+            lengths.main(list(arguments))
+        assert named in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_lm.main(["--size", "tiny", "--rates", "0"])
+    assert "--rates" in capsys.readouterr().err
