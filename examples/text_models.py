@@ -253,7 +253,10 @@ def layers_seen_by(monitor: AttentionMonitor) -> dict[str, dict[str, list[float]
 def compete(program: Program, corpus: Corpus, ready: Callable[[str], Ready]) -> int:
     """Train each contender with each rate, tell of the best, and return the exit code."""
     options, scale = program.options, program.scale
-    folder = options.output / f"{options.size}-{scale.steps}-{scale.context}-{scale.batch}-{options.seed}"
+    folder = (
+        options.output
+        / f"{options.size}-{scale.steps}-{scale.context}-{scale.batch}-{options.seed}"
+    )
     results: dict[str, list[dict[str, Any]]] = {}
     stopped = False
     try:
