@@ -175,3 +175,18 @@ def test_generation_compiles(config: str) -> None:
     how = {"cache_implementation": "static", "compile_config": compiled}
     assert generated(model, TOKENS, LEFT, **how).equal(expected)
     assert graphs["unique_graphs"] >= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["Llama", "Gemma3Text", "GptOss"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "compiled", "offloaded"])
+def test_greedy_on_a_gpu(config: str, cache: str) -> None:
+    """Where ``generate`` compiles by itself, and offloads."""
+    model, prompt, mask = model_of(config).to("cuda"), TOKENS.to("cuda"), LEFT.to("cuda")
+    how: dict[str, Any] = {"cache_implementation": cache}
+    if cache == "static":
+        how = STATIC
+    elif cache == "compiled":
+        how = {"cache_implementation": "static"}
+    found = generated(model, prompt, mask, **how)
+    assert found.equal(by_eager(model, prompt, mask, use_cache=False))
