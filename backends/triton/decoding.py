@@ -138,6 +138,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
             key=call.key,
             splits=cut.splits,
             CHUNK=SCAN_CHUNK,
+            STAGES=int(call.config["stages"]),
         )
         run(
             kernels.decode_solve,

@@ -264,6 +264,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
             CHUNK=MAXIMA_CHUNK // block_q,
             MAX_STEPS=MAX_STEPS,
             SPAN=span,
+            STAGES=int(call.config["solve_stages"]) if plan.opt.masked else None,
         )
         call.twice(
             output_kernels.output,

@@ -212,7 +212,7 @@ def scores_of(q, number, keys, first, bias, rows, terms, shape, opt: tl.constexp
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
 def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, length_k, splits,
-                opt: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+                opt: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Maxima of each row and tile and, where they are not below a bound, all scores of the two; the
     maxima of a split and, at its end, the bound."""
     shape = with_length(shape, length_k)
@@ -240,14 +240,14 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
     while start < end:
         stop = tl.minimum(start + size, end)
         number = pages_at(keys, start * opt.block_k, shape, opt.block_k, opt)
-        for tile in range(start, stop):
+        for tile in tl.range(start, stop, num_stages=STAGES if opt.adds else None):
             first = tile * opt.block_k
             here = number
             number = pages_at(keys, first + opt.block_k, shape, opt.block_k, opt)
             bias = 0.0
             if opt.biased:
                 bias = bias_of(rows, first + columns, terms, shape, opt)
-            if opt.masked:
+            if opt.hides:  # as in `scan_tiles`
                 s = tl.full((opt.block_q, opt.block_k), -INFINITY, tl.float32)
                 if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
                     s = scores_of(q, here, keys, first, bias, rows, terms, shape, opt)
