@@ -160,8 +160,9 @@ def replayed(call: Callable[[], object]) -> Callable[[], object]:
         kept = call()
 
     def replay() -> object:
+        """It needs what the call holds: a graph knows addresses alone."""
         graph.replay()
-        return kept
+        return call, kept
 
     return replay
 

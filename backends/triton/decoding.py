@@ -26,7 +26,7 @@ SERIAL = 256
 """Tiles of a row whose threshold one program finds alone: 16,384 keys are read in about 2
 microseconds, a step of it."""
 
-NARROWED = 3
+NARROWED = 2
 """Launches of ``decode_narrow`` where rows may be longer. Each takes the time of an empty launch
 where no row is."""
 
@@ -41,6 +41,9 @@ MOST_PARTS = 64
 
 SPLITS_CHUNK = 16
 """Splits whose sums ``decode_combine`` holds."""
+
+ENTRIES_CHUNK = 32
+"""Listed keys whose values it holds."""
 
 
 class Cut(NamedTuple):
@@ -96,6 +99,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
             "sums": rows * cut.parts * kernels.SUMS.value if cut.narrowed else 0,
             "partials": rows * cut.weighed * opt.padded_v,
             "masses": rows * cut.weighed,
+            "entry_weights": rows * kernels.MOST_LISTED.value,
         },
         torch.float32,
     )
@@ -106,6 +110,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
             "counts": rows,
             "arrivals": rows,
             "kept": rows * cut.weighed,
+            "entry_keys": rows * kernels.MOST_LISTED.value,
         },
         torch.int32,
     )
@@ -172,10 +177,14 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
             kernels.decode_combine,
             rows,
             {"COUNT": count},
+            value=call.value,
             out=sizes.Heads.of(out),
             support=counters["support"],
+            marks=counters["marks"],
             splits=cut.weighed,
             SPLITS=SPLITS_CHUNK,
+            ENTRIES=ENTRIES_CHUNK,
+            MARK=launch.STATS_TILE,
         )
     if counted is not None:
         states = floats["states"][: rows * kernels.STATES.value].view(rows, -1)

@@ -8,12 +8,14 @@ of these rows, a *tile* ``opt.block_k`` keys. In this order:
    threshold of some of a row's scores is at most that of all: scores of a row and a tile are kept
    only where one is not below the bound that the split's own scores set so far.
 2. ``decode_solve``, a program for each row: a bound from the maxima of all splits, the list of the
-   tiles that reach it, and the threshold, where these are not too many for one program.
+   tiles that reach it, and the threshold, where these are not too many for one program. Then also
+   the list of the keys of the support, if they are few.
 3. ``decode_narrow``, for rows of more, in parts: a step of their thresholds, from the sums of the
    parts. The last one of a few launches leaves no row without its threshold.
-4. ``decode_weigh``, a program for each block and split: the sums of its values. Of these, only
-   those are read that have a probability.
-5. ``decode_combine``, a program for each row: the output from the sums of the splits.
+4. ``decode_weigh``, a program for each block and split: the sums of its values, for rows whose
+   support is not listed. Of these, only those are read that have a probability.
+5. ``decode_combine``, a program for each row: the output, from the sums of the splits or from the
+   values of the keys that are listed.
 
 Lengths are arguments of their own, for which nothing is specialised: a cache grows.
 """
@@ -65,6 +67,7 @@ from adasplash2.backends.triton.kernels.work import (
     keys_of,
     load_keys_in,
     pages_at,
+    pages_of,
 )
 from adasplash2.backends.triton.sizes import Shape
 
@@ -83,6 +86,11 @@ HI = tl.constexpr(3)
 MOST = tl.constexpr(4)
 FLOOR = tl.constexpr(5)
 STEPS = tl.constexpr(6)
+LISTED = tl.constexpr(7)
+
+MOST_LISTED = tl.constexpr(256)
+"""Keys of a row's support up to which they are listed, to be weighed by one program. ``LISTED`` is
+their number, -1 where they are more or not known."""
 
 SUMS = tl.constexpr(3)
 """What a part of ``decode_narrow`` leaves: ``sum p``, ``sum u`` and the size of the support."""
@@ -316,13 +324,37 @@ def rest_of_steps(scores, listed, count, top, t, lo, hi, most, step, pending, te
 
 
 @triton.jit
+def list_support(scores, listed, count, top, t, entry_keys, entry_weights, terms,
+                 opt: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    """Write the keys of a row's support and their ``p``, in order, and return how many they are, if
+    no more than MOST_LISTED; else -1."""
+    found = 0
+    columns = tl.arange(0, opt.block_k)[None, :]
+    for first in range(0, count, TILES):
+        places = first + tl.arange(0, TILES)
+        tile = tl.load(listed + places, mask=places < count, other=0)[:, None]
+        pointers = scores + tile.to(tl.int64) * opt.block_k + columns
+        s = tl.load(pointers, mask=(places < count)[:, None], other=-INFINITY)
+        x = distance(s, top, t, terms.c, opt)
+        p, _ = weights(x, terms.r, opt)
+        some = tl.reshape(is_inside(x, terms.r, opt).to(tl.int32), (TILES * opt.block_k,))
+        goal = found + tl.cumsum(some, 0) - some
+        put = (some > 0) & (goal < MOST_LISTED)
+        keys = tl.reshape(tile * opt.block_k + columns, (TILES * opt.block_k,))
+        tl.store(entry_keys + goal, keys, mask=put)
+        tl.store(entry_weights + goal, tl.reshape(p, (TILES * opt.block_k,)), mask=put)
+        found += tl.sum(some, 0)
+    return tl.where(found <= MOST_LISTED, found, -1)
+
+
+@triton.jit
 def store_tau(tau, at_row, top, t, terms, opt: tl.constexpr):
     tl.store(tau + at_row, terms.c * top + (t - lift_of(terms.r, opt)))
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_solve(maxima, scores, tops, floors, lists, counts, states, tau, shape, length_k, splits,
-                 tolerance, opt: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
+def decode_solve(maxima, scores, tops, floors, lists, counts, states, entry_keys, entry_weights,
+                 tau, shape, length_k, splits, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
                  SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
     """A row's threshold or, where more than SERIAL tiles reach its bound, a lower bound of it. Then
     ``counts`` has their number, else 0."""
@@ -350,6 +382,7 @@ def decode_solve(maxima, scores, tops, floors, lists, counts, states, tau, shape
     most = tl.full((), INFINITY, tl.float32)
     count = 0
     step = 0
+    found = 0
     listed = lists + at_row.to(tl.int64) * tl.cdiv(shape.length_k, opt.block_k)
     if pending:
         rows = row + tl.arange(0, 1)
@@ -371,7 +404,12 @@ def decode_solve(maxima, scores, tops, floors, lists, counts, states, tau, shape
             own = scores_at(scores, at_row, 0, shape, opt)
             t, step = rest_of_steps(own, listed, count, top, t, lo, hi, most, step, pending, terms,
                                     tolerance, opt, TILES, MAX_STEPS)  # fmt: skip
+            entries = at_row.to(tl.int64) * MOST_LISTED
+            found = list_support(own, listed, count, top, t, entry_keys + entries,
+                                 entry_weights + entries, terms, opt, TILES)  # fmt: skip
             count = 0
+        else:
+            found = -1
     tl.store(counts + at_row, count)
     state = states + at_row * STATES
     tl.store(state + TOP, top)
@@ -381,6 +419,7 @@ def decode_solve(maxima, scores, tops, floors, lists, counts, states, tau, shape
     tl.store(state + MOST, most)
     tl.store(state + FLOOR, tl.where(pending, floor, INFINITY))
     tl.store(state + STEPS, step.to(tl.float32))
+    tl.store(state + LISTED, found.to(tl.float32))
     store_tau(tau, at_row, top, t, terms, opt)
 
 
@@ -454,13 +493,12 @@ def weighted_values(p, reached, v, opt: tl.constexpr, SCALE: tl.constexpr):
 
 
 @triton.jit
-def load_values(values, first, wanted, shape, opt: tl.constexpr):
-    """A tile of values, zeros for keys that are not ``wanted``."""
-    keys = first + tl.arange(0, opt.block_k)
+def load_values(values, keys, wanted, shape, opt: tl.constexpr):
+    """The values of ``keys``, zeros for those that are not ``wanted``."""
     columns = tl.arange(0, opt.padded_v)[None, :]
     if opt.paged:
         base, row, _, page = values
-        number = pages_at(values, first, shape, opt.block_k, opt).to(tl.int64)
+        number = pages_of(values, keys, shape, opt).to(tl.int64)
         places = number * page + (keys % shape.terms.pages.size).to(tl.int64) * row
     else:
         base, row = values
@@ -479,14 +517,18 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, s
     at_head, block, split = block_and_split(shape, splits, opt)
     _, batch, kv_head = at_head
     at_row, head, row, inside = rows_in(block, at_head, shape, opt)
+    state = states + at_row[:, None] * STATES
+    listed = tl.load(state + LISTED) >= 0.0
+    if tl.min(tl.min(listed.to(tl.int32), 1), 0) > 0:
+        return
     terms = terms_of(batch, head[:, None], shape, opt)
     rows = row[:, None]
     seen, seen_end = seen_by(row, terms, shape, opt)
     begin, end = share_of(seen, seen_end, split, splits)
-    state = states + at_row[:, None] * STATES
     top = tl.load(state + TOP)
     t = tl.load(state + T)
     least = tl.maximum(tl.load(state + FLOOR), floor_of(top, t, terms, opt))
+    least = tl.where(listed, INFINITY, least)
     highest_at = maxima_at(maxima, at_row[:, None], shape, opt)
     values = keys_of(value, batch, kv_head, shape, opt)
     scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
@@ -521,7 +563,8 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, s
             if opt.dropout:
                 reached = reached & is_kept(rows, first + columns, terms, shape, opt)
                 p = tl.where(reached, p, 0.0)
-            v = load_values(values, first, tl.max(reached.to(tl.int32), 0) > 0, shape, opt)
+            wanted = tl.max(reached.to(tl.int32), 0) > 0
+            v = load_values(values, first + tl.arange(0, opt.block_k), wanted, shape, opt)
             acc += weighted_values(p, reached, v, opt, scale)
     at_split = at_row.to(tl.int64) * splits + split
     at = partials + at_split[:, None] * opt.padded_v + tl.arange(0, opt.padded_v)[None, :]
@@ -530,38 +573,82 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, s
     tl.store(kept + at_split, count, mask=inside)
 
 
-@triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_combine(partials, masses, kept, states, out, support, shape, length_k, splits,
-                   opt: tl.constexpr, SPLITS: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
-    """``out = sum p v / sum p``, from the sums of the splits."""
-    shape = with_length(shape, length_k)
-    at_row = tl.program_id(0)
-    batch, head, row = row_at(at_row, shape)
-    top = tl.load(states + at_row * STATES + TOP)
-    t = tl.load(states + at_row * STATES + T)
+@triton.jit
+def sums_of_splits(partials, masses, kept, at_row, splits, opt: tl.constexpr,
+                   SPLITS: tl.constexpr):  # fmt: skip
+    """``sum p v``, ``sum p`` and the size of the support of a row from those of its splits."""
     wide = tl.arange(0, opt.padded_v)
     total = tl.full((SPLITS, opt.padded_v), 0.0, tl.float32)
-    mass_of = tl.full((SPLITS,), 0.0, tl.float32)
+    mass = tl.full((SPLITS,), 0.0, tl.float32)
     count = tl.full((SPLITS,), 0, tl.int32)
     for first in range(0, splits, SPLITS):
         places = first + tl.arange(0, SPLITS)
         at = at_row.to(tl.int64) * splits + places
         some = tl.load(kept + at, mask=places < splits, other=0)
-        mass_of += tl.load(masses + at, mask=places < splits, other=0.0)
+        mass += tl.load(masses + at, mask=places < splits, other=0.0)
         count += some
         pointers = partials + at[:, None] * opt.padded_v + wide[None, :]
         total += tl.load(pointers, mask=(some > 0)[:, None], other=0.0)
-    mass = tl.sum(mass_of, 0)
+    return tl.sum(total, 0), tl.sum(mass, 0), tl.sum(count, 0)
+
+
+@triton.jit
+def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, row, terms, shape,
+                   opt: tl.constexpr, ENTRIES: tl.constexpr, COUNT: tl.constexpr,
+                   MARK: tl.constexpr):  # fmt: skip
+    """The same from the entries of a row."""
+    scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
+    values = keys_of(value, batch, head // shape.gqa_group, shape, opt)
+    total = tl.full((ENTRIES, opt.padded_v), 0.0, tl.float32)
+    mass = tl.full((ENTRIES,), 0.0, tl.float32)
+    for first in range(0, count, ENTRIES):
+        places = first + tl.arange(0, ENTRIES)
+        real = places < count
+        keys = tl.load(entry_keys + places, mask=real, other=0)
+        p = tl.load(entry_weights + places, mask=real, other=0.0)
+        mass += p
+        if COUNT:
+            tl.store(marks + keys // MARK, tl.full((ENTRIES,), 1, tl.int8), mask=real)
+        if opt.dropout:
+            real = real & is_kept(row, keys, terms, shape, opt)
+        v = load_values(values, keys, real, shape, opt).to(tl.float32)
+        weighed = tl.where(is_finite(v), (p * scale)[:, None] * v, v)
+        total += tl.where(real[:, None], weighed, 0.0)
+    return tl.sum(total, 0), tl.sum(mass, 0), count
+
+
+@triton.jit(do_not_specialize=["length_k", "splits"])
+def decode_combine(value, partials, masses, kept, states, entry_keys, entry_weights, out, support,
+                   marks, shape, length_k, splits, opt: tl.constexpr, SPLITS: tl.constexpr,
+                   ENTRIES: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+    """``out = sum p v / sum p``."""
+    shape = with_length(shape, length_k)
+    at_row = tl.program_id(0)
+    batch, head, row = row_at(at_row, shape)
+    terms = terms_of(batch, head, shape, opt)
+    top = tl.load(states + at_row * STATES + TOP)
+    t = tl.load(states + at_row * STATES + T)
+    listed = tl.load(states + at_row * STATES + LISTED).to(tl.int32)
+    if COUNT:
+        marks += (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_k, MARK)
+    if listed >= 0:
+        entries = at_row.to(tl.int64) * MOST_LISTED
+        total, mass, count = sums_of_listed(
+            value, entry_keys + entries, entry_weights + entries, marks, listed, batch, head, row,
+            terms, shape, opt, ENTRIES, COUNT, MARK,
+        )  # fmt: skip
+    else:
+        total, mass, count = sums_of_splits(partials, masses, kept, at_row, splits, opt, SPLITS)
     if opt.sinks:
-        terms = terms_of(batch, head, shape, opt)
         mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
     scale: tl.constexpr = PROB_SCALE if out.base.dtype.element_ty == tl.float16 else 1.0
-    result = tl.sum(total, 0) / tl.where(mass > 0.0, mass * scale, 1.0)
+    result = total / tl.where(mass > 0.0, mass * scale, 1.0)
     if opt.dropout:
         result = result * shape.terms.kept
     result = tl.where(t != t, float("nan"), result)
+    wide = tl.arange(0, opt.padded_v)
     base, stride = head_of(out, batch, head)
     pointers = base + row.to(tl.int64) * stride + wide
     tl.store(pointers, result.to(out.base.dtype.element_ty), mask=wide < opt.head_dim_v)
     if COUNT:
-        tl.store(support + at_row, tl.sum(count, 0))
+        tl.store(support + at_row, count)

@@ -66,17 +66,21 @@ def load_tile(
 
 
 @triton.jit
-def pages_at(head, first, shape, BLOCK: tl.constexpr, opt: tl.constexpr):
-    """The pages of keys ``first`` and following of a head by :func:`keys_of`; nothing where keys do
-    not lie in pages."""
+def pages_of(head, keys, shape, opt: tl.constexpr):
+    """The pages of keys of a head by :func:`keys_of`; nothing where keys do not lie in pages."""
     if opt.paged:
         pages = shape.terms.pages
-        keys = first + tl.arange(0, BLOCK)
         number = tl.load(head[2] + keys // pages.size * pages.column, mask=keys < shape.length_k,
                          other=0)  # fmt: skip
         return tl.minimum(tl.maximum(number, 0), pages.number - 1)
     else:
         return 0
+
+
+@triton.jit
+def pages_at(head, first, shape, BLOCK: tl.constexpr, opt: tl.constexpr):
+    """:func:`pages_of` keys ``first`` and following."""
+    return pages_of(head, first + tl.arange(0, BLOCK), shape, opt)
 
 
 @triton.jit
