@@ -255,7 +255,7 @@ def decoding(length_k: int, **more: Any) -> Problem:
 def test_decoding_compiles(capability: int, asked: Any, launches: list[Launch]) -> None:
     asked = decoding(100_000, **asked)
     backend.precompile(asked, next(sizes.decoding_configs(asked, LIMITS[capability])))
-    names = ["decode_scan", "decode_solve", *3 * ["decode_narrow"], "decode_weigh"]
+    names = ["decode_scan", "decode_solve", *2 * ["decode_narrow"], "decode_weigh"]
     assert [kernel.__name__ for kernel, *_ in launches] == [*names, "decode_combine"]
     compiled = set()
     for kernel, arguments, options in launches:
