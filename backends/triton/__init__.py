@@ -75,7 +75,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             )
     if reasons or isinstance(problem, RowProblem):
         return reasons
-    if next(sizes.configs(problem, _limits(problem.device)), None) is None:
+    if next(sizes.tiled_configs(problem, _limits(problem.device)), None) is None:
         reasons.append(
             f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs more "
             f"shared memory than a block has on {problem.device}"
@@ -171,7 +171,8 @@ def saved_bound(problem: Problem) -> int:
     problem = dataclasses.replace(
         problem, head_dim=int(problem.head_dim), head_dim_v=int(problem.head_dim_v)
     )
-    blocks = {(c["block_q"], c["block_k"]): c for c in configs(problem)}
+    offered = sizes.tiled_configs(problem, _limits(problem.device))  # whole rows add no blocks
+    blocks = {(c["block_q"], c["block_k"]): c for c in offered}
     totals = [sizes.Saved(problem, config).total for config in blocks.values()]
     return functools.reduce(torch.sym_max, totals) if totals else 0
 

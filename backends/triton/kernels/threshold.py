@@ -18,6 +18,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     shortfall,
 )
 from adasplash2.backends.triton.kernels.score import (
+    distance,
     is_inside,
     lift_of,
 )
@@ -27,6 +28,10 @@ HIGHEST = tl.constexpr(-(2.0**-126))
 less than any float32; but the nearest key must keep a distance to it."""
 
 EPSILON = tl.constexpr(2.0**-23)
+
+SHALLOW_TOLERANCE = tl.constexpr(1e-3)
+"""How far ``sum p`` may be above 1 before the last step where alpha is below 1.5, see
+``launch.tolerance``."""
 
 FREE_STEPS = tl.constexpr(8)
 """Newton's steps above alpha = 2 before every other one becomes a bisection."""
@@ -151,6 +156,54 @@ def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
     moved = tl.where(inside & (solved | (bisect == 0)), t + newton, otherwise)
     closed = hi - lo <= ulp
     return tl.where(closed & (solved == 0), t, moved), lo, hi, solved | closed
+
+
+@triton.jit
+def next_threshold(t, lo, hi, most, mass, slope, count, tolerance, step, r, opt: tl.constexpr):
+    """Where ``t`` moves from ``mass = sum p``, ``slope = sum u`` and, at alpha = 1.5 alone, the
+    size ``count`` of the support; ``lo``, ``hi`` and ``most`` after that; and who is done."""
+    if opt.steep:
+        moved, lo, hi, final = guarded(t, lo, hi, mass, slope, r, tolerance, step, opt)
+    else:
+        certain = t + rise(mass, slope, r, opt)
+        lo = tl.maximum(lo, certain)
+        moved = certain
+        if opt.alpha == 1.5:
+            most = tl.where(mass >= 1.0, count, most)
+            solved = is_near(mass, slope, most, tolerance)
+            ahead = t + leap(mass, slope, count)
+            moved = tl.where(solved | (mass > 1.0), ahead, certain)
+        elif opt.alphas:
+            near = tl.where(lift_of(r, opt) > 0.0, SHALLOW_TOLERANCE, tolerance)
+            solved = tl.abs(mass - 1.0) <= near
+        else:
+            solved = tl.abs(mass - 1.0) <= tolerance
+        final = solved | (certain == t)
+        if opt.alphas:  # an ulp to and fro may change many keys' sum by more
+            final = final | (tl.abs(certain - t) <= tl.abs(t) * EPSILON)
+    return moved, lo, hi, most, final
+
+
+@triton.jit
+def with_tile(sums, x, r, opt: tl.constexpr):
+    """``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support, with those of a
+    tile's distances added."""
+    mass, slope, count = sums
+    p, u = weights(x, r, opt)
+    mass += tl.sum(p, 1)
+    slope += tl.sum(u, 1)
+    if opt.alpha == 1.5:
+        count += opt.block_k + tl.sum(x.to(tl.int32, bitcast=True) >> 31, 1)
+    return mass, slope, count
+
+
+@triton.jit
+def with_sink(mass, slope, top, t, terms, opt: tl.constexpr):
+    """``sum p`` and ``sum u`` with the sink, one more candidate of each row; and whether it is in
+    the support."""
+    x = distance(terms.sink, top, t, terms.c, opt)
+    p, u = weights(x, terms.r, opt)
+    return mass + p, slope + u, is_inside(x, terms.r, opt).to(tl.int32)
 
 
 @triton.jit
