@@ -75,17 +75,22 @@ took 8.4 ms where rows keep 28 keys and 4.7 where they keep 2, with 128 x 128 8.
 head_dim 128 14.2 (28 keys) and 10.6 (4), with 128 x 128 13.7 and 12.5."""
 
 LONGEST_WHOLE = 512
-"""Keys of the longest rows whose scores 64 at a time fit the registers of eight warps."""
+"""Keys of the longest rows of which the scores of 64 fit the registers of eight warps. Compiled for
+compute capability 9.0 with head_dim 64, nothing of them is spilled; of 32 rows with 1,024 keys, 169
+registers are."""
 
 LONGEST_WHOLE_OUTPUT = 256
-"""The same where outputs are found beside them. All warps of two products in a row are handed rows,
-not keys, and 64 rows are no more than four."""
+"""The same where outputs are found too: the warps of a product that another follows get rows each,
+not keys, and 64 rows are enough for four."""
 
 MAX_ALTERNATIVES = 3
 """Pairs of ``BLOCKS`` that a tuner is offered."""
 
 ACCUMULATORS = 128 * 128
 """float32 sums of a block that registers hold beside its scores."""
+
+SUM_ITEMSIZE = 4
+"""Bytes of a sum, which threads hand on through shared memory before they store it."""
 
 FEW_SUMS = 64 * 128
 """float32 sums that four warps hold; more take eight."""
@@ -526,32 +531,43 @@ class Limits(NamedTuple):
 
 
 def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
-    """Configurations that fit a device, the default first: ``whole`` says what is found of short
-    rows with all of their scores at hand."""
-    first: Config | None = None
-    for config in tiled_configs(problem, limits):
-        if first is None:
-            yield from whole_configs(problem, config, limits.shared)
-        first = config
-        yield config
+    """Configurations that fit a device, the default first. ``whole`` says what is found of rows
+    whose scores are all at hand; where these are powers without a closed form, which take registers
+    of their own, it comes second."""
+    tiled = tiled_configs(problem, limits)
+    first = next(tiled, None)
+    if first is None:
+        return
+    whole = list(whole_configs(problem, first, limits))
+    plain = Options.of(problem, first).alpha != 0.0
+    yield from (*whole, first) if plain else (first, *whole)
+    yield from tiled
 
 
-def whole_configs(problem: Problem, config: Config, shared: int) -> Iterator[Config]:
-    """``config`` with thresholds and outputs, or thresholds, of whole rows, where these fit."""
-    unrolled = problem.dtype == torch.float32 and not INTERPRETED
-    if unrolled or problem.page_size or problem.length_k > LONGEST_WHOLE:
+def whole_configs(problem: Problem, config: Config, limits: Limits) -> Iterator[Config]:
+    """``config`` with thresholds and outputs, or thresholds alone, of whole rows, where they fit.
+
+    For compute capability 9.0 alone: it was made for its products, and Triton 3.7.1 compiles it for
+    no later one. In float32, unrolled products of this size take minutes to compile.
+    """
+    made_for = limits.wgmma and problem.dtype != torch.float32
+    if not (made_for or INTERPRETED) or problem.page_size or problem.length_k > LONGEST_WHOLE:
         return
     block_q, width = int(config["block_q"]), whole_width(problem, config)
-    warps = 4 if block_q * width <= SCORES else 8
     keys = padded(problem.head_dim) * problem.dtype.itemsize
     values = padded(problem.head_dim_v) * problem.dtype.itemsize
-    found = block_q * (keys + padded(problem.head_dim_v) * 4)
-    # Above alpha = 2 a mean of values must be of the very weights that a gradient is of.
-    output = width <= LONGEST_WHOLE_OUTPUT and not is_steep(problem.alpha)
-    if output and width * (keys + values) + found <= shared:
-        yield {**config, "whole": "outputs", "whole_warps": warps}
-    if width * keys + block_q * keys <= shared:
-        yield {**config, "whole": "thresholds", "whole_warps": warps}
+    handed_on = block_q * padded(problem.head_dim_v) * SUM_ITEMSIZE
+    if operand := problem.operand("attn_mask"):
+        handed_on = max(handed_on, block_q * width * operand.dtype.itemsize)
+    shared = (block_q + width) * keys + handed_on
+    config = {**config, "whole_warps": 4 if block_q * width <= SCORES else 8}
+    # Words for dropout leave no registers. Above alpha = 2 means of values must be of the very
+    # weights that gradients are of, which a product of other shape may round otherwise.
+    output = width <= LONGEST_WHOLE_OUTPUT and not problem.scores.dropout_p
+    if output and not is_steep(problem.alpha) and shared + width * values <= limits.shared:
+        yield {**config, "whole": "outputs"}
+    if shared <= limits.shared:
+        yield {**config, "whole": "thresholds"}
 
 
 def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:

@@ -198,6 +198,25 @@ def with_tile(sums, x, r, opt: tl.constexpr):
 
 
 @triton.jit
+def added(mass, slope, count, more_mass, more_slope, more_count):
+    return mass + more_mass, slope + more_slope, count + more_count
+
+
+@triton.jit
+def sums_of(x, r, opt: tl.constexpr):
+    """The sums of :func:`with_tile` of one tile alone, which threads exchange at once."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        zeros = tl.full((x.shape[0],), 0.0, tl.float32)
+        mass, slope, count = with_tile((zeros, zeros, zeros.to(tl.int32)), x, r, opt)
+    else:
+        p, u = weights(x, r, opt)
+        outside = x.to(tl.int32, bitcast=True) >> 31
+        mass, slope, count = tl.reduce((p, u, outside), 1, added)
+        count += opt.block_k
+    return mass, slope, count
+
+
+@triton.jit
 def with_sink(mass, slope, top, t, terms, opt: tl.constexpr):
     """``sum p`` and ``sum u`` with the sink, one more candidate of each row; and whether it is in
     the support."""

@@ -48,9 +48,9 @@ from adasplash2.backends.triton.kernels.solve import (
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     next_threshold,
+    sums_of,
     weights,
     with_sink,
-    with_tile,
 )
 from adasplash2.backends.triton.kernels.work import (
     head_of,
@@ -60,13 +60,27 @@ from adasplash2.backends.triton.kernels.work import (
     row_block_at,
 )
 
+PARTS = tl.constexpr(8)
+"""Of a tile, whose maxima bound a row's threshold. With 64 keys they leave blocks of Gaussian rows
+two or three steps, one less than the maxima of whole tiles."""
+
 
 @triton.jit
-def bound_rows(highest, top, pending, terms, opt: tl.constexpr):
-    """A lower bound of ``t`` by certain rises on the maxima of tiles, as ``solve.bound_of``."""
+def part_maxima(s, opt: tl.constexpr, wide: tl.constexpr):
+    """The row maxima of PARTS parts of each tile, of keys that one thread holds of a product of
+    matrices before compute capability 10: pairs, four of which are neighbours over four threads."""
+    tiles: tl.constexpr = wide.block_k // opt.block_k
+    pairs: tl.constexpr = opt.block_k // PARTS
+    parts = tl.reshape(s, (opt.block_q, tiles, PARTS // 4, pairs // 2, 4, 2))
+    return tl.reshape(largest(largest(parts, 5), 3), (opt.block_q, tiles * PARTS))
+
+
+@triton.jit
+def bound_rows(maxima, top, pending, terms, opt: tl.constexpr):
+    """A lower bound of ``t`` by certain rises on maxima, as ``solve.bound_of``."""
     t = lowest(pending, terms.r, opt)
     for _ in tl.static_range(BOUND_STEPS):
-        p, u = weights(terms.c * (highest - top[:, None]) - t[:, None], terms.r, opt)
+        p, u = weights(terms.c * (maxima - top[:, None]) - t[:, None], terms.r, opt)
         t = raised(t, tl.sum(p, 1), tl.sum(u, 1), top, terms, opt)
     return t - slack(terms.r)
 
@@ -132,10 +146,11 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         if opt.biased:
             bias = bias_of(rows, columns, terms, shape, opt)
         s = seen_scores(q, k, rows, first, bias, terms, shape, wide, wide.block_k, True)
+        maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
-        highest = largest(tl.reshape(s, (opt.block_q, tiles, opt.block_k)), 2)
+        highest = largest(tl.reshape(maxima, (opt.block_q, tiles, PARTS)), 2)
         top, poisoned, pending = kinds_of(largest(highest, 1), inside, terms, opt)
-        t = bound_rows(highest, top, pending, terms, opt)
+        t = bound_rows(maxima, top, pending, terms, opt)
         # Through memory: else the compiler hands all scores to the threads that hold their maxima.
         tl.store(top_out + at_row, top, mask=inside)
         tl.store(t_out + at_row, t, mask=inside)
@@ -155,9 +170,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
             if not opt.exact:
                 threshold = terms.c * top + t
             x = distance(s, column(top, opt), threshold[:, None], terms.c, opt)
-            zeros = tl.full((opt.block_q,), 0.0, tl.float32)
-            sums = zeros, zeros, zeros.to(tl.int32)
-            mass, slope, count = with_tile(sums, x, terms.r, wide)
+            mass, slope, count = sums_of(x, terms.r, wide)
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept
