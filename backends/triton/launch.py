@@ -319,6 +319,7 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
         work_items=call.grid.heads * call.grid.row_blocks,
         CHUNK=MAXIMA_CHUNK // block_q,
         SPAN=span,
+        STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
     )
 
 

@@ -66,9 +66,6 @@ MASK_ITEMSIZE = 4
 """Bytes of shared memory for each entry of a mask's tile, through which threads hand on what they
 have loaded."""
 
-AHEAD_ITEMSIZE = 4
-"""Bytes of a mask's entries from which Triton asks for its tiles ahead however they are aligned."""
-
 BLOCKS = ((64, 64), (128, 128), (128, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 """``block_q`` and ``block_k``, the best first. At 16,384 positions on an H200 a step with 64 x 64
 took 8.4 ms where rows keep 28 keys and 4.7 where they keep 2, with 128 x 128 8.5 and 7.4; at
@@ -185,7 +182,8 @@ class Terms(NamedTuple):
 
     ``left``, ``right`` and ``shift``: of windows and of ``i'``. ``scale`` and ``softcap``: of the
     problem. ``dropped``: words below it are dropped, less 2^31; ``kept``: what the others are
-    multiplied by. ``longest``: of each key head the longest key's norm. The others are operands.
+    multiplied by. ``longest``: of each key head the longest key's norm. ``sharers``: sequences that
+    share a mask. The others are operands.
     """
 
     left: int | None = None
@@ -196,6 +194,7 @@ class Terms(NamedTuple):
     dropped: int | None = None
     kept: float | None = None
     longest: Tensor | None = None
+    sharers: int | None = None
     mask: Spread | None = None
     slopes: Spread | None = None
     sinks: Spread | None = None
@@ -220,6 +219,7 @@ class Terms(NamedTuple):
             softcap=said.softcap or None,
             dropped=int(said.dropout_p * 2**32) - 2**31 if said.dropout_p else None,
             kept=1.0 / (1.0 - said.dropout_p) if said.dropout_p else None,
+            sharers=_sharers(problem),
             mask=Spread.of(operands.attn_mask),
             slopes=Spread.of(operands.alibi_slopes),
             sinks=Spread.of(operands.sinks),
@@ -392,6 +392,11 @@ class RowOptions(NamedTuple):
     def of(cls, problem: RowProblem) -> RowOptions:
         alpha = problem.alpha
         return cls(compiled_alpha(alpha), is_steep(alpha), is_shallow(alpha))
+
+
+def _sharers(problem: Problem) -> int | None:
+    mask = problem.operand("attn_mask")
+    return None if mask is None else 1 if mask.spread[0] else problem.batch
 
 
 def is_scored(problem: Problem) -> bool:
@@ -670,11 +675,10 @@ def _stages(problem: Problem, config: Config, shared: int) -> dict[str, int] | N
         "grad_query": (both * block_q, both * block_k),
         "grad_key_value": (both * block_k, both * part),
     }
-    mask, mask_ahead = 0, 0
+    mask = 0
     if operand := problem.operand("attn_mask"):
         products += block_q * block_k * MASK_ITEMSIZE
         mask = block_q * block_k * operand.dtype.itemsize
-        mask_ahead = mask if operand.dtype.itemsize >= AHEAD_ITEMSIZE else 0
     chosen = {}
     for kernel, (kept, staged) in kept_and_staged.items():
         # On an H200 two are 5 % faster than three, and a fifth at head_dim 128.
@@ -688,7 +692,7 @@ def _stages(problem: Problem, config: Config, shared: int) -> dict[str, int] | N
             if stages == MIN_STAGES
             or (
                 kept + stages * (staged + mask) + products <= shared
-                and blocks * (kept + stages * (staged + mask_ahead) + RESERVED) <= shared + RESERVED
+                and blocks * (kept + stages * (staged + mask) + RESERVED) <= shared + RESERVED
             )
         )
     return chosen

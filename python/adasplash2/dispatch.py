@@ -38,13 +38,18 @@ logger = logging.getLogger("adasplash2")
 FORCED = os.environ.get("ADASPLASH2_BACKEND") or None
 """The backend that the environment forces; an argument ``backend=`` goes before it."""
 
+
+def _warn_of_setting(name: str, allowed: str, value: str) -> None:
+    """As coming from the environment: no line of source is at fault, and neither its path nor one
+    in ``value`` is for who reads the output."""
+    given = "a path" if os.sep in value else repr(value)
+    warnings.warn_explicit(f"{name} must be {allowed}, got {given}", UserWarning, "environment", 1)
+
+
 AUTOTUNE_MODES = ("off", "cached", "on")
 AUTOTUNE = os.environ.get("ADASPLASH2_AUTOTUNE") or "cached"
 if AUTOTUNE not in AUTOTUNE_MODES:
-    warnings.warn(
-        f"ADASPLASH2_AUTOTUNE must be off, cached or on, got {AUTOTUNE!r}: cached is taken",
-        stacklevel=2,
-    )
+    _warn_of_setting("ADASPLASH2_AUTOTUNE", "off, cached or on (cached is taken)", AUTOTUNE)
     AUTOTUNE = "cached"
 
 AUTOTUNE_SECONDS = 20.0
@@ -526,7 +531,7 @@ def _log_to_stderr(level: str) -> None:
     """Show the library's log from ``level`` on; a program that sets up logging needs it not."""
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
-        warnings.warn(f"ADASPLASH2_LOG must be a level such as debug, got {level!r}", stacklevel=2)
+        _warn_of_setting("ADASPLASH2_LOG", "a level such as debug", level)
         return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))

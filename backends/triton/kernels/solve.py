@@ -88,18 +88,19 @@ def span_maxima(q, keys, first, bias, first_row, terms, shape, opt: tl.constexpr
 
 @triton.jit
 def scan_tiles(top, maxima, q, keys, first_row, start, stop, terms, shape, opt: tl.constexpr,
-               SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+               SPAN: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Store the row maxima of tiles, SPAN of them at a time, and return the maxima so far. Keys of
-    tiles that a mask hides are not read."""
+    tiles that a mask of booleans hides are not read; to look for such in one that is added would
+    keep its tiles and those of keys from being asked for ahead."""
     rows = tl.arange(0, opt.block_q)
     width: tl.constexpr = SPAN * opt.block_k
-    for span in range(start, stop):
+    for span in tl.range(start, stop, num_stages=STAGES if opt.adds else None):
         first = span * width
         bias = 0.0
         if opt.biased:
             columns = (first + tl.arange(0, width))[None, :]
             bias = bias_of((first_row + rows)[:, None], columns, terms, shape, opt)
-        if opt.masked:
+        if opt.hides:
             highest = tl.full((opt.block_q, SPAN), -INFINITY, tl.float32)
             if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
                 highest = span_maxima(q, keys, first, bias, first_row, terms, shape, opt, SPAN,
@@ -225,11 +226,12 @@ def list_live(lists, live, candidates, maxima, top, t, open_ones, count, terms,
 
 
 @triton.jit
-def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
+              STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """:func:`with_tile` for the entries that need no mask, or the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
-    for index in range(start, stop):
+    for index in tl.range(start, stop, num_stages=STAGES):
         first = number * opt.block_k
         number = entry_of(numbers, index + 1, stop)
         k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, EDGE, opt)
@@ -296,7 +298,8 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
 @triton.jit
 def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, counts, poison,
           taken, iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
-          MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+          MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+          COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
     One dense pass keeps the maxima of rows and tiles. The threshold of a subset of a row's scores
@@ -337,21 +340,21 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             origin = begin // SPAN * SPAN
             maxima_at = maxima - origin * opt.block_q
             top = scan_tiles(top, maxima_at, q, keys, first_row, begin // SPAN, whole, terms, shape,
-                             opt, SPAN, True)  # fmt: skip
+                             opt, SPAN, STAGES, True)  # fmt: skip
             first_open_span = whole
             whole = tl.maximum(open_end // SPAN, whole)
             last = tl.cdiv(end, SPAN)
             top = scan_tiles(top, maxima_at, q, keys, first_row, first_open_span, whole, terms,
-                             shape, opt, SPAN, False)  # fmt: skip
-            top = scan_tiles(top, maxima_at, q, keys, first_row, whole, last, terms, shape, opt,
-                             SPAN, True)  # fmt: skip
+                             shape, opt, SPAN, STAGES, False)  # fmt: skip
+            top = scan_tiles(top, maxima_at, q, keys, first_row, whole, last, terms, shape,
+                             opt, SPAN, STAGES, True)  # fmt: skip
         else:
             whole = open_end // SPAN
             last = tl.cdiv(end, SPAN)
             top = scan_tiles(top, maxima, q, keys, first_row, 0, whole, terms, shape, opt, SPAN,
-                             False)  # fmt: skip
+                             STAGES, False)  # fmt: skip
             top = scan_tiles(top, maxima, q, keys, first_row, whole, last, terms, shape, opt, SPAN,
-                             True)  # fmt: skip
+                             STAGES, True)  # fmt: skip
         tl.debug_barrier()  # the maxima are read back by other threads
 
         top, poisoned, pending = kinds_of(top, inside, terms, opt)
@@ -379,8 +382,9 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             entries = (numbers, found_open, found)
             zeros = tl.full((opt.block_q,), 0.0, tl.float32)
             sums = zeros, zeros, zeros.to(tl.int32)
-            sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, False)
-            mass, slope, count = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, True)
+            sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, False)
+            mass, slope, count = sum_tiles(sums, row_block, keys, entries, terms, shape, opt,
+                                           STAGES, True)  # fmt: skip
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept

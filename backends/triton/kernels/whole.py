@@ -54,10 +54,11 @@ from adasplash2.backends.triton.kernels.threshold import (
 )
 from adasplash2.backends.triton.kernels.work import (
     head_of,
+    in_turn,
     keys_of,
     load_keys,
     load_tile,
-    row_block_at,
+    row_block_of,
 )
 
 PARTS = tl.constexpr(8)
@@ -116,10 +117,11 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
     """
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     programs = tl.cdiv(row_blocks, each)
-    first_block = tl.program_id(0) // programs * row_blocks
-    start = tl.program_id(0) % programs * each
+    number = in_turn(tl.program_id(0), shape.heads_q, programs, shape, opt)
+    first_block = number // programs * row_blocks
+    start = number % programs * each
     stop = tl.minimum(start + each, row_blocks)
-    at_block, at_head, first_row, at_row, inside = row_block_at(first_block + start, shape, opt)
+    at_block, at_head, first_row, at_row, inside = row_block_of(first_block + start, shape, opt)
     batch, head, kv_head = at_head
     terms = terms_of(batch, head, shape, opt)
     queries = head_of(query, batch, head)
@@ -135,10 +137,10 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         if COUNT:
             marks = marks_of(marks, batch, head, shape, MARK)
     for index in range(start, stop):
-        at_block, at_head, first_row, at_row, inside = row_block_at(first_block + index, shape,
+        at_block, at_head, first_row, at_row, inside = row_block_of(first_block + index, shape,
                                                                     opt)  # fmt: skip
         q = upcoming
-        next_row = tl.maximum(first_row - opt.block_q, 0)  # see `row_block_at`
+        next_row = tl.maximum(first_row - opt.block_q, 0)  # see `row_block_of`
         upcoming = load_tile(queries, next_row, shape.length_q, opt.block_q, opt.head_dim,
                              opt.padded, True)  # fmt: skip
         rows, columns = numbers_of(first_row, first, wide, opt.block_q)

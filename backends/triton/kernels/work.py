@@ -117,10 +117,27 @@ def rows_at(head_row, first, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def in_turn(number, heads, each, shape, opt: tl.constexpr):
+    """The place, among ``each`` of all ``heads`` of all sequences, of what is ``number`` in launch
+    order. Sequences that share a mask take turns, so that a tile of it comes from memory once and
+    then from the L2."""
+    if opt.masked:
+        sharers = shape.terms.sharers
+        number = number // sharers + number % sharers * heads * each
+    return number
+
+
+@triton.jit
 def row_block_at(number, shape, opt: tl.constexpr):
-    """The row block that is ``number`` in launch order (head by head, so that keys and values stay
-    in the L2, and longest rows first): its place among all, ``(batch, head, kv_head)``, its first
-    row, and :func:`rows_at`."""
+    """:func:`row_block_of` what is ``number`` in launch order, see :func:`in_turn`."""
+    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
+    return row_block_of(in_turn(number, shape.heads_q, row_blocks, shape, opt), shape, opt)
+
+
+@triton.jit
+def row_block_of(number, shape, opt: tl.constexpr):
+    """Row block ``number`` (head by head, so that keys and values stay in the L2, and longest rows
+    first): its place among all, ``(batch, head, kv_head)``, its first row, and :func:`rows_at`."""
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     head_row = number // row_blocks
     row_block = row_blocks - 1 - number % row_blocks
