@@ -5,6 +5,9 @@ from which it bounds each row's threshold and lists the tiles that can hold supp
 outputs and gradients visit listed tiles only. Nothing waits for the host, so CUDA graphs can
 capture forward and backward, and there are no floating-point atomics: equal calls give equal bits.
 
+Of rows of up to 512 keys ``whole_rows`` (``kernels/whole.py``) keeps all scores in registers over
+Newton's steps, and finds outputs too where there are registers for them.
+
 With ``TRITON_INTERPRET=1`` set before Triton is imported, its interpreter runs the same kernels
 on CPU tensors, slowly. ``import adasplash2`` does not import Triton.
 """
