@@ -2,8 +2,10 @@
 
 ``solve`` (``kernels/solve.py``) computes every score once and keeps maxima of rows and tiles,
 from which it bounds each row's threshold and lists the tiles that can hold support. Newton's steps,
-outputs and gradients visit listed tiles only. Nothing waits for the host, so CUDA graphs can
-capture forward and backward, and there are no floating-point atomics: equal calls give equal bits.
+outputs and gradients visit listed tiles only. Few queries without gradients have kernels of their
+own (``kernels/decode.py``), which read each key once for all heads that share it. Nothing waits for
+the host, so CUDA graphs can capture forward and backward, and there are no floating-point atomics:
+equal calls give equal bits.
 
 Of rows of up to 512 keys ``whole_rows`` (``kernels/whole.py``) keeps all scores in registers over
 Newton's steps, and finds outputs too where there are registers for them.
@@ -110,7 +112,8 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     if isinstance(problem, RowProblem):
         chunk = min(MAX_ROW_CHUNK, max(16, 1 << (problem.length - 1).bit_length()))
         return [{"chunk": chunk, "warps": max(1, min(8, chunk // 512))}]
-    return list(sizes.configs(problem, _limits(problem.device)))
+    made = sizes.decoding_configs if sizes.is_decoding(problem) else sizes.configs
+    return list(made(problem, _limits(problem.device)))
 
 
 def versions() -> Mapping[str, str]:
@@ -149,7 +152,7 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
     )
     inputs = inputs._replace(**{x.name: _without_data(x, problem) for x in p.operands})
     call = launch.Call(problem, inputs, config, launch.compile_only)
-    result = launch.forward(call)
+    result = _forward(call)
     if problem.needs_grad:
         wanted = [x.name for x in p.operands if x.name in DIFFERENTIABLE and x.dtype != torch.bool]
         for names in ((), wanted) if wanted else ((),):
@@ -185,7 +188,16 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
     from adasplash2.backends.triton import launch
 
     call = launch.Call(problem, inputs, config, launch.launch)
-    return launch.forward(call, saved_bytes=saved_bytes)
+    return _forward(call, saved_bytes=saved_bytes)
+
+
+def _forward(call: Any, counted: dict[str, Tensor] | None = None, saved_bytes: int = -1) -> Forward:
+    """The launches of a ``launch.Call``."""
+    from adasplash2.backends.triton import decoding, launch
+
+    if sizes.is_decoding(call.problem):
+        return decoding.forward(call, counted)
+    return launch.forward(call, counted, saved_bytes)
 
 
 def backward(
@@ -219,7 +231,7 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         "marks": marks,
     }
     call = launch.Call(problem, inputs, config, launch.launch)
-    tau = launch.forward(call, counted).tau
+    tau = _forward(call, counted).tau
     allowed = _allowed_tiles(problem, inputs, side).to(torch.float64)
     live = marks.sum((2, 3), dtype=torch.float64)
     empty = (allowed - live) / allowed.clamp(min=1.0)

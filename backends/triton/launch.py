@@ -146,19 +146,18 @@ def _operand(tensor: Tensor | None) -> Tensor | None:
 @functools.lru_cache(CACHED_PLANS)
 def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     config = dict(items)
-    grid, whole = sizes.Grid.of(problem, config), None
-    if config["whole"] != "nothing":
-        each = sizes.row_blocks_each(grid, config, _multiprocessors(problem.device))
-        whole = sizes.Options.of(problem, config, whole=True), each
-    return Plan(
-        grid,
-        sizes.Saved(problem, config),
-        sizes.Shape.of(problem),
-        sizes.Options.of(problem, config),
-        whole,
-        {kernel: sizes.launch_options(config, kernel) for kernel in sizes.KERNELS},
-        {},
-    )
+    grid, layout, whole = sizes.Grid.of(problem, config), sizes.Saved(problem, config), None
+    shape, opt = sizes.Shape.of(problem), sizes.Options.of(problem, config)
+    if sizes.is_decoding(problem):
+        options = {name: sizes.decoding_options(config, name) for name in sizes.DECODE_KERNELS}
+        # Lengths are arguments of their own there, and keys are read once in any case.
+        shape, opt = shape._replace(length_k=None), opt._replace(exact=True, local=False)
+    else:
+        options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
+        if config["whole"] != "nothing":
+            each = sizes.row_blocks_each(grid, config, multiprocessors(problem.device))
+            whole = sizes.Options.of(problem, config, whole=True), each
+    return Plan(grid, layout, shape, opt, whole, options, {})
 
 
 class Call:
@@ -179,8 +178,6 @@ class Call:
             self.shape = self.shape._replace(terms=sizes.Terms.of(problem, operands))
             more = *more, *(t for t in operands.operands() if t is not None)
         self.compiled = plan.compiled_for((*self.inputs, *more))
-        programs = sizes.residents(config, "solve") * _multiprocessors(problem.device)
-        self.programs = min(programs, plan.grid.heads * plan.grid.row_blocks)
         self.query, self.key, self.value = map(sizes.Heads.of, self.inputs)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -305,18 +302,21 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
 def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, Any]) -> None:
     """Thresholds of rows of any length."""
     block_q, span = int(call.config["block_q"]), int(call.config["span"])
+    work_items = call.grid.heads * call.grid.row_blocks
+    programs = sizes.residents(call.config, "solve") * multiprocessors(call.problem.device)
+    programs = min(programs, work_items)
     # A slice for each program, so that they take memory by the device, not by the length squared.
-    maxima = call.programs * -(-call.grid.tiles // span) * span * block_q
+    maxima = programs * -(-call.grid.tiles // span) * span * block_q
     call(
         solve_kernels.solve,
-        call.programs,
+        programs,
         flags,
         **solved,
         maxima=call.empty(maxima, dtype=torch.float32),
-        candidates=call.empty(call.programs * call.grid.tiles, dtype=torch.int32),
+        candidates=call.empty(programs * call.grid.tiles, dtype=torch.int32),
         taken=taken,
         shape=call.longest(),
-        work_items=call.grid.heads * call.grid.row_blocks,
+        work_items=work_items,
         CHUNK=MAXIMA_CHUNK // block_q,
         SPAN=span,
         STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
@@ -347,7 +347,7 @@ def backward(
     capacity = grid.gqa_group * grid.row_blocks
     row_block_lists = call.empty(key_tiles * capacity, dtype=torch.int32)
     row_block_counts = call.empty(key_tiles * 2, dtype=torch.int32)
-    pieces = sizes.most_pieces(grid, _multiprocessors(problem.device))
+    pieces = sizes.most_pieces(grid, multiprocessors(problem.device))
     block_k = int(call.config["block_k"])
     across = sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v)
     cuts = call.empty(key_tiles + 1, dtype=torch.int32)
@@ -482,7 +482,7 @@ def tolerance(problem: Problem) -> float:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if sizes.INTERPRETED:
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,35 @@ KERNELS = (
     *LIST_KERNELS,
 )
 """Names of the kernels of attention, in ``kernels/``."""
+
+DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh", "decode_combine"
+"""Names of those that run in their place where :func:`is_decoding`, in ``kernels/decode.py``."""
+
+MOST_DECODED = 16
+"""Queries of a head up to which they are."""
+
+FEWEST_DECODED = 256
+"""Keys from which they are: fewer are not worth the launches."""
+
+DECODED_ROWS = 64
+"""Rows that share keys and are read for together, at most."""
+
+DECODED_TILES = ((64, 3), (64, 4), (128, 2), (128, 3), (32, 4), (32, 3), (32, 2), (16, 2))
+"""Keys of a tile, and stages of the loop over those, the best first; a tuner is offered
+DECODED_ALTERNATIVES that fit."""
+
+DECODED_ALTERNATIVES = 4
+
+DECODED_REGISTERS = 128
+"""Of a thread of ``decode_scan``, without which its programs cannot be counted before it is
+compiled; what multiplies in float32 takes twice as many."""
+
+FEWEST_TILES = 4
+"""Of a split of the keys."""
+
+MANY_WAVES = 8
+"""Programs a block of rows, of those that run at a time, up to which the last wave of them may be
+short, and splits are chosen so that it is not."""
 
 MAX_STAGES = 3
 """Stages of a loop: a tile is asked for one stage less ahead of its products. A fourth gained
@@ -180,15 +210,14 @@ class Terms(NamedTuple):
     """What a call asks beyond plain and causal attention, as kernels take it; None where it is not
     asked.
 
-    ``left``, ``right`` and ``shift``: of windows and of ``i'``. ``scale`` and ``softcap``: of the
-    problem. ``dropped``: words below it are dropped, less 2^31; ``kept``: what the others are
-    multiplied by. ``longest``: of each key head the longest key's norm. ``sharers``: sequences that
-    share a mask. The others are operands.
+    ``left`` and ``right``: of windows. ``scale`` and ``softcap``: of the problem. ``dropped``:
+    words below it are dropped, less 2^31; ``kept``: what the others are multiplied by. ``longest``:
+    of each key head the longest key's norm. ``sharers``: sequences that share a mask. The others
+    are operands.
     """
 
     left: int | None = None
     right: int | None = None
-    shift: int | None = None
     scale: float | None = None
     softcap: float | None = None
     dropped: int | None = None
@@ -214,7 +243,6 @@ class Terms(NamedTuple):
         return cls(
             left=min(said.left, farthest) if said.left >= 0 else None,
             right=None if said.is_causal or said.right < 0 else min(said.right, farthest),
-            shift=problem.shift if said.bottom_right else None,
             scale=said.scale if is_scored(problem) else None,
             softcap=said.softcap or None,
             dropped=int(said.dropout_p * 2**32) - 2**31 if said.dropout_p else None,
@@ -289,12 +317,12 @@ class Options(NamedTuple):
     also where they are large; ``steep``: see :func:`is_steep`; ``shallow``: see
     :func:`is_shallow`; ``halved``: see :func:`is_halved`.
 
-    The others say what is asked beyond that: ``left``, ``right`` and ``shifted``, parts of
-    :class:`Terms`; ``lower`` and ``upper``, that something limits the keys on this side;
-    ``hides``, a mask of booleans; ``adds``, one that is added; ``masked``, either. ``scored``: see
-    :func:`is_scored`; ``biased``: something is added to scores; ``local``: slopes keep far keys out
-    of the support; ``scattered``: a row may see other keys than leading ones; ``paged``: keys and
-    values lie in pages."""
+    The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
+    ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
+    limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
+    ``masked``, either. ``scored``: see :func:`is_scored`; ``biased``: something is added to scores;
+    ``local``: slopes keep far keys out of the support; ``scattered``: a row may see other keys than
+    leading ones; ``paged``: keys and values lie in pages."""
 
     block_q: int
     block_k: int
@@ -612,6 +640,70 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
             yield config | stages
         if found == MAX_ALTERNATIVES:
             return
+
+
+def is_decoding(problem: Problem) -> bool:
+    """Whether ``kernels/decode.py`` computes it: few queries without gradients, and keys enough to
+    be worth being cut. All else that a call may ask makes no difference."""
+    few = not problem.needs_grad and problem.length_q <= MOST_DECODED
+    return few and problem.length_k >= FEWEST_DECODED
+
+
+def decoding_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
+    """:func:`configs` where :func:`is_decoding`."""
+    wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
+    unrolled = problem.dtype == torch.float32 and not INTERPRETED
+    rows = problem.group_size * problem.length_q
+    block_q = min(DECODED_ROWS, max(FULL_WIDTH, 1 << (rows - 1).bit_length()))
+    while unrolled and block_q > FULL_WIDTH and block_q * 32 * wide > FLOAT32_PRODUCTS:
+        block_q //= 2
+    found = 0
+    for block_k, stages in DECODED_TILES:
+        tile = block_k * wide * problem.dtype.itemsize
+        if (unrolled and block_k > 32) or stages * tile > limits.shared // 2:
+            continue
+        warps = 4 if block_q * wide <= FEW_SUMS else 8
+        shared = stages * tile + block_q * (wide * problem.dtype.itemsize + 4 * block_k)
+        registers = 32 * warps * DECODED_REGISTERS * (1 + unrolled)
+        residents = min(limits.shared // shared, REGISTER_FILE // registers)
+        yield {
+            "block_q": block_q,
+            "block_k": block_k,
+            "stages": stages,
+            "warps": warps,
+            "residents": max(1, residents),
+        }
+        found += 1
+        if found == DECODED_ALTERNATIVES:
+            return
+
+
+@functools.lru_cache
+def splits_of(blocks: int, tiles: int, programs: int) -> int:
+    """How many parts the keys of each of ``blocks`` are cut into, so that all of ``programs`` work
+    that run at a time, until the end."""
+    most = max(1, tiles // FEWEST_TILES)
+    if blocks * MANY_WAVES <= programs:
+        return min(programs // blocks, most)
+
+    def busy(splits: int) -> float:
+        waves = -(-blocks * splits // programs)
+        return blocks * splits / (waves * programs)
+
+    return max(range(1, min(MANY_WAVES, most) + 1), key=busy)
+
+
+def decoding_options(config: Config, kernel: str) -> dict[str, int]:
+    """Triton's options for one of ``DECODE_KERNELS``."""
+    warps = int(config["warps"])
+    if kernel == "decode_scan":
+        # Those that were counted on; what then spills is used where bounds are set, not by key.
+        registers = REGISTER_FILE // (32 * warps * int(config["residents"]))
+        limit = {"maxnreg": registers} if registers < 255 else {}
+        return {"num_warps": warps, "num_stages": int(config["stages"]), **limit}
+    if kernel == "decode_weigh":  # which spills with fewer
+        return {"num_warps": 8 if int(config["block_q"]) <= 32 else 16}
+    return {"num_warps": 8 if kernel in ("decode_solve", "decode_narrow") else 4}
 
 
 def launch_options(config: Config, kernel: str) -> dict[str, int]:

@@ -34,7 +34,7 @@ from adasplash2.backends.triton.kernels.score import (
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     certain_rise,
-    next_threshold,
+    stepped,
     weights,
     with_sink,
     with_tile,
@@ -388,8 +388,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept
-            moved, lo, hi, most, final = next_threshold(t, lo, hi, most, mass, slope, count,
-                                                        tolerance, step, terms.r, opt)  # fmt: skip
+            moved, lo, hi, most, final = stepped(t, lo, hi, most, mass, slope, count, terms.r,
+                                                 tolerance, step, opt)  # fmt: skip
             steps += pending.to(tl.int32)
             t = tl.where(pending, moved, t)
             pending = pending & (final == 0)

@@ -159,7 +159,7 @@ def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
 
 
 @triton.jit
-def next_threshold(t, lo, hi, most, mass, slope, count, tolerance, step, r, opt: tl.constexpr):
+def stepped(t, lo, hi, most, mass, slope, count, r, tolerance, step, opt: tl.constexpr):
     """Where ``t`` moves from ``mass = sum p``, ``slope = sum u`` and, at alpha = 1.5 alone, the
     size ``count`` of the support; ``lo``, ``hi`` and ``most`` after that; and who is done."""
     if opt.steep:

@@ -47,7 +47,7 @@ from adasplash2.backends.triton.kernels.solve import (
 )
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
-    next_threshold,
+    stepped,
     sums_of,
     weights,
     with_sink,
@@ -176,8 +176,8 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept
-            moved, lo, hi, most, final = next_threshold(t, lo, hi, most, mass, slope, count,
-                                                        tolerance, step, terms.r, opt)  # fmt: skip
+            moved, lo, hi, most, final = stepped(t, lo, hi, most, mass, slope, count, terms.r,
+                                                 tolerance, step, opt)  # fmt: skip
             steps += pending.to(tl.int32)
             t = tl.where(pending, moved, t)
             pending = pending & (final == 0)
