@@ -181,6 +181,78 @@ def test_attention_compiles(
             assert TENSOR_CORES[capability] in compiled.asm["ptx"], kernel.__name__
 
 
+def short(length: int, **changed: Any) -> Problem:
+    plain = problem(64, torch.bfloat16, 1.5, False)
+    return dataclasses.replace(plain, length_q=length, length_k=length, **changed)
+
+
+def spilled(compiled: Any, folder: Path) -> int:
+    """Bytes of a thread that its registers do not hold."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(re.findall(r"STACK:(\d+)", usage)[0])
+
+
+@pytest.mark.parametrize(("length", "most_spilled"), [(512, 0), (250, 640)])
+def test_whole_rows_compile(
+    length: int, most_spilled: int, launches: list[Launch], tmp_path: Path
+) -> None:
+    """Scores of 512 keys stay in registers; beside outputs of 256, what is spilled is what one row
+    block leaves for the next."""
+    asked = short(length)
+    config = next(sizes.configs(asked, LIMITS[90]))
+    backend.precompile(asked, config)
+    found_output = length <= sizes.LONGEST_WHOLE_OUTPUT
+    names = [kernel.__name__ for kernel, *_ in launches]
+    assert names[:3] == ["whole_rows", "output", "grad_query" if found_output else "output"]
+    compiled = compile_for(90, *launches[0])
+    assert compiled.metadata.shared <= SHARED[90]
+    assert TENSOR_CORES[90] in compiled.asm["ptx"]
+    assert spilled(compiled, tmp_path) <= most_spilled
+
+
+@pytest.mark.parametrize("asked", ["added by key", "window"])
+def test_whole_rows_of_what_a_call_may_ask_compile(asked: str, launches: list[Launch]) -> None:
+    said, operands = ASKED[asked]
+    plain = short(500)
+    whole = dataclasses.replace(
+        plain, scores=dataclasses.replace(plain.scores, **said), operands=operands
+    )
+    config = next(sizes.configs(whole, LIMITS[90]))
+    assert config["whole"] == "thresholds"
+    backend.precompile(whole, config)
+    assert compile_for(90, *launches[0]).metadata.shared <= SHARED[90]
+
+
+def test_which_rows_are_whole() -> None:
+    """Those that were made for it, by the problem alone; powers take registers of their own."""
+
+    def offered(asked: Problem, capability: int = 90) -> list[str | int]:
+        return [config["whole"] for config in sizes.configs(asked, LIMITS[capability])][:3]
+
+    both = ["outputs", "thresholds", "nothing"]
+    assert offered(short(1)) == offered(short(256)) == both
+    assert offered(short(257)) == offered(short(512)) == [*both[1:], "nothing"]
+    for asked in ((short(513),), (short(256), 80), (short(256), 100)):
+        assert offered(*asked) == ["nothing"] * 3
+    assert set(offered(short(256, dtype=torch.float32))) == {"nothing"}
+    assert offered(short(256, alpha=1.25)) == [both[2], *both[:2]]
+    assert offered(short(256, alpha=3.0)) == ["nothing", "thresholds", "nothing"]
+    assert offered(short(256, head_dim=256, head_dim_v=256))[0] == "thresholds"
+    scores = dataclasses.replace(short(256).scores, dropout_p=0.1)
+    assert offered(short(256, scores=scores))[0] == "thresholds"
+
+
+@pytest.mark.parametrize(("batch", "heads", "each"), [(8, 12, 2), (32, 16, 8), (1, 1, 1)])
+def test_row_blocks_of_a_program(batch: int, heads: int, each: int) -> None:
+    """As many as keep all of 132 multiprocessors busy up to the end."""
+    asked = short(512, batch=batch, heads_q=heads, heads_kv=heads)
+    config = next(sizes.configs(asked, LIMITS[90]))
+    assert sizes.row_blocks_each(sizes.Grid.of(asked, config), config, 132) == each
+
+
 PER_HEAD, PER_ROW, PER_PAIR = (False, True), (True, True, True), (True, True, True, True)
 
 ASKED: dict[str, tuple[dict[str, Any], tuple[Operand, ...]]] = {

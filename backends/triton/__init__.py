@@ -7,6 +7,9 @@ own (``kernels/decode.py``), which read each key once for all heads that share i
 the host, so CUDA graphs can capture forward and backward, and there are no floating-point atomics:
 equal calls give equal bits.
 
+Of rows of up to 512 keys ``whole_rows`` (``kernels/whole.py``) keeps all scores in registers over
+Newton's steps, and finds outputs too where there are registers for them.
+
 With ``TRITON_INTERPRET=1`` set before Triton is imported, its interpreter runs the same kernels
 on CPU tensors, slowly. ``import adasplash2`` does not import Triton.
 """
@@ -77,7 +80,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             )
     if reasons or isinstance(problem, RowProblem):
         return reasons
-    if next(sizes.configs(problem, _limits(problem.device)), None) is None:
+    if next(sizes.tiled_configs(problem, _limits(problem.device)), None) is None:
         reasons.append(
             f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs more "
             f"shared memory than a block has on {problem.device}"
@@ -174,9 +177,8 @@ def saved_bound(problem: Problem) -> int:
     problem = dataclasses.replace(
         problem, head_dim=int(problem.head_dim), head_dim_v=int(problem.head_dim_v)
     )
-    blocks = {
-        (c["block_q"], c["block_k"]): c for c in sizes.configs(problem, _limits(problem.device))
-    }
+    offered = sizes.tiled_configs(problem, _limits(problem.device))  # whole rows add no blocks
+    blocks = {(c["block_q"], c["block_k"]): c for c in offered}
     totals = [sizes.Saved(problem, config).total for config in blocks.values()]
     return functools.reduce(torch.sym_max, totals) if totals else 0
 

@@ -23,7 +23,10 @@ ALIGNMENT = 16
 LIST_KERNELS = ("transpose_lists", "cut_lists", "add_pieces")
 """Names of the kernels of ``kernels/backward.py`` without matrix products."""
 
-KERNELS = ("solve", "output", "grad_query", "grad_key_value", "grad_mask", *LIST_KERNELS)
+KERNELS = (
+    *("solve", "whole_rows", "output", "grad_query", "grad_key_value", "grad_mask"),
+    *LIST_KERNELS,
+)
 """Names of the kernels of attention, in ``kernels/``."""
 
 DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh", "decode_combine"
@@ -98,14 +101,29 @@ BLOCKS = ((64, 64), (128, 128), (128, 64), (64, 32), (32, 32), (32, 16), (16, 16
 took 8.4 ms where rows keep 28 keys and 4.7 where they keep 2, with 128 x 128 8.5 and 7.4; at
 head_dim 128 14.2 (28 keys) and 10.6 (4), with 128 x 128 13.7 and 12.5."""
 
+LONGEST_WHOLE = 512
+"""Keys of the longest rows of which the scores of 64 fit the registers of eight warps. Compiled for
+compute capability 9.0 with head_dim 64, nothing of them is spilled; of 32 rows with 1,024 keys, 169
+registers are."""
+
+LONGEST_WHOLE_OUTPUT = 256
+"""The same where outputs are found too: the warps of a product that another follows get rows each,
+not keys, and 64 rows are enough for four."""
+
 MAX_ALTERNATIVES = 3
 """Pairs of ``BLOCKS`` that a tuner is offered."""
 
 ACCUMULATORS = 128 * 128
 """float32 sums of a block that registers hold beside its scores."""
 
+SUM_ITEMSIZE = 4
+"""Bytes of a sum, which threads hand on through shared memory before they store it."""
+
 FEW_SUMS = 64 * 128
 """float32 sums that four warps hold; more take eight."""
+
+SCORES = 64 * 256
+"""Scores of whole rows that four warps hold; more take eight."""
 
 FLOAT32_PRODUCTS = 32 * 32 * 128
 """Multiplications of a block in float32, which no tensor core does: larger ones take minutes to
@@ -341,18 +359,20 @@ class Options(NamedTuple):
     paged: bool
 
     @classmethod
-    def of(cls, problem: Problem, config: Config) -> Options:
+    def of(cls, problem: Problem, config: Config, whole: bool = False) -> Options:
+        """Where ``whole``, a tile is all keys."""
         said, alpha = problem.scores, compiled_alpha(problem.alpha)
         given = {operand.name for operand in problem.operands}
         mask, alphas = problem.operand("attn_mask"), "alphas" in given
         ranges, alibi = "ranges" in given, "alibi_slopes" in given
         scored = is_scored(problem)
+        block_k = whole_width(problem, config) if whole else int(config["block_k"])
         if alphas:
             alpha = 0.0
         hides = mask is not None and mask.dtype == torch.bool
         return cls(
             block_q=int(config["block_q"]),
-            block_k=int(config["block_k"]),
+            block_k=block_k,
             head_dim=problem.head_dim,
             padded=padded(problem.head_dim),
             head_dim_v=problem.head_dim_v,
@@ -449,6 +469,11 @@ def compiled_alpha(alpha: float) -> float:
     return alpha if alpha in (1.5, 2.0) else 0.0
 
 
+def whole_width(problem: Problem, config: Config) -> int:
+    """Keys of a tile that holds all: a power of two."""
+    return max(int(config["block_k"]), 1 << (problem.length_k - 1).bit_length())
+
+
 def padded(width: int) -> int:
     """Width of a tile: a power of two, and at least what a matrix product takes."""
     return max(FULL_WIDTH, 1 << (width - 1).bit_length())
@@ -539,7 +564,47 @@ class Limits(NamedTuple):
 
 
 def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
-    """Configurations that fit a device, the default first."""
+    """Configurations that fit a device, the default first. ``whole`` says what is found of rows
+    whose scores are all at hand; where these are powers without a closed form, which take registers
+    of their own, it comes second."""
+    tiled = tiled_configs(problem, limits)
+    first = next(tiled, None)
+    if first is None:
+        return
+    whole = list(whole_configs(problem, first, limits))
+    plain = Options.of(problem, first).alpha != 0.0
+    yield from (*whole, first) if plain else (first, *whole)
+    yield from tiled
+
+
+def whole_configs(problem: Problem, config: Config, limits: Limits) -> Iterator[Config]:
+    """``config`` with thresholds and outputs, or thresholds alone, of whole rows, where they fit.
+
+    For compute capability 9.0 alone: it was made for its products, and Triton 3.7.1 compiles it for
+    no later one. In float32, unrolled products of this size take minutes to compile.
+    """
+    made_for = limits.wgmma and problem.dtype != torch.float32
+    if not (made_for or INTERPRETED) or problem.page_size or problem.length_k > LONGEST_WHOLE:
+        return
+    block_q, width = int(config["block_q"]), whole_width(problem, config)
+    keys = padded(problem.head_dim) * problem.dtype.itemsize
+    values = padded(problem.head_dim_v) * problem.dtype.itemsize
+    handed_on = block_q * padded(problem.head_dim_v) * SUM_ITEMSIZE
+    if operand := problem.operand("attn_mask"):
+        handed_on = max(handed_on, block_q * width * operand.dtype.itemsize)
+    shared = (block_q + width) * keys + handed_on
+    config = {**config, "whole_warps": 4 if block_q * width <= SCORES else 8}
+    # Words for dropout leave no registers. Above alpha = 2 means of values must be of the very
+    # weights that gradients are of, which a product of other shape may round otherwise.
+    output = width <= LONGEST_WHOLE_OUTPUT and not problem.scores.dropout_p
+    if output and not is_steep(problem.alpha) and shared + width * values <= limits.shared:
+        yield {**config, "whole": "outputs"}
+    if shared <= limits.shared:
+        yield {**config, "whole": "thresholds"}
+
+
+def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
+    """Configurations for rows of any length."""
     wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
     unrolled = problem.dtype == torch.float32 and not INTERPRETED
     # Nothing here is by needs_grad: an output has the same bits with and without gradients.
@@ -565,6 +630,8 @@ def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
                 "warps": warps,
                 "solve_warps": warps if unrolled or wide > 128 else 4,
                 "registers": REGISTERS if narrow and limits.wgmma else 0,
+                "whole": "nothing",
+                "whole_warps": 4,
             }
             stages = _stages(problem, config, limits.shared)
             if stages is None:
@@ -643,7 +710,7 @@ def launch_options(config: Config, kernel: str) -> dict[str, int]:
     """Triton's options for one of ``KERNELS``."""
     if kernel in LIST_KERNELS:
         return {"num_warps": 4}
-    if kernel == "grad_mask":  # whose loop asks for nothing ahead
+    if kernel in ("grad_mask", "whole_rows"):  # whose loops ask for nothing ahead
         return {"num_warps": _warps(config, kernel)}
     options = {"num_warps": _warps(config, kernel), "num_stages": int(config[f"{kernel}_stages"])}
     if registers := _registers(config, kernel):
@@ -659,6 +726,17 @@ def most_pieces(grid: Grid, multiprocessors: int) -> int:
     return PIECES * multiprocessors if few and long else 0
 
 
+def row_blocks_each(grid: Grid, config: Config, multiprocessors: int) -> int:
+    """Row blocks of a head for a program of ``whole_rows``: as many as let the last one end first,
+    where loading keys takes half as long as a row block."""
+    slots = residents(config, "whole_rows") * multiprocessors
+
+    def time(each: int) -> int:
+        return -(-grid.heads * -(-grid.row_blocks // each) // slots) * (2 * each + 1)
+
+    return min(range(1, grid.row_blocks + 1), key=time)
+
+
 def residents(config: Config, kernel: str) -> int:
     """Blocks that the registers of a multiprocessor hold at a time."""
     registers = _registers(config, kernel) or 255
@@ -666,12 +744,12 @@ def residents(config: Config, kernel: str) -> int:
 
 
 def _warps(config: Config, kernel: str) -> int:
-    return int(config["solve_warps" if kernel == "solve" else "warps"])
+    return int(config[{"solve": "solve_warps", "whole_rows": "whole_warps"}.get(kernel, "warps")])
 
 
 def _registers(config: Config, kernel: str) -> int:
     """The limit of a thread's registers; 0 where there is none."""
-    return 0 if kernel == "grad_key_value" else int(config["registers"])
+    return 0 if kernel in ("grad_key_value", "whole_rows") else int(config["registers"])
 
 
 def _stages(problem: Problem, config: Config, shared: int) -> dict[str, int] | None:

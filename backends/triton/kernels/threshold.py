@@ -18,6 +18,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     shortfall,
 )
 from adasplash2.backends.triton.kernels.score import (
+    distance,
     is_inside,
     lift_of,
 )
@@ -159,9 +160,8 @@ def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
 
 @triton.jit
 def stepped(t, lo, hi, most, mass, slope, count, r, tolerance, step, opt: tl.constexpr):
-    """One step from ``t``, whose ``mass`` is ``sum p``, ``slope`` is ``sum u`` and ``count`` (at
-    alpha = 1.5) the size of the support: where ``t`` moves; bounds of the root, ``most`` of
-    :func:`is_near` and whether that is final."""
+    """Where ``t`` moves from ``mass = sum p``, ``slope = sum u`` and, at alpha = 1.5 alone, the
+    size ``count`` of the support; ``lo``, ``hi`` and ``most`` after that; and who is done."""
     if opt.steep:
         moved, lo, hi, final = guarded(t, lo, hi, mass, slope, r, tolerance, step, opt)
     else:
@@ -182,6 +182,47 @@ def stepped(t, lo, hi, most, mass, slope, count, r, tolerance, step, opt: tl.con
         if opt.alphas:  # an ulp to and fro may change many keys' sum by more
             final = final | (tl.abs(certain - t) <= tl.abs(t) * EPSILON)
     return moved, lo, hi, most, final
+
+
+@triton.jit
+def with_tile(sums, x, r, opt: tl.constexpr):
+    """``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support, with those of a
+    tile's distances added."""
+    mass, slope, count = sums
+    p, u = weights(x, r, opt)
+    mass += tl.sum(p, 1)
+    slope += tl.sum(u, 1)
+    if opt.alpha == 1.5:
+        count += opt.block_k + tl.sum(x.to(tl.int32, bitcast=True) >> 31, 1)
+    return mass, slope, count
+
+
+@triton.jit
+def added(mass, slope, count, more_mass, more_slope, more_count):
+    return mass + more_mass, slope + more_slope, count + more_count
+
+
+@triton.jit
+def sums_of(x, r, opt: tl.constexpr):
+    """The sums of :func:`with_tile` of one tile alone, which threads exchange at once."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        zeros = tl.full((x.shape[0],), 0.0, tl.float32)
+        mass, slope, count = with_tile((zeros, zeros, zeros.to(tl.int32)), x, r, opt)
+    else:
+        p, u = weights(x, r, opt)
+        outside = x.to(tl.int32, bitcast=True) >> 31
+        mass, slope, count = tl.reduce((p, u, outside), 1, added)
+        count += opt.block_k
+    return mass, slope, count
+
+
+@triton.jit
+def with_sink(mass, slope, top, t, terms, opt: tl.constexpr):
+    """``sum p`` and ``sum u`` with the sink, one more candidate of each row; and whether it is in
+    the support."""
+    x = distance(terms.sink, top, t, terms.c, opt)
+    p, u = weights(x, terms.r, opt)
+    return mass + p, slope + u, is_inside(x, terms.r, opt).to(tl.int32)
 
 
 @triton.jit

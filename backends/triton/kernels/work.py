@@ -153,11 +153,16 @@ def in_turn(number, heads, each, shape, opt: tl.constexpr):
 
 @triton.jit
 def row_block_at(number, shape, opt: tl.constexpr):
-    """The row block that is ``number`` in launch order (head by head, so that keys and values stay
-    in the L2, and longest rows first; see :func:`in_turn`): its place among all, ``(batch, head,
-    kv_head)``, its first row, and :func:`rows_at`."""
+    """:func:`row_block_of` what is ``number`` in launch order, see :func:`in_turn`."""
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
-    number = in_turn(number, shape.heads_q, row_blocks, shape, opt)
+    return row_block_of(in_turn(number, shape.heads_q, row_blocks, shape, opt), shape, opt)
+
+
+@triton.jit
+def row_block_of(number, shape, opt: tl.constexpr):
+    """Row block ``number`` (head by head, so that keys and values stay in the L2, and longest rows
+    first): its place among all, ``(batch, head, kv_head)``, its first row, and :func:`rows_at`."""
+    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     head_row = number // row_blocks
     row_block = row_blocks - 1 - number % row_blocks
     head = head_row % shape.heads_q
