@@ -533,6 +533,15 @@ def test_iterations_are_bounded(alpha: float, backend: str) -> None:
         assert iterations.max() <= most
 
 
+@on_every_backend
+@interpreted()
+@pytest.mark.parametrize("alpha", [1.75, 2.0])
+def test_rounding_ends_steps(alpha: float, backend: str) -> None:
+    """Where the sum of 16-bit rows cannot come as close to one as is asked."""
+    case = Case("rounding", length_k=1024, head_dim=64, alpha=alpha, dtype=BFLOAT16)
+    assert stats(case.inputs(device_of(backend)), case, backend).iterations.max() <= 12
+
+
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
 def test_equal_scores_take_few_steps(alpha: float) -> None:
     """Also where the histogram's edge is the threshold: rows of 1 to 60 scores of zero."""

@@ -308,7 +308,7 @@ def step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt: tl.conste
     if opt.sinks:
         mass, slope, is_one = with_sink(mass, slope, top, t, terms, opt)
         count += is_one.to(tl.float32)
-    return stepped(t, lo, hi, most, mass, slope, count, terms.r, tolerance, step, opt)
+    return stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, opt)
 
 
 @triton.jit

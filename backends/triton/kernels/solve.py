@@ -388,7 +388,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept
-            moved, lo, hi, most, final = stepped(t, lo, hi, most, mass, slope, count, terms.r,
+            moved, lo, hi, most, final = stepped(t, top, lo, hi, most, mass, slope, count, terms,
                                                  tolerance, step, opt)  # fmt: skip
             steps += pending.to(tl.int32)
             t = tl.where(pending, moved, t)

@@ -159,9 +159,19 @@ def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
 
 
 @triton.jit
-def stepped(t, lo, hi, most, mass, slope, count, r, tolerance, step, opt: tl.constexpr):
+def grain(top, t, c, opt: tl.constexpr):
+    """A distance of thresholds that rounding of ``x`` hides: steps of it may go to and fro."""
+    if opt.exact:
+        return tl.abs(t) * EPSILON
+    else:
+        return tl.abs(c * top + t) * EPSILON
+
+
+@triton.jit
+def stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, opt: tl.constexpr):
     """Where ``t`` moves from ``mass = sum p``, ``slope = sum u`` and, at alpha = 1.5 alone, the
     size ``count`` of the support; ``lo``, ``hi`` and ``most`` after that; and who is done."""
+    r = terms.r
     if opt.steep:
         moved, lo, hi, final = guarded(t, lo, hi, mass, slope, r, tolerance, step, opt)
     else:
@@ -179,8 +189,8 @@ def stepped(t, lo, hi, most, mass, slope, count, r, tolerance, step, opt: tl.con
         else:
             solved = tl.abs(mass - 1.0) <= tolerance
         final = solved | (certain == t)
-        if opt.alphas:  # an ulp to and fro may change many keys' sum by more
-            final = final | (tl.abs(certain - t) <= tl.abs(t) * EPSILON)
+        if opt.alpha != 1.5:  # there, `solved` allows for it
+            final = final | (tl.abs(certain - t) <= grain(top, t, terms.c, opt))
     return moved, lo, hi, most, final
 
 
