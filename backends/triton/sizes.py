@@ -107,9 +107,9 @@ compute capability 9.0 with head_dim 64, nothing of them is spilled; of 32 rows 
 registers are."""
 
 LONGEST_WHOLE_OUTPUT = 128
-"""The same where outputs are found beside them. On an H100 a forward of 128 keys takes 0.12 ms so and
-0.14 with thresholds alone, one of 256 keys 0.19 and 0.17: all warps of two products in a row are
-handed rows, not keys, and 64 rows are no more than four."""
+"""The same where outputs are found beside them. On an H100 a forward of 128 keys takes 0.12 ms so
+and 0.14 with thresholds alone, one of 256 keys 0.19 and 0.17: the warps of a product that another
+follows get rows each, not keys, and 64 rows are enough for four."""
 
 MAX_ALTERNATIVES = 3
 """Pairs of ``BLOCKS`` that a tuner is offered."""
@@ -134,6 +134,10 @@ FULL_WIDTH = 16
 """Least width that a matrix product takes. In narrower heads one rounding of ``u`` and ``ds`` to 16
 bits is too much: emulated on 260 Gaussian problems each, it made a gradient err by up to 3.9 times
 what the tests allow at head_dim 1, 1.5 times at 3 and 1.0 at 8, but 0.8 at 16 and above."""
+
+
+MOST_DEGREE = 10
+"""Above, rounding of what is multiplied would show, and a power is as fast."""
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -316,7 +320,7 @@ class Options(NamedTuple):
     """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
     closed form; ``exact`` asks for scores relative to their row's maximum, to float32's round-off
     also where they are large; ``steep``: see :func:`is_steep`; ``shallow``: see
-    :func:`is_shallow`; ``halved``: see :func:`is_halved`.
+    :func:`is_shallow`; ``degree``: see :func:`degree_of`; ``halved``: see :func:`is_halved`.
 
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
@@ -337,6 +341,7 @@ class Options(NamedTuple):
     exact: bool
     steep: bool
     shallow: bool
+    degree: int
     halved: bool
     left: bool
     right: bool
@@ -384,6 +389,7 @@ class Options(NamedTuple):
             exact=problem.dtype == torch.float32 or alpha == 0.0 or scored,
             steep=is_steep(problem.alpha),
             shallow=is_shallow(problem.alpha),
+            degree=0 if alphas else degree_of(problem.alpha),
             halved=is_halved(problem),
             left=said.left >= 0,
             right=said.right >= 0 and not said.is_causal,
@@ -414,13 +420,14 @@ class RowOptions(NamedTuple):
     alpha: float
     steep: bool
     shallow: bool
+    degree: int
     exact: bool = True
     alphas: bool = False
 
     @classmethod
     def of(cls, problem: RowProblem) -> RowOptions:
         alpha = problem.alpha
-        return cls(compiled_alpha(alpha), is_steep(alpha), is_shallow(alpha))
+        return cls(compiled_alpha(alpha), is_steep(alpha), is_shallow(alpha), degree_of(alpha))
 
 
 def _sharers(problem: Problem) -> int | None:
@@ -452,6 +459,15 @@ def is_shallow(alpha: float) -> bool:
     ``kernels/score.py``. Thresholds near the upper end of their window, which are those of larger
     alphas, are finer there as they are."""
     return alpha < 1.5
+
+
+def degree_of(alpha: float) -> int:
+    """``1 / (alpha - 1)`` where a power of it is few multiplications, as for alpha of 1.25 or 1.1;
+    else 0."""
+    exponent = 1.0 / (alpha - 1.0)
+    whole = round(exponent)
+    few = is_shallow(alpha) and whole <= MOST_DEGREE
+    return whole if few and abs(exponent - whole) < 1e-6 else 0
 
 
 def is_halved(problem: Problem) -> bool:

@@ -337,13 +337,14 @@ def list_support(scores, listed, count, top, t, entry_keys, entry_weights, terms
         s = tl.load(pointers, mask=(places < count)[:, None], other=-INFINITY)
         x = distance(s, top, t, terms.c, opt)
         p, _ = weights(x, terms.r, opt)
-        some = tl.reshape(is_inside(x, terms.r, opt).to(tl.int32), (TILES * opt.block_k,))
-        goal = found + tl.cumsum(some, 0) - some
+        some = is_inside(x, terms.r, opt).to(tl.int32)
+        of_tile = tl.sum(some, 1)
+        before = found + tl.cumsum(of_tile, 0) - of_tile
+        goal = before[:, None] + tl.cumsum(some, 1) - some
         put = (some > 0) & (goal < MOST_LISTED)
-        keys = tl.reshape(tile * opt.block_k + columns, (TILES * opt.block_k,))
-        tl.store(entry_keys + goal, keys, mask=put)
-        tl.store(entry_weights + goal, tl.reshape(p, (TILES * opt.block_k,)), mask=put)
-        found += tl.sum(some, 0)
+        tl.store(entry_keys + goal, tile * opt.block_k + columns, mask=put)
+        tl.store(entry_weights + goal, p, mask=put)
+        found += tl.sum(of_tile, 0)
     return tl.where(found <= MOST_LISTED, found, -1)
 
 
@@ -354,8 +355,8 @@ def store_tau(tau, at_row, top, t, terms, opt: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
 def decode_solve(maxima, scores, tops, floors, lists, counts, states, entry_keys, entry_weights,
-                 tau, shape, length_k, splits, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
-                 SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
+                 tau, shape, length_k, splits, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
+                 TILES: tl.constexpr, SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
     """A row's threshold or, where more than SERIAL tiles reach its bound, a lower bound of it. Then
     ``counts`` has their number, else 0."""
     shape = with_length(shape, length_k)

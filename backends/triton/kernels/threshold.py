@@ -52,6 +52,15 @@ def positive(x, opt: tl.constexpr):
 
 
 @triton.jit
+def whole_power(x, DEGREE: tl.constexpr):
+    """``x`` to a small whole number, 1 or more."""
+    power = x
+    for _ in tl.static_range(DEGREE - 1):
+        power = power * x
+    return power
+
+
+@triton.jit
 def weights(x, r, opt: tl.constexpr):
     """``p`` and ``u`` of distances ``x``; zeros off the support, also for NaN."""
     if opt.alpha == 1.5:
@@ -67,6 +76,10 @@ def weights(x, r, opt: tl.constexpr):
         whole, rest = log2_of(tl.where(inside, x, 1.0 - lift), lift)
         p = tl.where(inside, power_of_two(whole, rest, r), 0.0)
         u = p / base
+    elif opt.degree > 0:
+        base = tl.where(x > -1.0, 1.0 + x, 0.0)
+        u = whole_power(base, opt.degree - 1)
+        p = u * base
     elif opt.shallow:
         inside = is_inside(x, r, opt)
         w = tl.where(inside, x, 0.0)
