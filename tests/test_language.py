@@ -327,6 +327,19 @@ def test_rows_that_see_nothing_are_zeros(backend: str) -> None:
 
 
 @BACKENDS
+@interpreted(window=(1, 0))
+@pytest.mark.parametrize("window", [(1, 0), (0, 1), (1, 1), (0, 0)])
+def test_narrow_windows(window: tuple[int, int], backend: str) -> None:
+    """With a key head for each query head: Triton's compiler takes a 1 for a constant."""
+    tensors = [torch.randn(2, 2, 70, 16, device=device_of(backend)) for _ in "qkv"]
+    far = torch.arange(70) - torch.arange(70)[:, None]
+    mask = (far >= -window[0]) & (far <= window[1])
+    expected = reference.attention(*tensors, attn_mask=mask.to(tensors[0].device)).out
+    got = attend(adasplash2.entmax_attention, *tensors, window=window, backend=backend)
+    assert_near("out", got, expected, 1e-5)
+
+
+@BACKENDS
 @interpreted()
 def test_padding_is_not_read(backend: str) -> None:
     """Whatever is in it, NaN too."""

@@ -211,11 +211,16 @@ class Pages(NamedTuple):
         return cls(table, batch, column, size, number)
 
 
+AWAY = 2
+"""Added to numbers of a tuple in a tuple that may be 1: Triton before 3.7 takes that for a constant,
+and in loops may forget its value."""
+
+
 class Terms(NamedTuple):
     """What a call asks beyond plain and causal attention, as kernels take it; None where it is not
     asked.
 
-    ``left`` and ``right``: of windows. ``scale`` and ``softcap``: of the problem. ``dropped``:
+    ``left`` and ``right``: of windows, and AWAY more. ``scale`` and ``softcap``: of the problem. ``dropped``:
     words below it are dropped, less 2^31; ``kept``: what the others are multiplied by. ``longest``:
     of each key head the longest key's norm. ``sharers``: sequences that share a mask. The others
     are operands.
@@ -246,13 +251,13 @@ class Terms(NamedTuple):
             return None
         farthest = problem.length_q + problem.length_k  # more would leave 32 bits
         return cls(
-            left=min(said.left, farthest) if said.left >= 0 else None,
-            right=None if said.is_causal or said.right < 0 else min(said.right, farthest),
+            left=AWAY + min(said.left, farthest) if said.left >= 0 else None,
+            right=None if said.is_causal or said.right < 0 else AWAY + min(said.right, farthest),
             scale=said.scale if is_scored(problem) else None,
             softcap=said.softcap or None,
             dropped=int(said.dropout_p * 2**32) - 2**31 if said.dropout_p else None,
             kept=1.0 / (1.0 - said.dropout_p) if said.dropout_p else None,
-            sharers=_sharers(problem),
+            sharers=problem.batch if is_shared(problem) else None,
             mask=Spread.of(operands.attn_mask),
             slopes=Spread.of(operands.alibi_slopes),
             sinks=Spread.of(operands.sinks),
@@ -325,7 +330,7 @@ class Options(NamedTuple):
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
     limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
-    ``masked``, either. ``scored``: see :func:`is_scored`; ``biased``: something is added to scores;
+    ``masked``, either; ``shared``: see :func:`is_shared`. ``scored``: see :func:`is_scored`; ``biased``: something is added to scores;
     ``local``: slopes keep far keys out of the support; ``scattered``: a row may see other keys than
     leading ones; ``paged``: keys and values lie in pages."""
 
@@ -352,6 +357,7 @@ class Options(NamedTuple):
     hides: bool
     adds: bool
     masked: bool
+    shared: bool
     softcap: bool
     alibi: bool
     sinks: bool
@@ -400,6 +406,7 @@ class Options(NamedTuple):
             hides=hides,
             adds=mask is not None and not hides,
             masked=mask is not None,
+            shared=is_shared(problem),
             softcap=said.softcap != 0.0,
             alibi=alibi,
             sinks="sinks" in given,
@@ -430,9 +437,10 @@ class RowOptions(NamedTuple):
         return cls(compiled_alpha(alpha), is_steep(alpha), is_shallow(alpha), degree_of(alpha))
 
 
-def _sharers(problem: Problem) -> int | None:
+def is_shared(problem: Problem) -> bool:
+    """Whether several sequences have one mask."""
     mask = problem.operand("attn_mask")
-    return None if mask is None else 1 if mask.spread[0] else problem.batch
+    return mask is not None and not mask.spread[0] and problem.batch > 1
 
 
 def is_scored(problem: Problem) -> bool:

@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
     matmul,
     tanh,
 )
+
+AWAY = tl.constexpr(sizes.AWAY)
 
 FARTHEST = tl.constexpr(2.0**30)
 """A place behind all keys, in float32 and in 32 bits."""
@@ -117,7 +120,7 @@ def begin_of(rows, terms, shape, opt: tl.constexpr):
     if opt.ranges:
         begin = load_range(rows, 0, terms, shape)
     else:
-        begin = place_of(rows, terms, shape, opt) - shape.terms.left
+        begin = place_of(rows, terms, shape, opt) - shape.terms.left + AWAY
     return tl.minimum(tl.maximum(begin, 0), shape.length_k)
 
 
@@ -130,7 +133,7 @@ def end_of(rows, terms, shape, opt: tl.constexpr):
     else:
         end = place_of(rows, terms, shape, opt) + 1
         if opt.right:
-            end += shape.terms.right
+            end += shape.terms.right - AWAY
     if opt.ranges or opt.shifted:
         end = tl.maximum(end, 0)
     return end
@@ -244,11 +247,11 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
     else:
         place = place_of(rows, terms, shape, opt)
         if opt.right:
-            mask = mask & (keys <= place + shape.terms.right)
+            mask = mask & (keys <= place + shape.terms.right - AWAY)
         if opt.causal:
             mask = mask & (keys <= place)
         if opt.left:
-            mask = mask & (keys >= place - shape.terms.left)
+            mask = mask & (keys >= place - shape.terms.left + AWAY)
     return mask
 
 

@@ -145,7 +145,7 @@ def in_turn(number, heads, each, shape, opt: tl.constexpr):
     """The place, among ``each`` of all ``heads`` of all sequences, of what is ``number`` in launch
     order. Sequences that share a mask take turns, so that a tile of it comes from memory once and
     then from the L2."""
-    if opt.masked:
+    if opt.shared:
         sharers = shape.terms.sharers
         number = number // sharers + number % sharers * heads * each
     return number
