@@ -288,15 +288,16 @@ struct BackwardRows {
       const KeyRange of_panel = {panel * kKeys, (panel + 1) * kKeys};
       for (int64_t r = 0; r < rows.count; r += kTileRows) {
         const Part tile = tile_of(rows, r);
-        Tile<T> dots = {}, dp = {};
-        if (of_panel.overlaps(needed[r / kTileRows]) &&
-            scores.any_allowed(task.row_begin + tile.first, tile.count, of_panel)) {
-          dots = dot_tile(query_packed + r * problem.head_dim, keys, problem.head_dim);
-          dp = dot_tile(grad_out_packed + r * problem.head_dim_v, values, problem.head_dim_v);
-        }
+        const bool any = of_panel.overlaps(needed[r / kTileRows]) &&
+                         scores.any_allowed(task.row_begin + tile.first, tile.count, of_panel);
         const int64_t at = r * score_stride + (panel - panels.begin) * kKeys;
-        store_tile(dots, grad_scores + at, score_stride);
-        store_tile(dp, grad_probabilities + at, score_stride);
+        // One after another: registers hold one tile.
+        const auto make = [&](const T* rows_packed, const T* packed, int64_t depth, T* to) {
+          store_tile(any ? dot_tile(rows_packed + r * depth, packed, depth) : Tile<T>{}, to + at,
+                     score_stride);
+        };
+        make(query_packed, keys, problem.head_dim, grad_scores);
+        make(grad_out_packed, values, problem.head_dim_v, grad_probabilities);
       }
     }
   }
