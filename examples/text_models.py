@@ -84,6 +84,7 @@ def parse(
     add("--rates", nargs="+", type=float, help="learning rates (default: the size's)")
     add("--steps", type=int, help="of each run (default: the size's)")
     add("--context", type=int, help="tokens (default: the size's)")
+    add("--batch", type=int, help="sequences of a step (default: the size's)")
     add("--seed", type=int, default=0, help="of weights and batches (default 0)")
     add("--text", type=Path, help="a file to train on instead; its last tenth is held out")
     add_common(parser, f"output/{name}")
@@ -91,7 +92,7 @@ def parse(
     if options.contenders == ["all"]:
         options.contenders = known
     chosen(parser, "--contenders", options.contenders, known)
-    given: dict[str, Any] = {n: getattr(options, n) for n in ("steps", "context", "rates")}
+    given: dict[str, Any] = {n: getattr(options, n) for n in ("steps", "context", "batch", "rates")}
     given = {n: value for n, value in given.items() if value is not None}
     for flag, value in given.items():
         if min(value if flag == "rates" else [value]) <= 0:
@@ -252,7 +253,10 @@ def layers_seen_by(monitor: AttentionMonitor) -> dict[str, dict[str, list[float]
 def compete(program: Program, corpus: Corpus, ready: Callable[[str], Ready]) -> int:
     """Train each contender with each rate, tell of the best, and return the exit code."""
     options, scale = program.options, program.scale
-    folder = options.output / f"{options.size}-{scale.steps}-{scale.context}-{options.seed}"
+    folder = (
+        options.output
+        / f"{options.size}-{scale.steps}-{scale.context}-{scale.batch}-{options.seed}"
+    )
     results: dict[str, list[dict[str, Any]]] = {}
     stopped = False
     try:

@@ -35,7 +35,8 @@ class Recipe:
     Attributes:
         alpha: 1 is softmax. "learn": one of each head.
         rise: the share of the steps in which alpha rises from 1; 0 begins with it.
-        scale: a factor of 1/sqrt(head_dim), or "learn": one of each head.
+        scale: a factor of 1/sqrt(head_dim).
+        learn_scale: each head learns a factor of its own; it starts at 1.
         length_scale: the factor of ASEntmax, which follows the keys that a query sees.
         positions: "nape", "rope" or "none".
         qk_norm: queries and keys have a root mean square of 1.
@@ -43,7 +44,8 @@ class Recipe:
 
     alpha: float | str = 1.5
     rise: float = 0.0
-    scale: float | str = 1.0
+    scale: float = 1.0
+    learn_scale: bool = False
     length_scale: bool = False
     positions: str = "nape"
     qk_norm: bool = False
@@ -73,10 +75,8 @@ class Attention(nn.Module):
         self.alpha: Any = 1.0 if recipe.rise else recipe.alpha
         if recipe.alpha == "learn":
             self.alpha = adasplash2.nn.LearnedAlpha(size.heads)
-        self.log_scale, factor = None, recipe.scale
-        if isinstance(factor, str):
-            self.log_scale, factor = nn.Parameter(torch.zeros(size.heads)), 1.0
-        self.scale = factor / math.sqrt(size.features // size.heads)
+        self.scale = recipe.scale / math.sqrt(size.features // size.heads)
+        self.log_scale = nn.Parameter(torch.zeros(size.heads)) if recipe.learn_scale else None
         self.length_scale = None
         if recipe.length_scale:
             self.length_scale = adasplash2.nn.LengthScale(size.features, size.heads)

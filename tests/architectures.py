@@ -337,7 +337,7 @@ def weigh(model: nn.Module, layers: tuple[str, ...], gain: float) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             in_attention = any(name.startswith(layer + ".") for layer in layers)
-            noise = torch.randn(weight.shape, generator=generator)
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
             if weight.dim() > 1:
                 weight.copy_(noise * weight[0].numel() ** -0.5 * (gain if in_attention else 1))
             elif in_attention and "norm" in name:
@@ -426,9 +426,10 @@ def check(name: str, found: Tensor, expected: Tensor) -> str:
 class Examined:
     """A model that is run in one way after another."""
 
-    def __init__(self, architecture: Architecture) -> None:
-        self.architecture = architecture
-        self.model = make(*architecture[:3])
+    def __init__(self, architecture: Architecture, device: str) -> None:
+        self.device = device
+        self.model = make(*architecture[:3]).to(device)
+        self.inputs = {name: tensor.to(device) for name, tensor in architecture.inputs.items()}
         self.calls = 0
         self.sharpness = 0.0
 
@@ -463,19 +464,20 @@ class Examined:
         grows with it."""
         for gain in (0.5, 0.7, 1.0, 1.4, 2.0, 2.8):
             weigh(self.model, layers, gain)
-            self.eager(self.architecture.inputs)
+            self.eager(self.inputs)
             if self.sharpness >= SHARP:
                 return
         raise AssertionError(f"blind: only {self.sharpness:.0%} of the probabilities are zero")
 
 
-def examine(architecture: Architecture) -> Outcome:
-    """Holds a model to all that this file's text says.
+def examine(architecture: Architecture, device: str = "cpu") -> Outcome:
+    """Holds a model to all that this file's text says, on a device.
 
     Raises:
         AssertionError: one of it does not hold.
     """
-    of, inputs = Examined(architecture), architecture.inputs
+    of = Examined(architecture, device)
+    inputs = of.inputs
     expected = architecture.ours_oldest if OLD and architecture.ours_oldest else architecture.ours
     try:
         found = of.apply(example=inputs)
@@ -506,12 +508,12 @@ def examine(architecture: Architecture) -> Outcome:
 
 
 def check_padded(side: str, padding: slice, of: Examined) -> str:
-    inputs = of.architecture.inputs
+    inputs = of.inputs
     tokens = torch.ones_like(TOKENS).bool()
     tokens[0, padding] = False
-    padded = {**inputs, "attention_mask": tokens.long()}
+    padded = {**inputs, "attention_mask": tokens.long().to(of.device)}
     alone = {name: tensor[:1] for name, tensor in inputs.items()}
-    alone["input_ids"] = TOKENS[:1][tokens[:1]][None]
+    alone["input_ids"] = TOKENS[:1][tokens[:1]][None].to(of.device)
     kept = torch.ones_like(SHORTER).bool() if "decoder_input_ids" in inputs else tokens
     batch, reference = of.ours(padded)[kept], of.eager(padded)[kept]
     told = check(side, batch, reference)
@@ -523,13 +525,13 @@ def check_padded(side: str, padding: slice, of: Examined) -> str:
 
 
 def check_learned(of: Examined, whole: Tensor) -> str:
-    of.apply(example=of.architecture.inputs, learn=True)
-    out = of.model(**of.architecture.inputs)[0]
+    of.apply(example=of.inputs, learn=True)
+    out = of.model(**of.inputs)[0]
     out.square().mean().backward()
     logits = [p for name, p in of.model.named_parameters() if name.endswith("adasplash2.logit")]
     if not all(p.grad.isfinite().all() and p.grad.all() for p in logits):
         raise AssertionError("learned: a head's alpha gets no gradient")
-    return check("learned", run(of.model, **of.architecture.inputs), whole)
+    return check("learned", run(of.model, **of.inputs), whole)
 
 
 def main() -> int:
@@ -537,7 +539,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="parts of names; default all")
-    names = parser.parse_args().names
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    options = parser.parse_args()
+    names = options.names
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     failed = 0
@@ -548,7 +552,7 @@ def main() -> int:
             line = f"not in transformers {transformers.__version__}"
         else:
             try:
-                line = str(examine(architecture))
+                line = str(examine(architecture, options.device))
             except Exception as failure:
                 failed += 1
                 line = f"FAILED {type(failure).__name__}: {failure}"

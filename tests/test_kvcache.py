@@ -14,7 +14,7 @@ from cases import device_of, interpreted, usable_backends
 from torch import Tensor
 
 import adasplash2
-from adasplash2 import dispatch, entmax_attention_with_kvcache
+from adasplash2 import dispatch, entmax_attention_with_kvcache, functional, ops
 
 BACKENDS = pytest.mark.parametrize("backend", usable_backends())
 
@@ -196,6 +196,21 @@ def test_tokens_one_by_one_are_the_sequence_and_nothing_is_decided_anew() -> Non
     assert dispatch._decide.cache_info().misses == decisions
     whole = adasplash2.entmax_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(torch.cat(found, dim=2), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_a_token_is_validated_once(monkeypatch: pytest.MonkeyPatch, alpha: float) -> None:
+    asked = []
+    for module in (functional, ops):
+
+        def noted(*arguments: Any, validated: Any = module.validated) -> Any:
+            asked.append(arguments)
+            return validated(*arguments)
+
+        monkeypatch.setattr(module, "validated", noted)
+    caches, new = torch.zeros(2, 1, 2, 9, 8), torch.randn(3, 1, 2, 1, 8)
+    entmax_attention_with_kvcache(new[0], *caches, *new[1:], cache_lengths=3, alpha=alpha)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("page_size", [0, 16])

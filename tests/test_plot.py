@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +18,25 @@ matplotlib = pytest.importorskip("matplotlib")
 def watched(alpha: float = 1.5, heads: int = 2) -> Watched:
     numbers = torch.arange(1.0, heads + 1.0, dtype=torch.float64)
     return Watched(alpha + 0.1 * numbers, 10 * numbers, numbers / 10)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plot.attention_map(torch.eye(2)),
+        lambda: plot.support_by_head({"0": watched()}),
+        lambda: plot.alpha_by_head({0: {"0": watched()}}),
+        lambda: plot.training_curves({"a": [{1: 1.0}]}),
+    ],
+    ids=["attention_map", "support_by_head", "alpha_by_head", "curves"],
+)
+def test_without_matplotlib_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, draw: Callable[[], object]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"needs matplotlib.*pip install 'adasplash2\[plot\]'"):
+        draw()
 
 
 @pytest.mark.parametrize("length", [8, 3 * plot.SIDE])

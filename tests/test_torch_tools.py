@@ -6,11 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import adasplash2
 
@@ -34,6 +38,51 @@ forward = 2 * 2 * 4 * 9 * 7 * 16
 assert found[0] == forward + forward // 2 * 5, found
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def counted(attention: Callable[..., Tensor], *arguments: Any, **named: Any) -> int:
+    """Operations of a call and its backward."""
+    with FlopCounterMode(display=False) as counter:
+        out = attention(*arguments, **named)
+        if out.requires_grad:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("is_causal", "pairs"), [(False, 3 * 4 + 5 * 5), (True, 6 + 15)])
+def test_packed_sequences_count_the_pairs_that_queries_see(is_causal: bool, pairs: int) -> None:
+    q, k, v = (torch.randn(n, 4, 8, requires_grad=True) for n in (8, 9, 9))
+    ends = [torch.tensor([0, at, n], dtype=torch.int32) for at, n in ((3, 8), (4, 9))]
+    found = counted(adasplash2.entmax_attention_varlen, q, k, v, *ends, is_causal=is_causal)
+    assert found == (2 + 5) * 2 * 4 * pairs * 8
+
+
+def test_lengths_count_the_pairs_that_queries_see() -> None:
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8)
+    lengths = torch.tensor([7, 3], dtype=torch.int32)
+    found = counted(adasplash2.entmax_attention, q, k, k, kv_lengths=lengths)
+    assert found == 2 * 2 * 4 * 5 * (7 + 3) * 8
+
+
+def test_pages_that_are_full_of_room_are_not_counted() -> None:
+    q, pages = torch.randn(2, 4, 1, 8), torch.randn(5, 4, 4, 8)
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    found = counted(
+        adasplash2.entmax_attention_with_kvcache,
+        q,
+        pages,
+        pages,
+        cache_lengths=torch.tensor([6, 2], dtype=torch.int32),
+        block_table=table,
+    )
+    assert found == 2 * 2 * 4 * (6 + 2) * 8
+
+
+def test_in_a_trace_every_query_counts_with_every_key() -> None:
+    with FakeTensorMode():
+        q = torch.randn(8, 4, 8)
+        ends = torch.tensor([0, 3, 8], dtype=torch.int32)
+        assert counted(adasplash2.entmax_attention_varlen, q, q, q, ends, ends) == 2 * 4 * 64 * 16
 
 
 def test_what_is_not_loaded_stays_so() -> None:
@@ -63,27 +112,42 @@ def _attend_sharded(rank: int, devices: int, port: int) -> None:
     torch.manual_seed(0)
     whole = [torch.randn(2, heads, 9, 8) for heads in (4, 2, 2)]
     operands = {
-        "attn_mask": torch.randn(1, 4, 9, 9),
         "sinks": torch.randn(4),
         "alpha": torch.tensor([1.2, 1.5, 1.7, 2.0]),
     }
 
     def step(tensors: list[Any], said: dict[str, Any]) -> list[Any]:
-        leaves = [t.detach().requires_grad_() for t in (*tensors, *said.values())]
+        leaves = [t.detach() for t in (*tensors, *said.values())]
+        leaves = [t.requires_grad_() if t.is_floating_point() else t for t in leaves]
         names = dict(zip(said, leaves[3:], strict=True))
         out = adasplash2.entmax_attention(*leaves[:3], is_causal=True, enable_gqa=True, **names)
         out.square().sum().backward()
-        return [out.detach(), *(leaf.grad for leaf in leaves)]
+        return [out.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)]
 
-    for said in ({}, operands):
-        expected = step(whole, said)
-        for placement in (Shard(0), Shard(1), Replicate()):
-            cut = [distribute_tensor(t, mesh, [placement]) for t in whole]
-            everywhere = {n: distribute_tensor(t, mesh, [Replicate()]) for n, t in said.items()}
-            found = step(cut, everywhere)
-            assert found[0].placements == (placement,), found[0].placements
-            for one, other in zip(found, expected, strict=True):
-                torch.testing.assert_close(one.full_tensor(), other, rtol=1e-5, atol=1e-5)
+    cut_by = (Shard(0), Shard(1), Replicate())
+
+    def compare(said: dict[str, Any], placement: Any, its_placement: Any) -> None:
+        cut = [distribute_tensor(t, mesh, [placement]) for t in whole]
+        theirs = {n: distribute_tensor(t, mesh, [its_placement]) for n, t in said.items()}
+        found = step(cut, theirs)
+        # What is whole may be cut as its mask is: nothing moves for that.
+        expected_at = (its_placement,) if placement == Replicate() else (placement,)
+        assert found[0].placements == expected_at, found[0].placements
+        for one, other in zip(found, step(whole, said), strict=True):
+            torch.testing.assert_close(one.full_tensor(), other, rtol=1e-5, atol=1e-5)
+
+    for placement in cut_by:
+        for said in ({}, operands):
+            compare(said, placement, Replicate())
+        for sizes in ((1, 1), (2, 1), (1, 4), (2, 4)):
+            added = torch.randn(*sizes, 9, 9)
+            for mask in (added, added > -1.0):
+                for its_placement in cut_by:
+                    if its_placement == Replicate() or sizes[its_placement.dim] > 1:
+                        compare({"attn_mask": mask}, placement, its_placement)
+    cut = [distribute_tensor(t, mesh, [Shard(0)]) for t in whole]
+    with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
+        adasplash2.entmax_attention(*cut, added, enable_gqa=True)
     distributed.destroy_process_group()
 
 

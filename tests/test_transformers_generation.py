@@ -7,6 +7,7 @@ entmax's; and where it must not change the tokens, to plain recomputing without 
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -65,6 +66,8 @@ def skip_what_transformers_cannot(config: str, way: str) -> None:
     """With any attention."""
     if "static" in way and config == "Llama4Text" and not OLD:
         pytest.skip("transformers makes no chunked masks for static caches")
+    if way == "offloaded, static" and config in ("Mistral", "Gemma3Text", "Llama4Text"):
+        pytest.skip("transformers offloads no static cache of which each layer has a window")
     if "static" in way and OLD and ("chunks" in way or "turns" in way):
         pytest.skip("static caches of this release take several tokens at the beginning only")
 
@@ -75,6 +78,8 @@ GREEDY: dict[str, dict[str, Any]] = {
     "static": STATIC,
     "chunks": {"prefill_chunk_size": 5},
     "chunks, static": {"prefill_chunk_size": 5, **STATIC},
+    "offloaded": {"cache_implementation": "offloaded"},
+    "offloaded, static": {"cache_implementation": "offloaded_static", "disable_compile": True},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "assisted": {},
 }
@@ -82,8 +87,13 @@ GREEDY: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("config", MODELS)
 @pytest.mark.parametrize("way", GREEDY)
-def test_greedy_ways_give_the_same_tokens(config: str, way: str) -> None:
+def test_greedy_ways_give_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, config: str, way: str
+) -> None:
     skip_what_transformers_cannot(config, way)
+    if "offloaded" in way:  # for which transformers asks CUDA, also on a CPU: in order is no stream
+        monkeypatch.setattr(torch, "Stream", MagicMock)
+        monkeypatch.setattr(torch.cuda, "default_stream", MagicMock())
     model, how = model_of(config), dict(GREEDY[way])
     prompt, mask = TOKENS, LEFT
     if way in ("prompt lookup", "assisted"):  # of one sequence
@@ -165,3 +175,18 @@ def test_generation_compiles(config: str) -> None:
     how = {"cache_implementation": "static", "compile_config": compiled}
     assert generated(model, TOKENS, LEFT, **how).equal(expected)
     assert graphs["unique_graphs"] >= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["Llama", "Gemma3Text", "GptOss"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "compiled", "offloaded"])
+def test_greedy_on_a_gpu(config: str, cache: str) -> None:
+    """Where ``generate`` compiles by itself, and offloads."""
+    model, prompt, mask = model_of(config).to("cuda"), TOKENS.to("cuda"), LEFT.to("cuda")
+    how: dict[str, Any] = {"cache_implementation": cache}
+    if cache == "static":
+        how = STATIC
+    elif cache == "compiled":
+        how = {"cache_implementation": "static"}
+    found = generated(model, prompt, mask, **how)
+    assert found.equal(by_eager(model, prompt, mask, use_cache=False))

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -60,7 +61,10 @@ BENCH_ROUNDS = 5
 WIDE = 200
 """Columns of what goes to a file or a pipe, where ``COLUMNS`` says nothing."""
 
-ABSOLUTE = re.compile(r"""(['"])~?/.*?\1|(?<![\w.)\]])~?/[^\s'"(),;]+""")
+IN_PATH = r"""[^\s'"(),;]"""
+"""A character of a path that is not quoted."""
+
+ABSOLUTE = rf"""(['"])[~/].*?\1|(?<![\w.)\]])[~/]{IN_PATH}+"""
 """A path from the root or a home: quoted, as errors have it, or up to the next blank."""
 
 MAX_SHOWN = 200
@@ -311,6 +315,7 @@ def report(as_json: bool) -> None:
 
     Names no folder, and of the environment the library's own variables alone.
     """
+    warnings.formatwarning = lambda *said, **_: _without_paths(_format_warning(*said))
     found = {**_state(), "platform": platform.platform()}
     kept = _kept()
     valid = sum(ok for *_, ok in kept)
@@ -327,8 +332,8 @@ def report(as_json: bool) -> None:
         told = dispatch.Explanation(dispatch.describe(sample), None, {}, notes=(str(error),))
     found["sample"] = dataclasses.asdict(told)
     for setting in found["environment"]:
-        if setting["variable"] == cache.VARIABLE:
-            setting["value"] = "PATH"  # whatever it is
+        if setting["variable"] == cache.VARIABLE or os.sep in setting["value"]:
+            setting["value"] = "PATH"  # the whole, whatever it is
     found = _without_paths(found)
     if as_json:
         _print_json(found)
@@ -348,9 +353,11 @@ def _without_paths(found: Any) -> Any:
     if not isinstance(found, str):
         return found
     folder = cache.directory()
-    for path in (folder, *folder.parents[:-1]):  # the root is in too many words
-        found = found.replace(str(path), "PATH")
-    return ABSOLUTE.sub("PATH", found)
+    places = folder, Path(os.path.realpath(folder)), Path(os.path.expanduser("~"))
+    known = {str(path) for place in places for path in (place, *place.parents) if path.name}
+    # Names of folders that are known may have blanks.
+    whole = (re.escape(path) + IN_PATH + "*" for path in sorted(known, key=len, reverse=True))
+    return re.sub("|".join([*whole, ABSOLUTE]), "PATH", found)
 
 
 def _environment() -> list[dict[str, Any]]:

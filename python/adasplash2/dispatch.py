@@ -38,13 +38,18 @@ logger = logging.getLogger("adasplash2")
 FORCED = os.environ.get("ADASPLASH2_BACKEND") or None
 """The backend that the environment forces; an argument ``backend=`` goes before it."""
 
+
+def _warn_of_setting(name: str, allowed: str, value: str) -> None:
+    """As coming from the environment: no line of source is at fault, and neither its path nor one
+    in ``value`` is for who reads the output."""
+    given = "a path" if os.sep in value else repr(value)
+    warnings.warn_explicit(f"{name} must be {allowed}, got {given}", UserWarning, "environment", 1)
+
+
 AUTOTUNE_MODES = ("off", "cached", "on")
 AUTOTUNE = os.environ.get("ADASPLASH2_AUTOTUNE") or "cached"
 if AUTOTUNE not in AUTOTUNE_MODES:
-    warnings.warn(
-        f"ADASPLASH2_AUTOTUNE must be off, cached or on, got {AUTOTUNE!r}: cached is taken",
-        stacklevel=2,
-    )
+    _warn_of_setting("ADASPLASH2_AUTOTUNE", "off, cached or on (cached is taken)", AUTOTUNE)
     AUTOTUNE = "cached"
 
 AUTOTUNE_SECONDS = 20.0
@@ -365,6 +370,32 @@ _held: dict[tuple[Problem | RowProblem, str | None], Choice] = {}
 hold, also when it can."""
 
 
+SHORT = 1024
+"""Keys up to which rows are short, see :func:`_asked`."""
+
+FEW = 16
+"""Queries that are few there."""
+
+
+def _asked(problem: Problem | RowProblem) -> tuple[str, ...]:
+    """The backends in the order in which they are asked without measurements: that of the registry,
+    but ``triton`` first where on an H100 it was the faster one whatever the data, or loses little
+    where it is not. Steps of ``cuda`` and of ``triton``, in ms
+    (``benchmarks/results/2026-11-27-h100-first-choice.txt``):
+
+    - up to 1,024 keys: 1.13 and 0.83 (512 keys, sharpness 1), 5.2 and 1.6 (1,024, 0.4);
+    - few queries without gradients, which ``triton`` cuts by keys;
+    - an alpha that ``cuda`` has no closed form for: 26.8 and 10.7 (4,096 keys, alpha 1.25).
+    """
+    names = tuple(registry.REGISTRY)
+    if isinstance(problem, RowProblem):
+        return names
+    decoded = problem.length_q <= FEW and not problem.needs_grad
+    if problem.length_k <= SHORT or decoded or problem.alpha not in (1.5, 2.0):
+        return tuple(sorted(names, key=lambda name: name != "triton"))
+    return names
+
+
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
 def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     """
@@ -375,7 +406,7 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
         return held
     if forced is not None:
         check_backend(forced, " from ADASPLASH2_BACKEND" if forced == FORCED else "")
-    names = tuple(registry.REGISTRY) if forced is None else (forced,)
+    names = _asked(problem) if forced is None else (forced,)
     answers: list[Answer] = []
     for name in names:
         answer = _ask(name, problem)
@@ -526,7 +557,7 @@ def _log_to_stderr(level: str) -> None:
     """Show the library's log from ``level`` on; a program that sets up logging needs it not."""
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
-        warnings.warn(f"ADASPLASH2_LOG must be a level such as debug, got {level!r}", stacklevel=2)
+        _warn_of_setting("ADASPLASH2_LOG", "a level such as debug", level)
         return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))

@@ -23,7 +23,6 @@ from adasplash2.lowering import (
     lowered,
     lowered_cached,
     lowered_packed,
-    tensor_or_number,
 )
 from adasplash2.options import (
     Options,
@@ -32,6 +31,7 @@ from adasplash2.options import (
     check_backend,
     check_dim,
     check_flag,
+    tensor_or_number,
 )
 from adasplash2.problem import (
     TENSORS,
@@ -331,15 +331,14 @@ def entmax_attention_with_kvcache(
         query, key_cache, value_cache, key, value, cache_lengths, block_table, is_causal, scale,
         alpha, window, alibi_slopes, softcap, sinks, kv_starts, backend,
     )  # fmt: skip
+    if options.alpha != 1.0:
+        return shaped(ops.attention(inputs, options, append))
     problem = _problem(inputs, options)
-    if options.alpha == 1.0:
-        append()
-        inputs = unpaged(inputs)
-        return shaped(softmax_attention(_problem(inputs, options), inputs, options.scale))
-    if not (torch.compiler.is_compiling() or query.is_meta):
-        dispatch.choose(problem, options.backend or None)  # refuses before anything is written
     append()
-    return shaped(ops.attention(inputs, options))
+    if inputs.block_table is not None:
+        inputs = unpaged(inputs)
+        problem = _problem(inputs, options)
+    return shaped(softmax_attention(problem, inputs, options.scale))
 
 
 def _attend(call: Call, return_aux: bool) -> Any:

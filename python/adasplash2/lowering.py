@@ -62,18 +62,8 @@ def lowered(
         )  # fmt: skip
         offsets = cast(Any, query.transpose(1, 2)).offsets()
         return call._replace(shaped=lambda result: _to_nested(call.shaped(result), offsets))
-    alphas, number_alpha = tensor_or_number(alpha, 1.5)
-    scales, number_scale = tensor_or_number(scale, None)
-    options = check_options(
-        alpha=number_alpha,
-        scale=number_scale,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-        backend=backend,
-        causal_align=causal_align,
-        window=window,
-        softcap=softcap,
-        dropout_p=dropout_p,
+    options, alphas, scales = check_options(
+        alpha, scale, is_causal, enable_gqa, backend, causal_align, window, softcap, dropout_p
     )
     tensors, lead = (query, key, value), [1]
     shaped: Callable[[Tensor], Tensor] = _as_it_is
@@ -191,16 +181,6 @@ def _broadcast(sizes: Any) -> int | None:
 
 
 # Operands
-
-
-def tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
-    """A tensor of numbers, or one that has a gradient, and what stands in the number's place; or
-    None and the number."""
-    if type(value) is float or value is None:  # as most calls have it
-        return None, value
-    if isinstance(value, Tensor) and (value.dim() > 0 or value.requires_grad):
-        return value, otherwise
-    return None, value
 
 
 def _check_numbers(name: str, tensor: object) -> Tensor:
@@ -485,18 +465,9 @@ def lowered_cached(
         TypeError, ValueError: as :func:`lowered`.
     """
     cache = _check_cache(query, key_cache, value_cache, block_table)
-    alphas, number_alpha = tensor_or_number(alpha, 1.5)
-    scales, number_scale = tensor_or_number(scale, None)
-    options = check_options(
-        alpha=number_alpha,
-        scale=number_scale,
-        is_causal=is_causal,
-        enable_gqa=True,
-        backend=backend,
-        causal_align="bottom-right",
-        window=window,
-        softcap=softcap,
-        dropout_p=0,  # not 0.0, of which a compiler makes a symbol
+    no_dropout = 0  # not 0.0, of which a compiler makes a symbol
+    options, alphas, scales = check_options(
+        alpha, scale, is_causal, True, backend, "bottom-right", window, softcap, no_dropout
     )
     new = _check_new(cache, query, key, value)
     if new and cache_lengths is None:

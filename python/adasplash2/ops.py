@@ -187,11 +187,18 @@ _Decided = tuple[Problem, Choice]
 """What forward found out, for backward."""
 
 
-def _run(inputs: Inputs, options: Options, saved_bytes: int) -> tuple[Forward, _Decided | None]:
+def _run(
+    inputs: Inputs,
+    options: Options,
+    saved_bytes: int,
+    prepare: Callable[[], None] | None = None,
+) -> tuple[Forward, _Decided | None]:
     problem = _problem(inputs, options, saved_bytes != 0)
-    if problem.is_empty:
+    choice = None if problem.is_empty else choose(problem, options.backend or None)
+    if prepare is not None:
+        prepare()
+    if choice is None:
         return _nothing_forward(problem, inputs.query, saved_bytes), None
-    choice = choose(problem, options.backend or None)
     return choice.backend.forward(problem, inputs, choice.config, saved_bytes), (problem, choice)
 
 
@@ -793,24 +800,34 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
 # Calls
 
 
-def attention(inputs: Inputs, options: Options) -> Tensor:
-    """Output of :data:`attention_forward`."""
-    return attention_and_tau(inputs, options)[0]
+def attention(
+    inputs: Inputs, options: Options, prepare: Callable[[], None] | None = None
+) -> Tensor:
+    """Output of :data:`attention_forward`. ``prepare``, for calls without gradients, is called when
+    nothing can refuse the call any more, and before ``inputs`` are read."""
+    return attention_and_tau(inputs, options, prepare)[0]
 
 
-def attention_and_tau(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+def attention_and_tau(
+    inputs: Inputs, options: Options, prepare: Callable[[], None] | None = None
+) -> tuple[Tensor, Tensor]:
     """Output and thresholds of :data:`attention_forward`."""
     given = inputs.given()
     if is_plain(*given):
         if _differentiated(*given):
             out, tau, _ = _differentiable_call(apply_plain, inputs, options, AS_NEEDED, None)
             return out, tau
-        forward = _run(inputs, options, 0)[0]
+        forward = _run(inputs, options, 0, prepare)[0]
         return forward.out, forward.tau
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)  # torch's dispatcher would say it in other words
-    if not torch.compiler.is_compiling():  # and a transform's rules see other shapes
-        _problem(inputs, options, False)
+    is_traced = torch.compiler.is_compiling()
+    if prepare is not None or not is_traced:  # and a transform's rules see other shapes
+        problem = _problem(inputs, options, False)
+    if prepare is not None:
+        if not (is_traced or inputs.query.is_meta or problem.is_empty):
+            choose(problem, options.backend or None)
+        prepare()
     asked = _Arguments(options, (0,), None, inputs.operands())
     out, tau, _ = attention_forward(*inputs.tensors(), *asked.flat())
     return out, tau

@@ -75,27 +75,29 @@ ALIGNMENTS = "top-left", "bottom-right"
 
 
 def check_options(
-    *,
-    alpha: float,
-    scale: float | None,
+    alpha: float | Tensor,
+    scale: float | Tensor | None,
     is_causal: bool,
     enable_gqa: bool,
     backend: str | None,
-    causal_align: str = "top-left",
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-) -> Options:
+    causal_align: str,
+    window: tuple[int, int] | None,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Options, Tensor | None, Tensor | None]:
     """What a caller said, as Python's own types: an operator's schema would refuse the rest in the
-    dispatcher's words rather than ours.
+    dispatcher's words rather than ours. With the options come ``alpha`` and ``scale``, where they
+    are tensors as :func:`tensor_or_number` has it.
 
     Raises:
         TypeError: an option is not of its type.
         ValueError: an option is out of range, or there is no backend of that name.
     """
+    alphas, number_alpha = tensor_or_number(alpha, 1.5)
+    scales, number_scale = tensor_or_number(scale, None)
     options = Options(
-        alpha=check_alpha(alpha),
-        scale=None if scale is None else check_scale(scale, head_dim=1),
+        alpha=check_alpha(number_alpha),
+        scale=None if number_scale is None else check_scale(number_scale, head_dim=1),
         is_causal=check_flag("is_causal", is_causal),
         enable_gqa=check_flag("enable_gqa", enable_gqa),
         backend=check_backend(backend),
@@ -113,15 +115,26 @@ def check_options(
         and isinstance(softcap, (int, float))
         and isinstance(dropout_p, (int, float))
     ):
-        return options
+        return options, alphas, scales
     left, right = check_window(window)
-    return options._replace(
+    options = options._replace(
         causal_align=check_alignment(causal_align),
         window_left=left,
         window_right=right,
         softcap=check_softcap(softcap),
         dropout_p=check_dropout(dropout_p),
     )
+    return options, alphas, scales
+
+
+def tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
+    """A tensor of numbers, or one that has a gradient, and what stands in the number's place; or
+    None and the number."""
+    if type(value) is float or value is None:  # as most calls have it
+        return None, value
+    if isinstance(value, Tensor) and (value.dim() > 0 or value.requires_grad):
+        return value, otherwise
+    return None, value
 
 
 WIDEST_WINDOW = 2**30

@@ -6,7 +6,8 @@ Each function draws on the ``axes`` that it is given, else on its own, and retur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,22 @@ SIDE = 512
 """Cells of a drawn map in each direction: larger maps are shown by the maxima of their squares."""
 
 
+@contextmanager
+def _needs_matplotlib() -> Iterator[None]:
+    """Says how to get matplotlib where it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ImportError(
+            "adasplash2.plot needs matplotlib, which is not installed "
+            "(pip install 'adasplash2[plot]')",
+            name="matplotlib",
+        ) from error
+
+
+@_needs_matplotlib()
 def attention_map(weights: Tensor, axes: Any = None) -> Any:
     """Probabilities of one head, darker where larger, on a log scale; exact zeros are white.
 
@@ -59,6 +76,7 @@ def attention_map(weights: Tensor, axes: Any = None) -> Any:
     return axes
 
 
+@_needs_matplotlib()
 def support_by_head(watched: Mapping[str, Watched], axes: Any = None) -> Any:
     """The keys that a query keeps, by layer and head: one step of
     :attr:`adasplash2.nn.AttentionMonitor.history`. Softmax is left white.
@@ -85,6 +103,7 @@ def support_by_head(watched: Mapping[str, Watched], axes: Any = None) -> Any:
     return axes
 
 
+@_needs_matplotlib()
 def alpha_by_head(history: Mapping[int, Mapping[str, Watched]], axes: Any = None) -> Any:
     """Every head's alpha over the steps of :attr:`adasplash2.nn.AttentionMonitor.history`; a colour
     is a layer.
@@ -116,6 +135,7 @@ def alpha_by_head(history: Mapping[int, Mapping[str, Watched]], axes: Any = None
     return axes
 
 
+@_needs_matplotlib()
 def training_curves(
     runs: Mapping[str, Sequence[Mapping[float, float]]],
     axes: Any = None,

@@ -50,6 +50,7 @@ from adasplash2.backends.triton.kernels.work import (
     entries_at,
     entry_of,
     head_of,
+    in_turn,
     is_marked,
     load_pair,
     load_thresholds,
@@ -472,6 +473,9 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
         number, piece, pieces = work_of(number, cuts, owners, MOST)
         if number < 0:
             return
+    elif not MOST:
+        heads_kv = shape.heads_q // shape.gqa_group
+        number = in_turn(number, heads_kv, tl.cdiv(shape.length_k, opt.block_k), shape, opt)
     at_head, first_key = tile_at(number, shape, opt)
     kv_row, batch, kv_head = at_head
     at_key, inside = rows_at(kv_row, first_key, shape.length_k, opt.block_k)

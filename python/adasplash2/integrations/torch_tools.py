@@ -15,7 +15,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from adasplash2.lowering import is_known
 from adasplash2.problem import DIFFERENTIABLE, Inputs
 
 logger = logging.getLogger("adasplash2")
@@ -70,36 +72,45 @@ class _Watcher(importlib.abc.MetaPathFinder):
 # Operations
 
 
-def attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    """As torch counts SDPA's: two dense products, whatever masks and zeros save. Arguments are
-    shapes."""
-    batch, heads, length_q, head_dim = query
-    table = _argument("block_table", rest, named)
-    length_k = key[2] if table is None else key[2] * table[1]
-    return int(2 * batch * heads * length_q * length_k * (head_dim + value[3]))
+def attention_flops(*arguments: Any, **named: Any) -> int:
+    """Of the forward operator with these arguments, as torch counts SDPA's: two dense products over
+    :func:`_pairs`."""
+    given = _given(torch.ops.adasplash2.attention_forward.default, arguments, named)
+    return 2 * _pairs(given) * int(given["query"].shape[3] + given["value"].shape[3])
 
 
-def _argument(name: str, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """An argument of ``attention_forward`` from those behind the first three; None if not given."""
-    schema = torch.ops.adasplash2.attention_forward.default._schema
-    names = [argument.name for argument in schema.arguments[3:]]
-    return dict(zip(names, rest, strict=False), **named).get(name)
-
-
-def attention_backward_flops(
-    grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
+def attention_backward_flops(*arguments: Any, **named: Any) -> int:
     """As torch counts those of SDPA that keep no scores: five dense products."""
-    batch, heads, length_q, head_dim = query
-    return int(2 * batch * heads * length_q * key[2] * (3 * head_dim + 2 * value[3]))
+    given = _given(torch.ops.adasplash2.attention_backward.default, arguments, named)
+    return 2 * _pairs(given) * int(3 * given["query"].shape[3] + 2 * given["value"].shape[3])
+
+
+def _given(operator: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    names = (argument.name for argument in operator._schema.arguments)
+    return dict(zip(names, arguments, strict=False), **named)
+
+
+def _pairs(given: dict[str, Any]) -> int:
+    """Pairs of queries and keys, whatever zeros and dense masks save. Of lengths and packed
+    sequences those that each query may see, if that is known without waiting for a device; else, as
+    on a GPU, every query with every key."""
+    batch, heads, length_q, _ = given["query"].shape
+    ranges, table = given.get("ranges"), given.get("block_table")
+    if type(ranges) is Tensor and is_known(ranges):
+        seen = int((ranges[1] - ranges[0]).sum())
+        return int(heads * seen * batch // ranges.shape[1])
+    length_k = given["key"].shape[2]
+    if table is not None:
+        length_k *= table.shape[1]
+    return int(batch * heads * length_q * length_k)
 
 
 def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     operators = torch.ops.adasplash2
-    register_flop_formula(operators.attention_forward)(attention_flops)
-    register_flop_formula(operators.attention_backward)(attention_backward_flops)
+    register_flop_formula(operators.attention_forward, get_raw=True)(attention_flops)
+    register_flop_formula(operators.attention_backward, get_raw=True)(attention_backward_flops)
 
 
 # Shardings
