@@ -411,6 +411,10 @@ def _table() -> Iterator[Case]:
     yield replace(flat, name="flat-equal", data="equal", sharpness=1.0)
     yield replace(flat, name="flat-equal-long", data="equal", length_q=9, length_k=6000, heads_q=1)
     yield replace(flat, name="flat-sliced", layout="sliced", head_dim=13, length_q=65)
+    # Shorter than a scan that keeps few is good for, with columns that are no whole vectors.
+    short = replace(flat, name="flat-short", length_k=130, head_dim=48, head_dim_v=41)
+    yield short
+    yield replace(short, name="flat-short-causal", length_q=130, is_causal=True, sharpness=0.4)
     # About as many keys as a list holds, so that some rows are flat and others not.
     yield replace(flat, name="nearly-flat", sharpness=0.08, length_q=129, length_k=900)
 

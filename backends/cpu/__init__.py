@@ -2,7 +2,7 @@
 
 Scan once, keep survivors: one dense ``Q K^T`` in register tiles, a running lower bound of the
 threshold from a coarse histogram, element lists, exact thresholds, sparse output and sparse
-gradients. Rows that keep more keys than a list may have are *flat*: they take blocked dense work
+gradients. Rows that keep more keys than lists are good for are *flat*: they take blocked dense work
 with memory linear in the length.
 """
 

@@ -359,7 +359,11 @@ struct BackwardState {
   Buffer<uint8_t> flat_blocks;  // whether a row block holds a flat row
   bool any_flat = false;
   std::unique_ptr<Panels<T>> packed_keys, packed_values;  // only where a row is flat
-  Buffer<T> grad_scores, delta;
+  // Of each strip, head by head; null where no row is flat.
+  int64_t strip_blocks, strips_per_head;
+  std::vector<KeyGradients<T>> of_strips;
+  Buffer<T> strip_gradients;
+  Buffer<T> grad_scores;
   Buffer<T> weights;  // of dO in dV, where dropout makes them others than the probabilities
 
   explicit BackwardState(const BackwardArguments& a)
@@ -379,13 +383,54 @@ struct BackwardState {
       packed_values = std::make_unique<Panels<T>>(kernels, p, a.value, p.head_dim_v, a.threads);
     }
     grad_scores = Buffer<T>(saved.offsets[p.rows()]);
-    delta = Buffer<T>(any_flat ? p.rows() : 0);
+    make_strips();
     if (p.score.seeds.data) weights = Buffer<T>(saved.offsets[p.rows()]);
+  }
+
+  // The row blocks of a strip of a head.
+  Part strip(int64_t number) const {
+    const int64_t blocks = problem.row_blocks_per_head();
+    return part_of(blocks, strip_blocks, number);
+  }
+
+ private:
+  // A task works on a strip of row blocks of a head. Where a row is flat each strip has gradients
+  // of all keys, which must be little work beside its own: then there are no more strips than many
+  // threads can share, and none is short. A shared mask leaves fewer tasks than heads.
+  void make_strips() {
+    constexpr int64_t kTasks = 32, kTasksOfMask = 4, kStripBlocks = 8;
+    const AttentionProblem& p = problem;
+    const Operand& mask = arguments.grad_mask;
+    const int64_t heads = p.query_heads(), blocks = p.row_blocks_per_head();
+    const int64_t masks =
+        !mask.data ? heads : (mask.stride_batch ? p.batch : 1) * (mask.stride_head ? p.heads_q : 1);
+    const int64_t wanted = std::max(parts(kTasks, heads), parts(kTasksOfMask, masks));
+    strip_blocks = any_flat ? std::max(parts(blocks, wanted), kStripBlocks) : 1;
+    strips_per_head = parts(blocks, strip_blocks);
+    of_strips.resize(size_t(any_flat ? heads * strips_per_head : 0));
+    if (!any_flat) return;
+    const int64_t keys = packed_keys->head_stride, values = packed_values->head_stride;
+    int64_t flat = 0;
+    const auto each_flat_strip = [&](auto f) {
+      for (int64_t i = 0; i < heads * strips_per_head; ++i) {
+        const Part of = strip(i % strips_per_head);
+        const uint8_t* first = flat_blocks.data() + i / strips_per_head * blocks + of.first;
+        if (std::any_of(first, first + of.count, [](uint8_t is_flat) { return is_flat != 0; }))
+          f(of_strips[size_t(i)]);
+      }
+    };
+    each_flat_strip([&](KeyGradients<T>&) { ++flat; });
+    strip_gradients = Buffer<T>(flat * (keys + values));
+    T* at = strip_gradients.data();
+    each_flat_strip([&](KeyGradients<T>& of_strip) {
+      of_strip = {at, at + keys};
+      at += keys + values;
+    });
   }
 };
 
 // The gradient of a mask, to which all rows that share one of its rows add. One task adds for all
-// heads and batches that share a row block of it, one after another, so that the order of
+// heads and batches that share a strip of it, one after another, so that the order of
 // summation is fixed. Where all rows of a head share one, each block has a row of its own first.
 template <class T>
 struct MaskGradient {
@@ -404,15 +449,12 @@ struct MaskGradient {
     std::memset(partial.data(), 0, size_t(partial.size()) * sizeof(T));
   }
 
-  int64_t tasks() const { return batches * heads * blocks; }
-
-  // Calls f with the row blocks of a task, in a fixed order.
+  // Calls f with the heads that share a mask of `batches * heads`, in a fixed order.
   template <class F>
-  void for_blocks(const AttentionProblem& p, int64_t task, F f) const {
-    const int64_t shared = task / blocks, batch = shared / heads, head = shared % heads;
+  void for_heads(const AttentionProblem& p, int64_t shared, F f) const {
+    const int64_t batch = shared / heads, head = shared % heads;
     for (int64_t b = batch; b < p.batch; b += batches)
-      for (int64_t h = head; h < p.heads_q; h += heads)
-        f(row_block_at(p, (b * p.heads_q + h) * blocks + task % blocks));
+      for (int64_t h = head; h < p.heads_q; h += heads) f(b * p.heads_q + h);
   }
 
   void hand_to(RowGradients<T>& task, const AttentionProblem& p, const RowBlock& of) {
@@ -449,7 +491,7 @@ void backward_rows(BackwardState<T>& state) {
   const int64_t element = p.element_size();
   Workspaces workspaces(state.kernels.backward_rows_workspace(p, state.any_flat), a.threads);
   MaskGradient<T> mask(p, a.grad_mask);
-  const auto run = [&](const RowBlock& of, int thread) {
+  const auto run = [&](const RowBlock& of, const KeyGradients<T>& of_strip, int thread) {
     const auto own = [&](const TensorRef& tensor) {
       return p.query_head(tensor, of.head_q).from(of.row_begin, element);
     };
@@ -463,7 +505,7 @@ void backward_rows(BackwardState<T>& state) {
     if (state.any_flat) {
       task.packed_keys = state.packed_keys->head(of.head_kv);
       task.packed_values = state.packed_values->head(of.head_kv);
-      task.delta = state.delta.data() + of.first_row;
+      task.of_strip = of_strip;
     }
     const auto of_rows = [&](void* grad) {
       return grad ? static_cast<T*>(grad) + of.first_row : nullptr;
@@ -486,8 +528,19 @@ void backward_rows(BackwardState<T>& state) {
     task.workspace = workspaces.of(thread);
     state.kernels.backward_rows(task);
   };
-  parallel_for(mask.tasks(), a.threads, [&](int64_t turn, int thread) {
-    mask.for_blocks(p, turn, [&](const RowBlock& of) { run(of, thread); });
+  // The last strips of a head first, as row_block_at says.
+  const int64_t strips = state.strips_per_head;
+  parallel_for(mask.batches * mask.heads * strips, a.threads, [&](int64_t turn, int thread) {
+    const int64_t number = strips - 1 - turn % strips;
+    const Part blocks = state.strip(number);
+    mask.for_heads(p, turn / strips, [&](int64_t head) {
+      const KeyGradients<T> of_strip =
+          state.any_flat ? state.of_strips[size_t(head * strips + number)] : KeyGradients<T>{};
+      if (of_strip.keys)
+        std::fill(of_strip.keys, of_strip.values + state.packed_values->head_stride, T(0));
+      for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b)
+        run(row_block(p, head * p.row_blocks_per_head() + b), of_strip, thread);
+    });
   });
   mask.finish();
 }
@@ -513,7 +566,6 @@ void backward_keys(BackwardState<T>& state) {
   parallel_for(
       p.key_heads() * parts(p.length_k, k.task_keys), a.threads, [&](int64_t turn, int thread) {
         const KeyBlock of = key_block_at(p, k.task_keys, turn);
-        const int64_t row = of.first_head_q * p.length_q;
         BackwardKeysTask<T> task = {};
         task.problem = &p;
         task.queries = queries.data() + of.first_head_q;
@@ -528,12 +580,8 @@ void backward_keys(BackwardState<T>& state) {
         task.weights = columns.weights.data();
         task.grad_scores = columns.grad_scores.data();
         if (state.any_flat) {
-          task.packed_keys = state.packed_keys->head(of.head_kv);
-          task.packed_values = state.packed_values->head(of.head_kv);
-          task.thresholds = state.saved.thresholds + row;
-          task.delta = state.delta.data() + row;
-          task.support = state.saved.support + row;
-          task.flat_blocks = state.flat_blocks.data() + of.first_head_q * p.row_blocks_per_head();
+          task.of_strips = state.of_strips.data() + of.first_head_q * state.strips_per_head;
+          task.strips = p.gqa_group() * state.strips_per_head;
         }
         task.workspace = workspaces.of(thread);
         k.backward_keys(task);

@@ -2,9 +2,11 @@
 //     ds_j = slope u_j (dp_j - delta), the gradient of q . k_j,
 //     dQ = sum_j ds_j k_j,  dK_j = sum_i ds_ij q_i,  dV_j = sum_i p_ij dO_i
 // (Correia, Niculae, Martins 2019). Rows own dQ, keys own dK and dV, so nothing is shared and
-// the order of summation is fixed. Both differentiate first, then gather. Flat rows recompute
-// their scores, and their probabilities from their thresholds. A sink is one more entry of its row,
-// with a dp of 0. Dropout multiplies dp_j, and p_ij in dV, by what it multiplies p_ij by.
+// the order of summation is fixed. Rows differentiate first; then rows and keys gather what lists
+// hold. Flat rows recompute their scores, and their probabilities from their thresholds, once: a
+// strip of row blocks adds up their dK and dV, and keys add up those of the strips. A sink is one
+// more entry of its row, with a dp of 0. Dropout multiplies dp_j, and p_ij in dV, by what it
+// multiplies p_ij by.
 #pragma once
 
 #include "forward.h"
@@ -61,7 +63,7 @@ struct BackwardRows {
   T *grad_out, *grad_query, *list, *query_packed, *grad_out_packed, *grad_scores,
       *grad_probabilities, *query, *row_dots, *row_probabilities;
   int32_t* list_keys;
-  int64_t score_stride, bytes;
+  int64_t score_stride, together, bytes;
 
   ADASPLASH2_INLINE BackwardRows(const BackwardRowsTask<T>& t, const AttentionProblem& p,
                                  bool any_flat)
@@ -73,39 +75,42 @@ struct BackwardRows {
         dropout(scores.score) {
     Arena arena{static_cast<char*>(t.workspace)};
     score_stride = score_stride_of<T>(p);
+    together = rows_together<T>(p, 2);
+    const int64_t longest =
+        any_flat && score_stride > kListStride<T> ? score_stride : kListStride<T>;
     grad_out = arena.take<T>(p.head_dim_v);
-    grad_query = arena.take<T>(kTileRows * p.head_dim);
+    grad_query = arena.take<T>((any_flat ? together : 1) * p.head_dim);
     list = arena.take<T>(2 * kListStride<T>);
+    row_probabilities = arena.take<T>(longest);  // of a row, whose places ds takes
     if (any_flat) {
-      query_packed = arena.take<T>(kTileRows * p.head_dim);
-      grad_out_packed = arena.take<T>(kTileRows * p.head_dim_v);
-      grad_scores = arena.take<T>(kTileRows * score_stride);
-      grad_probabilities = arena.take<T>(kTileRows * score_stride);
+      query_packed = arena.take<T>(together * p.head_dim);
+      grad_out_packed = arena.take<T>(together * p.head_dim_v);
+      grad_scores = arena.take<T>(together * score_stride);
+      grad_probabilities = arena.take<T>(together * score_stride);
     }
-    if (!p.score.is_plain) {  // q . k and p of a row, whose places ds takes
-      const int64_t longest =
-          any_flat && score_stride > kListStride<T> ? score_stride : kListStride<T>;
+    if (!p.score.is_plain) {
       query = arena.take<T>(p.head_dim);
-      row_dots = arena.take<T>(longest);
-      row_probabilities = arena.take<T>(longest);
+      row_dots = arena.take<T>(longest);  // q . k, likewise
       list_keys = arena.take<int32_t>(kListStride<T>);
     }
     bytes = arena.used;
   }
 
   ADASPLASH2_INLINE void run() {
-    for (int64_t t = 0; t < parts(task.rows, kTileRows); ++t) {
-      const Part rows = part_of(task.rows, kTileRows, t);
-      bool any_flat = false;
-      for (int64_t i = rows.first; i < rows.first + rows.count; ++i) {
-        any_flat |= is_flat(i);
-        if (!is_flat(i)) run_list(i);
-      }
-      if (any_flat) run_flat(rows);
+    for (int64_t i = 0; i < task.rows; ++i)
+      if (!is_flat(i)) run_list(i);
+    for (int64_t g = 0; g < parts(task.rows, together); ++g) {
+      const Part rows = part_of(task.rows, together, g);
+      if (any_flat(rows)) run_flat(rows);
     }
   }
 
   ADASPLASH2_INLINE bool is_flat(int64_t i) const { return task.support[i] < 0; }
+  ADASPLASH2_INLINE bool any_flat(Part rows) const {
+    for (int64_t i = rows.first; i < rows.first + rows.count; ++i)
+      if (is_flat(i)) return true;
+    return false;
+  }
 
   // --- rows with a list ----------------------------------------------------------------------
 
@@ -169,11 +174,11 @@ struct BackwardRows {
   }
 
   // p of n keys of row i, zeros behind them to the end of a vector -> ds in place, the gradient of
-  // q . k, and the row's other gradients; returns delta. `dp` is likewise, and so is `row_dots`
-  // where that is needed. There is room for the sink.
+  // q . k, and the row's other gradients. `dp` is likewise, and so is `row_dots` where that is
+  // needed. There is room for the sink.
   template <class KeyAt, class SeenAt>
-  ADASPLASH2_INLINE T differentiate(int64_t i, T* x, T* dp, int64_t n, KeyAt key_at,
-                                    SeenAt seen_at) {
+  ADASPLASH2_INLINE void differentiate(int64_t i, T* x, T* dp, int64_t n, KeyAt key_at,
+                                       SeenAt seen_at) {
     const RowGradients<T>& others = task.others;
     const int64_t row = task.row_begin + i, width = n + scores.has_sink();
     if (scores.has_sink()) {
@@ -200,7 +205,6 @@ struct BackwardRows {
     }
     if (others.slopes) others.slopes[i] = -slopes.total();
     if (others.scales) others.scales[i] = scales.total();
-    return delta;
   }
 
   // Keys that are not seen may be none: behind a row's last key lies what another task adds to.
@@ -232,75 +236,144 @@ struct BackwardRows {
   // --- rows without a list -------------------------------------------------------------------
 
   __attribute__((noinline)) void run_flat(Part rows) {
-    const KeyRange keys = scores.needed_by_any(task.row_begin + rows.first, rows.count);
-    const KeyRange panels = keys.in_units_of(kKeys);
-    const KeyRange stored = {panels.begin * kKeys, panels.end * kKeys};
+    const KeyRange keys = needed_by_any(rows), panels = keys.in_units_of(kKeys);
+    const int64_t padded = round_up(rows.count, kTileRows), first_key = panels.begin * kKeys;
     scan_flat(rows, panels);
-    T units[kTileRows];
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      T* ds = grad_scores + r * score_stride;
+    for (int64_t r = 0; r < padded; ++r)
       if (r < rows.count && is_flat(rows.first + r))
-        differentiate_flat(rows.first + r, stored, ds, grad_probabilities + r * score_stride);
+        differentiate_flat(rows, r, first_key);
       else
-        for (int64_t j = 0; j < stored.size(); j += kLanes<T>) store(ds + j, Vec<T>{});
-      units[r] = into_range(ds, stored.size());
-    }
-    gather_flat(rows, {stored.begin, keys.end}, units);
+        clear(r, 0, panels.size() * kKeys);
+    add_to_keys(rows, panels);
+    T units[kBlockRows];
+    for (int64_t r = 0; r < rows.count; ++r)
+      units[r] = into_range(grad_scores + r * score_stride, panels.size() * kKeys);
+    weighted_sums<S>(grad_scores, score_stride, padded, task.key, {first_key, keys.end - first_key},
+                     problem.head_dim, grad_query);
+    for (int64_t r = 0; r < rows.count; ++r)
+      if (is_flat(rows.first + r))
+        write(rows.first + r, grad_query + r * problem.head_dim, units[r]);
   }
 
-  // q . k and dp of the keys in some panels.
-  ADASPLASH2_INLINE void scan_flat(Part rows, KeyRange panels) {
-    pack_transposed<S, T>(task.query, rows, kTileRows, problem.head_dim, query_packed);
-    pack_transposed<S, T>(task.grad_out, rows, kTileRows, problem.head_dim_v, grad_out_packed);
+  ADASPLASH2_INLINE KeyRange needed_by_any(Part rows) const {
+    return scores.needed_by_any(task.row_begin + rows.first, rows.count);
+  }
+  // The rows that share tiles of scores with row r of some rows.
+  ADASPLASH2_INLINE Part tile_of(Part rows, int64_t r) const {
+    const Part tile = part_of(rows.count, kTileRows, r / kTileRows);
+    return {rows.first + tile.first, tile.count};
+  }
+  ADASPLASH2_INLINE void clear(int64_t r, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j += kLanes<T>) {
+      store(grad_scores + r * score_stride + j, Vec<T>{});
+      store(grad_probabilities + r * score_stride + j, Vec<T>{});
+    }
+  }
+
+  // q . k and dp of the keys in some panels; zeros where a tile has no flat row, or none of its
+  // rows needs a key of the panel.
+  __attribute__((noinline)) void scan_flat(Part rows, KeyRange panels) {
+    KeyRange needed[kBlockRows / kTileRows];
+    for (int64_t r = 0; r < rows.count; r += kTileRows) {
+      const Part tile = tile_of(rows, r);
+      needed[r / kTileRows] = any_flat(tile) ? needed_by_any(tile) : KeyRange{0, 0};
+      pack_transposed<S, T>(task.query, tile, kTileRows, problem.head_dim,
+                            query_packed + r * problem.head_dim);
+      pack_transposed<S, T>(task.grad_out, tile, kTileRows, problem.head_dim_v,
+                            grad_out_packed + r * problem.head_dim_v);
+    }
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const T* keys = task.packed_keys + panel * kKeys * problem.head_dim;
       const T* values = task.packed_values + panel * kKeys * problem.head_dim_v;
       const KeyRange of_panel = {panel * kKeys, (panel + 1) * kKeys};
-      Tile<T> dots = {}, dp = {};
-      if (scores.any_allowed(task.row_begin + rows.first, rows.count, of_panel)) {
-        dots = dot_tile(query_packed, keys, problem.head_dim);
-        dp = dot_tile(grad_out_packed, values, problem.head_dim_v);
+      for (int64_t r = 0; r < rows.count; r += kTileRows) {
+        const Part tile = tile_of(rows, r);
+        const bool any = of_panel.overlaps(needed[r / kTileRows]) &&
+                         scores.any_allowed(task.row_begin + tile.first, tile.count, of_panel);
+        const int64_t at = r * score_stride + (panel - panels.begin) * kKeys;
+        // One after another: registers hold one tile.
+        const auto make = [&](const T* rows_packed, const T* packed, int64_t depth, T* to) {
+          store_tile(any ? dot_tile(rows_packed + r * depth, packed, depth) : Tile<T>{}, to + at,
+                     score_stride);
+        };
+        make(query_packed, keys, problem.head_dim, grad_scores);
+        make(grad_out_packed, values, problem.head_dim_v, grad_probabilities);
       }
-      for (int r = 0; r < kTileRows; ++r)
-        for (int v = 0; v < kTileVectors; ++v) {
-          const int64_t lane = v * kLanes<T>;
-          const int64_t at = r * score_stride + (panel - panels.begin) * kKeys + lane;
-          store(grad_scores + at, dots.rows[r][v]);
-          store(grad_probabilities + at, dp.rows[r][v]);
-        }
     }
   }
 
-  // q . k of the keys in `stored` -> ds in place.
-  ADASPLASH2_INLINE void differentiate_flat(int64_t i, KeyRange stored, T* x, T* dp) {
-    const int64_t n = stored.size(), row = task.row_begin + i;
+  // Row r of some rows, of the keys from first_key on: q . k -> ds, dp -> what dO has in dV.
+  __attribute__((noinline)) void differentiate_flat(Part rows, int64_t r, int64_t first_key) {
+    const KeyRange panels = needed_by_any(tile_of(rows, r)).in_units_of(kKeys);
+    const int64_t begin = panels.begin * kKeys, n = panels.size() * kKeys;
+    const int64_t i = rows.first + r, row = task.row_begin + i;
+    T* x = grad_scores + r * score_stride + (begin - first_key);
+    T* dp = grad_probabilities + r * score_stride + (begin - first_key);
     if constexpr (!IsPlain)
       if (needs_dots()) __builtin_memcpy(row_dots, x, size_t(n) * sizeof(T));
+    const KeyRange scaled = scores.is_scaled ? scores.visible(row) : KeyRange{0, 0};
     for (int64_t j = 0; j < n; j += kLanes<T>) {
-      const Vec<T> values = scores.values(load(x + j), row, stored.begin + j);
-      store(x + j, probability<K>(values, task.thresholds[i], power));
+      const int64_t key = begin + j;
+      const Vec<T> dots = load(x + j);
+      const Vec<T> values = scaled.contains({key, key + kLanes<T>}) ? scores.values(dots)
+                                                                    : scores.values(dots, row, key);
+      const Vec<T> p = probability<K>(values, task.thresholds[i], power);
+      store(x + j, p);
+      store(row_probabilities + j, p);
     }
+    const auto key_at = [&](int64_t j) { return scores.keys_from(begin + j); };
     if constexpr (IsPlain) {
-      task.delta[i] = score_gradients<K>(x, dp, n, scores.slope(), power);
+      score_gradients<K>(x, dp, n, scores.slope(), power);
     } else {
-      const auto key_at = [&](int64_t j) { return scores.keys_from(stored.begin + j); };
-      const auto seen_at = [&](int64_t j) { return scores.allowed(row, stored.begin + j); };
+      const auto seen_at = [&](int64_t j) { return scores.allowed(row, begin + j); };
       if (dropout.is_on())
         for (int64_t j = 0; j < n; j += kLanes<T>)
           store(dp + j, dropout.applied(load(dp + j), row, key_at(j)));
-      task.delta[i] = differentiate(i, x, dp, n, key_at, seen_at);
+      differentiate(i, x, dp, n, key_at, seen_at);
+    }
+    __builtin_memcpy(dp, row_probabilities, size_t(n) * sizeof(T));
+    if (!IsPlain && dropout.is_on())
+      for (int64_t j = 0; j < n; j += kLanes<T>)
+        store(dp + j, dropout.weights(load(dp + j), row, key_at(j)));
+    const T tau = task.thresholds[i].tau;
+    if (tau == tau) return;
+    // A poisoned row: its NaN must not reach keys that it does not see.
+    for (int64_t j = 0; j < n; j += kLanes<T>) {
+      const Ints<T> allowed = scores.allowed(row, begin + j);
+      store(x + j, allowed ? load(x + j) : Vec<T>{});
+      store(dp + j, allowed ? load(dp + j) : Vec<T>{});
     }
   }
 
-  ADASPLASH2_INLINE void gather_flat(Part rows, KeyRange keys, const T* units) {
-    for (int64_t k = 0; k < kTileRows * problem.head_dim; ++k) grad_query[k] = T(0);
-    for (int64_t r = 0; r < kTileRows; r += kWeightedRows)
-      add_weighted_rows<kWeightedRows, S>(grad_scores + r * score_stride, score_stride, 1, task.key,
-                                          {keys.begin, keys.size()}, problem.head_dim,
-                                          grad_query + r * problem.head_dim, problem.head_dim);
-    for (int64_t r = 0; r < rows.count; ++r)
-      if (is_flat(rows.first + r))
-        write(rows.first + r, grad_query + r * problem.head_dim, units[r]);
+  // What the rows give to the keys of some panels.
+  ADASPLASH2_INLINE void add_to_keys(Part rows, KeyRange panels) {
+    add_to_keys(grad_scores, rows, panels, task.query, problem.head_dim, task.of_strip.keys);
+    add_to_keys(grad_probabilities, rows, panels, task.grad_out, problem.head_dim_v,
+                task.of_strip.values);
+  }
+  __attribute__((noinline)) void add_to_keys(const T* weights, Part rows, KeyRange panels,
+                                             HeadRef matrix, int64_t width, T* out) {
+    const bool finite = all_finite<S>(matrix, rows, width);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const T* of_panel = weights + (panel - panels.begin) * kKeys;
+      // Where rows see more and more keys, the first see none of the last.
+      int64_t begin = 0, end = round_up(rows.count, kWeightedRows);
+      const auto is_zero = [&](int64_t r) {
+        return all_zero(of_panel + r * score_stride, score_stride);
+      };
+      while (begin < end && is_zero(begin)) begin += kWeightedRows;
+      while (begin < end && is_zero(end - kWeightedRows)) end -= kWeightedRows;
+      if (begin == end) continue;
+      if (end > rows.count) end = rows.count;
+      const Part some = {rows.first + begin, end - begin};
+      T* to = out + panel * kKeys * width;
+      if (finite)
+        add_to_panel<Zeros::kMultiply, S>(of_panel + begin * score_stride, score_stride, matrix,
+                                          some, width, to);
+      else
+        add_to_panel<Zeros::kTakeNothing, S>(of_panel + begin * score_stride, score_stride, matrix,
+                                             some, width, to);
+    }
   }
 };
 
@@ -325,11 +398,10 @@ constexpr int64_t kTaskKeys = (kBlockRows + kPanelKeys<T> - 1) / kPanelKeys<T> *
 template <class S>
 struct BackwardKeys {
   using T = ComputeOf<S>;
-  static constexpr int64_t kKeys = kPanelKeys<T>;
 
   const BackwardKeysTask<T>& task;
   const AttentionProblem& problem;
-  T *grad_keys, *grad_values, *query_packed, *grad_out_packed, *weights, *grad_scores;
+  T *grad_keys, *grad_values;
   int64_t bytes;
 
   ADASPLASH2_INLINE BackwardKeys(const BackwardKeysTask<T>& t, const AttentionProblem& p)
@@ -337,10 +409,6 @@ struct BackwardKeys {
     Arena arena{static_cast<char*>(t.workspace)};
     grad_keys = arena.take<T>(kTaskKeys<T> * p.head_dim);
     grad_values = arena.take<T>(kTaskKeys<T> * p.head_dim_v);
-    query_packed = arena.take<T>(kBlockRows * p.head_dim);
-    grad_out_packed = arena.take<T>(kBlockRows * p.head_dim_v);
-    weights = arena.take<T>(kBlockRows * kKeys);
-    grad_scores = arena.take<T>(kBlockRows * kKeys);
     bytes = arena.used;
   }
 
@@ -348,7 +416,10 @@ struct BackwardKeys {
     for (int64_t k = 0; k < task.keys * problem.head_dim; ++k) grad_keys[k] = T(0);
     for (int64_t k = 0; k < task.keys * problem.head_dim_v; ++k) grad_values[k] = T(0);
     for (int64_t j = 0; j < task.keys; ++j) gather_lists(j);
-    if (task.flat_blocks) add_flat_blocks();
+    for (int64_t s = 0; s < task.strips; ++s) {
+      add_strip(task.of_strips[s].keys, problem.head_dim, grad_keys);
+      add_strip(task.of_strips[s].values, problem.head_dim_v, grad_values);
+    }
     for (int64_t j = 0; j < task.keys; ++j) {
       store_storage(row_of<S>(task.grad_key, j), grad_keys + j * problem.head_dim,
                     problem.head_dim);
@@ -357,7 +428,12 @@ struct BackwardKeys {
     }
   }
 
-  // --- rows with a list ----------------------------------------------------------------------
+  // What the flat rows of a strip, if it has any, give to all keys of the head.
+  ADASPLASH2_INLINE void add_strip(const T* of_strip, int64_t width, T* out) {
+    if (!of_strip) return;
+    of_strip += task.key_begin * width;
+    for (int64_t k = 0; k < task.keys * width; ++k) out[k] += of_strip[k];
+  }
 
   ADASPLASH2_INLINE void gather_lists(int64_t j) {
     // Entries are ordered by head, then row: one gather per query head of the group.
@@ -381,113 +457,6 @@ struct BackwardKeys {
     // Rows carry the head in front: step the base back instead of subtracting it each time.
     const HeadRef base = matrix.from(-problem.group_row(head, 0), sizeof(S));
     gather_rows<true, S>(weights + begin, task.rows + begin, end - begin, base, width, out);
-  }
-
-  // --- rows without a list -------------------------------------------------------------------
-
-  ADASPLASH2_INLINE void add_flat_blocks() {
-    const int64_t blocks = problem.row_blocks_per_head();
-    for (int64_t head = 0; head < problem.gqa_group(); ++head)
-      with_scores(problem, task.first_head + head, [&](auto kind, auto plain) {
-        constexpr AlphaKind K = decltype(kind)::value;
-        const Alpha& alpha = problem.alpha_of(task.first_head + head);
-        const Scores<K, T, decltype(plain)::value> scores(problem.score_of(task.first_head + head),
-                                                          alpha);
-        const Power<T> power = power_of<T>(alpha);
-        for (int64_t block = 0; block < blocks; ++block)
-          if (task.flat_blocks[head * blocks + block])
-            add_flat_block(head, part_of(problem.length_q, kBlockRows, block), scores, power);
-      });
-  }
-
-  // Scores, p and ds of one row block against each panel of this task's keys.
-  template <AlphaKind K, bool IsPlain>
-  __attribute__((noinline)) void add_flat_block(int64_t head, Part rows,
-                                                const Scores<K, T, IsPlain>& scores,
-                                                const Power<T>& power) {
-    const KeyRange seen = scores.needed_by_any(rows.first, rows.count);
-    if (!seen.overlaps({task.key_begin, task.key_begin + task.keys})) return;
-    pack_flat_block(head, rows);
-    for (int64_t key = 0; key < task.keys; key += kKeys) {
-      const int64_t first_key = task.key_begin + key;
-      if (!seen.overlaps({first_key, first_key + kKeys})) continue;
-      for (int64_t t = 0; t < parts(rows.count, kTileRows); ++t)
-        differentiate_flat(head, rows, t * kTileRows, first_key, scores, power);
-      gather_flat(head, rows, key);
-    }
-  }
-
-  ADASPLASH2_INLINE void pack_flat_block(int64_t head, Part rows) {
-    for (int64_t t = 0; t < parts(rows.count, kTileRows); ++t) {
-      const Part tile = part_of(rows.count, kTileRows, t);
-      const Part packed = {rows.first + tile.first, tile.count};
-      pack_transposed<S, T>(task.queries[head], packed, kTileRows, problem.head_dim,
-                            query_packed + tile.first * problem.head_dim);
-      pack_transposed<S, T>(task.grad_outs[head], packed, kTileRows, problem.head_dim_v,
-                            grad_out_packed + tile.first * problem.head_dim_v);
-    }
-  }
-
-  // p and ds of a tile: rows [at, at + kTileRows) of the block, the panel from first_key on.
-  template <AlphaKind K, bool IsPlain>
-  ADASPLASH2_INLINE void differentiate_flat(int64_t head, Part rows, int64_t at, int64_t first_key,
-                                            const Scores<K, T, IsPlain>& scores,
-                                            const Power<T>& power) {
-    const Part tile = part_of(rows.count, kTileRows, at / kTileRows);
-    Tile<T> dots = {}, products = {};
-    if (scores.any_allowed(rows.first + at, tile.count, {first_key, first_key + kKeys})) {
-      dots = dot_tile(query_packed + at * problem.head_dim,
-                      task.packed_keys + first_key * problem.head_dim, problem.head_dim);
-      products = dot_tile(grad_out_packed + at * problem.head_dim_v,
-                          task.packed_values + first_key * problem.head_dim_v, problem.head_dim_v);
-    }
-    const Dropout<T> dropout(scores.score);
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      const int64_t row = rows.first + at + r, i = problem.group_row(head, row);
-      const bool is_flat = at + r < rows.count && task.support[i] < 0;
-      for (int v = 0; v < kTileVectors; ++v) {
-        const int64_t lane = v * kLanes<T>;
-        Vec<T> p = {}, ds = {};
-        if (is_flat) {
-          const Vec<T> product = dots.rows[r][v];
-          const Vec<T> values =
-              IsPlain ? scores.values(product) : scores.values(product, row, first_key + lane);
-          const Keys<T> keys = scores.keys_from(first_key + lane);
-          Vec<T> dp = products.rows[r][v];
-          if (!IsPlain && dropout.is_on()) dp = dropout.applied(dp, row, keys);
-          p = probability<K>(values, task.thresholds[i], power);
-          const Vec<T> u = sensitivity<K>(p, power);
-          ds = score_gradient<K>(p, u, dp - task.delta[i], scores.slope(), power);
-          ds = scores.through_scale(scores.through_cap(ds, product, row), row, power);
-          const Ints<T> allowed = scores.allowed(row, first_key + lane);
-          if (!IsPlain && dropout.is_on()) p = dropout.weights(p, row, keys);
-          p = allowed ? p : Vec<T>{};
-          ds = allowed ? ds : Vec<T>{};
-        }
-        store(weights + (at + r) * kKeys + lane, p);
-        store(grad_scores + (at + r) * kKeys + lane, ds);
-      }
-    }
-  }
-
-  // Adds what the rows of a block give to the panel of keys from this task's `key` on. Weights are
-  // read down their columns; padding keys of the last panel have none.
-  ADASPLASH2_INLINE void gather_flat(int64_t head, Part rows, int64_t key) {
-    const int64_t end = key + kKeys < task.keys ? key + kKeys : task.keys;
-    int64_t j = key;
-    for (; j + kWeightedRows <= end; j += kWeightedRows)
-      add_columns<kWeightedRows>(head, rows, j - key, j);
-    for (; j < end; ++j) add_columns<1>(head, rows, j - key, j);
-  }
-
-  // Columns [column, column + R) of the panel, to this task's keys from j on.
-  template <int R>
-  ADASPLASH2_INLINE void add_columns(int64_t head, Part rows, int64_t column, int64_t j) {
-    add_weighted_rows<R, S>(weights + column, 1, kKeys, task.grad_outs[head], rows,
-                            problem.head_dim_v, grad_values + j * problem.head_dim_v,
-                            problem.head_dim_v);
-    add_weighted_rows<R, S>(grad_scores + column, 1, kKeys, task.queries[head], rows,
-                            problem.head_dim, grad_keys + j * problem.head_dim, problem.head_dim);
   }
 };
 

@@ -37,13 +37,9 @@ ADASPLASH2_INLINE void entmax_rows(const EntmaxTask<ComputeOf<S>>& task) {
     for (int64_t j = 0; j < whole; j += L) store(ws.values + j, load_compute(x + j) * factor);
     if (whole < n) store(ws.values + whole, load_partial(x + whole, int(n - whole)) * factor);
     const DenseRow<T> row = solve_dense<K, T>(ws.values, n, ws.candidates, power);
-    const auto p_at = [&](int64_t j) {
-      return probability<K>(load(ws.values + j), row.threshold, power) * row.norm;
-    };
-    const bool empty = row.state == RowState::kEmpty;
     for (int64_t j = 0; j < n; j += L) {
       T p[L];
-      store(p, empty ? Vec<T>{} : p_at(j));
+      store(p, load(ws.values + j) * row.norm);
       store_storage(y + j, p, j < whole ? L : n - whole);
     }
   }

@@ -14,6 +14,19 @@ namespace adasplash2::ADASPLASH2_ISA {
 constexpr int64_t kFirstTrigger = 32;
 constexpr int64_t kRegrowth = 2;
 
+// Rows are flat, and dense work is done on all their keys, where they keep more of them than lists
+// are good for: a part of those that they see, whatever their number, and no more than a list may
+// hold. Dense work is that of a tile: its rows are alike where they can be.
+constexpr int64_t kShareOfList = 4;  // the part is one in this many
+constexpr int64_t kShortList = 32;
+constexpr int64_t kLongList = kListCapacity * 3 / 4;
+// One that has kept three quarters of this part of its keys is expected to.
+constexpr int64_t kShareOfScan = 16;
+
+// Rows that see no more keys than these need no scan that keeps few: all their scores are held at
+// once, and what is a list is seen from their probabilities.
+constexpr int64_t kShortRow = 192;
+
 ADASPLASH2_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Bump allocation from a workspace; with a null base it only measures.
@@ -78,6 +91,17 @@ ADASPLASH2_INLINE int64_t score_stride_of(const AttentionProblem& p) {
   return round_up(p.length_k, kPanelKeys<T>) + sink + kLanes<T>;
 }
 
+// How many rows, whole tiles of them, have their dense work done together, where that holds
+// `arrays` numbers for each of their keys: more rows read keys and values less often, as long as
+// what is held stays in the cache. Results do not depend on it.
+template <class T>
+ADASPLASH2_INLINE int64_t rows_together(const AttentionProblem& p, int64_t arrays) {
+  constexpr int64_t kBytes = int64_t(1) << 19;
+  const int64_t a_tile = kTileRows * arrays * score_stride_of<T>(p) * int64_t(sizeof(T));
+  const int64_t tiles = kBytes / a_tile, most = kBlockRows / kTileRows;
+  return (tiles < 1 ? 1 : tiles < most ? tiles : most) * kTileRows;
+}
+
 // Calls f with what is known of a head's scores at compile time: their alpha's kind, and whether
 // they are plain.
 template <bool B>
@@ -96,7 +120,7 @@ template <class T>
 struct ForwardWorkspace {
   T *query, *list_values, *scores, *candidates, *out, *kept_values;
   int32_t *list_keys, *kept_keys;
-  int64_t score_stride, bytes;
+  int64_t score_stride, together, bytes;
 
   ADASPLASH2_INLINE ForwardWorkspace(const AttentionProblem& p, void* base) {
     Arena arena{static_cast<char*>(base)};
@@ -104,12 +128,13 @@ struct ForwardWorkspace {
     query = arena.take<T>(kBlockRows * p.head_dim);
     list_values = arena.take<T>(kBlockRows * kListStride<T>);
     list_keys = arena.take<int32_t>(kBlockRows * kListStride<T>);
-    out = arena.take<T>(kTileRows * p.head_dim_v);
+    together = rows_together<T>(p, 1);
+    out = arena.take<T>(together * p.head_dim_v);
     // What dropout leaves of a list.
     kept_values = arena.take<T>(p.score.seeds.data ? kListStride<T> : 0);
     kept_keys = arena.take<int32_t>(p.score.seeds.data ? kListStride<T> : 0);
     // Flat rows only; not touched, so not resident, without them.
-    scores = arena.take<T>(kTileRows * score_stride);
+    scores = arena.take<T>(together * score_stride);
     candidates = arena.take<T>(score_stride);
     bytes = arena.used;
   }
@@ -127,8 +152,8 @@ struct ForwardBlock {
   const Power<T> power;
   const Scores<K, T, IsPlain> scores;
   T lo[kBlockRows];
-  int64_t count[kBlockRows], trigger[kBlockRows];
-  bool flat[kBlockRows];
+  int64_t count[kBlockRows], trigger[kBlockRows], longest[kBlockRows];
+  bool flat[kBlockRows];  // has no list, or none yet
   Work work;
 
   ADASPLASH2_INLINE explicit ForwardBlock(const ForwardTask<T>& t)
@@ -143,9 +168,11 @@ struct ForwardBlock {
     prepare();
     scan();
     solve();
+    for (int64_t g = 0; g < parts(task.rows, ws.together); ++g) {
+      const Part rows = part_of(task.rows, ws.together, g);
+      if (any_flat(rows)) run_flat(rows);
+    }
     gather();
-    for (int64_t t = 0; t < row_tiles(); ++t)
-      if (any_flat(row_tile(t))) run_flat(row_tile(t));
   }
 
   // The rows that share a tile of scores.
@@ -165,9 +192,12 @@ struct ForwardBlock {
       if (flat[i]) return true;
     return false;
   }
-  ADASPLASH2_INLINE bool all_flat(Part rows) const {
-    for (int64_t i = rows.first; i < rows.first + rows.count; ++i)
-      if (!flat[i]) return false;
+  // Whether a tile has its dense work for most of its rows: then it has it for all.
+  ADASPLASH2_INLINE bool is_flat(Part rows) {
+    int64_t number = 0;
+    for (int64_t i = rows.first; i < rows.first + rows.count; ++i) number += flat[i];
+    if (number * 2 <= rows.count) return false;
+    for (int64_t i = rows.first; i < rows.first + rows.count; ++i) flat[i] = true;
     return true;
   }
   ADASPLASH2_INLINE Candidates<T> candidates(int64_t i) const {
@@ -190,7 +220,9 @@ struct ForwardBlock {
       lo[i] = -kInfinity<T>;
       count[i] = 0;
       trigger[i] = kFirstTrigger;
-      flat[i] = false;
+      const int64_t seen = scores.visible(task.row_begin + i).size(), part = seen / kShareOfList;
+      longest[i] = part < kShortList ? kShortList : part < kLongList ? part : kLongList;
+      flat[i] = seen <= kShortRow;
       if (scores.has_sink()) {
         Candidates<T> list = candidates(i);
         add_sink(list, scores.sink_value());
@@ -230,7 +262,7 @@ struct ForwardBlock {
       const KeyRange keys = {panel * kKeys, (panel + 1) * kKeys};
       for (int64_t t = tile_begin; t < tile_end; ++t) {
         const Part rows = row_tile(t);
-        if (!keys.overlaps(needed[t]) || all_flat(rows)) continue;
+        if (!keys.overlaps(needed[t]) || is_flat(rows)) continue;
         if (!any_allowed(rows, keys)) continue;
         scores.prefetch(task.row_begin + rows.first, rows.count, keys.begin - kKeys, kKeys);
         const Tile<T> tile = dots(rows, panel);
@@ -275,15 +307,19 @@ struct ForwardBlock {
                        list.keys + n);
     work.appended += n - list.count;
     count[i] = n;
-    if (n >= trigger[i]) tighten_row(i);
+    if (n >= trigger[i]) tighten_row(i, key);
   }
 
-  __attribute__((noinline)) void tighten_row(int64_t i) {
+  // The keys from `key` on have been scanned.
+  __attribute__((noinline)) void tighten_row(int64_t i, int64_t key) {
     const Tightened<T> row = tighten<K, T>(candidates(i), power);
     ++work.tightenings;
     count[i] = row.count;
     // A poisoned row is flat too: its NaN has to reach every gradient it touches.
-    flat[i] = row.state == RowState::kPoisoned || row.count > kListCapacity * 3 / 4;
+    const KeyRange seen = scores.visible(task.row_begin + i);
+    const int64_t scanned = seen.end - key;
+    const bool keeps_most = scanned * kShareOfScan >= seen.size() && row.count * 4 > scanned * 3;
+    flat[i] = row.state == RowState::kPoisoned || row.count > longest[i] || keeps_most;
     if (flat[i]) return;
     lo[i] = row.lo;
     const int64_t next = row.count * kRegrowth + kFirstTrigger / 2;
@@ -352,48 +388,120 @@ struct ForwardBlock {
 
   // --- rows without a list -------------------------------------------------------------------
 
-  // The same phases for a row tile with flat rows: all their scores at once, kTileRows rows by the
-  // keys that they see, linear in the length however many keys they keep.
+  // The same phases for some rows, of which some are flat: all their scores at once, linear in the
+  // length however many keys they keep. Those that keep few after all have lists from here on.
   __attribute__((noinline)) void run_flat(Part rows) {
     const KeyRange keys = needed_by_any(rows), panels = keys.in_units_of(kKeys);
     const KeyRange stored = {panels.begin * kKeys, panels.end * kKeys};
     scan_flat(rows, panels);
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      T* row = ws.scores + r * ws.score_stride;
-      if (r < rows.count && flat[rows.first + r])
-        solve_flat_row(rows.first + r, row, stored);
-      else
-        for (int64_t j = 0; j < stored.size(); j += kLanes<T>) store(row + j, Vec<T>{});
-    }
-    gather_flat(rows, {stored.begin, keys.end});
+    T norms[kBlockRows];
+    for (int64_t r = 0; r < rows.count; r += kTileRows)
+      solve_flat(tile_of(rows, r), ws.scores + r * ws.score_stride, stored, norms + r);
+    if (any_flat(rows)) gather_flat(rows, {stored.begin, keys.end - stored.begin}, norms);
   }
 
-  ADASPLASH2_INLINE void scan_flat(Part rows, KeyRange panels) {
+  // The rows that share tiles of scores with row r of some rows.
+  ADASPLASH2_INLINE Part tile_of(Part rows, int64_t r) const {
+    const Part tile = part_of(rows.count, kTileRows, r / kTileRows);
+    return {rows.first + tile.first, tile.count};
+  }
+  ADASPLASH2_INLINE static void clear(T* x, int64_t n) {
+    for (int64_t j = 0; j < n; j += kLanes<T>) store(x + j, Vec<T>{});
+  }
+
+  // Values of the keys that the rows of each tile need.
+  __attribute__((noinline)) void scan_flat(Part rows, KeyRange panels) {
+    KeyRange needed[kRowTiles], whole[kRowTiles];
+    for (int64_t r = 0; r < rows.count; r += kTileRows) {
+      const Part tile = tile_of(rows, r);
+      needed[r / kTileRows] = any_flat(tile) ? needed_by_any(tile) : KeyRange{0, 0};
+      whole[r / kTileRows] = scores.is_scaled ? seen_by_all(tile) : KeyRange{0, 0};
+    }
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const bool any = any_allowed(rows, {panel * kKeys, (panel + 1) * kKeys});
-      Tile<T> tile = any ? dots(rows, panel) : Tile<T>{};
-      scores.to_values(tile, task.row_begin + rows.first, rows.count, panel * kKeys);
-      for (int r = 0; r < rows.count; ++r)
-        for (int v = 0; v < kTileVectors; ++v)
-          store(ws.scores + r * ws.score_stride + (panel - panels.begin) * kKeys + v * kLanes<T>,
-                tile.rows[r][v]);
+      const KeyRange keys = {panel * kKeys, (panel + 1) * kKeys};
+      for (int64_t r = 0; r < rows.count; r += kTileRows) {
+        const Part tile = tile_of(rows, r);
+        if (!keys.overlaps(needed[r / kTileRows])) continue;
+        const bool any = any_allowed(tile, keys);
+        Tile<T> values = any ? dots(tile, panel) : Tile<T>{};
+        work.tiles += any;
+        if (whole[r / kTileRows].contains(keys))
+          for (auto& row : values.rows)
+            for (Vec<T>& some : row) some = scores.values(some);
+        else
+          scores.to_values(values, task.row_begin + tile.first, tile.count, keys.begin);
+        store_tile(values, ws.scores + r * ws.score_stride + (panel - panels.begin) * kKeys,
+                   ws.score_stride);
+      }
     }
   }
 
-  // Values of the keys in `stored` -> probabilities in place.
-  ADASPLASH2_INLINE void solve_flat_row(int64_t i, T* x, KeyRange stored) {
-    const int64_t n = stored.size();
+  // A tile's values of the keys in `stored`, the rows of `x` -> probabilities and what those are to
+  // be multiplied by; zeros where a row has a list, and where the tile needs no key.
+  __attribute__((noinline)) void solve_flat(Part tile, T* x, KeyRange stored, T* norms) {
+    const KeyRange panels = needed_by_any(tile).in_units_of(kKeys);
+    const KeyRange own = {panels.begin * kKeys, panels.end * kKeys};
+    DenseRow<T> solved[kTileRows];
+    int64_t kept = 0, kept_of_lists = 0;
+    for (int64_t r = 0; r < tile.count; ++r, x += ws.score_stride) {
+      const int64_t i = tile.first + r;
+      if (!flat[i]) continue;
+      T* row = x + (own.begin - stored.begin);
+      solved[r] = solve_flat_row(row, own.size());
+      clear(x, own.begin - stored.begin);
+      clear(row + own.size(), stored.end - own.end);
+      kept += solved[r].support;
+      kept_of_lists += longest[i];
+    }
+    x -= tile.count * ws.score_stride;
+    for (int64_t r = 0; r < kTileRows; ++r, x += ws.score_stride) {
+      const int64_t i = tile.first + r;
+      norms[r] = T(0);
+      if (r < tile.count && flat[i]) {
+        const DenseRow<T>& row = solved[r];
+        norms[r] = row.norm;
+        const bool keeps_many = row.support > kLongList || kept > kept_of_lists;
+        flat[i] =
+            row.state == RowState::kPoisoned || (row.state == RowState::kSolved && keeps_many);
+        record(i, row.state, row.threshold, int32_t(flat[i] ? -1 - row.support : row.support),
+               row.steps);
+        T* p = x + (own.begin - stored.begin);
+        if (flat[i]) {
+          finish_flat_row(i, p, own, row.state);
+          continue;
+        }
+        make_list(i, p, own, row.norm);
+      }
+      clear(x, stored.size());
+    }
+  }
+
+  // Values of n keys -> probabilities; the support is that of keys.
+  ADASPLASH2_INLINE DenseRow<T> solve_flat_row(T* x, int64_t n) {
     if (scores.has_sink()) x[n] = scores.sink_value();
-    const DenseRow<T> row = solve_dense<K, T>(x, n + scores.has_sink(), ws.candidates, power);
-    const bool counts_sink =
-        scores.has_sink() && probability<K>(load(x + n), row.threshold, power)[0] > T(0);
-    record(i, row.state, row.threshold, int32_t(-1 - row.support + counts_sink), row.steps);
-    for (int64_t j = 0; j < n; j += kLanes<T>)
-      store(x + j, probability<K>(load(x + j), row.threshold, power) * row.norm);
-    if (row.state != RowState::kPoisoned && task.results.tiles)
-      for (int64_t j = 0; j < n; ++j)
-        if (x[j] > T(0)) mark_live(stored.begin + j);
-    if (!IsPlain) apply_dropout(i, stored, x);
+    DenseRow<T> row = solve_dense<K, T>(x, n + scores.has_sink(), ws.candidates, power);
+    row.support -= scores.has_sink() && x[n] > T(0);
+    return row;
+  }
+
+  ADASPLASH2_INLINE void finish_flat_row(int64_t i, T* p, KeyRange keys, RowState state) {
+    if (state != RowState::kPoisoned && task.results.tiles)
+      for (int64_t j = 0; j < keys.size(); ++j)
+        if (p[j] > T(0)) mark_live(keys.begin + j);
+    if (!IsPlain) apply_dropout(i, keys, p);
+  }
+
+  ADASPLASH2_INLINE void make_list(int64_t i, const T* p, KeyRange stored, T norm) {
+    Candidates<T> list = candidates(i);
+    list.count = 0;
+    for (int64_t j = 0; j < stored.size(); j += kLanes<T>) {
+      const Vec<T> some = load(p + j);
+      const unsigned kept = not_below(some, Vec<T>{});
+      if (kept)
+        list.count += compress<T>(some * norm, scores.keys_from(stored.begin + j), kept,
+                                  list.values + list.count, list.keys + list.count);
+    }
+    count[i] = list.count;
   }
 
   ADASPLASH2_INLINE void apply_dropout(int64_t i, KeyRange stored, T* p) const {
@@ -404,14 +512,14 @@ struct ForwardBlock {
             dropout.weights(load(p + j), task.row_begin + i, scores.keys_from(stored.begin + j)));
   }
 
-  ADASPLASH2_INLINE void gather_flat(Part rows, KeyRange keys) {
-    for (int64_t k = 0; k < kTileRows * problem.head_dim_v; ++k) ws.out[k] = T(0);
-    for (int64_t r = 0; r < kTileRows; r += kWeightedRows)
-      add_weighted_rows<kWeightedRows, S>(ws.scores + r * ws.score_stride, ws.score_stride, 1,
-                                          task.value, {keys.begin, keys.size()}, problem.head_dim_v,
-                                          ws.out + r * problem.head_dim_v, problem.head_dim_v);
-    for (int64_t r = 0; r < rows.count; ++r)
-      if (flat[rows.first + r]) write_out(rows.first + r, ws.out + r * problem.head_dim_v);
+  ADASPLASH2_INLINE void gather_flat(Part rows, Part keys, const T* norms) {
+    weighted_sums<S>(ws.scores, ws.score_stride, round_up(rows.count, kTileRows), task.value, keys,
+                     problem.head_dim_v, ws.out);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      T* out = ws.out + r * problem.head_dim_v;
+      for (int64_t k = 0; k < problem.head_dim_v; ++k) out[k] *= norms[r];
+      if (flat[rows.first + r]) write_out(rows.first + r, out);
+    }
   }
 };
 

@@ -88,6 +88,12 @@ struct RowGradients {
   int64_t mask_stride_row, mask_stride_key;
 };
 
+// Gradients of all keys and values of a head, up to the end of the last panel.
+template <class T>
+struct KeyGradients {
+  T *keys, *values;
+};
+
 template <class T>
 struct BackwardRowsTask {
   const AttentionProblem* problem;
@@ -101,9 +107,9 @@ struct BackwardRowsTask {
   const int64_t* offsets;  // of each row's list, at the first row of the task
   const int32_t* keys;     // all lists
   const T* probabilities;
-  T* grad_scores;  // out, beside probabilities: dL/d(q.k)
-  T* weights;      // out, likewise: of dO in dV; null where they are the probabilities
-  T* delta;        // out, for flat rows, at the first row of the task
+  T* grad_scores;            // out, beside probabilities: dL/d(q.k)
+  T* weights;                // out, likewise: of dO in dV; null where they are the probabilities
+  KeyGradients<T> of_strip;  // added to by flat rows
   RowGradients<T> others;
   void* workspace;
 };
@@ -120,12 +126,8 @@ struct BackwardKeysTask {
   const int64_t* offsets;  // at key_begin
   const int32_t* rows;     // head_in_group * length_q + row
   const T *weights, *grad_scores;
-  // Flat rows of the group, or null where there are none: arrays of group * length_q.
-  const T *packed_keys, *packed_values;
-  const Threshold<T>* thresholds;
-  const T* delta;
-  const int32_t* support;
-  const uint8_t* flat_blocks;  // per (head in group, row block)
+  const KeyGradients<T>* of_strips;  // of the flat rows of the group; null where there are none
+  int64_t strips;
   void* workspace;
 };
 

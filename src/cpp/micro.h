@@ -1,6 +1,7 @@
 // The two dense micro-kernels everything else is made of, and the packing they read.
 //   dot_tile:          kTileRows query rows x one panel of keys, the whole depth in registers
 //   add_weighted_rows: out[r] += sum_j weight[r][j] * matrix[j], for kWeightedRows rows at once
+// and the sums that are made of the latter.
 #pragma once
 
 #include "simd.h"
@@ -19,16 +20,45 @@ constexpr int kWeightedVectors = kVectorRegisters == 32 ? 4 : 2;
 
 static_assert(kBlockRows % kTileRows == 0 && kTileRows % kWeightedRows == 0);
 
+// Four rows of four numbers become four columns.
+template <class T>
+struct Four {
+  typedef T type __attribute__((vector_size(4 * sizeof(T))));
+};
+template <class S, class T>
+ADASPLASH2_INLINE void transpose_four(const S* const* rows, T* packed, int64_t stride) {
+  using V = typename Four<T>::type;
+  V in[4];
+  for (int r = 0; r < 4; ++r)
+    for (int k = 0; k < 4; ++k) in[r][k] = to_compute(rows[r][k]);
+  for (int k = 0; k < 4; ++k) {
+    const V column = {in[0][k], in[1][k], in[2][k], in[3][k]};
+    __builtin_memcpy(packed + k * stride, &column, sizeof(column));
+  }
+}
+
 // Some rows of a head as [depth][count], zeros where there are fewer than `count`: the layout in
 // which both micro-kernel operands stream.
 template <class S, class T>
 ADASPLASH2_INLINE void pack_transposed(HeadRef head, Part rows, int64_t count, int64_t depth,
                                        T* packed) {
-  for (int64_t i = 0; i < rows.count; ++i) {
+  int64_t i = 0;
+  for (; i + 4 <= rows.count; i += 4) {
+    const S* four[4];
+    for (int r = 0; r < 4; ++r) four[r] = row_of<const S>(head, rows.first + i + r);
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) {
+      transpose_four(four, packed + k * count + i, count);
+      for (const S*& row : four) row += 4;
+    }
+    for (; k < depth; ++k)
+      for (int r = 0; r < 4; ++r) packed[k * count + i + r] = to_compute(*four[r]++);
+  }
+  for (; i < rows.count; ++i) {
     const S* row = row_of<const S>(head, rows.first + i);
     for (int64_t k = 0; k < depth; ++k) packed[k * count + i] = to_compute(row[k]);
   }
-  for (int64_t i = rows.count; i < count; ++i)
+  for (; i < count; ++i)
     for (int64_t k = 0; k < depth; ++k) packed[k * count + i] = T(0);
 }
 
@@ -36,6 +66,14 @@ template <class T>
 struct Tile {
   Vec<T> rows[kTileRows][kTileVectors];
 };
+
+template <class T>
+ADASPLASH2_INLINE void store_tile(const Tile<T>& tile, T* to, int64_t stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) store(to + r * stride + v * kLanes<T>, tile.rows[r][v]);
+}
 
 // a: [depth][kTileRows], b: [depth][kPanelKeys]; tile[r][c] = sum_k a[k][r] * b[k][c].
 template <class T>
@@ -57,57 +95,129 @@ ADASPLASH2_INLINE Tile<T> dot_tile(const T* a, const T* b, int64_t depth) {
   return tile;
 }
 
-// out[r][0..width) += sum_j weights[r * weight_stride + j * weight_step] * matrix[rows.first + j]
-// for r < R and j < rows.count: weights may be read along their rows or down their columns. A
-// weight of zero takes nothing, not even a NaN.
-template <int R, class S, class T>
+// Whether a weight of zero takes nothing, not even a NaN. Where the matrix is finite it makes no
+// difference, and asking each weight takes most of the time.
+enum class Zeros { kTakeNothing, kMultiply };
+template <Zeros Z>
+struct Ask {
+  static constexpr Zeros value = Z;
+};
+
+template <int N>
+struct Vectors {
+  static constexpr int value = N;
+};
+
+// out[r] += sum_j weights[r * weight_stride + j * weight_step] * matrix[rows.first + j] for r < R
+// and j < rows.count, in columns [at, at + V vectors), or in the first `lanes` of one vector.
+template <Zeros Z, int R, int V, class S, class T>
+ADASPLASH2_INLINE void add_weighted_columns(const T* weights, int64_t weight_stride,
+                                            int64_t weight_step, HeadRef matrix, Part rows,
+                                            int64_t at, int lanes, T* out, int64_t out_stride) {
+  constexpr int L = kLanes<T>;
+  const auto load_some = [&](auto* p) {
+    return lanes == L ? load_compute(p) : load_partial(p, lanes);
+  };
+  Vec<T> acc[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = load_some(out + r * out_stride + at + v * L);
+  for (int64_t j = 0; j < rows.count; ++j) {
+    const S* row = row_of<const S>(matrix, rows.first + j) + at;
+    Vec<T> x[V];
+    for (int v = 0; v < V; ++v) x[v] = load_some(row + v * L);
+    for (int r = 0; r < R; ++r) {
+      const T w = weights[r * weight_stride + j * weight_step];
+      if (Z == Zeros::kTakeNothing && w == T(0)) continue;
+      for (int v = 0; v < V; ++v) acc[r][v] += w * x[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      T buffer[L];
+      store(buffer, acc[r][v]);
+      __builtin_memcpy(out + r * out_stride + at + v * L, buffer, size_t(lanes) * sizeof(T));
+    }
+}
+
+// The same in all `width` columns: weights may be read along their rows or down their columns.
+template <Zeros Z, int R, class S, class T>
 ADASPLASH2_INLINE void add_weighted_rows(const T* weights, int64_t weight_stride,
                                          int64_t weight_step, HeadRef matrix, Part rows,
                                          int64_t width, T* out, int64_t out_stride) {
-  const int64_t n = rows.count;
   constexpr int V = kWeightedVectors, L = kLanes<T>;
   int64_t at = 0;
-  for (; at + V * L <= width; at += V * L) {
-    Vec<T> acc[R][V];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * out_stride + at + v * L);
-    for (int64_t j = 0; j < n; ++j) {
-      T w[R];
-      bool any = false, all = true;
-      for (int r = 0; r < R; ++r) {
-        w[r] = weights[r * weight_stride + j * weight_step];
-        any |= w[r] != T(0);
-        all &= w[r] != T(0);
-      }
-      if (!any) continue;
-      const S* row = row_of<const S>(matrix, rows.first + j) + at;
-      Vec<T> x[V];
-      for (int v = 0; v < V; ++v) x[v] = load_compute(row + v * L);
-      for (int r = 0; r < R; ++r) {
-        if (!all && w[r] == T(0)) continue;
-        for (int v = 0; v < V; ++v) acc[r][v] += w[r] * x[v];
-      }
+  const auto add = [&](auto vectors, int lanes) {
+    constexpr int N = decltype(vectors)::value;
+    add_weighted_columns<Z, R, N, S>(weights, weight_stride, weight_step, matrix, rows, at, lanes,
+                                     out, out_stride);
+    at += N * L;
+  };
+  while (at + V * L <= width) add(Vectors<V>{}, L);
+  while (at + V / 2 * L <= width) add(Vectors<V / 2>{}, L);
+  while (at + L <= width) add(Vectors<1>{}, L);
+  if (at < width) add(Vectors<1>{}, int(width - at));
+}
+
+// Whether there is neither infinity nor NaN among n numbers.
+template <class S>
+ADASPLASH2_INLINE bool all_finite(const S* x, int64_t n) {
+  using T = decltype(to_compute(S{}));
+  constexpr int L = kLanes<T>;
+  Vec<T> zeros = {};  // 0 * x, NaN where x is not finite
+  int64_t i = 0;
+  for (; i + L <= n; i += L) zeros += load_compute(x + i) * T(0);
+  if (i < n) zeros += load_partial(x + i, int(n - i)) * T(0);
+  return sum<T>(zeros) == T(0);
+}
+template <class S>
+ADASPLASH2_INLINE bool all_finite(HeadRef matrix, Part rows, int64_t width) {
+  bool finite = true;
+  for (int64_t i = rows.first; i < rows.first + rows.count; ++i)
+    finite &= all_finite(row_of<const S>(matrix, i), width);
+  return finite;
+}
+
+// Whether the weights of kWeightedRows rows, `stride` apart, for the keys of a panel are all zero.
+template <class T>
+ADASPLASH2_INLINE bool all_zero(const T* weights, int64_t stride) {
+  Ints<T> zero = Ints<T>{} == Ints<T>{};
+  for (int r = 0; r < kWeightedRows; ++r)
+    for (int v = 0; v < kTileVectors; ++v)
+      zero &= load(weights + r * stride + v * kLanes<T>) == T(0);
+  return !not_below(zero ? Vec<T>{} : broadcast(T(1)), Vec<T>{});
+}
+
+// out[r] = sum_j weights[r * stride + j] * matrix[keys.first + j] for `rows` rows, a multiple of
+// kWeightedRows. Behind the last key there are zeros to the end of a panel.
+template <class S, class T>
+__attribute__((noinline)) static void weighted_sums(const T* weights, int64_t stride, int64_t rows,
+                                                    HeadRef matrix, Part keys, int64_t width,
+                                                    T* out) {
+  const auto sum_up = [&](auto zeros) {
+    for (int64_t k = 0; k < rows * width; ++k) out[k] = T(0);
+    for (int64_t j = 0; j < keys.count; j += kPanelKeys<T>) {
+      const int64_t count = j + kPanelKeys<T> < keys.count ? kPanelKeys<T> : keys.count - j;
+      for (int64_t r = 0; r < rows; r += kWeightedRows)
+        if (!all_zero(weights + r * stride + j, stride))
+          add_weighted_rows<decltype(zeros)::value, kWeightedRows, S>(
+              weights + r * stride + j, stride, 1, matrix, {keys.first + j, count}, width,
+              out + r * width, width);
     }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) store(out + r * out_stride + at + v * L, acc[r][v]);
-  }
-  for (; at < width; at += L) {
-    const int lanes = width - at < L ? int(width - at) : L;
-    Vec<T> acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = load_partial(out + r * out_stride + at, lanes);
-    for (int64_t j = 0; j < n; ++j) {
-      const Vec<T> x = load_partial(row_of<const S>(matrix, rows.first + j) + at, lanes);
-      for (int r = 0; r < R; ++r) {
-        const T w = weights[r * weight_stride + j * weight_step];
-        if (w != T(0)) acc[r] += w * x;
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      T buffer[L];
-      store(buffer, acc[r]);
-      __builtin_memcpy(out + r * out_stride + at, buffer, size_t(lanes) * sizeof(T));
-    }
-  }
+  };
+  sum_up(Ask<Zeros::kMultiply>{});
+  if (!all_finite(out, rows * width)) sum_up(Ask<Zeros::kTakeNothing>{});
+}
+
+// out[j] += sum_r weights[r * stride + j] * matrix[rows.first + r] for the keys j of a panel.
+template <Zeros Z, class S, class T>
+ADASPLASH2_INLINE void add_to_panel(const T* weights, int64_t stride, HeadRef matrix, Part rows,
+                                    int64_t width, T* out) {
+  int64_t j = 0;
+  for (; j + kWeightedRows <= kPanelKeys<T>; j += kWeightedRows)
+    add_weighted_rows<Z, kWeightedRows, S>(weights + j, 1, stride, matrix, rows, width,
+                                           out + j * width, width);
+  for (; j < kPanelKeys<T>; ++j)
+    add_weighted_rows<Z, 1, S>(weights + j, 1, stride, matrix, rows, width, out + j * width, width);
 }
 
 // out[0..width) (+)= sum_{j < n} weights[j] * matrix[keys[j]]: a gather of few rows, of a HeadRef

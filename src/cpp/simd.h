@@ -135,6 +135,36 @@ struct Sum {
   ADASPLASH2_INLINE T total() const { return sum<T>(value); }
 };
 
+// Sums of N terms at a time over n numbers: `at(i)` has those of a vector from number i on. Four
+// vectors are added before the sum takes them: it has to wait for itself.
+template <class T, int N>
+struct Terms {
+  Vec<T> of[N];
+};
+template <class T, int N>
+struct Totals {
+  T of[N];
+};
+template <class T, int N, class At>
+ADASPLASH2_INLINE Totals<T, N> sums_of(int64_t n, At at) {
+  constexpr int64_t L = kLanes<T>;
+  Sum<T> sums[N];
+  int64_t i = 0;
+  for (; i + 3 * L < n; i += 4 * L) {
+    const Terms<T, N> a = at(i), b = at(i + L), c = at(i + 2 * L), d = at(i + 3 * L);
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) sums[k].add_any((a.of[k] + b.of[k]) + (c.of[k] + d.of[k]));
+  }
+  for (; i < n; i += L) {
+    const Terms<T, N> a = at(i);
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) sums[k].add_any(a.of[k]);
+  }
+  Totals<T, N> totals;
+  for (int k = 0; k < N; ++k) totals.of[k] = sums[k].total();
+  return totals;
+}
+
 // --- storage dtypes -------------------------------------------------------------------------
 
 // A float16's bits as float: exponent and mantissa moved up, the exponent bias mended by a

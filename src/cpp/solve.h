@@ -154,15 +154,13 @@ ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T slope,
     }
     unit = smallest<T>(least);
   }
-  Sum<T> total, weighted;
-  for (int64_t j = 0; j < width; j += kLanes<T>) {
+  const auto sums = sums_of<T, 2>(width, [&](int64_t j) {
     const Vec<T> one = load(p + j);
     const Vec<T> u = sensitivity<K>(steep ? one / unit : one, power);
-    total.add(u);
-    weighted.add_any(u == T(0) ? u : u * load(dp + j));
     if (!steep) store(p + j, u);
-  }
-  const T mass = total.total(), delta = mass == T(0) ? T(0) : weighted.total() / mass;
+    return Terms<T, 2>{u, u == T(0) ? u : u * load(dp + j)};
+  });
+  const T mass = sums.of[0], delta = mass == T(0) ? T(0) : sums.of[1] / mass;
   if (steep && mass > T(0) && steep_gradients<K>(p, dp, width, unit, mass, slope, power))
     return delta;
   for (int64_t j = 0; j < width; j += kLanes<T>) {
@@ -217,19 +215,24 @@ struct Pass {
 
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE Pass<T> moments_at(const T* values, int64_t n, T max, T t) {
-  Sum<T> s0, s1, s2;
+  constexpr bool kSquares = K == AlphaKind::k15;
+  int64_t count = 0;
   Vec<T> above = broadcast(T(2)), below = broadcast(-T(2));
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
+  const auto sums = sums_of<T, kSquares ? 2 : 1>(n, [&](int64_t i) {
     const Vec<T> x = (load(values + i) - max) - t;
     const Ints<T> in = x > T(0);
     const Vec<T> kept = in ? x : Vec<T>{};
-    s0.add(in ? broadcast(T(1)) : Vec<T>{});
-    s1.add(kept);
-    if (K == AlphaKind::k15) s2.add(kept * kept);
+    count += __builtin_popcount(not_below(x, Vec<T>{}));
     above = vmin<T>(above, in ? x : above);
     below = vmax<T>(below, in ? below : x);
-  }
-  return {{s0.total(), s1.total(), s2.total()}, smallest<T>(above), largest<T>(below)};
+    if constexpr (kSquares)
+      return Terms<T, 2>{kept, kept * kept};
+    else
+      return Terms<T, 1>{kept};
+  });
+  return {{T(count), sums.of[0], kSquares ? sums.of[kSquares] : T(0)},
+          smallest<T>(above),
+          largest<T>(below)};
 }
 
 // Threshold of a padded list that holds every score above bracket.lo.
@@ -247,8 +250,9 @@ ADASPLASH2_INLINE Threshold<T> refine(const T* values, int64_t n, T max, Bracket
     (f >= T(0) ? bracket.lo : bracket.hi) = t;
     T d = refinement_step<K>(pass.moments, T(0));
     const bool small = magnitude(d) <= T(2) * kEpsilon<T> * magnitude(t);
-    // No score lies between t and t + d: the support is right and the step was exact.
-    bool done = d < pass.above && d >= pass.below;
+    // No score lies between t and t + d: the support is right and the step was exact, as far as
+    // rounding lets a long one be.
+    bool done = d < pass.above && d >= pass.below && magnitude(d) <= T(1) / T(kBins);
     const bool bisect = !done && step > kFreeSteps && step % 2 == 0;
     if (bisect || !(t + d >= bracket.lo && t + d <= bracket.hi)) {
       d = (bracket.lo + bracket.hi) / 2 - t;
@@ -405,16 +409,53 @@ ADASPLASH2_INLINE SolvedList<T> solve_list(Candidates<T> row, const Power<T>& po
   return result;
 }
 
-// A whole row: values[0..n) (room for one more vector) -> threshold and the factor that makes
-// the probabilities sum to one. `candidates` has room for n and one more vector.
+// A whole row: its values, values[0..n) with room for one more vector, become p / norm; zeros
+// behind them to the end of a vector. `candidates` has room for n and one more vector.
 template <class T>
 struct DenseRow {
   RowState state;
   Threshold<T> threshold;
-  T norm;
+  T norm;  // makes the probabilities sum to one
   int64_t support;
   int32_t steps;
 };
+
+// A first guess of the threshold of y of n values, given their mean and variance. If all are in the
+// support it is exact, but for rounding. Else, for alpha 1.5, what it would be if they were
+// Gaussian: `deviations` above the mean, where n variance E[(x - deviations)+^2] = 1 for a normal
+// x, to 0.1.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE T guess_of(T n, T mean, T variance) {
+  if (K == AlphaKind::k2) return mean - T(1) / n;
+  const T below = T(1) / n - variance;
+  if (below > T(0)) return mean - square_root(below);
+  const T log = T(__builtin_logf(float(n * variance)));
+  const T deviations = (T(0.70) - T(0.04) * log) * log - T(0.48);
+  return mean + deviations * square_root(variance);
+}
+
+// The threshold of a row from all its values that may be in the support. Where they are many,
+// passes over them are done sooner than their bins are counted.
+constexpr int64_t kManyValues = 64;
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE Threshold<T> threshold_of_values(T* values, int64_t n, T max,
+                                                   const Power<T>& power, int32_t* steps) {
+  if (K == AlphaKind::kGeneral || n <= kManyValues) {
+    const Tightened<T> row = tighten<K, T>({values, nullptr, n}, power);
+    return threshold_of<K>(values, row, power, steps);
+  }
+  pad(values, n);
+  const int64_t whole = n / kLanes<T> * kLanes<T>;  // what is left over tells nothing new
+  const auto sums = sums_of<T, 2>(whole, [&](int64_t i) {
+    const Vec<T> y = load(values + i) - max;
+    return Terms<T, 2>{y, y * y};
+  });
+  const T mean = sums.of[0] / T(whole), variance = sums.of[1] / T(whole) - mean * mean;
+  const T guess = guess_of<K>(T(n), mean, variance > T(0) ? variance : T(0));
+  const T margin = T(2) * kEpsilon<T>, lo = T(-1) - margin;
+  return refine<K>(values, n, max, {lo, margin, guess > T(-1) && guess < T(0) ? guess : T(-1)},
+                   steps);
+}
 
 template <AlphaKind K, class T>
 __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T* candidates,
@@ -428,10 +469,14 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
     unordered |= not_below(v, v);
   }
   const T max = largest<T>(top);
-  if (unordered || max == kInfinity<T>)
+  if (unordered || max == kInfinity<T>) {
+    for (int64_t i = 0; i < n; i += kLanes<T>) store(values + i, broadcast(kNan<T>));
     return {RowState::kPoisoned, {kNan<T>, kNan<T>, kNan<T>}, kNan<T>, 0, 0};
-  if (max == -kInfinity<T>) return {RowState::kEmpty, {max, kInfinity<T>, T(0)}, T(0), 0, 0};
-
+  }
+  if (max == -kInfinity<T>) {
+    for (int64_t i = 0; i < n; i += kLanes<T>) store(values + i, Vec<T>{});
+    return {RowState::kEmpty, {max, kInfinity<T>, T(0)}, T(0), 0, 0};
+  }
   const T reach = below_max<K>(max, -T(1), power);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
@@ -439,16 +484,15 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
     const unsigned above = not_below(v, broadcast(reach));
     if (above) count += compress<T>(v, above, candidates + count);
   }
-  const Tightened<T> row = tighten<K, T>({candidates, nullptr, count}, power);
   DenseRow<T> result = {RowState::kSolved, {}, 0, 0, 0};
-  result.threshold = threshold_of<K>(candidates, row, power, &result.steps);
-  Sum<T> total;
-  for (int64_t i = 0; i < row.count; i += kLanes<T>) {
-    const Vec<T> p = probability<K>(load(candidates + i), result.threshold, power);
-    total.add(p);
+  result.threshold = threshold_of_values<K>(candidates, count, max, power, &result.steps);
+  const auto sums = sums_of<T, 1>(n, [&](int64_t i) {
+    const Vec<T> p = probability<K>(load(values + i), result.threshold, power);
+    store(values + i, p);
     result.support += __builtin_popcount(not_below(p, Vec<T>{}));
-  }
-  result.norm = T(1) / total.total();
+    return Terms<T, 1>{p};
+  });
+  result.norm = T(1) / sums.of[0];
   return result;
 }
 

@@ -72,7 +72,7 @@ struct Threshold {
 
 // What a forward did, counted for tests: time shows too late that the bound no longer works.
 struct Work {
-  int64_t tiles = 0;        // tiles of scores computed by the scan
+  int64_t tiles = 0;        // tiles of scores computed
   int64_t appended = 0;     // entries put into lists
   int64_t tightenings = 0;  // of lists during the scan
   int64_t solved = 0;       // entries that the thresholds of lists were found on
