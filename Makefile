@@ -30,7 +30,7 @@ JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 SYNC   := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 MAIN   := $(addprefix test-main-,0 1 2 3)
 INTERPRETED := $(addprefix test-interpreted-,0 1)
-TESTED := $(MAIN) test-oldest $(INTERPRETED)
+TESTED := $(MAIN) test-oldest $(INTERPRETED) test-interpreted-tiles
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(TEST)
 
 .PHONY: $(TESTED)
@@ -43,6 +43,10 @@ test-oldest:
 
 $(INTERPRETED): test-interpreted-%:
 	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
+
+# The way of long rows, for problems that are short enough for both.
+test-interpreted-tiles:
+	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --prefer whole=nothing tests/test_language.py
 
 fuzz: $(VENV)/.built ## 20,000 random problems; FUZZ="--backend cuda"
 	$(BIN)/python tests/fuzz.py --problems 20000 $(FUZZ)

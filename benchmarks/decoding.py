@@ -1,8 +1,11 @@
 """Few queries against a long cache of keys, beside torch's scaled_dot_product_attention.
 
 Calls of one shape are timed in turn. On the CPU the least of the times is told, which other work
-on the machine disturbs least; on a GPU the median. What is judged is the ratio to the fastest of
-SDPA's backends, and that of pages to a cache that lies in one piece.
+on the machine disturbs least; on a GPU the median of what a replay of a CUDA graph takes, as a loop
+that decodes does it, and for one of them (``eager``) of what its launches take without. What is
+judged is the ratio to the fastest of SDPA's backends, and that of pages to a cache that lies in one
+piece; on a GPU also that to the time in which it reads, once, the keys and those values that have a
+probability.
 """
 
 from __future__ import annotations
@@ -30,20 +33,24 @@ HEADS = {"cpu": (8, 8), "cuda": (32, 8)}
 """Of queries, and of keys."""
 
 QUERIES = [1, 4, 16]
-SHARPNESS = [1.0, 4.0, 0.25]
+SHARPNESS = {"cpu": [1.0, 4.0, 0.25], "cuda": [1.0, 4.0, 0.01]}
 """Standard deviations of Gaussian scores."""
+
+FLAT = 0.1
+"""Sharpness up to which rows keep so many keys that values are read as SDPA reads them: on a GPU,
+which both are bound by, their ratio to SDPA is told and not judged."""
 
 PAGES = [64]
 MOST_BYTES = 32 << 30
 """Of keys and values: larger shapes are left out."""
 
-OF_SDPA, OF_PAGES = 0.7, 1.15
-SDPA = (
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-)
+OF_SDPA, OF_PAGES, OF_READING = 0.7, 1.15, 1.25
+READ_FROM = 131_072
+"""Keys from which a call is held to OF_READING: below, launches take longer than that."""
+
+FUSED = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
+SDPA = {"cpu": (*FUSED, SDPBackend.MATH), "cuda": FUSED}
+"""On a GPU the last one copies keys for each head that shares them."""
 
 
 class Shape(NamedTuple):
@@ -84,25 +91,96 @@ def in_pages(cache: Tensor, page: int) -> Tensor:
     return pages.flatten(0, 1).contiguous()
 
 
-def sdpa_calls(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], object]]:
-    """Those that take the tensors."""
+class Measured(NamedTuple):
+    """Times of all calls and, on a GPU, the share of values that have a probability, by name."""
 
-    def calling(backend: SDPBackend) -> Callable[[], object]:
+    timings: dict[str, timing.Timing]
+    shares: dict[str, float]
+
+    def told(self, device: str) -> dict[str, float]:
+        kind = "lowest" if device == "cpu" else "median"
+        return {name: float(getattr(t, kind)) for name, t in self.timings.items()}
+
+    def best(self, device: str) -> str:
+        """The fastest of SDPA's backends."""
+        times = self.told(device)
+        return min((name for name in times if name.startswith("sdpa")), key=times.__getitem__)
+
+
+Calls = dict[str, Callable[[], object]]
+
+
+def sdpa_calls(query: Tensor, key: Tensor, value: Tensor) -> Calls:
+    """Those that take the tensors: as they are or, where heads share keys, as views in which each
+    key head is a sequence of its own."""
+    heads_kv = key.shape[1]
+    group = query.shape[1] // heads_kv
+    grouped = query.unflatten(1, (heads_kv, group)).flatten(0, 1)
+    keys, values = (t.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for t in (key, value))
+
+    def calling(backend: SDPBackend, *tensors: Tensor, **said: bool) -> Callable[[], object]:
         def call() -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+                return F.scaled_dot_product_attention(*tensors, **said)
 
         return call
 
     found = {}
-    for backend in SDPA:
-        call = calling(backend)
-        try:
-            call()
-        except RuntimeError:  # it says why in warnings
-            continue
-        found[f"sdpa {backend.name.partition('_')[0].lower()}"] = call
+    for backend in SDPA[query.device.type]:
+        name = f"sdpa {backend.name.partition('_')[0].lower()}"
+        ways = {name: calling(backend, query, key, value, enable_gqa=True)}
+        if group > 1:
+            ways[f"{name} views"] = calling(backend, grouped, keys, values)
+        for way, call in ways.items():
+            try:
+                call()
+            except RuntimeError:  # it says why in warnings
+                continue
+            found[way] = call
     return found
+
+
+def reading_calls(key: Tensor) -> Calls:
+    """What reads all keys once."""
+    if key.device.type == "cpu":
+        return {"sum of K": key.sum}
+    wide = key.view(torch.float32)  # whose sum is bound by memory alone
+    return {"sum of K": wide.sum, "max of K": wide.amax}
+
+
+def replayed(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> object:
+        """It needs what the call holds: a graph knows addresses alone."""
+        graph.replay()
+        return call, kept
+
+    return replay
+
+
+def share_of_values(query: Tensor, key: Tensor, tau: Tensor, alpha: float) -> float:
+    """How many of the rows of the values have a probability for one of the rows that share them,
+    as thresholds of ``(alpha - 1)`` times the scores say."""
+    batch, heads_kv, length, width = key.shape
+    factor = (alpha - 1.0) / math.sqrt(width)
+    rows = query.reshape(batch, heads_kv, -1, width).float() * factor
+    limits = tau.reshape(batch, heads_kv, -1)
+    kept = 0
+    for b, h in itertools.product(range(batch), range(heads_kv)):
+        for keys in key[b, h].split(65_536):
+            z = keys.float() @ rows[b, h].mT
+            kept += int((z > limits[b, h]).any(dim=-1).sum())
+    return kept / (batch * heads_kv * length)
 
 
 def paged(
@@ -118,7 +196,7 @@ def paged(
     )
 
 
-def measured(shape: Shape, options: argparse.Namespace) -> dict[str, timing.Timing]:
+def measured(shape: Shape, options: argparse.Namespace) -> Measured:
     device, backend, alpha = options.device, options.backend, options.alpha
     torch.manual_seed(0)
     heads_q = HEADS[device][0]
@@ -134,15 +212,43 @@ def measured(shape: Shape, options: argparse.Namespace) -> dict[str, timing.Timi
             sharp, key, value, enable_gqa=True, **said, **more
         )
 
-    calls = sdpa_calls(query, key, value)
-    calls["sum of K"] = lambda: key.sum()
-    calls |= {f"c {c:g}": entmax(c) for c in SHARPNESS}
-    calls["causal"] = entmax(is_causal=True, causal_align="bottom-right")
+    sdpa = sdpa_calls(query, key, value)
+    ours = {f"c {c:g}": entmax(c) for c in SHARPNESS[device]}
+    ours["causal"] = entmax(is_causal=True, causal_align="bottom-right")
     for page in options.pages:
         if shape.keys % page == 0:
-            calls[f"page {page}"] = paged(query, key, value, page, said)
+            ours[f"page {page}"] = paged(query, key, value, page, said)
+    shares = {}
     with torch.no_grad():
-        return timing.side_by_side(calls, device, options.rounds)
+        if device == "cuda":
+            eager = ours["c 1"]
+            sdpa, ours = (
+                {name: replayed(call) for name, call in calls.items()} for calls in (sdpa, ours)
+            )
+            ours["eager"] = eager
+            for c in SHARPNESS[device]:
+                tau = adasplash2.attention_stats(query * c, key, value, enable_gqa=True, **said).tau
+                shares[f"c {c:g}"] = share_of_values(query * c, key, tau, alpha)
+        calls = sdpa | reading_calls(key) | ours
+        return Measured(timing.side_by_side(calls, device, options.rounds), shares)
+
+
+def judged(shape: Shape, found: Measured, options: argparse.Namespace) -> Iterator[Target]:
+    """What holds of one shape."""
+    device = options.device
+    times = found.told(device)
+    best = found.best(device)
+    for name in [f"c {c:g}" for c in SHARPNESS[device] if device == "cpu" or c > FLAT] + ["causal"]:
+        yield Target(f"{shape}, {name}", "x SDPA", times[name] / times[best], OF_SDPA)
+    for name in [f"page {page}" for page in options.pages]:
+        if name in times:
+            of_pages = times[name] / times["c 1"]
+            yield Target(f"{shape}, {name}", "x one piece", of_pages, OF_PAGES)
+    if shape.keys >= READ_FROM:
+        reading = min(times["sum of K"], times["max of K"]) if found.shares else math.nan
+        for name, share in found.shares.items():
+            least = reading * (1.0 + share)
+            yield Target(f"{shape}, {name}", "x reading", times[name] / least, OF_READING)
 
 
 def main() -> None:
@@ -164,28 +270,24 @@ def main() -> None:
     command_line.check_device(parser, options)
     environment = records.environment(options.device)
     print(records.describe(environment), flush=True)
-    told = "lowest" if options.device == "cpu" else "median"
-    rows, found, targets = [], [], []
+    rows, records_of, targets = [], [], []
+    ours = [f"c {c:g}" for c in SHARPNESS[options.device]] + ["causal"]
+    ours += [f"page {page}" for page in options.pages]
+    ours += ["eager"] if options.device == "cuda" else []
     for shape in shapes(options):
-        timings = measured(shape, options)
-        times = {name: float(getattr(t, told)) for name, t in timings.items()}
-        best = min((name for name in times if name.startswith("sdpa")), key=times.__getitem__)
-        ours = [f"c {c:g}" for c in SHARPNESS] + ["causal"]
-        targets += [
-            Target(f"{shape}, {name}", "x SDPA", times[name] / times[best], OF_SDPA)
-            for name in ours
-        ]
-        in_page = [f"page {page}" for page in options.pages]
-        targets += [
-            Target(f"{shape}, {name}", "x one piece", times[name] / times[ours[0]], OF_PAGES)
-            for name in in_page
-            if name in times
-        ]
-        columns = [best, "sum of K", *ours, *in_page]
-        cells = (tables.digits(times.get(name, math.nan)) for name in columns)
+        found = measured(shape, options)
+        if options.device == "cuda":
+            torch.cuda.empty_cache()  # of graphs, each of which has memory of its own
+        times, best = found.told(options.device), found.best(options.device)
+        targets += judged(shape, found, options)
+        cells = (tables.digits(times.get(name, math.nan)) for name in (best, "sum of K", *ours))
         rows.append((str(shape), best.removeprefix("sdpa "), *cells))
-        found.append(
-            {**shape._asdict(), "milliseconds": {n: t._asdict() for n, t in timings.items()}}
+        records_of.append(
+            {
+                **shape._asdict(),
+                "milliseconds": {n: t._asdict() for n, t in found.timings.items()},
+                "shares_of_values": found.shares,
+            }
         )
         tables.progress(rows[-1][0])
         if options.json:
@@ -194,11 +296,11 @@ def main() -> None:
                 "backend": options.backend,
                 "alpha": options.alpha,
                 "environment": environment,
-                "measured": found,
+                "measured": records_of,
                 "targets": [one.record() for one in targets],
             }
             records.write(options.json, record)
-    head = ("ms", "sdpa", "sdpa ms", "sum of K", *ours, *in_page)
+    head = ("ms", "sdpa", "sdpa ms", "sum of K", *ours)
     print("\n" + tables.table(head, rows) + "\n")
     for target in targets:
         print(target)

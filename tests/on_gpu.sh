@@ -36,7 +36,7 @@ part() { # name, backends that must be here, pytest arguments
 tests() {
   # Kernels are compiled as the tests ask for them: Triton's take most of the time, and go first.
   local tables=(tests/test_{language,attention,entmax,edges,ops,determinism,dispatch,properties,fuzz,kvcache,compat,features}.py)
-  local parts=$((processes < 48 ? 16 : processes / 3)) i scan
+  local parts=$((processes < 48 ? 16 : processes / 3)) i scan whole
   for ((i = 0; i < parts; i++)); do
     part "triton$i" triton -k triton --part "$i/$parts" "${tables[@]}"
   done
@@ -47,6 +47,12 @@ tests() {
     for ((i = 0; i < parts / 2; i++)); do
       part "cuda-$scan$i" cuda -k cuda --part "$i/$((parts / 2))" --prefer "scan=$scan" \
         tests/test_attention.py
+    done
+  done
+  for whole in thresholds nothing; do
+    for ((i = 0; i < parts / 2; i++)); do
+      part "triton-$whole$i" triton -k triton --part "$i/$((parts / 2))" --prefer "whole=$whole" \
+        tests/test_language.py
     done
   done
   for ((i = 0; i < 4; i++)); do part "gpu$i" "" -m gpu --part "$i/4" tests; done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Iterator
@@ -57,9 +58,10 @@ def module_of(name: str) -> Backend:
 
 
 @BACKENDS
-@interpreted(case=CASES[0], number=(1, 2))
-@interpreted(case=CASES[1], number=(1, 3))
-@pytest.mark.parametrize("number", range(5))
+@interpreted(case=CASES[0], number=(1, 3, 4))
+@interpreted(case=CASES[1], number=(2, 3, 5))
+@interpreted(case=CASES[2], number=0)
+@pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_configuration_agrees(case: Case, number: int, name: str) -> None:
     backend = module_of(name)
@@ -104,10 +106,36 @@ def test_more_tiles_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> Non
 
     backend, case = module_of("triton"), CASES[0]
     inputs = case.inputs(device_of(backend.name))
-    config = {**backend.configs(problem_of(case, inputs))[0], "block_q": 32, "block_k": 16}
+    blocks = {"block_q": 32, "block_k": 16, "whole": "nothing"}
+    config = {**backend.configs(problem_of(case, inputs))[0], **blocks}
     monkeypatch.setattr(launch, "MAXIMA_CHUNK", 2 * 32)
     got = forward_and_backward(backend, case, inputs, config)
     assert_agrees(case, inputs, got)
+
+
+@interpreted(case=CASES[1])
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_row_blocks_of_whole_rows_over_several_programs(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, however many row blocks a program takes, also where the last has fewer."""
+    if "triton" not in usable_backends():
+        pytest.skip("the Triton backend cannot run here")
+    from adasplash2.backends.triton import launch, sizes
+
+    backend = module_of("triton")
+    case = dataclasses.replace(case, length_q=150)
+    inputs = case.inputs(device_of(backend.name))
+    config = backend.configs(problem_of(case, inputs))[0] | {"whole": "outputs", "whole_warps": 4}
+    results = []
+    for each in (1, 2, 3):
+        monkeypatch.setattr(sizes, "row_blocks_each", lambda *_, each=each: each)
+        launch._plan.cache_clear()
+        results.append(forward_and_backward(backend, case, inputs, config))
+    launch._plan.cache_clear()
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.fixture

@@ -133,9 +133,12 @@ def test_thresholds_of_steep_rows_are_exact_to_round_off(alpha: float, backend: 
 
 @interpreted()
 @on_triton
-def test_lists_hold_the_tiles_with_support_alone(backend: str) -> None:
+@pytest.mark.parametrize(("length_k", "sharpness"), [(2048, 2.0), (512, 8.0)])
+def test_lists_hold_the_tiles_with_support_alone(
+    length_k: int, sharpness: float, backend: str
+) -> None:
     """Whatever more they held would cost time alone: no result shows it."""
-    case = Case("lists", length_q=1, length_k=2048, heads_q=8, sharpness=2.0)
+    case = Case("lists", length_q=1, length_k=length_k, heads_q=8, sharpness=sharpness)
     inputs = case.inputs(device_of(backend))
     tensors = Inputs(*inputs[:3])
     problem = attention_problem(tensors, **case.options, enable_gqa=False, needs_grad=True)

@@ -94,7 +94,8 @@ def specialise(value: Any, place: tuple[int, ...], constants: Any, attributes: A
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options: Any) -> Any:
+def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
+    """Types by argument, constants and attributes by place: what a kernel is compiled for."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -103,9 +104,15 @@ def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options
         value = arguments[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = "i32"
         else:
             signature[parameter.name] = specialise(value, (index,), constants, attributes)
-    source = ASTSource(kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options: Any) -> Any:
+    source = ASTSource(kernel, *specialised(kernel, arguments))
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -122,7 +129,7 @@ def problem(head_dim: int, dtype: torch.dtype, alpha: float, is_causal: bool) ->
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """What the backend asks to be compiled."""
     asked: list[Launch] = []
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(
         launch,
         "compile_only",
@@ -174,6 +181,78 @@ def test_attention_compiles(
             assert TENSOR_CORES[capability] in compiled.asm["ptx"], kernel.__name__
 
 
+def short(length: int, **changed: Any) -> Problem:
+    plain = problem(64, torch.bfloat16, 1.5, False)
+    return dataclasses.replace(plain, length_q=length, length_k=length, **changed)
+
+
+def spilled(compiled: Any, folder: Path) -> int:
+    """Bytes of a thread that its registers do not hold."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(re.findall(r"STACK:(\d+)", usage)[0])
+
+
+@pytest.mark.parametrize(("length", "most_spilled"), [(512, 0), (250, 640)])
+def test_whole_rows_compile(
+    length: int, most_spilled: int, launches: list[Launch], tmp_path: Path
+) -> None:
+    """Scores of 512 keys stay in registers; beside outputs of 256, what is spilled is what one row
+    block leaves for the next."""
+    asked = short(length)
+    config = next(sizes.configs(asked, LIMITS[90]))
+    backend.precompile(asked, config)
+    found_output = length <= sizes.LONGEST_WHOLE_OUTPUT
+    names = [kernel.__name__ for kernel, *_ in launches]
+    assert names[:3] == ["whole_rows", "output", "grad_query" if found_output else "output"]
+    compiled = compile_for(90, *launches[0])
+    assert compiled.metadata.shared <= SHARED[90]
+    assert TENSOR_CORES[90] in compiled.asm["ptx"]
+    assert spilled(compiled, tmp_path) <= most_spilled
+
+
+@pytest.mark.parametrize("asked", ["added by key", "window"])
+def test_whole_rows_of_what_a_call_may_ask_compile(asked: str, launches: list[Launch]) -> None:
+    said, operands = ASKED[asked]
+    plain = short(500)
+    whole = dataclasses.replace(
+        plain, scores=dataclasses.replace(plain.scores, **said), operands=operands
+    )
+    config = next(sizes.configs(whole, LIMITS[90]))
+    assert config["whole"] == "thresholds"
+    backend.precompile(whole, config)
+    assert compile_for(90, *launches[0]).metadata.shared <= SHARED[90]
+
+
+def test_which_rows_are_whole() -> None:
+    """Those that were made for it, by the problem alone; powers take registers of their own."""
+
+    def offered(asked: Problem, capability: int = 90) -> list[str | int]:
+        return [config["whole"] for config in sizes.configs(asked, LIMITS[capability])][:3]
+
+    both = ["outputs", "thresholds", "nothing"]
+    assert offered(short(1)) == offered(short(256)) == both
+    assert offered(short(257)) == offered(short(512)) == [*both[1:], "nothing"]
+    for asked in ((short(513),), (short(256), 80), (short(256), 100)):
+        assert offered(*asked) == ["nothing"] * 3
+    assert set(offered(short(256, dtype=torch.float32))) == {"nothing"}
+    assert offered(short(256, alpha=1.25)) == [both[2], *both[:2]]
+    assert offered(short(256, alpha=3.0)) == ["nothing", "thresholds", "nothing"]
+    assert offered(short(256, head_dim=256, head_dim_v=256))[0] == "thresholds"
+    scores = dataclasses.replace(short(256).scores, dropout_p=0.1)
+    assert offered(short(256, scores=scores))[0] == "thresholds"
+
+
+@pytest.mark.parametrize(("batch", "heads", "each"), [(8, 12, 2), (32, 16, 8), (1, 1, 1)])
+def test_row_blocks_of_a_program(batch: int, heads: int, each: int) -> None:
+    """As many as keep all of 132 multiprocessors busy up to the end."""
+    asked = short(512, batch=batch, heads_q=heads, heads_kv=heads)
+    config = next(sizes.configs(asked, LIMITS[90]))
+    assert sizes.row_blocks_each(sizes.Grid.of(asked, config), config, 132) == each
+
+
 PER_HEAD, PER_ROW, PER_PAIR = (False, True), (True, True, True), (True, True, True, True)
 
 ASKED: dict[str, tuple[dict[str, Any], tuple[Operand, ...]]] = {
@@ -208,13 +287,12 @@ ASKED: dict[str, tuple[dict[str, Any], tuple[Operand, ...]]] = {
 
 
 def test_a_paged_cache_compiles(launches: list[Launch]) -> None:
-    ranges = Operand("ranges", torch.int32, PER_ROW)
     asked = dataclasses.replace(
         problem(128, torch.bfloat16, 1.5, False),
-        length_q=1,
+        length_q=100,
         length_k=1024,
         page_size=16,
-        operands=(ranges, Operand("block_table", torch.int32, (True, True))),
+        operands=PAGED,
         needs_grad=False,
     )
     backend.precompile(asked, next(sizes.configs(asked, LIMITS[90])))
@@ -222,6 +300,89 @@ def test_a_paged_cache_compiles(launches: list[Launch]) -> None:
     for kernel, arguments, options in launches:
         compiled = compile_for(90, kernel, arguments, options)
         assert compiled.metadata.shared <= SHARED[90]
+
+
+PAGED = (
+    Operand("ranges", torch.int32, PER_ROW),
+    Operand("block_table", torch.int32, (True, True)),
+)
+
+
+def decoding(length_k: int, **more: Any) -> Problem:
+    plain = problem(more.pop("head_dim", 128), more.pop("dtype", torch.bfloat16), 1.5, False)
+    sizes_ = {"length_q": 1, "heads_q": 8, "length_k": length_k, "needs_grad": False}
+    return dataclasses.replace(plain, **{**sizes_, **more})
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked"),
+    [
+        (90, {"page_size": 16, "operands": PAGED}),
+        (90, {"length_q": 16, "head_dim": 64}),
+        (90, {"dtype": torch.float32}),
+        (100, {"length_q": 16, "head_dim": 64}),
+    ],
+    ids=["pages", "16 queries", "float32", "16 queries on sm_100"],
+)
+def test_decoding_compiles(capability: int, asked: Any, launches: list[Launch]) -> None:
+    asked = decoding(100_000, **asked)
+    backend.precompile(asked, next(sizes.decoding_configs(asked, LIMITS[capability])))
+    names = ["decode_scan", "decode_solve", *2 * ["decode_narrow"], "decode_weigh"]
+    assert [kernel.__name__ for kernel, *_ in launches] == [*names, "decode_combine"]
+    compiled = set()
+    for kernel, arguments, options in launches:
+        products = kernel.__name__ in ("decode_scan", "decode_weigh")
+        if kernel.__name__ in compiled or (capability != 90 and not products):
+            continue
+        compiled.add(kernel.__name__)
+        made = compile_for(capability, kernel, arguments, options)
+        assert made.metadata.shared <= SHARED[capability]
+        if products and asked.dtype != torch.float32:
+            assert ".mma" in made.asm["ptx"] or "mma.sync" in made.asm["ptx"]
+        if kernel.__name__ == "decode_scan":  # keys are on the way while it computes
+            waits = re.findall(r"async_wait %.* \{num = (\d+) : i32\}", made.asm["ttgir"])
+            assert waits
+            assert "0" not in waits
+
+
+@pytest.mark.parametrize("more", [{}, {"page_size": 16, "operands": PAGED}], ids=["piece", "pages"])
+def test_a_longer_cache_compiles_nothing_new(more: Any, launches: list[Launch]) -> None:
+    """Nor does one whose last query sees its last key, wherever that is."""
+    seen = set()
+    for length in (16_512, 16_513, 30_000, 99_999):
+        length -= length % more.get("page_size", 1)
+        scores = ScoreTransform(scale=0.1, window=(500, -1), bottom_right=True)
+        asked = decoding(length, **more) if more else decoding(length, scores=scores)
+        launches.clear()
+        backend.precompile(asked, next(sizes.decoding_configs(asked, LIMITS[90])))
+        seen.add(repr([specialised(kernel, arguments) for kernel, arguments, _ in launches]))
+    assert len(seen) == 1
+
+
+def test_what_is_decoded() -> None:
+    """Few queries and many keys, without gradients; nothing else makes a difference."""
+    plain = decoding(1000)
+    assert sizes.is_decoding(plain)
+    for more in ({"needs_grad": True}, {"length_q": 17}, {"length_k": 255}):
+        assert not sizes.is_decoding(dataclasses.replace(plain, **more))
+    assert sizes.is_decoding(dataclasses.replace(plain, page_size=16, operands=PAGED))
+
+
+def test_every_decoding_configuration_fits() -> None:
+    for dtype in backend.DTYPES:
+        for head_dim in (1, 40, 128, 256):
+            for length_q in (1, 16):
+                asked = decoding(1000, dtype=dtype, head_dim=head_dim, length_q=length_q)
+                for limits in LIMITS.values():
+                    assert list(sizes.decoding_configs(asked, limits)), (dtype, head_dim, limits)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tiles", "splits"),
+    [(8, 2048, 66), (8, 16, 4), (128, 2048, 4), (300, 2048, 7), (1000, 2048, 1), (1, 1, 1)],
+)
+def test_splits_keep_all_programs_busy(blocks: int, tiles: int, splits: int) -> None:
+    assert sizes.splits_of(blocks, tiles, 528) == splits
 
 
 @pytest.mark.parametrize(
@@ -485,7 +646,7 @@ def test_strides_beyond_32_bits_are_copied(stride: int) -> None:
     )
     inputs = Inputs(*(torch.empty(size, dtype=asked.dtype, device="meta") for _ in range(3)))
     config = next(sizes.configs(asked, LIMITS[90]))
-    with mock.patch.object(launch, "_multiprocessors", return_value=132):
+    with mock.patch.object(launch, "multiprocessors", return_value=132):
         call = launch.Call(asked, inputs._replace(key=rows), config, launch.compile_only)
     block = max(int(config["block_q"]), sizes.SPANS[-1] * int(config["block_k"]))
     for prepared in (call.inputs[1], call.prepared(rows)):

@@ -2,8 +2,13 @@
 
 ``solve`` (``kernels/solve.py``) computes every score once and keeps maxima of rows and tiles,
 from which it bounds each row's threshold and lists the tiles that can hold support. Newton's steps,
-outputs and gradients visit listed tiles only. Nothing waits for the host, so CUDA graphs can
-capture forward and backward, and there are no floating-point atomics: equal calls give equal bits.
+outputs and gradients visit listed tiles only. Few queries without gradients have kernels of their
+own (``kernels/decode.py``), which read each key once for all heads that share it. Nothing waits for
+the host, so CUDA graphs can capture forward and backward, and there are no floating-point atomics:
+equal calls give equal bits.
+
+Of rows of up to 512 keys ``whole_rows`` (``kernels/whole.py``) keeps all scores in registers over
+Newton's steps, and finds outputs too where there are registers for them.
 
 With ``TRITON_INTERPRET=1`` set before Triton is imported, its interpreter runs the same kernels
 on CPU tensors, slowly. ``import adasplash2`` does not import Triton.
@@ -75,7 +80,7 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
             )
     if reasons or isinstance(problem, RowProblem):
         return reasons
-    if next(sizes.configs(problem, _limits(problem.device)), None) is None:
+    if next(sizes.tiled_configs(problem, _limits(problem.device)), None) is None:
         reasons.append(
             f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs more "
             f"shared memory than a block has on {problem.device}"
@@ -107,7 +112,8 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     if isinstance(problem, RowProblem):
         chunk = min(MAX_ROW_CHUNK, max(16, 1 << (problem.length - 1).bit_length()))
         return [{"chunk": chunk, "warps": max(1, min(8, chunk // 512))}]
-    return list(sizes.configs(problem, _limits(problem.device)))
+    made = sizes.decoding_configs if sizes.is_decoding(problem) else sizes.configs
+    return list(made(problem, _limits(problem.device)))
 
 
 def versions() -> Mapping[str, str]:
@@ -146,7 +152,7 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
     )
     inputs = inputs._replace(**{x.name: _without_data(x, problem) for x in p.operands})
     call = launch.Call(problem, inputs, config, launch.compile_only)
-    result = launch.forward(call)
+    result = _forward(call)
     if problem.needs_grad:
         wanted = [x.name for x in p.operands if x.name in DIFFERENTIABLE and x.dtype != torch.bool]
         for names in ((), wanted) if wanted else ((),):
@@ -171,7 +177,8 @@ def saved_bound(problem: Problem) -> int:
     problem = dataclasses.replace(
         problem, head_dim=int(problem.head_dim), head_dim_v=int(problem.head_dim_v)
     )
-    blocks = {(c["block_q"], c["block_k"]): c for c in configs(problem)}
+    offered = sizes.tiled_configs(problem, _limits(problem.device))  # whole rows add no blocks
+    blocks = {(c["block_q"], c["block_k"]): c for c in offered}
     totals = [sizes.Saved(problem, config).total for config in blocks.values()]
     return functools.reduce(torch.sym_max, totals) if totals else 0
 
@@ -181,7 +188,16 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
     from adasplash2.backends.triton import launch
 
     call = launch.Call(problem, inputs, config, launch.launch)
-    return launch.forward(call, saved_bytes=saved_bytes)
+    return _forward(call, saved_bytes=saved_bytes)
+
+
+def _forward(call: Any, counted: dict[str, Tensor] | None = None, saved_bytes: int = -1) -> Forward:
+    """The launches of a ``launch.Call``."""
+    from adasplash2.backends.triton import decoding, launch
+
+    if sizes.is_decoding(call.problem):
+        return decoding.forward(call, counted)
+    return launch.forward(call, counted, saved_bytes)
 
 
 def backward(
@@ -215,7 +231,7 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         "marks": marks,
     }
     call = launch.Call(problem, inputs, config, launch.launch)
-    tau = launch.forward(call, counted).tau
+    tau = _forward(call, counted).tau
     allowed = _allowed_tiles(problem, inputs, side).to(torch.float64)
     live = marks.sum((2, 3), dtype=torch.float64)
     empty = (allowed - live) / allowed.clamp(min=1.0)

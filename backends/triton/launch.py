@@ -19,6 +19,7 @@ from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.kernels import backward as backward_kernels
 from adasplash2.backends.triton.kernels import output as output_kernels
 from adasplash2.backends.triton.kernels import solve as solve_kernels
+from adasplash2.backends.triton.kernels import whole as whole_kernels
 from adasplash2.contract import Config, Forward, Gradients
 from adasplash2.problem import Inputs, Problem
 
@@ -116,12 +117,14 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 class Plan(NamedTuple):
-    """What follows from a problem and a configuration."""
+    """What follows from a problem and a configuration. ``whole``: how ``whole_rows`` is compiled
+    for tiles of all keys, and the row blocks of a program, where it is launched."""
 
     grid: sizes.Grid
     layout: sizes.Saved
     shape: sizes.Shape
     opt: sizes.Options
+    whole: tuple[sizes.Options, int] | None
     options: dict[str, dict[str, int]]
     compiled: dict[Any, Compiled]
 
@@ -143,14 +146,18 @@ def _operand(tensor: Tensor | None) -> Tensor | None:
 @functools.lru_cache(CACHED_PLANS)
 def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     config = dict(items)
-    return Plan(
-        sizes.Grid.of(problem, config),
-        sizes.Saved(problem, config),
-        sizes.Shape.of(problem),
-        sizes.Options.of(problem, config),
-        {kernel: sizes.launch_options(config, kernel) for kernel in sizes.KERNELS},
-        {},
-    )
+    grid, layout, whole = sizes.Grid.of(problem, config), sizes.Saved(problem, config), None
+    shape, opt = sizes.Shape.of(problem), sizes.Options.of(problem, config)
+    if sizes.is_decoding(problem):
+        options = {name: sizes.decoding_options(config, name) for name in sizes.DECODE_KERNELS}
+        # Lengths are arguments of their own there, and keys are read once in any case.
+        shape, opt = shape._replace(length_k=None), opt._replace(exact=True, local=False)
+    else:
+        options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
+        if config["whole"] != "nothing":
+            each = sizes.row_blocks_each(grid, config, multiprocessors(problem.device))
+            whole = sizes.Options.of(problem, config, whole=True), each
+    return Plan(grid, layout, shape, opt, whole, options, {})
 
 
 class Call:
@@ -171,8 +178,6 @@ class Call:
             self.shape = self.shape._replace(terms=sizes.Terms.of(problem, operands))
             more = *more, *(t for t in operands.operands() if t is not None)
         self.compiled = plan.compiled_for((*self.inputs, *more))
-        programs = sizes.residents(config, "solve") * _multiprocessors(problem.device)
-        self.programs = min(programs, plan.grid.heads * plan.grid.row_blocks)
         self.query, self.key, self.value = map(sizes.Heads.of, self.inputs)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -223,7 +228,6 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
     receives ``iterations``, ``support`` and ``marks`` of tiles with support."""
     problem = call.problem
     shape = (problem.batch, problem.heads_q, problem.length_q)
-    work_items = call.grid.heads * call.grid.row_blocks
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
     tau = call.empty(*shape, dtype=torch.float32)
     layout = call.plan.layout
@@ -231,65 +235,92 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
     saved = call.empty(length, dtype=torch.uint8)
     parts = layout.split(saved)
     saved[layout.cleared : layout.total].zero_()
-    block_q = int(call.config["block_q"])
-    span = int(call.config["span"])
-    # A slice for each program, so that they take memory by the device, not by the length squared.
-    maxima = call.programs * -(-call.grid.tiles // span) * span * block_q
     count = counted is not None
     counters = counted or dict.fromkeys(("iterations", "support", "marks"))
-    plan, lists, counts, top = call.plan, parts["lists"], parts["counts"], parts["top"]
+    found_output = call.config["whole"] == "outputs"
+    solved = {
+        "query": call.query,
+        "key": call.key,
+        "top_out": parts["top"],
+        "t_out": parts["t"],
+        "tau_out": tau,
+        "live": parts["live"],
+        "lists": parts["lists"],
+        "counts": parts["counts"],
+        "poison": parts["poison"],
+        "iterations": counters["iterations"],
+        "tolerance": tolerance(problem),
+        "opt": call.plan.opt,
+        "MAX_STEPS": MAX_STEPS,
+    }
+    weighed = {
+        "value": call.value,
+        "out": sizes.Heads.of(out),
+        "out_u": call.means(parts["out_u"]),
+        "spread": parts["spread"],
+        "unsafe": call.empty(call.grid.rows, dtype=torch.int8),
+        "support": counters["support"],
+        "marks": counters["marks"],
+        "shape": call.shape,
+        "GRADIENT": problem.needs_grad,
+        "MARK": STATS_TILE,
+    }
     with on_device(problem.device):
-        call(
-            solve_kernels.solve,
-            call.programs,
-            {"COUNT": count},
-            query=call.query,
-            key=call.key,
-            maxima=call.empty(maxima, dtype=torch.float32),
-            candidates=call.empty(call.programs * call.grid.tiles, dtype=torch.int32),
-            top_out=top,
-            t_out=parts["t"],
-            tau_out=tau,
-            live=parts["live"],
-            lists=lists,
-            counts=counts,
-            poison=parts["poison"],
-            taken=parts["taken"],
-            iterations=counters["iterations"],
-            shape=call.longest(),
-            work_items=work_items,
-            tolerance=tolerance(problem),
-            opt=plan.opt,
-            CHUNK=MAXIMA_CHUNK // block_q,
-            MAX_STEPS=MAX_STEPS,
-            SPAN=span,
-            STAGES=int(call.config["solve_stages"]) if plan.opt.masked else None,
-        )
-        call.twice(
-            output_kernels.output,
-            work_items,
-            {"COUNT": count},
-            query=call.query,
-            key=call.key,
-            value=call.value,
-            out=sizes.Heads.of(out),
-            out_u=call.means(parts["out_u"]),
-            spread=parts["spread"],
-            top_in=top,
-            t_in=call.threshold(parts["t"], tau),
-            lists=lists,
-            counts=counts,
-            unsafe=call.empty(call.grid.rows, dtype=torch.int8),
-            support=counters["support"],
-            marks=counters["marks"],
-            shape=call.shape,
-            opt=plan.opt,
-            GRADIENT=problem.needs_grad,
-            MARK=STATS_TILE,
-        )
+        if call.plan.whole is None:
+            _solve(call, {"COUNT": count}, parts["taken"], solved)
+        else:
+            wide, each = call.plan.whole
+            call(
+                whole_kernels.whole_rows,
+                call.grid.heads * -(-call.grid.row_blocks // each),
+                {"COUNT": count},
+                **solved,
+                **weighed,
+                each=each,
+                wide=wide,
+                OUTPUT=found_output,
+            )
+        for safe in (True,) if found_output else (False, True):
+            call(
+                output_kernels.output,
+                call.grid.heads * call.grid.row_blocks,
+                {"COUNT": count, "SAFE": safe},
+                query=call.query,
+                key=call.key,
+                top_in=parts["top"],
+                t_in=call.threshold(parts["t"], tau),
+                lists=parts["lists"],
+                counts=parts["counts"],
+                opt=call.plan.opt,
+                **weighed,
+            )
     if not problem.needs_grad:
         saved = saved.new_empty(0)
     return Forward(out.to(problem.dtype), tau, saved)
+
+
+def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, Any]) -> None:
+    """Thresholds of rows of any length."""
+    block_q, span = int(call.config["block_q"]), int(call.config["span"])
+    work_items = call.grid.heads * call.grid.row_blocks
+    programs = sizes.residents(call.config, "solve") * multiprocessors(call.problem.device)
+    programs = min(programs, work_items)
+    # A slice for each program, so that they take memory by the device, not by the length squared.
+    maxima = programs * -(-call.grid.tiles // span) * span * block_q
+    call(
+        solve_kernels.solve,
+        programs,
+        flags,
+        **solved,
+        maxima=call.empty(maxima, dtype=torch.float32),
+        candidates=call.empty(programs * call.grid.tiles, dtype=torch.int32),
+        taken=taken,
+        shape=call.longest(),
+        work_items=work_items,
+        CHUNK=MAXIMA_CHUNK // block_q,
+        SPAN=span,
+        STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
+    )
 
 
 def backward(
@@ -316,7 +347,7 @@ def backward(
     capacity = grid.gqa_group * grid.row_blocks
     row_block_lists = call.empty(key_tiles * capacity, dtype=torch.int32)
     row_block_counts = call.empty(key_tiles * 2, dtype=torch.int32)
-    pieces = sizes.most_pieces(grid, _multiprocessors(problem.device))
+    pieces = sizes.most_pieces(grid, multiprocessors(problem.device))
     block_k = int(call.config["block_k"])
     across = sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v)
     cuts = call.empty(key_tiles + 1, dtype=torch.int32)
@@ -451,7 +482,7 @@ def tolerance(problem: Problem) -> float:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if sizes.INTERPRETED:
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

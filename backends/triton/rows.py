@@ -74,7 +74,7 @@ def backward(
 
 def _options(problem: RowProblem) -> RowOptions:
     if problem.alphas:
-        return RowOptions(alpha=0.0, steep=False, shallow=False, alphas=True)
+        return RowOptions(alpha=0.0, steep=False, shallow=False, degree=0, alphas=True)
     return RowOptions.of(problem)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +23,40 @@ ALIGNMENT = 16
 LIST_KERNELS = ("transpose_lists", "cut_lists", "add_pieces")
 """Names of the kernels of ``kernels/backward.py`` without matrix products."""
 
-KERNELS = ("solve", "output", "grad_query", "grad_key_value", "grad_mask", *LIST_KERNELS)
+KERNELS = (
+    *("solve", "whole_rows", "output", "grad_query", "grad_key_value", "grad_mask"),
+    *LIST_KERNELS,
+)
 """Names of the kernels of attention, in ``kernels/``."""
+
+DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh", "decode_combine"
+"""Names of those that run in their place where :func:`is_decoding`, in ``kernels/decode.py``."""
+
+MOST_DECODED = 16
+"""Queries of a head up to which they are."""
+
+FEWEST_DECODED = 256
+"""Keys from which they are: fewer are not worth the launches."""
+
+DECODED_ROWS = 64
+"""Rows that share keys and are read for together, at most."""
+
+DECODED_TILES = ((64, 3), (64, 4), (128, 2), (128, 3), (32, 4), (32, 3), (32, 2), (16, 2))
+"""Keys of a tile, and stages of the loop over those, the best first; a tuner is offered
+DECODED_ALTERNATIVES that fit."""
+
+DECODED_ALTERNATIVES = 4
+
+DECODED_REGISTERS = 128
+"""Of a thread of ``decode_scan``, without which its programs cannot be counted before it is
+compiled; what multiplies in float32 takes twice as many."""
+
+FEWEST_TILES = 4
+"""Of a split of the keys."""
+
+MANY_WAVES = 8
+"""Programs a block of rows, of those that run at a time, up to which the last wave of them may be
+short, and splits are chosen so that it is not."""
 
 MAX_STAGES = 3
 """Stages of a loop: a tile is asked for one stage less ahead of its products. A fourth gained
@@ -68,14 +101,30 @@ BLOCKS = ((64, 64), (128, 128), (128, 64), (64, 32), (32, 32), (32, 16), (16, 16
 took 8.4 ms where rows keep 28 keys and 4.7 where they keep 2, with 128 x 128 8.5 and 7.4; at
 head_dim 128 14.2 (28 keys) and 10.6 (4), with 128 x 128 13.7 and 12.5."""
 
+LONGEST_WHOLE = 512
+"""Keys of the longest rows of which the scores of 64 fit the registers of eight warps. Compiled for
+compute capability 9.0 with head_dim 64, nothing of them is spilled; of 32 rows with 1,024 keys, 169
+registers are."""
+
+LONGEST_WHOLE_OUTPUT = 128
+"""The same where outputs are found beside them. On an H100 a forward of 128 keys takes 0.12 ms so
+and 0.14 with thresholds alone, one of 256 keys 0.19 and 0.17: the warps of a product that another
+follows get rows each, not keys, and 64 rows are enough for four."""
+
 MAX_ALTERNATIVES = 3
 """Pairs of ``BLOCKS`` that a tuner is offered."""
 
 ACCUMULATORS = 128 * 128
 """float32 sums of a block that registers hold beside its scores."""
 
+SUM_ITEMSIZE = 4
+"""Bytes of a sum, which threads hand on through shared memory before they store it."""
+
 FEW_SUMS = 64 * 128
 """float32 sums that four warps hold; more take eight."""
+
+SCORES = 64 * 256
+"""Scores of whole rows that four warps hold; more take eight."""
 
 FLOAT32_PRODUCTS = 32 * 32 * 128
 """Multiplications of a block in float32, which no tensor core does: larger ones take minutes to
@@ -85,6 +134,10 @@ FULL_WIDTH = 16
 """Least width that a matrix product takes. In narrower heads one rounding of ``u`` and ``ds`` to 16
 bits is too much: emulated on 260 Gaussian problems each, it made a gradient err by up to 3.9 times
 what the tests allow at head_dim 1, 1.5 times at 3 and 1.0 at 8, but 0.8 at 16 and above."""
+
+
+MOST_DEGREE = 10
+"""Above, rounding of what is multiplied would show, and a power is as fast."""
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -162,15 +215,14 @@ class Terms(NamedTuple):
     """What a call asks beyond plain and causal attention, as kernels take it; None where it is not
     asked.
 
-    ``left``, ``right`` and ``shift``: of windows and of ``i'``. ``scale`` and ``softcap``: of the
-    problem. ``dropped``: words below it are dropped, less 2^31; ``kept``: what the others are
-    multiplied by. ``longest``: of each key head the longest key's norm. ``sharers``: sequences that
-    share a mask. The others are operands.
+    ``left`` and ``right``: of windows. ``scale`` and ``softcap``: of the problem. ``dropped``:
+    words below it are dropped, less 2^31; ``kept``: what the others are multiplied by. ``longest``:
+    of each key head the longest key's norm. ``sharers``: sequences that share a mask. The others
+    are operands.
     """
 
     left: int | None = None
     right: int | None = None
-    shift: int | None = None
     scale: float | None = None
     softcap: float | None = None
     dropped: int | None = None
@@ -196,7 +248,6 @@ class Terms(NamedTuple):
         return cls(
             left=min(said.left, farthest) if said.left >= 0 else None,
             right=None if said.is_causal or said.right < 0 else min(said.right, farthest),
-            shift=problem.shift if said.bottom_right else None,
             scale=said.scale if is_scored(problem) else None,
             softcap=said.softcap or None,
             dropped=int(said.dropout_p * 2**32) - 2**31 if said.dropout_p else None,
@@ -269,14 +320,14 @@ class Options(NamedTuple):
     """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
     closed form; ``exact`` asks for scores relative to their row's maximum, to float32's round-off
     also where they are large; ``steep``: see :func:`is_steep`; ``shallow``: see
-    :func:`is_shallow`; ``halved``: see :func:`is_halved`.
+    :func:`is_shallow`; ``degree``: see :func:`degree_of`; ``halved``: see :func:`is_halved`.
 
-    The others say what is asked beyond that: ``left``, ``right`` and ``shifted``, parts of
-    :class:`Terms`; ``lower`` and ``upper``, that something limits the keys on this side;
-    ``hides``, a mask of booleans; ``adds``, one that is added; ``masked``, either. ``scored``: see
-    :func:`is_scored`; ``biased``: something is added to scores; ``local``: slopes keep far keys out
-    of the support; ``scattered``: a row may see other keys than leading ones; ``paged``: keys and
-    values lie in pages."""
+    The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
+    ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
+    limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
+    ``masked``, either. ``scored``: see :func:`is_scored`; ``biased``: something is added to scores;
+    ``local``: slopes keep far keys out of the support; ``scattered``: a row may see other keys than
+    leading ones; ``paged``: keys and values lie in pages."""
 
     block_q: int
     block_k: int
@@ -290,6 +341,7 @@ class Options(NamedTuple):
     exact: bool
     steep: bool
     shallow: bool
+    degree: int
     halved: bool
     left: bool
     right: bool
@@ -313,18 +365,20 @@ class Options(NamedTuple):
     paged: bool
 
     @classmethod
-    def of(cls, problem: Problem, config: Config) -> Options:
+    def of(cls, problem: Problem, config: Config, whole: bool = False) -> Options:
+        """Where ``whole``, a tile is all keys."""
         said, alpha = problem.scores, compiled_alpha(problem.alpha)
         given = {operand.name for operand in problem.operands}
         mask, alphas = problem.operand("attn_mask"), "alphas" in given
         ranges, alibi = "ranges" in given, "alibi_slopes" in given
         scored = is_scored(problem)
+        block_k = whole_width(problem, config) if whole else int(config["block_k"])
         if alphas:
             alpha = 0.0
         hides = mask is not None and mask.dtype == torch.bool
         return cls(
             block_q=int(config["block_q"]),
-            block_k=int(config["block_k"]),
+            block_k=block_k,
             head_dim=problem.head_dim,
             padded=padded(problem.head_dim),
             head_dim_v=problem.head_dim_v,
@@ -335,6 +389,7 @@ class Options(NamedTuple):
             exact=problem.dtype == torch.float32 or alpha == 0.0 or scored,
             steep=is_steep(problem.alpha),
             shallow=is_shallow(problem.alpha),
+            degree=0 if alphas else degree_of(problem.alpha),
             halved=is_halved(problem),
             left=said.left >= 0,
             right=said.right >= 0 and not said.is_causal,
@@ -365,13 +420,14 @@ class RowOptions(NamedTuple):
     alpha: float
     steep: bool
     shallow: bool
+    degree: int
     exact: bool = True
     alphas: bool = False
 
     @classmethod
     def of(cls, problem: RowProblem) -> RowOptions:
         alpha = problem.alpha
-        return cls(compiled_alpha(alpha), is_steep(alpha), is_shallow(alpha))
+        return cls(compiled_alpha(alpha), is_steep(alpha), is_shallow(alpha), degree_of(alpha))
 
 
 def _sharers(problem: Problem) -> int | None:
@@ -405,6 +461,15 @@ def is_shallow(alpha: float) -> bool:
     return alpha < 1.5
 
 
+def degree_of(alpha: float) -> int:
+    """``1 / (alpha - 1)`` where a power of it is few multiplications, as for alpha of 1.25 or 1.1;
+    else 0."""
+    exponent = 1.0 / (alpha - 1.0)
+    whole = round(exponent)
+    few = is_shallow(alpha) and whole <= MOST_DEGREE
+    return whole if few and abs(exponent - whole) < 1e-6 else 0
+
+
 def is_halved(problem: Problem) -> bool:
     """Whether ``u`` and ``ds`` are multiplied in two 16-bit halves, where one rounding would be the
     error of a whole gradient.
@@ -419,6 +484,11 @@ def is_halved(problem: Problem) -> bool:
 def compiled_alpha(alpha: float) -> float:
     """``alpha`` where kernels have a closed form for it, else 0."""
     return alpha if alpha in (1.5, 2.0) else 0.0
+
+
+def whole_width(problem: Problem, config: Config) -> int:
+    """Keys of a tile that holds all: a power of two."""
+    return max(int(config["block_k"]), 1 << (problem.length_k - 1).bit_length())
 
 
 def padded(width: int) -> int:
@@ -511,7 +581,47 @@ class Limits(NamedTuple):
 
 
 def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
-    """Configurations that fit a device, the default first."""
+    """Configurations that fit a device, the default first. ``whole`` says what is found of rows
+    whose scores are all at hand; where these are powers without a closed form, which take registers
+    of their own, it comes second."""
+    tiled = tiled_configs(problem, limits)
+    first = next(tiled, None)
+    if first is None:
+        return
+    whole = list(whole_configs(problem, first, limits))
+    plain = Options.of(problem, first).alpha != 0.0
+    yield from (*whole, first) if plain else (first, *whole)
+    yield from tiled
+
+
+def whole_configs(problem: Problem, config: Config, limits: Limits) -> Iterator[Config]:
+    """``config`` with thresholds and outputs, or thresholds alone, of whole rows, where they fit.
+
+    For compute capability 9.0 alone: it was made for its products, and Triton 3.7.1 compiles it for
+    no later one. In float32, unrolled products of this size take minutes to compile.
+    """
+    made_for = limits.wgmma and problem.dtype != torch.float32
+    if not (made_for or INTERPRETED) or problem.page_size or problem.length_k > LONGEST_WHOLE:
+        return
+    block_q, width = int(config["block_q"]), whole_width(problem, config)
+    keys = padded(problem.head_dim) * problem.dtype.itemsize
+    values = padded(problem.head_dim_v) * problem.dtype.itemsize
+    handed_on = block_q * padded(problem.head_dim_v) * SUM_ITEMSIZE
+    if operand := problem.operand("attn_mask"):
+        handed_on = max(handed_on, block_q * width * operand.dtype.itemsize)
+    shared = (block_q + width) * keys + handed_on
+    config = {**config, "whole_warps": 4 if block_q * width <= SCORES else 8}
+    # Words for dropout leave no registers. Above alpha = 2 means of values must be of the very
+    # weights that gradients are of, which a product of other shape may round otherwise.
+    output = width <= LONGEST_WHOLE_OUTPUT and not problem.scores.dropout_p
+    if output and not is_steep(problem.alpha) and shared + width * values <= limits.shared:
+        yield {**config, "whole": "outputs"}
+    if shared <= limits.shared:
+        yield {**config, "whole": "thresholds"}
+
+
+def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
+    """Configurations for rows of any length."""
     wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
     unrolled = problem.dtype == torch.float32 and not INTERPRETED
     # Nothing here is by needs_grad: an output has the same bits with and without gradients.
@@ -537,6 +647,8 @@ def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
                 "warps": warps,
                 "solve_warps": warps if unrolled or wide > 128 else 4,
                 "registers": REGISTERS if narrow and limits.wgmma else 0,
+                "whole": "nothing",
+                "whole_warps": 4,
             }
             stages = _stages(problem, config, limits.shared)
             if stages is None:
@@ -547,11 +659,75 @@ def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
             return
 
 
+def is_decoding(problem: Problem) -> bool:
+    """Whether ``kernels/decode.py`` computes it: few queries without gradients, and keys enough to
+    be worth being cut. All else that a call may ask makes no difference."""
+    few = not problem.needs_grad and problem.length_q <= MOST_DECODED
+    return few and problem.length_k >= FEWEST_DECODED
+
+
+def decoding_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
+    """:func:`configs` where :func:`is_decoding`."""
+    wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
+    unrolled = problem.dtype == torch.float32 and not INTERPRETED
+    rows = problem.group_size * problem.length_q
+    block_q = min(DECODED_ROWS, max(FULL_WIDTH, 1 << (rows - 1).bit_length()))
+    while unrolled and block_q > FULL_WIDTH and block_q * 32 * wide > FLOAT32_PRODUCTS:
+        block_q //= 2
+    found = 0
+    for block_k, stages in DECODED_TILES:
+        tile = block_k * wide * problem.dtype.itemsize
+        if (unrolled and block_k > 32) or stages * tile > limits.shared // 2:
+            continue
+        warps = 4 if block_q * wide <= FEW_SUMS else 8
+        shared = stages * tile + block_q * (wide * problem.dtype.itemsize + 4 * block_k)
+        registers = 32 * warps * DECODED_REGISTERS * (1 + unrolled)
+        residents = min(limits.shared // shared, REGISTER_FILE // registers)
+        yield {
+            "block_q": block_q,
+            "block_k": block_k,
+            "stages": stages,
+            "warps": warps,
+            "residents": max(1, residents),
+        }
+        found += 1
+        if found == DECODED_ALTERNATIVES:
+            return
+
+
+@functools.lru_cache
+def splits_of(blocks: int, tiles: int, programs: int) -> int:
+    """How many parts the keys of each of ``blocks`` are cut into, so that all of ``programs`` work
+    that run at a time, until the end."""
+    most = max(1, tiles // FEWEST_TILES)
+    if blocks * MANY_WAVES <= programs:
+        return min(programs // blocks, most)
+
+    def busy(splits: int) -> float:
+        waves = -(-blocks * splits // programs)
+        return blocks * splits / (waves * programs)
+
+    return max(range(1, min(MANY_WAVES, most) + 1), key=busy)
+
+
+def decoding_options(config: Config, kernel: str) -> dict[str, int]:
+    """Triton's options for one of ``DECODE_KERNELS``."""
+    warps = int(config["warps"])
+    if kernel == "decode_scan":
+        # Those that were counted on; what then spills is used where bounds are set, not by key.
+        registers = REGISTER_FILE // (32 * warps * int(config["residents"]))
+        limit = {"maxnreg": registers} if registers < 255 else {}
+        return {"num_warps": warps, "num_stages": int(config["stages"]), **limit}
+    if kernel == "decode_weigh":  # which spills with fewer
+        return {"num_warps": 8 if int(config["block_q"]) <= 32 else 16}
+    return {"num_warps": 8 if kernel in ("decode_solve", "decode_narrow") else 4}
+
+
 def launch_options(config: Config, kernel: str) -> dict[str, int]:
     """Triton's options for one of ``KERNELS``."""
     if kernel in LIST_KERNELS:
         return {"num_warps": 4}
-    if kernel == "grad_mask":  # whose loop asks for nothing ahead
+    if kernel in ("grad_mask", "whole_rows"):  # whose loops ask for nothing ahead
         return {"num_warps": _warps(config, kernel)}
     options = {"num_warps": _warps(config, kernel), "num_stages": int(config[f"{kernel}_stages"])}
     if registers := _registers(config, kernel):
@@ -567,6 +743,17 @@ def most_pieces(grid: Grid, multiprocessors: int) -> int:
     return PIECES * multiprocessors if few and long else 0
 
 
+def row_blocks_each(grid: Grid, config: Config, multiprocessors: int) -> int:
+    """Row blocks of a head for a program of ``whole_rows``: as many as let the last one end first,
+    where loading keys takes half as long as a row block."""
+    slots = residents(config, "whole_rows") * multiprocessors
+
+    def time(each: int) -> int:
+        return -(-grid.heads * -(-grid.row_blocks // each) // slots) * (2 * each + 1)
+
+    return min(range(1, grid.row_blocks + 1), key=time)
+
+
 def residents(config: Config, kernel: str) -> int:
     """Blocks that the registers of a multiprocessor hold at a time."""
     registers = _registers(config, kernel) or 255
@@ -574,12 +761,12 @@ def residents(config: Config, kernel: str) -> int:
 
 
 def _warps(config: Config, kernel: str) -> int:
-    return int(config["solve_warps" if kernel == "solve" else "warps"])
+    return int(config[{"solve": "solve_warps", "whole_rows": "whole_warps"}.get(kernel, "warps")])
 
 
 def _registers(config: Config, kernel: str) -> int:
     """The limit of a thread's registers; 0 where there is none."""
-    return 0 if kernel == "grad_key_value" else int(config["registers"])
+    return 0 if kernel in ("grad_key_value", "whole_rows") else int(config["registers"])
 
 
 def _stages(problem: Problem, config: Config, shared: int) -> dict[str, int] | None:

@@ -370,6 +370,32 @@ _held: dict[tuple[Problem | RowProblem, str | None], Choice] = {}
 hold, also when it can."""
 
 
+SHORT = 1024
+"""Keys up to which rows are short, see :func:`_asked`."""
+
+FEW = 16
+"""Queries that are few there."""
+
+
+def _asked(problem: Problem | RowProblem) -> tuple[str, ...]:
+    """The backends in the order in which they are asked without measurements: that of the registry,
+    but ``triton`` first where on an H100 it was the faster one whatever the data, or loses little
+    where it is not. Steps of ``cuda`` and of ``triton``, in ms
+    (``benchmarks/results/2026-11-27-h100-first-choice.txt``):
+
+    - up to 1,024 keys: 1.13 and 0.83 (512 keys, sharpness 1), 5.2 and 1.6 (1,024, 0.4);
+    - few queries without gradients, which ``triton`` cuts by keys;
+    - an alpha that ``cuda`` has no closed form for: 26.8 and 10.7 (4,096 keys, alpha 1.25).
+    """
+    names = tuple(registry.REGISTRY)
+    if isinstance(problem, RowProblem):
+        return names
+    decoded = problem.length_q <= FEW and not problem.needs_grad
+    if problem.length_k <= SHORT or decoded or problem.alpha not in (1.5, 2.0):
+        return tuple(sorted(names, key=lambda name: name != "triton"))
+    return names
+
+
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
 def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     """
@@ -380,7 +406,7 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
         return held
     if forced is not None:
         check_backend(forced, " from ADASPLASH2_BACKEND" if forced == FORCED else "")
-    names = tuple(registry.REGISTRY) if forced is None else (forced,)
+    names = _asked(problem) if forced is None else (forced,)
     answers: list[Answer] = []
     for name in names:
         answer = _ask(name, problem)

@@ -58,44 +58,135 @@ def scaled(u, u_scale, TYPE: tl.constexpr, opt: tl.constexpr):
 
 
 @triton.jit
+def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.constexpr,
+          SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr, COUNT: tl.constexpr,
+          MARK: tl.constexpr):  # fmt: skip
+    """Add the values ``v`` of keys at distances ``x``, weighted by ``p``, and by ``u`` where
+    GRADIENT."""
+    acc, acc_u, bad, mass, slope, kept = sums
+    p, u = weights(x, terms.r, opt)
+    mass += tl.sum(p, 1)
+    if opt.dropout:
+        rows, columns = numbers_of(first_row, first, opt, opt.block_q)
+        kept_ones = is_kept(rows, columns, terms, shape, opt)
+        p = tl.where(kept_ones, p, 0.0)
+    acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
+    if GRADIENT:
+        u = scaled(u, u_scale, v.dtype, opt)
+        slope += tl.sum(u, 1)
+        if opt.dropout:
+            u = tl.where(kept_ones, u, 0.0)
+        acc_u += weighted(u, finite_part(v, SAFE), opt)
+    if SAFE:
+        reached = is_inside(x, terms.r, opt)
+        if opt.dropout:
+            reached = reached & kept_ones
+        bad = count_bad(bad, reached, v)
+    if COUNT:
+        kept += tl.sum(is_inside(x, terms.r, opt).to(tl.int32), 1)
+        rows = first_row + tl.arange(0, opt.block_q)
+        columns = first + tl.arange(0, opt.block_k)
+        places = marks + (rows // MARK)[:, None] * tl.cdiv(shape.length_k, MARK)
+        places += (columns // MARK)[None, :]
+        tl.store(places, tl.full(x.shape, 1, tl.int8), mask=is_inside(x, terms.r, opt))
+    return acc, acc_u, bad, mass, slope, kept
+
+
+@triton.jit
 def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
                 opt: tl.constexpr, SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """Add values weighted by ``p``, and by ``u`` where GRADIENT, over the entries that need no
-    mask, or the others where EDGE."""
-    acc, acc_u, bad, mass, slope, kept = sums
+    """:func:`weigh` the entries that need no mask, or the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
         number = entry_of(numbers, index + 1, stop)
         x, _, _ = distances(row_block, k, first, terms, shape, opt, EDGE)
-        p, u = weights(x, terms.r, opt)
-        mass += tl.sum(p, 1)
-        if opt.dropout:
-            rows, columns = numbers_of(row_block[3], first, opt, opt.block_q)
-            kept_ones = is_kept(rows, columns, terms, shape, opt)
-            p = tl.where(kept_ones, p, 0.0)
-        acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
+        sums = weigh(sums, x, v, row_block[3], first, marks, terms, shape, u_scale, opt, SCALE,
+                     GRADIENT, SAFE, COUNT, MARK)  # fmt: skip
+    return sums
+
+
+@triton.jit
+def marks_of(marks, batch, head, shape, MARK: tl.constexpr):
+    """Where a head's marks of tiles with support begin."""
+    across = tl.cdiv(shape.length_k, MARK)
+    return marks + (
+        (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_q, MARK) * across
+    )
+
+
+@triton.jit
+def no_sums(opt: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr):
+    """The sums of :func:`weigh` before all keys: of values by ``p`` and by ``u``, what is not
+    finite beside them, ``sum p``, ``sum u``, and the size of the support."""
+    none = tl.full((opt.block_q, opt.padded_v if SAFE else 1), 0.0, tl.float32)
+    return (
+        tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32),
+        tl.full((opt.block_q, opt.padded_v if GRADIENT else 1), 0.0, tl.float32),
+        (none, none),
+        tl.full((opt.block_q,), 0.0, tl.float32),
+        tl.full((opt.block_q,), 0.0, tl.float32),
+        tl.full((opt.block_q,), 0, tl.int32),
+    )
+
+
+@triton.jit
+def scale_of_u(t, r, SCALE: tl.constexpr, opt: tl.constexpr):
+    """What ``u`` is multiplied by before it is rounded, and the ``u`` of the highest score where
+    ``opt.exact``."""
+    u_scale = SCALE
+    top_u = 0.0
+    if opt.exact:
+        _, top_u = weights(-t, r, opt)
+    if opt.steep:
+        # Other keys have up to 2^23 times as much, as far as `t` resolves them: in float16 too. One
+        # may outweigh all others, and its `dp - delta` be their part: so `slope` sums what is
+        # multiplied.
+        u_scale = (1.0 / 256.0 / tl.where(top_u > 0.0, top_u, 1.0))[:, None]
+    return u_scale, top_u
+
+
+@triton.jit
+def store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch, head,
+                 first_row, at_row, inside, TYPE: tl.constexpr, terms, shape, opt: tl.constexpr,
+                 SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
+                 COUNT: tl.constexpr):  # fmt: skip
+    """Store the means that the sums of all keys make, and mark rows that are not finite."""
+    acc, acc_u, bad, mass, slope, kept = sums
+    if opt.sinks:
+        p, u = weights(distance(terms.sink, top, t, terms.c, opt), terms.r, opt)
+        mass += p
         if GRADIENT:
-            u = scaled(u, u_scale, v.dtype, opt)
-            slope += tl.sum(u, 1)
-            if opt.dropout:
-                u = tl.where(kept_ones, u, 0.0)
-            acc_u += weighted(u, finite_part(v, SAFE), opt)
+            u = scaled(u[:, None], u_scale, TYPE, opt)
+            slope += tl.max(u, 1)
+    result = acc / tl.where(mass > 0.0, mass * SCALE, 1.0)[:, None]
+    if opt.dropout:
+        result = result * shape.terms.kept
+    if SAFE:
+        result = with_bad(result, bad)
+    result = tl.where((t != t)[:, None], float("nan"), result)
+    outs = head_of(out, batch, head)
+    store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
+    if GRADIENT:
+        mean = acc_u / tl.where(slope > 0.0, slope, 1.0)[:, None]
+        if opt.dropout:
+            mean = mean * shape.terms.kept
         if SAFE:
-            reached = is_inside(x, terms.r, opt)
-            if opt.dropout:
-                reached = reached & kept_ones
-            bad = count_bad(bad, reached, v)
-        if COUNT:
-            kept += tl.sum(is_inside(x, terms.r, opt).to(tl.int32), 1)
-            rows = row_block[3] + tl.arange(0, opt.block_q)
-            columns = first + tl.arange(0, opt.block_k)
-            places = marks + (rows // MARK)[:, None] * tl.cdiv(shape.length_k, MARK)
-            places += (columns // MARK)[None, :]
-            tl.store(places, tl.full(x.shape, 1, tl.int8), mask=is_inside(x, terms.r, opt))
-    return acc, acc_u, bad, mass, slope, kept
+            mean = with_bad(mean, bad)
+        if opt.exact:
+            if opt.steep:  # as in the sum
+                top_u = tl.max(scaled(top_u[:, None], u_scale, TYPE, opt), 1)
+            tl.store(spread + at_row, tl.where(slope == top_u, 0.0, 1.0), mask=inside)
+        means = head_of(out_u, batch, head)
+        store_tile(
+            means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v
+        )
+    if COUNT:
+        tl.store(support + at_row, kept, mask=inside)
+    if not SAFE:
+        mark_rows(unsafe + at_row, result, inside)
 
 
 @triton.jit
@@ -122,61 +213,13 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
     scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     if COUNT:
-        across = tl.cdiv(shape.length_k, MARK)
-        marks += (
-            (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_q, MARK) * across
-        )
-    none = tl.full((opt.block_q, opt.padded_v if SAFE else 1), 0.0, tl.float32)
-    sums = (
-        tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32),
-        tl.full((opt.block_q, opt.padded_v if GRADIENT else 1), 0.0, tl.float32),
-        (none, none),
-        tl.full((opt.block_q,), 0.0, tl.float32),
-        tl.full((opt.block_q,), 0.0, tl.float32),
-        tl.full((opt.block_q,), 0, tl.int32),
-    )
+        marks = marks_of(marks, batch, head, shape, MARK)
+    sums = no_sums(opt, GRADIENT, SAFE)
     row_block = (q, top, t, first_row)
-    u_scale = scale
-    if opt.exact:
-        _, top_u = weights(-t, terms.r, opt)
-    if opt.steep:
-        # Other keys have up to 2^23 times as much, as far as `t` resolves them: in float16 too. One
-        # may outweigh all others, and its `dp - delta` be their part: so `slope` sums what is
-        # multiplied.
-        u_scale = (1.0 / 256.0 / tl.where(top_u > 0.0, top_u, 1.0))[:, None]
+    u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
     for edge in tl.static_range(2):
         sums = weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
                            opt, scale, GRADIENT, SAFE, COUNT, MARK, edge == 1)  # fmt: skip
-    acc, acc_u, bad, mass, slope, kept = sums
-    if opt.sinks:
-        p, u = weights(distance(terms.sink, top, t, terms.c, opt), terms.r, opt)
-        mass += p
-        if GRADIENT:
-            u = scaled(u[:, None], u_scale, value.base.dtype.element_ty, opt)
-            slope += tl.max(u, 1)
-    result = acc / tl.where(mass > 0.0, mass * scale, 1.0)[:, None]
-    if opt.dropout:
-        result = result * shape.terms.kept
-    if SAFE:
-        result = with_bad(result, bad)
-    result = tl.where((t != t)[:, None], float("nan"), result)
-    outs = head_of(out, batch, head)
-    store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
-    if GRADIENT:
-        mean = acc_u / tl.where(slope > 0.0, slope, 1.0)[:, None]
-        if opt.dropout:
-            mean = mean * shape.terms.kept
-        if SAFE:
-            mean = with_bad(mean, bad)
-        if opt.exact:
-            if opt.steep:  # as in the sum
-                top_u = tl.max(scaled(top_u[:, None], u_scale, value.base.dtype.element_ty, opt), 1)
-            tl.store(spread + at_row, tl.where(slope == top_u, 0.0, 1.0), mask=inside)
-        means = head_of(out_u, batch, head)
-        store_tile(
-            means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v
-        )
-    if COUNT:
-        tl.store(support + at_row, kept, mask=inside)
-    if not SAFE:
-        mark_rows(unsafe + at_row, result, inside)
+    store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch, head,
+                 first_row, at_row, inside, value.base.dtype.element_ty, terms, shape, opt, scale,
+                 GRADIENT, SAFE, COUNT)  # fmt: skip

@@ -106,7 +106,7 @@ def place_of(rows, terms, shape, opt: tl.constexpr):
     if opt.ranges:
         return load_range(rows, 2, terms, shape)
     elif opt.shifted:
-        return rows + shape.terms.shift
+        return rows + (shape.length_k - shape.length_q)
     else:
         return rows
 

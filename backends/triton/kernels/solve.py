@@ -19,7 +19,6 @@ from adasplash2.backends.triton.kernels.score import (
     bias_of,
     biased,
     capped,
-    distance,
     distances,
     is_inside,
     lift_of,
@@ -33,14 +32,12 @@ from adasplash2.backends.triton.kernels.score import (
     terms_of,
 )
 from adasplash2.backends.triton.kernels.threshold import (
-    EPSILON,
     HIGHEST,
     certain_rise,
-    guarded,
-    is_near,
-    leap,
-    rise,
+    stepped,
     weights,
+    with_sink,
+    with_tile,
 )
 from adasplash2.backends.triton.kernels.work import (
     entry_of,
@@ -56,10 +53,6 @@ BOUND_STEPS = tl.constexpr(3)
 """Certain rises on the maxima of a row's tiles. On Gaussian scores the bound then keeps a
 twentieth more keys than the threshold itself; more steps change nothing."""
 
-SHALLOW_TOLERANCE = tl.constexpr(1e-3)
-"""How far ``sum p`` may be above 1 before the last step where alpha is below 1.5, see
-``launch.tolerance``."""
-
 BOUND_SLACK = tl.constexpr(1e-6)
 """See :func:`slack`."""
 
@@ -71,16 +64,25 @@ def slack(r):
 
 
 @triton.jit
+def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH: tl.constexpr,
+                EDGE: tl.constexpr):  # fmt: skip
+    """Scores of ``rows`` and the WIDTH keys from ``first`` on, with their ``bias``; -inf where,
+    with EDGE, a key may not be seen."""
+    s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
+    if EDGE:
+        columns = first + tl.arange(0, WIDTH)
+        s = tl.where(allowed(rows, columns[None, :], terms, shape, opt), s, -INFINITY)
+    return s
+
+
+@triton.jit
 def span_maxima(q, keys, first, bias, first_row, terms, shape, opt: tl.constexpr,
                 SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """The row maxima of SPAN tiles."""
     width: tl.constexpr = SPAN * opt.block_k
     k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, EDGE, opt)
     rows = (first_row + tl.arange(0, opt.block_q))[:, None]
-    s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
-    if EDGE:
-        columns = first + tl.arange(0, width)
-        s = tl.where(allowed(rows, columns[None, :], terms, shape, opt), s, -INFINITY)
+    s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, EDGE)
     return largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
 
 
@@ -152,12 +154,20 @@ def filter_candidates(candidates, maxima, top, t, count, is_first, origin, terms
 
 
 @triton.jit
-def with_sink(mass, slope, top, t, terms, opt: tl.constexpr):
-    """``sum p`` and ``sum u`` with the sink, one more candidate of each row; and whether it is in
-    the support."""
-    x = distance(terms.sink, top, t, terms.c, opt)
-    p, u = weights(x, terms.r, opt)
-    return mass + p, slope + u, is_inside(x, terms.r, opt).to(tl.int32)
+def lowest(pending, r, opt: tl.constexpr):
+    """``t`` of ``tau = max z - 1``, which the threshold is not below; infinite for other rows."""
+    if opt.alphas:
+        return tl.where(pending, lift_of(r, opt) - 1.0, INFINITY)
+    else:
+        return tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
+
+
+@triton.jit
+def raised(t, mass, slope, top, terms, opt: tl.constexpr):
+    """A bound after a certain rise on some of a row's scores, and its sink."""
+    if opt.sinks:
+        mass, slope, _ = with_sink(mass, slope, top, t, terms, opt)
+    return t + tl.where(mass > 1.0, certain_rise(mass, slope, terms.r, opt), 0.0)
 
 
 @triton.jit
@@ -165,31 +175,42 @@ def bound_of(candidates, maxima, top, pending, origin, tiles, terms, opt: tl.con
              CHUNK: tl.constexpr):  # fmt: skip
     """A lower bound of ``t`` and how many candidates are left: certain rises on the tiles' maxima,
     from ``tau >= max z - 1``."""
-    if opt.alphas:
-        t = tl.where(pending, lift_of(terms.r, opt) - 1.0, INFINITY)
-    else:
-        t = tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
+    t = lowest(pending, terms.r, opt)
     left = tiles
     for step in range(BOUND_STEPS):
         mass, slope, left = filter_candidates(
             candidates, maxima, top, t, left, step == 0, origin, terms, opt, CHUNK
         )
-        if opt.sinks:
-            mass, slope, _ = with_sink(mass, slope, top, t, terms, opt)
-        t += tl.where(mass > 1.0, certain_rise(mass, slope, terms.r, opt), 0.0)
+        t = raised(t, mass, slope, top, terms, opt)
     return t - slack(terms.r), left
+
+
+@triton.jit
+def list_alive(lists, live, numbers, alive, exist, open_ones, found_open, found,
+               opt: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """Add the tiles that are ``alive`` to a list, and write flags of those that ``exist``; return
+    how many are listed then, of those that need no mask and of all.
+
+    The ``open_ones``, from a first one up to an end, need none. Where they need not begin with the
+    first of all, they are listed before the others, in a pass of their own.
+    """
+    first_open, open_end = open_ones
+    tl.store(live + numbers, alive.to(tl.int8), mask=exist)
+    if opt.lower:
+        is_open = (numbers >= first_open) & (numbers < open_end)
+        alive = tl.where(is_open == (EDGE == 0), alive, 0)
+    tl.store(lists + found + tl.cumsum(alive, 0) - alive, numbers, mask=alive > 0)
+    if EDGE == 0:
+        found_open += tl.sum(tl.where(numbers < open_end, alive, 0), 0)
+    found += tl.sum(alive, 0)
+    return found_open, found
 
 
 @triton.jit
 def list_live(lists, live, candidates, maxima, top, t, open_ones, count, terms,
               opt: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Write the numbers of the candidates with a maximum above some row's bound, and flags of all;
-    return how many are listed, of those that need no mask and of all.
-
-    The ``open_ones``, from a first one up to an end, need none. Where they need not begin with the
-    first of all, they are listed before the others in a pass of their own.
-    """
-    first_open, open_end = open_ones
+    return how many are listed, of those that need no mask and of all."""
     found_open = 0
     found = 0
     for edge in tl.static_range(2 if opt.lower else 1):
@@ -199,23 +220,15 @@ def list_live(lists, live, candidates, maxima, top, t, open_ones, count, terms,
             highest = load_maxima(maxima, chunk, count, opt, CHUNK)
             x = terms.c * (highest - top[:, None]) - t[:, None]
             alive = tl.max(is_inside(x, terms.r, opt).to(tl.int32), 0)
-            tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
-            if opt.lower:
-                is_open = (numbers >= first_open) & (numbers < open_end)
-                alive = tl.where(is_open == (edge == 0), alive, 0)
-            tl.store(lists + found + tl.cumsum(alive, 0) - alive, numbers, mask=alive > 0)
-            if edge == 0:
-                found_open += tl.sum(tl.where(numbers < open_end, alive, 0), 0)
-            found += tl.sum(alive, 0)
+            found_open, found = list_alive(lists, live, numbers, alive, places < count, open_ones,
+                                           found_open, found, opt, edge)  # fmt: skip
     return found_open, found
 
 
 @triton.jit
 def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
               STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """Add ``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support over the entries
-    that need no mask, or the others where EDGE."""
-    mass, slope, count = sums
+    """:func:`with_tile` for the entries that need no mask, or the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in tl.range(start, stop, num_stages=STAGES):
@@ -223,12 +236,63 @@ def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
         number = entry_of(numbers, index + 1, stop)
         k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, EDGE, opt)
         x, _, _ = distances(row_block, k, first, terms, shape, opt, EDGE)
-        p, u = weights(x, terms.r, opt)
-        mass += tl.sum(p, 1)
-        slope += tl.sum(u, 1)
-        if opt.alpha == 1.5:
-            count += opt.block_k + tl.sum(x.to(tl.int32, bitcast=True) >> 31, 1)
-    return mass, slope, count
+        sums = with_tile(sums, x, terms.r, opt)
+    return sums
+
+
+@triton.jit
+def open_between(first_row, begin, end, open_end, terms, shape, opt: tl.constexpr):
+    """The tiles that need no mask of those from ``begin`` to ``end``, from a first one up to an
+    end, where ``open_end`` is that of all."""
+    first_open = tl.maximum(open_begin(first_row, terms, shape, opt), begin)
+    first_open = tl.minimum(first_open, end)
+    return first_open, tl.maximum(tl.minimum(open_end, end), first_open)
+
+
+@triton.jit
+def kinds_of(top, inside, terms, opt: tl.constexpr):
+    """The highest score of each row from that of its keys, zero where it has no threshold; which
+    rows are poisoned by what is not finite; and which have one."""
+    if opt.sinks:
+        top = larger(top, terms.sink)
+    if opt.alphas:
+        top = tl.where(terms.c == terms.c, top, float("nan"))
+    poisoned = ((top != top) | (top == INFINITY)) & inside
+    pending = inside & (poisoned == 0) & (top > -INFINITY)
+    return tl.where(pending, top, 0.0), poisoned, pending
+
+
+@triton.jit
+def store_thresholds(top_out, t_out, tau_out, top, t, poisoned, at_row, inside, terms,
+                     opt: tl.constexpr):  # fmt: skip
+    """Store what thresholds are made of, and return ``t`` and ``tau`` as they are stored."""
+    t = tl.where(poisoned, float("nan"), t)
+    tl.store(top_out + at_row, top, mask=inside)
+    tl.store(t_out + at_row, t, mask=inside)
+    if opt.alphas:
+        tau = terms.c * top + (t - lift_of(terms.r, opt))
+    else:
+        tau = terms.c * top + (t - 1.0 if opt.shallow else t)
+    tl.store(tau_out + at_row, tau, mask=inside)
+    return t, tau
+
+
+@triton.jit
+def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shape,
+                  opt: tl.constexpr):  # fmt: skip
+    """A poisoned row poisons every key that it may see; ``seen``: the tiles that some row of the
+    block may, from a first one up to an end."""
+    if opt.scattered:
+        tiles = tl.cdiv(shape.length_k, opt.block_k)
+        kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
+        if any_of(poisoned):
+            for tile in range(seen[0], seen[1]):
+                tl.atomic_max(poison + kv_row.to(tl.int64) * tiles + tile, 1)
+    else:
+        leading = reach(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
+        leading = tl.max(tl.where(poisoned, leading, 0), 0)
+        kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
+        tl.atomic_max(poison + kv_row, leading, mask=leading > 0)
 
 
 @triton.jit
@@ -270,9 +334,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             if opt.local:
                 kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
                 begin, end = near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt)
-            first_open = tl.maximum(open_begin(first_row, terms, shape, opt), begin)
-            first_open = tl.minimum(first_open, end)
-            open_end = tl.maximum(tl.minimum(open_end, end), first_open)
+            first_open, open_end = open_between(first_row, begin, end, open_end, terms, shape, opt)
             # A program's maxima begin with those of the first span that some row sees.
             whole = tl.minimum(tl.cdiv(first_open, SPAN), tl.cdiv(end, SPAN))
             origin = begin // SPAN * SPAN
@@ -295,13 +357,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                              STAGES, True)  # fmt: skip
         tl.debug_barrier()  # the maxima are read back by other threads
 
-        if opt.sinks:
-            top = larger(top, terms.sink)
-        if opt.alphas:
-            top = tl.where(terms.c == terms.c, top, float("nan"))
-        poisoned = ((top != top) | (top == INFINITY)) & inside
-        pending = inside & (poisoned == 0) & (top > -INFINITY)
-        top = tl.where(pending, top, 0.0)
+        top, poisoned, pending = kinds_of(top, inside, terms, opt)
         t, left = bound_of(
             candidates, maxima, top, pending, origin, end - origin, terms, opt, CHUNK
         )
@@ -332,26 +388,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept
-            if opt.steep:
-                moved, lo, hi, final = guarded(t, lo, hi, mass, slope, terms.r, tolerance, step,
-                                               opt)  # fmt: skip
-            else:
-                certain = t + rise(mass, slope, terms.r, opt)
-                lo = tl.maximum(lo, certain)
-                moved = certain
-                if opt.alpha == 1.5:
-                    most = tl.where(mass >= 1.0, count, most)
-                    solved = is_near(mass, slope, most, tolerance)
-                    ahead = t + leap(mass, slope, count)
-                    moved = tl.where(solved | (mass > 1.0), ahead, certain)
-                elif opt.alphas:
-                    near = tl.where(lift_of(terms.r, opt) > 0.0, SHALLOW_TOLERANCE, tolerance)
-                    solved = tl.abs(mass - 1.0) <= near
-                else:
-                    solved = tl.abs(mass - 1.0) <= tolerance
-                final = solved | (certain == t)
-                if opt.alphas:  # an ulp to and fro may change many keys' sum by more
-                    final = final | (tl.abs(certain - t) <= tl.abs(t) * EPSILON)
+            moved, lo, hi, most, final = stepped(t, top, lo, hi, most, mass, slope, count, terms,
+                                                 tolerance, step, opt)  # fmt: skip
             steps += pending.to(tl.int32)
             t = tl.where(pending, moved, t)
             pending = pending & (final == 0)
@@ -371,27 +409,10 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         tl.debug_barrier()  # the bounds are read
         tl.store(counts + 2 * at_block, found_open)
         tl.store(counts + 2 * at_block + 1, found)
-        t = tl.where(poisoned, float("nan"), t)
-        tl.store(top_out + at_row, top, mask=inside)
-        tl.store(t_out + at_row, t, mask=inside)
-        if opt.alphas:
-            tau = terms.c * top + (t - lift_of(terms.r, opt))
-        else:
-            tau = terms.c * top + (t - 1.0 if opt.shallow else t)
-        tl.store(tau_out + at_row, tau, mask=inside)
+        store_thresholds(top_out, t_out, tau_out, top, t, poisoned, at_row, inside, terms, opt)
         if COUNT:
             tl.store(iterations + at_row, steps, mask=inside)
 
-        # A poisoned row poisons every key that it may see.
-        if opt.scattered:
-            kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
-            if any_of(poisoned):
-                for tile in range(seen[0], seen[1]):
-                    tl.atomic_max(poison + kv_row.to(tl.int64) * tiles + tile, 1)
-        else:
-            leading = reach(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
-            leading = tl.max(tl.where(poisoned, leading, 0), 0)
-            kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
-            tl.atomic_max(poison + kv_row, leading, mask=leading > 0)
+        mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shape, opt)
         tl.debug_barrier()  # the maxima are free for the next block
         item = tl.atomic_add(taken, 1)

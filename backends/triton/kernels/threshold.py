@@ -18,6 +18,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     shortfall,
 )
 from adasplash2.backends.triton.kernels.score import (
+    distance,
     is_inside,
     lift_of,
 )
@@ -27,6 +28,10 @@ HIGHEST = tl.constexpr(-(2.0**-126))
 less than any float32; but the nearest key must keep a distance to it."""
 
 EPSILON = tl.constexpr(2.0**-23)
+
+SHALLOW_TOLERANCE = tl.constexpr(1e-3)
+"""How far ``sum p`` may be above 1 before the last step where alpha is below 1.5, see
+``launch.tolerance``."""
 
 FREE_STEPS = tl.constexpr(8)
 """Newton's steps above alpha = 2 before every other one becomes a bisection."""
@@ -47,6 +52,15 @@ def positive(x, opt: tl.constexpr):
 
 
 @triton.jit
+def whole_power(x, DEGREE: tl.constexpr):
+    """``x`` to a small whole number, 1 or more."""
+    power = x
+    for _ in tl.static_range(DEGREE - 1):
+        power = power * x
+    return power
+
+
+@triton.jit
 def weights(x, r, opt: tl.constexpr):
     """``p`` and ``u`` of distances ``x``; zeros off the support, also for NaN."""
     if opt.alpha == 1.5:
@@ -62,6 +76,10 @@ def weights(x, r, opt: tl.constexpr):
         whole, rest = log2_of(tl.where(inside, x, 1.0 - lift), lift)
         p = tl.where(inside, power_of_two(whole, rest, r), 0.0)
         u = p / base
+    elif opt.degree > 0:
+        base = tl.where(x > -1.0, 1.0 + x, 0.0)
+        u = whole_power(base, opt.degree - 1)
+        p = u * base
     elif opt.shallow:
         inside = is_inside(x, r, opt)
         w = tl.where(inside, x, 0.0)
@@ -151,6 +169,83 @@ def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
     moved = tl.where(inside & (solved | (bisect == 0)), t + newton, otherwise)
     closed = hi - lo <= ulp
     return tl.where(closed & (solved == 0), t, moved), lo, hi, solved | closed
+
+
+@triton.jit
+def grain(top, t, c, opt: tl.constexpr):
+    """A distance of thresholds that rounding of ``x`` hides: steps of it may go to and fro."""
+    if opt.exact:
+        return tl.abs(t) * EPSILON
+    else:
+        return tl.abs(c * top + t) * EPSILON
+
+
+@triton.jit
+def stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, opt: tl.constexpr):
+    """Where ``t`` moves from ``mass = sum p``, ``slope = sum u`` and, at alpha = 1.5 alone, the
+    size ``count`` of the support; ``lo``, ``hi`` and ``most`` after that; and who is done."""
+    r = terms.r
+    if opt.steep:
+        moved, lo, hi, final = guarded(t, lo, hi, mass, slope, r, tolerance, step, opt)
+    else:
+        certain = t + rise(mass, slope, r, opt)
+        lo = tl.maximum(lo, certain)
+        moved = certain
+        if opt.alpha == 1.5:
+            most = tl.where(mass >= 1.0, count, most)
+            solved = is_near(mass, slope, most, tolerance)
+            ahead = t + leap(mass, slope, count)
+            moved = tl.where(solved | (mass > 1.0), ahead, certain)
+        elif opt.alphas:
+            near = tl.where(lift_of(r, opt) > 0.0, SHALLOW_TOLERANCE, tolerance)
+            solved = tl.abs(mass - 1.0) <= near
+        else:
+            solved = tl.abs(mass - 1.0) <= tolerance
+        final = solved | (certain == t)
+        if opt.alpha != 1.5:  # there, `solved` allows for it
+            final = final | (tl.abs(certain - t) <= grain(top, t, terms.c, opt))
+    return moved, lo, hi, most, final
+
+
+@triton.jit
+def with_tile(sums, x, r, opt: tl.constexpr):
+    """``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support, with those of a
+    tile's distances added."""
+    mass, slope, count = sums
+    p, u = weights(x, r, opt)
+    mass += tl.sum(p, 1)
+    slope += tl.sum(u, 1)
+    if opt.alpha == 1.5:
+        count += opt.block_k + tl.sum(x.to(tl.int32, bitcast=True) >> 31, 1)
+    return mass, slope, count
+
+
+@triton.jit
+def added(mass, slope, count, more_mass, more_slope, more_count):
+    return mass + more_mass, slope + more_slope, count + more_count
+
+
+@triton.jit
+def sums_of(x, r, opt: tl.constexpr):
+    """The sums of :func:`with_tile` of one tile alone, which threads exchange at once."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        zeros = tl.full((x.shape[0],), 0.0, tl.float32)
+        mass, slope, count = with_tile((zeros, zeros, zeros.to(tl.int32)), x, r, opt)
+    else:
+        p, u = weights(x, r, opt)
+        outside = x.to(tl.int32, bitcast=True) >> 31
+        mass, slope, count = tl.reduce((p, u, outside), 1, added)
+        count += opt.block_k
+    return mass, slope, count
+
+
+@triton.jit
+def with_sink(mass, slope, top, t, terms, opt: tl.constexpr):
+    """``sum p`` and ``sum u`` with the sink, one more candidate of each row; and whether it is in
+    the support."""
+    x = distance(terms.sink, top, t, terms.c, opt)
+    p, u = weights(x, terms.r, opt)
+    return mass + p, slope + u, is_inside(x, terms.r, opt).to(tl.int32)
 
 
 @triton.jit

@@ -66,24 +66,48 @@ def load_tile(
 
 
 @triton.jit
+def pages_of(head, keys, shape, opt: tl.constexpr):
+    """The pages of keys of a head by :func:`keys_of`; nothing where keys do not lie in pages."""
+    if opt.paged:
+        pages = shape.terms.pages
+        number = tl.load(head[2] + keys // pages.size * pages.column, mask=keys < shape.length_k,
+                         other=0)  # fmt: skip
+        return tl.minimum(tl.maximum(number, 0), pages.number - 1)
+    else:
+        return 0
+
+
+@triton.jit
+def pages_at(head, first, shape, BLOCK: tl.constexpr, opt: tl.constexpr):
+    """:func:`pages_of` keys ``first`` and following."""
+    return pages_of(head, first + tl.arange(0, BLOCK), shape, opt)
+
+
+@triton.jit
+def load_keys_in(
+    number, head, first, shape, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    EDGE: tl.constexpr, opt: tl.constexpr,
+):  # fmt: skip
+    """:func:`load_keys` in pages by :func:`pages_at`."""
+    if opt.paged:
+        base, row, _, page = head
+        keys = first + tl.arange(0, BLOCK)
+        places = number.to(tl.int64) * page + (keys % shape.terms.pages.size).to(tl.int64) * row
+        columns = tl.arange(0, PADDED)[None, :]
+        mask = (keys < shape.length_k)[:, None] & (columns < WIDTH)
+        return tl.load(base + places[:, None] + columns, mask=mask, other=0.0)
+    else:
+        return load_tile(head, first, shape.length_k, BLOCK, WIDTH, PADDED, EDGE)
+
+
+@triton.jit
 def load_keys(
     head, first, shape, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     EDGE: tl.constexpr, opt: tl.constexpr,
 ):  # fmt: skip
     """Keys or values ``first`` and following of a head by :func:`keys_of`, as :func:`load_tile`."""
-    if opt.paged:
-        base, row, table, page = head
-        pages = shape.terms.pages
-        keys = first + tl.arange(0, BLOCK)
-        inside = keys < shape.length_k
-        number = tl.load(table + keys // pages.size * pages.column, mask=inside, other=0)
-        number = tl.minimum(tl.maximum(number, 0), pages.number - 1)
-        places = number.to(tl.int64) * page + (keys % pages.size).to(tl.int64) * row
-        columns = tl.arange(0, PADDED)[None, :]
-        mask = inside[:, None] & (columns < WIDTH)
-        return tl.load(base + places[:, None] + columns, mask=mask, other=0.0)
-    else:
-        return load_tile(head, first, shape.length_k, BLOCK, WIDTH, PADDED, EDGE)
+    number = pages_at(head, first, shape, BLOCK, opt)
+    return load_keys_in(number, head, first, shape, BLOCK, WIDTH, PADDED, EDGE, opt)
 
 
 @triton.jit
@@ -129,11 +153,16 @@ def in_turn(number, heads, each, shape, opt: tl.constexpr):
 
 @triton.jit
 def row_block_at(number, shape, opt: tl.constexpr):
-    """The row block that is ``number`` in launch order (head by head, so that keys and values stay
-    in the L2, and longest rows first; see :func:`in_turn`): its place among all, ``(batch, head,
-    kv_head)``, its first row, and :func:`rows_at`."""
+    """:func:`row_block_of` what is ``number`` in launch order, see :func:`in_turn`."""
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
-    number = in_turn(number, shape.heads_q, row_blocks, shape, opt)
+    return row_block_of(in_turn(number, shape.heads_q, row_blocks, shape, opt), shape, opt)
+
+
+@triton.jit
+def row_block_of(number, shape, opt: tl.constexpr):
+    """Row block ``number`` (head by head, so that keys and values stay in the L2, and longest rows
+    first): its place among all, ``(batch, head, kv_head)``, its first row, and :func:`rows_at`."""
+    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     head_row = number // row_blocks
     row_block = row_blocks - 1 - number % row_blocks
     head = head_row % shape.heads_q

@@ -1,0 +1,655 @@
+"""Few queries against a long cache, without gradients.
+
+The rows of all query heads that share a key head are read together, so that each key is read once,
+and keys are cut into ``splits``, so that few heads occupy a whole GPU. A *block* is ``opt.block_q``
+of these rows, a *tile* ``opt.block_k`` keys. In this order:
+
+1. ``decode_scan``, a program for each block and split: scores, and their row maxima by tile. The
+   threshold of some of a row's scores is at most that of all: scores of a row and a tile are kept
+   only where one is not below the bound that the split's own scores set so far.
+2. ``decode_solve``, a program for each row: a bound from the maxima of all splits, the list of the
+   tiles that reach it, and the threshold, where these are not too many for one program. Then also
+   the list of the keys of the support, if they are few.
+3. ``decode_narrow``, for rows of more, in parts: a step of their thresholds, from the sums of the
+   parts. The last one of a few launches leaves no row without its threshold.
+4. ``decode_weigh``, a program for each block and split: the sums of its values, for rows whose
+   support is not listed. Of these, only those are read that have a probability.
+5. ``decode_combine``, a program for each row: the output, from the sums of the splits or from the
+   values of the keys that are listed.
+
+Lengths are arguments of their own, for which nothing is specialised: a cache grows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash2.backends.triton.kernels.arithmetic import (
+    INFINITY,
+    PROB_SCALE,
+    any_of,
+    count_bad,
+    finite_part,
+    is_finite,
+    larger,
+    largest,
+    matmul,
+    with_bad,
+)
+from adasplash2.backends.triton.kernels.score import (
+    allowed,
+    begin_of,
+    bias_of,
+    biased,
+    capped,
+    distance,
+    end_of,
+    is_inside,
+    is_kept,
+    lift_of,
+    products,
+    terms_of,
+)
+from adasplash2.backends.triton.kernels.solve import (
+    BOUND_STEPS,
+    slack,
+    with_sink,
+)
+from adasplash2.backends.triton.kernels.threshold import (
+    HIGHEST,
+    certain_rise,
+    stepped,
+    weights,
+)
+from adasplash2.backends.triton.kernels.work import (
+    head_of,
+    keys_of,
+    load_keys_in,
+    pages_at,
+    pages_of,
+)
+from adasplash2.backends.triton.sizes import Shape
+
+FIRST_BOUND = tl.constexpr(8)
+"""Tiles of a split after which its maxima set a bound; then each time there are BOUND_GROWTH times
+as many."""
+
+BOUND_GROWTH = tl.constexpr(4)
+
+# What `decode_solve` and `decode_narrow` leave of a row: (rows, STATES) float32.
+STATES = tl.constexpr(8)
+TOP = tl.constexpr(0)
+T = tl.constexpr(1)
+LO = tl.constexpr(2)
+HI = tl.constexpr(3)
+MOST = tl.constexpr(4)
+FLOOR = tl.constexpr(5)
+STEPS = tl.constexpr(6)
+LISTED = tl.constexpr(7)
+
+MOST_LISTED = tl.constexpr(256)
+"""Keys of a row's support up to which they are listed, to be weighed by one program. ``LISTED`` is
+their number, -1 where they are more or not known."""
+
+SUMS = tl.constexpr(3)
+"""What a part of ``decode_narrow`` leaves: ``sum p``, ``sum u`` and the size of the support."""
+
+
+# Where things are
+
+
+@triton.jit
+def with_length(shape, length_k):
+    """The shape as other kernels take it. Members of a tuple are specialised, arguments need not
+    be."""
+    return Shape(
+        shape.heads_q, shape.gqa_group, shape.length_q, length_k, shape.c, shape.r, shape.terms
+    )
+
+
+@triton.jit
+def block_and_split(shape, splits, opt: tl.constexpr):
+    """``(kv_row, batch, kv_head)``, block and split of a program. Blocks of the same keys are
+    neighbours, so that these are read from memory once."""
+    blocks = tl.cdiv(shape.gqa_group * shape.length_q, opt.block_q)
+    number = tl.program_id(0)
+    heads_kv = shape.heads_q // shape.gqa_group
+    kv_row = number // blocks // splits
+    at_head = (kv_row, kv_row // heads_kv, kv_row % heads_kv)
+    return at_head, number % blocks, number // blocks % splits
+
+
+@triton.jit
+def rows_in(block, at_head, shape, opt: tl.constexpr):
+    """The rows of a block: numbers among those of all, query heads, rows of these, and which exist;
+    behind the last it stands again."""
+    kv_row, _, kv_head = at_head
+    count = shape.gqa_group * shape.length_q
+    places = block * opt.block_q + tl.arange(0, opt.block_q)
+    number = tl.minimum(places, count - 1)
+    head = kv_head * shape.gqa_group + number // shape.length_q
+    return kv_row * count + number, head, number % shape.length_q, places < count
+
+
+@triton.jit
+def row_at(number, shape):
+    """Batch, head and row of the row ``number``."""
+    head = number // shape.length_q
+    return head // shape.heads_q, head % shape.heads_q, number % shape.length_q
+
+
+@triton.jit
+def seen_by(rows, terms, shape, opt: tl.constexpr):
+    """The first tile that one of ``rows`` sees, and the end of those."""
+    first = 0
+    keys = shape.length_k
+    if opt.lower:
+        first = tl.min(begin_of(rows, terms, shape, opt), 0) // opt.block_k
+    if opt.upper:
+        keys = tl.minimum(keys, tl.max(end_of(rows, terms, shape, opt), 0))
+    return first, tl.maximum(tl.cdiv(keys, opt.block_k), first)
+
+
+@triton.jit
+def share_of(first, end, number, parts):
+    """Where part ``number`` of what lies from ``first`` up to ``end`` begins and ends."""
+    each = (end - first) // parts
+    longer = (end - first) % parts
+    begin = first + number * each + tl.minimum(number, longer)
+    return begin, begin + each + (number < longer).to(tl.int32)
+
+
+@triton.jit
+def scores_at(scores, at_row, tile, shape, opt: tl.constexpr):
+    """Where the scores of rows and tiles begin that broadcast."""
+    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    return scores + (at_row.to(tl.int64) * tiles + tile) * opt.block_k
+
+
+@triton.jit
+def maxima_at(maxima, at_row, shape, opt: tl.constexpr):
+    """Where the maxima of rows begin."""
+    return maxima + at_row.to(tl.int64) * tl.cdiv(shape.length_k, opt.block_k)
+
+
+# Bounds
+
+
+@triton.jit
+def floor_of(top, t, terms, opt: tl.constexpr):
+    """A score that no key of the support is below, from a lower bound of ``t``."""
+    below = (t - lift_of(terms.r, opt)) / terms.c
+    return top + below - (tl.abs(top) + tl.abs(below)) * 2.0**-22  # more than rounding adds
+
+
+@triton.jit
+def bound_of_maxima(pointers, begin, end, top, terms, opt: tl.constexpr, ROWS: tl.constexpr,
+                    CHUNK: tl.constexpr):  # fmt: skip
+    """A lower bound of ``t`` of ROWS rows: certain rises on the maxima of tiles ``begin`` up to
+    ``end``, from ``tau >= max z - 1``. ``pointers`` and ``top`` are columns."""
+    t = tl.full((ROWS, 1), 0.0, tl.float32) + (lift_of(terms.r, opt) - 1.0)
+    for _ in tl.static_range(BOUND_STEPS):
+        mass = tl.full((ROWS,), 0.0, tl.float32)
+        slope = tl.full((ROWS,), 0.0, tl.float32)
+        for first in range(begin, end, CHUNK):
+            places = first + tl.arange(0, CHUNK)[None, :]
+            highest = tl.load(pointers + places, mask=places < end, other=-INFINITY)
+            p, u = weights(distance(highest, top, t, terms.c, opt), terms.r, opt)
+            mass += tl.sum(p, 1)
+            slope += tl.sum(u, 1)
+        mass = mass[:, None]
+        slope = slope[:, None]
+        if opt.sinks:
+            mass, slope, _ = with_sink(mass, slope, top, t, terms, opt)
+        t += tl.where(mass > 1.0, certain_rise(mass, slope, terms.r, opt), 0.0)
+    return t - slack(terms.r)
+
+
+# 1. Scores
+
+
+@triton.jit
+def scores_of(q, number, keys, first, bias, rows, terms, shape, opt: tl.constexpr):
+    """Scores of rows and a tile, -inf where a key may not be seen."""
+    k = load_keys_in(number, keys, first, shape, opt.block_k, opt.head_dim, opt.padded, True, opt)
+    s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
+    columns = (first + tl.arange(0, opt.block_k))[None, :]
+    return tl.where(allowed(rows, columns, terms, shape, opt), s, -INFINITY)
+
+
+@triton.jit(do_not_specialize=["length_k", "splits"])
+def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, length_k, splits,
+                opt: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Maxima of each row and tile and, where they are not below a bound, all scores of the two; the
+    maxima of a split and, at its end, the bound."""
+    shape = with_length(shape, length_k)
+    at_head, block, split = block_and_split(shape, splits, opt)
+    _, batch, kv_head = at_head
+    at_row, head, row, inside = rows_in(block, at_head, shape, opt)
+    if split == 0:
+        tl.store(arrivals + at_row, tl.full((opt.block_q,), 0, tl.int32), mask=inside)
+    terms = terms_of(batch, head[:, None], shape, opt)
+    rows = row[:, None]
+    wide = tl.arange(0, opt.padded)[None, :]
+    queries, stride = head_of(query, batch, head[:, None])
+    q = tl.load(queries + rows.to(tl.int64) * stride + wide, mask=wide < opt.head_dim, other=0.0)
+    keys = keys_of(key, batch, kv_head, shape, opt)
+    seen, seen_end = seen_by(row, terms, shape, opt)
+    begin, end = share_of(seen, seen_end, split, splits)
+    pointers = maxima_at(maxima, at_row[:, None], shape, opt)
+    columns = tl.arange(0, opt.block_k)[None, :]
+    top = tl.full((opt.block_q, 1), -INFINITY, tl.float32)
+    if opt.sinks:
+        top = larger(top, terms.sink)
+    floor = tl.full((opt.block_q, 1), -INFINITY, tl.float32)
+    start = begin
+    size = FIRST_BOUND
+    while start < end:
+        stop = tl.minimum(start + size, end)
+        number = pages_at(keys, start * opt.block_k, shape, opt.block_k, opt)
+        for tile in tl.range(start, stop, num_stages=STAGES if opt.adds else None):
+            first = tile * opt.block_k
+            here = number
+            number = pages_at(keys, first + opt.block_k, shape, opt.block_k, opt)
+            bias = 0.0
+            if opt.biased:
+                bias = bias_of(rows, first + columns, terms, shape, opt)
+            if opt.hides:  # as in `scan_tiles`
+                s = tl.full((opt.block_q, opt.block_k), -INFINITY, tl.float32)
+                if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
+                    s = scores_of(q, here, keys, first, bias, rows, terms, shape, opt)
+            else:
+                s = scores_of(q, here, keys, first, bias, rows, terms, shape, opt)
+            highest = largest(s, 1)[:, None]
+            top = larger(top, highest)
+            floor = tl.maximum(floor, floor_of(top, lift_of(terms.r, opt) - 1.0, terms, opt))
+            kept = inside[:, None] & (highest >= floor) & (highest > -INFINITY)
+            tl.store(pointers + tile, highest, mask=inside[:, None])
+            tl.store(scores_at(scores, at_row[:, None], tile, shape, opt) + columns, s, mask=kept)
+        if stop < end:
+            tl.debug_barrier()  # the maxima are read back by other threads
+            t = bound_of_maxima(pointers, begin, stop, top, terms, opt, opt.block_q, CHUNK)
+            floor = tl.maximum(floor, floor_of(top, t, terms, opt))
+        start = stop
+        size = size * BOUND_GROWTH
+    places = at_row[:, None] * splits + split
+    tl.store(tops + places, top, mask=inside[:, None])
+    tl.store(floors + places, floor, mask=inside[:, None])
+
+
+# 2. and 3. Thresholds
+
+
+@triton.jit
+def sums_over(scores, listed, start, stop, top, t, terms, opt: tl.constexpr, TILES: tl.constexpr):
+    """``sum p``, ``sum u`` and the size of the support over entries of a row's list of tiles, whose
+    scores begin at ``scores``."""
+    zeros = tl.full((TILES, opt.block_k), 0.0, tl.float32)
+    mass, slope, count = zeros, zeros, zeros
+    columns = tl.arange(0, opt.block_k)[None, :]
+    for first in range(start, stop, TILES):
+        places = first + tl.arange(0, TILES)
+        tile = tl.load(listed + places, mask=places < stop, other=0).to(tl.int64)[:, None]
+        pointers = scores + tile * opt.block_k + columns
+        s = tl.load(pointers, mask=(places < stop)[:, None], other=-INFINITY)
+        x = distance(s, top, t, terms.c, opt)
+        p, u = weights(x, terms.r, opt)
+        mass += p
+        slope += u
+        count += is_inside(x, terms.r, opt).to(tl.float32)
+    return tl.sum(tl.sum(mass, 1), 0), tl.sum(tl.sum(slope, 1), 0), tl.sum(tl.sum(count, 1), 0)
+
+
+@triton.jit
+def step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt: tl.constexpr):
+    """:func:`stepped` from the sums over a row's keys."""
+    mass, slope, count = sums
+    if opt.sinks:
+        mass, slope, is_one = with_sink(mass, slope, top, t, terms, opt)
+        count += is_one.to(tl.float32)
+    return stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, opt)
+
+
+@triton.jit
+def rest_of_steps(scores, listed, count, top, t, lo, hi, most, step, pending, terms, tolerance,
+                  opt: tl.constexpr, TILES: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
+    """Steps up to the root, by this program alone."""
+    while pending & (step < MAX_STEPS):
+        sums = sums_over(scores, listed, 0, count, top, t, terms, opt, TILES)
+        t, lo, hi, most, final = step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt)
+        step += 1
+        pending = final == 0
+    return t, step
+
+
+@triton.jit
+def list_support(scores, listed, count, top, t, entry_keys, entry_weights, terms,
+                 opt: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    """Write the keys of a row's support and their ``p``, in order, and return how many they are, if
+    no more than MOST_LISTED; else -1."""
+    found = 0
+    columns = tl.arange(0, opt.block_k)[None, :]
+    for first in range(0, count, TILES):
+        places = first + tl.arange(0, TILES)
+        tile = tl.load(listed + places, mask=places < count, other=0)[:, None]
+        pointers = scores + tile.to(tl.int64) * opt.block_k + columns
+        s = tl.load(pointers, mask=(places < count)[:, None], other=-INFINITY)
+        x = distance(s, top, t, terms.c, opt)
+        p, _ = weights(x, terms.r, opt)
+        some = is_inside(x, terms.r, opt).to(tl.int32)
+        of_tile = tl.sum(some, 1)
+        before = found + tl.cumsum(of_tile, 0) - of_tile
+        goal = before[:, None] + tl.cumsum(some, 1) - some
+        put = (some > 0) & (goal < MOST_LISTED)
+        tl.store(entry_keys + goal, tile * opt.block_k + columns, mask=put)
+        tl.store(entry_weights + goal, p, mask=put)
+        found += tl.sum(of_tile, 0)
+    return tl.where(found <= MOST_LISTED, found, -1)
+
+
+@triton.jit
+def store_tau(tau, at_row, top, t, terms, opt: tl.constexpr):
+    tl.store(tau + at_row, terms.c * top + (t - lift_of(terms.r, opt)))
+
+
+@triton.jit(do_not_specialize=["length_k", "splits"])
+def decode_solve(maxima, scores, tops, floors, lists, counts, states, entry_keys, entry_weights,
+                 tau, shape, length_k, splits, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
+                 TILES: tl.constexpr, SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
+    """A row's threshold or, where more than SERIAL tiles reach its bound, a lower bound of it. Then
+    ``counts`` has their number, else 0."""
+    shape = with_length(shape, length_k)
+    at_row = tl.program_id(0)
+    batch, head, row = row_at(at_row, shape)
+    terms = terms_of(batch, head, shape, opt)
+    highest = tl.full((CHUNK,), -INFINITY, tl.float32)
+    bounds = tl.full((CHUNK,), -INFINITY, tl.float32)
+    for first in range(0, splits, CHUNK):
+        places = first + tl.arange(0, CHUNK)
+        at = at_row * splits + places
+        highest = larger(highest, tl.load(tops + at, mask=places < splits, other=-INFINITY))
+        bounds = tl.maximum(bounds, tl.load(floors + at, mask=places < splits, other=-INFINITY))
+    top = largest(highest, 0)
+    floor = tl.max(bounds, 0)
+    if opt.alphas:
+        top = tl.where(terms.c == terms.c, top, float("nan"))
+    poisoned = (top != top) | (top == INFINITY)
+    pending = (poisoned == 0) & (top > -INFINITY)
+    top = tl.where(pending, top, 0.0)
+    t = tl.where(poisoned, float("nan"), INFINITY)
+    lo = t
+    hi = tl.full((), HIGHEST, tl.float32)
+    most = tl.full((), INFINITY, tl.float32)
+    count = 0
+    step = 0
+    found = 0
+    listed = lists + at_row.to(tl.int64) * tl.cdiv(shape.length_k, opt.block_k)
+    if pending:
+        rows = row + tl.arange(0, 1)
+        seen, end = seen_by(rows, terms, shape, opt)
+        ones = maxima_at(maxima, at_row, shape, opt)
+        column = ones + tl.full((1, 1), 0, tl.int32)
+        bound = bound_of_maxima(column, seen, end, top, terms, opt, 1, CHUNK)
+        t = tl.max(tl.max(bound, 1), 0)
+        lo = t
+        floor = tl.maximum(floor, floor_of(top, t, terms, opt))
+        for first in range(seen, end, CHUNK):
+            places = first + tl.arange(0, CHUNK)
+            highest = tl.load(ones + places, mask=places < end, other=-INFINITY)
+            alive = ((highest >= floor) & (places < end)).to(tl.int32)
+            tl.store(listed + count + tl.cumsum(alive, 0) - alive, places, mask=alive > 0)
+            count += tl.sum(alive, 0)
+        if count <= SERIAL:
+            tl.debug_barrier()  # the list is written
+            own = scores_at(scores, at_row, 0, shape, opt)
+            t, step = rest_of_steps(own, listed, count, top, t, lo, hi, most, step, pending, terms,
+                                    tolerance, opt, TILES, MAX_STEPS)  # fmt: skip
+            entries = at_row.to(tl.int64) * MOST_LISTED
+            found = list_support(own, listed, count, top, t, entry_keys + entries,
+                                 entry_weights + entries, terms, opt, TILES)  # fmt: skip
+            count = 0
+        else:
+            found = -1
+    tl.store(counts + at_row, count)
+    state = states + at_row * STATES
+    tl.store(state + TOP, top)
+    tl.store(state + T, t)
+    tl.store(state + LO, lo)
+    tl.store(state + HI, hi)
+    tl.store(state + MOST, most)
+    tl.store(state + FLOOR, tl.where(pending, floor, INFINITY))
+    tl.store(state + STEPS, step.to(tl.float32))
+    tl.store(state + LISTED, found.to(tl.float32))
+    store_tau(tau, at_row, top, t, terms, opt)
+
+
+@triton.jit(do_not_specialize=["length_k", "parts"])
+def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, length_k, parts,
+                  tolerance, opt: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+                  MAX_STEPS: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+    """One step of a row that ``decode_solve`` left over, or all that it takes where LAST. The
+    program that comes last adds the sums of all parts, always in the same order."""
+    shape = with_length(shape, length_k)
+    at_row = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    count = tl.load(counts + at_row)
+    if count == 0:
+        return
+    batch, head, _ = row_at(at_row, shape)
+    terms = terms_of(batch, head, shape, opt)
+    state = states + at_row * STATES
+    top = tl.load(state + TOP)
+    t = tl.load(state + T)
+    listed = lists + at_row.to(tl.int64) * tl.cdiv(shape.length_k, opt.block_k)
+    own = scores_at(scores, at_row, 0, shape, opt)
+    begin, end = share_of(0, count, part, parts)
+    mass, slope, kept = sums_over(own, listed, begin, end, top, t, terms, opt, TILES)
+    own_sums = sums + (at_row * parts + part) * SUMS
+    tl.store(own_sums, mass)
+    tl.store(own_sums + 1, slope)
+    tl.store(own_sums + 2, kept)
+    tl.debug_barrier()  # all threads have stored
+    if tl.atomic_add(arrivals + at_row, 1) == parts - 1:
+        places = tl.arange(0, PARTS)
+        found = sums + (at_row * parts + places) * SUMS
+        real = places < parts
+        mass = tl.sum(tl.load(found, mask=real, other=0.0, cache_modifier=".cg"), 0)
+        slope = tl.sum(tl.load(found + 1, mask=real, other=0.0, cache_modifier=".cg"), 0)
+        kept = tl.sum(tl.load(found + 2, mask=real, other=0.0, cache_modifier=".cg"), 0)
+        lo = tl.load(state + LO)
+        hi = tl.load(state + HI)
+        most = tl.load(state + MOST)
+        step = tl.load(state + STEPS).to(tl.int32)
+        whole = mass, slope, kept
+        t, lo, hi, most, final = step_from(whole, top, t, lo, hi, most, step, terms, tolerance, opt)
+        step += 1
+        if LAST:
+            t, step = rest_of_steps(own, listed, count, top, t, lo, hi, most, step, final == 0,
+                                    terms, tolerance, opt, TILES, MAX_STEPS)  # fmt: skip
+        tl.store(counts + at_row, tl.where(final, 0, count))
+        tl.store(state + T, t)
+        tl.store(state + LO, lo)
+        tl.store(state + HI, hi)
+        tl.store(state + MOST, most)
+        tl.store(state + STEPS, step.to(tl.float32))
+        store_tau(tau, at_row, top, t, terms, opt)
+        tl.store(arrivals + at_row, 0)
+
+
+# 4. and 5. Output
+
+
+@triton.jit
+def weighted_values(p, reached, v, opt: tl.constexpr, SCALE: tl.constexpr):
+    """``p v``, where values that are not finite reach the rows alone that ``reached`` them."""
+    weight = (p * SCALE).to(v.dtype)
+    total = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
+    if any_of(tl.max(tl.where(is_finite(v), 0, 1), 1)):
+        bad = count_bad((total, total), reached, v)
+        total = with_bad(matmul(weight, finite_part(v, True)), bad)
+    else:
+        total = matmul(weight, v)
+    return total
+
+
+@triton.jit
+def load_values(values, keys, wanted, shape, opt: tl.constexpr):
+    """The values of ``keys``, zeros for those that are not ``wanted``."""
+    columns = tl.arange(0, opt.padded_v)[None, :]
+    if opt.paged:
+        base, row, _, page = values
+        number = pages_of(values, keys, shape, opt).to(tl.int64)
+        places = number * page + (keys % shape.terms.pages.size).to(tl.int64) * row
+    else:
+        base, row = values
+        places = keys.to(tl.int64) * row
+    mask = wanted[:, None] & (columns < opt.head_dim_v)
+    return tl.load(base + places[:, None] + columns, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["length_k", "splits"])
+def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, shape, length_k,
+                 splits, opt: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
+                 MARK: tl.constexpr):  # fmt: skip
+    """The sums of a block and a split: of values, if its support has some of the split's keys; of
+    ``p``; keys of the support."""
+    shape = with_length(shape, length_k)
+    at_head, block, split = block_and_split(shape, splits, opt)
+    _, batch, kv_head = at_head
+    at_row, head, row, inside = rows_in(block, at_head, shape, opt)
+    state = states + at_row[:, None] * STATES
+    listed = tl.load(state + LISTED) >= 0.0
+    if tl.min(tl.min(listed.to(tl.int32), 1), 0) > 0:
+        return
+    terms = terms_of(batch, head[:, None], shape, opt)
+    rows = row[:, None]
+    seen, seen_end = seen_by(row, terms, shape, opt)
+    begin, end = share_of(seen, seen_end, split, splits)
+    top = tl.load(state + TOP)
+    t = tl.load(state + T)
+    least = tl.maximum(tl.load(state + FLOOR), floor_of(top, t, terms, opt))
+    least = tl.where(listed, INFINITY, least)
+    highest_at = maxima_at(maxima, at_row[:, None], shape, opt)
+    values = keys_of(value, batch, kv_head, shape, opt)
+    scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
+    if COUNT:
+        across = tl.cdiv(shape.length_k, MARK)
+        marks += (batch * shape.heads_q + head[:, None]).to(tl.int64) * across
+    acc = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
+    mass = tl.full((opt.block_q,), 0.0, tl.float32)
+    count = tl.full((opt.block_q,), 0, tl.int32)
+    columns = tl.arange(0, opt.block_k)[None, :]
+    places = tl.arange(0, CHUNK)
+    for start in range(begin, end, CHUNK):
+        exists = (start + places < end)[None, :]
+        highest = tl.load(highest_at + start + places[None, :], mask=exists, other=-INFINITY)
+        reaches = ((highest >= least) & exists).to(tl.int32)
+        alive = tl.max(reaches, 0) > 0
+        place = -1
+        for _ in range(0, tl.sum(alive.to(tl.int32), 0)):
+            place = tl.min(tl.where(alive & (places > place), places, CHUNK), 0)
+            here = tl.max(tl.where((places == place)[None, :], reaches, 0), 1)[:, None] > 0
+            at = scores_at(scores, at_row[:, None], start + place, shape, opt) + columns
+            s = tl.load(at, mask=here & (columns >= 0), other=-INFINITY)
+            x = distance(s, top, t, terms.c, opt)
+            p, _ = weights(x, terms.r, opt)
+            reached = is_inside(x, terms.r, opt)
+            mass += tl.sum(p, 1)
+            count += tl.sum(reached.to(tl.int32), 1)
+            first = (start + place) * opt.block_k
+            if COUNT:
+                tl.store(marks + (first + columns) // MARK, tl.full(x.shape, 1, tl.int8),
+                         mask=reached)  # fmt: skip
+            if opt.dropout:
+                reached = reached & is_kept(rows, first + columns, terms, shape, opt)
+                p = tl.where(reached, p, 0.0)
+            wanted = tl.max(reached.to(tl.int32), 0) > 0
+            v = load_values(values, first + tl.arange(0, opt.block_k), wanted, shape, opt)
+            acc += weighted_values(p, reached, v, opt, scale)
+    at_split = at_row.to(tl.int64) * splits + split
+    at = partials + at_split[:, None] * opt.padded_v + tl.arange(0, opt.padded_v)[None, :]
+    tl.store(at, acc, mask=(inside & (count > 0))[:, None])
+    tl.store(masses + at_split, mass, mask=inside)
+    tl.store(kept + at_split, count, mask=inside)
+
+
+@triton.jit
+def sums_of_splits(partials, masses, kept, at_row, splits, opt: tl.constexpr,
+                   SPLITS: tl.constexpr):  # fmt: skip
+    """``sum p v``, ``sum p`` and the size of the support of a row from those of its splits."""
+    wide = tl.arange(0, opt.padded_v)
+    total = tl.full((SPLITS, opt.padded_v), 0.0, tl.float32)
+    mass = tl.full((SPLITS,), 0.0, tl.float32)
+    count = tl.full((SPLITS,), 0, tl.int32)
+    for first in range(0, splits, SPLITS):
+        places = first + tl.arange(0, SPLITS)
+        at = at_row.to(tl.int64) * splits + places
+        some = tl.load(kept + at, mask=places < splits, other=0)
+        mass += tl.load(masses + at, mask=places < splits, other=0.0)
+        count += some
+        pointers = partials + at[:, None] * opt.padded_v + wide[None, :]
+        total += tl.load(pointers, mask=(some > 0)[:, None], other=0.0)
+    return tl.sum(total, 0), tl.sum(mass, 0), tl.sum(count, 0)
+
+
+@triton.jit
+def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, row, terms, shape,
+                   opt: tl.constexpr, ENTRIES: tl.constexpr, COUNT: tl.constexpr,
+                   MARK: tl.constexpr):  # fmt: skip
+    """The same from the entries of a row."""
+    scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
+    values = keys_of(value, batch, head // shape.gqa_group, shape, opt)
+    total = tl.full((ENTRIES, opt.padded_v), 0.0, tl.float32)
+    mass = tl.full((ENTRIES,), 0.0, tl.float32)
+    for first in range(0, count, ENTRIES):
+        places = first + tl.arange(0, ENTRIES)
+        real = places < count
+        keys = tl.load(entry_keys + places, mask=real, other=0)
+        p = tl.load(entry_weights + places, mask=real, other=0.0)
+        mass += p
+        if COUNT:
+            tl.store(marks + keys // MARK, tl.full((ENTRIES,), 1, tl.int8), mask=real)
+        if opt.dropout:
+            real = real & is_kept(row, keys, terms, shape, opt)
+        v = load_values(values, keys, real, shape, opt).to(tl.float32)
+        weighed = tl.where(is_finite(v), (p * scale)[:, None] * v, v)
+        total += tl.where(real[:, None], weighed, 0.0)
+    return tl.sum(total, 0), tl.sum(mass, 0), count
+
+
+@triton.jit(do_not_specialize=["length_k", "splits"])
+def decode_combine(value, partials, masses, kept, states, entry_keys, entry_weights, out, support,
+                   marks, shape, length_k, splits, opt: tl.constexpr, SPLITS: tl.constexpr,
+                   ENTRIES: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+    """``out = sum p v / sum p``."""
+    shape = with_length(shape, length_k)
+    at_row = tl.program_id(0)
+    batch, head, row = row_at(at_row, shape)
+    terms = terms_of(batch, head, shape, opt)
+    top = tl.load(states + at_row * STATES + TOP)
+    t = tl.load(states + at_row * STATES + T)
+    listed = tl.load(states + at_row * STATES + LISTED).to(tl.int32)
+    if COUNT:
+        marks += (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_k, MARK)
+    if listed >= 0:
+        entries = at_row.to(tl.int64) * MOST_LISTED
+        total, mass, count = sums_of_listed(
+            value, entry_keys + entries, entry_weights + entries, marks, listed, batch, head, row,
+            terms, shape, opt, ENTRIES, COUNT, MARK,
+        )  # fmt: skip
+    else:
+        total, mass, count = sums_of_splits(partials, masses, kept, at_row, splits, opt, SPLITS)
+    if opt.sinks:
+        mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
+    scale: tl.constexpr = PROB_SCALE if out.base.dtype.element_ty == tl.float16 else 1.0
+    result = total / tl.where(mass > 0.0, mass * scale, 1.0)
+    if opt.dropout:
+        result = result * shape.terms.kept
+    result = tl.where(t != t, float("nan"), result)
+    wide = tl.arange(0, opt.padded_v)
+    base, stride = head_of(out, batch, head)
+    pointers = base + row.to(tl.int64) * stride + wide
+    tl.store(pointers, result.to(out.base.dtype.element_ty), mask=wide < opt.head_dim_v)
+    if COUNT:
+        tl.store(support + at_row, count)
