@@ -40,7 +40,7 @@ FLAT = 0.1
 """Sharpness up to which rows keep so many keys that values are read as SDPA reads them: on a GPU,
 which both are bound by, their ratio to SDPA is told and not judged."""
 
-PAGE = 64
+PAGES = [64]
 MOST_BYTES = 32 << 30
 """Of keys and values: larger shapes are left out."""
 
@@ -56,37 +56,38 @@ SDPA = {"cpu": (*FUSED, SDPBackend.MATH), "cuda": FUSED}
 class Shape(NamedTuple):
     dtype: str
     batch: int
+    heads_kv: int
     keys: int
     head_dim: int
     queries: int
 
     def __str__(self) -> str:
         return (
-            f"{self.dtype} batch {self.batch}, {self.keys:,} keys, d {self.head_dim}, "
-            f"{self.queries} queries"
+            f"{self.dtype} batch {self.batch}, {self.heads_kv} heads, {self.keys:,} keys, "
+            f"d {self.head_dim}, {self.queries} queries"
         )
 
 
 def shapes(options: argparse.Namespace) -> Iterator[Shape]:
-    heads = HEADS[options.device][1]
     for shape in itertools.starmap(
         Shape,
         itertools.product(
             DTYPES[options.device],
             BATCHES[options.device],
+            options.heads_kv or [HEADS[options.device][1]],
             options.keys or KEYS[options.device],
             HEAD_DIMS[options.device],
             options.queries or QUERIES,
         ),
     ):
         element = getattr(torch, shape.dtype).itemsize
-        if 2 * shape.batch * heads * shape.keys * shape.head_dim * element <= MOST_BYTES:
+        if 2 * shape.batch * shape.heads_kv * shape.keys * shape.head_dim * element <= MOST_BYTES:
             yield shape
 
 
-def in_pages(cache: Tensor) -> Tensor:
+def in_pages(cache: Tensor, page: int) -> Tensor:
     """``(batch, heads, keys, head_dim)`` as ``(pages, page_size, heads, head_dim)``."""
-    pages = cache.unflatten(2, (-1, PAGE)).permute(0, 2, 3, 1, 4)
+    pages = cache.unflatten(2, (-1, page)).permute(0, 2, 3, 1, 4)
     return pages.flatten(0, 1).contiguous()
 
 
@@ -182,13 +183,26 @@ def share_of_values(query: Tensor, key: Tensor, tau: Tensor, alpha: float) -> fl
     return kept / (batch * heads_kv * length)
 
 
+def paged(
+    query: Tensor, key: Tensor, value: Tensor, page: int, said: dict[str, Any]
+) -> Callable[[], object]:
+    pages = [in_pages(t, page) for t in (key, value)]
+    batch, keys = key.shape[0], key.shape[2]
+    numbers = torch.arange(batch * keys // page, dtype=torch.int32, device=key.device)
+    lengths = torch.full((batch,), keys, dtype=torch.int32, device=key.device)
+    table = numbers.view(batch, -1)
+    return lambda: adasplash2.entmax_attention_with_kvcache(
+        query, *pages, cache_lengths=lengths, block_table=table, **said
+    )
+
+
 def measured(shape: Shape, options: argparse.Namespace) -> Measured:
     device, backend, alpha = options.device, options.backend, options.alpha
     torch.manual_seed(0)
-    heads_q, heads_kv = HEADS[device]
+    heads_q = HEADS[device][0]
     made: dict[str, Any] = {"device": device, "dtype": getattr(torch, shape.dtype)}
     query = torch.randn(shape.batch, heads_q, shape.queries, shape.head_dim, **made)
-    cache = shape.batch, heads_kv, shape.keys, shape.head_dim
+    cache = shape.batch, shape.heads_kv, shape.keys, shape.head_dim
     key, value = torch.randn(cache, **made), torch.randn(cache, **made)
     said: dict[str, Any] = {"alpha": alpha, "backend": backend}
 
@@ -201,14 +215,9 @@ def measured(shape: Shape, options: argparse.Namespace) -> Measured:
     sdpa = sdpa_calls(query, key, value)
     ours = {f"c {c:g}": entmax(c) for c in SHARPNESS[device]}
     ours["causal"] = entmax(is_causal=True, causal_align="bottom-right")
-    if shape.keys % PAGE == 0:
-        pages = [in_pages(t) for t in (key, value)]
-        count = shape.batch * shape.keys // PAGE
-        table = torch.arange(count, dtype=torch.int32, device=device).view(shape.batch, -1)
-        lengths = torch.full((shape.batch,), shape.keys, dtype=torch.int32, device=device)
-        ours["paged"] = lambda: adasplash2.entmax_attention_with_kvcache(
-            query, *pages, cache_lengths=lengths, block_table=table, **said
-        )
+    for page in options.pages:
+        if shape.keys % page == 0:
+            ours[f"page {page}"] = paged(query, key, value, page, said)
     shares = {}
     with torch.no_grad():
         if device == "cuda":
@@ -231,9 +240,10 @@ def judged(shape: Shape, found: Measured, options: argparse.Namespace) -> Iterat
     best = found.best(device)
     for name in [f"c {c:g}" for c in SHARPNESS[device] if device == "cpu" or c > FLAT] + ["causal"]:
         yield Target(f"{shape}, {name}", "x SDPA", times[name] / times[best], OF_SDPA)
-    if "paged" in times:
-        of_pages = times["paged"] / times["c 1"]
-        yield Target(f"{shape}, paged", "x one piece", of_pages, OF_PAGES)
+    for name in [f"page {page}" for page in options.pages]:
+        if name in times:
+            of_pages = times[name] / times["c 1"]
+            yield Target(f"{shape}, {name}", "x one piece", of_pages, OF_PAGES)
     if shape.keys >= READ_FROM:
         reading = min(times["sum of K"], times["max of K"]) if found.shares else math.nan
         for name, share in found.shares.items():
@@ -250,6 +260,8 @@ def main() -> None:
     add("--alpha", type=command_line.above_one, default=1.5, help="default %(default)s")
     add("--keys", type=command_line.positive_int, nargs="+", help="default by device")
     add("--queries", type=command_line.positive_int, nargs="+", help="default 1 4 16")
+    add("--heads-kv", type=command_line.positive_int, nargs="+", help="default by device")
+    add("--pages", type=command_line.positive_int, nargs="+", default=PAGES, help="keys of a page")
     add("--rounds", type=command_line.positive_int, default=15, help="default %(default)s")
     add("--threads", type=command_line.positive_int, default=2, help="on the CPU; default 2")
     add("--json", type=command_line.writable, metavar="PATH", help="write the measurements there")
@@ -259,7 +271,8 @@ def main() -> None:
     environment = records.environment(options.device)
     print(records.describe(environment), flush=True)
     rows, records_of, targets = [], [], []
-    ours = [f"c {c:g}" for c in SHARPNESS[options.device]] + ["causal", "paged"]
+    ours = [f"c {c:g}" for c in SHARPNESS[options.device]] + ["causal"]
+    ours += [f"page {page}" for page in options.pages]
     ours += ["eager"] if options.device == "cuda" else []
     for shape in shapes(options):
         found = measured(shape, options)

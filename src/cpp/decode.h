@@ -11,6 +11,10 @@ namespace adasplash2::ADASPLASH2_ISA {
 
 // Keys whose products with all rows of a task are made at once.
 constexpr int64_t kChunkKeys = 64;
+// A key is asked for when the one so many before it is read; fewer where these, of all heads that
+// are read together, would be more bytes.
+constexpr int64_t kKeysAhead = 64, kBytesAhead = int64_t(128) << 10;
+constexpr int64_t kShortRowBytes = 128;
 
 // Products of rows and keys that are summed at once, a vector along the depth each.
 constexpr int kProducts = kVectorRegisters == 32 ? 16 : 8;
@@ -65,10 +69,11 @@ ADASPLASH2_INLINE int64_t place_in_tail(int64_t k, int64_t depth) {
 }
 
 // R rows of `query`, `stride` apart, by kProducts / R keys: dots[r * kChunkKeys + key]. Few keys at
-// a time: those are read from one end to the other.
+// a time: those are read from one end to the other. `offset` is added to
+// each key's address.
 template <int R, class S, class T>
-ADASPLASH2_INLINE void dot_rows(const T* query, int64_t stride, const S* const* keys, int64_t depth,
-                                T* dots) {
+ADASPLASH2_INLINE void dot_rows(const T* query, int64_t stride, const void* const* keys,
+                                int64_t offset, int64_t depth, T* dots) {
   constexpr int L = kLanes<T>, C = kProducts / R, B = C < kRowsTogether ? C : kRowsTogether;
   Vec<T> products[C][R];
 #pragma GCC unroll 16
@@ -77,7 +82,7 @@ ADASPLASH2_INLINE void dot_rows(const T* query, int64_t stride, const S* const* 
     const auto add = [&](int64_t at, auto load_key) {
       Vec<T> k[B];
 #pragma GCC unroll 4
-      for (int c = 0; c < B; ++c) k[c] = load_key(keys[first + c]);
+      for (int c = 0; c < B; ++c) k[c] = load_key(static_cast<const S*>(keys[first + c]) + offset);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Vec<T> q = load(query + r * stride + at);
@@ -110,7 +115,15 @@ struct DecodedHead {
   Part rows;
   int64_t row_begin;
   HeadScore score;
+  KeyRange seen_by_any, seen_by_all;  // see score.h
   Power<T> power;
+};
+
+// A key head of a task: the query heads and the rows of the task that read it.
+struct DecodedKeys {
+  Part heads, rows;
+  int64_t offset;   // elements from the task's first key head
+  bool is_skipped;  // of a chunk: no row sees a key
 };
 
 template <class T>
@@ -124,6 +137,7 @@ struct DecodeWorkspace {
   ChunkRow<T>* chunk;  // q . k, then values, of each row
   int32_t* list_keys;
   DecodedHead<T>* heads;
+  DecodedKeys* key_heads;
   const void** chunk_keys;
   int64_t depth, list_stride, bytes;
 
@@ -134,10 +148,11 @@ struct DecodeWorkspace {
     depth = round_up(p.head_dim, kLanes<T>);
     // Whatever a chunk may add, and a vector; the odd one as in kListStride.
     list_stride = round_up(keys, kChunkKeys) + kChunkKeys + 3 * kLanes<T>;
-    query = arena.take<T>(round_up(rows, kRowsTogether) * depth);
-    chunk = arena.take<ChunkRow<T>>(round_up(rows, kRowsTogether));
-    heads = arena.take<DecodedHead<T>>(rows < p.gqa_group() ? rows : p.gqa_group());
-    chunk_keys = arena.take<const void*>(kChunkKeys);
+    query = arena.take<T>((rows + 1) * depth);  // see multiply
+    chunk = arena.take<ChunkRow<T>>(rows + 1);
+    heads = arena.take<DecodedHead<T>>(rows);
+    key_heads = arena.take<DecodedKeys>(rows);
+    chunk_keys = arena.take<const void*>(kChunkKeys + kKeysAhead);
     list_values = arena.take<T>(rows * list_stride);
     list_keys = arena.take<int32_t>(rows * list_stride);
     bytes = arena.used;
@@ -155,7 +170,7 @@ struct DecodeScan {
   DecodeScanTask<T>& task;
   const AttentionProblem& problem;
   const DecodeWorkspace<T> ws;
-  int64_t heads = 0;
+  int64_t heads = 0, key_heads = 0, keys_ahead = kKeysAhead;
   T lo[kBlockRows];
   int64_t trigger[kBlockRows];
 
@@ -174,7 +189,7 @@ struct DecodeScan {
     task.list_keys = ws.list_keys;
     task.list_stride = ws.list_stride;
     for (int64_t first = task.keys.begin; first < task.keys.end; first += kChunkKeys)
-      if (any_allowed({first, first + kChunkKeys})) scan({first, first + kChunkKeys});
+      scan({first, first + kChunkKeys});
   }
 
   ADASPLASH2_INLINE void find_heads() {
@@ -186,16 +201,25 @@ struct DecodeScan {
       head.rows = {i, left < room ? left : room};
       head.row_begin = begin;
       head.score = problem.score_of(head.number);
+      head.seen_by_any = seen_by_any(head.score, begin, head.rows.count);
+      head.seen_by_all = seen_by_all(head.score, begin, head.rows.count);
       head.power = power_of<T>(problem.alpha_of(head.number));
+      const int64_t key_head = row / problem.group_rows();
+      if (key_head == key_heads)
+        ws.key_heads[key_heads++] = {{heads, 0}, {i, 0}, key_head * task.key_stride_head, false};
+      DecodedKeys& keys = ws.key_heads[key_head];
+      keys.heads.count += 1;
+      keys.rows.count += head.rows.count;
       i += head.rows.count;
     }
+    const int64_t row_bytes = problem.head_dim * int64_t(sizeof(S));
+    if (key_heads * row_bytes * kKeysAhead > kBytesAhead) keys_ahead = kProducts;
   }
 
-  // [row][depth], as dot_rows reads it, and rows of zeros up to a multiple of kRowsTogether.
+  // [row][depth], as dot_rows reads it, and a row of zeros.
   ADASPLASH2_INLINE void copy_query() {
     const int64_t depth = problem.head_dim, whole = depth / kLanes<T> * kLanes<T>;
-    const int64_t rows = round_up(task.rows.count, kRowsTogether);
-    for (int64_t i = 0; i < rows * ws.depth; ++i) ws.query[i] = T(0);
+    for (int64_t i = 0; i < (task.rows.count + 1) * ws.depth; ++i) ws.query[i] = T(0);
     for (int64_t h = 0; h < heads; ++h) {
       const DecodedHead<T>& head = ws.heads[h];
       const HeadRef query = problem.query_head(task.query, head.number);
@@ -209,55 +233,101 @@ struct DecodeScan {
     }
   }
 
-  ADASPLASH2_INLINE bool any_allowed(KeyRange keys) const {
-    if (!problem.score.mask.data && !problem.score.begins.data) return true;
-    for (int64_t h = 0; h < heads; ++h)
+  ADASPLASH2_INLINE bool any_allowed(Part of, KeyRange keys) const {
+    for (int64_t h = of.first; h < of.first + of.count; ++h)
       if (any_allowed(ws.heads[h], keys)) return true;
     return false;
   }
   ADASPLASH2_INLINE bool any_allowed(const DecodedHead<T>& head, KeyRange keys) const {
+    if (!keys.overlaps(head.seen_by_any)) return false;
+    if (!head.score.mask) return true;
     // Any kind: which keys are seen does not depend on it.
     const Scores<AlphaKind::k15, T, false> scores(head.score, problem.alpha_of(head.number));
     return scores.any_allowed(head.row_begin, head.rows.count, keys);
   }
 
   ADASPLASH2_INLINE void scan(KeyRange keys) {
+    bool is_skipped = true;
+    for (int64_t k = 0; k < key_heads; ++k) {
+      ws.key_heads[k].is_skipped = !any_allowed(ws.key_heads[k].heads, keys);
+      is_skipped &= ws.key_heads[k].is_skipped;
+    }
+    if (is_skipped) return;
     multiply(keys);
-    for (int64_t h = 0; h < heads; ++h)
-      with_scores(problem, ws.heads[h].number, [&](auto kind, auto plain) {
-        collect<decltype(kind)::value, decltype(plain)::value>(ws.heads[h], keys);
-      });
-  }
-
-  // The products of all rows with the keys of a chunk.
-  ADASPLASH2_INLINE void multiply(KeyRange keys) {
-    const S** const at = reinterpret_cast<const S**>(ws.chunk_keys);
-    for (int64_t j = 0; j < kChunkKeys; ++j) at[j] = key_row(keys.begin + j);
-    int64_t i = 0;
-    for (; i + 2 < task.rows.count; i += 4) multiply<4>(i, at, keys.end);
-    if (i + 1 < task.rows.count) return multiply<2>(i, at, keys.end);
-    if (i < task.rows.count) multiply<1>(i, at, keys.end);
-  }
-  // Nobody sees a key outside of `readable`: another is read in its place.
-  ADASPLASH2_INLINE const S* key_row(int64_t key) const {
-    const int64_t last = task.readable.end - 1;
-    const int64_t first = key > task.readable.begin ? key : task.readable.begin;
-    return row_of<const S>(task.key, first < last ? first : last);
-  }
-  template <int R>
-  ADASPLASH2_INLINE void multiply(int64_t i, const S* const* at, int64_t next) {
-    ++task.work.tiles;
-    for (int64_t j = 0; j < kChunkKeys; j += kProducts / R) {
-      // One row alone is done with its keys before the processor expects the next.
-      for (int64_t c = j; R == 1 && i == 0 && c < j + kProducts; ++c) prefetch(next + c);
-      dot_rows<R>(ws.query + i * ws.depth, ws.depth, at + j, problem.head_dim,
-                  reinterpret_cast<T*>(ws.chunk[i]) + j);
+    for (int64_t k = 0; k < key_heads; ++k) {
+      if (ws.key_heads[k].is_skipped) continue;
+      const Part of = ws.key_heads[k].heads;
+      for (int64_t h = of.first; h < of.first + of.count; ++h)
+        with_scores(problem, ws.heads[h].number, [&](auto kind, auto plain) {
+          collect<decltype(kind)::value, decltype(plain)::value>(ws.heads[h], keys);
+        });
     }
   }
-  ADASPLASH2_INLINE void prefetch(int64_t key) const {
-    const char* row = reinterpret_cast<const char*>(key_row(key));
-    const int64_t bytes = problem.head_dim * int64_t(sizeof(S));
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+
+  // The products of all rows with the keys of a chunk: a few keys of all key heads, then the next.
+  // Where heads of a key lie side by side, memory is read from one end to the other so, and each
+  // of its pages once.
+  ADASPLASH2_INLINE void multiply(KeyRange keys) {
+    find_rows(keys.begin);
+    for (int64_t j = 0; j < kChunkKeys; j += kProducts)
+      for (int64_t k = 0; k < key_heads; ++k)
+        if (!ws.key_heads[k].is_skipped) multiply(ws.key_heads[k], j);
+  }
+  // Where the keys from `begin` on lie, of the first key head. A page is looked up once.
+  ADASPLASH2_INLINE void find_rows(int64_t begin) {
+    const KeyRange readable = task.readable;
+    int64_t j = 0;
+    while (j < kChunkKeys + kKeysAhead) {
+      // Nobody sees a key outside of `readable`: another is read in its place.
+      const int64_t key = begin + j < readable.begin ? readable.begin
+                          : begin + j < readable.end ? begin + j
+                                                     : readable.end - 1;
+      int64_t run = 1;
+      if (key == begin + j) {
+        run = run_from(task.key, key);
+        if (run > readable.end - key) run = readable.end - key;
+        if (run > kChunkKeys + kKeysAhead - j) run = kChunkKeys + kKeysAhead - j;
+      }
+      const S* row = row_of<const S>(task.key, key);
+      for (const int64_t end = j + run; j < end; ++j, row += task.key.rows.stride)
+        ws.chunk_keys[j] = row;
+    }
+  }
+  // Of the kProducts keys from number `j` of the chunk on.
+  ADASPLASH2_INLINE void multiply(const DecodedKeys& of, int64_t j) {
+    if (is_asked_ahead(of)) prefetch(of, j + keys_ahead);
+    task.work.tiles += j == 0 ? parts(of.rows.count, kRowsTogether) : 0;
+    int64_t i = of.rows.first;
+    const int64_t end = i + of.rows.count;
+    // Three rows as four: the fourth is the one of zeros, or the next key head's first, which is
+    // made again after this with the keys of its own.
+    for (; i + 2 < end; i += 4) multiply<4>(i, of.offset, j);
+    if (i + 1 < end) return multiply<2>(i, of.offset, j);
+    if (i < end) multiply<1>(i, of.offset, j);
+  }
+  template <int R>
+  ADASPLASH2_INLINE void multiply(int64_t i, int64_t offset, int64_t j) {
+    constexpr int C = kProducts / R;
+    for (int64_t c = j; c < j + kProducts; c += C)
+      dot_rows<R, S>(ws.query + i * ws.depth, ws.depth, ws.chunk_keys + c, offset, problem.head_dim,
+                     reinterpret_cast<T*>(ws.chunk[i]) + c);
+  }
+  // Not where it takes longer than it saves: short rows one behind another, that the processor
+  // finds by itself while several query rows keep it busy.
+  ADASPLASH2_INLINE bool is_asked_ahead(const DecodedKeys& of) const {
+    const bool is_dense = !task.key.table.data && task.key.rows.stride == problem.head_dim;
+    const bool is_short = problem.head_dim * int64_t(sizeof(S)) <= kShortRowBytes;
+    return !(is_dense && is_short && of.rows.count > 1 && of.rows.count <= kRowsTogether);
+  }
+  // Into the second cache: the first is small, and rows as far apart as a power of two share few
+  // places of it. The processor alone does not look beyond a page of memory, of which the keys of
+  // some heads fill several.
+  ADASPLASH2_INLINE void prefetch(const DecodedKeys& of, int64_t j) const {
+    for (int64_t c = j; c < j + kProducts; ++c) {
+      const S* row = static_cast<const S*>(ws.chunk_keys[c]) + of.offset;
+      for (int64_t at = 0; at < problem.head_dim; at += 64 / int64_t(sizeof(S)))
+        __builtin_prefetch(row + at, 0, 2);
+    }
   }
 
   // Appends what lies above each row's bound.
@@ -266,7 +336,7 @@ struct DecodeScan {
     const Scores<K, T, IsPlain> scores(head.score, problem.alpha_of(head.number));
     const int64_t row = head.row_begin, rows = head.rows.count;
     Chunk chunk = {ws.chunk + head.rows.first};
-    const bool is_whole = scores.is_scaled && seen_by_all(scores, row, rows).contains(keys);
+    const bool is_whole = scores.is_scaled && head.seen_by_all.contains(keys);
     if (!is_whole) {
       scores.to_values(chunk, row, rows, keys.begin);
       if (keys.end < task.keys.end) scores.prefetch(row, rows, keys.end, kChunkKeys);

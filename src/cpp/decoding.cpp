@@ -102,22 +102,53 @@ struct Decoding {
 
   int64_t most_rows() const { return std::min(problem.group_rows(), kBlockRows); }
 
+  // Neighbours among the blocks that one task scans, for their keys lie side by side: each block
+  // finds what it would alone.
+  std::vector<Part> bundles_of(Part some) const {
+    const int64_t most = most_in_bundle(some.count);
+    std::vector<Part> bundles;
+    for (int64_t i = some.first; i < some.first + some.count; ++i) {
+      if (!bundles.empty() && bundles.back().count < most &&
+          lie_together(blocks[size_t(bundles.back().first)], blocks[size_t(i)]))
+        ++bundles.back().count;
+      else
+        bundles.push_back({i, 1});
+    }
+    return bundles;
+  }
+  bool lie_together(const Block& a, const Block& b) const {
+    return a.head_kv / problem.heads_kv == b.head_kv / problem.heads_kv &&
+           a.seen.begin == b.seen.begin && a.seen.end == b.seen.end;
+  }
+  // No more than leave a task for each thread.
+  int64_t most_in_bundle(int64_t count) const {
+    if (arguments.key.stride_head >= arguments.key.stride_length) return 1;
+    const int64_t a_thread = count * cut.parts_per_block / std::max(arguments.threads, 1);
+    return std::max<int64_t>(std::min(kBlockRows / most_rows(), a_thread), 1);
+  }
+
   void run(Part some) {
     const int64_t n = cut.parts_per_block, rows = most_rows();
+    const std::vector<Part> bundles = bundles_of(some);
+    int64_t task_rows = 0;
+    for (const Part& bundle : bundles) task_rows = std::max(task_rows, bundle.count * rows);
     std::vector<PartList<T>> lists(size_t(some.count * rows * n));  // of block, row, part
     std::vector<Buffer<T>> values(size_t(some.count * n));
     std::vector<Buffer<int32_t>> keys(values.size());
     {
       std::vector<Buffer<char>> workspaces =
-          a_thread(kernels.decode_scan_workspace(problem, rows, cut.part_keys));
-      parallel_for(some.count * n, arguments.threads, [&](int64_t i, int thread) {
-        const Block& block = blocks[size_t(some.first + i / n)];
+          a_thread(kernels.decode_scan_workspace(problem, task_rows, cut.part_keys));
+      parallel_for(int64_t(bundles.size()) * n, arguments.threads, [&](int64_t i, int thread) {
+        const Part bundle = bundles[size_t(i / n)];
+        const Block& block = blocks[size_t(bundle.first)];
         DecodeScanTask<T> task = scan_task(block, cut.part(block, i % n));
+        task.rows.count *= bundle.count;
         if (task.keys.size() <= 0) return;
         task.workspace = workspaces[size_t(thread)].data();
         kernels.decode_scan(task);
         work[size_t(thread)].add(task.work);
-        keep(task, values[size_t(i)], keys[size_t(i)], &lists[size_t(i / n * rows * n + i % n)], n);
+        keep(task, values[size_t(i)], keys[size_t(i)],
+             &lists[size_t((bundle.first - some.first) * rows * n + i % n)], n);
       });
     }
     int64_t most = 0;
@@ -151,6 +182,7 @@ struct Decoding {
     task.problem = &problem;
     task.query = arguments.query;
     task.key = problem.cached_head(arguments.key, arguments.pages, block.head_kv);
+    task.key_stride_head = arguments.key.stride_head;
     task.first_head = block.head_kv * problem.gqa_group();
     task.rows = block.rows;
     task.keys = keys;

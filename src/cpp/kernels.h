@@ -34,16 +34,18 @@ struct ForwardTask {
   Work work;
 };
 
-// The scan of some keys for some rows of a group of query heads that share them.
+// The scan of some keys for some rows of a group of query heads that share them; or, where rows
+// reach beyond the group, for all rows of neighbouring groups, each with the keys of its own head.
 template <class T>
 struct DecodeScanTask {
   const AttentionProblem* problem;
   TensorRef query;
-  CacheRef key;
-  int64_t first_head;  // of the group, among the query heads of all batches
-  Part rows;           // of the group, kBlockRows at most
-  KeyRange keys;       // from a multiple of chunk_keys on
-  KeyRange readable;   // keys that some row may see: no other is read
+  CacheRef key;             // of the first group
+  int64_t key_stride_head;  // elements to the next group's
+  int64_t first_head;       // of the first group, among the query heads of all batches
+  Part rows;                // numbered from the first group's on; kBlockRows at most
+  KeyRange keys;            // from a multiple of chunk_keys on
+  KeyRange readable;        // keys that some row may see: no other is read
   void* workspace;
   // Out, in the workspace: of row i, what may be in its support, at + i * list_stride.
   T* list_values;

@@ -68,6 +68,12 @@ ADASPLASH2_INLINE S* row_of(const CacheRef& head, int64_t i) {
   return row_of<S>(head.rows, row % size) + page * head.page_stride;
 }
 
+// How many rows from row i on surely lie one stride apart.
+ADASPLASH2_INLINE int64_t run_from(const CacheRef& head, int64_t i) {
+  const BlockTable& table = head.table;
+  return table.data ? table.page_size - i % table.page_size : INT64_MAX;
+}
+
 struct AttentionProblem {
   int64_t batch, heads_q, heads_kv, length_q, length_k, head_dim, head_dim_v;
   Score score;
