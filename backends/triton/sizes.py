@@ -220,10 +220,10 @@ class Terms(NamedTuple):
     """What a call asks beyond plain and causal attention, as kernels take it; None where it is not
     asked.
 
-    ``left`` and ``right``: of windows, and AWAY more. ``scale`` and ``softcap``: of the problem. ``dropped``:
-    words below it are dropped, less 2^31; ``kept``: what the others are multiplied by. ``longest``:
-    of each key head the longest key's norm. ``sharers``: sequences that share a mask. The others
-    are operands.
+    ``left`` and ``right``: of windows, and AWAY more. ``scale`` and ``softcap``: of the problem.
+    ``dropped``: words below it are dropped, less 2^31; ``kept``: what the others are multiplied by.
+    ``longest``: of each key head the longest key's norm. ``sharers``: sequences that share a mask.
+    The others are operands.
     """
 
     left: int | None = None
@@ -330,9 +330,10 @@ class Options(NamedTuple):
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
     limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
-    ``masked``, either; ``shared``: see :func:`is_shared`. ``scored``: see :func:`is_scored`; ``biased``: something is added to scores;
-    ``local``: slopes keep far keys out of the support; ``scattered``: a row may see other keys than
-    leading ones; ``paged``: keys and values lie in pages."""
+    ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see :func:`is_scored`;
+    ``biased``: something is added to scores; ``local``: slopes keep far keys out of the support;
+    ``scattered``: a row may see other keys than leading ones; ``paged``: keys and values lie in
+    pages."""
 
     block_q: int
     block_k: int
