@@ -124,7 +124,7 @@ def test_row_blocks_of_whole_rows_over_several_programs(
     from adasplash2.backends.triton import launch, sizes
 
     backend = module_of("triton")
-    case = dataclasses.replace(case, length_q=150)
+    case = dataclasses.replace(case, length_q=150, length_k=100)
     inputs = case.inputs(device_of(backend.name))
     config = backend.configs(problem_of(case, inputs))[0] | {"whole": "outputs", "whole_warps": 4}
     results = []

@@ -195,12 +195,12 @@ def spilled(compiled: Any, folder: Path) -> int:
     return int(re.findall(r"STACK:(\d+)", usage)[0])
 
 
-@pytest.mark.parametrize(("length", "most_spilled"), [(512, 0), (250, 640)])
+@pytest.mark.parametrize(("length", "most_spilled"), [(512, 0), (250, 0), (120, 640)])
 def test_whole_rows_compile(
     length: int, most_spilled: int, launches: list[Launch], tmp_path: Path
 ) -> None:
-    """Scores of 512 keys stay in registers; beside outputs of 256, what is spilled is what one row
-    block leaves for the next."""
+    """Scores of 512 keys stay in registers; beside outputs, what is spilled is what one row block
+    leaves for the next."""
     asked = short(length)
     config = next(sizes.configs(asked, LIMITS[90]))
     backend.precompile(asked, config)
@@ -233,16 +233,16 @@ def test_which_rows_are_whole() -> None:
         return [config["whole"] for config in sizes.configs(asked, LIMITS[capability])][:3]
 
     both = ["outputs", "thresholds", "nothing"]
-    assert offered(short(1)) == offered(short(256)) == both
-    assert offered(short(257)) == offered(short(512)) == [*both[1:], "nothing"]
+    assert offered(short(1)) == offered(short(128)) == both
+    assert offered(short(129)) == offered(short(512)) == [*both[1:], "nothing"]
     for asked in ((short(513),), (short(256), 80), (short(256), 100)):
         assert offered(*asked) == ["nothing"] * 3
     assert set(offered(short(256, dtype=torch.float32))) == {"nothing"}
-    assert offered(short(256, alpha=1.25)) == [both[2], *both[:2]]
+    assert offered(short(128, alpha=1.25)) == [both[2], *both[:2]]
     assert offered(short(256, alpha=3.0)) == ["nothing", "thresholds", "nothing"]
     assert offered(short(256, head_dim=256, head_dim_v=256))[0] == "thresholds"
-    scores = dataclasses.replace(short(256).scores, dropout_p=0.1)
-    assert offered(short(256, scores=scores))[0] == "thresholds"
+    scores = dataclasses.replace(short(128).scores, dropout_p=0.1)
+    assert offered(short(128, scores=scores))[0] == "thresholds"
 
 
 @pytest.mark.parametrize(("batch", "heads", "each"), [(8, 12, 2), (32, 16, 8), (1, 1, 1)])

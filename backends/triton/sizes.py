@@ -123,8 +123,9 @@ SUM_ITEMSIZE = 4
 FEW_SUMS = 64 * 128
 """float32 sums that four warps hold; more take eight."""
 
-SCORES = 64 * 256
-"""Scores of whole rows that four warps hold; more take eight."""
+SCORES = 64 * 128
+"""Scores of whole rows that four warps hold; more take eight. Compiled by Triton 3.6 for four, those
+of 256 keys had the maxima of their tiles mixed up on an H100, and thus wrong lists."""
 
 FLOAT32_PRODUCTS = 32 * 32 * 128
 """Multiplications of a block in float32, which no tensor core does: larger ones take minutes to
