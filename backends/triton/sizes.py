@@ -124,8 +124,8 @@ FEW_SUMS = 64 * 128
 """float32 sums that four warps hold; more take eight."""
 
 SCORES = 64 * 128
-"""Scores of whole rows that four warps hold; more take eight. Compiled by Triton 3.6 for four, those
-of 256 keys had the maxima of their tiles mixed up on an H100, and thus wrong lists."""
+"""Scores of whole rows that four warps hold; more take eight. Compiled by Triton 3.6 for four,
+those of 256 keys had the maxima of their tiles mixed up on an H100, and thus wrong lists."""
 
 FLOAT32_PRODUCTS = 32 * 32 * 128
 """Multiplications of a block in float32, which no tensor core does: larger ones take minutes to
@@ -213,8 +213,8 @@ class Pages(NamedTuple):
 
 
 AWAY = 2
-"""Added to numbers of a tuple in a tuple that may be 1: Triton before 3.7 takes that for a constant,
-and in loops may forget its value."""
+"""Added to numbers of a tuple in a tuple that may be 1: Triton before 3.7 takes that for a
+constant, and in loops may forget its value."""
 
 
 class Terms(NamedTuple):
