@@ -326,20 +326,22 @@ def _ranges(
 ) -> tuple[Options, Tensor]:
     """``ranges`` of sequences of these lengths, and options that say nothing of it any more."""
     length_q = query.shape[2]
-    queries = torch.arange(length_q, dtype=torch.int32, device=query.device)
-
-    def column(given: Tensor | None, otherwise: int) -> Tensor:
-        if given is None:
-            return queries.new_full((1, 1), otherwise)
-        return given[:, None].clamp(0, max(length_q, length_k))
-
-    end = column(kv_lengths, length_k).clamp(max=length_k)
-    start = torch.minimum(column(kv_starts, 0), end)
-    rows = column(q_lengths, length_q)
-    at = queries[None]
+    queries = torch.arange(length_q, dtype=torch.int32, device=query.device)[None]
+    if kv_lengths is None:
+        end = queries.new_full((1, 1), length_k)
+    else:
+        end = kv_lengths[:, None].clamp(0, length_k)
+    start = exists = None
+    if kv_starts is not None:
+        start = torch.minimum(kv_starts[:, None].clamp(min=0), end)
+    rows: Tensor | int = length_q
+    if q_lengths is not None:
+        rows = q_lengths[:, None].clamp(0, length_q)
+        exists = queries < rows
+    at = queries
     if options.causal_align == "bottom-right":
         at = at + (end - rows)
-    return _lowered_ranges(options, at, start, end, queries[None] < rows)
+    return _lowered_ranges(options, at, start, end, exists)
 
 
 def lowered_packed(
@@ -639,24 +641,29 @@ def packed_ranges(
     at = queries - first + start
     if options.causal_align == "bottom-right":
         at = at + (end - start) - (last - first)
-    return _lowered_ranges(options, at[None], start[None], end[None], torch.ones_like(at[None]) > 0)
+    return _lowered_ranges(options, at[None], start[None], end[None], None)
 
 
 def _lowered_ranges(
-    options: Options, at: Tensor, start: Tensor, end: Tensor, exists: Tensor
+    options: Options, at: Tensor, start: Tensor | None, end: Tensor, exists: Tensor | None
 ) -> tuple[Options, Tensor]:
-    """``ranges`` of queries at the keys ``at``, of sequences with the keys from ``start`` to
-    ``end``, and options that say nothing of it any more."""
+    """``ranges`` of queries at the keys ``at``, of sequences with the keys from ``start`` (None:
+    the first) to ``end``, and options that say nothing of it any more. All queries exist where
+    ``exists`` is None. As few operations as may be: a decoded token waits for each."""
     left, right = options.window_left, options.window_right
     right = 0 if options.is_causal else right
     begin, stop = start, end
     if left >= 0:
-        begin = torch.minimum(torch.maximum(start, at - left), end)
+        begin = (at - left).clamp(min=0) if start is None else torch.maximum(start, at - left)
+        begin = torch.minimum(begin, end)
     if right >= 0:
         stop = torch.minimum(end, at + (right + 1))
-    stop = torch.maximum(stop, begin)
-    # Rows that do not exist see nothing, behind all others: neither end ever falls.
-    begin, stop = torch.where(exists, begin, end), torch.where(exists, stop, end)
+        stop = stop.clamp(min=0) if begin is None else torch.maximum(stop, begin)
+    if begin is None:
+        begin = end.new_zeros((1, 1))
+    if exists is not None:
+        # Rows that do not exist see nothing, behind all others: neither end ever falls.
+        begin, stop = torch.where(exists, begin, end), torch.where(exists, stop, end)
     shape = torch.broadcast_shapes(at.shape, begin.shape, stop.shape)
     ranges = torch.stack([t.expand(shape).to(torch.int32) for t in (begin, stop, at)])
     options = options._replace(
