@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import logging
 import os
@@ -69,6 +70,31 @@ def test_the_first_that_can_wins_with_its_first_config(register: Register) -> No
     assert choice.backend is first
     assert choice.config == {"block": 64}
     assert not second.asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [
+        ({"length": 1024, "needs_grad": True}, "triton"),
+        ({"length": 1025, "needs_grad": True}, "cuda"),
+        ({"length": 1025, "needs_grad": False}, "cuda"),
+        ({"length": 1025, "alpha": 1.25, "needs_grad": True}, "triton"),
+        ({"length": 1025, "alpha": 2.0, "needs_grad": True}, "cuda"),
+    ],
+)
+def test_who_is_asked_first_without_measurements(
+    asked: dict[str, Any], first: str, register: Register
+) -> None:
+    modules = {name: register(name) for name in ("cuda", "triton", "cpu")}
+    assert dispatch.choose(problem(**asked)).backend is modules[first]
+
+
+def test_few_queries_are_asked_of_triton_first(register: Register) -> None:
+    """Without gradients, where a cache is long."""
+    modules = {name: register(name) for name in ("cuda", "triton", "cpu")}
+    for few, first in ((16, "triton"), (17, "cuda")):
+        long = dataclasses.replace(problem(5000), length_q=few)
+        assert dispatch.choose(long).backend is modules[first]
 
 
 def test_one_that_is_unavailable_is_passed_over_and_not_asked(register: Register) -> None:
