@@ -182,7 +182,7 @@ def test_generation_compiles(config: str) -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static", "compiled", "offloaded"])
 def test_greedy_on_a_gpu(config: str, cache: str) -> None:
     """Where ``generate`` compiles by itself, and offloads."""
-    # Floats that differ from those of a model compiled before are symbols, which no CUDA graph takes.
+    # Floats that differ from those of a model before are symbols, which no CUDA graph takes.
     torch._dynamo.reset()
     model, prompt, mask = model_of(config).to("cuda"), TOKENS.to("cuda"), LEFT.to("cuda")
     how: dict[str, Any] = {"cache_implementation": cache}

@@ -155,6 +155,13 @@ def _read(options: Options, numbers: Tensor | None) -> Options:
     """The options with those of ``numbers``, where these are given."""
     if numbers is None:
         return options
+    if isinstance(numbers, Tensor) and numbers.device.type == "cuda":
+        raise RuntimeError(
+            f"{', '.join(NUMBERS)} must be constants in a CUDA graph (torch.compile with "
+            "mode='reduce-overhead', generate with a static cache), but the compiler made a symbol "
+            "of one that had another value before: call torch._dynamo.reset() between models, or "
+            "set torch._dynamo.config.specialize_float = True"
+        )
     shape = (2,) if numbers.shape == (2,) else (len(NUMBERS),)
     check_like("numbers", numbers, shape, torch.float64, _CPU)
     found = dict(zip(NUMBERS, numbers.tolist(), strict=False))
