@@ -788,7 +788,7 @@ def test_what_is_saved_may_be_longer_than_need_be_and_lie_anywhere() -> None:
 def test_the_bound_holds(
     dtype: torch.dtype, is_causal: bool, length_k: int, sharpness: float
 ) -> None:
-    """Equal scores, which all keys of a row survive, up to the most that a list holds."""
+    """Also where all keys of a row survive, which then has no list."""
     tensors = inputs(dtype=dtype, length_q=65, length_k=length_k, requires_grad=False)
     query = sharpness * tensors[0]
     options = (1.5, None, is_causal, True, "cpu")
@@ -803,8 +803,6 @@ def test_the_bound_holds(
     )
     bound = dispatch.saved_bound(problem, "cpu")
     assert saved.numel() <= bound
-    if length_k == 70 and not sharpness and not is_causal:
-        assert saved.numel() == bound  # no list is longer than the keys: the bound is met
     ops.attention_forward(query, *tensors[1:], *options, bound)
 
 

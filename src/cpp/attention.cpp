@@ -395,16 +395,18 @@ struct BackwardState {
 
  private:
   // A task works on a strip of row blocks of a head. Where a row is flat each strip has gradients
-  // of all keys, which must be little work beside its own: then there are no more strips than many
-  // threads can share, and none is short. A shared mask leaves fewer tasks than heads.
+  // of all keys, which must be little work beside its own, and take no more memory than a few times
+  // the tensors: then there are no more strips than many threads can share, few of a head, and none
+  // is short. A shared mask leaves fewer tasks than heads.
   void make_strips() {
-    constexpr int64_t kTasks = 32, kTasksOfMask = 4, kStripBlocks = 8;
+    constexpr int64_t kTasks = 32, kTasksOfMask = 4, kMostStrips = 8, kStripBlocks = 8;
     const AttentionProblem& p = problem;
     const Operand& mask = arguments.grad_mask;
     const int64_t heads = p.query_heads(), blocks = p.row_blocks_per_head();
     const int64_t masks =
         !mask.data ? heads : (mask.stride_batch ? p.batch : 1) * (mask.stride_head ? p.heads_q : 1);
-    const int64_t wanted = std::max(parts(kTasks, heads), parts(kTasksOfMask, masks));
+    const int64_t wanted =
+        std::max(std::min(parts(kTasks, heads), kMostStrips), parts(kTasksOfMask, masks));
     strip_blocks = any_flat ? std::max(parts(blocks, wanted), kStripBlocks) : 1;
     strips_per_head = parts(blocks, strip_blocks);
     of_strips.resize(size_t(any_flat ? heads * strips_per_head : 0));
