@@ -213,15 +213,17 @@ def test_whole_rows_compile(
     assert spilled(compiled, tmp_path) <= most_spilled
 
 
-@pytest.mark.parametrize("asked", ["added by key", "window"])
-def test_whole_rows_of_what_a_call_may_ask_compile(asked: str, launches: list[Launch]) -> None:
+@pytest.mark.parametrize(("asked", "length"), [("added by key", 120), ("window", 500)])
+def test_whole_rows_of_what_a_call_may_ask_compile(
+    asked: str, length: int, launches: list[Launch]
+) -> None:
     said, operands = ASKED[asked]
-    plain = short(500)
+    plain = short(length)
     whole = dataclasses.replace(
         plain, scores=dataclasses.replace(plain.scores, **said), operands=operands
     )
     config = next(sizes.configs(whole, LIMITS[90]))
-    assert config["whole"] == "thresholds"
+    assert config["whole"] != "nothing"
     backend.precompile(whole, config)
     assert compile_for(90, *launches[0]).metadata.shared <= SHARED[90]
 
@@ -241,6 +243,9 @@ def test_which_rows_are_whole() -> None:
     assert offered(short(128, alpha=1.25)) == [both[2], *both[:2]]
     assert offered(short(256, alpha=3.0)) == ["nothing", "thresholds", "nothing"]
     assert offered(short(256, head_dim=256, head_dim_v=256))[0] == "thresholds"
+    mask = Operand("attn_mask", torch.bool, PER_PAIR)
+    assert offered(short(128, operands=(mask,))) == both
+    assert set(offered(short(129, operands=(mask,)))) == {"nothing"}
     scores = dataclasses.replace(short(128).scores, dropout_p=0.1)
     assert offered(short(128, scores=scores))[0] == "thresholds"
 
