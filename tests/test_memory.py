@@ -66,12 +66,19 @@ def peak_above_inputs(
 
 @pytest.mark.parametrize(
     ("alpha", "sharpness"),
-    [(1.5, 1.0), (2.0, 1.0), (1.5, 0.01), (2.0, 0.001)],
-    ids=["sparse", "sparse-alpha2", "flat", "flat-alpha2"],
+    [
+        *((1.5, 1.0), (2.0, 1.0), (1.5, 0.01), (2.0, 0.001)),
+        pytest.param(
+            *(2.0, 0.01),
+            marks=pytest.mark.xfail(
+                strict=True, reason="lists of some 300 keys a row and their gradients take 82 MB"
+            ),
+        ),
+    ],
+    ids=["sparse", "sparse-alpha2", "flat", "flat-alpha2", "long-lists"],
 )
 def test_far_below_a_dense_buffer(alpha: float, sharpness: float) -> None:
-    """Half of one head's float32 scores would already be more. (At alpha = 2 rows of a deviation of
-    0.01 keep some 300 keys, in lists.)"""
+    """Half of one head's float32 scores would already be more."""
     length = 8192 if sharpness == 1.0 else 6144
     peak = peak_above_inputs(heads=2, length=length, sharpness=sharpness, alpha=alpha)
     assert peak < length**2 * 4 / 2
