@@ -223,6 +223,28 @@ def test_gradients_of_scores_beyond_float16(backend: str) -> None:
         assert reference.relative_error(one[kept], other[kept]) < 1e-3
 
 
+@on_every_backend
+@interpreted()
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+@pytest.mark.parametrize("length_k", [40, 1500])
+def test_large_gradients_of_large_values_in_float16(
+    length_k: int, alpha: float, backend: str
+) -> None:
+    """A score's gradient is 1e5 to 1e6 and fits no float16; those of queries and keys do."""
+    case = Case("large", alpha=alpha, length_q=9, head_dim=16, dtype=FLOAT16, heads_q=1,
+                length_k=length_k, sharpness=0.1)  # fmt: skip
+    inputs = case.inputs()
+    inputs.query.mul_(2.0**-5)
+    inputs.key.mul_(2.0**-9)
+    inputs.value.mul_(2.0**8)
+    inputs.grad_out.mul_(2.0**8)
+    got, expected = attend(inputs, case, backend), expect(inputs, case)
+    assert max(gradient.abs().max() for gradient in expected[1][:2]) < 6e4
+    for one, other in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+        assert one.isfinite().all()
+        assert reference.relative_error(one, other) < 2e-3
+
+
 # Infinities.
 
 

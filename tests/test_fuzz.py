@@ -1,7 +1,8 @@
 """Random problems against the float64 reference: see ``fuzz.py``.
 
-Each run has a seed of its own, which is printed at its end, also where all is well. Beside them,
-problems that were made for what they reach, held to the same bounds.
+Each run has a seed of its own unless it is given one, as ``make test`` does; it is printed at the
+end, also where all is well. Beside them, problems that were made for what they reach, held to the
+same bounds.
 """
 
 from __future__ import annotations

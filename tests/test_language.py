@@ -465,6 +465,23 @@ def test_dropout_repeats_and_keeps_the_expected_value(backend: str) -> None:
     assert not torch.equal(once, twice)
 
 
+@BACKENDS
+@interpreted()
+def test_dropout_of_nearly_all_in_float16(backend: str) -> None:
+    """What is left is multiplied by 100: a weight that a narrow number cannot hold as the kernels
+    scale it, and a gradient that it can."""
+    torch.manual_seed(SEED)
+    device = device_of(backend)
+    q, k, v = (torch.randn(1, 1, 300, 8, device=device).half() for _ in range(3))
+    leaves = [t.requires_grad_() for t in (20.0 * q, k, v.abs() + 0.5)]
+    out = adasplash2.entmax_attention(*leaves, dropout_p=0.99, backend=backend)
+    gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert out.isfinite().all()
+    assert out.max() > 64.0
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert gradients[2].max() > 64.0
+
+
 def test_the_reference_is_right() -> None:
     """Its random numbers are those of the paper's known answer; its gradients those of finite
     differences, alpha's too."""

@@ -154,7 +154,7 @@ def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, e
             to_delta = dp * spread[:, None] - delta[:, None]
             parts = add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, columns,
                                  terms, shape, opt, WANTED, SAFE)  # fmt: skip
-        acc += gradient_product(ds_product, finite_part(k, SAFE), opt)
+        acc += gradient_product(ds_product, finite_part(k, SAFE), opt, SAFE)
     return acc, parts
 
 
@@ -331,14 +331,14 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
             rows, keys = numbers_of(first_row, first_key, opt, part, True)
         if opt.dropout:
             kept = is_kept(rows, keys, terms, shape, opt)
-            p = through_dropout(p, kept, shape)
+            p = tl.where(kept, p, 0.0)  # the factor of dropout last: float16 may not hold it
             dp = through_dropout(dp, kept, shape)
         acc_v += matmul((p * SCALE).to(grad.dtype), finite_part(grad, SAFE))
         ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], terms.r, opt, SAFE)
         ds = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if opt.scales:
             ds = on_support(ds * scale_of(rows, terms, shape, opt), x, terms.r, opt, SAFE)
-        acc_k += gradient_product(ds, finite_part(q, SAFE), opt)
+        acc_k += gradient_product(ds, finite_part(q, SAFE), opt, SAFE)
         if SAFE:
             reached = is_inside(x, terms.r, opt)
             if opt.dropout:
@@ -449,6 +449,8 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad
         poisoned = (at_key - kv_row.to(tl.int64) * length < tl.load(poison + kv_row))[:, None]
     result_k = tl.where(poisoned, float("nan"), acc_k * scale)
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
+    if opt.dropout:
+        result_v = result_v * shape.terms.kept
     if SAFE:
         result_v = with_bad(result_v, bad)
     head = head_of(grad_k, batch, kv_head)
