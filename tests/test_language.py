@@ -14,7 +14,7 @@ import pytest
 import reference
 import torch
 from cases import device_of, interpreted, usable_backends
-from language import CALLS, FEATURES, VARIANTS, Call, Sizes
+from language import CALLS, FEATURES, PLACES, VARIANTS, Call, Sizes
 from torch import Tensor
 
 import adasplash2
@@ -193,9 +193,6 @@ def test_statistics(features: tuple[str, ...], backend: str) -> None:
     seen = torch.nn.functional.max_pool2d(visible.double(), 64, ceil_mode=True).sum((-1, -2))
     live = torch.nn.functional.max_pool2d((p > 0).double(), 64, ceil_mode=True).sum((-1, -2))
     assert_near("empty tiles", stats.empty_tiles, (seen - live) / seen.clamp(min=1.0), 1e-12)
-
-
-PLACES = ("is_causal", "causal_align", "window", "q_lengths", "kv_lengths", "kv_starts")
 
 
 @BACKENDS
