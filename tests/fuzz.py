@@ -33,6 +33,7 @@ import torch
 from cases import BFLOAT16, DTYPES, FLOAT16, FLOAT64, device_of
 from fuzz_tools import (
     NEAR_ONE,
+    NEAREST,
     ROUNDINGS,
     Draw,
     Judge,
@@ -55,9 +56,6 @@ import adasplash2
 OVERFLOW = 1e38
 """Gradients above alpha = 2 may leave float32. They stop near its end, or are infinite in narrower
 dtypes: from here on only their sign is compared."""
-
-NEAREST = 1e-30
-"""Nearer to the threshold than this, GPU kernels keep no distance apart from another."""
 
 STEPS = 200
 """Solver steps that no row may need more of; half precision of a bisection alone is 64."""

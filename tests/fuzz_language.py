@@ -19,6 +19,7 @@ import torch
 from cases import DTYPES, FLOAT16, FLOAT32, FLOAT64, device_of
 from fuzz_tools import (
     NEAR_ONE,
+    NEAREST,
     ROUNDINGS,
     Draw,
     Interval,
@@ -45,6 +46,8 @@ PAIRS = 300_000
 SEED = 7
 """Of dropout."""
 
+TENSORS = "query", "key", "value"
+
 Said = dict[str, Any]
 
 
@@ -63,6 +66,7 @@ class Problem:
     said: Said
     packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # lengths of sequences
     cache: Cache | None = None
+    wanted: tuple[str, ...] = TENSORS  # those of which gradients are
     traits: set[str] = field(default_factory=set)
 
     @property
@@ -88,6 +92,7 @@ class Problem:
         parts = [f"{tuple(t.shape)}:{t.stride()}" for t in tensors]
         parts += [str(self.query.dtype).removeprefix("torch.")]
         parts += [f"{name}={shown(given)}" for name, given in self.said.items()]
+        parts += [f"wanted={self.wanted}"] if self.wanted != TENSORS else []
         parts += [f"packed={self.packed}"] if self.packed else []
         parts += [f"{self.cache}"] if self.cache else []
         return f"language {' '.join(parts)} {sorted(self.traits)}"
@@ -191,8 +196,15 @@ def draw_mask(draw: Draw, n: Sizes, dtype: torch.dtype) -> Tensor:
         mask = ~hidden
     else:
         size = draw.one_of(1.0, 1.0, 0.1, 10.0, 0.0)
-        mask = (size * draw.normal(*shape)).masked_fill(hidden, -math.inf)
-        mask = mask.to(draw.one_of(dtype, dtype, FLOAT32))
+        its_dtype = draw.one_of(dtype, dtype, FLOAT32)
+        # Libraries of models say the least number in place of -inf.
+        least = (
+            1e-8 * torch.finfo(its_dtype).min
+            if its_dtype == FLOAT64
+            else torch.finfo(its_dtype).min
+        )
+        hide = draw.one_of(-math.inf, -math.inf, -math.inf, least)
+        mask = (size * draw.normal(*shape)).masked_fill(hidden, hide).to(its_dtype)
     mask = lay_out(draw, mask)
     while mask.dim() > 2 and mask.shape[0] == 1 and draw.chance(0.5):
         mask = mask[0]
@@ -212,6 +224,7 @@ def draw_scales(draw: Draw, n: Sizes, usual: float) -> Any:
         (n.batch, n.heads_q, 1),
         (n.heads_q, n.length_q),
         (1, 1, n.length_q),
+        (),
     )
     scales = usual * draw.normal(*shape)
     if scales.numel() and draw.chance(0.3):
@@ -230,7 +243,9 @@ def draw_alphas(draw: Draw, heads: int) -> Any:
             return 1.0 + 10.0 ** draw.random.uniform(-4.0, -1.0)
         return draw.one_of(2.0 - 1e-6, 1.5 + 1e-6, 1.5 - 1e-3)
 
-    if draw.chance(0.65):
+    if draw.chance(0.1):
+        return draw.random.uniform(2.0, 3.5)
+    if draw.chance(0.6):
         return one()
     return torch.tensor([one() for _ in range(heads)], dtype=FLOAT64).float().double()
 
@@ -250,13 +265,14 @@ def draw_said(draw: Draw, n: Sizes, dtype: torch.dtype, form: str, usual: float)
         said["attn_mask"] = draw_mask(draw, n, dtype)
     if draw.chance(0.3):
         shape = (n.heads_q,) if form == "packed" or draw.chance(0.5) else (n.batch, n.heads_q)
-        slopes = 10.0 ** draw.random.uniform(-4.0, 1.0) * draw.normal(*shape).abs()
+        size = draw.one_of(1e6, *[10.0 ** draw.random.uniform(-4.0, 1.0)] * 15)
+        slopes = size * draw.normal(*shape).abs()
         slopes[draw.normal(*shape) > 0.5] = 0.0
         said["alibi_slopes"] = slopes
     if draw.chance(0.25):
         said["softcap"] = draw.one_of(10.0 ** draw.random.uniform(-2.0, 2.0), 30.0, 1e6, 1e30)
     if draw.chance(0.3):
-        said["sinks"] = draw.one_of(1.0, 1.0, 10.0) * draw.normal(n.heads_q)
+        said["sinks"] = draw.one_of(1.0, 1.0, 1.0, 10.0, 1e4) * draw.normal(n.heads_q)
     if form != "cache" and draw.chance(0.15):
         said["dropout_p"] = draw.one_of(0.1, 0.5, draw.random.uniform(0.0, 0.99), 0.99)
     compute = compute_dtype(dtype)
@@ -264,7 +280,7 @@ def draw_said(draw: Draw, n: Sizes, dtype: torch.dtype, form: str, usual: float)
         if isinstance(given, Tensor) and name != "attn_mask":
             # Alphas of 16 bits may be 1.
             narrow = dtype if name != "alpha" and draw.chance(0.15) else compute
-            said[name] = lay_out(draw, given.to(narrow)) if given.numel() else given.to(narrow)
+            said[name] = lay_out(draw, given.to(narrow)) if given.numel() > 1 else given.to(narrow)
         if isinstance(given, Tensor) and given.is_floating_point() and form != "cache":
             said[name] = said[name].requires_grad_(draw.chance(0.8))
     return said
@@ -299,7 +315,8 @@ def draw_problem(draw: Draw, largest: int) -> Problem:
         if draw.chance(0.25):
             said["kv_starts"] = draw_lengths(draw, n.batch, n.length_k)
     tensors = [lay_out(draw, t.to(dtype)) for t in tensors]
-    problem = Problem(*tensors, said, packed, cache, traits)
+    wanted = TENSORS if draw.chance(0.8) else tuple(draw.random.sample(TENSORS, draw.integer(1, 2)))
+    problem = Problem(*tensors, said, packed, cache, wanted, traits)
     if draw.chance(0.3):
         poison_what_is_hidden(draw, problem)
         traits.add("poisoned")
@@ -465,6 +482,13 @@ class Bounds:
         near = self.kept_only((self.found.x > -2.0 * self.found.x_error) & self.allowed)
         return ~near.unflatten(1, (self.heads_kv, -1)).any(2).any(2)
 
+    @property
+    def jumps(self) -> Tensor:
+        """Rows ``(batch, heads, length_q, 1)`` with a key at the edge of the support."""
+        x, error = self.found.x, self.found.x_error
+        edge = (x.abs() <= error) | ((self.p > 0.0) & (x - error < NEAREST))
+        return (edge & self.allowed).any(dim=-1, keepdim=True)
+
     @cached_property
     def powers(self) -> tuple[Tensor, Tensor]:
         """``dp / dalpha`` made of positive terms, and how far it may be off."""
@@ -529,6 +553,11 @@ class Bounds:
         of_query = (dot_error + self.by_row * dot) @ self.key
         of_key = self.over_group(dot_error.mT @ self.query)
         of_key = of_key + self.by_key * self.over_group(dot.mT @ self.query)
+        # Above alpha = 2 a term may overflow, and then its sum.
+        of_query, of_key = (
+            torch.where(size < self.slack.largest * 2.0**-24, size, math.inf)
+            for size in (of_query, of_key)
+        )
         weight = self.kept_only(self.weight + unit * self.p) * kept
         of_value = self.over_group(weight.mT @ grad)
         mass = (self.kept_only(self.p) * kept).mT @ grad
@@ -553,7 +582,7 @@ def summed_to(error: Tensor, shape: torch.Size, name: str) -> Tensor:
     """Errors of ``(batch, heads, ...)`` as those of an operand that broadcasts to it."""
     if name == "scale" and len(shape) == 1:
         return error.sum((0, 2))
-    if name in ("sinks", "alpha", "alibi_slopes") and len(shape) == 1:
+    if name in ("sinks", "alpha", "alibi_slopes") and len(shape) == 1:  # of heads
         return error.sum(0)
     return error.sum_to_size(shape)
 
@@ -568,7 +597,7 @@ def call_of(problem: Problem, backend: str, leaves: dict[str, Tensor]) -> Tensor
         name: leaves.get(name, given.detach().to(device) if isinstance(given, Tensor) else given)
         for name, given in problem.said.items()
     }
-    tensors = [leaves[name] for name in ("query", "key", "value")]
+    tensors = [leaves[name] for name in TENSORS]
     if problem.cache is not None:
         return call_of_cache(problem, problem.cache, said, tensors, backend)
     said |= {"enable_gqa": tensors[0].shape[1] != tensors[1].shape[1], "backend": backend}
@@ -658,8 +687,9 @@ def check_problem(problem: Problem, backend: str) -> Verdict:
         "key": finite(problem.key.double()),
         "value": finite(clean.double()),
     } | {name: said[name] for name in learned}
-    for leaf in right.values():
-        leaf.requires_grad_()
+    wanted = *problem.wanted, *learned
+    for name in wanted:
+        right[name].requires_grad_()
     found, _ = language.attention(
         right["query"], right["key"], right["value"],
         **said | {name: right[name] for name in learned},
@@ -670,22 +700,26 @@ def check_problem(problem: Problem, backend: str) -> Verdict:
     if problem.cache is not None:
         return judge.verdict
 
-    for leaf in leaves.values():
-        leaf.requires_grad_()
+    for name in wanted:
+        leaves[name].requires_grad_()
     out = call_of(problem, backend, leaves)
     judge("out", out, found.detach(), error)
     if problem.packed is None:
         check_stats(judge, problem, bounds, backend, leaves)
     grad_out = finite(problem.grad_out.double())
-    wanted = torch.autograd.grad(found, list(right.values()), grad_out)
-    gradients = torch.autograd.grad(out, list(leaves.values()), problem.grad_out.to(device))
+    if bounds.alphas.max() > 2.0:  # the gradient jumps at the edge of the support
+        grad_out = torch.where(bounds.jumps, 0.0, grad_out)
+        problem = replace(problem, grad_out=torch.where(bounds.jumps, 0.0, problem.grad_out))
+    exact_ones = torch.autograd.grad(found, [right[name] for name in wanted], grad_out)
+    given = problem.grad_out.to(device)
+    gradients = torch.autograd.grad(out, [leaves[name] for name in wanted], given)
     bounds.signed_value = (
         right["value"]
         .detach()
         .repeat_interleave(problem.query.shape[1] // problem.key.shape[1], dim=1)
     )
     errors = bounds.of_gradients(grad_out, kept)
-    for name, got, one in zip(right, gradients, wanted, strict=True):
+    for name, got, one in zip(wanted, gradients, exact_ones, strict=True):
         error = errors[name]
         if error.shape != got.shape:
             error = summed_to(error, got.shape, name)
@@ -701,7 +735,7 @@ def check_stats(
     asked = replace(problem, said=said)
     device = device_of(backend)
     said = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in said.items()}
-    tensors = [leaves[name].detach() for name in ("query", "key", "value")]
+    tensors = [leaves[name].detach() for name in TENSORS]
     stats = adasplash2.attention_stats(
         *tensors, **said, enable_gqa=tensors[0].shape[1] != tensors[1].shape[1], backend=backend
     )

@@ -13,6 +13,9 @@ import torch
 from cases import FLOAT32, FLOAT64
 from torch import Tensor
 
+NEAREST = 1e-30
+"""Nearer to the threshold than this, GPU kernels keep no distance apart from another."""
+
 ROUNDINGS = 4.0
 """Units of round-off that a short computation may err by: a score, a power, a quotient."""
 
@@ -182,8 +185,10 @@ def interval(p: Tensor, y: Tensor, score_error: Tensor, alpha: float, slack: Sla
         moved = r * (score_error + highest_of(torch.where(inside, score_error, 0.0)))
         share = torch.expm1((by + moved).clamp(max=50.0))
         p_error, u_error = p * share + slack.tiny, u * share + slack.tiny ** (2.0 - alpha)
+        p_error, u_error = p_error.clamp(max=1.0), u_error.clamp(max=1.0)
         return Interval(p, p_error, u, u_error, x, torch.where(allowed, x_error, 0.0))
     p_error = both(lambda x: x**r, p) + ROUNDINGS * slack.unit * p + slack.tiny
+    p_error = p_error.clamp(max=1.0)
     if alpha > 2.0:  # between two thresholds a key's `p` may jump; then the sum of all is made one
         share = p_error.sum(dim=-1, keepdim=True).clamp(max=0.99)
         p_error = p_error + p * share / (1.0 - share)
@@ -193,6 +198,7 @@ def interval(p: Tensor, y: Tensor, score_error: Tensor, alpha: float, slack: Sla
 
     smallest = slack.tiny ** (2.0 - alpha) if alpha < 2.0 else 0.0
     u_error = both(sensitivity, u) + 2.0 * ROUNDINGS * slack.unit * u + smallest
+    u_error = u_error.clamp(max=1.0) if alpha <= 2.0 else u_error
     return Interval(
         p,
         torch.where(allowed, p_error, 0.0),

@@ -22,19 +22,16 @@ FLOAT64 = torch.float64
 
 
 class Entmax(torch.autograd.Function):
-    """Rows of scores and one alpha each ``(..., 1)`` to probabilities; gradients by the explicit
-    formulas of Correia, Niculae, Martins 2019, also that of alpha."""
+    """Rows of scores and one alpha each ``(..., 1)`` to probabilities, NaN where that is NaN;
+    gradients by the explicit formulas of Correia, Niculae, Martins 2019, also that of alpha."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, alpha: Tensor) -> Tensor:
-        p = torch.empty_like(scores)
+        p = torch.full_like(scores, math.nan)
         rows = alpha.expand(*scores.shape[:-1], 1)[..., 0]
-        for one in rows.unique().tolist():
+        for one in rows[rows == rows].unique().tolist():
             chosen = rows == one
             p[chosen] = reference.entmax(scores[chosen], one)
-        if not alpha.isfinite().all() or ((alpha <= 1.0) | (alpha > 2.0)).any():
-            outside = ~((rows > 1.0) & (rows <= 2.0))
-            p = torch.where(outside[..., None], math.nan, p)
         ctx.save_for_backward(p, alpha)
         return p
 
@@ -42,8 +39,8 @@ class Entmax(torch.autograd.Function):
     def backward(ctx: Any, grad_p: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         p, alpha = ctx.saved_tensors
         rows = alpha.expand(*p.shape[:-1], 1)[..., 0]
-        ds = torch.zeros_like(p)
-        for one in rows.unique().tolist():
+        ds = torch.full_like(p, math.nan)
+        for one in rows[rows == rows].unique().tolist():
             chosen = rows == one
             ds[chosen] = reference.entmax_gradient(p[chosen], grad_p[chosen], one)
         log, gentle, rest = (p * part for part in logarithms(p, alpha - 1.0))
@@ -164,8 +161,8 @@ def attention(
     """Output and probabilities, in float64. ``kept`` ``(batch, heads, length_q, length_k)`` are the
     factors of dropout; what else is ``said`` is for :func:`scores`."""
     s = scores(query, key, **said)
-    if isinstance(alpha, Tensor):
-        alphas = alpha[None, :, None, None]
+    if isinstance(alpha, Tensor):  # one that is none makes its head NaN
+        alphas = torch.where((alpha > 1.0) & (alpha <= 2.0), alpha, math.nan)[None, :, None, None]
     else:
         alphas = torch.full((1, 1, 1, 1), alpha, dtype=s.dtype, device=s.device)
     p = Entmax.apply(s, alphas)[..., : key.shape[2]]

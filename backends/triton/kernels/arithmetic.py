@@ -115,13 +115,14 @@ def weighted(x, tile, opt: tl.constexpr):
 
 
 @triton.jit
-def gradient_product(ds, tile, opt: tl.constexpr, SAFE: tl.constexpr):
+def gradient_product(ds, tile, opt: tl.constexpr, SAFE: tl.constexpr, SCALED: tl.constexpr = False):
     """``ds tile``. Above alpha = 2 a small probability makes ``ds`` as large as it likes, below it
     a large gradient of a large value may: what float16 cannot hold goes as a multiple of its row's
-    largest. Where that is rare it is left to the kernels that make again what is not finite."""
-    if (SAFE or opt.steep) and tile.dtype == tl.float16:
+    largest. Where that is rare it is left to the kernels that make again what is not finite.
+    SCALED: ``ds`` holds scales already, which may be too small for float16 as well."""
+    if (SAFE or opt.steep or SCALED) and tile.dtype == tl.float16:
         most = tl.max(tl.abs(ds), 1)[:, None]
-        most = tl.where((most > 1.0) & is_finite(most), most, 1.0)
+        most = tl.where((most > (0.0 if SCALED else 1.0)) & is_finite(most), most, 1.0)
         return most * weighted(ds / most, tile, opt)
     else:
         return weighted(ds, tile, opt)
