@@ -730,16 +730,14 @@ def check_problem(problem: Problem, backend: str) -> Verdict:
 def check_stats(
     judge: Judge, problem: Problem, bounds: Bounds, backend: str, leaves: dict[str, Tensor]
 ) -> None:
-    """Thresholds, and how many keys are kept."""
+    """Thresholds, how many keys are kept, empty tiles, and the probabilities."""
+    device, numbers = device_of(backend), problem.numbers
     said = {name: given for name, given in problem.said.items() if name != "dropout_p"}
-    asked = replace(problem, said=said)
-    device = device_of(backend)
     said = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in said.items()}
     tensors = [leaves[name].detach() for name in TENSORS]
-    stats = adasplash2.attention_stats(
-        *tensors, **said, enable_gqa=tensors[0].shape[1] != tensors[1].shape[1], backend=backend
-    )
-    numbers = asked.numbers
+    said |= {"enable_gqa": tensors[0].shape[1] != tensors[1].shape[1], "backend": backend}
+    stats = adasplash2.attention_stats(*tensors, **said)
+    _, aux = adasplash2.entmax_attention(*tensors, **said, return_aux=True)
     alpha = numbers.pop("alpha", 1.5)
     scores = language.scores(*(finite(t.double()).cpu() for t in tensors[:2]), **numbers)
     tau = language.thresholds(scores, alpha)
@@ -754,7 +752,20 @@ def check_stats(
     of_rows = (torch.where(empty, 0.0, t).unsqueeze(-1) for t in (got, tau))
     judge("tau", *of_rows, error.unsqueeze(-1))
     vanishing = slack.tiny ** (bounds.alphas - 1.0)
-    certain = (found.x > found.x_error + vanishing) & (found.p > 0.0)
-    support = stats.support.cpu()
-    judge.holds("support too small", support >= bounds.kept_only(certain).sum(-1), ~empty)
-    judge.holds("support too large", support <= bounds.kept_only(near).sum(-1), everywhere)
+    certain = bounds.kept_only((found.x > found.x_error + vanishing) & (found.p > 0.0))
+    near, support = bounds.kept_only(near), stats.support.cpu()
+    judge.holds("support too small", support >= certain.sum(-1), ~empty)
+    judge.holds("support too large", support <= near.sum(-1), everywhere)
+    p = aux.probabilities().to_dense().cpu().view(near.shape)
+    judge("probabilities", p, bounds.kept_only(bounds.p), bounds.kept_only(found.p_error))
+    if p.numel():
+        seen, least, most = (in_tiles(which) for which in (bounds.visible, near, certain))
+        share = stats.empty_tiles.cpu() * seen.clamp(min=1.0)
+        right = (share >= seen - least - 1e-9) & (share <= seen - most + 1e-9)
+        judge.holds("empty tiles", right, torch.ones_like(right))
+
+
+def in_tiles(which: Tensor) -> Tensor:
+    """How many tiles of 64 by 64 pairs have one of ``which``, ``(batch, heads)``."""
+    tiles = torch.nn.functional.max_pool2d(which.double(), 64, ceil_mode=True)
+    return tiles.sum((-1, -2))
