@@ -345,7 +345,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         ds = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if opt.scales:
             ds = on_support(ds * scale_of(rows, terms, shape, opt), x, terms.r, opt, SAFE)
-        acc_k += gradient_product(ds, finite_part(q, SAFE), opt, SAFE)
+        acc_k += gradient_product(ds, finite_part(q, SAFE), opt, SAFE, opt.scales)
         if SAFE:
             reached = is_inside(x, terms.r, opt)
             if opt.dropout:
