@@ -249,6 +249,15 @@ def test_packed_sequences_are_calls_of_their_own(causal_align: str, backend: str
         assert_near("gradient", got, exact.cpu(), 1e-4)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_no_packed_sequences_at_all(alpha: float) -> None:
+    tensors = [torch.randn(0, 2, width, requires_grad=True) for width in (8, 8, 4)]
+    places = torch.zeros(1, dtype=torch.int32)
+    out = adasplash2.entmax_attention_varlen(*tensors, places, places, is_causal=True, alpha=alpha)
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    assert [t.shape for t in (out, *gradients)] == [(0, 2, 4), (0, 2, 8), (0, 2, 8), (0, 2, 4)]
+
+
 @BACKENDS
 @interpreted()
 def test_nested_tensors_are_packed_sequences(backend: str) -> None:

@@ -202,7 +202,7 @@ def entmax_attention_varlen(
 ) -> Any:
     """:func:`entmax_attention` of sequences that lie one behind another, as flash-attn packs them.
 
-    Each query sees keys of its own sequence only; sequences may be empty. Not padded, so that
+    Each query sees keys of its own sequence only; sequences may be empty, or none. Not padded, so that
     nothing is computed for padding.
 
     Args:

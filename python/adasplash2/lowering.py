@@ -694,7 +694,7 @@ def check_cu_seqlens(name: str, cu_seqlens: object, total: int, device: torch.de
     """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"{name} must have the shape (sequences + 1,), got {tuple(cu_seqlens.shape)}"
         )
