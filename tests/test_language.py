@@ -244,6 +244,15 @@ def test_packed_sequences_are_calls_of_their_own(causal_align: str, backend: str
         assert_near("gradient", got, exact.cpu(), 1e-4)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_no_packed_sequences_at_all(alpha: float) -> None:
+    tensors = [torch.randn(0, 2, width, requires_grad=True) for width in (8, 8, 4)]
+    places = torch.zeros(1, dtype=torch.int32)
+    out = adasplash2.entmax_attention_varlen(*tensors, places, places, is_causal=True, alpha=alpha)
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    assert [t.shape for t in (out, *gradients)] == [(0, 2, 4), (0, 2, 8), (0, 2, 8), (0, 2, 4)]
+
+
 @BACKENDS
 @interpreted()
 def test_nested_tensors_are_packed_sequences(backend: str) -> None:
@@ -259,6 +268,102 @@ def test_nested_tensors_are_packed_sequences(backend: str) -> None:
         one = row.transpose(0, 1)
         alone = attend(adasplash2.entmax_attention, one, one, one, is_causal=True, backend=backend)
         assert_near("out", got.transpose(0, 1), alone.cpu(), 1e-5)
+
+
+SEQUENCES = {
+    "query": ((2, 9, 9, 16), (5, 0, 4), (0, 7, 7, 14), (7, 0, 7)),
+    "key": ((0, 6, 10, 19), (6, 2, 7), (0, 6, 10, 19), (6, 4, 9)),
+}
+"""Where they begin, and how long they are, with holes and without."""
+
+
+class Holes:
+    """Nested query, key and value of three sequences, with padding full of NaN where ``lengths``
+    are said; and the sequences alone."""
+
+    def __init__(self, holes: str, device: str = "cpu") -> None:
+        self.leaves, self.nested, self.alone = [], [], []
+        for name, width in (("query", 8), ("key", 8), ("key", 4)):
+            with_holes = name in holes
+            places, lengths = SEQUENCES[name][:2] if with_holes else SEQUENCES[name][2:]
+            values = torch.full((places[-1] + 2 * with_holes, 2, width), math.nan)
+            for place, length in zip(places, lengths, strict=False):
+                values[place : place + length] = torch.randn(length, 2, width)
+            values = values.to(device).requires_grad_()
+            said = [torch.tensor(t, device=device) for t in (places, lengths)]
+            jagged = torch.nested.nested_tensor_from_jagged(
+                values, said[0], said[1] if with_holes else None
+            )
+            self.leaves.append(values)
+            self.nested.append(jagged.transpose(1, 2))
+            self.alone.append([values[p : p + n] for p, n in zip(places, lengths, strict=False)])
+
+    def assert_right(self, values: Tensor, **said: Any) -> None:
+        """``values`` are those of the result, packed."""
+        grad = torch.ones_like(values)  # of padding too
+        outs, places = [], self.nested[0].transpose(1, 2).offsets().tolist()
+        exact = torch.zeros_like(values)
+        for place, *rows in zip(places, *self.alone, strict=False):
+            one = adasplash2.entmax_attention(*(t.transpose(0, 1) for t in rows), **said)
+            outs.append(one.sum())
+            exact[place : place + len(rows[0])] = one.transpose(0, 1)
+        assert_near("out", values.detach(), exact.detach().cpu(), 1e-5)
+        gradients = torch.autograd.grad(sum(outs), self.leaves)
+        for got, one in zip(torch.autograd.grad(values, self.leaves, grad), gradients, strict=True):
+            assert_near("gradient", got, one.cpu(), 1e-4)
+
+
+@BACKENDS
+@interpreted(holes=("query and key",), said=({"window": (2, 1), "causal_align": "bottom-right"},))
+@pytest.mark.parametrize("holes", ["query", "key", "query and key"])
+@pytest.mark.parametrize("said", [
+    {"alpha": 1.0}, {"is_causal": True}, {"window": (2, 1), "causal_align": "bottom-right"},
+    {"is_causal": True, "alpha": 1.0},
+], ids=str)  # fmt: skip
+def test_nobody_sees_the_holes_of_nested_tensors(
+    said: dict[str, Any], holes: str, backend: str
+) -> None:
+    case = Holes(holes, device_of(backend))
+    out = attend(adasplash2.entmax_attention, *case.nested, **said, backend=backend)
+    assert out.shape[:3] == case.nested[0].shape[:3]  # also the number that stands for lengths
+    case.assert_right(out.transpose(1, 2).values(), **said)
+
+
+def test_holes_of_narrowed_tensors() -> None:
+    dense = torch.randn(2, 10, 2, 8)
+    nested = torch.nested.narrow(dense, 1, 0, torch.tensor([3, 10]), layout=torch.jagged)
+    nested = nested.transpose(1, 2)
+    out = adasplash2.entmax_attention(nested, nested, nested)
+    padded = dense.transpose(1, 2)
+    lengths = torch.tensor([3, 10], dtype=torch.int32)
+    exact = adasplash2.entmax_attention(
+        padded, padded, padded, q_lengths=lengths, kv_lengths=lengths
+    )
+    torch.testing.assert_close(out.transpose(1, 2).values(), exact.transpose(1, 2).flatten(0, 1))
+
+
+def test_holes_compile_to_one_graph() -> None:
+    torch._dynamo.reset()
+
+    def attend(*nested: Tensor) -> Any:
+        return adasplash2.entmax_attention(*nested, is_causal=True).transpose(1, 2).values()
+
+    case = Holes("query and key")
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    case.assert_right(compiled(*case.nested), is_causal=True)
+
+
+def test_keys_and_values_of_equal_offsets_that_are_two_tensors() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(9, 2, 8)
+    q, k, v = (
+        torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 5, 9])).transpose(1, 2)
+        for _ in "qkv"
+    )
+    same = adasplash2.entmax_attention(q, q, q).values()
+    assert torch.equal(adasplash2.entmax_attention(q, k, v).values(), same)
+    compiled = torch.compile(adasplash2.entmax_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v).values(), same)
 
 
 @pytest.mark.parametrize("shapes", [

@@ -107,7 +107,11 @@ def entmax_attention(
         query: ``(batch, heads_q, length_q, head_dim)``, float32, float64, bfloat16 or float16,
             ``head_dim`` from 1 to 256. As in SDPA there may be more dimensions before the heads, or
             only three (no batch) or two (one head), and those of size 1 broadcast. Jagged nested
-            tensors are taken too, all three of them.
+            tensors are taken too, all three of them, with the lengths, which are ragged, in third
+            place. They may have ``lengths()`` of their own, as of :func:`torch.nested.narrow`:
+            nobody sees the padding behind, and its gradients are zeros. Key and value have the
+            same offsets, which on a GPU is checked there, as ``cu_seqlens`` of
+            :func:`entmax_attention_varlen` are.
         key: ``(batch, heads_kv, length_k, head_dim)``, dtype and device of ``query``.
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         attn_mask: broadcasts to ``(batch, heads_q, length_q, length_k)`` and is not expanded. bool:
@@ -152,8 +156,8 @@ def entmax_attention(
             and :func:`available_backends`. For ``alpha = 1``, which is torch's, it is only checked.
 
     Returns:
-        ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``; with
-        ``return_aux`` a pair of it and an :class:`AttentionAux`.
+        ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``, nested as
+        ``query`` is; with ``return_aux`` a pair of it and an :class:`AttentionAux`.
 
     Raises:
         TypeError: an argument has a type or dtype that it must not have.
@@ -202,8 +206,8 @@ def entmax_attention_varlen(
 ) -> Any:
     """:func:`entmax_attention` of sequences that lie one behind another, as flash-attn packs them.
 
-    Each query sees keys of its own sequence only; sequences may be empty. Not padded, so that
-    nothing is computed for padding.
+    Each query sees keys of its own sequence only. Sequences may be empty, and there may be none.
+    Not padded, so that nothing is computed for padding.
 
     Args:
         query: ``(total_q, heads_q, head_dim)``.

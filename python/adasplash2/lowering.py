@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adasplash2.options import Options, check_count, check_options, shown
 from adasplash2.problem import TENSORS, Inputs, check_like, check_tensor, compute_dtype
-from adasplash2.torch_fastpath import assert_on_device, is_in_a_transform, is_without_data
+from adasplash2.torch_fastpath import (
+    assert_on_device,
+    is_in_a_transform,
+    is_without_data,
+    ragged_dim,
+)
 
 
 class Call(NamedTuple):
@@ -55,13 +60,13 @@ def lowered(
             the other tensors' sizes, which :func:`adasplash2.problem.validated` compares.
     """
     if getattr(query, "is_nested", False):
-        packed = _from_nested(query, key, value, (attn_mask, q_lengths, kv_lengths, kv_starts))
-        call = lowered_packed(
-            *packed, None, None, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
+        others = attn_mask, q_lengths, kv_lengths, kv_starts
+        packed, sequences, as_query = _from_nested(query, key, value, others)
+        call = _lowered_sequences(
+            *packed, sequences, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
             window, alibi_slopes, softcap, sinks, backend,
         )  # fmt: skip
-        offsets = cast(Any, query.transpose(1, 2)).offsets()
-        return call._replace(shaped=lambda result: _to_nested(call.shaped(result), offsets))
+        return call._replace(shaped=lambda result: as_query(call.shaped(result)))
     options, alphas, scales = check_options(
         alpha, scale, is_causal, enable_gqa, backend, causal_align, window, softcap, dropout_p
     )
@@ -388,12 +393,47 @@ def lowered_packed(
             f"cu_seqlens_k must have the shape of cu_seqlens_q {tuple(cu_seqlens_q.shape)}, got "
             f"{tuple(cu_seqlens_k.shape)}"
         )
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k[:-1], cu_seqlens_k[1:])
+    return _lowered_sequences(
+        query, key, value, sequences, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
+        window, alibi_slopes, softcap, sinks, backend,
+    )  # fmt: skip
+
+
+class Sequences(NamedTuple):
+    """Of packed queries and keys, int32: where queries of one end and those of the next begin, as
+    ``cu_seqlens``, and where each one's keys begin and end."""
+
+    cu_seqlens_q: Tensor
+    key_begins: Tensor
+    key_ends: Tensor
+
+
+def _lowered_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | Tensor | None,
+    enable_gqa: bool,
+    alpha: float | Tensor,
+    causal_align: str,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    backend: str | None,
+) -> Call:
+    """Packed ``(total, heads, head_dim)`` as one batch entry."""
+    total_q = query.shape[0]
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     call = lowered(
         query, key, value, None, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
         window, alibi_slopes, softcap, sinks, None, None, None, backend,
     )  # fmt: skip
-    options, ranges = packed_ranges(call.options, cu_seqlens_q, cu_seqlens_k, total_q)
+    options, ranges = _packed_ranges(call.options, sequences, total_q)
 
     def shaped(result: Tensor) -> Tensor:
         return result.squeeze(0).transpose(0, 1).contiguous()
@@ -595,11 +635,55 @@ def _check_pages(cache: Cache, lengths: Tensor) -> None:
         )
 
 
+class _Jagged(NamedTuple):
+    """A jagged ``(batch, heads, length, head_dim)``: sequence ``i`` begins at ``offsets[i]``, and
+    ends at ``offsets[i + 1]`` or, where there are ``lengths``, when it is so long. What is behind
+    it then is a hole: padding that nobody sees."""
+
+    name: str
+    values: Tensor
+    offsets: Tensor
+    lengths: Tensor | None
+
+    def begins(self) -> Tensor:
+        return self.offsets[:-1].to(torch.int32)
+
+    def ends(self) -> Tensor:
+        if self.lengths is None:
+            return self.offsets[1:].to(torch.int32)
+        return self.begins() + self.lengths.to(torch.int32)
+
+    def cu_seqlens(self) -> Tensor:
+        """Of its sequences and, where there are ``lengths``, of the holes before, between and
+        behind them, which may be empty: a hole first and last, and sequences in between.
+
+        Raises:
+            ValueError: they do not lie one behind another.
+        """
+        total = self.values.shape[0]
+        if self.lengths is None:
+            bounds = self.offsets.to(torch.int32)
+            wrong = "must have offsets that begin with 0, never fall and end at its total of"
+            _check_bounds(bounds, total, f"{self.name} {wrong} {total}")
+            return bounds
+        bounds = _with_holes(self.begins(), self.ends())
+        bounds = torch.cat([bounds, bounds.new_full((1,), total)])
+        wrong = "must have lengths that end each sequence before the next one begins"
+        _check_bounds(bounds, total, f"{self.name} {wrong}")
+        return bounds
+
+
+def _with_holes(sequences: Tensor, holes: Tensor) -> Tensor:
+    """What is known of each sequence, and of the hole behind it; before all there is one at 0."""
+    return torch.cat([holes.new_zeros(1), torch.stack([sequences, holes], dim=1).flatten()])
+
+
 def _from_nested(
     query: Any, key: Any, value: Any, others: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Query, key, value, ``cu_seqlens_q`` and ``cu_seqlens_k`` as ``entmax_attention_varlen`` takes
-    them, from jagged ``(batch, heads, length, head_dim)``.
+) -> tuple[tuple[Tensor, Tensor, Tensor], Sequences, Callable[[Tensor], Tensor]]:
+    """Packed query, key and value of jagged ``(batch, heads, length, head_dim)``, their sequences,
+    and what gives a packed result the structure of the query. Holes of queries are sequences
+    without a key, those of keys are in no sequence: both have zeros as gradients.
 
     Raises:
         TypeError, ValueError: not all are jagged and have four dimensions, or ``others`` are given.
@@ -609,34 +693,74 @@ def _from_nested(
             "attn_mask, q_lengths, kv_lengths and kv_starts must be None for nested tensors, whose "
             "lengths are their own"
         )
-    packed, offsets = [], []
-    for name, tensor in zip(TENSORS, (query, key, value), strict=True):
-        if not getattr(tensor, "is_nested", False) or tensor.layout != torch.jagged:
-            raise TypeError(
-                f"{name} must be a nested tensor of layout torch.jagged, as all or none"
+    q, k, v = (_jagged(*named) for named in zip(TENSORS, (query, key, value), strict=True))
+    for one in (k, v):
+        if len(one.offsets) != len(q.offsets):
+            raise ValueError(
+                f"{one.name} must have the batch of query ({len(q.offsets) - 1}), got "
+                f"{len(one.offsets) - 1}"
             )
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, got {tensor.dim()}")
-        by_length = tensor.transpose(1, 2)
-        packed.append(by_length.values())
-        offsets.append(by_length.offsets())
-    cu_seqlens = [offset.to(torch.int32) for offset in offsets]
-    return packed[0], packed[1], packed[2], cu_seqlens[0], cu_seqlens[1]
+    cu_seqlens_q = q.cu_seqlens()
+    k.cu_seqlens()  # which checks them
+    _check_same_places(k, v)
+    begins, ends = k.begins(), k.ends()
+    if q.lengths is not None:
+        begins, ends = _with_holes(begins, ends), _with_holes(ends, ends)
+
+    def as_query(result: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor_from_jagged(result, q.offsets, q.lengths)
+        return nested.transpose(1, 2)
+
+    return (q.values, k.values, v.values), Sequences(cu_seqlens_q, begins, ends), as_query
 
 
-def _to_nested(result: Tensor, offsets: Any) -> Tensor:
-    """``(total, heads, head_dim)`` as a jagged ``(batch, heads, length, head_dim)``."""
-    return torch.nested.nested_tensor_from_jagged(result, offsets).transpose(1, 2)
+def _jagged(name: str, tensor: Any) -> _Jagged:
+    if not getattr(tensor, "is_nested", False) or tensor.layout != torch.jagged:
+        raise TypeError(f"{name} must be a nested tensor of layout torch.jagged, as all or none")
+    wanted = "must have 4 dimensions (batch, heads, length, head_dim)"
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} {wanted}, got {tensor.dim()}")
+    if (ragged := ragged_dim(tensor)) != 2:
+        raise ValueError(
+            f"{name} {wanted} of which length, the third, is ragged; got dimension {ragged + 1} "
+            "ragged: transpose(1, 2) takes it from the second place to the third"
+        )
+    by_length = tensor.transpose(1, 2)
+    return _Jagged(name, by_length.values(), by_length.offsets(), by_length.lengths())
 
 
-def packed_ranges(
-    options: Options, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int
-) -> tuple[Options, Tensor]:
-    """``ranges`` of sequences that lie one behind another: those of ``cu_seqlens``."""
+def _check_same_places(key: _Jagged, value: _Jagged) -> None:
+    """Whether each sequence has its values where its keys are. Nothing waits for a device: there
+    it is asserted."""
+    if key.offsets is value.offsets and key.lengths is value.lengths:
+        return
+    wrong = "value must have the sequence lengths of key"
+    begins, ends = (key.begins(), value.begins()), (key.ends(), value.ends())
+    if not is_known(*begins, *ends):
+        tokens, got = key.values.shape[0], value.values.shape[0]
+        if got != tokens:  # an error that can be caught, where one is seen without waiting
+            raise ValueError(f"{wrong}, {tokens} tokens together, got {got}")
+        same = (begins[0] == begins[1]) & (ends[0] == ends[1])
+        assert_on_device(same.all(), f"{wrong}, and its offsets")
+        return
+    lengths = [(end - begin).tolist() for begin, end in zip(begins, ends, strict=True)]
+    if lengths[0] != lengths[1]:
+        raise ValueError(f"{wrong} {shown(lengths[0])}, got {shown(lengths[1])}")
+    if not torch.equal(*begins):
+        raise ValueError(
+            f"value must have the offsets of key {shown(begins[0].tolist())}, got "
+            f"{shown(begins[1].tolist())}: before transpose(1, 2), contiguous() of both makes them "
+            "the same"
+        )
+
+
+def _packed_ranges(options: Options, sequences: Sequences, total_q: int) -> tuple[Options, Tensor]:
+    """``ranges`` of sequences that lie one behind another."""
+    cu_seqlens_q, key_begins, key_ends = sequences
     queries = torch.arange(total_q, dtype=torch.int32, device=cu_seqlens_q.device)
     number = torch.searchsorted(cu_seqlens_q[1:].contiguous(), queries, right=True)
     number = number.clamp(max=cu_seqlens_q.shape[0] - 2)
-    start, end = cu_seqlens_k[number], cu_seqlens_k[number + 1]
+    start, end = key_begins[number], key_ends[number]
     first, last = cu_seqlens_q[number], cu_seqlens_q[number + 1]
     at = queries - first + start
     if options.causal_align == "bottom-right":
@@ -694,17 +818,22 @@ def check_cu_seqlens(name: str, cu_seqlens: object, total: int, device: torch.de
     """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"{name} must have the shape (sequences + 1,), got {tuple(cu_seqlens.shape)}"
         )
     check_like(name, cu_seqlens, (cu_seqlens.shape[0],), torch.int32, device)
     wrong = f"{name} must begin with 0, never fall and end at the total of {total}"
-    if is_known(cu_seqlens):
-        values = cu_seqlens.tolist()
+    _check_bounds(cu_seqlens, total, wrong)
+    return cu_seqlens
+
+
+def _check_bounds(bounds: Tensor, total: int, wrong: str) -> None:
+    """Whether they go from 0 to ``total`` and never fall; ``wrong`` says that they must."""
+    if is_known(bounds):
+        values = bounds.tolist()
         if values[0] != 0 or values[-1] != total or values != sorted(values):
             raise ValueError(f"{wrong}, got {shown(values)}")
     else:
-        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
-        assert_on_device(right & (cu_seqlens[1:] >= cu_seqlens[:-1]).all(), wrong)
-    return cu_seqlens
+        right = (bounds[0] == 0) & (bounds[-1] == total)
+        assert_on_device(right & (bounds[1:] >= bounds[:-1]).all(), wrong)

@@ -125,6 +125,12 @@ def is_in_a_transform(tensor: Tensor) -> bool:
     return _is_wrapped is not None and bool(_is_wrapped(tensor))
 
 
+def ragged_dim(nested: Tensor) -> int:
+    """Which dimension of a jagged tensor is ragged; 2, that of lengths in attention, where torch
+    cannot say."""
+    return getattr(nested, "_ragged_idx", 2)
+
+
 def is_transformed() -> bool:
     """Whether a transform of :mod:`torch.func` is around this call; no where torch cannot say."""
     return _peek_interpreter_stack is not None and _peek_interpreter_stack() is not None
