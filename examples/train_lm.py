@@ -34,6 +34,7 @@ CONTENDERS = {
     "alpha from 1": Recipe(positions="rope", rise=0.5),
     "alpha from 1, half scale": Recipe(positions="rope", scale=0.5, rise=0.5),
     "learned alpha": Recipe(alpha="learn", positions="rope"),
+    "learned alpha, qk-norm": Recipe(alpha="learn", positions="rope", qk_norm=True),
     "qk-norm, learned scale": Recipe(positions="rope", qk_norm=True, learn_scale=True),
     "nape": Recipe(),
     "nape, half scale": Recipe(scale=0.5),
