@@ -261,7 +261,7 @@ def test_alphas_part_where_some_heads_pick_and_others_take_means(tmp_path: Path)
     assert run["alphas"]["0"] == {layer: pytest.approx([1.5] * 4) for layer in "01"}
     last = [alpha for heads in run["alphas"]["300"].values() for alpha in heads]
     assert min(last) < 1.1
-    assert max(last) > 1.9
+    assert max(last) > 1.8
     assert (tmp_path / "length_generalisation-alpha.png").stat().st_size > 10_000
 
 
