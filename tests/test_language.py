@@ -541,6 +541,14 @@ def test_what_is_returned_beside() -> None:
     assert out.requires_grad
 
 
+def test_probabilities_near_one_are_those_of_softmax() -> None:
+    query, key = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in "qk")
+    _, aux = adasplash2.entmax_attention(query, key, key, alpha=1.0 + 1e-10, return_aux=True)
+    softmax = torch.softmax(query @ key.mT * 8**-0.5, dim=3)
+    found = aux.probabilities().to_dense().view(softmax.shape)
+    torch.testing.assert_close(found, softmax, rtol=1e-8, atol=0.0)
+
+
 LEARNED = {
     "added mask": "attn_mask", "bias of heads": "attn_mask", "bias of keys": "attn_mask",
     "slopes": "alibi_slopes", "slopes of batch": "alibi_slopes", "sinks": "sinks",
