@@ -50,6 +50,7 @@ def test_random_problems(kind: str, backend: str, fuzz_seed: int) -> None:
         say=lambda line: None,
     )
     assert not report.failed, "\n".join(report.lines)
+    assert backend != "cpu" or not report.counts["refused"]
     total = report.counts.total()
     judged = total - report.counts["refused"]
     # Of ten, chance refuses half in one run of seven; `cuda` computes little of the language.

@@ -447,6 +447,26 @@ def test_thresholds_without_keys_are_those_of_sinks(backend: str) -> None:
 
 @BACKENDS
 @interpreted()
+def test_sinks_do_not_feel_what_comes_for_padding(backend: str) -> None:
+    device = device_of(backend)
+    query, key, value = (torch.randn(1, 1, 6, 8, device=device) for _ in "qkv")
+    query[:, :, 4:] = math.nan
+    sinks = torch.zeros(1, device=device, requires_grad=True)
+    lengths = torch.full((1,), 4, dtype=torch.int32, device=device)
+    out = attend(
+        adasplash2.entmax_attention, query, key, value, sinks=sinks, q_lengths=lengths,
+        backend=backend,
+    )  # fmt: skip
+    grad = torch.ones_like(out)
+    (expected,) = torch.autograd.grad(out, sinks, grad, retain_graph=True)
+    grad[:, :, 4:] = math.nan
+    (got,) = torch.autograd.grad(out, sinks, grad)
+    assert torch.equal(got, expected)
+    assert got != 0.0
+
+
+@BACKENDS
+@interpreted()
 def test_small_scales_of_rows_in_float16(backend: str) -> None:
     """Of large queries and keys: a gradient of a score times its scale is less than float16
     holds."""
@@ -644,6 +664,14 @@ def test_what_is_returned_beside() -> None:
     assert aux.tau.shape == p.shape[:3]
     assert not aux.tau.requires_grad
     assert out.requires_grad
+
+
+def test_probabilities_near_one_are_those_of_softmax() -> None:
+    query, key = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in "qk")
+    _, aux = adasplash2.entmax_attention(query, key, key, alpha=1.0 + 1e-10, return_aux=True)
+    softmax = torch.softmax(query @ key.mT * 8**-0.5, dim=3)
+    found = aux.probabilities().to_dense().view(softmax.shape)
+    torch.testing.assert_close(found, softmax, rtol=1e-8, atol=0.0)
 
 
 LEARNED = {
