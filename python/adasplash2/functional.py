@@ -282,16 +282,20 @@ def entmax_attention_with_kvcache(
             strides: flash-attn's ``(batch, capacity, heads_kv, head_dim)`` with ``transpose(1,
             2)``. With a ``block_table`` pages of all sequences, ``(pages there are, page_size,
             heads_kv, head_dim)``, as flash-attn and vLLM keep them.
-        value_cache: likewise, ``head_dim_v`` wide.
-        key: new ``(batch, heads_kv, new, head_dim)``; None where the cache has all.
+        value_cache: likewise, ``head_dim_v`` wide. Where ``key`` is given, no place of a cache may
+            stand for another one too, as in what is expanded.
+        key: new ``(batch, heads_kv, new, head_dim)``; None where the cache has all. May be a view
+            of a cache: it is read before anything is written.
         value: ``(batch, heads_kv, new, head_dim_v)``.
         cache_lengths: int32 ``(batch,)``, or a number for all: how many keys of each sequence are
             in the cache, without those of ``key``. None if it is full. flash-attn's
             ``cache_seqlens``. On a GPU lengths are not looked at, but clamped to what exists;
             writing beyond it ends the program with an assertion of the device.
         block_table: int32 ``(batch, pages)``: key ``j`` of a sequence is number ``j % page_size``
-            of page ``block_table[j // page_size]``. Any page size; sequences may share pages; what
-            stands behind a sequence's last page is not read. For ``alpha = 1`` pages are copied.
+            of page ``block_table[j // page_size]``. Any page size; what stands behind a sequence's
+            last page is not read. Sequences may share pages that are only read; pages into which
+            ``key`` is written are of one sequence alone, which on a GPU is not looked at. For
+            ``alpha = 1`` pages are copied.
         is_causal: query ``i`` of the last ``length_q`` sees no key behind its own.
         scale, alpha, window, alibi_slopes, softcap, sinks, backend: as in :func:`entmax_attention`.
         kv_starts: int32 ``(batch,)``: keys before are padding. flash-attn's ``cache_leftpad``.

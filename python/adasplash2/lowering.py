@@ -19,8 +19,10 @@ from adasplash2.problem import TENSORS, Inputs, check_like, check_tensor, comput
 from adasplash2.torch_fastpath import (
     assert_on_device,
     is_in_a_transform,
+    is_memory_known,
     is_without_data,
     ragged_dim,
+    share_memory,
 )
 
 
@@ -514,6 +516,9 @@ def lowered_cached(
     new = _check_new(cache, query, key, value)
     if new and cache_lengths is None:
         raise ValueError("cache_lengths must be given with key: it is written behind them")
+    if key is not None and value is not None:
+        _check_written(cache, key, value)
+        query, key, value = (_apart(t, cache) for t in (query, key, value))
     lengths = _cache_lengths(cache, query, cache_lengths, new)
     _check_lengths("kv_starts", kv_starts, query, cache.capacity())
     inputs = _with_numbers(cache.inputs(query), alphas, scales, alibi_slopes, sinks)
@@ -598,41 +603,104 @@ def _check_new(cache: Cache, query: Tensor, key: Tensor | None, value: Tensor | 
     return new
 
 
+def _check_written(cache: Cache, key: Tensor, value: Tensor) -> None:
+    """Whether what is written stays as it is: no place of a cache is another one too."""
+    for name, tensor in (("key_cache", cache.key), ("value_cache", cache.value)):
+        if _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name} must have memory of its own for each place where key is written into it, "
+                f"got the strides {tuple(tensor.stride())} for the shape {tuple(tensor.shape)}; "
+                "clone() of what was expanded makes it so"
+            )
+    if is_memory_known() and _begin_alike(cache.key, cache.value) and not _begin_alike(key, value):
+        raise ValueError(
+            "value_cache must not be in the memory of key_cache where key and value, which are "
+            "written into both, are not in the same memory too"
+        )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether strides may lead to one place twice: no where each is beyond what those below it
+    reach together."""
+    if tensor.is_contiguous():
+        return False
+    dims = [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    for i, (_, stride) in enumerate(dims):
+        below = [(n - 1) * s for j, (n, s) in enumerate(dims) if j != i and s <= stride]
+        if stride <= sum(below):
+            return True
+    return False
+
+
+def _begin_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether both begin at the same place in memory, with the same strides."""
+    return (
+        share_memory(one, other)
+        and one.storage_offset() == other.storage_offset()
+        and one.stride() == other.stride()
+    )
+
+
+def _apart(tensor: Tensor, cache: Cache) -> Tensor:
+    """``tensor``, or a copy where it may lie in the cache, which is written to before all of it has
+    been read."""
+    if is_memory_known() and not (
+        share_memory(tensor, cache.key) or share_memory(tensor, cache.value)
+    ):
+        return tensor
+    return tensor.clone()
+
+
 def _cache_lengths(
     cache: Cache, query: Tensor, cache_lengths: Tensor | int | None, new: int
 ) -> Tensor | None:
     """int32 ``(batch,)``, or None where the cache is full."""
     room = cache.capacity() - new
+    if room < 0:
+        raise ValueError(
+            f"key must have at most {cache.capacity()} keys, what the cache holds, got {new}"
+        )
     if cache_lengths is None:
         lengths = query.new_full(query.shape[:1], cache.capacity(), dtype=torch.int32)
     elif isinstance(cache_lengths, Tensor):
         lengths = cache_lengths
     else:
-        check_count("cache_lengths", cache_lengths)
-        lengths = query.new_full(query.shape[:1], cache_lengths, dtype=torch.int32)
-    if new > cache.capacity():
-        raise ValueError(
-            f"key must have at most {cache.capacity()} keys, what the cache holds, got {new}"
-        )
+        number = check_count("cache_lengths", cache_lengths)
+        if number > room:
+            raise ValueError(f"cache_lengths must be from 0 to {room}, got {shown(cache_lengths)}")
+        lengths = query.new_full(query.shape[:1], number, dtype=torch.int32)
     _check_lengths("cache_lengths", lengths, query, room)
-    _check_pages(cache, lengths + new)
+    _check_pages(cache, lengths + new, new)
     return None if cache_lengths is None else lengths
 
 
-def _check_pages(cache: Cache, lengths: Tensor) -> None:
-    """Whether there are all pages that sequences of these lengths are in, as far as that is known.
-    What stands behind is not looked at."""
+def _check_pages(cache: Cache, lengths: Tensor, new: int) -> None:
+    """Whether there are all pages that sequences of these lengths are in, and those of the last
+    ``new`` keys, which are written, hold no other keys; as far as that is known. What stands behind
+    is not looked at."""
     table = cache.block_table
     if table is None or not is_known(table, lengths):
         return
     size, count = cache.key.shape[1], cache.key.shape[0]
-    used = torch.arange(table.shape[1]) * size < lengths[:, None]
-    wrong = table[used & ((table < 0) | (table >= count))]
-    if wrong.numel():
+    first = torch.arange(table.shape[1]) * size  # keys of pages
+    used = first < lengths[:, None]
+    pages = table[used]
+    if not pages.numel():
+        return
+    low, high = (int(number) for number in pages.aminmax())
+    if low < 0 or high >= count:
         raise ValueError(
             f"block_table must name pages from 0 to {count - 1} for all keys there are, got "
-            f"{int(wrong[0])}"
+            f"{low if low < 0 else high}"
         )
+    if new and int((times := torch.bincount(pages)).max()) > 1:
+        written = table[used & (first + size > lengths[:, None] - new)]
+        clash = written[times[written] > 1]
+        if clash.numel():
+            raise ValueError(
+                "block_table must name pages of its own for each sequence where key is written: "
+                f"those that others hold too are only read, got page {int(clash[0])} more than once"
+            )
 
 
 class _Jagged(NamedTuple):
