@@ -898,6 +898,58 @@ def test_masks_broadcast_over_all_leading_dimensions(shape: tuple[int, ...]) -> 
     assert torch.equal(adasplash2.entmax_attention(q, k, k, mask), expected.view(q.shape))
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("lead", [(2, 3), (2, 1, 2), (3,), ()], ids=str)
+def test_operands_and_results_have_the_leading_dimensions(
+    lead: tuple[int, ...], alpha: float
+) -> None:
+    """As one batch of their product has them."""
+    torch.manual_seed(0)
+    flat, heads = math.prod(lead), 4
+    q, k, v = (torch.randn(*lead, heads, n, 8) for n in (5, 7, 7))
+    lengths = {
+        "q_lengths": torch.randint(1, 6, lead, dtype=torch.int32),
+        "kv_lengths": torch.randint(3, 8, lead, dtype=torch.int32),
+        "kv_starts": torch.randint(0, 3, lead, dtype=torch.int32),
+    }
+    learned = {
+        "alibi_slopes": torch.rand(*lead, heads, requires_grad=True),
+        "scale": torch.rand(*lead, heads, 1, requires_grad=True),
+    }
+    said = {**lengths, **learned}
+
+    def merged(tensor: Tensor) -> Tensor:
+        return tensor.reshape(flat, *tensor.shape[len(lead) :])
+
+    four, said_flat = [merged(t) for t in (q, k, v)], {name: merged(t) for name, t in said.items()}
+    exact = adasplash2.entmax_attention(*four, **said_flat, alpha=alpha)
+    out = adasplash2.entmax_attention(q, k, v, **said, alpha=alpha)
+    assert out.shape == (*lead, heads, 5, 8)
+    assert torch.equal(out, exact.view(out.shape))
+    leaves = tuple(learned.values())
+    gradients = [torch.autograd.grad(t.square().sum(), leaves) for t in (out, exact)]
+    assert all(map(torch.equal, *gradients))
+    assert torch.equal(adasplash2.entmax_attention(q, k, v, **said_flat, alpha=alpha), out)
+    for rows in ((heads, 1), (1, heads, 5), (*lead[-1:], heads, 1), (*lead, 1, 1)):
+        scale = torch.rand(rows)
+        full = scale.expand(*(lead or (1,)), heads, 5)
+        out = adasplash2.entmax_attention(q, k, v, scale=scale, alpha=alpha)
+        exact = adasplash2.entmax_attention(*four, scale=full.reshape(flat, heads, 5), alpha=alpha)
+        assert torch.equal(out, exact.view(out.shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 8), (3, 4, 5, 8), (4, 5, 8), (5, 8)], ids=str)
+def test_what_is_found_has_the_dimensions_of_the_output(shape: tuple[int, ...]) -> None:
+    q = torch.randn(shape)
+    out, aux = adasplash2.entmax_attention(q, q, q, return_aux=True)
+    stats = adasplash2.attention_stats(q, q, q)
+    for found in (aux.tau, aux.support, stats.tau, stats.support, stats.iterations):
+        assert found.shape == out.shape[:-1]
+    assert stats.empty_tiles.shape == out.shape[:-2]
+    weights = aux.probabilities().to_dense().view(*aux.tau.shape, 5)
+    torch.testing.assert_close(weights.float() @ q, out)
+
+
 def test_nothing_at_all() -> None:
     """No heads, no queries."""
     none = torch.randn(1, 0, 4, 8)

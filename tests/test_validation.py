@@ -597,6 +597,42 @@ def test_nested_attention_refuses(
         adasplash2.entmax_attention(**{**NESTED, **arguments}, alpha=alpha)
 
 
+BAD_LEADING = [
+    *(
+        (f"{name} {shape}", {name: tensor(*shape).int()}, ValueError, name, "(2, 3) or (6,)", got)
+        for name in ("q_lengths", "kv_lengths", "kv_starts")
+        for shape, got in (((3, 2), "(3, 2)"), ((2,), "(2,)"), ((2, 1), "(2, 1)"))
+    ),
+    ("mask", {"attn_mask": ONES[None, None, None].expand(3, 2, 1, 5, 6)}, ValueError, "(2, 3)"),
+    ("slopes", {"alibi_slopes": tensor(3, 4)}, ValueError, "(4,) or (6, 4) or (2, 3, 4)", "(3, 4)"),
+    (
+        "scale",
+        {"scale": tensor(3, 2, 1, 1)},
+        ValueError,
+        "scale",
+        "6 or 2, 3, heads",
+        "(3, 2, 1, 1)",
+    ),
+    (
+        "scale of 2",
+        {"scale": tensor(2, 4, 5)},
+        ValueError,
+        "scale",
+        "6 or 2, 3, heads",
+        "(2, 4, 5)",
+    ),
+]
+
+
+@cases(BAD_LEADING)
+def test_operands_of_leading_dimensions_refuse(
+    arguments: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    leading = {name: t[:1, None].expand(2, 3, *t.shape[1:]) for name, t in GOOD.items()}
+    with pytest.raises(error, match=says(*words)):
+        adasplash2.entmax_attention(**{**leading, **arguments})
+
+
 def test_return_aux_is_a_flag() -> None:
     with pytest.raises(TypeError, match=says("return_aux", "True or False", "1")):
         adasplash2.entmax_attention(**GOOD, return_aux=1)  # type: ignore[arg-type]

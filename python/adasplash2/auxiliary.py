@@ -21,8 +21,10 @@ CHUNK = 2**24
 @dataclass(frozen=True, eq=False)
 class AttentionAux:
     """Comes with the output where ``return_aux`` asks for it. ``B, H, L`` are batch, query heads
-    and query length. Nothing here has a gradient. What is found later is found from the tensors of
-    the call: do not change these in place before.
+    and query length: all dimensions of the output but the last, more than one or none in the place
+    of ``B`` too; ``(1, heads_q, total_q)`` of packed and nested sequences. Nothing here has a
+    gradient. What is found later is found from the tensors of the call: do not change these in
+    place before.
 
     Attributes:
         tau: ``(B, H, L)``, threshold of ``(alpha-1) * s`` in float32, or float64 for float64;
@@ -37,8 +39,7 @@ class AttentionAux:
     def support(self) -> Tensor:
         """``(B, H, L)`` int32: keys with a probability above zero. Found when it is first asked
         for."""
-        shape = self._problem.batch, self._problem.heads_q, self._problem.length_q
-        return self.probabilities().crow_indices().diff().to(torch.int32).view(shape)
+        return self.probabilities().crow_indices().diff().to(torch.int32).view(self.tau.shape)
 
     def probabilities(self) -> Tensor:
         """The probabilities above zero, without dropout: a sparse CSR tensor
@@ -84,7 +85,7 @@ class AttentionAux:
             alpha = torch.tensor(p.alpha, dtype=torch.float64, device=p.device)
             if inputs.alphas is not None:
                 alpha = inputs.alphas.double()[:, :, None, None]
-            tau = self.tau[:, :, rows, None].double()
+            tau = self.tau.reshape(p.batch, p.heads_q, p.length_q)[:, :, rows, None].double()
             s = dense.scores(p, inputs, torch.float64, rows)
             if inputs.sinks is not None:
                 sinks = inputs.sinks.double()[:, :, None, None]

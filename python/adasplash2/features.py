@@ -44,7 +44,7 @@ class Call(NamedTuple):
                 query, pages, pages, block_table=table, cache_lengths=_LENGTHS
             )
             bound.apply_defaults()
-            (inputs, options, _), _ = lowered_cached(**bound.arguments)
+            (inputs, options, *_), _ = lowered_cached(**bound.arguments)
             return validated(inputs, options, False)
         key = torch.empty((BATCH, HEADS_KV, LENGTH_K, HEAD_DIM), **meta)
         query = torch.empty((BATCH, HEADS_Q, LENGTH_Q, HEAD_DIM), **meta)
@@ -52,7 +52,7 @@ class Call(NamedTuple):
         bound.apply_defaults()
         del bound.arguments["return_aux"]
         bound.arguments["enable_gqa"] = True
-        inputs, options, _ = lowered(**bound.arguments)
+        inputs, options, *_ = lowered(**bound.arguments)
         return validated(inputs, options, needs_grad)
 
 

@@ -19,18 +19,26 @@ from adasplash2.problem import TENSORS, Inputs, check_like, check_tensor, comput
 from adasplash2.torch_fastpath import (
     assert_on_device,
     is_in_a_transform,
+    is_memory_known,
     is_without_data,
     ragged_dim,
+    share_memory,
 )
 
 
 class Call(NamedTuple):
-    """One call, lowered. ``shaped`` makes ``(batch, heads_q, length_q, ...)`` what the caller
-    expects, and leaves alone what needs no change."""
+    """One call, lowered. ``shaped`` makes the output, ``(batch, heads_q, length_q, head_dim_v)``,
+    what the caller expects, and leaves alone what needs no change; ``shaped_beside`` does so with
+    what is found beside it, ``(batch, heads_q, ...)``."""
 
     inputs: Inputs
     options: Options
     shaped: Callable[[Tensor], Tensor]
+    shaped_beside: Callable[[Tensor], Tensor]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def lowered(
@@ -70,7 +78,7 @@ def lowered(
     options, alphas, scales = check_options(
         alpha, scale, is_causal, enable_gqa, backend, causal_align, window, softcap, dropout_p
     )
-    tensors, lead = (query, key, value), [1]
+    tensors, lead = (query, key, value), None
     shaped: Callable[[Tensor], Tensor] = _as_it_is
     if not _is_common(query, key, value):
         for name, tensor in zip(TENSORS, tensors, strict=True):
@@ -80,23 +88,25 @@ def lowered(
     inputs = Inputs(*tensors)
     operands = attn_mask, alphas, scales, alibi_slopes, sinks, q_lengths, kv_lengths, kv_starts
     if not options.dropout_p and _are_none(operands):
-        return Call(inputs, options, shaped)
+        return Call(inputs, options, shaped, shaped)
+    if lead is None:
+        lead = [inputs.query.shape[0]]
     if _is_causal_bias(attn_mask):
         options = _with_causal_bias(options, attn_mask, inputs)
         attn_mask = None
     if attn_mask is not None:
         inputs = inputs._replace(attn_mask=_four_dimensional_mask(attn_mask, lead))
-    inputs = _with_numbers(inputs, alphas, scales, alibi_slopes, sinks)
+    inputs = _with_numbers(inputs, lead, alphas, scales, alibi_slopes, sinks)
     if not (q_lengths is None and kv_lengths is None and kv_starts is None):
         length_q, length_k = inputs.query.shape[2], inputs.key.shape[2]
-        _check_lengths("q_lengths", q_lengths, inputs.query, length_q)
-        _check_lengths("kv_lengths", kv_lengths, inputs.query, length_k)
-        _check_lengths("kv_starts", kv_starts, inputs.query, length_k)
+        q_lengths = _of_sequences("q_lengths", q_lengths, inputs.query, lead, length_q)
+        kv_lengths = _of_sequences("kv_lengths", kv_lengths, inputs.query, lead, length_k)
+        kv_starts = _of_sequences("kv_starts", kv_starts, inputs.query, lead, length_k)
         options, ranges = _ranges(options, inputs.query, length_k, q_lengths, kv_lengths, kv_starts)
         inputs = inputs._replace(ranges=ranges)
     if options.dropout_p:
         inputs = inputs._replace(dropout_seed=new_seed(inputs.query.device))
-    return Call(inputs, options, shaped)
+    return Call(inputs, options, shaped, shaped)
 
 
 def _are_none(operands: tuple[object, ...]) -> bool:
@@ -112,10 +122,6 @@ def new_seed(device: torch.device) -> Tensor:
 
 
 # Shapes of query, key and value
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _is_common(query: Any, key: Any, value: Any) -> bool:
@@ -137,7 +143,8 @@ def _four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[int], bool, Callable[[Tensor], Tensor]]:
     """SDPA's ``(..., heads, length, head_dim)`` with dimensions that broadcast; the leading ones,
-    which become the batch; whether heads of keys are shared by that; and the way back."""
+    which become the batch (none where there are no heads or only these); whether heads of keys are
+    shared by that; and the way back."""
     tensors = [query, key, value]
     dims = max(t.dim() for t in tensors)
     for name, t in zip(TENSORS, tensors, strict=True):
@@ -176,7 +183,7 @@ def _four_dimensional(
             result = result.squeeze(0)
         return result
 
-    return (query, key, value), sizes, shared, shaped
+    return (query, key, value), sizes if dims > 3 else [], shared, shaped
 
 
 def _broadcast(sizes: Any) -> int | None:
@@ -198,6 +205,7 @@ def _check_numbers(name: str, tensor: object) -> Tensor:
 
 def _with_numbers(
     inputs: Inputs,
+    lead: list[int],
     alphas: Tensor | None,
     scales: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -208,46 +216,72 @@ def _with_numbers(
     batch, heads = inputs.query.shape[:2]
 
     def of_heads(name: str, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads))
+        return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads), lead)
 
     return inputs._replace(
         alibi_slopes=of_heads("alibi_slopes", alibi_slopes),
         sinks=of_heads("sinks", sinks),
-        scales=None if scales is None else _of_rows(scales, compute),
+        scales=None if scales is None else _of_rows(scales, compute, batch, lead),
         alphas=of_heads("alphas", alphas),
     )
 
 
-def _of_heads(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, int]) -> Tensor:
-    """``(heads,)``, and of slopes ``(batch, heads)``, as ``(batch or 1, heads)``."""
+def _of_heads(
+    name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, int], lead: list[int]
+) -> Tensor:
+    """``(heads,)``, and of slopes ``(batch, heads)``, also with the dimensions ``lead`` that became
+    the batch, as ``(batch or 1, heads)``."""
     public = "alpha" if name == "alphas" else name
     tensor = _check_numbers(public, tensor)
     batch, heads = sizes
-    allowed = [(heads,), (batch, heads)] if name == "alibi_slopes" else [(heads,)]
+    allowed: list[tuple[int, ...]] = [(heads,)]
+    if name == "alibi_slopes":
+        allowed += [(batch, heads)] if len(lead) < 2 else [(batch, heads), (*lead, heads)]
     fits = tensor.dim() == 0 if name == "alphas" else False
     for shape in allowed:
         if tensor.dim() == len(shape):
             fits = fits or all(n == m for n, m in zip(tensor.shape, shape, strict=True))
     if not fits:
-        shapes = f"{allowed[0]} or {allowed[1]}" if len(allowed) > 1 else f"{allowed[0]}"
+        shapes = " or ".join(map(str, allowed))
         raise ValueError(f"{public} must have the shape {shapes}, got {tuple(tensor.shape)}")
     if name == "alibi_slopes" and is_known(tensor) and bool((tensor < 0).any()):
         raise ValueError(f"alibi_slopes must be at least 0, got {shown(tensor.min().item())}")
-    tensor = tensor if tensor.dim() == 2 else tensor.reshape(1, -1)
+    tensor = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)
     return tensor.to(dtype)
 
 
-def _of_rows(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(heads,)``, or what broadcasts to ``(batch, heads, length_q)``, in three dimensions."""
+def _of_rows(scale: Tensor, dtype: torch.dtype, batch: int, lead: list[int]) -> Tensor:
+    """``(heads,)``, or what broadcasts to ``(batch, heads, length_q)``, also with the dimensions
+    ``lead`` that became the batch, in three dimensions."""
     scale = _check_numbers("scale", scale).to(dtype)
     if scale.dim() == 1:
         return scale[None, :, None]
-    if scale.dim() > 3:
+    if scale.dim() == 3 and scale.shape[0] == batch:
+        return scale
+    merged = _merged(scale, lead, 2)
+    if merged is None:
+        sizes = "batch" if len(lead) < 2 else f"{batch} or {', '.join(map(str, lead))}"
         raise ValueError(
-            "scale must be a number, (heads,) or broadcast to (batch, heads, length_q), got the "
+            f"scale must be a number, (heads,) or broadcast to ({sizes}, heads, length_q), got the "
             f"shape {tuple(scale.shape)}"
         )
-    return scale[(None,) * (3 - scale.dim())]
+    return merged
+
+
+def _merged(tensor: Tensor, lead: list[int], behind: int) -> Tensor | None:
+    """What broadcasts to the dimensions ``lead`` and ``behind`` more, with one dimension in the
+    place of those of ``lead``; None where it does not."""
+    dims = max(len(lead), 1)
+    tensor = tensor[(None,) * (dims + behind - tensor.dim())]
+    if tensor.dim() != dims + behind:
+        return None
+    if dims > 1:
+        first = tensor.shape[:dims]
+        if not all(n in (1, m) for n, m in zip(first, lead, strict=True)):
+            return None
+        if any(n != 1 for n in first):  # copies where only some of them broadcast
+            tensor = tensor.expand(*lead, *tensor.shape[dims:])
+    return tensor.flatten(0, dims - 1)
 
 
 def alphas_of_rows(alpha: Tensor, x: Tensor, dim: int) -> Tensor:
@@ -275,21 +309,13 @@ def _four_dimensional_mask(attn_mask: object, lead: list[int]) -> Tensor:
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.layout != torch.strided:
         raise TypeError(f"attn_mask must be a strided tensor, got layout {attn_mask.layout}")
-    dims, shape = max(len(lead), 1), tuple(attn_mask.shape)
-    attn_mask = attn_mask[(None,) * (dims + 3 - attn_mask.dim())]
-    fits = attn_mask.dim() == dims + 3
-    if fits and dims > 1:
-        first = attn_mask.shape[:dims]
-        fits = all(n in (1, m) for n, m in zip(first, lead, strict=True))
-        if fits and any(n != 1 for n in first):  # copies where only some of them broadcast
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[dims:])
-        attn_mask = attn_mask.flatten(0, dims - 1) if fits else attn_mask
-    if not fits:
+    merged = _merged(attn_mask, lead, 3)
+    if merged is None:
         raise ValueError(
             f"attn_mask must broadcast to (batch, heads, length_q, length_k), with {tuple(lead)} "
-            f"as batch, got the shape {shape}"
+            f"as batch, got the shape {tuple(attn_mask.shape)}"
         )
-    return attn_mask
+    return merged
 
 
 def _is_causal_bias(attn_mask: object) -> bool:
@@ -438,7 +464,7 @@ def _lowered_sequences(
     def shaped(result: Tensor) -> Tensor:
         return result.squeeze(0).transpose(0, 1).contiguous()
 
-    return Call(call.inputs._replace(ranges=ranges), options, shaped)
+    return Call(call.inputs._replace(ranges=ranges), options, shaped, _as_it_is)
 
 
 class Cache(NamedTuple):
@@ -514,9 +540,13 @@ def lowered_cached(
     new = _check_new(cache, query, key, value)
     if new and cache_lengths is None:
         raise ValueError("cache_lengths must be given with key: it is written behind them")
+    if key is not None and value is not None:
+        _check_written(cache, key, value)
+        query, key, value = (_apart(t, cache) for t in (query, key, value))
     lengths = _cache_lengths(cache, query, cache_lengths, new)
     _check_lengths("kv_starts", kv_starts, query, cache.capacity())
-    inputs = _with_numbers(cache.inputs(query), alphas, scales, alibi_slopes, sinks)
+    lead = [query.shape[0]]
+    inputs = _with_numbers(cache.inputs(query), lead, alphas, scales, alibi_slopes, sinks)
     if lengths is not None or kv_starts is not None:
         total = None if lengths is None else lengths + new
         options, ranges = _ranges(options, query, cache.capacity(), None, total, kv_starts)
@@ -526,7 +556,7 @@ def lowered_cached(
         if key is not None and value is not None and lengths is not None:
             cache.append(key, value, lengths)
 
-    return Call(inputs, options, _as_it_is), append
+    return Call(inputs, options, _as_it_is, _as_it_is), append
 
 
 def _check_cache(
@@ -598,41 +628,104 @@ def _check_new(cache: Cache, query: Tensor, key: Tensor | None, value: Tensor | 
     return new
 
 
+def _check_written(cache: Cache, key: Tensor, value: Tensor) -> None:
+    """Whether what is written stays as it is: no place of a cache is another one too."""
+    for name, tensor in (("key_cache", cache.key), ("value_cache", cache.value)):
+        if _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name} must have memory of its own for each place where key is written into it, "
+                f"got the strides {tuple(tensor.stride())} for the shape {tuple(tensor.shape)}; "
+                "clone() of what was expanded makes it so"
+            )
+    if is_memory_known() and _begin_alike(cache.key, cache.value) and not _begin_alike(key, value):
+        raise ValueError(
+            "value_cache must not be in the memory of key_cache where key and value, which are "
+            "written into both, are not in the same memory too"
+        )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether strides may lead to one place twice: no where each is beyond what those below it
+    reach together."""
+    if tensor.is_contiguous():
+        return False
+    dims = [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    for i, (_, stride) in enumerate(dims):
+        below = [(n - 1) * s for j, (n, s) in enumerate(dims) if j != i and s <= stride]
+        if stride <= sum(below):
+            return True
+    return False
+
+
+def _begin_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether both begin at the same place in memory, with the same strides."""
+    return (
+        share_memory(one, other)
+        and one.storage_offset() == other.storage_offset()
+        and one.stride() == other.stride()
+    )
+
+
+def _apart(tensor: Tensor, cache: Cache) -> Tensor:
+    """``tensor``, or a copy where it may lie in the cache, which is written to before all of it has
+    been read."""
+    if is_memory_known() and not (
+        share_memory(tensor, cache.key) or share_memory(tensor, cache.value)
+    ):
+        return tensor
+    return tensor.clone()
+
+
 def _cache_lengths(
     cache: Cache, query: Tensor, cache_lengths: Tensor | int | None, new: int
 ) -> Tensor | None:
     """int32 ``(batch,)``, or None where the cache is full."""
     room = cache.capacity() - new
+    if room < 0:
+        raise ValueError(
+            f"key must have at most {cache.capacity()} keys, what the cache holds, got {new}"
+        )
     if cache_lengths is None:
         lengths = query.new_full(query.shape[:1], cache.capacity(), dtype=torch.int32)
     elif isinstance(cache_lengths, Tensor):
         lengths = cache_lengths
     else:
-        check_count("cache_lengths", cache_lengths)
-        lengths = query.new_full(query.shape[:1], cache_lengths, dtype=torch.int32)
-    if new > cache.capacity():
-        raise ValueError(
-            f"key must have at most {cache.capacity()} keys, what the cache holds, got {new}"
-        )
+        number = check_count("cache_lengths", cache_lengths)
+        if number > room:
+            raise ValueError(f"cache_lengths must be from 0 to {room}, got {shown(cache_lengths)}")
+        lengths = query.new_full(query.shape[:1], number, dtype=torch.int32)
     _check_lengths("cache_lengths", lengths, query, room)
-    _check_pages(cache, lengths + new)
+    _check_pages(cache, lengths + new, new)
     return None if cache_lengths is None else lengths
 
 
-def _check_pages(cache: Cache, lengths: Tensor) -> None:
-    """Whether there are all pages that sequences of these lengths are in, as far as that is known.
-    What stands behind is not looked at."""
+def _check_pages(cache: Cache, lengths: Tensor, new: int) -> None:
+    """Whether there are all pages that sequences of these lengths are in, and those of the last
+    ``new`` keys, which are written, hold no other keys; as far as that is known. What stands behind
+    is not looked at."""
     table = cache.block_table
     if table is None or not is_known(table, lengths):
         return
     size, count = cache.key.shape[1], cache.key.shape[0]
-    used = torch.arange(table.shape[1]) * size < lengths[:, None]
-    wrong = table[used & ((table < 0) | (table >= count))]
-    if wrong.numel():
+    first = torch.arange(table.shape[1]) * size  # keys of pages
+    used = first < lengths[:, None]
+    pages = table[used]
+    if not pages.numel():
+        return
+    low, high = (int(number) for number in pages.aminmax())
+    if low < 0 or high >= count:
         raise ValueError(
             f"block_table must name pages from 0 to {count - 1} for all keys there are, got "
-            f"{int(wrong[0])}"
+            f"{low if low < 0 else high}"
         )
+    if new and int((times := torch.bincount(pages)).max()) > 1:
+        written = table[used & (first + size > lengths[:, None] - new)]
+        clash = written[times[written] > 1]
+        if clash.numel():
+            raise ValueError(
+                "block_table must name pages of its own for each sequence where key is written: "
+                f"those that others hold too are only read, got page {int(clash[0])} more than once"
+            )
 
 
 class _Jagged(NamedTuple):
@@ -794,6 +887,21 @@ def _lowered_ranges(
         is_causal=False, window_left=-1, window_right=-1, causal_align="top-left"
     )
     return options, ranges
+
+
+def _of_sequences(
+    name: str, lengths: Tensor | None, query: Tensor, lead: list[int], limit: int
+) -> Tensor | None:
+    """``(batch,)``, also from the dimensions ``lead`` that became the batch."""
+    if isinstance(lengths, Tensor) and len(lead) != 1:
+        if lengths.shape not in (query.shape[:1], tuple(lead)):
+            raise ValueError(
+                f"{name} must have the shape {tuple(lead)} or {tuple(query.shape[:1])}, got "
+                f"{tuple(lengths.shape)}"
+            )
+        lengths = lengths.reshape(-1)
+    _check_lengths(name, lengths, query, limit)
+    return lengths
 
 
 def _check_lengths(name: str, lengths: object, query: Tensor, limit: int) -> None:
