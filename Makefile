@@ -20,7 +20,7 @@ help: ## list the commands
 demo: $(VENV)/.examples $(VENV)/.built ## run a real model with our attention, train small ones; writes output/
 	@mkdir -p $(OUTPUT)
 	$(BIN)/python examples/real_model.py --output $(OUTPUT)/real_model.png
-	$(BIN)/python examples/length_generalisation.py --size cut --output $(OUTPUT)
+	$(BIN)/python examples/length_generalisation.py --size cut --contenders softmax entmax --output $(OUTPUT)
 
 test: $(VENV)/.built $(VENV)/.oldest $(VENV)/.weights ## run the tests, as many parts side by side as there are cores; TEST="-k window"
 	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) $(SYNC) $(TESTED)
