@@ -603,6 +603,25 @@ def test_an_alpha_that_is_none_makes_its_head_nan(bad: float, backend: str) -> N
 
 
 @BACKENDS
+@interpreted()
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_sinks_and_scales_that_are_no_numbers(alpha: float, backend: str) -> None:
+    """As they are: none is -inf, the others make the rows of their head NaN."""
+    device = device_of(backend)
+    q = torch.randn(1, 2, 20, 8, device=device)
+    plain = attend(adasplash2.entmax_attention, q, q, q, alpha=alpha, backend=backend)
+    for name, bad in itertools.product(("sinks", "scale"), (math.nan, math.inf, -math.inf)):
+        right = -math.inf if name == "sinks" else 8**-0.5
+        said = {name: torch.tensor([right, bad], device=device)}
+        out = attend(adasplash2.entmax_attention, q, q, q, alpha=alpha, **said, backend=backend)
+        torch.testing.assert_close(out[:, 0], plain[:, 0])
+        if bad == right:
+            torch.testing.assert_close(out[:, 1], plain[:, 1])
+        else:
+            assert out[:, 1].isnan().all()
+
+
+@BACKENDS
 def test_dropout_repeats_and_keeps_the_expected_value(backend: str) -> None:
     device = device_of(backend)
     q = torch.randn(1, 2, 64, 16, device=device)

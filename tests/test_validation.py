@@ -204,7 +204,16 @@ BAD_ATTENTION = [
         )
     ),
     ("slopes list", {"alibi_slopes": [1.0]}, TypeError, "alibi_slopes", "torch.Tensor", "list"),
-    ("slopes below 0", {"alibi_slopes": -tensor(4)}, ValueError, "alibi_slopes", "0", "-1.0"),
+    *(
+        (f"slopes {wrong}", {"alibi_slopes": tensor(4) * wrong}, ValueError, "alibi_slopes", got)
+        for wrong, got in ((-1.0, "-1.0"), (NAN, "nan"), (INF, "inf"), (-INF, "-inf"))
+    ),
+    (
+        "a slope of many",
+        {"alibi_slopes": torch.tensor([0.5, NAN, 1.0, 2.0])},
+        ValueError,
+        *("alibi_slopes", "finite and at least 0", "nan"),
+    ),
     ("scale shape", {"scale": tensor(3)}, ValueError, "scale", "(2, 4, 5)", "(1, 3, 1)"),
     ("scale rank", {"scale": tensor(1, 2, 4, 5)}, ValueError, "scale", "(1, 2, 4, 5)"),
     ("scale int", {"scale": tensor(4).int()}, TypeError, "scale", "floating", "int32"),

@@ -126,8 +126,9 @@ def entmax_attention(
         is_causal: query ``i`` sees keys ``j <= i'``, also where the lengths differ.
         scale: factor of ``q . k``; ``1 / sqrt(head_dim)`` where None. A number, or a tensor
             ``(heads_q,)`` or one that broadcasts to ``(batch, heads_q, length_q)``, with gradient.
-            NumPy's numbers and tensors without dimensions that require no gradient are read as
-            numbers; reading one waits for its device, and breaks a compiled graph.
+            Values of a tensor are not looked at: NaN and inf make their rows NaN. NumPy's numbers
+            and tensors without dimensions that require no gradient are read as numbers; reading one
+            waits for its device, and breaks a compiled graph.
         enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
             a key and value head.
         alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax:
@@ -138,16 +139,17 @@ def entmax_attention(
             last query is at the last key. With lengths, these are each sequence's own.
         window: ``(left, right)``: only keys with ``i' - left <= j <= i' + right``; -1 leaves a side
             open. Combines with ``is_causal``.
-        alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)``, at least 0: ``slope * |i' - j|`` is
-            taken from the score (Press, Smith, Lewis 2022), with gradient. With entmax a slope
-            above 0 makes keys from some distance on *exactly* zero, and they are not read: scores
-            without the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so that a key
-            further than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest one is outside the
-            support. Values are looked at only where they are on a CPU, outside of traces and
-            transforms.
+        alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)``, finite and at least 0: ``slope`` times
+            ``|i' - j|`` is taken from the score (Press, Smith, Lewis 2022), with gradient. With
+            entmax a slope above 0 makes keys from some distance on *exactly* zero, and they are not
+            read: scores without the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so
+            that a key further than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest one is
+            outside the support. Values are looked at only where they are on a CPU, outside of
+            traces and transforms.
         softcap: scores become ``softcap * tanh(s / softcap)``; 0 for none.
         sinks: ``(heads_q,)``: one more score for each row of a head, not scaled, which takes
-            probability and has no value; with gradient.
+            probability and has no value; with gradient. Values are not looked at: -inf is no sink,
+            NaN and +inf make the rows of their head NaN.
         q_lengths: int32 ``(batch,)``: queries from here on are padding; their rows are zeros, in
             the output and in gradients.
         kv_lengths: int32 ``(batch,)``: keys from here on are padding, which nobody sees.

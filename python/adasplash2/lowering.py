@@ -7,6 +7,7 @@ autograd, ``vmap`` and compilers see through it; operands stay as small as they 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -244,8 +245,11 @@ def _of_heads(
     if not fits:
         shapes = " or ".join(map(str, allowed))
         raise ValueError(f"{public} must have the shape {shapes}, got {tuple(tensor.shape)}")
-    if name == "alibi_slopes" and is_known(tensor) and bool((tensor < 0).any()):
-        raise ValueError(f"alibi_slopes must be at least 0, got {shown(tensor.min().item())}")
+    if name == "alibi_slopes" and is_known(tensor) and tensor.numel():
+        low, high = (number.item() for number in tensor.detach().aminmax())
+        if not 0.0 <= low <= high < math.inf:  # also refuses NaN, which is both
+            wrong = high if low >= 0.0 else low
+            raise ValueError(f"alibi_slopes must be finite and at least 0, got {shown(wrong)}")
     tensor = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)
     return tensor.to(dtype)
 
@@ -904,6 +908,18 @@ def _of_sequences(
     return lengths
 
 
+def check_length_values(name: str, lengths: Tensor, limit: int) -> None:
+    """Whether they are from 0 to ``limit``, as far as that is known.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if is_known(lengths) and lengths.numel():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > limit:
+            raise ValueError(f"{name} must be from 0 to {limit}, got {low if low < 0 else high}")
+
+
 def _check_lengths(name: str, lengths: object, query: Tensor, limit: int) -> None:
     """Of each sequence of ``query``; None where they are not given."""
     if lengths is None:
@@ -911,10 +927,7 @@ def _check_lengths(name: str, lengths: object, query: Tensor, limit: int) -> Non
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(lengths).__name__}")
     check_like(name, lengths, query.shape[:1], torch.int32, query.device)
-    if is_known(lengths) and lengths.numel():
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > limit:
-            raise ValueError(f"{name} must be from 0 to {limit}, got {low if low < 0 else high}")
+    check_length_values(name, lengths, limit)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: object, total: int, device: torch.device) -> Tensor:
