@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adasplash2 import dense
@@ -84,11 +86,16 @@ class AttentionAux:
             if inputs.alphas is not None:
                 alpha = inputs.alphas.double()[:, :, None, None]
             tau = self.tau.reshape(p.batch, p.heads_q, p.length_q)[:, :, rows, None].double()
-            z = (alpha - 1.0) * dense.scores(p, inputs, torch.float64, rows)
-            found = (z - tau).clamp(min=0.0) ** (1.0 / (alpha - 1.0))
-            found = torch.where(z > tau, found, torch.where(tau.isnan(), tau, 0.0))
-            mass = found.sum(dim=3, keepdim=True)
+            s = dense.scores(p, inputs, torch.float64, rows)
             if inputs.sinks is not None:
-                sink = (alpha - 1.0) * inputs.sinks.double()[:, :, None, None] - tau
-                mass = mass + sink.clamp(min=0.0) ** (1.0 / (alpha - 1.0))
-            return torch.where(found == 0.0, 0.0, found / mass)
+                sinks = inputs.sinks.double()[:, :, None, None]
+                s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=3)
+            top = F.pad(s, (0, 1), value=-math.inf).amax(dim=3, keepdim=True)
+            # By shares of the largest, of differences: alpha near 1 takes a power of a number near
+            # 1 that z - tau has not the digits of.
+            below = (alpha - 1.0) * (s - top) / ((alpha - 1.0) * top - tau)
+            share = torch.exp(torch.log1p(below.clamp(min=-1.0)) / (alpha - 1.0))
+            nowhere = torch.where(tau.isnan(), tau, 0.0)
+            share = torch.where((alpha - 1.0) * s > tau, share, nowhere)
+            found = share[..., : p.length_k]
+            return torch.where(found == 0.0, 0.0, found / share.sum(dim=3, keepdim=True))
