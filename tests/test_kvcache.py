@@ -307,6 +307,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "query must have a multiple of the heads of key_cache",
     ),
     "sizes": ({"value_cache": torch.zeros(3, 2, 9, 24)}, ValueError, "value_cache must have the"),
+    "width": (
+        {"value_cache": torch.zeros(3, 2, 130, 257)},
+        ValueError,
+        "value_cache must have a head_dim of 1 to 256, got 257",
+    ),
     "new shape": ({"key": torch.zeros(3, 4, 3, 16)}, ValueError, "key must have the shape"),
     "new length": ({"value": torch.zeros(3, 2, 4, 24)}, ValueError, "value must have the shape"),
     "room": (
@@ -460,6 +465,14 @@ def test_what_is_new_may_lie_in_the_caches(compiled: bool) -> None:
         exact = entmax_attention_with_kvcache(said[0], *copies, *said[1:], cache_lengths=lengths)
         torch.testing.assert_close(out, exact)
         assert all(map(torch.equal, caches, copies))
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 2, 16), (27, 0, 2, 16)])
+def test_pages_that_hold_nothing_are_refused(shape: tuple[int, ...]) -> None:
+    cached = Cached(16, torch.float32, "cpu")
+    cached.cache = [torch.zeros(shape) for _ in "kv"]
+    with pytest.raises(ValueError, match="key_cache must have pages of at least one key"):
+        entmax_attention_with_kvcache(cached.query, *cached.cache, block_table=cached.table)
 
 
 def test_a_gradient_is_refused() -> None:

@@ -232,8 +232,13 @@ def _attention(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim), got "
                 f"{tensor.dim()} with shape {tuple(tensor.shape)}"
             )
-    if k.shape[2] != q.shape[2]:  # one varlen is for both
-        raise ValueError(f"k must have the length of q ({q.shape[2]}), got {k.shape[2]}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape[2] != q.shape[2]:  # one varlen is for all
+            raise ValueError(
+                f"{name} must have the length of q ({q.shape[2]}), got {tensor.shape[2]}"
+            )
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have the head_dim of q ({q.shape[3]}), got {k.shape[3]}")
     lengths = None if varlen is None else _lengths(varlen, q)
     out: Tensor = entmax_attention(
         q,

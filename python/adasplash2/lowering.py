@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from adasplash2.options import Options, check_count, check_options, shown
-from adasplash2.problem import TENSORS, Inputs, check_like, check_tensor, compute_dtype
+from adasplash2.problem import (
+    MAX_HEAD_DIM,
+    TENSORS,
+    Inputs,
+    check_like,
+    check_tensor,
+    compute_dtype,
+)
 from adasplash2.torch_fastpath import (
     assert_on_device,
     is_in_a_transform,
@@ -600,6 +607,8 @@ def _check_cache(
             f"key_cache must have the head_dim of query ({query.shape[3]}), got "
             f"{key_cache.shape[3]}"
         )
+    if not 1 <= (width := value_cache.shape[3]) <= MAX_HEAD_DIM:
+        raise ValueError(f"value_cache must have a head_dim of 1 to {MAX_HEAD_DIM}, got {width}")
     if block_table is None and key_cache.shape[0] != query.shape[0]:
         raise ValueError(
             f"key_cache must have the batch of query ({query.shape[0]}), got {key_cache.shape[0]}"
@@ -614,6 +623,11 @@ def _check_cache(
             )
         shape = query.shape[0], block_table.shape[1]
         check_like("block_table", block_table, shape, torch.int32, query.device)
+        count, page_size = key_cache.shape[:2]
+        if block_table.shape[1] and not (count and page_size):
+            raise ValueError(
+                f"key_cache must have pages of at least one key, got {count} pages of {page_size}"
+            )
     return Cache(key_cache, value_cache, block_table)
 
 

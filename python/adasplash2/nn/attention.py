@@ -30,6 +30,9 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
 
     - ``is_causal=True`` needs no ``attn_mask``. With one it is a promise, as there, that the mask
       is causal: the mask is then not read.
+    - With ``add_bias_kv`` or ``add_zero_attn`` every query sees the added key, whatever
+      ``is_causal`` and ``need_weights`` say. There ``is_causal=True`` with ``need_weights=False``
+      and no ``key_padding_mask`` hides it, as it hides keys behind the query.
     - A row without an allowed key gives zeros before the output projection; there it may be NaN.
     - Nested tensors are refused. It never takes torch's fused inference path, which knows softmax
       alone, also within :class:`torch.nn.TransformerEncoderLayer`.
