@@ -92,13 +92,16 @@ ADASPLASH2_INLINE int64_t score_stride_of(const AttentionProblem& p) {
 }
 
 // How many rows, whole tiles of them, have their dense work done together, where that holds
-// `arrays` numbers for each of their keys: more rows read keys and values less often, as long as
-// what is held stays in the cache. Results do not depend on it.
+// `arrays` numbers for each of their keys: more rows read keys and values, and add to their
+// gradients, less often, as long as what is held stays in the cache; some are worth leaving the
+// nearest cache for. Results do not depend on it.
 template <class T>
 ADASPLASH2_INLINE int64_t rows_together(const AttentionProblem& p, int64_t arrays) {
-  constexpr int64_t kBytes = int64_t(1) << 19;
+  constexpr int64_t kNear = int64_t(1) << 19, kFar = int64_t(1) << 21, kWorthIt = 16;
   const int64_t a_tile = kTileRows * arrays * score_stride_of<T>(p) * int64_t(sizeof(T));
-  const int64_t tiles = kBytes / a_tile, most = kBlockRows / kTileRows;
+  const int64_t most = kBlockRows / kTileRows, worth_it = kWorthIt / kTileRows;
+  int64_t tiles = kFar / a_tile < worth_it ? kFar / a_tile : worth_it;
+  if (kNear / a_tile > tiles) tiles = kNear / a_tile;
   return (tiles < 1 ? 1 : tiles < most ? tiles : most) * kTileRows;
 }
 
