@@ -165,7 +165,9 @@ def taking_part(options: argparse.Namespace) -> list[Contender]:
     return [by_choice, *others]
 
 
-def cells_of(run: Run, supports: dict[AttentionCase, float]) -> list[Cell]:
+def cells_of(run: Run) -> list[Cell]:
+    """Also of a run that was read from its file."""
+    supports = {AttentionCase(**e["case"]): e["support"] for e in run.results.get("sparsity", [])}
     found: dict[AttentionCase, dict[str, dict[str, float]]] = {}
     for m in run.measurements:
         medians = {mode: m.times[mode].median for mode in MODES}
@@ -222,20 +224,16 @@ def main() -> int:
     options = parse()
     entrants = taking_part(options)
     run = Run(options)
-    supports: dict[AttentionCase, float] = {}
+    sparsity = run.results.setdefault("sparsity", [])
     for shape in [*grid(options), *([case] for case in real_layers(options))]:
         for case in shape:
             if reason := run.budget.over() or data.missing(case):
                 run.leave_out([case], reason)
                 continue
-            found = contenders.sparsity(case)
-            supports[case] = found["support"]
-            run.results["sparsity"] = [
-                {"case": dataclasses.asdict(case), "support": support}
-                for case, support in supports.items()
-            ]
+            support = contenders.sparsity(case)["support"]
+            sparsity.append({"case": dataclasses.asdict(case), "support": support})
             run.measure([case], entrants)
-    cells = cells_of(run, supports)
+    cells = cells_of(run)
     run.report(table(cells, [entrant.name for entrant in entrants]))
     targets = judge(cells, options.device)
     print("", *targets, sep="\n")
@@ -245,20 +243,12 @@ def main() -> int:
     return 1 if options.targets and not all(target.met for target in targets) else 0
 
 
-def read_cells(run: Run) -> list[Cell]:
-    """The cells of a run, also of one that was read from its file."""
-    supports = {
-        AttentionCase(**entry["case"]): entry["support"] for entry in run.results["sparsity"]
-    }
-    return cells_of(run, supports)
-
-
 def draw(run: Run) -> None:
     """Maps of ratios: a row a mode, a panel each for causal or not by head_dim; blue is ahead of
     softmax, red behind."""
     from matplotlib.colors import LogNorm
 
-    cells = [cell for cell in read_cells(run) if cell.case.data != "real"]
+    cells = [cell for cell in cells_of(run) if cell.case.data != "real"]
     shapes = sorted({(not c.case.is_causal, c.case.head_dim) for c in cells})
     columns = [(c.case.data, c.case.sharpness) for c in cells]
     columns = sorted(dict.fromkeys(columns))

@@ -39,6 +39,7 @@ from fuzz_tools import (
     Judge,
     Slack,
     Verdict,
+    delta_of,
     draw_alpha,
     draw_values,
     finite,
@@ -388,19 +389,8 @@ class Bounds:
         dp, dp_size = grad @ self.value.mT, grad.abs() @ self.value.abs().mT
         dp_error = terms(self.value.shape[-1]) * self.slack.unit * dp_size
 
-        # delta = sum u dp / sum u. Other weights u' move it by sum (u' - u) (dp - delta) / sum u',
-        # and never out of the dp of what may be kept.
-        total = u.sum(dim=-1, keepdim=True)
-        safe = torch.where(total > 0.0, total, 1.0)
-        delta = (u * dp).sum(dim=-1, keepdim=True) / safe
+        delta, delta_error = delta_of(u, u_error, dp, dp_error, (self.by_row + narrow) * dp_size)
         off = (dp - delta).abs()
-        rest = total - u_error.sum(dim=-1, keepdim=True)
-        moved = (u_error * off).sum(dim=-1, keepdim=True) / torch.where(rest > 0.0, rest, 1.0)
-        most = highest_of(torch.where(u + u_error > 0.0, off, 0.0)).clamp(min=0.0)
-        moved = torch.where(rest > 0.0, moved.minimum(most), most)
-        rounded = (u * (dp_error + (self.by_row + narrow) * dp_size)).sum(dim=-1, keepdim=True)
-        delta_error = moved + rounded / safe
-
         ds = u * off
         ds_error = u_error * off + (u + u_error) * (delta_error + dp_error) + narrow * ds
         if narrow and self.case.query.dtype == FLOAT16 and self.case.alpha <= 2.0:

@@ -26,6 +26,7 @@ from fuzz_tools import (
     Judge,
     Slack,
     Verdict,
+    delta_of,
     finite,
     highest_of,
     interval,
@@ -524,18 +525,8 @@ class Bounds:
         dp_size = self.with_nothing((grad @ self.value.mT) * kept)
         dp_error = (terms(value.shape[-1]) + 1.0) * unit * dp_size
 
-        # As in fuzz.py.
-        total = u.sum(dim=-1, keepdim=True)
-        safe = torch.where(total > 0.0, total, 1.0)
-        delta = (u * dp).sum(dim=-1, keepdim=True) / safe
+        delta, delta_error = delta_of(u, u_error, dp, dp_error, (self.by_row + narrow) * dp_size)
         off = (dp - delta).abs()
-        rest = total - u_error.sum(dim=-1, keepdim=True)
-        moved = (u_error * off).sum(dim=-1, keepdim=True) / torch.where(rest > 0.0, rest, 1.0)
-        most = highest_of(torch.where(u + u_error > 0.0, off, 0.0)).clamp(min=0.0)
-        moved = torch.where(rest > 0.0, moved.minimum(most), most)
-        rounded = (u * (dp_error + (self.by_row + narrow) * dp_size)).sum(dim=-1, keepdim=True)
-        delta_error = moved + rounded / safe
-
         ds = u * off
         ds_error = u_error * off + (u + u_error) * (delta_error + dp_error) + narrow * ds
         ds_error = torch.where(self.allowed, ds_error + self.slack.tiny, 0.0)

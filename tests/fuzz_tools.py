@@ -212,6 +212,24 @@ def interval(p: Tensor, y: Tensor, score_error: Tensor, alpha: float, slack: Sla
 # What is found
 
 
+def delta_of(
+    u: Tensor, u_error: Tensor, dp: Tensor, dp_error: Tensor, rounding: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``delta = sum u dp / sum u`` of each row, and how far it may be off; ``rounding``: of the
+    terms, beside ``dp_error``. Other weights u' move it by sum (u' - u) (dp - delta) / sum u', and
+    never out of the dp of what may be kept."""
+    total = u.sum(dim=-1, keepdim=True)
+    safe = torch.where(total > 0.0, total, 1.0)
+    delta = (u * dp).sum(dim=-1, keepdim=True) / safe
+    off = (dp - delta).abs()
+    rest = total - u_error.sum(dim=-1, keepdim=True)
+    moved = (u_error * off).sum(dim=-1, keepdim=True) / torch.where(rest > 0.0, rest, 1.0)
+    most = highest_of(torch.where(u + u_error > 0.0, off, 0.0)).clamp(min=0.0)
+    moved = torch.where(rest > 0.0, moved.minimum(most), most)
+    rounded = (u * (dp_error + rounding)).sum(dim=-1, keepdim=True)
+    return delta, moved + rounded / safe
+
+
 def judge(
     what: str, got: Tensor, exact: Tensor, error: Tensor, backend: str, judged: Tensor | None = None
 ) -> str | None:

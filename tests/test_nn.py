@@ -440,16 +440,16 @@ def test_a_fixed_alpha_travels_with_its_state_dict(saved: str) -> None:
     assert other[0].alpha == 1.25
 
 
+def all_that_is_learned() -> EntmaxMultiheadAttention:
+    slopes = nape_slopes(HEADS)
+    return EntmaxMultiheadAttention(
+        EMBED, HEADS, alpha="learn", length_scale=True, qk_norm=True, alibi_slopes=slopes
+    )
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_compute_the_same_and_are_watched_by_nobody(way: Any) -> None:
-    module = EntmaxMultiheadAttention(
-        EMBED,
-        HEADS,
-        alpha="learn",
-        length_scale=True,
-        qk_norm=True,
-        alibi_slopes=nape_slopes(HEADS),
-    )
+    module = all_that_is_learned()
     AttentionMonitor(lambda values, step: None).watch(module)
     tensors = inputs(module)
     copied = way(module)
@@ -503,14 +503,7 @@ def test_compiles_to_one_graph_for_all_alphas(need_weights: bool) -> None:
 
 def test_compiles_with_all_that_is_learned() -> None:
     torch._dynamo.reset()
-    module = EntmaxMultiheadAttention(
-        EMBED,
-        HEADS,
-        alpha="learn",
-        length_scale=True,
-        qk_norm=True,
-        alibi_slopes=nape_slopes(HEADS),
-    )
+    module = all_that_is_learned()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     tensors = inputs(module)
     results = []

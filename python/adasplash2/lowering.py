@@ -78,10 +78,11 @@ def lowered(
     if getattr(query, "is_nested", False):
         others = attn_mask, q_lengths, kv_lengths, kv_starts
         packed, sequences, as_query = _from_nested(query, key, value, others)
-        call = _lowered_sequences(
-            *packed, sequences, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
-            window, alibi_slopes, softcap, sinks, backend,
+        call = lowered(
+            *_as_one_entry(*packed), None, dropout_p, is_causal, scale, enable_gqa, alpha,
+            causal_align, window, alibi_slopes, softcap, sinks, None, None, None, backend,
         )  # fmt: skip
+        call = _of_packed(call, sequences)
         return call._replace(shaped=lambda result: as_query(call.shaped(result)))
     options, alphas, scales = check_options(
         alpha, scale, is_causal, enable_gqa, backend, causal_align, window, softcap, dropout_p
@@ -431,10 +432,11 @@ def lowered_packed(
             f"{tuple(cu_seqlens_k.shape)}"
         )
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k[:-1], cu_seqlens_k[1:])
-    return _lowered_sequences(
-        query, key, value, sequences, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
-        window, alibi_slopes, softcap, sinks, backend,
+    call = lowered(
+        *_as_one_entry(query, key, value), None, dropout_p, is_causal, scale, enable_gqa, alpha,
+        causal_align, window, alibi_slopes, softcap, sinks, None, None, None, backend,
     )  # fmt: skip
+    return _of_packed(call, sequences)
 
 
 class Sequences(NamedTuple):
@@ -446,31 +448,15 @@ class Sequences(NamedTuple):
     key_ends: Tensor
 
 
-def _lowered_sequences(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sequences: Sequences,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | Tensor | None,
-    enable_gqa: bool,
-    alpha: float | Tensor,
-    causal_align: str,
-    window: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    sinks: Tensor | None,
-    backend: str | None,
-) -> Call:
-    """Packed ``(total, heads, head_dim)`` as one batch entry."""
-    total_q = query.shape[0]
+def _as_one_entry(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each ``(total, heads, head_dim)`` as the one entry of a batch."""
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    call = lowered(
-        query, key, value, None, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
-        window, alibi_slopes, softcap, sinks, None, None, None, backend,
-    )  # fmt: skip
-    options, ranges = _packed_ranges(call.options, sequences, total_q)
+    return query, key, value
+
+
+def _of_packed(call: Call, sequences: Sequences) -> Call:
+    """A call of :func:`_as_one_entry`, in which each query sees the keys of its own sequence."""
+    options, ranges = _packed_ranges(call.options, sequences, call.inputs.query.shape[2])
 
     def shaped(result: Tensor) -> Tensor:
         return result.squeeze(0).transpose(0, 1).contiguous()
