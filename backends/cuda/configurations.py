@@ -21,12 +21,9 @@ SPLIT: Config = {"scan": "split"}
 """Keys cut into parts, of few queries: ``decode.cu``."""
 
 FEWEST_DECODED = 256
-"""Keys from which they are cut where nothing else asks for it: fewer are not worth the launches."""
+"""Keys from which they are cut where nothing else asks for it: fewer are not worth it."""
 
-DECODED_FEATURES = tuple(FEATURES[name] for name in ("ranges", "block_table")) + (
-    "causal_align",
-    "window",
-)
+DECODED_FEATURES = ("causal_align", "window", FEATURES["ranges"], FEATURES["block_table"])
 """What only ``decode.cu`` knows: few queries may ask it, of however few keys."""
 
 HOPPER_SHAPES = ((3, 2), (3, 3), (2, 3))

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import configurations, driver, layout, sizes
-from adasplash2.backends.cuda.attention import CACHED_PLANS, score_constants, unit_stride
+from adasplash2.backends.cuda.attention import score_constants, unit_stride
 from adasplash2.contract import AttentionStats, Forward
 from adasplash2.problem import Inputs, Problem, allowed_tiles
+
+CACHED_PLANS = 1024
 
 STATS_TILE = 64
 """Queries and keys of the tiles that ``stats`` counts."""

@@ -44,8 +44,8 @@ DECODE_WAVES = 8
 short, and splits are chosen so that it is not."""
 
 DECODE_REGISTERS = 128, 168
-"""Of a thread that scans: as a rule, and with most tiles of rows or float32, whose products are sums
-of its own."""
+"""Of a thread that scans: as a rule, and with most tiles of rows or in float32, whose products are
+its own sums."""
 
 REGISTER_FILE = 65_536
 """Of a multiprocessor."""

@@ -395,9 +395,8 @@ __device__ __forceinline__ void store_shared(u32 address, int x) {
 }
 
 // Start copying 16 bytes, of which those from `bytes` on become zeros without being read.
-__device__ __forceinline__ void cp_async16(char* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "r"(bytes)
+__device__ __forceinline__ void cp_async16(u32 to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() {
@@ -430,7 +429,7 @@ __device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 ro
     const Scalar* from = head + i64(inside ? first + row : 0) * row_stride;
     if constexpr (kAligned) {
       const int bytes = inside && at < width ? 16 : 0;
-      cp_async16(to, from + (at < width ? at : 0), bytes);
+      cp_async16(shared_address(to), from + (at < width ? at : 0), bytes);
     } else {
 #pragma unroll
       for (int j = 0; j < per_chunk; ++j)

@@ -29,14 +29,14 @@ constexpr int kRows = kRowTiles * kDecodeRowTile;  // of a block
 // along M and rows along N: lane l holds scores of the keys l/4 and l/4 + 8, and of the rows
 // 2 (l%4) + {0, 1} of each tile of rows. The order of the columns of q . k is free: what a lane
 // copies, 16 bytes at a time, is what it multiplies itself, and no lane waits for another.
-constexpr int kChunk = 16 / int(sizeof(Scalar));          // columns of a copy
-constexpr int kStepColumns = 4 * kChunk;                  // and of the four lanes of a key
+constexpr int kChunk = 16 / int(sizeof(Scalar));  // columns of a copy
+constexpr int kStepColumns = 4 * kChunk;          // and of the four lanes of a key
 constexpr int kSteps = (kHeadDim + kStepColumns - 1) / kStepColumns;
-constexpr int kStageBytes = kSteps * 2 * 32 * 16;         // a tile of keys
+constexpr int kStageBytes = kSteps * 2 * 32 * 16;  // a tile of keys
 constexpr int kQueryBytes = kSteps * kRows * 4 * 16;
 static_assert(kQueryBytes + kWarps * kStages * kStageBytes == ADASPLASH2_SHARED_DECODE_SCAN);
 
-constexpr int kRaiseSteps = 2;  // Newton's steps of a bound on a list
+constexpr int kRaiseSteps = 2;   // Newton's steps of a bound on a list
 constexpr int kFirstRaise = 16;  // entries of a list from which its bound is raised
 
 // --- where rows, keys and values are -------------------------------------------------------
@@ -156,7 +156,7 @@ __device__ __forceinline__ void load_keys(char* stage, const Cache& keys, int fi
       char* to = stage + ((step * 2 + half) * 32 + lane) * 16;
       if constexpr (kAligned) {
         const bool inside = column < kHeadDim;
-        cp_async16(to, from + (inside ? column : 0), exists && inside ? 16 : 0);
+        cp_async16(shared_address(to), from + (inside ? column : 0), exists && inside ? 16 : 0);
       } else {
 #pragma unroll
         for (int j = 0; j < kChunk; ++j)
@@ -204,7 +204,7 @@ __device__ __forceinline__ void products(Scores& s, const char* stage, const cha
 #pragma unroll
       for (int n = 0; n < kRowTiles; ++n) {
         const uint4 c = q[(step * kRows + n * kDecodeRowTile) * 4];
-        float(&d)[4] = s[n];
+        float (&d)[4] = s[n];
         multiply(d, low, c.x, c.y, d[0], d[1], d[2], d[3]);
         multiply(d, high, c.z, c.w, d[0], d[1], d[2], d[3]);
       }
@@ -349,7 +349,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
   extern __shared__ __align__(16) char shared[];
   __shared__ Range seen[kRows];
   const Block b = Block::of<kRows>(p);
-  load_queries(shared, b, p);
   for (int i = threadIdx.x; i < kRows; i += kThreads)
     seen[i] = i < b.rows ? Row(p, b.first + i).seen(p) : Range{0, 0};
   __syncthreads();
@@ -374,6 +373,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
     if (begin + i < end) load_keys(stages + i * kStageBytes, keys, (begin + i) * kDecodeTile, any);
     cp_async_commit();
   }
+  load_queries(shared, b, p);
+  __syncthreads();
   int stage = 0;
 #pragma unroll 1
   for (int tile = begin; tile < end; ++tile) {
@@ -425,8 +426,9 @@ struct OverBlock {
   static __device__ __forceinline__ float4 over_lanes(float4 x, const Combine& combine) {
 #pragma unroll
     for (int step = 1; step < lanes; step *= 2)
-      x = combine(x, {__shfl_xor_sync(kAllLanes, x.x, step), __shfl_xor_sync(kAllLanes, x.y, step),
-                      __shfl_xor_sync(kAllLanes, x.z, step), __shfl_xor_sync(kAllLanes, x.w, step)});
+      x = combine(x,
+                  {__shfl_xor_sync(kAllLanes, x.x, step), __shfl_xor_sync(kAllLanes, x.y, step),
+                   __shfl_xor_sync(kAllLanes, x.z, step), __shfl_xor_sync(kAllLanes, x.w, step)});
     return x;
   }
 };
@@ -457,7 +459,7 @@ struct LiveParts {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(kSolveThreads)
+extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
     decode_solve(const __grid_constant__ DecodeParams p) {
   __shared__ Kept all_kept[kSolveWarps];
   __shared__ float4 exchanged[2][kSolveWarps];
@@ -646,7 +648,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   const Cache values(p, p.v, b.batch, b.kv_head);
   const int group = lane / kLanes, column = lane % kLanes * 8;
-  float(&weights)[kWeighedKeys][kTile] = all_weights[warp];
+  float (&weights)[kWeighedKeys][kTile] = all_weights[warp];
   float out[kTile][8] = {}, mass[kTile] = {};
   for (;;) {
     const i64 own = i64(b.first + lane) * p.list_length + first_key;
