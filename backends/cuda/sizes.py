@@ -294,8 +294,9 @@ def decode(rows: int, head_dim: int, itemsize: int, memory: SharedMemory) -> Dec
     )
     stages = min(DECODE_MOST_STAGES, max(DECODE_LEAST_STAGES, DECODE_WARP_BYTES // tile))
     queries = row_tiles * layout.DECODE_ROW_TILE * key
-    static = 2 * 4 * row_tiles * layout.DECODE_ROW_TILE  # which keys each row sees
     for warps in DECODE_WARPS:
+        # Which keys each row sees, and what is known of its lists.
+        static = 8 * (1 + warps) * row_tiles * layout.DECODE_ROW_TILE
         shared = queries + warps * stages * tile
         if shared + static <= memory.per_block:
             registers = DECODE_REGISTERS[row_tiles == DECODE_MOST_TILES or itemsize == 4]

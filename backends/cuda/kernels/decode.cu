@@ -251,23 +251,28 @@ __device__ __forceinline__ int raise_level(int count) {
   return 2 * highest + (count >> (highest - 1) & 1);
 }
 
+// What is known of a row's list beside its bound.
+struct ListState {
+  float top;
+  int count;
+};
+
 // The lists of a warp's part. Eight lanes share a row.
 struct PartLists {
   const DecodeParams& p;
   const Block& b;
-  int first_key;  // of the part
-  float top[kRowTiles][2], bound[kRowTiles][2];
-  int count[kRowTiles][2];
+  int first_key;               // of the part
+  ListState (&states)[kRows];  // in shared memory
+  float bound[kRowTiles][2];
 
-  __device__ __forceinline__ PartLists(const DecodeParams& p, const Block& b, int first_key)
-      : p(p), b(b), first_key(first_key) {
+  __device__ __forceinline__ PartLists(const DecodeParams& p, const Block& b, int first_key,
+                                       ListState (&states)[kRows])
+      : p(p), b(b), first_key(first_key), states(states) {
+    for (int row = lane_id(); row < kRows; row += 32) states[row] = {-kInf, 0};
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        top[n][j] = -kInf, count[n][j] = 0;
-        bound[n][j] = row_at(n, j) < b.rows ? -kInf : kInf;
-      }
+      for (int j = 0; j < 2; ++j) bound[n][j] = row_at(n, j) < b.rows ? -kInf : kInf;
   }
 
   static __device__ __forceinline__ int row_at(int n, int j) {  // of the block
@@ -297,26 +302,30 @@ struct PartLists {
   }
 
   __device__ __forceinline__ void append(int n, int j, float low, float high, int offset) {
-    const int lane = lane_id(), before = count[n][j];
+    const int lane = lane_id();
     const u32 of_row = 0x11111111u << lane % 4, lanes_below = (1u << lane) - 1;
     const i64 list = list_of(n, j);
+    __syncwarp();  // the state is written
+    const ListState before = states[row_at(n, j)];
+    int count = before.count;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float score = half ? high : low;
       const bool kept = score > bound[n][j];
       const u32 mine = __ballot_sync(kAllLanes, kept) & of_row;
       if (kept) {
-        const i64 at = list + count[n][j] + __popc(mine & lanes_below);
+        const i64 at = list + count + __popc(mine & lanes_below);
         p.scores[at] = score;
         p.offsets[at] = u16(offset + half * 8 + lane / 4);
       }
-      count[n][j] += __popc(mine);
+      count += __popc(mine);
     }
-    const float seen = max_or_nan_over<8, 4>(max_or_nan(low, high));
-    top[n][j] = max_or_nan(top[n][j], seen);
-    bound[n][j] = fmaxf(bound[n][j], under(top[n][j], p.inv_c));
-    const bool due = raise_level(count[n][j]) != raise_level(before);
-    if (__any_sync(kAllLanes, due)) raise(list, count[n][j], bound[n][j]);
+    const float top = max_or_nan(before.top, max_or_nan_over<8, 4>(max_or_nan(low, high)));
+    bound[n][j] = fmaxf(bound[n][j], under(top, p.inv_c));
+    __syncwarp();  // and read
+    if (lane < 4) states[row_at(n, j)] = {top, count};
+    const bool due = raise_level(count) != raise_level(before.count);
+    if (__any_sync(kAllLanes, due)) raise(list, count, bound[n][j]);
   }
 
   // What the list proves, which the lanes of a row wrote together.
@@ -333,14 +342,16 @@ struct PartLists {
   }
 
   __device__ __forceinline__ void finish() const {
-    if (lane_id() / 4) return;
+    if (lane_id() >= 4) return;  // the first four have all rows between them
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        if (row_at(n, j) < b.rows)
-          parts_at(p, b.first + row_at(n, j))[b.part()] = {top[n][j], bound[n][j], first_key,
-                                                           count[n][j]};
+      for (int j = 0; j < 2; ++j) {
+        const int row = row_at(n, j);
+        if (row >= b.rows) continue;
+        const ListState state = states[row];
+        parts_at(p, b.first + row)[b.part()] = {state.top, bound[n][j], first_key, state.count};
+      }
   }
 };
 
@@ -348,6 +359,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
     decode_scan(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) char shared[];
   __shared__ Range seen[kRows];
+  __shared__ ListState states[kWarps][kRows];
   const Block b = Block::of<kRows>(p);
   for (int i = threadIdx.x; i < kRows; i += kThreads)
     seen[i] = i < b.rows ? Row(p, b.first + i).seen(p) : Range{0, 0};
@@ -367,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
 
   const Cache keys(p, p.k, b.batch, b.kv_head);
   char* stages = shared + kQueryBytes + warp_id() * kStages * kStageBytes;
-  PartLists lists(p, b, begin * kDecodeTile);
+  PartLists lists(p, b, begin * kDecodeTile, states[warp_id()]);
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
     if (begin + i < end) load_keys(stages + i * kStageBytes, keys, (begin + i) * kDecodeTile, any);
@@ -625,7 +637,7 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
 
 // A warp goes along the lists of its part, for eight rows at once: those keys that one of them
 // keeps are read once. The block that comes last adds up what all splits have.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
     decode_weigh(const __grid_constant__ DecodeParams p) {
   constexpr int kTile = kDecodeRowTile;
   __shared__ __align__(16) float all_weights[kWarps][kWeighedKeys][kTile];
@@ -659,6 +671,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int row = 0; row < kTile; ++row) weights[lane][row] = 0.f;
     __syncwarp();
+    u32 weighed = 0;  // the keys that some row keeps
 #pragma unroll
     for (int row = 0; row < kTile; ++row) {
       const int at = __shfl_sync(kAllLanes, place, row) + lane;
@@ -674,33 +687,33 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         const float prob = x > 0.f ? probability(x, p.r) : 0.f;
         weights[key][row] = prob;
         mass[row] += prob;
+        if (prob != 0.f) weighed |= 1u << key;
       }
       const int taken = __popc(__ballot_sync(kAllLanes, here));
       if (lane == row) place += taken;
     }
+    weighed = __reduce_or_sync(kAllLanes, weighed);
     __syncwarp();
 #pragma unroll 1
     for (int of_batch = group; of_batch < kWeighedKeys; of_batch += kGroups * kBatch) {
-      float w[kBatch][kTile], value[kBatch][8] = {};
+      float value[kBatch][8] = {};
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int key = of_batch + i * kGroups;
-        const float4* from = reinterpret_cast<const float4*>(weights[key]);
-        const float4 low = from[0], high = from[1];
-        w[i][0] = low.x, w[i][1] = low.y, w[i][2] = low.z, w[i][3] = low.w;
-        w[i][4] = high.x, w[i][5] = high.y, w[i][6] = high.z, w[i][7] = high.w;
-        bool any = false;
-#pragma unroll
-        for (float one : w[i]) any |= one != 0.f;
-        if (any) load8<kHeadDimV>(values.at(first_key + first + key), column, value[i]);
+        if (weighed >> key & 1u)
+          load8<kHeadDimV>(values.at(first_key + first + key), column, value[i]);
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
+      for (int i = 0; i < kBatch; ++i) {
+        const float4* of_key = reinterpret_cast<const float4*>(weights[of_batch + i * kGroups]);
+        const float4 low = of_key[0], high = of_key[1];
+        const float w[kTile] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int row = 0; row < kTile; ++row)
-          if (w[i][row] != 0.f)  // else nothing is taken, not even a NaN
+          if (w[row] != 0.f)  // else nothing is taken, not even a NaN
 #pragma unroll
-            for (int j = 0; j < 8; ++j) out[row][j] = fmaf(w[i][row], value[i][j], out[row][j]);
+            for (int j = 0; j < 8; ++j) out[row][j] = fmaf(w[row], value[i][j], out[row][j]);
+      }
     }
   }
 #pragma unroll
