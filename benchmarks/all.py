@@ -20,6 +20,7 @@ PROGRAMS = {
     "attention": "attention.py",
     "paper_figure": "paper_figure.py",
     "crossover": "crossover.py",
+    "regimes": "regimes.py",
     "solver": "solver.py",
     "scaling": "scaling.py",
     "entmax": "rows.py",
@@ -29,6 +30,8 @@ TINY = {
     "--dtypes float32",
     "paper_figure": "--lengths 1024 4096 --heads 2",
     "crossover": "--length 1024 --heads 2 --block-sparsity 0 0.7 --sharpness 0.05 1 4",
+    "regimes": "--lengths 128 512 --rows 1024 --heads 2 --head-dims 32 --causal yes "
+    "--sharpness 0.1 2 --real-layers",
     "solver": "--lengths 512 --rows 18 --real-length 512",
     "scaling": "--lengths 256 512 1024 --heads 1 2 4 --head-dims 32 64 128 --length 256 "
     "--middle-heads 2 --memory-lengths 1024",

@@ -26,6 +26,9 @@ from harness.targets import Target
 OURS = contenders.name_of("cpu")
 """Whom the targets are for."""
 
+KINDS = ("gaussian", "blocks", "real")
+"""Of data, with an option each that says how sparse they are."""
+
 DEFAULTS = {
     "cpu": {
         "lengths": [2048, 4096],
@@ -164,8 +167,8 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add(
         "--data",
         nargs="+",
-        choices=data.DATA,
-        default=list(data.DATA),
+        choices=KINDS,
+        default=list(KINDS),
         help="default: all; real needs what capture.py writes",
     )
     add(

@@ -40,6 +40,10 @@ maximum for an exact zero; Gaussian scores of a million keys reach 5 either way;
 alphas down to 1.1."""
 
 
+SINK = 1.5
+"""Score of a sink: a row of alpha = 1.5 keeps what scores within 2 of its highest."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase(Case):
     """Self-attention; ``sharpness`` is a factor of the queries, and with it of the scores.
@@ -112,6 +116,14 @@ def gaussian(case: AttentionCase) -> Tensors:
     """Independent standard normal entries; queries times the sharpness."""
     query, key, value = _normal(case)
     return query.mul_(case.sharpness), key, value
+
+
+def sink(case: AttentionCase) -> Tensors:
+    """Gaussian, and a first key that every query scores :data:`SINK` higher, as models have it."""
+    query, key, value = gaussian(case)
+    query[..., 0] = 1.0
+    key[:, :, 0, 0] = SINK * case.head_dim**0.5
+    return query, key, value
 
 
 def blocks(case: AttentionCase) -> Tensors:
@@ -282,6 +294,7 @@ def _normal(case: AttentionCase) -> Tensors:
 
 DATA: dict[str, Callable[[AttentionCase], tuple[Tensor, Tensor, Tensor]]] = {
     "gaussian": gaussian,
+    "sink": sink,
     "blocks": blocks,
     "real": real,
 }

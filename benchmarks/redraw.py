@@ -12,6 +12,7 @@ from pathlib import Path
 
 import attention
 import paper_figure
+import regimes
 import rows
 import solver
 from data import AttentionCase
@@ -21,6 +22,7 @@ from harness.runs import Run
 DRAWN: dict[str, tuple[type[Case], Callable[[Run], None]]] = {
     "attention": (AttentionCase, attention.draw),
     "paper_figure": (AttentionCase, paper_figure.draw),
+    "regimes": (AttentionCase, regimes.draw),
     "rows": (rows.RowCase, rows.draw),
     "solver": (solver.Rows, solver.draw),
 }

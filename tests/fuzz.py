@@ -627,6 +627,8 @@ class Bounds:
 
         ds = u * off
         ds_error = u_error * off + (u + u_error) * (delta_error + dp_error) + narrow * ds
+        if narrow and self.case.query.dtype == FLOAT16 and self.case.alpha <= 2.0:
+            ds_error = ds_error + 2.0**-25 * (ds_error > 0.0)  # half of float16's smallest number
         ds_error = torch.where(self.allowed, ds_error + self.slack.tiny, 0.0)
         query, key, grad = self.query, self.key.abs(), grad.abs()
         of_query = (ds_error + self.by_row * ds) @ key

@@ -357,7 +357,8 @@ def test_tiny_run(name: str, tmp_path: Path) -> None:
         passes = {e["method"]: e["mean_passes"] for e in record["results"]["passes"]}
         assert passes["histogram, 16 bins"] <= 2 < passes["bisection"]
     else:
-        assert "adasplash2-cpu" in {m["contender"] for m in record["measurements"]}
+        names = {m["contender"] for m in record["measurements"]}
+        assert names & {"adasplash2-cpu", "adasplash2"}
         for measurement in record["measurements"]:
             assert measurement["relative_error"] < 1e-2
             times = [t["median"] for t in measurement["milliseconds"].values()]

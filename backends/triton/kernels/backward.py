@@ -66,7 +66,7 @@ from adasplash2.backends.triton.kernels.work import (
 
 @triton.jit
 def load_spread(spread, at_row, inside, opt: tl.constexpr):
-    """0 for rows with one key, whose ``dp - delta`` is zero but for rounding; 1 else."""
+    """0 for rows in which one key has it all; 1 else."""
     if opt.exact:
         return tl.load(spread + at_row, mask=inside, other=0.0)
     else:
@@ -82,11 +82,18 @@ def on_support(values, x, r, opt: tl.constexpr, SAFE: tl.constexpr):
 
 
 @triton.jit
-def score_gradient(x, u, dp, delta, spread, r, opt: tl.constexpr, SAFE: tl.constexpr):
-    """``ds``, see :func:`on_support`; ``delta`` is already times ``spread``."""
+def distance_to_delta(u, dp, delta, spread, opt: tl.constexpr):
+    """``dp - delta``: nothing but rounding for the key that has it all, where one has."""
+    distance = dp - delta
     if opt.exact:
-        dp = dp * spread
-    return on_support(u * (dp - delta), x, r, opt, SAFE)
+        distance = tl.where((spread == 0.0) & (u > 0.5), 0.0, distance)
+    return distance
+
+
+@triton.jit
+def score_gradient(x, u, dp, delta, spread, r, opt: tl.constexpr, SAFE: tl.constexpr):
+    """``ds``, see :func:`on_support`."""
+    return on_support(u * distance_to_delta(u, dp, delta, spread, opt), x, r, opt, SAFE)
 
 
 @triton.jit
@@ -98,7 +105,7 @@ def product_gradient(ds, s, x, r, shape, opt: tl.constexpr, SAFE: tl.constexpr):
 
 
 @triton.jit
-def add_row_sums(parts, x, p, u, distance_to_delta, ds, ds_product, product, rows, keys, terms,
+def add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, keys, terms,
                  shape, opt: tl.constexpr, WANTED: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """Add the sums over a tile that gradients of operands are made of."""
     of_slope, of_scale, of_alpha, slope = parts
@@ -109,7 +116,7 @@ def add_row_sums(parts, x, p, u, distance_to_delta, ds, ds_product, product, row
         of_scale += tl.sum(on_support(ds_product * product, x, terms.r, opt, SAFE), 1)
     if WANTED.alphas:
         log, phi = alpha_terms(x, p, u, terms.r, opt)
-        d = on_support(distance_to_delta, x, terms.r, opt, True)
+        d = on_support(to_delta, x, terms.r, opt, True)
         slope += tl.sum(u, 1)
         of_alpha = (
             of_alpha[0] + tl.sum(p * d, 1),
@@ -151,7 +158,7 @@ def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, e
         ds_product = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if WANTED.some:
             rows, columns = numbers_of(row_block[3], first, opt, opt.block_q)
-            to_delta = dp * spread[:, None] - delta[:, None]
+            to_delta = distance_to_delta(u, dp, delta[:, None], spread[:, None], opt)
             parts = add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, columns,
                                  terms, shape, opt, WANTED, SAFE)  # fmt: skip
         acc += gradient_product(ds_product, finite_part(k, SAFE), opt, SAFE)
@@ -218,7 +225,7 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     means = head_of(out_u, batch, head)
     mean = load_tile(means, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
     spread = load_spread(spread_in, at_row, inside, opt)
-    delta = spread * tl.sum(grad.to(tl.float32) * mean, 1)
+    delta = tl.sum(grad.to(tl.float32) * mean, 1)
     keys = head_of(key, batch, kv_head)
     values = head_of(value, batch, kv_head)
     entries, right = checked(entries_at(lists, counts, at_block, tiles), shape, opt, CHUNK)
