@@ -89,7 +89,7 @@ class AttentionCase(Case):
         return Inputs(tensors, grad_out)
 
     def short(self) -> AttentionCase:
-        return dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH))
+        return dataclasses.replace(self, batch=1, length=min(self.length, CHECKED_LENGTH))
 
     def prefix(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         # The first rows of causal attention see the first keys alone.

@@ -1,6 +1,6 @@
 """Trained short, tested long: softmax, entmax, and entmax whose scale follows the length.
 
-Small decoders learn six tasks at lengths of 32 to 64 and are tested at up to 64 times that. Each
+Small decoders learn eight tasks at lengths of 32 to 64 and are tested at up to 64 times that. Each
 contender trains with each learning rate; the one that does best at twice the length, on sequences
 of its own, is then trained with the other seeds. Prints a table and writes results.json and a
 picture: means of the seeds, within their range. A run that was stopped goes on from where it was,
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +32,12 @@ from training import (
     autocast,
     chosen,
     compiled,
+    draw_alphas,
     environment,
+    file_name,
     fit,
     generator_of,
+    learned_alphas,
     prepare,
     write_json,
 )
@@ -49,9 +53,14 @@ CONTENDERS = {
     "softmax": Recipe(alpha=1.0),
     "entmax": Recipe(alpha=1.5),
     "entmax, length scale": Recipe(alpha=1.5, length_scale=True),
+    "softmax, nope": Recipe(alpha=1.0, positions="none"),
+    "entmax, nope": Recipe(alpha=1.5, positions="none"),
     "softmax, rope": Recipe(alpha=1.0, positions="rope"),
     "entmax, rope": Recipe(alpha=1.5, positions="rope"),
+    "softmax, qk-norm": Recipe(alpha=1.0, qk_norm=True),
+    "entmax, qk-norm": Recipe(alpha=1.5, qk_norm=True),
     "entmax, learned alpha": Recipe(alpha="learn", length_scale=True),
+    "learned alpha, qk-norm": Recipe(alpha="learn", qk_norm=True),
 }
 
 # Tasks
@@ -94,6 +103,19 @@ def draw_sort(count: int, length: int, generator: torch.Generator) -> Batch:
 def draw_reverse(count: int, length: int, generator: torch.Generator) -> Batch:
     source = torch.randint(DIGITS, (count, length), generator=generator)
     return answers_behind(source, source.flip(1), DIGITS)
+
+
+PRESENT = DIGITS // 2
+
+
+def draw_distinct(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Half of the digits, each at one place but one digit, which fills all others: they are to be
+    said in order, each once. The next one is that key among all alike ones, and among those above
+    it, that scores must lift out: the more of them, the further."""
+    order = torch.rand(count, DIGITS, generator=generator).argsort(dim=1)[:, :PRESENT]
+    place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, : PRESENT - 1]
+    source = order[:, :1].repeat(1, length).scatter(1, place, order[:, 1:])
+    return answers_behind(source, order.sort(dim=1).values, DIGITS)
 
 
 KEYS, VALUES, QUERIES = 4096, 16, 8
@@ -174,13 +196,47 @@ def draw_needles(count: int, length: int, generator: torch.Generator) -> Batch:
     return Batch(tokens, targets)
 
 
+LETTERS, FADING, FRESH = 8, 0.5, 0.1
+
+
+def fading_letters(count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Each is that of ``d`` places before with a chance of ``exp(-FADING * d)``, and now and then
+    one at random: what comes next is best told by a mean of all before, the nearer the heavier."""
+    letters = torch.randint(LETTERS, (count, length), generator=generator)
+    fresh = torch.rand(count, length, generator=generator) < FRESH
+    back = torch.empty(count, length).geometric_(1.0 - math.exp(-FADING), generator=generator)
+    source = torch.arange(length) - back.long()
+    for place in range(length):
+        copied = letters.gather(1, source[:, place : place + 1].clamp(min=0))[:, 0]
+        kept = fresh[:, place] | (source[:, place] < 0)
+        letters[:, place] = torch.where(kept, letters[:, place], copied)
+    return letters
+
+
+def draw_pick_and_mean(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Needles, then letters that fade, then the needles that are asked: some heads must pick one
+    thing, others take a mean of many. What letter comes is chance, so that nobody says all."""
+    letters = length // 4
+    picked = draw_needles(count, length - letters, generator)
+    things = length - letters
+    faded = TAGS * MARKS + TAGS + fading_letters(count, letters, generator)
+    tokens = torch.cat([picked.tokens[:, :things], faded, picked.tokens[:, things:]], dim=1)
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, things : length - 1] = faded[:, 1:]
+    targets[:, length:] = picked.targets[:, things:]
+    return Batch(tokens, targets)
+
+
+# The last one shows how learned alphas part; the others are what sizes may ask.
 TASKS = {
     "sort": Task(DIGITS + 1, True, draw_sort),
     "reverse": Task(DIGITS + 1, True, draw_reverse),
+    "distinct": Task(DIGITS + 1, True, draw_distinct),
     "recall": Task(KEYS + VALUES, False, draw_recall),
     "flip-flop": Task(BITS + 2, False, draw_flip_flop),
     "needle": Task(COLOURS + COLOUR_COUNT + 1, False, draw_needle),
     "needles": Task(TAGS * MARKS + TAGS, False, draw_needles),
+    "pick and mean": Task(TAGS * MARKS + TAGS + LETTERS, False, draw_pick_and_mean),
 }
 
 # Sizes
@@ -203,13 +259,17 @@ class Scale:
 
 
 SIZES = {
-    "cut": Scale(("needle",), 2, 4, 32, 300, 32, (3e-3,), 1, (1, 16), 2**16),
-    "small": Scale(("needle",), 2, 4, 32, 400, 32, (1e-2, 3e-3), 3, (1, 2, 4, 8, 64), 2**16),
+    "cut": Scale(("distinct",), 2, 4, 32, 300, 32, (1e-2,), 1, (1, 64), 2**16),
+    "small": Scale(
+        ("distinct",), 2, 4, 32, 400, 32, (3e-2, 1e-2, 3e-3), 3, (1, 2, 4, 8, 64), 2**16
+    ),
     "real": Scale(
-        tuple(TASKS), 4, 8, 256, 6000, 128, (3e-3, 1e-3, 3e-4), 3, (1, 2, 4, 8, 64), 2**18
+        tuple(TASKS)[:-1], 4, 8, 256, 6000, 128, (3e-3, 1e-3, 3e-4), 3, (1, 2, 4, 8, 64), 2**18
     ),
 }
 
+LOOKS = 20
+"""How often learned alphas are noted in a run, beside before."""
 VALIDATION, TEST = 1, 2
 """Of the seeds of sequences: never those trained on."""
 
@@ -240,7 +300,7 @@ def train_and_test(
     options: argparse.Namespace, budget: Budget,
 ) -> dict[str, Any]:  # fmt: skip
     """One run, or what it has left in ``folder``."""
-    label = f"{name}-{contender.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    label = f"{file_name(name)}-{file_name(contender)}-{rate:g}-{seed}"
     done = folder / f"{label}.json"
     if done.exists():
         found: dict[str, Any] = json.loads(done.read_text())
@@ -260,10 +320,19 @@ def train_and_test(
             logits = run(tokens)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
+    notes: dict[str, Any] = {"alphas": {}}
+
+    def note(step: int, _: float) -> None:
+        if step % max(1, scale.steps // LOOKS) == 0 and (alphas := learned_alphas(model)):
+            notes["alphas"][str(step)] = alphas
+
+    note(0, 0.0)
     losses = fit(
         model,
         loss_of,
         Plan(scale.steps, rate, seed),
+        notes=notes,
+        after=note,
         checkpoint=folder / f"{label}.pt",
         budget=budget,
         description=f"{name}, {contender}, rate {rate:g}, seed {seed}",
@@ -280,6 +349,7 @@ def train_and_test(
             str(multiple): accuracy(model, task, multiple, TEST, scale.tested, device)
             for multiple in scale.multiples
         },
+        **notes,
     }
     write_json(done, result)
     (folder / f"{label}.pt").unlink(missing_ok=True)
@@ -355,21 +425,23 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
     add("--contenders", nargs="+", default=list(CONTENDERS)[:3], help=f"of {'; '.join(CONTENDERS)} "
         "(default: the first three)")  # fmt: skip
     add("--steps", type=int, help="of each run (default: the size's)")
+    add("--seeds", type=int, help="of each contender's best rate (default: the size's)")
     add_common(parser, "output/length_generalisation")
     options = parser.parse_args(arguments)
     scale = SIZES[options.size]
     options.tasks = chosen(parser, "--tasks", options.tasks or list(scale.tasks), TASKS)
     chosen(parser, "--contenders", options.contenders, CONTENDERS)
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"argument --steps: must be at least 1, got {options.steps}")
-    options.steps = options.steps or scale.steps
+    for name in ("steps", "seeds"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {given}")
+        setattr(options, name, given or getattr(scale, name))
     return options, prepare(parser, options)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options, budget = parse(arguments)
-    scale = SIZES[options.size]
-    scale = Scale(**{**vars(scale), "steps": options.steps})
+    scale = replace(SIZES[options.size], steps=options.steps, seeds=options.seeds)
     folder = options.output / f"{options.size}-{options.steps}"
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     stopped = False
@@ -389,6 +461,15 @@ def main(arguments: list[str] | None = None) -> int:
         {"environment": environment(options.device), "size": vars(scale), "results": results},
     )
     draw(results, options.output / "length_generalisation.png")
+    draw_alphas(
+        {
+            f"{name}, {contender}, seed {run['seed']}": run["alphas"]
+            for name, by_contender in results.items()
+            for contender, runs in by_contender.items()
+            for run in runs
+        },
+        options.output / "length_generalisation-alpha.png",
+    )
     print(f"picture: {options.output / 'length_generalisation.png'}")
     return 1 if stopped else 0
 

@@ -21,7 +21,9 @@ from training import (
     add_common,
     autocast,
     chosen,
+    draw_alphas,
     environment,
+    file_name,
     fit,
     generator_of,
     prepare,
@@ -29,7 +31,7 @@ from training import (
 )
 
 from adasplash2 import plot
-from adasplash2.nn import AlphaSchedule, AttentionMonitor, Watched
+from adasplash2.nn import AlphaSchedule, AttentionMonitor
 
 LOOKS = 10
 """How often the held-out loss is measured in a run, beside before."""
@@ -262,7 +264,7 @@ def compete(program: Program, corpus: Corpus, ready: Callable[[str], Ready]) -> 
     try:
         for name in options.contenders:
             for rate in scale.rates:
-                done = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}.json"
+                done = folder / f"{file_name(name)}-{rate:g}.json"
                 if not done.exists():
                     checkpoint = done.with_suffix(".pt")
                     torch.manual_seed(options.seed)
@@ -279,7 +281,10 @@ def compete(program: Program, corpus: Corpus, ready: Callable[[str], Ready]) -> 
         write_json(options.output / "results.json", {**about, "results": results})
         title = f"{program.name}: {scale.context} tokens of context, {scale.steps} steps"
         draw(results, options.output / f"{program.name}.png", title)
-        draw_alphas(results, options.output / f"{program.name}-alpha.png")
+        draw_alphas(
+            {f"{name}: alpha by head": alphas_of(best(runs)) for name, runs in results.items()},
+            options.output / f"{program.name}-alpha.png",
+        )
         print(f"picture: {options.output / f'{program.name}.png'}")
     return 1 if stopped else 0
 
@@ -305,6 +310,14 @@ def kept_by_layer(run: Mapping[str, Any], what: str) -> dict[float, float]:
         float(layer): mean(found[what])
         for layer, found in run["held_out"][-1]["layers"].items()
         if "support" in found
+    }
+
+
+def alphas_of(run: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """By step and layer."""
+    return {
+        point["step"]: {layer: found["alpha"] for layer, found in point["layers"].items()}
+        for point in run["held_out"]
     }
 
 
@@ -349,30 +362,4 @@ def draw(results: Runs, path: Path, title: str) -> None:
         plot.training_curves(kept, by_layer, xlabel="layer", ylabel="keys that a query keeps")
         by_layer.set_yscale("log")
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-
-
-def draw_alphas(results: Runs, path: Path) -> None:
-    """The alphas of heads over the steps, of contenders whose heads differ."""
-    from matplotlib.figure import Figure
-
-    histories = {}
-    for name, runs in results.items():
-        history = {
-            point["step"]: {
-                layer: Watched(*(torch.tensor(found["alpha"], dtype=torch.float64),) * 3)
-                for layer, found in point["layers"].items()
-            }
-            for point in best(runs)["held_out"]
-            if point["layers"]
-        }
-        last = [seen.alpha for seen in history[max(history)].values()] if history else []
-        if any(alpha.min() < alpha.max() for alpha in last):
-            histories[name] = history
-    if not histories:
-        return
-    figure = Figure(figsize=(6 * len(histories), 5), layout="constrained")
-    panels = figure.subplots(1, len(histories), squeeze=False)[0]
-    for axes, (name, history) in zip(panels, histories.items(), strict=True):
-        plot.alpha_by_head(history, axes).set_title(f"{name}: alpha by head")
     figure.savefig(path, dpi=110)

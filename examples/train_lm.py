@@ -1,10 +1,11 @@
 """A small GPT of bytes from random start, with softmax and with entmax in many ways.
 
-Text: the State of the Union speeches, of which the last ten years are held out. Each contender
-trains with each learning rate on the same batches; the best one counts. Prints a table and writes
-results.json and a picture: held-out loss at equal steps and at equal time, loss by position, keys
-kept by layer. A run that was stopped goes on from where it was, and one that is done is not done
-again.
+Where no contender is named, these are softmax, and entmax with normalised queries and keys
+(QK-norm), which won. Text: the State of the Union speeches, of which the last ten years are held
+out. Each contender trains with each learning rate on the same batches; the best one counts. Prints
+a table and writes results.json and a picture: held-out loss at equal steps and at equal time, loss
+by position, keys kept by layer. A run that was stopped goes on from where it was, and one that is
+done is not done again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ BYTES = 256
 
 CONTENDERS = {
     "softmax": Recipe(alpha=1.0, positions="rope"),
+    "qk-norm": Recipe(positions="rope", qk_norm=True),
     "entmax": Recipe(positions="rope"),
     "half scale": Recipe(positions="rope", scale=0.5),
     "quarter scale": Recipe(positions="rope", scale=0.25),
@@ -32,7 +34,7 @@ CONTENDERS = {
     "alpha from 1": Recipe(positions="rope", rise=0.5),
     "alpha from 1, half scale": Recipe(positions="rope", scale=0.5, rise=0.5),
     "learned alpha": Recipe(alpha="learn", positions="rope"),
-    "qk-norm": Recipe(positions="rope", qk_norm=True),
+    "learned alpha, qk-norm": Recipe(alpha="learn", positions="rope", qk_norm=True),
     "qk-norm, learned scale": Recipe(positions="rope", qk_norm=True, learn_scale=True),
     "nape": Recipe(),
     "nape, half scale": Recipe(scale=0.5),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import adasplash2
+import adasplash2.plot
 
 SAVE_SECONDS = 60.0
 """Between checkpoints: what a run that is stopped loses at most."""
@@ -317,6 +318,12 @@ def schedule_of(model: nn.Module, recipe: Recipe, steps: int) -> adasplash2.nn.A
     return adasplash2.nn.AlphaSchedule(model, steps=rise, target=recipe.alpha)
 
 
+def learned_alphas(model: Decoder) -> dict[str, list[float]]:
+    """Of each layer's heads; empty where none is learned."""
+    learned = ((n, block.attention.alpha) for n, block in enumerate(model.blocks))
+    return {str(n): a().tolist() for n, a in learned if isinstance(a, adasplash2.nn.LearnedAlpha)}
+
+
 def generator_of(*numbers: int) -> torch.Generator:
     """A generator on the CPU, another one for other ``numbers``, the same on every machine."""
     seed = 0
@@ -382,6 +389,39 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     new = path.with_suffix(".new")
     new.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(new, path)
+
+
+def file_name(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
+
+
+def draw_alphas(
+    histories: Mapping[str, Mapping[str, Mapping[str, list[float]]]], path: Path
+) -> None:
+    """The alphas of heads over the steps, of each run whose heads differ: ``{run: {step: {layer:
+    alphas}}}``. Nothing is drawn where there is none."""
+    from matplotlib.figure import Figure
+
+    drawn = {}
+    for name, history in histories.items():
+        watched = {
+            int(step): {
+                layer: adasplash2.nn.Watched(*(torch.tensor(alphas, dtype=torch.float64),) * 3)
+                for layer, alphas in layers.items()
+            }
+            for step, layers in history.items()
+            if layers
+        }
+        last = [seen.alpha for seen in watched[max(watched)].values()] if watched else []
+        if any(alpha.min() < alpha.max() for alpha in last):
+            drawn[name] = watched
+    if not drawn:
+        return
+    figure = Figure(figsize=(6 * len(drawn), 5), layout="constrained")
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, (name, watched) in zip(panels, drawn.items(), strict=True):
+        adasplash2.plot.alpha_by_head(watched, axes).set_title(name)
+    figure.savefig(path, dpi=110)
 
 
 def autocast(device: str) -> torch.autocast:

@@ -22,19 +22,16 @@ FLOAT64 = torch.float64
 
 
 class Entmax(torch.autograd.Function):
-    """Rows of scores and one alpha each ``(..., 1)`` to probabilities; gradients by the explicit
-    formulas of Correia, Niculae, Martins 2019, also that of alpha."""
+    """Rows of scores and one alpha each ``(..., 1)`` to probabilities, NaN where that is NaN;
+    gradients by the explicit formulas of Correia, Niculae, Martins 2019, also that of alpha."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, alpha: Tensor) -> Tensor:
-        p = torch.empty_like(scores)
+        p = torch.full_like(scores, math.nan)
         rows = alpha.expand(*scores.shape[:-1], 1)[..., 0]
-        for one in rows.unique().tolist():
+        for one in rows[rows == rows].unique().tolist():
             chosen = rows == one
             p[chosen] = reference.entmax(scores[chosen], one)
-        if not alpha.isfinite().all() or ((alpha <= 1.0) | (alpha > 2.0)).any():
-            outside = ~((rows > 1.0) & (rows <= 2.0))
-            p = torch.where(outside[..., None], math.nan, p)
         ctx.save_for_backward(p, alpha)
         return p
 
@@ -42,19 +39,34 @@ class Entmax(torch.autograd.Function):
     def backward(ctx: Any, grad_p: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         p, alpha = ctx.saved_tensors
         rows = alpha.expand(*p.shape[:-1], 1)[..., 0]
-        ds = torch.zeros_like(p)
-        for one in rows.unique().tolist():
+        ds = torch.full_like(p, math.nan)
+        for one in rows[rows == rows].unique().tolist():
             chosen = rows == one
             ds[chosen] = reference.entmax_gradient(p[chosen], grad_p[chosen], one)
-        inside = p > 0.0
-        u = torch.where(inside, torch.where(inside, p, 1.0) ** (2.0 - alpha), 0.0)
-        mass = u.sum(-1, keepdim=True)
-        skewed = torch.where(inside, u / torch.where(mass > 0, mass, 1.0), 0.0)
-        entropy = torch.where(inside, -p * torch.where(inside, p, 1.0).log(), 0.0)
-        dp = (p - skewed) / (alpha - 1.0) ** 2
-        dp = dp + (entropy - skewed * entropy.sum(-1, keepdim=True)) / (alpha - 1.0)
-        grad_alpha = torch.where(inside, grad_p * dp, 0.0).sum(-1, keepdim=True)
+        log, gentle, rest = (p * part for part in logarithms(p, alpha - 1.0))
+        log_all, gentle_all, rest_all = (t.sum(-1, keepdim=True) for t in (log, gentle, rest))
+        dp = rest - p * rest_all + gentle_all * log - gentle * log_all
+        dp = dp / (1.0 - (alpha - 1.0) * gentle_all)
+        grad_alpha = torch.where(p > 0.0, grad_p * dp, 0.0).sum(-1, keepdim=True)
         return ds, grad_alpha.sum_to_size(alpha.shape)
+
+
+def logarithms(p: Tensor, factor: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """``L = log p``, ``E = (1 - p^-factor) / factor``, which nears it as ``factor``, alpha - 1,
+    nears 0, and ``D = (E - L) / factor``; 0 where ``p`` is. With means ``M`` by ``p``,
+
+        dp / dalpha = p (D - M(D) + M(E) L - E M(L)) / (1 - factor M(E)),
+
+    which is the formula of Correia, Niculae, Martins 2019 with ``u = p^(2-alpha) =
+    p (1 - factor E)``, without terms that grow as alpha nears 1."""
+    log = torch.where(p > 0.0, p, 1.0).log()
+    x = -factor * log
+    series = torch.zeros_like(x)
+    for k in range(18, 1, -1):
+        series = (series * x.clamp(max=1.0) + 1.0) / k
+    square = torch.where(x > 0.0, x, 1.0) ** 2
+    excess = torch.where(x < 0.5, series, (torch.expm1(x) - x) / square)
+    return log, -torch.expm1(x) / factor, -(log**2) * excess
 
 
 def seen(
@@ -68,8 +80,17 @@ def seen(
     q_lengths: Tensor | None = None,
     kv_lengths: Tensor | None = None,
     kv_starts: Tensor | None = None,
+    packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Which keys each query sees ``(batch, length_q, length_k)``, and ``i' - j`` likewise."""
+    """Which keys each query sees ``(batch, length_q, length_k)``, and ``i' - j`` likewise.
+    ``packed`` are lengths of queries and of keys of sequences that lie one behind another."""
+    if packed is not None:
+        alike = {"is_causal": is_causal, "causal_align": causal_align, "window": window}
+        blocks = [seen(*lengths, 1, **alike) for lengths in zip(*packed, strict=True)]
+        visible, distance = (
+            torch.block_diag(*(block[part][0] for block in blocks))[None] for part in (0, 1)
+        )
+        return visible, distance
     i = torch.arange(length_q)[None, :, None]
     j = torch.arange(length_k)[None, None, :]
 
@@ -140,8 +161,8 @@ def attention(
     """Output and probabilities, in float64. ``kept`` ``(batch, heads, length_q, length_k)`` are the
     factors of dropout; what else is ``said`` is for :func:`scores`."""
     s = scores(query, key, **said)
-    if isinstance(alpha, Tensor):
-        alphas = alpha[None, :, None, None]
+    if isinstance(alpha, Tensor):  # one that is none makes its head NaN
+        alphas = torch.where((alpha > 1.0) & (alpha <= 2.0), alpha, math.nan)[None, :, None, None]
     else:
         alphas = torch.full((1, 1, 1, 1), alpha, dtype=s.dtype, device=s.device)
     p = Entmax.apply(s, alphas)[..., : key.shape[2]]
@@ -318,6 +339,9 @@ SAME = {
     **{feature: "alpha" for feature in FEATURES if feature.startswith("alpha")},
 }
 """Features of which a call has one."""
+
+PLACES = ("is_causal", "causal_align", "window", "q_lengths", "kv_lengths", "kv_starts")
+"""What :func:`seen` is asked with, of what is said."""
 
 FEW = Sizes(length_q=5, length_k=300, head_dim=23, head_dim_v=10)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can show: tests/on_gpu.sh OUTPUT [STAGE...], by default all stages:
 #   tests  every table of tests on each backend, as many side by side as there are cores, on all GPUs
-#   fuzz   random problems, FUZZ_SECONDS for each backend
+#   fuzz   random problems, FUZZ_SECONDS for each backend and kind
 #   tools  compute-sanitizer over one small call of each kind
 #   speed  tuning and the benchmarks, which must have the machine to themselves
 # PYTHON names the interpreter that has the package (default .venv/bin/python), PROCESSES how many run
@@ -62,10 +62,12 @@ tests() {
 }
 
 fuzz() {
-  local backend
+  local backend kind
   for backend in cuda triton; do
-    beside "fuzz-$backend" "$python" tests/fuzz.py --backend $backend --problems 20000 \
-      --seconds "$seconds"
+    for kind in plain language; do
+      beside "fuzz-$backend-$kind" "$python" tests/fuzz.py --backend $backend --kind $kind \
+        --problems 20000 --seconds "$seconds"
+    done
   done
   wait
   tail -qn 1 "$out"/fuzz-*.txt

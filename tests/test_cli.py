@@ -213,6 +213,11 @@ def test_the_options_are_those_that_are_tried() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("command", sorted(cli.main.commands))
+def test_help_shows_limits_that_there_are(command: str) -> None:
+    assert "None" not in run(command, "--help").stdout
+
+
 # What is printed, and where
 
 
@@ -513,7 +518,8 @@ def test_explain_of_a_device_that_is_not_here_exits_with_1() -> None:
         (("tune", *TINY, "--alpha", "1"), "1 is softmax"),
         (("tune", "--seconds", "nan"), "must be a finite number"),
         (("bench", "--sharpness", "inf"), "must be a finite number"),
-        (("tune", "--seconds", "0"), "seconds"),
+        (("tune", "--seconds", "0"), "must be at least 1, got 0"),
+        (("bench", "--sharpness", "much"), "'much' is not a valid float"),
         (("nothing",), "nothing"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ def test_sort_and_reverse(name: str, said: Any) -> None:
         assert tokens[40:] == [lengths.DIGITS, *answer[:-1]], "what comes next is to be said"
 
 
+def test_distinct_says_what_is_there_once() -> None:
+    batch = drawn("distinct")
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        there = sorted(set(tokens[:40]))
+        assert len(there) == lengths.PRESENT
+        assert sorted(map(tokens[:40].count, there))[:-1] == [1] * (lengths.PRESENT - 1)
+        assert answer == [*there, lengths.DIGITS]
+        assert tokens[40:] == [lengths.DIGITS, *there]
+
+
 def test_recall_asks_for_keys_that_were_told() -> None:
     batch = drawn("recall")
     for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
@@ -85,6 +96,27 @@ def test_needles_are_asked_by_their_tags() -> None:
         for question, mark in zip(tokens[40:], answer, strict=True):
             assert [m for tag, m in things if tag == question - 32] == [mark]
         assert len(set(things)) == lengths.NEEDLES + 1
+
+
+def test_letters_fade_behind_needles() -> None:
+    batch = drawn("pick and mean", 64)
+    needles = 48
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        things = [divmod(token, lengths.MARKS) for token in tokens[:needles]]
+        letters = tokens[needles:64]
+        assert all(token >= 40 for token in letters)
+        assert answer[:15] == letters[1:]
+        assert [(tag - 32, mark) for tag, mark in zip(tokens[64:], answer[15:], strict=True)] == [
+            thing for tag in tokens[64:] for thing in things if thing[0] == tag - 32
+        ]
+
+
+def test_letters_are_copies_of_near_ones() -> None:
+    letters = lengths.fading_letters(4000, 12, training.generator_of(5))
+    same = (letters[:, -1:] == letters[:, :-1]).double().mean(dim=0).flip(0)
+    assert (same.diff() < 0.02).all(), "the nearer the likelier"
+    copied = (1.0 - lengths.FRESH) * (1.0 - math.exp(-lengths.FADING))  # of the one before
+    assert copied < same[0] < 0.8
 
 
 RECIPES = {
@@ -206,15 +238,31 @@ def test_language_models_at_their_smallest(
 
 
 def test_what_entmax_learned_short_holds_long(tmp_path: Path) -> None:
+    """64 times as long softmax spreads over what entmax gives zeros."""
     command = ["--size", "cut", "--output", str(tmp_path), "--contenders", "softmax", "entmax"]
     assert lengths.main(command) == 0
-    told = json.loads((tmp_path / "results.json").read_text())["results"]["needle"]
-    assert list(told) == ["softmax", "entmax"]
-    (run,) = told["entmax"]
-    assert run["accuracy"]["1"] > 0.5, "an eighth is chance"
-    assert run["accuracy"]["16"] > run["accuracy"]["1"] - 0.15
+    told = json.loads((tmp_path / "results.json").read_text())["results"]["distinct"]
+    (softmax,), (entmax,) = (told[name] for name in ("softmax", "entmax"))
+    for run in (softmax, entmax):
+        assert run["accuracy"]["1"] > 0.75, "of whole sequences, each of 17 answers"
+    assert entmax["accuracy"]["64"] > entmax["accuracy"]["1"] - 0.1
+    assert softmax["accuracy"]["64"] < entmax["accuracy"]["64"] - 0.1
     assert (tmp_path / "length_generalisation.png").exists()
+    assert not (tmp_path / "length_generalisation-alpha.png").exists(), "none is learned"
     assert lengths.main([*command, "--minutes", "0"]) == 0, "what is done is not done again"
+
+
+def test_alphas_part_where_some_heads_pick_and_others_take_means(tmp_path: Path) -> None:
+    command = ["--size", "cut", "--tasks", "pick and mean", "--output", str(tmp_path)]
+    assert lengths.main([*command, "--contenders", "learned alpha, qk-norm"]) == 0
+    told = json.loads((tmp_path / "results.json").read_text())["results"]["pick and mean"]
+    (run,) = told["learned alpha, qk-norm"]
+    assert list(run["alphas"]) == [str(step) for step in range(0, 301, 15)]
+    assert run["alphas"]["0"] == {layer: pytest.approx([1.5] * 4) for layer in "01"}
+    last = [alpha for heads in run["alphas"]["300"].values() for alpha in heads]
+    assert min(last) < 1.1
+    assert max(last) > 1.8
+    assert (tmp_path / "length_generalisation-alpha.png").stat().st_size > 10_000
 
 
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +270,7 @@ def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         ("--contenders", "sigmoid"): "--contenders",
         ("--tasks", "copy"): "--tasks",
         ("--steps", "0"): "--steps",
+        ("--seeds", "0"): "--seeds",
         ("--threads", "0"): "--threads",
     }.items():
         with pytest.raises(SystemExit):

@@ -8,12 +8,17 @@ same bounds.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import fuzz
+import fuzz_language
+import language
 import pytest
 import reference
 import torch
 from cases import FLOAT16, FLOAT32, Case, device_of, interpreted, usable_backends
+from fuzz_tools import Draw
 
 import adasplash2
 from adasplash2.backends import triton
@@ -28,22 +33,63 @@ on_triton = pytest.mark.parametrize(
 
 @interpreted()
 @on_every_backend
-def test_random_problems(backend: str, fuzz_seed: int) -> None:
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_random_problems(kind: str, backend: str, fuzz_seed: int) -> None:
     """In the interpreter, where one takes seconds, a few that are small; on a GPU, where nearly
     each compiles kernels of its own, as many as a minute allows."""
     count, largest = (10, 40) if INTERPRETED else (300, fuzz.LARGEST)
+    if kind == "language":
+        count, largest = (10, 20) if INTERPRETED else (300, 100)
     report = fuzz.run(
         fuzz_seed,
         range(count),
         backend,
+        kind=kind,
         largest=largest,
         seconds=60.0 if device_of(backend) == "cuda" else math.inf,
         say=lambda line: None,
     )
     assert not report.failed, "\n".join(report.lines)
-    judged, total = report.counts["rows"] + report.counts["attention"], report.counts.total()
-    # Of ten, chance refuses half in one run of seven.
-    assert judged > total // (5 if total < 50 else 2), report.counts
+    assert backend != "cpu" or not report.counts["refused"]
+    total = report.counts.total()
+    judged = total - report.counts["refused"]
+    # Of ten, chance refuses half in one run of seven; `cuda` computes little of the language.
+    if kind == "plain" or backend != "cuda":
+        assert judged > total // (5 if total < 50 else 2), report.counts
+
+
+WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "a window's left end": ("window", lambda window: (window[0] + (window[0] >= 0), window[1])),
+    "a window's right end": ("window", lambda window: (window[0], window[1] + (window[1] >= 0))),
+    "the diagonal": ("causal_align", lambda align: "top-left"),
+    "a sequence's first key": ("kv_starts", lambda starts: starts + 1),
+    "a sequence's last key": ("kv_lengths", lambda lengths: (lengths - 1).clamp(min=0)),
+    "a slope's sign": ("alibi_slopes", lambda slopes: -slopes),
+    "a sink": ("sinks", lambda sinks: sinks - math.inf),
+    "a head's sink": ("sinks", lambda sinks: sinks.roll(1)),
+    "a mask's row": ("attn_mask", lambda mask: mask.roll(1, -2) if mask.dim() > 1 else mask),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_random_problems_show_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds leave no room for the least that may be wrong: with a reference that is, problems
+    fail."""
+    name, change = WRONG[what]
+    place = "scores" if name in ("alibi_slopes", "sinks", "attn_mask") else "seen"
+    right = getattr(language, place)
+
+    def wrong(*args: Any, **said: Any) -> Any:
+        if said.get(name) is not None:
+            said[name] = change(said[name])
+        return right(*args, **said)
+
+    monkeypatch.setattr(language, place, wrong)
+    for number in range(200):
+        problem = fuzz_language.draw_problem(Draw(1, number), 60)
+        if name in problem.said and fuzz_language.check_problem(problem, "cpu").failures:
+            return
+    raise AssertionError("200 problems are right by a reference that is wrong")
 
 
 @interpreted()

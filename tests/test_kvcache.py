@@ -281,6 +281,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "cache_lengths must be from 0 to 127, got 128",
     ),
     "negative": ({"cache_lengths": -1}, ValueError, "cache_lengths must be at least 0"),
+    "beyond int32": ({"cache_lengths": 2**40}, ValueError, "cache_lengths must be from 0 to 127"),
+    "beyond floats": ({"cache_lengths": 10**400}, ValueError, "cache_lengths must be from 0 to 12"),
     "a flag": ({"cache_lengths": True}, TypeError, "cache_lengths"),
     "int64": (
         {"cache_lengths": torch.zeros(BATCH, dtype=torch.int64)},
@@ -363,6 +365,101 @@ def test_a_bad_block_table_is_named(table: Any, kind: type[Exception], words: st
         cached.lengths[2] = 142
     with pytest.raises(kind, match=words):
         cached.attend()
+
+
+def test_pages_may_be_shared_where_they_are_read_and_not_where_they_are_written() -> None:
+    cached = Cached(16, torch.float32, "cpu")
+    assert cached.table is not None
+    before = [t.clone() for t in cached.cache]
+    cached.lengths[:] = torch.tensor([18, 35, 16])  # the first page is full in all
+    table = torch.arange(27, dtype=torch.int32).view(3, 9)
+    clashes = {"both write": (0, 1), "one reads": (0, 0), "its own keys": (1, 1)}
+    for place in clashes.values():
+        cached.table = table.clone()
+        cached.table[place] = table[1, 2]  # with new keys of the second sequence
+        with pytest.raises(ValueError, match=r"block_table must name pages of its own .* got page"):
+            cached.attend()
+    for held, was in zip(cached.cache, before, strict=True):
+        assert torch.equal(held.nan_to_num(), was.nan_to_num())
+    cached.table = table.clone()
+    cached.table[:, 0] = 0
+    cached.table[:, 3:] = 7  # behind all keys
+    for held in cached.cache:
+        held.nan_to_num_(1.0)
+    assert cached.attend().isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+def test_a_cache_that_overlaps_itself_is_not_written(name: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    q, k, v = torch.randn(3, 2, 4, 1, 8)
+    caches = {"key_cache": torch.zeros(2, 4, 10, 8), "value_cache": torch.zeros(2, 4, 10, 8)}
+    caches[name] = torch.zeros(1, 4, 10, 8).expand(2, 4, 10, 8)
+    attend: Any = entmax_attention_with_kvcache
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="eager")
+    lengths = torch.full((2,), 3, dtype=torch.int32)
+    error = torch._dynamo.exc.Unsupported if compiled else ValueError
+    with pytest.raises(error, match=f"{name} must have memory of its own for each place"):
+        attend(q, key=k, value=v, cache_lengths=lengths, **caches)
+    assert attend(q, cache_lengths=lengths, **caches).shape == q.shape
+    windows = torch.zeros(40).as_strided((2, 1, 4, 8), (3, 1, 8, 1))
+    with pytest.raises(ValueError, match="key_cache must have memory of its own"):
+        entmax_attention_with_kvcache(
+            q[:, :1], windows, torch.zeros(2, 1, 4, 8), k[:, :1], v[:, :1], cache_lengths=1
+        )
+    assert not caches[name].any()
+
+
+def test_caches_of_one_piece_of_memory() -> None:
+    """Beside each other in any order, and the same one twice where what is written is the same."""
+    q, k, v = torch.randn(3, 2, 4, 2, 8)
+    apart = [torch.zeros(2, 4, 10, 8) for _ in "kv"]
+    exact = entmax_attention_with_kvcache(q, *apart, k, v, cache_lengths=3)
+    places = torch.zeros(2, 10, 2, 4, 8)
+    for caches in (
+        torch.zeros(2, 2, 4, 10, 8).unbind(),
+        [places[:, :, i].transpose(1, 2) for i in (0, 1)],
+        torch.zeros(2, 4, 10, 16).split(8, dim=3),
+    ):
+        out = entmax_attention_with_kvcache(q, *caches, k, v, cache_lengths=3)
+        assert torch.equal(out, exact)
+        assert all(map(torch.equal, caches, apart))
+    one = torch.zeros(2, 4, 10, 8)
+    with pytest.raises(ValueError, match="value_cache must not be in the memory of key_cache"):
+        entmax_attention_with_kvcache(q, one, one, k, v, cache_lengths=3)
+    assert not one.any()
+    latent = entmax_attention_with_kvcache(q, one, one[..., :4], k, k[..., :4], cache_lengths=3)
+    keys = torch.zeros(2, 4, 5, 8)
+    keys[:, :, 3:] = k
+    torch.testing.assert_close(
+        latent,
+        adasplash2.entmax_attention(q, keys, keys[..., :4]),
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_new_may_lie_in_the_caches(compiled: bool) -> None:
+    """It is read before they are written, in whichever of them it lies."""
+    attend: Any = entmax_attention_with_kvcache
+    lengths = torch.full((1,), 4, dtype=torch.int32)
+    for queries, keys, values in ((None, 0, 1), (0, None, None), (None, 1, 0), (1, 0, 0)):
+        torch._dynamo.reset()
+        if compiled:
+            attend = torch.compile(
+                entmax_attention_with_kvcache, fullgraph=True, backend="aot_eager"
+            )
+        caches = [torch.randn(1, 4, 10, 8) for _ in "kv"]
+        copies = [t.clone() for t in caches]
+        fresh = torch.randn(1, 4, 2, 8)
+        views = [fresh if i is None else caches[i][:, :, 3:5] for i in (queries, keys, values)]
+        said = [t.clone() for t in views]
+        with torch.no_grad():
+            out = attend(views[0], *caches, *views[1:], cache_lengths=lengths)
+        exact = entmax_attention_with_kvcache(said[0], *copies, *said[1:], cache_lengths=lengths)
+        torch.testing.assert_close(out, exact)
+        assert all(map(torch.equal, caches, copies))
 
 
 def test_a_gradient_is_refused() -> None:

@@ -71,7 +71,7 @@ def peak_above_inputs(
         pytest.param(
             *(2.0, 0.01),
             marks=pytest.mark.xfail(
-                strict=True, reason="lists of some 300 keys a row and their gradients take 82 MB"
+                strict=True, reason="lists of some 300 keys a row and their gradients take 81 MB"
             ),
         ),
     ],

@@ -198,6 +198,11 @@ def expected(module: EntmaxMultiheadAttention, tensors: list[Tensor], **said: An
         (t.double() @ weight.T).unflatten(-1, (HEADS, -1)).permute(1, 2, 0, 3)
         for t, weight in zip(tensors, projections, strict=True)
     )
+    if module.q_norm is not None and module.k_norm is not None:
+        q, k = (
+            norm.weight.double() * t / (t.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+            for t, norm in ((q, module.q_norm), (k, module.k_norm))
+        )
     scores = said.get("scale", module.scale) * (q @ k.mT) + said.get("bias", 0.0)
     scores = scores.masked_fill(said.get("hidden", torch.tensor(False)), -math.inf)
     alphas = said.get("alphas", [module.alpha] * HEADS)
@@ -231,6 +236,45 @@ def test_entmax_is_the_references(alpha: float, dtype: torch.dtype) -> None:
     call = {"key_padding_mask": padding(), "attn_mask": causal_mask()}
     judge(module, inputs(module), call, hidden=hidden)
     judge(module, inputs(module), {})
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5])
+def test_normalised_queries_and_keys_are_the_references(alpha: float, dtype: torch.dtype) -> None:
+    module = EntmaxMultiheadAttention(
+        EMBED, HEADS, bias=False, alpha=alpha, scale=1.0, qk_norm=True, dtype=dtype
+    )
+    for norm in (module.q_norm, module.k_norm):
+        assert norm is not None
+        assert torch.equal(norm.weight, torch.ones(EMBED // HEADS, dtype=dtype))
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    tensors = inputs(module)
+    with torch.no_grad():
+        tensors[0][0] = 0.0  # a query of zeros stays one
+    hidden = padding()[:, None, None] | causal_mask()
+    call = {"key_padding_mask": padding(), "attn_mask": causal_mask()}
+    judge(module, tensors, call, hidden=hidden)
+    judge(module, tensors, {})
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_norms_of_queries_and_keys_have_their_gradients(need_weights: bool) -> None:
+    """Also those of the keys that are added: a learned one, and zeros."""
+    module = EntmaxMultiheadAttention(
+        8, 2, add_bias_kv=True, add_zero_attn=True, qk_norm=True, dtype=torch.float64
+    )
+    names = [name for name, _ in module.named_parameters()]
+    assert {"q_norm.weight", "k_norm.weight"} <= set(names)
+    x = torch.randn(4, 2, 8, dtype=torch.float64, requires_grad=True)
+
+    def called(x: Tensor, *parameters: Tensor) -> Any:
+        given = dict(zip(names, parameters, strict=True))
+        found = torch.func.functional_call(
+            module, given, (x, x, x), {"need_weights": need_weights, "is_causal": True}
+        )
+        return found if need_weights else found[0]
+
+    assert torch.autograd.gradcheck(called, (x, *module.parameters()))
 
 
 def test_positions_and_length_scale_are_the_references() -> None:
@@ -356,7 +400,9 @@ def test_state_dicts_go_both_ways() -> None:
     assert list(theirs.state_dict()) == list(ours.state_dict())
     theirs.load_state_dict(ours.state_dict())
     for module in (nn.MultiheadAttention(EMBED, HEADS), EntmaxMultiheadAttention(EMBED, HEADS)):
-        learned = EntmaxMultiheadAttention(EMBED, HEADS, alpha="learn", length_scale=True)
+        learned = EntmaxMultiheadAttention(
+            EMBED, HEADS, alpha="learn", length_scale=True, qk_norm=True
+        )
         holder = nn.ModuleDict({"attention": learned})
         holder.load_state_dict({f"attention.{k}": v for k, v in module.state_dict().items()})
         torch.testing.assert_close(learned.in_proj_weight, module.in_proj_weight)
@@ -364,7 +410,14 @@ def test_state_dicts_go_both_ways() -> None:
     missing, unexpected = nn.MultiheadAttention(EMBED, HEADS).load_state_dict(
         learned.state_dict(), strict=False
     )
-    assert (missing, unexpected) == ([], ["alpha.logits", "length_scale.weight"])
+    added = ["alpha.logits", "length_scale.weight", "q_norm.weight", "k_norm.weight"]
+    assert (missing, unexpected) == ([], added)
+    for norm in (learned.q_norm, learned.k_norm):
+        nn.init.normal_(norm.weight)  # type: ignore[union-attr]
+    again = EntmaxMultiheadAttention(EMBED, HEADS, alpha="learn", length_scale=True, qk_norm=True)
+    again.load_state_dict(learned.state_dict())
+    x = torch.randn(LENGTH_Q, BATCH, EMBED)
+    assert torch.equal(again(x, x, x)[0], learned(x, x, x)[0])
     half = learned.state_dict()
     del half["alpha.logits"]
     with pytest.raises(RuntimeError, match=r"alpha\.logits"):
@@ -390,7 +443,12 @@ def test_a_fixed_alpha_travels_with_its_state_dict(saved: str) -> None:
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_compute_the_same_and_are_watched_by_nobody(way: Any) -> None:
     module = EntmaxMultiheadAttention(
-        EMBED, HEADS, alpha="learn", length_scale=True, alibi_slopes=nape_slopes(HEADS)
+        EMBED,
+        HEADS,
+        alpha="learn",
+        length_scale=True,
+        qk_norm=True,
+        alibi_slopes=nape_slopes(HEADS),
     )
     AttentionMonitor(lambda values, step: None).watch(module)
     tensors = inputs(module)
@@ -401,7 +459,9 @@ def test_copies_compute_the_same_and_are_watched_by_nobody(way: Any) -> None:
 
 
 def test_meta_device() -> None:
-    module = EntmaxMultiheadAttention(EMBED, HEADS, alpha="learn", length_scale=True, device="meta")
+    module = EntmaxMultiheadAttention(
+        EMBED, HEADS, alpha="learn", length_scale=True, qk_norm=True, device="meta"
+    )
     x = torch.empty(LENGTH_Q, BATCH, EMBED, device="meta")
     out, weights = module(x, x, x, is_causal=True)
     assert (out.shape, out.device.type) == (x.shape, "meta")
@@ -444,7 +504,12 @@ def test_compiles_to_one_graph_for_all_alphas(need_weights: bool) -> None:
 def test_compiles_with_all_that_is_learned() -> None:
     torch._dynamo.reset()
     module = EntmaxMultiheadAttention(
-        EMBED, HEADS, alpha="learn", length_scale=True, alibi_slopes=nape_slopes(HEADS)
+        EMBED,
+        HEADS,
+        alpha="learn",
+        length_scale=True,
+        qk_norm=True,
+        alibi_slopes=nape_slopes(HEADS),
     )
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     tensors = inputs(module)
@@ -475,7 +540,7 @@ def test_exports() -> None:
 
 
 def test_autocast() -> None:
-    module = EntmaxMultiheadAttention(EMBED, HEADS, length_scale=True, alpha="learn")
+    module = EntmaxMultiheadAttention(EMBED, HEADS, length_scale=True, qk_norm=True, alpha="learn")
     tensors = inputs(module)
     exact, _ = module(*tensors, attn_mask=causal_mask(torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
@@ -490,7 +555,9 @@ def test_autocast() -> None:
 
 
 def test_bfloat16() -> None:
-    module = EntmaxMultiheadAttention(EMBED, HEADS, length_scale=True, alpha="learn").bfloat16()
+    module = EntmaxMultiheadAttention(
+        EMBED, HEADS, length_scale=True, qk_norm=True, alpha="learn"
+    ).bfloat16()
     tensors = inputs(module)
     fast, _ = module(*tensors, is_causal=True, need_weights=False)
     slow, weights = module(*tensors, is_causal=True)
@@ -512,6 +579,7 @@ NESTED = torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)
         ({"alpha": None}, "alpha", TypeError),
         ({"scale": math.inf}, "scale", ValueError),
         ({"length_scale": 2}, "length_scale", TypeError),
+        ({"qk_norm": "rms"}, "qk_norm", TypeError),
         ({"backend": "gpu"}, "backend", ValueError),
         ({"dropout": 1.0}, "dropout", ValueError),
         ({"alibi_slopes": torch.zeros(3)}, "alibi_slopes", ValueError),

@@ -204,7 +204,16 @@ BAD_ATTENTION = [
         )
     ),
     ("slopes list", {"alibi_slopes": [1.0]}, TypeError, "alibi_slopes", "torch.Tensor", "list"),
-    ("slopes below 0", {"alibi_slopes": -tensor(4)}, ValueError, "alibi_slopes", "0", "-1.0"),
+    *(
+        (f"slopes {wrong}", {"alibi_slopes": tensor(4) * wrong}, ValueError, "alibi_slopes", got)
+        for wrong, got in ((-1.0, "-1.0"), (NAN, "nan"), (INF, "inf"), (-INF, "-inf"))
+    ),
+    (
+        "a slope of many",
+        {"alibi_slopes": torch.tensor([0.5, NAN, 1.0, 2.0])},
+        ValueError,
+        *("alibi_slopes", "finite and at least 0", "nan"),
+    ),
     ("scale shape", {"scale": tensor(3)}, ValueError, "scale", "(2, 4, 5)", "(1, 3, 1)"),
     ("scale rank", {"scale": tensor(1, 2, 4, 5)}, ValueError, "scale", "(1, 2, 4, 5)"),
     ("scale int", {"scale": tensor(4).int()}, TypeError, "scale", "floating", "int32"),
@@ -497,7 +506,8 @@ BAD_PACKED = [
             (f"{name} long", {name: cu(0, 2, 3, total).long()}, TypeError, name, "int32", "int64"),
             (f"{name} meta", {name: cu(0, 2, 3, total).to("meta")}, ValueError, name, "cpu"),
             (f"{name} rank", {name: cu(0, total)[None]}, ValueError, name, "sequences + 1"),
-            (f"{name} short", {name: cu(0)}, ValueError, name, "sequences + 1"),
+            (f"{name} short", {name: cu()}, ValueError, name, "sequences + 1", "(0,)"),
+            (f"{name} none", {name: cu(0)}, ValueError, name, f"total of {total}", "[0]"),
             (f"{name} begin", {name: cu(1, 2, 3, total)}, ValueError, name, "begin with 0", "1"),
             (f"{name} end", {name: cu(0, 2, 3, 4)}, ValueError, name, f"total of {total}", "4"),
             (f"{name} falls", {name: cu(0, 5, 3, total)}, ValueError, name, "never fall", "5, 3"),
@@ -517,6 +527,119 @@ def test_packed_attention_refuses(
 ) -> None:
     with pytest.raises(error, match=says(*words)):
         adasplash2.entmax_attention_varlen(**{**PACKED, **arguments})
+
+
+def jagged(
+    places: tuple[int, ...], lengths: tuple[int, ...] | None = None, total: int = 0, swap: int = 2
+) -> torch.Tensor:
+    """``(batch, 4, length, 8)``, ragged in dimension ``swap``."""
+    made = torch.nested.nested_tensor_from_jagged(
+        torch.zeros(total or places[-1], 4, 8),
+        torch.tensor(places),
+        None if lengths is None else torch.tensor(lengths),
+    )
+    return made if swap == 1 else made.transpose(1, swap)
+
+
+NESTED = dict.fromkeys(("query", "key", "value"), jagged((0, 5, 12)))
+
+BAD_NESTED = [
+    *(
+        row
+        for name in NESTED
+        for row in (
+            (f"{name} ragged 1", {name: jagged((0, 5, 12), swap=1)}, ValueError, name, "transpose"),
+            (f"{name} ragged 3", {name: jagged((0, 5, 12), swap=3)}, ValueError, name, "third"),
+            (f"{name} dense", {name: tensor(2, 4, 5, 8)}, TypeError, "jagged"),
+        )
+    ),
+    *(
+        row
+        for name in ("query", "key")
+        for row in (
+            (f"{name} end", {name: jagged((0, 5, 12), total=13)}, ValueError, name, "total of 13"),
+            (f"{name} falls", {name: jagged((0, 7, 5, 12))}, ValueError, name),
+            (f"{name} overlaps", {name: jagged((0, 5, 12), (6, 7))}, ValueError, name, "next one"),
+            (f"{name} leaves", {name: jagged((0, 5, 12), (5, 8))}, ValueError, name, "lengths"),
+            (f"{name} negative", {name: jagged((0, 5, 12), (-1, 7))}, ValueError, name, "lengths"),
+        )
+    ),
+    *(
+        (
+            f"{name} batch",
+            {name: jagged((0, 5, 9, 12))},
+            ValueError,
+            name,
+            "batch of query (2)",
+            "3",
+        )
+        for name in ("key", "value")
+    ),
+    (
+        "value lengths",
+        {"value": jagged((0, 6, 12))},
+        ValueError,
+        *("value must have the sequence lengths of key", "[5, 7]", "[6, 6]"),
+    ),
+    (
+        "value holes",
+        {"value": jagged((0, 5, 12), (5, 6))},
+        ValueError,
+        *("value must have the sequence lengths of key", "[5, 7]", "[5, 6]"),
+    ),
+    (
+        "value places",
+        {"key": jagged((0, 5, 12), (3, 4)), "value": jagged((1, 5, 12), (3, 4))},
+        ValueError,
+        *("value must have the offsets of key", "[0, 5]", "[1, 5]", "contiguous()"),
+    ),
+    ("attn_mask", {"attn_mask": ONES}, ValueError, "attn_mask", "nested"),
+]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@cases(BAD_NESTED)
+def test_nested_attention_refuses(
+    arguments: dict[str, Any], error: type[Exception], words: list[str], alpha: float
+) -> None:
+    with pytest.raises(error, match=says(*words)):
+        adasplash2.entmax_attention(**{**NESTED, **arguments}, alpha=alpha)
+
+
+BAD_LEADING = [
+    *(
+        (f"{name} {shape}", {name: tensor(*shape).int()}, ValueError, name, "(2, 3) or (6,)", got)
+        for name in ("q_lengths", "kv_lengths", "kv_starts")
+        for shape, got in (((3, 2), "(3, 2)"), ((2,), "(2,)"), ((2, 1), "(2, 1)"))
+    ),
+    ("mask", {"attn_mask": ONES[None, None, None].expand(3, 2, 1, 5, 6)}, ValueError, "(2, 3)"),
+    ("slopes", {"alibi_slopes": tensor(3, 4)}, ValueError, "(4,) or (6, 4) or (2, 3, 4)", "(3, 4)"),
+    (
+        "scale",
+        {"scale": tensor(3, 2, 1, 1)},
+        ValueError,
+        "scale",
+        "6 or 2, 3, heads",
+        "(3, 2, 1, 1)",
+    ),
+    (
+        "scale of 2",
+        {"scale": tensor(2, 4, 5)},
+        ValueError,
+        "scale",
+        "6 or 2, 3, heads",
+        "(2, 4, 5)",
+    ),
+]
+
+
+@cases(BAD_LEADING)
+def test_operands_of_leading_dimensions_refuse(
+    arguments: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    leading = {name: t[:1, None].expand(2, 3, *t.shape[1:]) for name, t in GOOD.items()}
+    with pytest.raises(error, match=says(*words)):
+        adasplash2.entmax_attention(**{**leading, **arguments})
 
 
 def test_return_aux_is_a_flag() -> None:

@@ -54,7 +54,7 @@ class Case:
         raise NotImplementedError
 
     def short(self) -> Case:
-        """The same case cut to :data:`CHECKED_LENGTH`."""
+        """The same case cut to :data:`CHECKED_LENGTH`, and to one sequence."""
         raise NotImplementedError
 
     def expected(self, tensors: Sequence[Tensor], alpha: float) -> Tensor:

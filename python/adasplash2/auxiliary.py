@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adasplash2 import dense
@@ -19,8 +21,10 @@ CHUNK = 2**24
 @dataclass(frozen=True, eq=False)
 class AttentionAux:
     """Comes with the output where ``return_aux`` asks for it. ``B, H, L`` are batch, query heads
-    and query length. Nothing here has a gradient. What is found later is found from the tensors of
-    the call: do not change these in place before.
+    and query length: all dimensions of the output but the last, more than one or none in the place
+    of ``B`` too; ``(1, heads_q, total_q)`` of packed and nested sequences. Nothing here has a
+    gradient. What is found later is found from the tensors of the call: do not change these in
+    place before.
 
     Attributes:
         tau: ``(B, H, L)``, threshold of ``(alpha-1) * s`` in float32, or float64 for float64;
@@ -35,8 +39,7 @@ class AttentionAux:
     def support(self) -> Tensor:
         """``(B, H, L)`` int32: keys with a probability above zero. Found when it is first asked
         for."""
-        shape = self._problem.batch, self._problem.heads_q, self._problem.length_q
-        return self.probabilities().crow_indices().diff().to(torch.int32).view(shape)
+        return self.probabilities().crow_indices().diff().to(torch.int32).view(self.tau.shape)
 
     def probabilities(self) -> Tensor:
         """The probabilities above zero, without dropout: a sparse CSR tensor
@@ -82,12 +85,17 @@ class AttentionAux:
             alpha = torch.tensor(p.alpha, dtype=torch.float64, device=p.device)
             if inputs.alphas is not None:
                 alpha = inputs.alphas.double()[:, :, None, None]
-            tau = self.tau[:, :, rows, None].double()
-            z = (alpha - 1.0) * dense.scores(p, inputs, torch.float64, rows)
-            found = (z - tau).clamp(min=0.0) ** (1.0 / (alpha - 1.0))
-            found = torch.where(z > tau, found, torch.where(tau.isnan(), tau, 0.0))
-            mass = found.sum(dim=3, keepdim=True)
+            tau = self.tau.reshape(p.batch, p.heads_q, p.length_q)[:, :, rows, None].double()
+            s = dense.scores(p, inputs, torch.float64, rows)
             if inputs.sinks is not None:
-                sink = (alpha - 1.0) * inputs.sinks.double()[:, :, None, None] - tau
-                mass = mass + sink.clamp(min=0.0) ** (1.0 / (alpha - 1.0))
-            return torch.where(found == 0.0, 0.0, found / mass)
+                sinks = inputs.sinks.double()[:, :, None, None]
+                s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=3)
+            top = F.pad(s, (0, 1), value=-math.inf).amax(dim=3, keepdim=True)
+            # By shares of the largest, of differences: alpha near 1 takes a power of a number near
+            # 1 that z - tau has not the digits of.
+            below = (alpha - 1.0) * (s - top) / ((alpha - 1.0) * top - tau)
+            share = torch.exp(torch.log1p(below.clamp(min=-1.0)) / (alpha - 1.0))
+            nowhere = torch.where(tau.isnan(), tau, 0.0)
+            share = torch.where((alpha - 1.0) * s > tau, share, nowhere)
+            found = share[..., : p.length_k]
+            return torch.where(found == 0.0, 0.0, found / share.sum(dim=3, keepdim=True))

@@ -81,15 +81,23 @@ def alpha_option(context: click.Context, parameter: click.Parameter, value: floa
         raise click.BadParameter(str(error)) from None
 
 
-class Finite(click.FloatRange):
-    """Neither NaN nor infinite, for which every comparison of a range is false or idle."""
+class Finite(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """A number that is neither NaN nor infinite. Not click's range: NaN is in every one, and one
+    without limits is shown as ``x<=None``."""
+
+    name = "float"
+
+    def __init__(self, at_least: float = -math.inf) -> None:
+        self.at_least = at_least
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        number = float(super().convert(value, param, ctx))
+        number = float(click.FLOAT.convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"must be a finite number, got {value}", param, ctx)
+        if number < self.at_least:
+            self.fail(f"must be at least {self.at_least:g}, got {value}", param, ctx)
         return number
 
 
@@ -480,7 +488,7 @@ def features(markdown: bool, as_json: bool) -> None:
 @click.option("--shape", "shapes", type=Shape(), multiple=True, help="This query; repeatable.")
 @call_options
 @click.option("--backend", help="Measure this one alone.")
-@click.option("--seconds", type=Finite(1), help="Budget; default: by device.")
+@click.option("--seconds", type=Finite(1.0), help="Budget, at least 1; default: by device.")
 @json_option
 def tune(
     quick: bool,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.functional import entmax, entmax_attention
+from adasplash2.lowering import check_length_values
 from adasplash2.options import check_count, check_flag
 from adasplash2.problem import check_like, check_tensor
 
@@ -254,4 +255,5 @@ def _lengths(varlen: object, q: Tensor) -> Tensor:
     if varlen.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"varlen must have the dtype torch.int32 or int64, got {varlen.dtype}")
     check_like("varlen", varlen, (q.shape[0],), varlen.dtype, q.device)
+    check_length_values("varlen", varlen, q.shape[2])
     return varlen.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)

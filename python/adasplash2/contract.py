@@ -55,7 +55,8 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttentionStats:
-    """What one attention call did. ``B, H, L`` are batch, query heads and query length.
+    """What one attention call did. ``B, H, L`` are batch, query heads and query length, as in
+    :class:`adasplash2.AttentionAux`.
 
     Attributes:
         tau: ``(B, H, L)`` thresholds of ``(alpha-1) * s``, compute dtype.

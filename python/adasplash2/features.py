@@ -45,7 +45,7 @@ class Call(NamedTuple):
                 query, pages, pages, block_table=table, cache_lengths=_LENGTHS
             )
             bound.apply_defaults()
-            (inputs, options, _), _ = lowered_cached(**bound.arguments)
+            (inputs, options, *_), _ = lowered_cached(**bound.arguments)
             return validated(inputs, options, False)
         key = torch.empty((BATCH, HEADS_KV, LENGTH_K, HEAD_DIM), **meta)
         query = torch.empty((BATCH, HEADS_Q, self.length_q, HEAD_DIM), **meta)
@@ -53,7 +53,7 @@ class Call(NamedTuple):
         bound.apply_defaults()
         del bound.arguments["return_aux"]
         bound.arguments["enable_gqa"] = True
-        inputs, options, _ = lowered(**bound.arguments)
+        inputs, options, *_ = lowered(**bound.arguments)
         return validated(inputs, options, needs_grad)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -106,8 +107,13 @@ def entmax_attention(
     Args:
         query: ``(batch, heads_q, length_q, head_dim)``, float32, float64, bfloat16 or float16,
             ``head_dim`` from 1 to 256. As in SDPA there may be more dimensions before the heads, or
-            only three (no batch) or two (one head), and those of size 1 broadcast. Jagged nested
-            tensors are taken too, all three of them.
+            only three (no batch) or two (one head), and those of size 1 broadcast. ``batch`` below
+            stands for all that are before the heads; of ``scale``, ``alibi_slopes`` and lengths it
+            may be one dimension of their product too. Jagged nested tensors are taken, all three
+            of them, with the lengths, which are ragged, in third place. They may have ``lengths()``
+            of their own, as of :func:`torch.nested.narrow`: nobody sees the padding behind, and its
+            gradients are zeros. Key and value have the same offsets, which on a GPU is checked
+            there, as ``cu_seqlens`` of :func:`entmax_attention_varlen` are.
         key: ``(batch, heads_kv, length_k, head_dim)``, dtype and device of ``query``.
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         attn_mask: broadcasts to ``(batch, heads_q, length_q, length_k)`` and is not expanded. bool:
@@ -120,8 +126,9 @@ def entmax_attention(
         is_causal: query ``i`` sees keys ``j <= i'``, also where the lengths differ.
         scale: factor of ``q . k``; ``1 / sqrt(head_dim)`` where None. A number, or a tensor
             ``(heads_q,)`` or one that broadcasts to ``(batch, heads_q, length_q)``, with gradient.
-            NumPy's numbers and tensors without dimensions that require no gradient are read as
-            numbers; reading one waits for its device, and breaks a compiled graph.
+            Values of a tensor are not looked at: NaN and inf make their rows NaN. NumPy's numbers
+            and tensors without dimensions that require no gradient are read as numbers; reading one
+            waits for its device, and breaks a compiled graph.
         enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
             a key and value head.
         alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax:
@@ -132,16 +139,17 @@ def entmax_attention(
             last query is at the last key. With lengths, these are each sequence's own.
         window: ``(left, right)``: only keys with ``i' - left <= j <= i' + right``; -1 leaves a side
             open. Combines with ``is_causal``.
-        alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)``, at least 0: ``slope * |i' - j|`` is
-            taken from the score (Press, Smith, Lewis 2022), with gradient. With entmax a slope
-            above 0 makes keys from some distance on *exactly* zero, and they are not read: scores
-            without the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so that a key
-            further than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest one is outside the
-            support. Values are looked at only where they are on a CPU, outside of traces and
-            transforms.
+        alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)``, finite and at least 0: ``slope`` times
+            ``|i' - j|`` is taken from the score (Press, Smith, Lewis 2022), with gradient. With
+            entmax a slope above 0 makes keys from some distance on *exactly* zero, and they are not
+            read: scores without the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so
+            that a key further than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest one is
+            outside the support. Values are looked at only where they are on a CPU, outside of
+            traces and transforms.
         softcap: scores become ``softcap * tanh(s / softcap)``; 0 for none.
         sinks: ``(heads_q,)``: one more score for each row of a head, not scaled, which takes
-            probability and has no value; with gradient.
+            probability and has no value; with gradient. Values are not looked at: -inf is no sink,
+            NaN and +inf make the rows of their head NaN.
         q_lengths: int32 ``(batch,)``: queries from here on are padding; their rows are zeros, in
             the output and in gradients.
         kv_lengths: int32 ``(batch,)``: keys from here on are padding, which nobody sees.
@@ -152,8 +160,8 @@ def entmax_attention(
             and :func:`available_backends`. For ``alpha = 1``, which is torch's, it is only checked.
 
     Returns:
-        ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``; with
-        ``return_aux`` a pair of it and an :class:`AttentionAux`.
+        ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``, nested as
+        ``query`` is; with ``return_aux`` a pair of it and an :class:`AttentionAux`.
 
     Raises:
         TypeError: an argument has a type or dtype that it must not have.
@@ -202,8 +210,8 @@ def entmax_attention_varlen(
 ) -> Any:
     """:func:`entmax_attention` of sequences that lie one behind another, as flash-attn packs them.
 
-    Each query sees keys of its own sequence only; sequences may be empty. Not padded, so that
-    nothing is computed for padding.
+    Each query sees keys of its own sequence only. Sequences may be empty, and there may be none.
+    Not padded, so that nothing is computed for padding.
 
     Args:
         query: ``(total_q, heads_q, head_dim)``.
@@ -278,16 +286,20 @@ def entmax_attention_with_kvcache(
             strides: flash-attn's ``(batch, capacity, heads_kv, head_dim)`` with ``transpose(1,
             2)``. With a ``block_table`` pages of all sequences, ``(pages there are, page_size,
             heads_kv, head_dim)``, as flash-attn and vLLM keep them.
-        value_cache: likewise, ``head_dim_v`` wide.
-        key: new ``(batch, heads_kv, new, head_dim)``; None where the cache has all.
+        value_cache: likewise, ``head_dim_v`` wide. Where ``key`` is given, no place of a cache may
+            stand for another one too, as in what is expanded.
+        key: new ``(batch, heads_kv, new, head_dim)``; None where the cache has all. May be a view
+            of a cache: it is read before anything is written.
         value: ``(batch, heads_kv, new, head_dim_v)``.
         cache_lengths: int32 ``(batch,)``, or a number for all: how many keys of each sequence are
             in the cache, without those of ``key``. None if it is full. flash-attn's
             ``cache_seqlens``. On a GPU lengths are not looked at, but clamped to what exists;
             writing beyond it ends the program with an assertion of the device.
         block_table: int32 ``(batch, pages)``: key ``j`` of a sequence is number ``j % page_size``
-            of page ``block_table[j // page_size]``. Any page size; sequences may share pages; what
-            stands behind a sequence's last page is not read. For ``alpha = 1`` pages are copied.
+            of page ``block_table[j // page_size]``. Any page size; what stands behind a sequence's
+            last page is not read. Sequences may share pages that are only read; pages into which
+            ``key`` is written are of one sequence alone, which on a GPU is not looked at. For
+            ``alpha = 1`` pages are copied.
         is_causal: query ``i`` of the last ``length_q`` sees no key behind its own.
         scale, alpha, window, alibi_slopes, softcap, sinks, backend: as in :func:`entmax_attention`.
         kv_starts: int32 ``(batch,)``: keys before are padding. flash-attn's ``cache_leftpad``.
@@ -327,7 +339,7 @@ def entmax_attention_with_kvcache(
         query = query.to(key_cache.dtype)
         key = key if key is None else key.to(key_cache.dtype)
         value = value if value is None else value.to(key_cache.dtype)
-    (inputs, options, shaped), append = lowered_cached(
+    (inputs, options, shaped, _), append = lowered_cached(
         query, key_cache, value_cache, key, value, cache_lengths, block_table, is_causal, scale,
         alpha, window, alibi_slopes, softcap, sinks, kv_starts, backend,
     )  # fmt: skip
@@ -342,7 +354,7 @@ def entmax_attention_with_kvcache(
 
 
 def _attend(call: Call, return_aux: bool) -> Any:
-    inputs, options, shaped = call
+    inputs, options, shaped, shaped_beside = call
     if is_autocast_on() or options.alpha == 1.0:  # else checked where it is validated
         inputs = _cast(inputs)
     if options.alpha == 1.0:
@@ -355,7 +367,8 @@ def _attend(call: Call, return_aux: bool) -> Any:
         return shaped(ops.attention(inputs, options))
     out, tau = ops.attention_and_tau(inputs, options)
     kept = inputs.mapped(Tensor.detach)
-    return shaped(out), AttentionAux(tau.detach(), validated(kept, options, False), kept)
+    tau = shaped_beside(tau.detach())
+    return shaped(out), AttentionAux(tau, validated(kept, options, False), kept)
 
 
 def dense_weights(
@@ -374,7 +387,7 @@ def dense_weights(
     """The weights of the values in :func:`entmax_attention`, ``(batch, heads, length_q, length_k)``
     in the dtype of the queries: dense, with gradients, as dropout leaves them. For modules that
     return them."""
-    inputs, options, _ = lowered(
+    inputs, options, *_ = lowered(
         query, key, value, attn_mask, dropout_p, is_causal, scale, False, alpha, "top-left", None,
         alibi_slopes, NOTHING, None, None, None, None, backend,
     )  # fmt: skip
@@ -385,7 +398,7 @@ def dense_weights(
 
 def _takes_what(
     like: Callable[P, Any],
-) -> Callable[[Callable[[Inputs, Options], R]], Callable[P, R]]:
+) -> Callable[[Callable[[Call], R]], Callable[P, R]]:
     """Give a function that answers about a call the arguments of ``like``: the list of options
     stands once. A trace or a transform has no numbers to answer about: where ``torch.compile`` may
     break its graph it does so here, and calls the function as it is."""
@@ -394,7 +407,7 @@ def _takes_what(
         parameters=[p for name, p in signature.parameters.items() if name != "return_aux"]
     )
 
-    def decorate(body: Callable[[Inputs, Options], R]) -> Callable[P, R]:
+    def decorate(body: Callable[[Call], R]) -> Callable[P, R]:
         @functools.wraps(body)
         def function(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling() or is_transformed():
@@ -403,8 +416,8 @@ def _takes_what(
                 )
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            inputs, options, _ = lowered(**bound.arguments)
-            return body(_cast(inputs), options)
+            call = lowered(**bound.arguments)
+            return body(call._replace(inputs=_cast(call.inputs)))
 
         returns = inspect.signature(body).return_annotation
         function.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
@@ -414,7 +427,7 @@ def _takes_what(
 
 
 @_takes_what(entmax_attention)
-def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
+def attention_stats(call: Call) -> AttentionStats:
     """How sparse one attention call is, and what it took to find its thresholds.
 
     Arguments as for :func:`entmax_attention`; no gradient, and not for ``torch.compile``.
@@ -434,12 +447,20 @@ def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
         >>> stats.support.shape, stats.empty_tiles.shape  # keys a row keeps; share of empty tiles
         (torch.Size([2, 4, 128]), torch.Size([2, 4]))
     """
-    check_alpha_above_one(options.alpha)
-    return ops.attention_stats(inputs, options)
+    check_alpha_above_one(call.options.alpha)
+    found = ops.attention_stats(call.inputs, call.options)
+    shaped = call.shaped_beside
+    return replace(
+        found,
+        tau=shaped(found.tau),
+        support=shaped(found.support),
+        iterations=shaped(found.iterations),
+        empty_tiles=shaped(found.empty_tiles),
+    )
 
 
 @_takes_what(entmax_attention)
-def explain(inputs: Inputs, options: Options) -> dispatch.Explanation:
+def explain(call: Call) -> dispatch.Explanation:
     """Which backend would run this call of :func:`entmax_attention`, and why not the others.
 
     Computes nothing; not for ``torch.compile``. ``print`` shows the answer as a table.
@@ -456,7 +477,8 @@ def explain(inputs: Inputs, options: Options) -> dispatch.Explanation:
         chosen      cpu
         ...
     """
-    return dispatch.explain(_problem(inputs, options), options.backend or None, inputs)
+    problem = _problem(call.inputs, call.options)
+    return dispatch.explain(problem, call.options.backend or None, call.inputs)
 
 
 def entmax(

@@ -7,25 +7,39 @@ autograd, ``vmap`` and compilers see through it; operands stay as small as they 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adasplash2.options import Options, check_count, check_options, shown
 from adasplash2.problem import TENSORS, Inputs, check_like, check_tensor, compute_dtype
-from adasplash2.torch_fastpath import assert_on_device, is_in_a_transform, is_without_data
+from adasplash2.torch_fastpath import (
+    assert_on_device,
+    is_in_a_transform,
+    is_memory_known,
+    is_without_data,
+    ragged_dim,
+    share_memory,
+)
 
 
 class Call(NamedTuple):
-    """One call, lowered. ``shaped`` makes ``(batch, heads_q, length_q, ...)`` what the caller
-    expects, and leaves alone what needs no change."""
+    """One call, lowered. ``shaped`` makes the output, ``(batch, heads_q, length_q, head_dim_v)``,
+    what the caller expects, and leaves alone what needs no change; ``shaped_beside`` does so with
+    what is found beside it, ``(batch, heads_q, ...)``."""
 
     inputs: Inputs
     options: Options
     shaped: Callable[[Tensor], Tensor]
+    shaped_beside: Callable[[Tensor], Tensor]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def lowered(
@@ -55,17 +69,17 @@ def lowered(
             the other tensors' sizes, which :func:`adasplash2.problem.validated` compares.
     """
     if getattr(query, "is_nested", False):
-        packed = _from_nested(query, key, value, (attn_mask, q_lengths, kv_lengths, kv_starts))
-        call = lowered_packed(
-            *packed, None, None, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
+        others = attn_mask, q_lengths, kv_lengths, kv_starts
+        packed, sequences, as_query = _from_nested(query, key, value, others)
+        call = _lowered_sequences(
+            *packed, sequences, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
             window, alibi_slopes, softcap, sinks, backend,
         )  # fmt: skip
-        offsets = cast(Any, query.transpose(1, 2)).offsets()
-        return call._replace(shaped=lambda result: _to_nested(call.shaped(result), offsets))
+        return call._replace(shaped=lambda result: as_query(call.shaped(result)))
     options, alphas, scales = check_options(
         alpha, scale, is_causal, enable_gqa, backend, causal_align, window, softcap, dropout_p
     )
-    tensors, lead = (query, key, value), [1]
+    tensors, lead = (query, key, value), None
     shaped: Callable[[Tensor], Tensor] = _as_it_is
     if not _is_common(query, key, value):
         for name, tensor in zip(TENSORS, tensors, strict=True):
@@ -75,23 +89,25 @@ def lowered(
     inputs = Inputs(*tensors)
     operands = attn_mask, alphas, scales, alibi_slopes, sinks, q_lengths, kv_lengths, kv_starts
     if not options.dropout_p and _are_none(operands):
-        return Call(inputs, options, shaped)
+        return Call(inputs, options, shaped, shaped)
+    if lead is None:
+        lead = [inputs.query.shape[0]]
     if _is_causal_bias(attn_mask):
         options = _with_causal_bias(options, attn_mask, inputs)
         attn_mask = None
     if attn_mask is not None:
         inputs = inputs._replace(attn_mask=_four_dimensional_mask(attn_mask, lead))
-    inputs = _with_numbers(inputs, alphas, scales, alibi_slopes, sinks)
+    inputs = _with_numbers(inputs, lead, alphas, scales, alibi_slopes, sinks)
     if not (q_lengths is None and kv_lengths is None and kv_starts is None):
         length_q, length_k = inputs.query.shape[2], inputs.key.shape[2]
-        _check_lengths("q_lengths", q_lengths, inputs.query, length_q)
-        _check_lengths("kv_lengths", kv_lengths, inputs.query, length_k)
-        _check_lengths("kv_starts", kv_starts, inputs.query, length_k)
+        q_lengths = _of_sequences("q_lengths", q_lengths, inputs.query, lead, length_q)
+        kv_lengths = _of_sequences("kv_lengths", kv_lengths, inputs.query, lead, length_k)
+        kv_starts = _of_sequences("kv_starts", kv_starts, inputs.query, lead, length_k)
         options, ranges = _ranges(options, inputs.query, length_k, q_lengths, kv_lengths, kv_starts)
         inputs = inputs._replace(ranges=ranges)
     if options.dropout_p:
         inputs = inputs._replace(dropout_seed=new_seed(inputs.query.device))
-    return Call(inputs, options, shaped)
+    return Call(inputs, options, shaped, shaped)
 
 
 def _are_none(operands: tuple[object, ...]) -> bool:
@@ -107,10 +123,6 @@ def new_seed(device: torch.device) -> Tensor:
 
 
 # Shapes of query, key and value
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _is_common(query: Any, key: Any, value: Any) -> bool:
@@ -132,7 +144,8 @@ def _four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[int], bool, Callable[[Tensor], Tensor]]:
     """SDPA's ``(..., heads, length, head_dim)`` with dimensions that broadcast; the leading ones,
-    which become the batch; whether heads of keys are shared by that; and the way back."""
+    which become the batch (none where there are no heads or only these); whether heads of keys are
+    shared by that; and the way back."""
     tensors = [query, key, value]
     dims = max(t.dim() for t in tensors)
     for name, t in zip(TENSORS, tensors, strict=True):
@@ -171,7 +184,7 @@ def _four_dimensional(
             result = result.squeeze(0)
         return result
 
-    return (query, key, value), sizes, shared, shaped
+    return (query, key, value), sizes if dims > 3 else [], shared, shaped
 
 
 def _broadcast(sizes: Any) -> int | None:
@@ -193,6 +206,7 @@ def _check_numbers(name: str, tensor: object) -> Tensor:
 
 def _with_numbers(
     inputs: Inputs,
+    lead: list[int],
     alphas: Tensor | None,
     scales: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -203,46 +217,75 @@ def _with_numbers(
     batch, heads = inputs.query.shape[:2]
 
     def of_heads(name: str, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads))
+        return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads), lead)
 
     return inputs._replace(
         alibi_slopes=of_heads("alibi_slopes", alibi_slopes),
         sinks=of_heads("sinks", sinks),
-        scales=None if scales is None else _of_rows(scales, compute),
+        scales=None if scales is None else _of_rows(scales, compute, batch, lead),
         alphas=of_heads("alphas", alphas),
     )
 
 
-def _of_heads(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, int]) -> Tensor:
-    """``(heads,)``, and of slopes ``(batch, heads)``, as ``(batch or 1, heads)``."""
+def _of_heads(
+    name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, int], lead: list[int]
+) -> Tensor:
+    """``(heads,)``, and of slopes ``(batch, heads)``, also with the dimensions ``lead`` that became
+    the batch, as ``(batch or 1, heads)``."""
     public = "alpha" if name == "alphas" else name
     tensor = _check_numbers(public, tensor)
     batch, heads = sizes
-    allowed = [(heads,), (batch, heads)] if name == "alibi_slopes" else [(heads,)]
+    allowed: list[tuple[int, ...]] = [(heads,)]
+    if name == "alibi_slopes":
+        allowed += [(batch, heads)] if len(lead) < 2 else [(batch, heads), (*lead, heads)]
     fits = tensor.dim() == 0 if name == "alphas" else False
     for shape in allowed:
         if tensor.dim() == len(shape):
             fits = fits or all(n == m for n, m in zip(tensor.shape, shape, strict=True))
     if not fits:
-        shapes = f"{allowed[0]} or {allowed[1]}" if len(allowed) > 1 else f"{allowed[0]}"
+        shapes = " or ".join(map(str, allowed))
         raise ValueError(f"{public} must have the shape {shapes}, got {tuple(tensor.shape)}")
-    if name == "alibi_slopes" and is_known(tensor) and bool((tensor < 0).any()):
-        raise ValueError(f"alibi_slopes must be at least 0, got {shown(tensor.min().item())}")
-    tensor = tensor if tensor.dim() == 2 else tensor.reshape(1, -1)
+    if name == "alibi_slopes" and is_known(tensor) and tensor.numel():
+        low, high = (number.item() for number in tensor.detach().aminmax())
+        if not 0.0 <= low <= high < math.inf:  # also refuses NaN, which is both
+            wrong = high if low >= 0.0 else low
+            raise ValueError(f"alibi_slopes must be finite and at least 0, got {shown(wrong)}")
+    tensor = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)
     return tensor.to(dtype)
 
 
-def _of_rows(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(heads,)``, or what broadcasts to ``(batch, heads, length_q)``, in three dimensions."""
+def _of_rows(scale: Tensor, dtype: torch.dtype, batch: int, lead: list[int]) -> Tensor:
+    """``(heads,)``, or what broadcasts to ``(batch, heads, length_q)``, also with the dimensions
+    ``lead`` that became the batch, in three dimensions."""
     scale = _check_numbers("scale", scale).to(dtype)
     if scale.dim() == 1:
         return scale[None, :, None]
-    if scale.dim() > 3:
+    if scale.dim() == 3 and scale.shape[0] == batch:
+        return scale
+    merged = _merged(scale, lead, 2)
+    if merged is None:
+        sizes = "batch" if len(lead) < 2 else f"{batch} or {', '.join(map(str, lead))}"
         raise ValueError(
-            "scale must be a number, (heads,) or broadcast to (batch, heads, length_q), got the "
+            f"scale must be a number, (heads,) or broadcast to ({sizes}, heads, length_q), got the "
             f"shape {tuple(scale.shape)}"
         )
-    return scale[(None,) * (3 - scale.dim())]
+    return merged
+
+
+def _merged(tensor: Tensor, lead: list[int], behind: int) -> Tensor | None:
+    """What broadcasts to the dimensions ``lead`` and ``behind`` more, with one dimension in the
+    place of those of ``lead``; None where it does not."""
+    dims = max(len(lead), 1)
+    tensor = tensor[(None,) * (dims + behind - tensor.dim())]
+    if tensor.dim() != dims + behind:
+        return None
+    if dims > 1:
+        first = tensor.shape[:dims]
+        if not all(n in (1, m) for n, m in zip(first, lead, strict=True)):
+            return None
+        if any(n != 1 for n in first):  # copies where only some of them broadcast
+            tensor = tensor.expand(*lead, *tensor.shape[dims:])
+    return tensor.flatten(0, dims - 1)
 
 
 def alphas_of_rows(alpha: Tensor, x: Tensor, dim: int) -> Tensor:
@@ -270,21 +313,13 @@ def _four_dimensional_mask(attn_mask: object, lead: list[int]) -> Tensor:
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.layout != torch.strided:
         raise TypeError(f"attn_mask must be a strided tensor, got layout {attn_mask.layout}")
-    dims, shape = max(len(lead), 1), tuple(attn_mask.shape)
-    attn_mask = attn_mask[(None,) * (dims + 3 - attn_mask.dim())]
-    fits = attn_mask.dim() == dims + 3
-    if fits and dims > 1:
-        first = attn_mask.shape[:dims]
-        fits = all(n in (1, m) for n, m in zip(first, lead, strict=True))
-        if fits and any(n != 1 for n in first):  # copies where only some of them broadcast
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[dims:])
-        attn_mask = attn_mask.flatten(0, dims - 1) if fits else attn_mask
-    if not fits:
+    merged = _merged(attn_mask, lead, 3)
+    if merged is None:
         raise ValueError(
             f"attn_mask must broadcast to (batch, heads, length_q, length_k), with {tuple(lead)} "
-            f"as batch, got the shape {shape}"
+            f"as batch, got the shape {tuple(attn_mask.shape)}"
         )
-    return attn_mask
+    return merged
 
 
 def _is_causal_bias(attn_mask: object) -> bool:
@@ -388,17 +423,52 @@ def lowered_packed(
             f"cu_seqlens_k must have the shape of cu_seqlens_q {tuple(cu_seqlens_q.shape)}, got "
             f"{tuple(cu_seqlens_k.shape)}"
         )
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k[:-1], cu_seqlens_k[1:])
+    return _lowered_sequences(
+        query, key, value, sequences, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
+        window, alibi_slopes, softcap, sinks, backend,
+    )  # fmt: skip
+
+
+class Sequences(NamedTuple):
+    """Of packed queries and keys, int32: where queries of one end and those of the next begin, as
+    ``cu_seqlens``, and where each one's keys begin and end."""
+
+    cu_seqlens_q: Tensor
+    key_begins: Tensor
+    key_ends: Tensor
+
+
+def _lowered_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | Tensor | None,
+    enable_gqa: bool,
+    alpha: float | Tensor,
+    causal_align: str,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    backend: str | None,
+) -> Call:
+    """Packed ``(total, heads, head_dim)`` as one batch entry."""
+    total_q = query.shape[0]
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     call = lowered(
         query, key, value, None, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
         window, alibi_slopes, softcap, sinks, None, None, None, backend,
     )  # fmt: skip
-    options, ranges = packed_ranges(call.options, cu_seqlens_q, cu_seqlens_k, total_q)
+    options, ranges = _packed_ranges(call.options, sequences, total_q)
 
     def shaped(result: Tensor) -> Tensor:
         return result.squeeze(0).transpose(0, 1).contiguous()
 
-    return Call(call.inputs._replace(ranges=ranges), options, shaped)
+    return Call(call.inputs._replace(ranges=ranges), options, shaped, _as_it_is)
 
 
 class Cache(NamedTuple):
@@ -474,9 +544,13 @@ def lowered_cached(
     new = _check_new(cache, query, key, value)
     if new and cache_lengths is None:
         raise ValueError("cache_lengths must be given with key: it is written behind them")
+    if key is not None and value is not None:
+        _check_written(cache, key, value)
+        query, key, value = (_apart(t, cache) for t in (query, key, value))
     lengths = _cache_lengths(cache, query, cache_lengths, new)
     _check_lengths("kv_starts", kv_starts, query, cache.capacity())
-    inputs = _with_numbers(cache.inputs(query), alphas, scales, alibi_slopes, sinks)
+    lead = [query.shape[0]]
+    inputs = _with_numbers(cache.inputs(query), lead, alphas, scales, alibi_slopes, sinks)
     if lengths is not None or kv_starts is not None:
         total = None if lengths is None else lengths + new
         options, ranges = _ranges(options, query, cache.capacity(), None, total, kv_starts)
@@ -486,7 +560,7 @@ def lowered_cached(
         if key is not None and value is not None and lengths is not None:
             cache.append(key, value, lengths)
 
-    return Call(inputs, options, _as_it_is), append
+    return Call(inputs, options, _as_it_is, _as_it_is), append
 
 
 def _check_cache(
@@ -558,48 +632,155 @@ def _check_new(cache: Cache, query: Tensor, key: Tensor | None, value: Tensor | 
     return new
 
 
+def _check_written(cache: Cache, key: Tensor, value: Tensor) -> None:
+    """Whether what is written stays as it is: no place of a cache is another one too."""
+    for name, tensor in (("key_cache", cache.key), ("value_cache", cache.value)):
+        if _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name} must have memory of its own for each place where key is written into it, "
+                f"got the strides {tuple(tensor.stride())} for the shape {tuple(tensor.shape)}; "
+                "clone() of what was expanded makes it so"
+            )
+    if is_memory_known() and _begin_alike(cache.key, cache.value) and not _begin_alike(key, value):
+        raise ValueError(
+            "value_cache must not be in the memory of key_cache where key and value, which are "
+            "written into both, are not in the same memory too"
+        )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether strides may lead to one place twice: no where each is beyond what those below it
+    reach together."""
+    if tensor.is_contiguous():
+        return False
+    dims = [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    for i, (_, stride) in enumerate(dims):
+        below = [(n - 1) * s for j, (n, s) in enumerate(dims) if j != i and s <= stride]
+        if stride <= sum(below):
+            return True
+    return False
+
+
+def _begin_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether both begin at the same place in memory, with the same strides."""
+    return (
+        share_memory(one, other)
+        and one.storage_offset() == other.storage_offset()
+        and one.stride() == other.stride()
+    )
+
+
+def _apart(tensor: Tensor, cache: Cache) -> Tensor:
+    """``tensor``, or a copy where it may lie in the cache, which is written to before all of it has
+    been read."""
+    if is_memory_known() and not (
+        share_memory(tensor, cache.key) or share_memory(tensor, cache.value)
+    ):
+        return tensor
+    return tensor.clone()
+
+
 def _cache_lengths(
     cache: Cache, query: Tensor, cache_lengths: Tensor | int | None, new: int
 ) -> Tensor | None:
     """int32 ``(batch,)``, or None where the cache is full."""
     room = cache.capacity() - new
+    if room < 0:
+        raise ValueError(
+            f"key must have at most {cache.capacity()} keys, what the cache holds, got {new}"
+        )
     if cache_lengths is None:
         lengths = query.new_full(query.shape[:1], cache.capacity(), dtype=torch.int32)
     elif isinstance(cache_lengths, Tensor):
         lengths = cache_lengths
     else:
-        check_count("cache_lengths", cache_lengths)
-        lengths = query.new_full(query.shape[:1], cache_lengths, dtype=torch.int32)
-    if new > cache.capacity():
-        raise ValueError(
-            f"key must have at most {cache.capacity()} keys, what the cache holds, got {new}"
-        )
+        number = check_count("cache_lengths", cache_lengths)
+        if number > room:
+            raise ValueError(f"cache_lengths must be from 0 to {room}, got {shown(cache_lengths)}")
+        lengths = query.new_full(query.shape[:1], number, dtype=torch.int32)
     _check_lengths("cache_lengths", lengths, query, room)
-    _check_pages(cache, lengths + new)
+    _check_pages(cache, lengths + new, new)
     return None if cache_lengths is None else lengths
 
 
-def _check_pages(cache: Cache, lengths: Tensor) -> None:
-    """Whether there are all pages that sequences of these lengths are in, as far as that is known.
-    What stands behind is not looked at."""
+def _check_pages(cache: Cache, lengths: Tensor, new: int) -> None:
+    """Whether there are all pages that sequences of these lengths are in, and those of the last
+    ``new`` keys, which are written, hold no other keys; as far as that is known. What stands behind
+    is not looked at."""
     table = cache.block_table
     if table is None or not is_known(table, lengths):
         return
     size, count = cache.key.shape[1], cache.key.shape[0]
-    used = torch.arange(table.shape[1]) * size < lengths[:, None]
-    wrong = table[used & ((table < 0) | (table >= count))]
-    if wrong.numel():
+    first = torch.arange(table.shape[1]) * size  # keys of pages
+    used = first < lengths[:, None]
+    pages = table[used]
+    if not pages.numel():
+        return
+    low, high = (int(number) for number in pages.aminmax())
+    if low < 0 or high >= count:
         raise ValueError(
             f"block_table must name pages from 0 to {count - 1} for all keys there are, got "
-            f"{int(wrong[0])}"
+            f"{low if low < 0 else high}"
         )
+    if new and int((times := torch.bincount(pages)).max()) > 1:
+        written = table[used & (first + size > lengths[:, None] - new)]
+        clash = written[times[written] > 1]
+        if clash.numel():
+            raise ValueError(
+                "block_table must name pages of its own for each sequence where key is written: "
+                f"those that others hold too are only read, got page {int(clash[0])} more than once"
+            )
+
+
+class _Jagged(NamedTuple):
+    """A jagged ``(batch, heads, length, head_dim)``: sequence ``i`` begins at ``offsets[i]``, and
+    ends at ``offsets[i + 1]`` or, where there are ``lengths``, when it is so long. What is behind
+    it then is a hole: padding that nobody sees."""
+
+    name: str
+    values: Tensor
+    offsets: Tensor
+    lengths: Tensor | None
+
+    def begins(self) -> Tensor:
+        return self.offsets[:-1].to(torch.int32)
+
+    def ends(self) -> Tensor:
+        if self.lengths is None:
+            return self.offsets[1:].to(torch.int32)
+        return self.begins() + self.lengths.to(torch.int32)
+
+    def cu_seqlens(self) -> Tensor:
+        """Of its sequences and, where there are ``lengths``, of the holes before, between and
+        behind them, which may be empty: a hole first and last, and sequences in between.
+
+        Raises:
+            ValueError: they do not lie one behind another.
+        """
+        total = self.values.shape[0]
+        if self.lengths is None:
+            bounds = self.offsets.to(torch.int32)
+            wrong = "must have offsets that begin with 0, never fall and end at its total of"
+            _check_bounds(bounds, total, f"{self.name} {wrong} {total}")
+            return bounds
+        bounds = _with_holes(self.begins(), self.ends())
+        bounds = torch.cat([bounds, bounds.new_full((1,), total)])
+        wrong = "must have lengths that end each sequence before the next one begins"
+        _check_bounds(bounds, total, f"{self.name} {wrong}")
+        return bounds
+
+
+def _with_holes(sequences: Tensor, holes: Tensor) -> Tensor:
+    """What is known of each sequence, and of the hole behind it; before all there is one at 0."""
+    return torch.cat([holes.new_zeros(1), torch.stack([sequences, holes], dim=1).flatten()])
 
 
 def _from_nested(
     query: Any, key: Any, value: Any, others: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Query, key, value, ``cu_seqlens_q`` and ``cu_seqlens_k`` as ``entmax_attention_varlen`` takes
-    them, from jagged ``(batch, heads, length, head_dim)``.
+) -> tuple[tuple[Tensor, Tensor, Tensor], Sequences, Callable[[Tensor], Tensor]]:
+    """Packed query, key and value of jagged ``(batch, heads, length, head_dim)``, their sequences,
+    and what gives a packed result the structure of the query. Holes of queries are sequences
+    without a key, those of keys are in no sequence: both have zeros as gradients.
 
     Raises:
         TypeError, ValueError: not all are jagged and have four dimensions, or ``others`` are given.
@@ -609,34 +790,74 @@ def _from_nested(
             "attn_mask, q_lengths, kv_lengths and kv_starts must be None for nested tensors, whose "
             "lengths are their own"
         )
-    packed, offsets = [], []
-    for name, tensor in zip(TENSORS, (query, key, value), strict=True):
-        if not getattr(tensor, "is_nested", False) or tensor.layout != torch.jagged:
-            raise TypeError(
-                f"{name} must be a nested tensor of layout torch.jagged, as all or none"
+    q, k, v = (_jagged(*named) for named in zip(TENSORS, (query, key, value), strict=True))
+    for one in (k, v):
+        if len(one.offsets) != len(q.offsets):
+            raise ValueError(
+                f"{one.name} must have the batch of query ({len(q.offsets) - 1}), got "
+                f"{len(one.offsets) - 1}"
             )
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, got {tensor.dim()}")
-        by_length = tensor.transpose(1, 2)
-        packed.append(by_length.values())
-        offsets.append(by_length.offsets())
-    cu_seqlens = [offset.to(torch.int32) for offset in offsets]
-    return packed[0], packed[1], packed[2], cu_seqlens[0], cu_seqlens[1]
+    cu_seqlens_q = q.cu_seqlens()
+    k.cu_seqlens()  # which checks them
+    _check_same_places(k, v)
+    begins, ends = k.begins(), k.ends()
+    if q.lengths is not None:
+        begins, ends = _with_holes(begins, ends), _with_holes(ends, ends)
+
+    def as_query(result: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor_from_jagged(result, q.offsets, q.lengths)
+        return nested.transpose(1, 2)
+
+    return (q.values, k.values, v.values), Sequences(cu_seqlens_q, begins, ends), as_query
 
 
-def _to_nested(result: Tensor, offsets: Any) -> Tensor:
-    """``(total, heads, head_dim)`` as a jagged ``(batch, heads, length, head_dim)``."""
-    return torch.nested.nested_tensor_from_jagged(result, offsets).transpose(1, 2)
+def _jagged(name: str, tensor: Any) -> _Jagged:
+    if not getattr(tensor, "is_nested", False) or tensor.layout != torch.jagged:
+        raise TypeError(f"{name} must be a nested tensor of layout torch.jagged, as all or none")
+    wanted = "must have 4 dimensions (batch, heads, length, head_dim)"
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} {wanted}, got {tensor.dim()}")
+    if (ragged := ragged_dim(tensor)) != 2:
+        raise ValueError(
+            f"{name} {wanted} of which length, the third, is ragged; got dimension {ragged + 1} "
+            "ragged: transpose(1, 2) takes it from the second place to the third"
+        )
+    by_length = tensor.transpose(1, 2)
+    return _Jagged(name, by_length.values(), by_length.offsets(), by_length.lengths())
 
 
-def packed_ranges(
-    options: Options, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int
-) -> tuple[Options, Tensor]:
-    """``ranges`` of sequences that lie one behind another: those of ``cu_seqlens``."""
+def _check_same_places(key: _Jagged, value: _Jagged) -> None:
+    """Whether each sequence has its values where its keys are. Nothing waits for a device: there
+    it is asserted."""
+    if key.offsets is value.offsets and key.lengths is value.lengths:
+        return
+    wrong = "value must have the sequence lengths of key"
+    begins, ends = (key.begins(), value.begins()), (key.ends(), value.ends())
+    if not is_known(*begins, *ends):
+        tokens, got = key.values.shape[0], value.values.shape[0]
+        if got != tokens:  # an error that can be caught, where one is seen without waiting
+            raise ValueError(f"{wrong}, {tokens} tokens together, got {got}")
+        same = (begins[0] == begins[1]) & (ends[0] == ends[1])
+        assert_on_device(same.all(), f"{wrong}, and its offsets")
+        return
+    lengths = [(end - begin).tolist() for begin, end in zip(begins, ends, strict=True)]
+    if lengths[0] != lengths[1]:
+        raise ValueError(f"{wrong} {shown(lengths[0])}, got {shown(lengths[1])}")
+    if not torch.equal(*begins):
+        raise ValueError(
+            f"value must have the offsets of key {shown(begins[0].tolist())}, got "
+            f"{shown(begins[1].tolist())}: before transpose(1, 2), contiguous() of both makes them "
+            "the same"
+        )
+
+
+def _packed_ranges(options: Options, sequences: Sequences, total_q: int) -> tuple[Options, Tensor]:
+    """``ranges`` of sequences that lie one behind another."""
+    cu_seqlens_q, key_begins, key_ends = sequences
     queries = torch.arange(total_q, dtype=torch.int32, device=cu_seqlens_q.device)
     number = torch.searchsorted(cu_seqlens_q[1:].contiguous(), queries, right=True)
     number = number.clamp(max=cu_seqlens_q.shape[0] - 2)
-    start, end = cu_seqlens_k[number], cu_seqlens_k[number + 1]
+    start, end = key_begins[number], key_ends[number]
     first, last = cu_seqlens_q[number], cu_seqlens_q[number + 1]
     at = queries - first + start
     if options.causal_align == "bottom-right":
@@ -672,6 +893,33 @@ def _lowered_ranges(
     return options, ranges
 
 
+def _of_sequences(
+    name: str, lengths: Tensor | None, query: Tensor, lead: list[int], limit: int
+) -> Tensor | None:
+    """``(batch,)``, also from the dimensions ``lead`` that became the batch."""
+    if isinstance(lengths, Tensor) and len(lead) != 1:
+        if lengths.shape not in (query.shape[:1], tuple(lead)):
+            raise ValueError(
+                f"{name} must have the shape {tuple(lead)} or {tuple(query.shape[:1])}, got "
+                f"{tuple(lengths.shape)}"
+            )
+        lengths = lengths.reshape(-1)
+    _check_lengths(name, lengths, query, limit)
+    return lengths
+
+
+def check_length_values(name: str, lengths: Tensor, limit: int) -> None:
+    """Whether they are from 0 to ``limit``, as far as that is known.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if is_known(lengths) and lengths.numel():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > limit:
+            raise ValueError(f"{name} must be from 0 to {limit}, got {low if low < 0 else high}")
+
+
 def _check_lengths(name: str, lengths: object, query: Tensor, limit: int) -> None:
     """Of each sequence of ``query``; None where they are not given."""
     if lengths is None:
@@ -679,10 +927,7 @@ def _check_lengths(name: str, lengths: object, query: Tensor, limit: int) -> Non
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(lengths).__name__}")
     check_like(name, lengths, query.shape[:1], torch.int32, query.device)
-    if is_known(lengths) and lengths.numel():
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > limit:
-            raise ValueError(f"{name} must be from 0 to {limit}, got {low if low < 0 else high}")
+    check_length_values(name, lengths, limit)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: object, total: int, device: torch.device) -> Tensor:
@@ -694,17 +939,22 @@ def check_cu_seqlens(name: str, cu_seqlens: object, total: int, device: torch.de
     """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"{name} must have the shape (sequences + 1,), got {tuple(cu_seqlens.shape)}"
         )
     check_like(name, cu_seqlens, (cu_seqlens.shape[0],), torch.int32, device)
     wrong = f"{name} must begin with 0, never fall and end at the total of {total}"
-    if is_known(cu_seqlens):
-        values = cu_seqlens.tolist()
+    _check_bounds(cu_seqlens, total, wrong)
+    return cu_seqlens
+
+
+def _check_bounds(bounds: Tensor, total: int, wrong: str) -> None:
+    """Whether they go from 0 to ``total`` and never fall; ``wrong`` says that they must."""
+    if is_known(bounds):
+        values = bounds.tolist()
         if values[0] != 0 or values[-1] != total or values != sorted(values):
             raise ValueError(f"{wrong}, got {shown(values)}")
     else:
-        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
-        assert_on_device(right & (cu_seqlens[1:] >= cu_seqlens[:-1]).all(), wrong)
-    return cu_seqlens
+        right = (bounds[0] == 0) & (bounds[-1] == total)
+        assert_on_device(right & (bounds[1:] >= bounds[:-1]).all(), wrong)

@@ -72,7 +72,7 @@ def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
     named = zip(Inputs._fields, inputs, strict=True)
     inputs = Inputs._make(t if t is None else _in_memory(name, t) for name, t in named)
     if problem.is_empty:
-        tau = _nothing_forward(problem, inputs.query, 0).tau
+        tau = _nothing_forward(problem, inputs, 0).tau
         counts = torch.zeros_like(tau, dtype=torch.int32)
         empty_tiles = tau.new_zeros(tau.shape[:2], dtype=torch.float64)
         return AttentionStats(tau, counts, counts.clone(), empty_tiles, backend="none")
@@ -205,7 +205,7 @@ def _run(
     if prepare is not None:
         prepare()
     if choice is None:
-        return _nothing_forward(problem, inputs.query, saved_bytes), None
+        return _nothing_forward(problem, inputs, saved_bytes), None
     return choice.backend.forward(problem, inputs, choice.config, saved_bytes), (problem, choice)
 
 
@@ -563,12 +563,19 @@ def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> 
     return _problem(inputs, options, inputs.block_table is None)  # pages have no gradient
 
 
-def _nothing_forward(problem: Problem, query: Tensor, saved_bytes: int) -> Forward:
-    """No query may see any key: zeros, and thresholds above every score."""
+def _nothing_forward(problem: Problem, inputs: Inputs, saved_bytes: int) -> Forward:
+    """No query may see any key: zeros, and thresholds above every score, or where a sink has all
+    of the probability."""
     rows = (problem.batch, problem.heads_q, problem.length_q)
+    query, sinks = inputs.query, inputs.sinks
+    tau = query.new_full(rows, math.inf, dtype=problem.compute_dtype)
+    if sinks is not None:
+        alphas = problem.alpha if inputs.alphas is None else inputs.alphas
+        with_sinks = ((alphas - 1.0) * sinks.detach() - 1.0).unsqueeze(-1)
+        tau = torch.where(sinks.unsqueeze(-1) == -math.inf, tau, with_sinks)
     return Forward(
         out=query.new_zeros((*rows, problem.head_dim_v)),
-        tau=query.new_full(rows, math.inf, dtype=problem.compute_dtype),
+        tau=tau,
         saved=query.new_empty(max(saved_bytes, 0), dtype=torch.uint8),
     )
 

@@ -120,9 +120,26 @@ def is_without_data(*tensors: Tensor) -> bool:
     return any(isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
+def is_memory_known() -> bool:
+    """Whether tensors can be asked for their memory (:func:`share_memory`): not in traces and
+    transforms, nor where torch cannot say."""
+    return _is_alias_of is not None and not (torch.compiler.is_compiling() or is_transformed())
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are of one piece of memory, where :func:`is_memory_known`."""
+    return bool(_is_alias_of(one, other))
+
+
 def is_in_a_transform(tensor: Tensor) -> bool:
     """Whether ``tensor`` is wrapped by a transform of :mod:`torch.func`."""
     return _is_wrapped is not None and bool(_is_wrapped(tensor))
+
+
+def ragged_dim(nested: Tensor) -> int:
+    """Which dimension of a jagged tensor is ragged; 2, that of lengths in attention, where torch
+    cannot say."""
+    return getattr(nested, "_ragged_idx", 2)
 
 
 def is_transformed() -> bool:
@@ -130,6 +147,7 @@ def is_transformed() -> bool:
     return _peek_interpreter_stack is not None and _peek_interpreter_stack() is not None
 
 
+_is_alias_of = private("_C._is_alias_of")
 _is_any_autocast_enabled = private("_C._is_any_autocast_enabled")
 _is_wrapped = private("_C._functorch.is_functorch_wrapped_tensor")
 

@@ -394,10 +394,20 @@ struct BackwardState {
   }
 
  private:
+  // In whole panels.
+  KeyRange seen_by_strip(int64_t head, Part blocks) const {
+    const RowBlock first = row_block(problem, head * problem.row_blocks_per_head() + blocks.first);
+    const int64_t rows = std::min(blocks.count * kBlockRows, problem.length_q - first.row_begin);
+    const int64_t size = kernels.panel_keys;
+    const KeyRange panels =
+        seen_by_any(problem.score_of(first.head_q), first.row_begin, rows).in_units_of(size);
+    return {panels.begin * size, panels.end * size};
+  }
+
   // A task works on a strip of row blocks of a head. Where a row is flat each strip has gradients
-  // of all keys, which must be little work beside its own, and take no more memory than a few times
-  // the tensors: then there are no more strips than many threads can share, few of a head, and none
-  // is short. A shared mask leaves fewer tasks than heads.
+  // of the keys that it sees, which must be little work beside its own, and take no more memory
+  // than a few times the tensors: then there are no more strips than many threads can share, few of
+  // a head, and none is short. A shared mask leaves fewer tasks than heads.
   void make_strips() {
     constexpr int64_t kTasks = 32, kTasksOfMask = 4, kMostStrips = 8, kStripBlocks = 8;
     const AttentionProblem& p = problem;
@@ -411,22 +421,21 @@ struct BackwardState {
     strips_per_head = parts(blocks, strip_blocks);
     of_strips.resize(size_t(any_flat ? heads * strips_per_head : 0));
     if (!any_flat) return;
-    const int64_t keys = packed_keys->head_stride, values = packed_values->head_stride;
-    int64_t flat = 0;
     const auto each_flat_strip = [&](auto f) {
       for (int64_t i = 0; i < heads * strips_per_head; ++i) {
         const Part of = strip(i % strips_per_head);
         const uint8_t* first = flat_blocks.data() + i / strips_per_head * blocks + of.first;
         if (std::any_of(first, first + of.count, [](uint8_t is_flat) { return is_flat != 0; }))
-          f(of_strips[size_t(i)]);
+          f(of_strips[size_t(i)], seen_by_strip(i / strips_per_head, of));
       }
     };
-    each_flat_strip([&](KeyGradients<T>&) { ++flat; });
-    strip_gradients = Buffer<T>(flat * (keys + values));
+    int64_t keys = 0;
+    each_flat_strip([&](KeyGradients<T>&, KeyRange seen) { keys += seen.size(); });
+    strip_gradients = Buffer<T>(keys * (p.head_dim + p.head_dim_v));
     T* at = strip_gradients.data();
-    each_flat_strip([&](KeyGradients<T>& of_strip) {
-      of_strip = {at, at + keys};
-      at += keys + values;
+    each_flat_strip([&](KeyGradients<T>& of_strip, KeyRange seen) {
+      of_strip = {at, at + seen.size() * p.head_dim, seen};
+      at += seen.size() * (p.head_dim + p.head_dim_v);
     });
   }
 };
@@ -539,7 +548,7 @@ void backward_rows(BackwardState<T>& state) {
       const KeyGradients<T> of_strip =
           state.any_flat ? state.of_strips[size_t(head * strips + number)] : KeyGradients<T>{};
       if (of_strip.keys)
-        std::fill(of_strip.keys, of_strip.values + state.packed_values->head_stride, T(0));
+        std::fill(of_strip.keys, of_strip.values + of_strip.range.size() * p.head_dim_v, T(0));
       for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b)
         run(row_block(p, head * p.row_blocks_per_head() + b), of_strip, thread);
     });

@@ -366,7 +366,7 @@ struct BackwardRows {
       if (begin == end) continue;
       if (end > rows.count) end = rows.count;
       const Part some = {rows.first + begin, end - begin};
-      T* to = out + panel * kKeys * width;
+      T* to = out + (panel * kKeys - task.of_strip.range.begin) * width;
       if (finite)
         add_to_panel<Zeros::kMultiply, S>(of_panel + begin * score_stride, score_stride, matrix,
                                           some, width, to);
@@ -417,8 +417,9 @@ struct BackwardKeys {
     for (int64_t k = 0; k < task.keys * problem.head_dim_v; ++k) grad_values[k] = T(0);
     for (int64_t j = 0; j < task.keys; ++j) gather_lists(j);
     for (int64_t s = 0; s < task.strips; ++s) {
-      add_strip(task.of_strips[s].keys, problem.head_dim, grad_keys);
-      add_strip(task.of_strips[s].values, problem.head_dim_v, grad_values);
+      const KeyGradients<T>& strip = task.of_strips[s];
+      add_strip(strip.keys, strip.range, problem.head_dim, grad_keys);
+      add_strip(strip.values, strip.range, problem.head_dim_v, grad_values);
     }
     for (int64_t j = 0; j < task.keys; ++j) {
       store_storage(row_of<S>(task.grad_key, j), grad_keys + j * problem.head_dim,
@@ -428,11 +429,14 @@ struct BackwardKeys {
     }
   }
 
-  // What the flat rows of a strip, if it has any, give to all keys of the head.
-  ADASPLASH2_INLINE void add_strip(const T* of_strip, int64_t width, T* out) {
+  // What the flat rows of a strip, if it has any, give to the keys in `range`.
+  ADASPLASH2_INLINE void add_strip(const T* of_strip, KeyRange range, int64_t width, T* out) {
     if (!of_strip) return;
-    of_strip += task.key_begin * width;
-    for (int64_t k = 0; k < task.keys * width; ++k) out[k] += of_strip[k];
+    const KeyRange some = range.intersection({task.key_begin, task.key_begin + task.keys});
+    if (some.size() <= 0) return;
+    of_strip += (some.begin - range.begin) * width;
+    out += (some.begin - task.key_begin) * width;
+    for (int64_t k = 0; k < some.size() * width; ++k) out[k] += of_strip[k];
   }
 
   ADASPLASH2_INLINE void gather_lists(int64_t j) {

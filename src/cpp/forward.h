@@ -19,7 +19,7 @@ constexpr int64_t kRegrowth = 2;
 // hold. Dense work is that of a tile: its rows are alike where they can be.
 constexpr int64_t kShareOfList = 4;  // the part is one in this many
 constexpr int64_t kShortList = 32;
-constexpr int64_t kLongList = kListCapacity * 3 / 4;
+constexpr int64_t kLongList = kListCapacity * 5 / 8;
 // One that has kept three quarters of this part of its keys is expected to.
 constexpr int64_t kShareOfScan = 16;
 

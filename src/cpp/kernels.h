@@ -90,10 +90,11 @@ struct RowGradients {
   int64_t mask_stride_row, mask_stride_key;
 };
 
-// Gradients of all keys and values of a head, up to the end of the last panel.
+// Gradients of a range of a head's keys and values.
 template <class T>
 struct KeyGradients {
-  T *keys, *values;
+  T *keys, *values;  // null where there are none
+  KeyRange range;    // whole panels of the keys that they are of
 };
 
 template <class T>

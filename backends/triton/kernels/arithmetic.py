@@ -115,12 +115,12 @@ def weighted(x, tile, opt: tl.constexpr):
 
 
 @triton.jit
-def gradient_product(ds, tile, opt: tl.constexpr, SAFE: tl.constexpr):
+def gradient_product(ds, tile, opt: tl.constexpr, SAFE: tl.constexpr, SCALED: tl.constexpr = False):
     """``ds tile``. Above alpha = 2 a small probability makes ``ds`` as large as it likes, below it
     a large gradient of a large value may: what float16 cannot hold, or holds in part, goes as a
     multiple of its row's largest. Where that is rare it is left to the kernels that make again what
-    is not finite."""
-    if (SAFE or opt.steep) and tile.dtype == tl.float16:
+    is not finite. SCALED: ``ds`` holds scales already, which may be small."""
+    if (SAFE or opt.steep or SCALED) and tile.dtype == tl.float16:
         most = tl.max(tl.abs(ds), 1)[:, None]
         most = tl.where((most > 1e-30) & is_finite(most), most, 1.0)
         return most * weighted(ds / most, tile, opt)

@@ -226,6 +226,8 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     mean = load_tile(means, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
     spread = load_spread(spread_in, at_row, inside, opt)
     delta = tl.sum(grad.to(tl.float32) * mean, 1)
+    if opt.sinks:  # where a sink has all of the probability no gradient is felt, NaN neither
+        delta = tl.where(tl.max(tl.abs(mean), 1) == 0.0, 0.0, delta)
     keys = head_of(key, batch, kv_head)
     values = head_of(value, batch, kv_head)
     entries, right = checked(entries_at(lists, counts, at_block, tiles), shape, opt, CHUNK)
@@ -345,7 +347,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         ds = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if opt.scales:
             ds = on_support(ds * scale_of(rows, terms, shape, opt), x, terms.r, opt, SAFE)
-        acc_k += gradient_product(ds, finite_part(q, SAFE), opt, SAFE)
+        acc_k += gradient_product(ds, finite_part(q, SAFE), opt, SAFE, opt.scales)
         if SAFE:
             reached = is_inside(x, terms.r, opt)
             if opt.dropout:

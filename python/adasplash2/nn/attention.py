@@ -16,8 +16,10 @@ from adasplash2.nn.monitor import Observer
 from adasplash2.options import check_alpha, check_backend, check_flag, check_scale, shown
 from adasplash2.problem import MAX_HEAD_DIM
 
-LEARNED = "alpha.logits", "length_scale.weight"
+LEARNED = "alpha.logits", "length_scale.weight", "q_norm.weight", "k_norm.weight"
 """Entries of a state dict that torch's module has not."""
+NORM_EPS = 1e-6
+"""Added to the mean square of queries and keys, in every dtype."""
 
 
 class EntmaxMultiheadAttention(nn.MultiheadAttention):
@@ -32,12 +34,13 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
     - Nested tensors are refused. It never takes torch's fused inference path, which knows softmax
       alone, also within :class:`torch.nn.TransformerEncoderLayer`.
 
-    State dict: that of torch's module where ``alpha`` is fixed, ``length_scale`` is False and there
-    are no ``alibi_slopes``, so that checkpoints load both ways, strictly. The fixed ``alpha``
-    travels in the dict's metadata (``torch.save`` keeps it, formats that hold tensors alone do not)
-    and is set when it is loaded. ``alpha="learn"`` adds ``alpha.logits``, ``length_scale=True``
-    ``length_scale.weight``, and slopes ``alibi_slopes``: these keep their start where a dict has
-    none, as torch's, and torch's module takes ours with ``strict=False``.
+    State dict: that of torch's module where ``alpha`` is fixed, ``length_scale`` and ``qk_norm``
+    are False and there are no ``alibi_slopes``, so that checkpoints load both ways, strictly. The
+    fixed ``alpha`` travels in the dict's metadata (``torch.save`` keeps it, formats that hold
+    tensors alone do not) and is set when it is loaded. ``alpha="learn"`` adds ``alpha.logits``,
+    ``length_scale=True`` ``length_scale.weight``, ``qk_norm=True`` ``q_norm.weight`` and
+    ``k_norm.weight``, and slopes ``alibi_slopes``: these keep their start where a dict has none, as
+    torch's, and torch's module takes ours with ``strict=False``.
 
     Args:
         embed_dim: features of the queries and of the output, a multiple of ``num_heads``.
@@ -56,6 +59,11 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         length_scale: multiply ``scale`` by :class:`adasplash2.nn.LengthScale` of the queries. The
             keys that a query sees are counted from the masks: those that a mask of floats adds
             -inf to are hidden, others are seen, also where it adds a large negative number.
+        qk_norm: divide every query and key of a head by its root mean square, and multiply by a
+            learned gain of each feature, which starts at 1 and which all heads share. Scores then
+            start within ``scale * head_dim`` of 0, and rows begin with many keys: what to choose
+            for a model from random start. Weights that were trained without it compute something
+            else with it.
         alibi_slopes: ``(num_heads,)``, as :func:`adasplash2.nn.nape_slopes`; a constant, kept in no
             state dict. Not with ``add_bias_kv`` or ``add_zero_attn``, whose keys have no place.
         backend: as for :func:`adasplash2.entmax_attention`.
@@ -77,7 +85,10 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
 
     Sources:
         Vaswani et al. 2017, *Attention Is All You Need*; Correia, Niculae, Martins 2019,
-        *Adaptively Sparse Transformers* (entmax in its place, alpha by head).
+        *Adaptively Sparse Transformers* (entmax in its place, alpha by head); Henry, Dachapally,
+        Pawar, Chen 2020, *Query-Key Normalization for Transformers*; Dehghani et al. 2023, *Scaling
+        Vision Transformers to 22 Billion Parameters* (norms of queries and keys with learned
+        gains); Zhang, Sennrich 2019, *Root Mean Square Layer Normalization*.
     """
 
     alpha: float | LearnedAlpha
@@ -102,6 +113,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         alpha: float | str = 1.5,
         scale: float | None = None,
         length_scale: bool = False,
+        qk_norm: bool = False,
         alibi_slopes: Tensor | None = None,
         backend: str | None = None,
     ) -> None:
@@ -128,6 +140,11 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         self.length_scale = None
         if check_flag("length_scale", length_scale):
             self.length_scale = LengthScale(embed_dim, num_heads, device=device, dtype=dtype)
+        self.q_norm = self.k_norm = None
+        if check_flag("qk_norm", qk_norm):
+            self.q_norm, self.k_norm = (
+                nn.RMSNorm(self.head_dim, NORM_EPS, device=device, dtype=dtype) for _ in range(2)
+            )
         if alibi_slopes is not None:
             if add_bias_kv or add_zero_attn:
                 name = "add_bias_kv" if add_bias_kv else "add_zero_attn"
@@ -206,6 +223,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             hidden, is_causal = causal if hidden is None else hidden | causal, False
         if more:
             hidden, added = (None if t is None else F.pad(t, (0, more)) for t in (hidden, added))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
 
         arguments: dict[str, Any] = {
             "is_causal": is_causal,
@@ -364,6 +383,11 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         if "alpha" in local_metadata and not isinstance(self.alpha, nn.Module):
             self.alpha = check_alpha(local_metadata["alpha"])
+
+
+def _normed(heads: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """In the dtype of ``heads``, which autocast makes another one than the gains'."""
+    return F.rms_norm(heads, norm.normalized_shape, norm.weight.to(heads.dtype), norm.eps)
 
 
 def _check_mask(name: str, mask: Tensor, allowed: list[tuple[int, ...]]) -> None:
