@@ -16,9 +16,16 @@ import torch
 pytest.importorskip("cupy", reason="CuPy is not installed: nothing to compile with")
 
 from adasplash2.backends import cuda
-from adasplash2.backends.cuda import attention, configurations, driver, layout, sizes
+from adasplash2.backends.cuda import attention, configurations, decoding, driver, layout, sizes
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.problem import Inputs, Problem, RowProblem, attention_problem
+from adasplash2.problem import (
+    Inputs,
+    Operand,
+    Problem,
+    RowProblem,
+    ScoreTransform,
+    attention_problem,
+)
 
 HOT = {
     "scan.cu": {"scan"},
@@ -171,6 +178,62 @@ def test_the_hopper_tiles_spill_nothing(
     assert "serialized" not in log
 
 
+# Few queries
+
+DECODED = [  # dtype code, head_dim, index of an alpha, rows that share keys, whether in pages
+    ("sm_90a", 0, 128, 0, 4, False),
+    ("sm_90a", 0, 64, 1, 64, True),
+    ("sm_80", 2, 64, 2, 8, False),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "head_dim", "alpha", "rows", "paged"), DECODED)
+def test_decoding_spills_nothing(
+    arch: str, dtype: int, head_dim: int, alpha: int, rows: int, paged: bool
+) -> None:
+    block = sizes.decode(rows, head_dim, 4 if dtype == 2 else 2, SHARED[arch.removesuffix("a")])
+    assert block is not None
+    defines = kind(dtype, head_dim, head_dim, alpha, causal=False) | block.defines
+    log = compiler.compile_unit("decode.cu", defines | {"PAGED": int(paged)}, arch).log
+    found = usage(log)
+    print(f"\ndecode.cu {defines}: {found}")
+    assert set(found) == {"decode_scan", "decode_solve", "decode_weigh"}
+    assert {k: u.spilled for k, u in found.items() if u.spilled} == {}
+    registers = block.residents * block.threads * found["decode_scan"].registers
+    assert registers <= sizes.REGISTER_FILE
+
+
+def test_every_block_of_few_queries_fits() -> None:
+    for memory in SHARED.values():
+        for itemsize in (2, 4):
+            for head_dim in (1, 40, 64, 128, 256):
+                for rows in (1, 9, 64, 1000):
+                    block = sizes.decode(rows, head_dim, itemsize, memory)
+                    assert block is not None, (memory, itemsize, head_dim, rows)
+                    assert block.residents * block.shared <= memory.per_multiprocessor
+                    assert block.rows >= min(rows, layout.DECODE_ROW_TILE)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "keys", "splits"),
+    [(8, 131_072, 66), (8, 1024, 4), (128, 131_072, 4), (1000, 131_072, 1), (1, 1, 1)],
+)
+def test_splits_keep_the_device_busy(blocks: int, keys: int, splits: int) -> None:
+    block = sizes.decode(4, 128, 2, SHARED["sm_90"])
+    assert block is not None
+    assert block.splits(blocks, keys, 132) == splits
+
+
+@pytest.mark.parametrize("keys", [2**18, 2**20 + 1, 2**27 + 5])
+def test_a_part_counts_its_keys_in_16_bits(keys: int) -> None:
+    block = sizes.decode(4, 128, 2, SHARED["sm_90"])
+    assert block is not None
+    for blocks in (1, 128, 100_000):
+        parts = block.splits(blocks, keys, 132) * block.warps
+        tiles = -(-keys // layout.DECODE_TILE)
+        assert -(-tiles // parts) * layout.DECODE_TILE <= layout.DECODE_PART
+
+
 FIELDS = [
     ("int row_blocks;", "long long row_blocks;"),  # the size, and what follows
     ("float* tau;", "float tau;"),
@@ -194,7 +257,12 @@ def test_a_field_of_another_type_does_not_compile(
         compiler.compile_unit("rows.cu", kind(0, 16, 16, 0, causal=False), "sm_90")
 
 
-@pytest.mark.parametrize("struct", [layout.Params, layout.RowParams, layout.RowStart, layout.Entry])
+STRUCTS = [
+    layout.Params, layout.RowParams, layout.DecodeParams, layout.RowStart, layout.Entry, layout.Part
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("struct", STRUCTS)
 def test_every_field_is_held_to_its_offset(
     struct: type[ctypes.Structure | ctypes.Union],
 ) -> None:
@@ -433,6 +501,98 @@ def test_rows_that_cannot_start_on_16_bytes_are_offered_what_can_run(
     aligned = cuda.configs(dataclasses.replace(problem(64, 64), **on_gpu))
     assert configurations.DENSE in aligned
     assert [c for c in aligned if c["scan"] == "hopper"]
+
+
+RANGES = Operand("ranges", torch.int32, (True, True, True))
+PAGED = RANGES, Operand("block_table", torch.int32, (True, True))
+
+
+def few(length_k: int, **more: Any) -> Problem:
+    """Queries on a GPU that are decoded."""
+    plain = dataclasses.replace(problem(128, 64), device=torch.device("cuda:0"), needs_grad=False)
+    asked = {"length_q": 1, "length_k": length_k, "scores": ScoreTransform(scale=0.1)}
+    return dataclasses.replace(plain, **{**asked, **more})
+
+
+BOTTOM_RIGHT = ScoreTransform(scale=0.1, is_causal=True, bottom_right=True)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_is_decoded() -> None:
+    """Few queries without gradients of many keys, or of few where other kernels do not know what is
+    asked; these may be chosen where they do."""
+    assert cuda.configs(few(256))[0] == configurations.SPLIT
+    assert configurations.PORTABLE in cuda.configs(few(256))
+    for plain in (few(255), few(256, length_q=17), few(256, needs_grad=True)):
+        assert configurations.SPLIT not in cuda.configs(plain)
+        assert cuda.refusals(plain) == []
+    for asked in (few(5, scores=BOTTOM_RIGHT), few(80, page_size=16, operands=PAGED)):
+        assert list(cuda.configs(asked)) == [configurations.SPLIT]
+        assert cuda.refusals(asked) == []
+    asked = few(300, length_q=17, scores=BOTTOM_RIGHT)
+    assert cuda.refusals(asked) == [
+        "causal_align is computed here without gradients only, for up to 16 queries"
+    ]
+    sinks = Operand("sinks", torch.float32, (False, True))
+    refused = few(300, operands=(RANGES, sinks))
+    assert cuda.refusals(refused) == ["sinks is computed by other backends only"]
+
+
+@pytest.fixture
+def launched(hopper: None, fake: Driver, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is launched of which kernel: options, grid, threads and shared memory."""
+    found: list[Any] = []
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    decoding.plan_of.cache_clear()
+
+    def made(device: int, unit: str, name: str, options: Any, shared: int = 0) -> Any:
+        def launch(grid: tuple[int, int], threads: int, maps: driver.Maps, call: Any) -> None:
+            block = layout.DecodeParams.from_buffer_copy(
+                ctypes.string_at(call.block, ctypes.sizeof(layout.DecodeParams))
+            )
+            found.append((unit, name, dict(options), grid[0], threads, shared, block))
+
+        return launch
+
+    monkeypatch.setattr(driver, "kernel", made)
+    monkeypatch.setattr(driver, "index", lambda device: 0)
+    return found
+
+
+def test_few_queries_take_three_launches(launched: list[Any]) -> None:
+    """Of 4 rows that share keys; tensors are read where they lie."""
+    query, key, value = (
+        torch.zeros(2, heads, length, 128, dtype=torch.bfloat16)
+        for heads, length in ((8, 1), (2, 5000), (2, 5000))
+    )
+    ranges = torch.zeros(3, 1, 1, dtype=torch.int32)
+    said = {"heads_q": 8, "heads_kv": 2, "batch": 2, "head_dim_v": 128, "operands": (RANGES,)}
+    inputs = Inputs(query, key, value, ranges=ranges)
+    asked = dataclasses.replace(few(5000, **said), device=torch.device("cpu"))
+    made = decoding.forward(asked, inputs)
+    assert [name for _, name, *_ in launched] == ["decode_scan", "decode_solve", "decode_weigh"]
+    blocks = [grid for *_, grid, _, _, _ in launched]
+    block = launched[0][-1]
+    assert block.splits == 19  # parts of 4 tiles of keys, for each of 4 warps
+    assert blocks == [4 * block.splits, 16, 4 * block.splits]
+    assert (block.k.data, block.v.data) == (key.data_ptr(), value.data_ptr())
+    assert (block.o.data, block.tau) == (made.out.data_ptr(), made.tau.data_ptr())
+    assert (block.ranges, block.ranges_end, block.ranges_batch) == (ranges.data_ptr(), 1, 0)
+    assert made.saved.numel() == 0
+
+
+def test_a_longer_cache_compiles_nothing_new(launched: list[Any]) -> None:
+    seen = set()
+    for length in (300, 16_512, 99_999):
+        for said in ({"scores": BOTTOM_RIGHT}, {"operands": (RANGES,)}):
+            for launch in decoding.plan_of(few(length, **said), aligned=True).launches:
+                launch(SimpleNamespace(block=(ctypes.c_char * 4096)()))
+            seen.add(
+                repr([(name, options, shared) for _, name, options, *_, shared, _ in launched])
+            )
+            launched.clear()
+    assert len(seen) == 1
 
 
 @pytest.mark.usefixtures("hopper")

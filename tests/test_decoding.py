@@ -285,3 +285,35 @@ def test_long_rows(length_q: int, sharpness: float, backend: str) -> None:
     out = attend(backend, *tensors)
     exact = attend("cpu", *(t.cpu().double() for t in tensors))
     assert reference.relative_error(out.cpu(), exact) <= LIMITS[torch.float32]
+
+
+@pytest.mark.gpu
+@BACKENDS
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.25])
+def test_keys_that_are_kept_lie_side_by_side(alpha: float, backend: str) -> None:
+    """More of them than one program has memory for, while most programs have none."""
+    query, key, value = (
+        torch.randn(2, heads, length, 64, device=device_of(backend))
+        for heads, length in ((8, 2), (2, 30_000), (2, 30_000))
+    )
+    query *= 0.1
+    query[..., 0], key[..., 0] = 1.0, -80.0
+    key[:, :, 7000:9500, 0] = 0.0
+    out = attend(backend, query, key, value, alpha=alpha)
+    exact = attend("cpu", *(t.cpu().double() for t in (query, key, value)), alpha=alpha)
+    assert reference.relative_error(out.cpu(), exact) <= LIMITS[torch.float32]
+
+
+@pytest.mark.gpu
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_caches_at_any_address(dtype: torch.dtype, backend: str) -> None:
+    """Rows that do not start on 16 bytes, and heads that lie side by side."""
+    device = device_of(backend)
+    query = torch.randn(2, 6, 1, 64, device=device).to(dtype)
+    shifted = [torch.randn(2, 2, 3000, 65, device=device).to(dtype)[..., 1:] for _ in range(2)]
+    side_by_side = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in shifted]
+    exact = attend("cpu", *(t.cpu().double() for t in (query, *shifted)))
+    for caches in (shifted, side_by_side):
+        out = attend(backend, query, *caches)
+        assert reference.relative_error(out.cpu(), exact) <= LIMITS[dtype]

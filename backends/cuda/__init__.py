@@ -12,6 +12,9 @@ Dense tiles multiply their zeros too, so that a NaN or an infinity in them reach
 keep its key. What comes out and is not finite is marked, and ``exact.cu`` does it again. Without a
 scan, heads with a query, key or value that is not finite take the element path.
 
+Few queries without gradients have kernels of their own (``decode.cu``), which cut the keys into
+parts; these alone know lengths, windows and pages.
+
 Needs CuPy, which brings NVRTC, and neither Triton nor a compiler. Importing this package imports
 neither CuPy nor NumPy, which CuPy needs: :func:`unavailable` says which is missing.
 """
@@ -23,10 +26,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from adasplash2.backends.cuda import attention, configurations, layout, rows, sizes
+from adasplash2.backends.cuda import attention, configurations, decoding, layout, rows, sizes
 from adasplash2.backends.cuda import compile as compiler
-from adasplash2.backends.cuda.attention import backward, forward, stats
-from adasplash2.contract import Config
+from adasplash2.backends.cuda.attention import backward
+from adasplash2.contract import AttentionStats, Config, Forward
 from adasplash2.problem import Inputs, Problem, RowProblem, float32_refusals, unsupported
 
 __all__ = [
@@ -95,10 +98,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
         )
     if reasons or isinstance(problem, RowProblem):
         return reasons
-    widths, itemsize = (problem.head_dim, problem.head_dim_v), problem.dtype.itemsize
-    dense = max(sizes.portable_dense(*widths, itemsize).shared.values())
-    optin = configurations.shared_memory(problem.device).per_block
-    if not configs(problem) or dense > optin:
+    if not configs(problem):
+        optin = configurations.shared_memory(problem.device).per_block
         reasons.append(
             f"{problem.dtype} with head_dim {problem.head_dim} and {problem.head_dim_v} needs "
             f"more shared memory than the {optin} bytes a block has on {problem.device}"
@@ -115,9 +116,17 @@ def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
         reasons.append("alpha = 1 is softmax, which these kernels do not compute")
     if reasons:
         return reasons
-    reasons = unsupported(problem) + float32_refusals(problem)
     if isinstance(problem, RowProblem):
-        return reasons + rows.refusals(problem)
+        return unsupported(problem) + float32_refusals(problem) + rows.refusals(problem)
+    decoded = configurations.DECODED_FEATURES
+    reasons = unsupported(problem, decoded) + float32_refusals(problem)
+    if not configurations.is_decoding(problem):
+        reasons += (
+            f"{name} is computed here without gradients only, for up to {layout.MOST_DECODED} "
+            f"queries"
+            for name in problem.features
+            if name in decoded
+        )
     smallest = 1.0 + 1.0 / LARGEST_POWER[problem.dtype.itemsize]
     if 1.0 < problem.alpha < smallest:
         reasons.append(
@@ -136,13 +145,27 @@ def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
 
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
-    """The shapes of the scan that the device has room for."""
+    """What the device has room for."""
     return [{}] if isinstance(problem, RowProblem) else configurations.offered(problem)
 
 
 def notes(problem: Problem | RowProblem, inputs: Inputs, config: Config) -> list[str]:
     """What of these tensors makes another configuration run than ``config``, a sentence each."""
     return [] if isinstance(problem, RowProblem) else configurations.notes(inputs, config)
+
+
+def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int = -1) -> Forward:
+    """Attention output, thresholds and the survivors for the backward."""
+    if config == configurations.SPLIT:
+        return decoding.forward(problem, inputs)
+    return attention.forward(problem, inputs, config, saved_bytes)
+
+
+def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
+    """A forward that counts what it did."""
+    if config == configurations.SPLIT:
+        return decoding.stats(problem, inputs)
+    return attention.stats(problem, inputs, config)
 
 
 def saved_bound(problem: Problem) -> int:
@@ -183,6 +206,9 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
     if isinstance(problem, RowProblem):
         arch = compiler.architecture(torch.cuda.get_device_capability(problem.device))
         compiler.cubin("rows.cu", rows.defines(problem), arch)
+        return
+    if config == configurations.SPLIT:
+        _ = decoding.plan_of(problem, configurations.may_align(problem)).launches
         return
     plan = attention.plan_of(problem, config, configurations.may_align(problem))
     _ = plan.scans, plan.forward, plan.backward if problem.needs_grad else ()

@@ -63,8 +63,6 @@ class Plan:
         self._scans_first = self.config != configurations.DENSE
         self._scan = configurations.scan_of(problem, self.config)
         self._dense = configurations.dense_of(problem, self._scan)
-        factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
-        c = factor if factor > 0.0 else 1.0
         constants = driver.params(
             {
                 "batch": problem.batch,
@@ -75,11 +73,8 @@ class Plan:
                 "length_k": problem.length_k,
                 "row_blocks": self.counts.row_blocks_per_head,
                 "long_limit": layout.SHORT_COLUMN,
-                "c": c,
-                "inv_c": min(1.0 / c, MAX_INVERSE),
                 "scale": problem.scores.scale,
-                "q_sign": (problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
-                "r": 1.0 / (problem.alpha - 1.0),
+                **score_constants(problem),
             }
         )
         self._constants = driver.words(constants)
@@ -254,6 +249,18 @@ class Plan:
         return functools.partial(found, (*blocks, 1)[:2], threads, maps)
 
 
+def score_constants(problem: Problem) -> dict[str, float]:
+    """How ``q . k`` becomes ``z``, as ``score.cuh`` has it, and the power of ``z - tau``."""
+    factor = (problem.alpha - 1.0) * abs(problem.scores.scale)
+    c = factor if factor > 0.0 else 1.0
+    return {
+        "c": c,
+        "inv_c": min(1.0 / c, MAX_INVERSE),
+        "q_sign": (problem.scores.scale > 0.0) - (problem.scores.scale < 0.0),
+        "r": 1.0 / (problem.alpha - 1.0),
+    }
+
+
 def plan_of(problem: Problem, config: Config, aligned: bool) -> Plan:
     """The plan for these, made at the first call. Forward and backward share it."""
     return _plan(problem, tuple(config.items()), aligned)
@@ -286,7 +293,7 @@ def backward(
     wanted: Collection[str] = (),
 ) -> Gradients:
     """Gradients of query, key and value."""
-    query, key, value, grad_out = (_unit_stride(x) for x in (*inputs.tensors(), grad_out))
+    query, key, value, grad_out = (unit_stride(x) for x in (*inputs.tensors(), grad_out))
     grad_query, grad_key, grad_value = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.tensors()
     )
@@ -339,7 +346,7 @@ def _forward(
     support: Tensor | None = None,
     saved_bytes: int = -1,
 ) -> Forward:
-    query, key, value = (_unit_stride(x) for x in inputs.tensors())
+    query, key, value = (unit_stride(x) for x in inputs.tensors())
     plan = plan_of(problem, config, configurations.is_aligned(query, key, value))
     shape = (problem.batch, problem.heads_q, problem.length_q)
     device = problem.device
@@ -368,5 +375,6 @@ def _forward(
     return Forward(out, tau, saved if problem.needs_grad else saved.new_empty(0))
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """``x``, or a copy whose head_dim has a stride of 1."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

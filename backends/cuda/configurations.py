@@ -10,12 +10,21 @@ from torch import Tensor
 
 from adasplash2.backends.cuda import layout, sizes
 from adasplash2.contract import Config
-from adasplash2.problem import TENSORS, Inputs, Problem
+from adasplash2.problem import FEATURES, TENSORS, Inputs, Problem
 
 PORTABLE: Config = {"scan": "portable", "blocks": 1}
 PORTABLE_TWO: Config = {"scan": "portable", "blocks": 2}
 DENSE: Config = {"scan": "none"}
 """All rows in dense tiles from the start, on Hopper."""
+
+SPLIT: Config = {"scan": "split"}
+"""Keys cut into parts, of few queries: ``decode.cu``."""
+
+FEWEST_DECODED = 256
+"""Keys from which they are cut where nothing else asks for it: fewer are not worth it."""
+
+DECODED_FEATURES = ("causal_align", "window", FEATURES["ranges"], FEATURES["block_table"])
+"""What only ``decode.cu`` knows: few queries may ask it, of however few keys."""
 
 HOPPER_SHAPES = ((3, 2), (3, 3), (2, 3))
 """Warpgroups and stages of ``scan90.cu``, for head_dim up to 128. The first was the fastest or
@@ -33,8 +42,31 @@ ALIGNMENT = 16
 """Bytes of the copies that kernels make at once."""
 
 
+def is_decoding(problem: Problem) -> bool:
+    """Whether ``decode.cu`` computes it: few queries without gradients, of enough keys or with what
+    it alone knows."""
+    few = not problem.needs_grad and problem.length_q <= layout.MOST_DECODED
+    return few and (problem.length_k >= FEWEST_DECODED or bool(problem.features))
+
+
+def decode_of(problem: Problem) -> sizes.Decode | None:
+    """Its blocks; None where the device has too little memory for them."""
+    return sizes.decode(
+        problem.group_size * problem.length_q,
+        problem.head_dim,
+        problem.dtype.itemsize,
+        shared_memory(problem.device),
+    )
+
+
 def offered(problem: Problem) -> list[Config]:
-    """The shapes of the scan that the device has room for."""
+    """What the device has room for: where few queries are decoded that first; shapes of the scan
+    where nothing is asked that they do not know."""
+    split = [SPLIT] if is_decoding(problem) and decode_of(problem) else []
+    return split + ([] if problem.features else _scans(problem))
+
+
+def _scans(problem: Problem) -> list[Config]:
     shapes = [PORTABLE, PORTABLE_TWO]
     if _has_wgmma(problem) and may_align(problem):
         shapes = [{"scan": "hopper", "warpgroups": w, "stages": s} for w, s in HOPPER_SHAPES]
@@ -42,6 +74,9 @@ def offered(problem: Problem) -> list[Config]:
         if dense_of(problem, scan_of(problem, DENSE)).maps:
             shapes.insert(0 if _is_short(problem) else len(shapes), DENSE)
     available = shared_memory(problem.device)
+    dense = sizes.portable_dense(problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
+    if max(dense.shared.values()) > available.per_block:
+        return []
     return [c for c in shapes if scan_of(problem, c).capacity(available) is not None]
 
 
@@ -54,7 +89,7 @@ def may_align(problem: Problem) -> bool:
 def running(config: Config, aligned: bool) -> Config:
     """``config``, or what runs instead of it for tensors whose rows do not all start on 16
     bytes."""
-    return config if aligned or config["scan"] == PORTABLE["scan"] else PORTABLE
+    return config if aligned or config["scan"] in (PORTABLE["scan"], SPLIT["scan"]) else PORTABLE
 
 
 def is_aligned(*tensors: Tensor) -> bool:

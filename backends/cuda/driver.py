@@ -41,21 +41,22 @@ def words(block: ctypes.Structure) -> list[int]:
     return array("q", bytes(block)).tolist()
 
 
-def _word_of(name: str) -> int:
-    offset: int = getattr(layout.Params, name).offset
-    return offset // 8
+@cache
+def _words_of(struct: type[ctypes.Structure]) -> dict[str, int]:
+    """The word in which a field begins."""
+    return {name: getattr(struct, name).offset // 8 for name, *_ in struct._fields_}
 
 
-_WORD_OF = {name: _word_of(name) for name, *_ in layout.Params._fields_}
-
-
-def places(offsets: Mapping[str, int]) -> tuple[tuple[int, int], ...]:
+def places(
+    offsets: Mapping[str, int], struct: type[ctypes.Structure] = layout.Params
+) -> tuple[tuple[int, int], ...]:
     """Words of pointers into one allocation, each with its offset there."""
-    return tuple((_WORD_OF[name], offset) for name, offset in offsets.items())
+    words = _words_of(struct)
+    return tuple((words[name], offset) for name, offset in offsets.items())
 
 
 Maps = tuple[tuple[str, int], ...]
-"""The tensors that a kernel has described to TMA, each a view of ``Params``, with the
+"""The tensors that a kernel has described to TMA, each a view of the block, with the
 rows of its boxes; in the order of the kernel's parameters."""
 
 
@@ -72,26 +73,37 @@ class Call:
         "_held",
         "_pointers",
         "_viewed",
+        "_word_of",
         "_words",
         "block",
         "pointers",
         "stream",
     )
 
-    def __init__(self, device: int, constants: list[int]) -> None:
+    def __init__(
+        self,
+        device: int,
+        constants: list[int],
+        struct: type[ctypes.Structure] = layout.Params,
+    ) -> None:
         self._words = constants.copy()
+        self._word_of = _words_of(struct)
         self._viewed: dict[str, Tensor] = {}
         self._context = context(device)
         self.stream = torch._C._cuda_getCurrentRawStream(device)
 
     def put_view(self, name: str, tensor: Tensor) -> None:
         """``View`` of a 4-dimensional tensor with unit inner stride."""
-        at = _WORD_OF[name]
+        at = self._word_of[name]
         self._words[at : at + 4] = tensor.data_ptr(), *tensor.stride()[:3]
         self._viewed[name] = tensor
 
     def put_pointer(self, name: str, tensor: Tensor) -> None:
-        self._words[_WORD_OF[name]] = tensor.data_ptr()
+        self._words[self._word_of[name]] = tensor.data_ptr()
+
+    def put_number(self, name: str, number: int) -> None:
+        """A ``long long``."""
+        self._words[self._word_of[name]] = number
 
     def put_parts(self, memory: Tensor, places: tuple[tuple[int, int], ...]) -> None:
         """Pointers into ``memory``, from :func:`places`."""

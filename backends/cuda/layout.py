@@ -107,6 +107,29 @@ STATIC_SHARED = 48 * 1024
 ROW_THREADS = 256
 """Threads of a block of ``rows.cu``."""
 
+# Few queries (decode.cu)
+
+MOST_DECODED = 16
+"""Queries of a head up to which they are few."""
+
+DECODE_TILE = 16
+"""Keys whose scores a warp has at once: M of mma.sync."""
+
+DECODE_ROW_TILE = 8
+"""Rows whose scores it has at once: N of mma.sync."""
+
+DECODE_PART = 1 << 16
+"""Keys of a part at most: its lists count them in 16 bits."""
+
+SOLVE_THREADS = 512
+"""Threads of a block of ``decode_solve``."""
+
+SOLVE_KEPT = 128
+"""Keys that a warp of it holds in shared memory; a row that keeps more is a flat one."""
+
+WEIGHED_KEYS = 32
+"""Keys whose probabilities a warp of ``decode_weigh`` has at once."""
+
 # Hopper (scan90.cu, dense90.cuh)
 
 WARPGROUP_THREADS = 128
@@ -240,6 +263,45 @@ Params = _struct(
     ("float", "scale"),  # as given; a negative one is carried by the sign of q
     ("float", "q_sign"),  # 1, -1, or 0 where scale is 0
     ("float", "r"),  # 1 / (alpha-1)
+)
+
+Part = _struct(  # of a row's keys: what a warp of decode_scan says of it
+    "Part",
+    ("float", "top"),  # the largest score
+    ("float", "bound"),  # a lower bound of tau / c
+    ("int", "first"),  # key; the part's list of scores begins at its place
+    ("int", "count"),  # of keys in the list
+)
+
+Solved = _struct(  # what decode_solve leaves of a row to decode_weigh
+    "Solved",
+    ("float", "top"),  # the largest score
+    ("float", "t"),  # threshold of c (score - top); infinite where nothing is left to do
+)
+
+DecodeParams = _struct(  # of decode.cu
+    "DecodeParams",
+    ("View", "q", "k", "v", "o"),  # of a paged cache k and v are (pages, heads, page_size, width)
+    ("float*", "tau"),  # (batch, heads_q, length_q): the order in which rows are numbered
+    ("int*", "iterations", "support"),  # likewise, or null
+    ("unsigned char*", "tiles"),  # as in Params
+    ("int*", "ranges"),  # Inputs.ranges, or null
+    ("long long", "ranges_end", "ranges_batch"),  # from a row's first key to its end; strides
+    ("int*", "table"),  # Inputs.block_table, where PAGED
+    ("long long", "table_batch", "pages"),
+    ("Part*", "parts"),  # (rows, parts): splits * WARPS of them
+    # (rows, list_length): lists of the parts, each at the place of its first key. Scores, and keys
+    # counted from that one.
+    ("float*", "scores"),
+    ("unsigned short*", "offsets"),
+    ("Solved*", "solved"),  # of each row
+    ("float*", "partials", "masses"),  # of each row and split: sum p v, sum p
+    ("int*", "arrivals"),  # of each tile of rows: splits that are summed
+    ("long long", "list_length"),
+    ("int", "heads_q", "heads_kv", "gqa_group", "length_q", "length_k", "page_size"),
+    ("int", "left", "right", "shift"),  # ScoreTransform, where there are no ranges
+    ("int", "splits"),  # blocks among which keys are cut
+    ("float", "c", "inv_c", "q_sign", "r"),  # as in Params
 )
 
 RowParams = _struct(  # of rows.cu

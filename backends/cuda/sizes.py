@@ -19,6 +19,38 @@ HOPPER_RESERVED = layout.SWIZZLE_ALIGNMENT + 256
 """What the start of the stages of ``scan90.cu`` may lose to alignment, and its barriers."""
 
 
+DECODE_KEY_BYTES = 64
+"""Of a key that four lanes copy in a step."""
+
+DECODE_WARPS = 4, 2, 1
+"""Of a block, the first for which there is memory."""
+
+DECODE_QUERY_BYTES = 16 * 1024
+"""Of the queries of a block at most: wide ones are read for in more than one block."""
+
+DECODE_MOST_TILES = 8
+"""Tiles of rows at most, whose scores take registers."""
+
+DECODE_WARP_BYTES = 12 * 1024
+"""Of keys on their way to a warp. 16 warps to a multiprocessor then keep 192 KiB coming."""
+
+DECODE_LEAST_STAGES, DECODE_MOST_STAGES = 2, 8
+
+DECODE_PART_TILES = 4
+"""Tiles of a part at least."""
+
+DECODE_WAVES = 8
+"""Blocks of rows, as parts of the blocks at work at once, from which on the last wave may be
+short, and splits are chosen so that it is not."""
+
+DECODE_REGISTERS = 128, 168
+"""Of a thread that scans: as a rule, and with most tiles of rows or in float32, whose products are
+its own sums."""
+
+REGISTER_FILE = 65_536
+"""Of a multiprocessor."""
+
+
 def padded(width: int) -> int:
     """A head_dim as the matrix fragments see it."""
     return -(-width // 16) * 16
@@ -201,6 +233,79 @@ def hopper_scan(head_dim: int, warpgroups: int, stages: int, retry: bool = False
         geometry={"WARPGROUPS": warpgroups, "STAGES": stages, "RETRY": int(retry)},
         maps_keys=True,
     )
+
+
+class Decode(NamedTuple):
+    """A block of ``decode_scan``, and of ``decode_weigh``, whose warps have the same parts.
+
+    ``row_tiles``: tiles of rows whose keys it reads at once. ``stages``: tiles of keys that are on
+    their way to each of its ``warps``. ``residents``: blocks that a multiprocessor has room for.
+    """
+
+    row_tiles: int
+    warps: int
+    stages: int
+    shared: int
+    residents: int
+
+    @property
+    def rows(self) -> int:
+        return self.row_tiles * layout.DECODE_ROW_TILE
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Macros: the shape of its blocks, and the shared memory that they are given."""
+        return {
+            "ROW_TILES": self.row_tiles,
+            "WARPS": self.warps,
+            "STAGES": self.stages,
+            "RESIDENTS": self.residents,
+            "SHARED_DECODE_SCAN": self.shared,
+        }
+
+    def splits(self, blocks: int, keys: int, multiprocessors: int) -> int:
+        """Among how many blocks the keys of each of ``blocks`` are cut, so that all that are at
+        work at once are busy until the end."""
+        tiles = -(-keys // layout.DECODE_TILE)
+        least = -(-tiles * layout.DECODE_TILE // (layout.DECODE_PART * self.warps))
+        most = max(least, tiles // (DECODE_PART_TILES * self.warps), 1)
+        at_once = self.residents * multiprocessors
+        if blocks * DECODE_WAVES <= at_once:
+            return max(least, min(at_once // blocks, most))
+
+        def busy(splits: int) -> float:
+            waves = -(-blocks * splits // at_once)
+            return blocks * splits / (waves * at_once)
+
+        return max(range(max(1, least), min(least + DECODE_WAVES, most) + 1), key=busy)
+
+
+def decode(rows: int, head_dim: int, itemsize: int, memory: SharedMemory) -> Decode | None:
+    """Blocks where ``rows`` of queries share keys; None where there is too little memory."""
+    key = -(-head_dim * itemsize // DECODE_KEY_BYTES) * DECODE_KEY_BYTES
+    tile = layout.DECODE_TILE * key
+    most = max(1, DECODE_QUERY_BYTES // (layout.DECODE_ROW_TILE * key))
+    row_tiles = min(
+        most, DECODE_MOST_TILES, 1 << (-(-rows // layout.DECODE_ROW_TILE) - 1).bit_length()
+    )
+    stages = min(DECODE_MOST_STAGES, max(DECODE_LEAST_STAGES, DECODE_WARP_BYTES // tile))
+    queries = row_tiles * layout.DECODE_ROW_TILE * key
+    for warps in DECODE_WARPS:
+        # Which keys each row sees, and what is known of its lists.
+        static = 8 * (1 + warps) * row_tiles * layout.DECODE_ROW_TILE
+        shared = queries + warps * stages * tile
+        if shared + static <= memory.per_block:
+            registers = DECODE_REGISTERS[row_tiles == DECODE_MOST_TILES or itemsize == 4]
+            residents = min(
+                memory.per_multiprocessor // (shared + RESERVED_SHARED + static),
+                REGISTER_FILE // (registers * 32 * warps),
+            )
+            return Decode(row_tiles, warps, stages, shared, max(1, residents))
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ from adasplash2.problem import (
     Operand,
     Problem,
     RowProblem,
+    allowed_tiles,
     float32_refusals,
-    seen_keys,
 )
 
 name = "triton"
@@ -232,24 +232,10 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     }
     call = launch.Call(problem, inputs, config, launch.launch)
     tau = _forward(call, counted).tau
-    allowed = _allowed_tiles(problem, inputs, side).to(torch.float64)
+    allowed = allowed_tiles(problem, inputs, side).to(torch.float64)
     live = marks.sum((2, 3), dtype=torch.float64)
     empty = (allowed - live) / allowed.clamp(min=1.0)
     return AttentionStats(tau, counted["support"], counted["iterations"], empty, backend=name)
-
-
-def _allowed_tiles(problem: Problem, inputs: Inputs, side: int) -> Tensor:
-    """Tiles of ``side`` queries by ``side`` keys with a pair that may be seen: ``(batch,
-    heads_q)``, of which either is 1 where it holds for all."""
-    if inputs.ranges is None and inputs.attn_mask is None:
-        return torch.full((1, 1), problem.allowed_tiles(side), device=problem.device)
-    count = torch.zeros((1, 1), dtype=torch.int64, device=problem.device)
-    for first in range(0, problem.length_q, side):
-        rows = slice(first, min(first + side, problem.length_q))
-        seen = seen_keys(problem, inputs, rows).any(dim=-2)
-        seen = torch.nn.functional.pad(seen, (0, -problem.length_k % side))
-        count = count + seen.unflatten(-1, (-1, side)).any(dim=-1).sum(dim=-1)
-    return count
 
 
 def rows_forward(

@@ -32,6 +32,7 @@ class Call(NamedTuple):
     said: dict[str, Any]
     dtype: torch.dtype = torch.float32
     paged: bool = False
+    length_q: int = LENGTH_Q
 
     def problem(self, needs_grad: bool) -> Problem:
         """Validated as a user's call is."""
@@ -47,7 +48,7 @@ class Call(NamedTuple):
             (inputs, options, *_), _ = lowered_cached(**bound.arguments)
             return validated(inputs, options, False)
         key = torch.empty((BATCH, HEADS_KV, LENGTH_K, HEAD_DIM), **meta)
-        query = torch.empty((BATCH, HEADS_Q, LENGTH_Q, HEAD_DIM), **meta)
+        query = torch.empty((BATCH, HEADS_Q, self.length_q, HEAD_DIM), **meta)
         bound = inspect.signature(entmax_attention).bind(query, key, key, **self.said)
         bound.apply_defaults()
         del bound.arguments["return_aux"]
@@ -61,6 +62,8 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 _LENGTHS = _tensor(BATCH, dtype=torch.int32)
+_EACH_LENGTH = {"q_lengths": _LENGTHS, "kv_lengths": _LENGTHS, "kv_starts": _LENGTHS}
+_FEW = 16
 _MASK = BATCH, HEADS_Q, LENGTH_Q, LENGTH_K
 
 ROWS: dict[str, list[Call]] = {
@@ -78,8 +81,11 @@ ROWS: dict[str, list[Call]] = {
         Call({"scale": _tensor(BATCH, HEADS_Q, LENGTH_Q)}),
     ],
     "`alpha` as a tensor": [Call({"alpha": _tensor(HEADS_Q)})],
-    "`q_lengths`, `kv_lengths`, `kv_starts`, packed sequences": [
-        Call({"q_lengths": _LENGTHS, "kv_lengths": _LENGTHS, "kv_starts": _LENGTHS})
+    "`q_lengths`, `kv_lengths`, `kv_starts`, packed sequences": [Call(_EACH_LENGTH)],
+    '`causal_align="bottom-right"`, `window` and lengths of up to 16 queries': [
+        Call({"is_causal": True, "causal_align": "bottom-right"}, length_q=_FEW),
+        Call({"window": (9, 4)}, length_q=_FEW),
+        Call(_EACH_LENGTH, length_q=_FEW),
     ],
     "a paged cache (`block_table`)": [Call({}, paged=True)],
     **{str(dtype).removeprefix("torch."): [Call({}, dtype)] for dtype in DTYPES},

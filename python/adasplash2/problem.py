@@ -288,6 +288,20 @@ def seen_keys(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
     return seen
 
 
+def allowed_tiles(problem: Problem, inputs: Inputs, side: int) -> Tensor:
+    """Tiles of ``side`` queries by ``side`` keys with a pair that may be seen: ``(batch,
+    heads_q)``, of which either is 1 where it holds for all."""
+    if inputs.ranges is None and inputs.attn_mask is None:
+        return torch.full((1, 1), problem.allowed_tiles(side), device=problem.device)
+    count = torch.zeros((1, 1), dtype=torch.int64, device=problem.device)
+    for first in range(0, problem.length_q, side):
+        rows = slice(first, min(first + side, problem.length_q))
+        seen = seen_keys(problem, inputs, rows).any(dim=-2)
+        seen = torch.nn.functional.pad(seen, (0, -problem.length_k % side))
+        count = count + seen.unflatten(-1, (-1, side)).any(dim=-1).sum(dim=-1)
+    return count
+
+
 def unpaged(inputs: Inputs) -> Inputs:
     """The keys and values of a paged cache as tensors of their own, a copy."""
     table = inputs.block_table

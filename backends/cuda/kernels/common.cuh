@@ -15,6 +15,10 @@
 //   BLOCK_ROWS, TILE_KEYS    queries of a block, keys of a tile (scan.cu)
 //   WARPGROUPS, STAGES       of a block that filter, tiles of keys in shared memory (scan90.cu)
 //   RETRY                    1 to retry rows that lists could not hold (scan90.cu)
+// for those of few queries
+//   PAGED                    1 where keys and values lie in pages
+//   ROW_TILES, WARPS, STAGES of a block that scans: tiles of 8 rows, warps, tiles of keys for each
+//   RESIDENTS                such blocks that a multiprocessor has room for
 // and for the dense kernels
 //   BLOCK_ROWS, KEY_BLOCKS   rows of a block, blocks for a tile's gradients (dense.cu, exact.cu)
 //   KEY_STAGES, GRAD_KEYS    stages of keys, keys of a backward's tile (dense90.cuh)
@@ -159,10 +163,11 @@ __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
 // Tells the compiler that all lanes of the warp hold the same.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 
-template <int lanes, class T>
-__device__ __forceinline__ T sum_over(T x) {  // over aligned groups of `lanes` lanes
+// Over groups of `lanes` lanes that are neighbours or, where `apart` is not 1, stand so far apart.
+template <int lanes, int apart = 1, class T>
+__device__ __forceinline__ T sum_over(T x) {
 #pragma unroll
-  for (int step = 1; step < lanes; step *= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  for (int step = apart; step < lanes * apart; step *= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
 }
 
@@ -179,10 +184,10 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return out;
 }
 
-template <int lanes>
+template <int lanes, int apart = 1>
 __device__ __forceinline__ float max_or_nan_over(float x) {
 #pragma unroll
-  for (int step = 1; step < lanes; step *= 2)
+  for (int step = apart; step < lanes * apart; step *= 2)
     x = max_or_nan(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
@@ -352,7 +357,8 @@ __device__ __forceinline__ i64 arena_of(int row_block) {
   return i64(row_block) * kRowBlock * kArenaRow;
 }
 
-__device__ __forceinline__ void mark_tile(const Params& p, int head_row, int row, int column) {
+template <class P>
+__device__ __forceinline__ void mark_tile(const P& p, int head_row, int row, int column) {
   p.tiles[(i64(head_row) * ((p.length_q + 63) / 64) + row / 64) * ((p.length_k + 63) / 64) +
           column / 64] = 1;
 }
@@ -388,10 +394,20 @@ __device__ __forceinline__ void store_shared(u32 address, int x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
+// Start copying 16 bytes, of which those from `bytes` on become zeros without being read.
+__device__ __forceinline__ void cp_async16(u32 to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Until no more than the last `groups` that were committed are under way.
+template <int groups>
+__device__ __forceinline__ void cp_async_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
 
 // Bytes from one row of a tile in shared memory to the next. The 16 bytes of padding put eight
 // successive rows on different banks, so ldmatrix reads them without conflict.
@@ -413,9 +429,7 @@ __device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 ro
     const Scalar* from = head + i64(inside ? first + row : 0) * row_stride;
     if constexpr (kAligned) {
       const int bytes = inside && at < width ? 16 : 0;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-                   "l"(from + (at < width ? at : 0)), "r"(bytes)
-                   : "memory");
+      cp_async16(shared_address(to), from + (at < width ? at : 0), bytes);
     } else {
 #pragma unroll
       for (int j = 0; j < per_chunk; ++j)

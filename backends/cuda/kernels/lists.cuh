@@ -8,22 +8,16 @@
 // stand, without a branch; when the staging memory is full all lanes filter theirs into the lists
 // together.
 //
-// A row's bound is the threshold of scores kept so far, or less: f of a subset lies below f of the
-// row, and so does its root. certain_rise() on the list from the present bound stays below the
-// root.
-//
 // Scores are those of the tensor cores, q.k; z = c * score. Bounds are in units of scores.
 #pragma once
 
+#include "bounds.cuh"
 #include "score.cuh"
 #include "work.cuh"
 
 namespace adasplash2 {
 
 constexpr int kCapacity = ADASPLASH2_CAPACITY;
-// Bounds stay this much below what is proven, in windows and relative to the score: above the
-// rounding of f and of z near the root.
-constexpr float kBoundSlack = 2e-6f;
 // Bounds are raised, and lists rebalanced, when a list has grown by so many entries since.
 constexpr int kRaiseGrow = 1;
 constexpr int kRebalanceGrow = 3;
@@ -126,35 +120,6 @@ struct Lists {
   // From a lane's staging block to its column.
   static __device__ __forceinline__ u32 to_column() { return kStagingParts * 512 - lane_id() * 12; }
 
-  static __device__ __forceinline__ float under(float seen, float inv_c) {
-    return seen - (1.f + kBoundSlack) * inv_c - kBoundSlack * fabsf(seen);
-  }
-
-  // What a score above a bound adds to sum u and sum p there.
-  static __device__ __forceinline__ void add_above(float x, float r, float& s1, float& s2) {
-    const bool above = x > 0.f;
-    const float inside = above ? x : 0.f;  // NaN, too, is no score above
-    if constexpr (kAlpha == AlphaKind::kGeneral) {
-      const float u = above ? power(inside, r - 1.f) : 0.f;
-      s1 += u;
-      s2 = fmaf(u, inside, s2);
-    } else if constexpr (kAlpha == AlphaKind::k15) {
-      s1 += inside;
-      s2 = fmaf(inside, inside, s2);
-    } else {
-      s1 += above ? 1.f : 0.f;
-      s2 += inside;
-    }
-  }
-  // The bound raised by what those sums, over the lanes of a row, prove.
-  static __device__ __forceinline__ float raised(float bound, float s1, float s2, float inv_c,
-                                                 float r) {
-    const float sum_u = sum_over<4>(s1), f = sum_over<4>(s2) - 1.f;
-    if (!(f > 0.f)) return bound;  // never where nothing is kept
-    const float rise = (certain_rise(f, sum_u, r) - kBoundSlack) * inv_c;
-    return fmaxf(bound, bound + rise - kBoundSlack * fabsf(bound));
-  }
-
   // The first bounds of rows, from the largest scores of parts of their first tile: some scores of
   // the row as good as any, and enough of them that few of the tile pass.
   template <int count, class Score>
@@ -180,7 +145,7 @@ struct Lists {
         float s1 = 0.f, s2 = 0.f;
 #pragma unroll
         for (float x : best) add_above(p.c * (x - first), p.r, s1, s2);
-        first = raised(first, s1, s2, p.inv_c, p.r);
+        first = raised<4>(first, s1, s2, p.inv_c, p.r);
       }
       if (bound[slot] == -kInf && is_finite(seen)) bound[slot] = first;
       still |= bound[slot] == -kInf;
@@ -249,7 +214,7 @@ struct Lists {
     }
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
-      bound[slot] = raised(bound[slot], s1[slot], s2[slot], inv_c, r);
+      bound[slot] = raised<4>(bound[slot], s1[slot], s2[slot], inv_c, r);
     raise_at = base + (longest + kRaiseGrow - 1) * kEntryBytes;
   }
 

@@ -40,6 +40,27 @@ __device__ __forceinline__ int first_row_of(int key) { return kCausal ? key : 0;
 // then from the nearest on. Both have high scores, which make high bounds.
 __device__ __forceinline__ int nth_tile(int i, int tiles) { return i == 0 ? 0 : tiles - i; }
 
+// The keys that a query sees where few queries are decoded: those from `begin` on, before `end`.
+struct Range {
+  int begin, end;
+
+  __device__ __forceinline__ bool holds(int key) const { return key >= begin && key < end; }
+};
+
+__device__ __forceinline__ Range range_of(const DecodeParams& p, int batch, int query) {
+  int begin = 0, end = p.length_k;
+  if (p.ranges) {
+    const int* of = p.ranges + batch * p.ranges_batch + query;
+    begin = max(begin, of[0]);
+    end = min(end, of[p.ranges_end]);
+  } else {
+    const int place = query + p.shift;
+    if (p.left >= 0) begin = max(begin, place - p.left);
+    if (p.right >= 0) end = min(end, place + p.right + 1);
+  }
+  return {begin, max(begin, end)};
+}
+
 // The rows that a poisoned row's NaN reaches: every key it may see.
 __device__ __forceinline__ void poison_keys(const Params& p, int batch, int kv_head, int row) {
   atomicMax(p.poison + batch * p.heads_kv + kv_head, seen_end(row, p.length_k));

@@ -1,0 +1,764 @@
+// Few queries without gradients against long caches.
+//
+// The rows of all query heads that share a key head are read for together, so that each key is read
+// once. Keys are cut into parts, one for each warp of a scan, so that few heads occupy a whole GPU.
+//
+// 1. decode_scan reads the keys. Of each row a part has a list of the scores above a bound that
+//    rises as they come. The threshold of some of a row's scores is at most that of all: whatever
+//    can be in the support is in a list. A list has room for all keys of its part, so that no row
+//    is too flat.
+// 2. decode_solve, a block for each row: from the parts' largest scores a bound that few of the
+//    lists' scores pass, from these the threshold and the output. Of a flat row, of which more pass
+//    than shared memory holds, it finds the threshold on the lists themselves.
+// 3. decode_weigh, for flat rows alone: the output, from the lists and the values.
+//
+// Each warp keeps to its own part, bounds and lists, and sums have one order: the same call gives
+// the same bits.
+#include "bounds.cuh"
+#include "score.cuh"
+
+namespace adasplash2 {
+
+constexpr bool kPaged = ADASPLASH2_PAGED;
+constexpr int kWarps = ADASPLASH2_WARPS, kThreads = 32 * kWarps;
+constexpr int kStages = ADASPLASH2_STAGES;
+constexpr int kRowTiles = ADASPLASH2_ROW_TILES;
+constexpr int kRows = kRowTiles * kDecodeRowTile;  // of a block
+
+// A warp reads a tile of 16 keys as the A fragments of mma.sync, so that its products have keys
+// along M and rows along N: lane l holds scores of the keys l/4 and l/4 + 8, and of the rows
+// 2 (l%4) + {0, 1} of each tile of rows. The order of the columns of q . k is free: what a lane
+// copies, 16 bytes at a time, is what it multiplies itself, and no lane waits for another.
+constexpr int kChunk = 16 / int(sizeof(Scalar));  // columns of a copy
+constexpr int kStepColumns = 4 * kChunk;          // and of the four lanes of a key
+constexpr int kSteps = (kHeadDim + kStepColumns - 1) / kStepColumns;
+constexpr int kStageBytes = kSteps * 2 * 32 * 16;  // a tile of keys
+constexpr int kQueryBytes = kSteps * kRows * 4 * 16;
+static_assert(kQueryBytes + kWarps * kStages * kStageBytes == ADASPLASH2_SHARED_DECODE_SCAN);
+
+constexpr int kRaiseSteps = 2;   // Newton's steps of a bound on a list
+constexpr int kFirstRaise = 16;  // entries of a list from which its bound is raised
+
+// --- where rows, keys and values are -------------------------------------------------------
+
+// The key head of some rows, which are numbered head by head: those of a key head follow each
+// other.
+struct KeyHead {
+  int kv_row, batch, kv_head, first_row;
+
+  __device__ __forceinline__ KeyHead(const DecodeParams& p, int kv_row)
+      : kv_row(kv_row),
+        batch(kv_row / p.heads_kv),
+        kv_head(kv_row % p.heads_kv),
+        first_row(kv_row * rows_of(p)) {}
+  static __device__ __forceinline__ int rows_of(const DecodeParams& p) {
+    return p.gqa_group * p.length_q;
+  }
+};
+
+// A row by its number.
+struct Row {
+  int at, head_row, query, batch, head, kv_head;
+
+  __device__ __forceinline__ Row(const DecodeParams& p, int at)
+      : at(at),
+        head_row(at / p.length_q),
+        query(at % p.length_q),
+        batch(head_row / p.heads_q),
+        head(head_row % p.heads_q),
+        kv_head(head / p.gqa_group) {}
+  __device__ __forceinline__ Range seen(const DecodeParams& p) const {
+    return range_of(p, batch, query);
+  }
+  __device__ __forceinline__ Scalar* output(const DecodeParams& p) const {
+    return row_of(p.o, batch, head, query);
+  }
+};
+
+// What a block works on: a tile of rows that share keys, and the number of a share of these.
+struct Block : KeyHead {
+  int first, rows, split;  // first row, and how many there are
+
+  // Blocks of the same keys are neighbours, so that these are read from memory once.
+  template <int tile>
+  static __device__ __forceinline__ Block of(const DecodeParams& p) {
+    const int tiles = (rows_of(p) + tile - 1) / tile;
+    const int keys = blockIdx.x / tiles, number = blockIdx.x % tiles * tile;
+    Block b{KeyHead(p, keys / p.splits)};
+    b.first = b.first_row + number;
+    b.rows = min(tile, rows_of(p) - number);
+    b.split = keys % p.splits;
+    return b;
+  }
+  __device__ __forceinline__ int part() const { return split * kWarps + warp_id(); }
+
+ private:
+  __device__ __forceinline__ explicit Block(const KeyHead& head) : KeyHead(head) {}
+};
+
+__device__ __forceinline__ int parts_of(const DecodeParams& p) { return p.splits * kWarps; }
+__device__ __forceinline__ Part* parts_at(const DecodeParams& p, int row) {
+  return p.parts + i64(row) * parts_of(p);
+}
+
+// Keys or values of a sequence and head.
+struct Cache {
+  const Scalar* head;
+  i64 row, page;
+  const int* table;
+  int page_size, last_page;
+
+  __device__ __forceinline__ Cache(const DecodeParams& p, const View& view, int batch, int kv_head)
+      : head(row_of(view, kPaged ? 0 : batch, kv_head, 0)),
+        row(view.row),
+        page(view.batch),
+        table(kPaged ? p.table + batch * p.table_batch : nullptr),
+        page_size(p.page_size),
+        last_page(int(p.pages) - 1) {}
+  __device__ __forceinline__ const Scalar* at(int key) const {
+    if constexpr (!kPaged) return head + key * row;
+    const u32 number = u32(key) / u32(page_size), place = u32(key) - number * u32(page_size);
+    return head + max(0, min(table[number], last_page)) * page + place * row;
+  }
+};
+
+// --- scan ----------------------------------------------------------------------------------
+
+using Scores = float[kRowTiles][4];  // of the lane's two rows of a tile: key l/4, then l/4 + 8
+
+// The queries of a block as all its warps read them: chunks of columns, of each those of all rows.
+__device__ __forceinline__ void load_queries(char* shared, const Block& b, const DecodeParams& p) {
+  for (int i = threadIdx.x; i < kSteps * kRows * 4; i += kThreads) {
+    const int row = i / 4 % kRows, column = (i / (4 * kRows) * 4 + i % 4) * kChunk;
+    const Row of(p, b.first + min(row, b.rows - 1));
+    const Scalar* from = row_of(p.q, of.batch, of.head, of.query);
+    Scalar* to = reinterpret_cast<Scalar*>(shared + i * 16);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      const bool exists = row < b.rows && column + j < kHeadDim;
+      store(to + j, exists ? p.q_sign * to_float(from[column + j]) : 0.f);
+    }
+  }
+}
+
+// Start copying a tile of keys, those that are not `seen` as zeros.
+__device__ __forceinline__ void load_keys(char* stage, const Cache& keys, int first,
+                                          const Range& seen) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = first + half * 8 + lane / 4;
+    const bool exists = seen.holds(key);
+    const Scalar* from = keys.at(exists ? key : seen.begin);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int column = (step * 4 + lane % 4) * kChunk;
+      char* to = stage + ((step * 2 + half) * 32 + lane) * 16;
+      if constexpr (kAligned) {
+        const bool inside = column < kHeadDim;
+        cp_async16(shared_address(to), from + (inside ? column : 0), exists && inside ? 16 : 0);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j)
+          reinterpret_cast<Scalar*>(to)[j] =
+              exists && column + j < kHeadDim ? from[column + j] : Scalar{};
+      }
+    }
+  }
+}
+
+// Products of one key's columns with eight rows, summed over the four lanes that have them: a lane
+// gets those of its two rows.
+__device__ __forceinline__ void sum_rows(const float (&partial)[kDecodeRowTile], float& first,
+                                         float& second) {
+  const bool high = lane_id() & 2, odd = lane_id() & 1;
+  float half[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float given = high ? partial[i] : partial[i + 4];
+    half[i] = (high ? partial[i + 4] : partial[i]) + __shfl_xor_sync(kAllLanes, given, 2);
+  }
+  float both[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float given = odd ? half[i] : half[i + 2];
+    both[i] = (odd ? half[i + 2] : half[i]) + __shfl_xor_sync(kAllLanes, given, 1);
+  }
+  first = both[0], second = both[1];
+}
+
+// q . k of all rows and a tile of keys, from what the lane copied.
+__device__ __forceinline__ void products(Scores& s, const char* stage, const char* queries) {
+  const int lane = lane_id();
+  const uint4* keys = reinterpret_cast<const uint4*>(stage) + lane;
+  if constexpr (kHalf) {
+    const uint4* q = reinterpret_cast<const uint4*>(queries) + lane;
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const uint4 a = keys[step * 2 * 32], b = keys[(step * 2 + 1) * 32];
+      const AFragment low{{a.x, b.x, a.y, b.y}}, high{{a.z, b.z, a.w, b.w}};
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+        const uint4 c = q[(step * kRows + n * kDecodeRowTile) * 4];
+        float (&d)[4] = s[n];
+        multiply(d, low, c.x, c.y, d[0], d[1], d[2], d[3]);
+        multiply(d, high, c.z, c.w, d[0], d[1], d[2], d[3]);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int n = 0; n < kRowTiles; ++n) {
+      float partial[2][kDecodeRowTile] = {};
+#pragma unroll 4
+      for (int step = 0; step < kSteps; ++step) {
+        const float4 *a = reinterpret_cast<const float4*>(keys + step * 2 * 32), *b = a + 32;
+        const float4 x[2] = {*a, *b};
+#pragma unroll
+        for (int row = 0; row < kDecodeRowTile; ++row) {
+          const float4 y = reinterpret_cast<const float4*>(
+              queries)[(step * kRows + n * kDecodeRowTile + row) * 4 + lane % 4];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& d = partial[half][row];
+            d = fmaf(x[half].x, y.x, d);
+            d = fmaf(x[half].y, y.y, d);
+            d = fmaf(x[half].z, y.z, d);
+            d = fmaf(x[half].w, y.w, d);
+          }
+        }
+      }
+      float sums[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        sum_rows(partial[half], sums[2 * half], sums[2 * half + 1]);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+        if (m == n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[m][i] = sums[i];
+    }
+  }
+}
+
+// When a list's bound is raised: as often as the list has grown by a third or half.
+__device__ __forceinline__ int raise_level(int count) {
+  if (count < kFirstRaise) return 0;
+  const int highest = 31 - __clz(count);
+  return 2 * highest + (count >> (highest - 1) & 1);
+}
+
+// What is known of a row's list beside its bound.
+struct ListState {
+  float top;
+  int count;
+};
+
+// The lists of a warp's part. Eight lanes share a row.
+struct PartLists {
+  const DecodeParams& p;
+  const Block& b;
+  int first_key;               // of the part
+  ListState (&states)[kRows];  // in shared memory
+  float bound[kRowTiles][2];
+
+  __device__ __forceinline__ PartLists(const DecodeParams& p, const Block& b, int first_key,
+                                       ListState (&states)[kRows])
+      : p(p), b(b), first_key(first_key), states(states) {
+    for (int row = lane_id(); row < kRows; row += 32) states[row] = {-kInf, 0};
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) bound[n][j] = row_at(n, j) < b.rows ? -kInf : kInf;
+  }
+
+  static __device__ __forceinline__ int row_at(int n, int j) {  // of the block
+    return n * kDecodeRowTile + lane_id() % 4 * 2 + j;
+  }
+  __device__ __forceinline__ i64 list_of(int n, int j) const {
+    return i64(b.first + row_at(n, j)) * p.list_length + first_key;
+  }
+
+  // Take the scores of a tile that are above the bounds; mostly there are none.
+  __device__ __forceinline__ void take(const Scores& s, int first) {
+    bool here[kRowTiles], any = false;
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      here[n] = false;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) here[n] |= !(s[n][i] <= bound[n][i % 2]);  // NaN, too
+      any |= here[n];
+    }
+    if (!__any_sync(kAllLanes, any)) return;
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      if (kRowTiles > 1 && !__any_sync(kAllLanes, here[n])) continue;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) append(n, j, s[n][j], s[n][2 + j], first - first_key);
+    }
+  }
+
+  __device__ __forceinline__ void append(int n, int j, float low, float high, int offset) {
+    const int lane = lane_id();
+    const u32 of_row = 0x11111111u << lane % 4, lanes_below = (1u << lane) - 1;
+    const i64 list = list_of(n, j);
+    __syncwarp();  // the state is written
+    const ListState before = states[row_at(n, j)];
+    int count = before.count;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float score = half ? high : low;
+      const bool kept = score > bound[n][j];
+      const u32 mine = __ballot_sync(kAllLanes, kept) & of_row;
+      if (kept) {
+        const i64 at = list + count + __popc(mine & lanes_below);
+        p.scores[at] = score;
+        p.offsets[at] = u16(offset + half * 8 + lane / 4);
+      }
+      count += __popc(mine);
+    }
+    const float top = max_or_nan(before.top, max_or_nan_over<8, 4>(max_or_nan(low, high)));
+    bound[n][j] = fmaxf(bound[n][j], under(top, p.inv_c));
+    __syncwarp();  // and read
+    if (lane < 4) states[row_at(n, j)] = {top, count};
+    const bool due = raise_level(count) != raise_level(before.count);
+    if (__any_sync(kAllLanes, due)) raise(list, count, bound[n][j]);
+  }
+
+  // What the list proves, which the lanes of a row wrote together.
+  __device__ __forceinline__ void raise(i64 list, int entries, float& above) const {
+    __syncwarp();
+#pragma unroll 1
+    for (int step = 0; step < kRaiseSteps; ++step) {
+      float s1 = 0.f, s2 = 0.f;
+#pragma unroll 4
+      for (int i = lane_id() / 4; i < entries; i += 8)
+        add_above(p.c * (p.scores[list + i] - above), p.r, s1, s2);
+      above = raised<8, 4>(above, s1, s2, p.inv_c, p.r);
+    }
+  }
+
+  __device__ __forceinline__ void finish() const {
+    if (lane_id() >= 4) return;  // the first four have all rows between them
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = row_at(n, j);
+        if (row >= b.rows) continue;
+        const ListState state = states[row];
+        parts_at(p, b.first + row)[b.part()] = {state.top, bound[n][j], first_key, state.count};
+      }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
+    decode_scan(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ Range seen[kRows];
+  __shared__ ListState states[kWarps][kRows];
+  const Block b = Block::of<kRows>(p);
+  for (int i = threadIdx.x; i < kRows; i += kThreads)
+    seen[i] = i < b.rows ? Row(p, b.first + i).seen(p) : Range{0, 0};
+  __syncthreads();
+  // Keys that some row sees, and those that all do.
+  Range any{p.length_k, 0}, all{0, p.length_k};
+  for (int i = 0; i < b.rows; ++i) {
+    if (seen[i].begin < seen[i].end)
+      any = {min(any.begin, seen[i].begin), max(any.end, seen[i].end)};
+    all = {max(all.begin, seen[i].begin), min(all.end, seen[i].end)};
+  }
+  // The part of the warp, in whole tiles.
+  const int first_tile = any.begin / kDecodeTile, parts = parts_of(p), part = b.part();
+  const int tiles = max(0, (any.end + kDecodeTile - 1) / kDecodeTile - first_tile);
+  const int begin = first_tile + part * (tiles / parts) + min(part, tiles % parts);
+  const int end = begin + tiles / parts + (part < tiles % parts);
+
+  const Cache keys(p, p.k, b.batch, b.kv_head);
+  char* stages = shared + kQueryBytes + warp_id() * kStages * kStageBytes;
+  PartLists lists(p, b, begin * kDecodeTile, states[warp_id()]);
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    if (begin + i < end) load_keys(stages + i * kStageBytes, keys, (begin + i) * kDecodeTile, any);
+    cp_async_commit();
+  }
+  load_queries(shared, b, p);
+  __syncthreads();
+  int stage = 0;
+#pragma unroll 1
+  for (int tile = begin; tile < end; ++tile) {
+    char* keys_at = stages + stage * kStageBytes;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    cp_async_wait_but<kStages - 1>();
+    const int first = tile * kDecodeTile;
+    Scores s;
+    products(s, keys_at, shared);
+    if (tile + kStages < end) load_keys(keys_at, keys, first + kStages * kDecodeTile, any);
+    cp_async_commit();
+    if (first < all.begin || first + kDecodeTile > all.end)
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = first + i / 2 * 8 + lane_id() / 4;
+          if (!seen[PartLists::row_at(n, i % 2)].holds(key)) s[n][i] = -kInf;
+        }
+    lists.take(s, first);
+  }
+  lists.finish();
+}
+
+// --- thresholds, and the output of rows that are not flat ----------------------------------
+
+constexpr int kSolveWarps = kSolveThreads / 32;
+constexpr int kLanes = ADASPLASH2_OUTPUT_LANES, kGroups = 32 / kLanes;  // that share a value's row
+constexpr int kWidth = kLanes * 8;
+constexpr int kBatch = 4;  // gathers in flight per lane
+
+// Over the block, in a fixed order; every thread gets the result. One barrier: memory is used in
+// turns.
+struct OverBlock {
+  float4 (&shared)[2][kSolveWarps];
+  int turn = 0;
+
+  template <class Combine>
+  __device__ __forceinline__ float4 operator()(float4 x, const Combine& combine) {
+    x = over_lanes<32>(x, combine);
+    turn ^= 1;
+    if (lane_id() == 0) shared[turn][warp_id()] = x;
+    __syncthreads();
+    return over_lanes<kSolveWarps>(shared[turn][lane_id() % kSolveWarps], combine);
+  }
+
+ private:
+  template <int lanes, class Combine>
+  static __device__ __forceinline__ float4 over_lanes(float4 x, const Combine& combine) {
+#pragma unroll
+    for (int step = 1; step < lanes; step *= 2)
+      x = combine(x,
+                  {__shfl_xor_sync(kAllLanes, x.x, step), __shfl_xor_sync(kAllLanes, x.y, step),
+                   __shfl_xor_sync(kAllLanes, x.z, step), __shfl_xor_sync(kAllLanes, x.w, step)});
+    return x;
+  }
+};
+
+__device__ __forceinline__ float4 add(const float4& a, const float4& b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+// Scores that a warp keeps in shared memory.
+struct Kept {
+  float score[kSolveKept];
+  int key[kSolveKept];
+};
+
+// The parts of a row that have scores above its bound. Each warp has its own, in order.
+struct LiveParts {
+  const Part* parts;
+  int count;
+  float bound;
+
+  template <class Body>
+  __device__ __forceinline__ void for_each(const Body& body) const {
+    for (int first = warp_id(); first < count; first += 32 * kSolveWarps) {
+      const int mine = first + lane_id() * kSolveWarps;
+      u32 live = __ballot_sync(kAllLanes, mine < count && parts[mine].top > bound);
+      for (; live; live &= live - 1) body(parts[first + (__ffs(live) - 1) * kSolveWarps]);
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
+    decode_solve(const __grid_constant__ DecodeParams p) {
+  __shared__ Kept all_kept[kSolveWarps];
+  __shared__ float4 exchanged[2][kSolveWarps];
+  __shared__ float sums[kSolveWarps][kWidth];
+  const Row row(p, blockIdx.x);
+  const int lane = lane_id(), warp = warp_id();
+  const int number = row.at % KeyHead::rows_of(p);
+  if (threadIdx.x == 0 && number % kDecodeRowTile == 0) {
+    const int tiles = (KeyHead::rows_of(p) + kDecodeRowTile - 1) / kDecodeRowTile;
+    p.arrivals[row.at / KeyHead::rows_of(p) * tiles + number / kDecodeRowTile] = 0;
+  }
+  OverBlock over_block{exchanged};
+  LiveParts live{parts_at(p, row.at), parts_of(p), -kInf};
+
+  float seen = -kInf;
+  for (int i = threadIdx.x; i < live.count; i += kSolveThreads) {
+    const Part part = live.parts[i];
+    seen = max_or_nan(seen, part.top);
+    live.bound = fmaxf(live.bound, part.bound);
+  }
+  const float4 found =
+      over_block({seen, live.bound, 0.f, 0.f}, [](const float4& a, const float4& b) {
+        return float4{max_or_nan(a.x, b.x), fmaxf(a.y, b.y), 0.f, 0.f};
+      });
+  const bool poisoned = !(found.x < kInf), empty = found.x == -kInf;
+  if (poisoned || empty) {  // the same to the whole block
+    for (int i = threadIdx.x; i < kHeadDimV; i += kSolveThreads)
+      store(row.output(p) + i, poisoned ? kNaN : 0.f);
+    if (threadIdx.x == 0) {
+      p.tau[row.at] = poisoned ? kNaN : kInf;
+      p.solved[row.at] = {0.f, kInf};
+      if (p.support) p.support[row.at] = p.iterations[row.at] = 0;
+    }
+    return;
+  }
+  const float top = found.x;
+  live.bound = fmaxf(found.y, under(top, p.inv_c));
+  for (int step = 0; step < kRaiseSteps; ++step) {
+    float s1 = 0.f, s2 = 0.f;
+    for (int i = threadIdx.x; i < live.count; i += kSolveThreads)
+      add_above(p.c * (live.parts[i].top - live.bound), p.r, s1, s2);
+    const float4 total = over_block({s1, s2, 0.f, 0.f}, add);
+    live.bound = raised<1>(live.bound, total.x, total.y, p.inv_c, p.r);
+  }
+
+  // What is above the bound comes into shared memory.
+  const i64 list = i64(row.at) * p.list_length;
+  Kept& kept = all_kept[warp];
+  int count = 0;
+  live.for_each([&](const Part& part) {
+    const i64 at = list + part.first;
+    for (int first = 0; first < part.count && count <= kSolveKept; first += 32) {
+      const int i = first + lane;
+      float score = -kInf;
+      int offset = 0;
+      if (i < part.count) score = p.scores[at + i], offset = p.offsets[at + i];
+      const bool above = score > live.bound;
+      const u32 mine = __ballot_sync(kAllLanes, above);
+      const int to = count + __popc(mine & ((1u << lane) - 1));
+      if (above && to < kSolveKept) kept.score[to] = score, kept.key[to] = part.first + offset;
+      count += __popc(mine);
+    }
+  });
+  const bool flat = __syncthreads_or(count > kSolveKept);
+  __syncwarp();
+
+  // body(score) for all that the warp has of the row, in shared memory or of a flat row in lists.
+  const auto for_scores = [&](const auto& body) {
+    if (!flat) {
+      for (int i = lane; i < count; i += 32) body(kept.score[i]);
+      return;
+    }
+    live.for_each([&](const Part& part) {
+      const float4* scores = reinterpret_cast<const float4*>(p.scores + list + part.first);
+#pragma unroll 4
+      for (int i = 4 * lane; i < part.count; i += 128) {
+        const float4 four = scores[i / 4];
+        body(four.x);  // behind the end of a list may be anything
+        body(i + 1 < part.count ? four.y : -kInf);
+        body(i + 2 < part.count ? four.z : -kInf);
+        body(i + 3 < part.count ? four.w : -kInf);
+      }
+    });
+  };
+
+  float lo = fmaxf(-1.f, p.c * (live.bound - top)), hi = kHighest, t = lo;
+  int steps = 0;
+  for (bool done = false; steps < kSolveSteps && !done; ++steps) {
+    Moments<float> m{0.f, 0.f, 0.f};
+    float least = kInf;
+    for_scores([&](float score) {
+      const float x = fmaf(p.c, score - top, -t);
+      const bool inside = x > 0.f;
+      accumulate(m, inside ? x : 0.f, p.r);
+      least = fminf(least, inside ? x : kInf);
+    });
+    const float4 total =
+        over_block({m.s0, m.s1, m.s2, least}, [](const float4& a, const float4& b) {
+          return float4{a.x + b.x, a.y + b.y, a.z + b.z, fminf(a.w, b.w)};
+        });
+    done = refine({total.x, total.y, total.z}, p.r, lo, hi, t, total.w, steps);
+  }
+  if (threadIdx.x == 0) {
+    p.tau[row.at] = fmaf(p.c, top, t);
+    p.solved[row.at] = {top, flat ? t : kInf};
+  }
+  const auto distance = [&](float score) { return fmaf(p.c, score - top, -t); };
+
+  if (p.support) {  // the call counts what it did
+    int inside = 0;
+    const auto mark = [&](float score, int key) {
+      if (!(distance(score) > 0.f)) return;
+      ++inside;
+      mark_tile(p, row.head_row, row.query, key);
+    };
+    if (!flat)
+      for (int i = lane; i < count; i += 32) mark(kept.score[i], kept.key[i]);
+    else
+      live.for_each([&](const Part& part) {
+        for (int i = lane; i < part.count; i += 32)
+          mark(p.scores[list + part.first + i], part.first + p.offsets[list + part.first + i]);
+      });
+    const float4 total = over_block({float(inside), 0.f, 0.f, 0.f}, add);
+    if (threadIdx.x == 0) p.support[row.at] = int(total.x), p.iterations[row.at] = steps;
+  }
+  if (flat) return;
+
+  const Cache values(p, p.v, row.batch, row.kv_head);
+  const int group = lane / kLanes, column = lane % kLanes * 8;
+  float out[8] = {}, mass = 0.f;
+  for (int first = group; first < count; first += kGroups * kBatch) {
+    float prob[kBatch], value[kBatch][8] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = first + i * kGroups;
+      const float x = at < count ? distance(kept.score[at]) : 0.f;
+      prob[i] = x > 0.f ? probability(x, p.r) : 0.f;
+      if (prob[i] != 0.f) load8<kHeadDimV>(values.at(kept.key[at]), column, value[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (prob[i] == 0.f) continue;  // nothing is taken, not even a NaN
+      mass += prob[i];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) out[j] = fmaf(prob[i], value[i][j], out[j]);
+    }
+  }
+#pragma unroll
+  for (float& x : out) x = sum_over<kGroups, kLanes>(x);
+  if (group == 0)
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums[warp][column + j] = out[j];
+  const float whole = over_block({column == 0 ? mass : 0.f, 0.f, 0.f, 0.f}, add).x;
+  for (int i = threadIdx.x; i < kHeadDimV; i += kSolveThreads) {
+    float total = 0.f;
+#pragma unroll
+    for (int one = 0; one < kSolveWarps; ++one) total += sums[one][i];
+    store(row.output(p) + i, total / whole);
+  }
+}
+
+// --- the output of flat rows ---------------------------------------------------------------
+
+// A warp goes along the lists of its part, for eight rows at once: those keys that one of them
+// keeps are read once. The block that comes last adds up what all splits have.
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+    decode_weigh(const __grid_constant__ DecodeParams p) {
+  constexpr int kTile = kDecodeRowTile;
+  __shared__ __align__(16) float all_weights[kWarps][kWeighedKeys][kTile];
+  __shared__ float sums[kWarps][kTile][kWidth];
+  __shared__ float masses[kWarps][kTile];
+  __shared__ bool is_last;
+  const Block b = Block::of<kTile>(p);
+  const int lane = lane_id(), warp = warp_id();
+  // Lanes 0 to 7 have a row each.
+  const bool has_row = lane < b.rows;
+  const Solved solved = has_row ? p.solved[b.first + lane] : Solved{0.f, kInf};
+  const u32 flat = __ballot_sync(kAllLanes, solved.t < kInf);
+  if (flat == 0) return;
+
+  const int first_key = parts_at(p, b.first)[b.part()].first;  // of all rows alike
+  int count = 0, place = 0;
+  if (solved.t < kInf) {
+    const Part part = parts_at(p, b.first + lane)[b.part()];
+    if (fmaf(p.c, part.top - solved.top, -solved.t) > 0.f) count = part.count;
+  }
+  const Cache values(p, p.v, b.batch, b.kv_head);
+  const int group = lane / kLanes, column = lane % kLanes * 8;
+  float (&weights)[kWeighedKeys][kTile] = all_weights[warp];
+  float out[kTile][8] = {}, mass[kTile] = {};
+  for (;;) {
+    const i64 own = i64(b.first + lane) * p.list_length + first_key;
+    int first = place < count ? p.offsets[own + place] : kDecodePart;
+    first = __reduce_min_sync(kAllLanes, first);
+    if (first == kDecodePart) break;
+    __syncwarp();  // the weights before are read
+#pragma unroll
+    for (int row = 0; row < kTile; ++row) weights[lane][row] = 0.f;
+    __syncwarp();
+    u32 weighed = 0;  // the keys that some row keeps
+#pragma unroll
+    for (int row = 0; row < kTile; ++row) {
+      const int at = __shfl_sync(kAllLanes, place, row) + lane;
+      const int entries = __shfl_sync(kAllLanes, count, row);
+      const float top = __shfl_sync(kAllLanes, solved.top, row);
+      const float t = __shfl_sync(kAllLanes, solved.t, row);
+      const i64 list = i64(b.first + row) * p.list_length + first_key;
+      int key = kWeighedKeys;
+      if (at < entries) key = p.offsets[list + at] - first;
+      const bool here = key < kWeighedKeys;
+      if (here) {
+        const float x = fmaf(p.c, p.scores[list + at] - top, -t);
+        const float prob = x > 0.f ? probability(x, p.r) : 0.f;
+        weights[key][row] = prob;
+        mass[row] += prob;
+        if (prob != 0.f) weighed |= 1u << key;
+      }
+      const int taken = __popc(__ballot_sync(kAllLanes, here));
+      if (lane == row) place += taken;
+    }
+    weighed = __reduce_or_sync(kAllLanes, weighed);
+    __syncwarp();
+#pragma unroll 1
+    for (int of_batch = group; of_batch < kWeighedKeys; of_batch += kGroups * kBatch) {
+      float value[kBatch][8] = {};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int key = of_batch + i * kGroups;
+        if (weighed >> key & 1u)
+          load8<kHeadDimV>(values.at(first_key + first + key), column, value[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float4* of_key = reinterpret_cast<const float4*>(weights[of_batch + i * kGroups]);
+        const float4 low = of_key[0], high = of_key[1];
+        const float w[kTile] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int row = 0; row < kTile; ++row)
+          if (w[row] != 0.f)  // else nothing is taken, not even a NaN
+#pragma unroll
+            for (int j = 0; j < 8; ++j) out[row][j] = fmaf(w[row], value[i][j], out[row][j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kTile; ++row) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float total = sum_over<kGroups, kLanes>(out[row][j]);
+      if (group == 0) sums[warp][row][column + j] = total;
+    }
+    const float total = sum_over<32>(mass[row]);
+    if (lane == 0) masses[warp][row] = total;
+  }
+  __syncthreads();
+
+  const auto split_of = [&](int row, int split) { return i64(b.first + row) * p.splits + split; };
+  for (int i = threadIdx.x; i < kTile * kWidth; i += kThreads) {
+    const int row = i / kWidth, at = i % kWidth;
+    if (!(flat >> row & 1u)) continue;
+    float total = 0.f, whole = 0.f;
+#pragma unroll
+    for (int one = 0; one < kWarps; ++one) total += sums[one][row][at], whole += masses[one][row];
+    p.partials[split_of(row, b.split) * kWidth + at] = total;
+    if (at == 0) p.masses[split_of(row, b.split)] = whole;
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int tiles = (KeyHead::rows_of(p) + kTile - 1) / kTile;
+    int* arrivals = p.arrivals + b.kv_row * tiles + (b.first - b.first_row) / kTile;
+    is_last = atomicAdd(arrivals, 1) == p.splits - 1;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  for (int i = threadIdx.x; i < kTile * kWidth; i += kThreads) {
+    const int row = i / kWidth, at = i % kWidth;
+    if (!(flat >> row & 1u) || at >= kHeadDimV) continue;
+    float total = 0.f, whole = 0.f;
+#pragma unroll 4
+    for (int split = 0; split < p.splits; ++split) {
+      total += __ldcg(p.partials + split_of(row, split) * kWidth + at);
+      whole += __ldcg(p.masses + split_of(row, split));
+    }
+    store(Row(p, b.first + row).output(p) + at, total / whole);
+  }
+}
+
+}  // namespace adasplash2
