@@ -1,8 +1,8 @@
 // Forward of rows in dense tiles on Hopper: thresholds and outputs.
 //
-// Thresholds start from a sample: two tiles of scores in registers, then every fourth tile. Mostly
-// two passes over all keys follow, until every row of the block has its threshold, then the one
-// that sums values.
+// Thresholds start from a sample: two tiles of scores in registers, then every fourth tile and the
+// first one, where models keep their attention sinks. Mostly two passes over all keys follow, until
+// every row of the block has its threshold, then the one that sums values.
 #include "dense90.cuh"
 
 namespace adasplash2 {
@@ -66,12 +66,14 @@ struct RowSums {
     s2 += here2;
     scores += count / 2;
   }
-  __device__ __forceinline__ Moments<float> join() {
+  // Where each score stands for `weight` of them.
+  __device__ __forceinline__ Moments<float> join(float weight) {
     if constexpr (kAlpha == AlphaKind::k2)
 #pragma unroll
       for (int step = 1; step < 4; step *= 2)
         least = min(least, __shfl_xor_sync(kAllLanes, least, step));
-    return sum_over<4>(Moments<float>{float(scores - int(negative)), s1, s2});
+    const auto m = sum_over<4>(Moments<float>{float(scores - int(negative)), s1, s2});
+    return {weight * m.s0, weight * m.s1, weight * m.s2};
   }
 };
 
@@ -87,11 +89,9 @@ __device__ __forceinline__ float step_of_power(const Moments<float>& m, float ot
   return m.s2 / (2.f * m.s1 * inverse) * (1.f - exp2f(-inverse * log2f(m.s2)));
 }
 
-// One guarded step of a row by its sums over some of its keys; each of them stands for `weight`.
-__device__ __forceinline__ void advance(Threshold& t, RowSums& sums, float weight) {
-  Moments<float> m = sums.join();
+// One guarded step of a row by its sums, and RowSums::least.
+__device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u32 least) {
   if (t.done) return;
-  m.s0 *= weight, m.s1 *= weight, m.s2 *= weight;
   const float f = excess<kAlpha>(m);
   if (f >= 0.f) {
     if (t.tau >= t.lo) t.lo = t.tau, t.above_lo = m.s0;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void advance(Threshold& t, RowSums& sums, float weigh
     enough |= passed * step * step <= kTolerance;
     if (!enough) step = step_of_power(m, step);
   } else {
-    enough |= step >= 0.f && step < __uint_as_float(sums.least);
+    enough |= step >= 0.f && step < __uint_as_float(least);
   }
   const float next = t.tau + step;
   const bool inside = next >= t.lo && next <= t.hi;
@@ -154,11 +154,11 @@ struct Forward {
   }
 };
 
-// The tiles of one pass: every stride-th from the last one down.
+// The tiles of one pass: every stride-th from the last one down to `least`.
 struct Walk {
   int count, last, stride;
-  __device__ __forceinline__ Walk(int tiles, int stride)
-      : count((tiles - 1) / stride + 1), last(tiles - 1), stride(stride) {}
+  __device__ __forceinline__ Walk(int tiles, int stride, int least)
+      : count((tiles - 1 - least) / stride + 1), last(tiles - 1), stride(stride) {}
   __device__ __forceinline__ int operator[](int i) const { return last - i * stride; }
 };
 
@@ -180,8 +180,8 @@ template <class Side>
 __device__ __forceinline__ void for_passes(int tiles, Side& side) {
   const Sample sample{tiles};
   side.sample_pass(sample);
-  if (tiles >= kStridedFrom) side.strided_pass(Walk(tiles, kStride));
-  const Walk all(tiles, 1);
+  if (tiles >= kStridedFrom) side.strided_pass(Walk(tiles, kStride, 1));
+  const Walk all(tiles, 1, 0);
   bool solving = !sample.is_everything();
 #pragma unroll 1
   for (int pass = 0; solving; ++pass) solving = any_of_block(side.full_pass(all, pass));
@@ -216,11 +216,11 @@ struct Producer {
       for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
   }
   __device__ __forceinline__ void strided_pass(const Walk& walk) {
-    if (copies)
-      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
+    if (copies) push_keys(0);
+    push_walk(walk);
   }
   __device__ __forceinline__ bool full_pass(const Walk& walk, int) {
-    strided_pass(walk);
+    push_walk(walk);
     __syncwarp();
     return false;  // it only listens
   }
@@ -230,6 +230,10 @@ struct Producer {
   }
 
  private:
+  __device__ __forceinline__ void push_walk(const Walk& walk) {
+    if (copies)
+      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
+  }
   __device__ __forceinline__ void push_keys(int tile) {
     key_ring.await_empty(at.empty_k);
     const u32 full = at.full_k + key_ring.stage * 8;
@@ -339,28 +343,39 @@ struct Attention {
         t[slot].steps += sample.is_everything() && !t[slot].done;
         sums[slot].add(s[0], slot, c, t[slot].tau);
         sums[slot].add(s[1], slot, c, t[slot].tau);
-        advance(t[slot], sums[slot], weight[slot]);
+        const auto m = sums[slot].join(weight[slot]);
+        advance(t[slot], m, sums[slot].least);
       }
     }
   }
 
-  // One step of every row by some of its keys.
+  // One step of every row by the first tile of its keys, and some that stand for all others.
   __device__ __forceinline__ void strided_pass(const Walk& walk) {
-    RowSums sums[2];
     restart(0), restart(1);
+    RowSums sums[2];
+    Moments<float> first[2];
+    u32 least[2];
 #pragma unroll 1
-    for (int i = 0; i < walk.count; ++i) {
+    for (int i = -1; i < walk.count; ++i) {
       Scores s;
-      scores(s, walk[i]);
+      scores(s, i < 0 ? 0 : walk[i]);
 #pragma unroll
-      for (int slot = 0; slot < 2; ++slot) sums[slot].add(s, slot, c, t[slot].tau);
+      for (int slot = 0; slot < 2; ++slot) {
+        sums[slot].add(s, slot, c, t[slot].tau);
+        if (i >= 0) continue;
+        first[slot] = sums[slot].join(1.f);
+        least[slot] = sums[slot].least;
+        sums[slot] = RowSums();
+      }
     }
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       // All but the last tile of the walk are whole.
       const int whole = (walk.count - 1) * kTileKeys;
       const int last = max(0, min(kTileKeys, b.seen(slot) - walk[0] * kTileKeys));
-      advance(t[slot], sums[slot], float(b.seen(slot)) / float(whole + last));
+      auto m = sums[slot].join(float(b.seen(slot) - kTileKeys) / float(whole + last));
+      m.s0 += first[slot].s0, m.s1 += first[slot].s1, m.s2 += first[slot].s2;
+      advance(t[slot], m, min(sums[slot].least, least[slot]));
     }
   }
 
@@ -387,7 +402,8 @@ struct Attention {
         t[slot].hi = c * top[slot];
       }
       t[slot].steps += !t[slot].done;
-      advance(t[slot], sums[slot], 1.f);
+      const auto m = sums[slot].join(1.f);
+      advance(t[slot], m, sums[slot].least);
     }
     return pass < kSolveSteps && !(t[0].done && t[1].done);
   }
