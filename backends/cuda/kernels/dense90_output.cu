@@ -501,13 +501,14 @@ struct Attention {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const int slot = e / 2 % 2;
-        const float x = fmaf(c, s[8 * k + e], -t[slot].tau), inside = x > 0.f ? x : 0.f;
+        // No score is more than 1 above its threshold, and multiply-adds saturate for free.
+        const float inside = __saturatef(fmaf(c, s[8 * k + e], -t[slot].tau));
         prob[e] = kAlpha == AlphaKind::k15 ? inside * inside : inside;
-        u[e] = kAlpha == AlphaKind::k15 ? inside : x > 0.f ? 1.f : 0.f;
+        u[e] = kAlpha == AlphaKind::k15 ? inside : inside > 0.f ? 1.f : 0.f;
         here[slot] += prob[e];
         if constexpr (kCounts) {
-          o.support[slot] += x > 0.f;
-          live[k / 4] |= x > 0.f && b.flat[slot];
+          o.support[slot] += inside > 0.f;
+          live[k / 4] |= inside > 0.f && b.flat[slot];
         }
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
