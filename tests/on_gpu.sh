@@ -5,9 +5,9 @@
 #   tools  compute-sanitizer over one small call of each kind
 #   speed  tuning and the benchmarks, which must have the machine to themselves
 # PYTHON names the interpreter that has the package (default .venv/bin/python), PROCESSES how many run
-# side by side, on how many GPUS (default all), PARTS into how many parts the tables go. All of it runs, whatever fails; what has failed
-# is told at the end, and then the exit code is 1. RESUME=1 leaves out what passed in a run before that
-# wrote to the same OUTPUT.
+# side by side, GPUS on how many (default all), PARTS into how many parts the tables go. All of it runs,
+# whatever fails; what has failed is told at the end, and then the exit code is 1. RESUME=1 leaves out
+# what passed in a run before that wrote to the same OUTPUT.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?where to write}")
