@@ -693,6 +693,26 @@ def test_probabilities_near_one_are_those_of_softmax() -> None:
     torch.testing.assert_close(found, softmax, rtol=1e-8, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [3.0, 8.0, 32.0])
+@pytest.mark.parametrize("features", [(), ("causal", "sinks", "lengths")])
+def test_probabilities_far_above_one_are_those_of_the_output(
+    features: tuple[str, ...], alpha: float, dtype: torch.dtype
+) -> None:
+    """Thresholds lie ``n^(1 - alpha)`` below scores: they cannot tell."""
+    tensors, _, said = leaves_of(Call(features, dtype), "cpu")
+    said["alpha"] = alpha
+    with torch.no_grad():
+        out, aux = adasplash2.entmax_attention(
+            *tensors, **said, enable_gqa=True, return_aux=True, backend="cpu"
+        )
+        stats = adasplash2.attention_stats(*tensors, **said, enable_gqa=True, backend="cpu")
+    assert torch.equal(aux.support, stats.support)
+    p = aux.probabilities().to_dense().view(*aux.tau.shape, -1)
+    value = tensors[2].double().repeat_interleave(p.shape[1] // tensors[2].shape[1], dim=1)
+    assert_near("output", out, p @ value, 1e-5 if dtype == torch.float32 else 1e-13)
+
+
 LEARNED = {
     "added mask": "attn_mask", "bias of heads": "attn_mask", "bias of keys": "attn_mask",
     "slopes": "alibi_slopes", "slopes of batch": "alibi_slopes", "sinks": "sinks",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from adasplash2 import dense
@@ -80,22 +78,7 @@ class AttentionAux:
             )
 
     def _of_rows(self, rows: slice) -> Tensor:
-        p, inputs = self._problem, self._inputs
+        # Solved again: near alpha = 1, and far above it, tau has not the digits that the
+        # probabilities have, which backends find from scores below the highest of their row.
         with torch.no_grad():
-            alpha = torch.tensor(p.alpha, dtype=torch.float64, device=p.device)
-            if inputs.alphas is not None:
-                alpha = inputs.alphas.double()[:, :, None, None]
-            tau = self.tau.reshape(p.batch, p.heads_q, p.length_q)[:, :, rows, None].double()
-            s = dense.scores(p, inputs, torch.float64, rows)
-            if inputs.sinks is not None:
-                sinks = inputs.sinks.double()[:, :, None, None]
-                s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=3)
-            top = F.pad(s, (0, 1), value=-math.inf).amax(dim=3, keepdim=True)
-            # By shares of the largest, of differences: alpha near 1 takes a power of a number near
-            # 1 that z - tau has not the digits of.
-            below = (alpha - 1.0) * (s - top) / ((alpha - 1.0) * top - tau)
-            share = torch.exp(torch.log1p(below.clamp(min=-1.0)) / (alpha - 1.0))
-            nowhere = torch.where(tau.isnan(), tau, 0.0)
-            share = torch.where((alpha - 1.0) * s > tau, share, nowhere)
-            found = share[..., : p.length_k]
-            return torch.where(found == 0.0, 0.0, found / share.sum(dim=3, keepdim=True))
+            return dense.probabilities(self._problem, self._inputs, torch.float64, rows)

@@ -46,22 +46,34 @@ def scores(
     return torch.where(seen_keys(p, inputs, rows), s, -math.inf)
 
 
-def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:
-    """The probabilities of all keys after dropout, ``(batch, heads_q, length_q, length_k)`` in the
-    compute dtype: dense, with gradients. ``backend`` maps the rows."""
+def probabilities(
+    problem: Problem,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    rows: slice = slice(None),
+    backend: str = "",
+) -> Tensor:
+    """The probabilities of all keys for the queries ``rows``, shaped as :func:`scores`: dense, with
+    gradients, without dropout. ``backend`` maps the rows."""
     p = problem
-    s = scores(p, inputs, p.compute_dtype)
+    s = scores(p, inputs, dtype, rows)
     if inputs.sinks is not None:
-        sink = inputs.sinks[:, :, None, None].expand(*s.shape[:2], s.shape[2], 1)
-        s = torch.cat([s, sink.expand(s.shape[0], -1, -1, -1)], dim=3)
+        sink = inputs.sinks.to(dtype)[:, :, None, None]
+        s = torch.cat([s, sink.expand(*s.shape[:3], 1)], dim=3)
     if p.alpha == 1.0:
         hidden = s == -math.inf
         s = torch.where(hidden.all(dim=3, keepdim=True), 0.0, s)
         found = torch.where(hidden, 0.0, torch.softmax(s, dim=3))
     else:
-        alphas = None if inputs.alphas is None else inputs.alphas[:, :, None, None]
+        alphas = None if inputs.alphas is None else inputs.alphas.to(dtype)[:, :, None, None]
         found = ops.rows(s, p.alpha, -1, backend, alphas)
-    return F.dropout(found[..., : p.length_k], p.scores.dropout_p)
+    return found[..., : p.length_k]
+
+
+def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:
+    """:func:`probabilities` in the compute dtype, as dropout leaves them."""
+    found = probabilities(problem, inputs, problem.compute_dtype, backend=backend)
+    return F.dropout(found, problem.scores.dropout_p)
 
 
 def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:
