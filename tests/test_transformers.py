@@ -9,6 +9,7 @@ reference for everything but the numbers of entmax, which other files hold.
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import tomllib
 import warnings
@@ -199,7 +200,13 @@ def test_learned_alphas_are_seen_by_an_optimizer_and_stay_inside() -> None:
     assert run(model, **TEXT).isfinite().all()
 
 
-@pytest.mark.parametrize("how", ["number", "by head", "learned", "learned and copied"])
+COPIES = {"copied": copy.deepcopy, "pickled": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["number", "by head", "by head, pickled", "learned", "learned, copied", "learned, pickled"],
+)
 def test_alpha_comes_back_with_the_model(how: str, tmp_path: Path) -> None:
     model = llama()
     by_head = dict(zip(LAYERS, ([1.2, 1.5, 1.7, 1.9], [1.2, 1.5, 1.7, 1.4]), strict=True))
@@ -207,8 +214,9 @@ def test_alpha_comes_back_with_the_model(how: str, tmp_path: Path) -> None:
         integration.apply(model, alpha=1.3)
     else:
         integration.apply(model, alpha=by_head, learn="learned" in how)
-    if how == "learned and copied":
-        model = copy.deepcopy(model)
+    copied = how.partition(", ")[2]
+    if copied:
+        model = COPIES[copied](model)
     if "learned" in how:
         with torch.no_grad():
             alphas(model)[0].logit += torch.tensor([-50.0, 0.1, 3.0, 50.0])

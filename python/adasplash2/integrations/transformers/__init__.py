@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ def apply(
         apply(model)
 
     transformers then tells that learned alphas are in the file unexpected; they come from the
-    config.
+    config. A model that another process has pickled needs this call too.
 
     Args:
         model: a model of transformers. Models that it holds are set too.
@@ -271,7 +271,7 @@ def _store(model: PreTrainedModel, entry: dict[str, Any] | None) -> None:
         delattr(model.config, STORED)
     vars(model).pop("save_pretrained", None)
     if entry is not None and entry["learn"]:
-        vars(model)["save_pretrained"] = types.MethodType(_save_pretrained, model)
+        vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
 
 
 def _save_pretrained(model: PreTrainedModel, *arguments: Any, **more: Any) -> Any:

@@ -238,7 +238,7 @@ def _warn_no_probabilities() -> None:
     """Once in a process, as Python's default filter does; compilers leave it out."""
     if not torch.compiler.is_compiling():
         warnings.warn(
-            "adasplash2 makes no attention probabilities: output_attentions gives None for its "
-            'layers; set_attn_implementation("eager") gives those of softmax',
+            "adasplash2 makes no attention probabilities: output_attentions gives nothing for "
+            'its layers; set_attn_implementation("eager") gives those of softmax',
             stacklevel=2,
         )
