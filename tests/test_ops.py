@@ -225,8 +225,9 @@ def test_one_graph_for_all_lengths(mode: Any) -> None:
         [(alpha, alpha / 9) for alpha in ALPHAS],
         [(1.5, alpha / 9) for alpha in ALPHAS],
         [(alpha, None) for alpha in (2, 3, 4, 5, 6)],
+        [(alpha, None) for alpha in (1.0, *ALPHAS)],
     ],
-    ids=["alpha", "both", "scale", "integers"],
+    ids=["alpha", "both", "scale", "integers", "from softmax"],
 )
 def test_numbers_that_change_do_not_compile_anew(mode: Any, numbers: list[Any]) -> None:
     """The first change makes them symbols: a second graph, and no third."""
@@ -1036,6 +1037,31 @@ def test_export() -> None:
     exported = torch.export.export(Block(), tensors)
     assert "adasplash2.attention_forward" in str(exported.graph)
     assert_equal([exported.module()(*tensors)], [attend(*tensors)])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("heads_kv", [1, 2])
+def test_heads_and_flags_may_be_symbols(heads_kv: int, alpha: float) -> None:
+    """Equally many heads of queries and keys, and twice as many."""
+
+    class Block(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor) -> Tensor:
+            said = {"enable_gqa": query.shape[1] != key.shape[1], "is_causal": query.shape[2] > 1}
+            return adasplash2.entmax_attention(query, key, key, alpha=alpha, **said)
+
+    def tensors(heads: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(2, heads, 7, 8), torch.randn(2, heads * heads_kv // 2, 7, 8)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Block(), dynamic=True, fullgraph=True, backend="aot_eager")
+    groups = torch.export.Dim("groups", min=2, max=9)
+    shapes = {1: 2 * groups}, {1: heads_kv * groups}
+    exported = torch.export.export(Block(), tensors(4), dynamic_shapes=shapes).module()
+    for heads in (4, 6, 10):
+        given = tensors(heads)
+        expected = [Block()(*given)]
+        assert_equal([exported(*given)], expected)
+        assert_equal([compiled(*given)], expected)
 
 
 def test_vmap_runs_each_slice() -> None:

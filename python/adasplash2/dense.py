@@ -8,6 +8,7 @@ backends do not use it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,13 +86,15 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
     known = names <= {"attn_mask", "dropout_seed"} and not (window or said.softcap)
     if known and not (masked and said.is_causal):
         mask = inputs.attn_mask
+        # By a branch: of symbols of a trace a comparison is no bool.
+        grouped: dict[str, Any] = {"enable_gqa": True} if problem.group_size > 1 else {}
         return F.scaled_dot_product_attention(
             *inputs.tensors(),
             attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(problem.dtype),
             dropout_p=said.dropout_p,
             is_causal=said.is_causal,
             scale=scale,
-            enable_gqa=problem.group_size > 1,
+            **grouped,
         )
     p = weights(problem, inputs)
     p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))

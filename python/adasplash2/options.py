@@ -315,10 +315,14 @@ def check_flag(name: str, value: object) -> bool:
     """``value`` as a bool.
 
     Raises:
-        TypeError: it is neither True nor False, nor NumPy's.
+        TypeError: it is neither True nor False, nor NumPy's or a trace's.
     """
     if value is True or value is False:
         return value
+    if isinstance(
+        value, (bool, torch.SymBool)
+    ):  # a comparison of sizes in a trace: known by branching
+        return True if value else False  # noqa: SIM210 (bool() leaves it a symbol)
     flag = value if isinstance(value, Tensor) else _item(value, name)
     if not isinstance(flag, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")

@@ -91,7 +91,9 @@ class LearnedAlpha(nn.Module):
 class AlphaSchedule:
     """alpha from softmax (1) to its target over steps, for models that start from softmax weights.
 
-    Used as torch's learning-rate schedulers: ``step()`` after each optimizer step.
+    Used as torch's learning-rate schedulers: ``step()`` after each optimizer step. A compiled model
+    has two graphs, of softmax and of all other alphas, if ``torch.compile`` is not told
+    ``dynamic=True``, with which torch compiles each alpha anew where the first is 1.
 
     Args:
         driven: a module, all of whose modules with a fixed ``alpha`` (those of
