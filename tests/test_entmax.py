@@ -523,6 +523,27 @@ def test_vmap_with_alphas(in_dims: tuple[int | None, int | None]) -> None:
     torch.testing.assert_close(jacobian.flatten(0, 1), torch.stack(rows))
 
 
+def test_vmap_with_one_alpha_for_each() -> None:
+    """A number to the function that is mapped; nested, also where only the outer one maps it. What
+    is not mapped stays a number, which may be above 2."""
+    x, alpha = gaussian(4, 7), torch.linspace(1.1, 2.0, 4)
+    expected = adasplash2.entmax(x, alpha)
+    of_all = torch.stack([adasplash2.entmax(x, float(one)) for one in alpha])
+    assert torch.equal(torch.vmap(adasplash2.entmax)(x, alpha), expected)
+    assert torch.equal(torch.vmap(adasplash2.entmax, (None, 0))(x, alpha), of_all)
+    rows = torch.vmap(adasplash2.entmax, (0, None))
+    assert torch.equal(torch.vmap(rows, (None, 0))(x, alpha), of_all)
+
+    def squares(x: Tensor, alpha: Tensor) -> Tensor:
+        return adasplash2.entmax(x, alpha).square().sum()
+
+    found = torch.vmap(torch.func.grad(squares))(x, alpha)
+    assert torch.equal(found, torch.func.grad(lambda x: squares(x, alpha))(x))
+    above = torch.tensor(3.0)
+    assert torch.equal(rows(x, above), adasplash2.entmax(x, 3.0))
+    assert torch.func.grad(squares)(x, above).isfinite().all()
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_with_alphas(dynamic: bool) -> None:
     torch._dynamo.reset()

@@ -869,6 +869,27 @@ def test_vmap_over_operands() -> None:
                     assert_near(f"{name} {mapped}", got[i], exact.double(), 1e-5)
 
 
+@pytest.mark.parametrize("alpha", [1.0, None])
+def test_vmap_over_numbers(alpha: float | None) -> None:
+    """A scale and, where None, an alpha for each call, by all functions that take them."""
+    torch.manual_seed(0)
+    n = 3
+    tensors = torch.randn(n, 2, 9, 8)
+    scales, alphas = torch.rand(n), torch.linspace(1.1, 2.0, n)
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def attend(t: Tensor, scale: float | Tensor, one: float | Tensor) -> Tensor:
+        said = {"scale": scale, "alpha": one if alpha is None else alpha}
+        by_token = t.transpose(0, 1)
+        packed = adasplash2.entmax_attention_varlen(*[by_token] * 3, *[cu_seqlens] * 2, **said)
+        cached = adasplash2.entmax_attention_with_kvcache(*[t[None]] * 3, **said)
+        return adasplash2.entmax_attention(t, t, t, **said) + packed.transpose(0, 1) + cached[0]
+
+    each = zip(tensors, scales.tolist(), alphas.tolist(), strict=True)
+    expected = torch.stack([attend(*one) for one in each])
+    torch.testing.assert_close(torch.vmap(attend)(tensors, scales, alphas), expected)
+
+
 @pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature not in VARIANTS])
 def test_compiles_to_one_graph(feature: str) -> None:
     torch._dynamo.reset()

@@ -444,8 +444,11 @@ def test_numbers_without_a_value_are_refused_in_words() -> None:
     x = torch.randn(3, 4)
     with pytest.raises(TypeError, match="alpha must be known here"):
         adasplash2.entmax(x, torch.tensor(1.5, device="meta"))
-    with pytest.raises(TypeError, match="alpha must be known here"):
-        torch.vmap(lambda alpha: adasplash2.entmax(x, alpha))(torch.tensor([1.2, 1.5]))
+    for name in ("softcap", "dropout_p"):
+        with pytest.raises(TypeError, match=f"{name} must be known here"):
+            torch.vmap(
+                lambda given, name=name: adasplash2.entmax_attention(x, x, x, **{name: given})
+            )(torch.tensor([0.2, 0.5]))
 
 
 def test_every_public_function_knows_the_meta_device() -> None:

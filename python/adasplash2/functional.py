@@ -128,7 +128,8 @@ def entmax_attention(
             ``(heads_q,)`` or one that broadcasts to ``(batch, heads_q, length_q)``, with gradient.
             Values of a tensor are not looked at: NaN and inf make their rows NaN. NumPy's numbers
             and tensors without dimensions that require no gradient are read as numbers; reading one
-            waits for its device, and breaks a compiled graph.
+            waits for its device, and breaks a compiled graph. Those that ``vmap`` maps over, also
+            as ``alpha``, are as those with a gradient.
         enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
             a key and value head.
         alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax:
@@ -501,7 +502,8 @@ def entmax(
             in (1, 2], with gradient (Correia, Niculae, Martins 2019): of the shape of ``x`` without
             ``dim``, or one that broadcasts to the shape of ``x`` with the size 1 in ``dim``. Its
             values are not looked at: one outside makes its rows NaN. Tensors without dimensions
-            that require no gradient are read as numbers.
+            that require no gradient are read as numbers, but those that ``vmap`` maps over are as
+            those with a gradient.
         dim: the dimension along which probabilities sum to 1.
         backend: name of the backend to run; None lets the dispatcher choose.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adasplash2 import backends as registry
+from adasplash2.torch_fastpath import is_mapped
 
 
 class Options(NamedTuple):
@@ -108,12 +109,12 @@ def check_options(
     if (  # as most calls are
         causal_align == "top-left"
         and window is None
-        and softcap == 0.0
-        and dropout_p == 0.0
         and not isinstance(softcap, bool)
         and not isinstance(dropout_p, bool)
         and isinstance(softcap, (int, float))
         and isinstance(dropout_p, (int, float))
+        and softcap == 0.0
+        and dropout_p == 0.0
     ):
         return options, alphas, scales
     left, right = check_window(window)
@@ -128,11 +129,11 @@ def check_options(
 
 
 def tensor_or_number(value: Any, otherwise: Any) -> tuple[Tensor | None, Any]:
-    """A tensor of numbers, or one that has a gradient, and what stands in the number's place; or
-    None and the number."""
+    """A tensor of numbers, or one that has a gradient or that ``vmap`` maps over, and what stands
+    in its place; or None and the number."""
     if type(value) is float or value is None:  # as most calls have it
         return None, value
-    if isinstance(value, Tensor) and (value.dim() > 0 or value.requires_grad):
+    if isinstance(value, Tensor) and (value.dim() > 0 or value.requires_grad or is_mapped(value)):
         return value, otherwise
     return None, value
 

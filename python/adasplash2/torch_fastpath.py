@@ -136,6 +136,18 @@ def is_in_a_transform(tensor: Tensor) -> bool:
     return _is_wrapped is not None and bool(_is_wrapped(tensor))
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether ``vmap`` maps over ``tensor``, which then is no one number; no where torch cannot
+    say, as in a trace."""
+    if torch.compiler.is_compiling() or None in (_is_batched, _unwrapped):
+        return False
+    while is_in_a_transform(tensor):
+        if _is_batched(tensor):
+            return True
+        tensor = _unwrapped(tensor)
+    return False
+
+
 def ragged_dim(nested: Tensor) -> int:
     """Which dimension of a jagged tensor is ragged; 2, that of lengths in attention, where torch
     cannot say."""
@@ -150,6 +162,8 @@ def is_transformed() -> bool:
 _is_alias_of = private("_C._is_alias_of")
 _is_any_autocast_enabled = private("_C._is_any_autocast_enabled")
 _is_wrapped = private("_C._functorch.is_functorch_wrapped_tensor")
+_is_batched = private("_C._functorch.is_batchedtensor")
+_unwrapped = private("_C._functorch.get_unwrapped")
 
 try:
     from torch._guards import detect_fake_mode as _detect_fake_mode
