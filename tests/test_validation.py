@@ -60,6 +60,16 @@ BAD_ATTENTION = [
     ("query none", {"query": None}, TypeError, "query", "torch.Tensor", "NoneType"),
     ("key list", {"key": [1.0]}, TypeError, "key", "torch.Tensor", "list"),
     ("value number", {"value": 1.0}, TypeError, "value", "torch.Tensor", "float"),
+    *(
+        (f"{name} none with {said}", {name: None, said: given}, TypeError, name, "NoneType")
+        for name in ("query", "key", "value")
+        for said, given in (
+            ("attn_mask", ONES),
+            ("scale", tensor(4)),
+            ("kv_lengths", torch.zeros(2, dtype=torch.int32)),
+            ("dropout_p", 0.5),
+        )
+    ),
     ("query rank", {"query": tensor(8)}, ValueError, "query", "at least 2 dim", "1", "(8,)"),
     ("key rank", {"key": tensor(8)}, ValueError, "key", "at least 2 dimensions", "1"),
     ("value rank", {"value": tensor(6)}, ValueError, "value", "at least 2 dimensions", "1"),
@@ -155,7 +165,7 @@ BAD_ATTENTION = [
     ("mask int", {"attn_mask": ONES.int()}, TypeError, "attn_mask", "torch.bool", "int32"),
     ("mask double", {"attn_mask": ONES.double()}, TypeError, "attn_mask", "float32", "float64"),
     ("mask sparse", {"attn_mask": ONES.to_sparse()}, TypeError, "attn_mask", "strided"),
-    ("mask shape", {"attn_mask": ONES[:, :4]}, ValueError, "attn_mask", "(2, 4, 5, 6)", "5, 4)"),
+    ("mask shape", {"attn_mask": ONES[:, :4]}, ValueError, "(2, 4, 5, 6)", "got (5, 4)"),
     ("mask rank", {"attn_mask": ONES[None, None, None]}, ValueError, "attn_mask", "broadcast"),
     ("mask meta", {"attn_mask": ONES.to("meta")}, ValueError, "attn_mask", "cpu", "meta"),
     (
@@ -214,7 +224,7 @@ BAD_ATTENTION = [
         ValueError,
         *("alibi_slopes", "finite and at least 0", "nan"),
     ),
-    ("scale shape", {"scale": tensor(3)}, ValueError, "scale", "(2, 4, 5)", "(1, 3, 1)"),
+    ("scale shape", {"scale": tensor(3)}, ValueError, "scale", "(4,)", "(2, 4, 5)", "got (3,)"),
     ("scale rank", {"scale": tensor(1, 2, 4, 5)}, ValueError, "scale", "(1, 2, 4, 5)"),
     ("scale int", {"scale": tensor(4).int()}, TypeError, "scale", "floating", "int32"),
     *(
@@ -596,7 +606,9 @@ BAD_NESTED = [
         ValueError,
         *("value must have the offsets of key", "[0, 5]", "[1, 5]", "contiguous()"),
     ),
-    ("attn_mask", {"attn_mask": ONES}, ValueError, "attn_mask", "nested"),
+    ("attn_mask", {"attn_mask": ONES}, ValueError, "attn_mask", "nested", "got a Tensor"),
+    ("key of one shape", {"key": tensor(2, 4, 6, 8)}, TypeError, "key", "nested", "torch.strided"),
+    ("value list", {"value": [1.0]}, TypeError, "value", "nested", "got list"),
 ]
 
 
@@ -615,23 +627,24 @@ BAD_LEADING = [
         for name in ("q_lengths", "kv_lengths", "kv_starts")
         for shape, got in (((3, 2), "(3, 2)"), ((2,), "(2,)"), ((2, 1), "(2, 1)"))
     ),
-    ("mask", {"attn_mask": ONES[None, None, None].expand(3, 2, 1, 5, 6)}, ValueError, "(2, 3)"),
+    (
+        "mask",
+        {"attn_mask": ONES[None, None, None].expand(3, 2, 1, 5, 6)},
+        ValueError,
+        *("attn_mask", "(2, 3, 4, 5, 6)", "got (3, 2, 1, 5, 6)"),
+    ),
     ("slopes", {"alibi_slopes": tensor(3, 4)}, ValueError, "(4,) or (6, 4) or (2, 3, 4)", "(3, 4)"),
     (
         "scale",
         {"scale": tensor(3, 2, 1, 1)},
         ValueError,
-        "scale",
-        "6 or 2, 3, heads",
-        "(3, 2, 1, 1)",
+        *("scale", "(6, 4, 5) or (2, 3, 4, 5)", "got (3, 2, 1, 1)"),
     ),
     (
         "scale of 2",
         {"scale": tensor(2, 4, 5)},
         ValueError,
-        "scale",
-        "6 or 2, 3, heads",
-        "(2, 4, 5)",
+        *("scale", "(6, 4, 5) or (2, 3, 4, 5)", "got (2, 4, 5)"),
     ),
 ]
 

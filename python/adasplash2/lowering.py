@@ -104,7 +104,7 @@ def lowered(
         options = _with_causal_bias(options, attn_mask, inputs)
         attn_mask = None
     if attn_mask is not None:
-        inputs = inputs._replace(attn_mask=_four_dimensional_mask(attn_mask, lead))
+        inputs = inputs._replace(attn_mask=_four_dimensional_mask(attn_mask, inputs, lead))
     inputs = _with_numbers(inputs, lead, alphas, scales, alibi_slopes, sinks)
     if not (q_lengths is None and kv_lengths is None and kv_starts is None):
         length_q, length_k = inputs.query.shape[2], inputs.key.shape[2]
@@ -134,13 +134,13 @@ def new_seed(device: torch.device) -> Tensor:
 
 
 def _is_common(query: Any, key: Any, value: Any) -> bool:
-    """Whether shapes need no change; also where they are wrong, which is said elsewhere."""
+    """Whether shapes need no change; no where there are none."""
     try:
         if query.is_nested:
             return False
         q, k, v = query.shape, key.shape, value.shape
     except (AttributeError, RuntimeError):
-        return True
+        return False
     if not len(q) == len(k) == len(v) == 4:
         return False
     heads, shared = q[1], k[1]
@@ -222,7 +222,7 @@ def _with_numbers(
 ) -> Inputs:
     """With the operands that are numbers of heads or rows."""
     compute = compute_dtype(inputs.query.dtype)
-    batch, heads = inputs.query.shape[:2]
+    batch, heads, length_q = inputs.query.shape[:3]
 
     def of_heads(name: str, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads), lead)
@@ -230,7 +230,9 @@ def _with_numbers(
     return inputs._replace(
         alibi_slopes=of_heads("alibi_slopes", alibi_slopes),
         sinks=of_heads("sinks", sinks),
-        scales=None if scales is None else _of_rows(scales, compute, batch, lead),
+        scales=None
+        if scales is None
+        else _of_rows(scales, (batch, heads, length_q), lead).to(compute),
         alphas=of_heads("alphas", alphas),
     )
 
@@ -241,7 +243,7 @@ def _of_heads(
     """``(heads,)``, and of slopes ``(batch, heads)``, also with the dimensions ``lead`` that became
     the batch, as ``(batch or 1, heads)``."""
     public = "alpha" if name == "alphas" else name
-    tensor = _check_numbers(public, tensor)
+    tensor = check_slopes(tensor) if name == "alibi_slopes" else _check_numbers(public, tensor)
     batch, heads = sizes
     allowed: list[tuple[int, ...]] = [(heads,)]
     if name == "alibi_slopes":
@@ -253,46 +255,57 @@ def _of_heads(
     if not fits:
         shapes = " or ".join(map(str, allowed))
         raise ValueError(f"{public} must have the shape {shapes}, got {tuple(tensor.shape)}")
-    if name == "alibi_slopes" and is_known(tensor) and tensor.numel():
-        low, high = (number.item() for number in tensor.detach().aminmax())
-        if not 0.0 <= low <= high < math.inf:  # also refuses NaN, which is both
-            wrong = high if low >= 0.0 else low
-            raise ValueError(f"alibi_slopes must be finite and at least 0, got {shown(wrong)}")
     tensor = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)
     return tensor.to(dtype)
 
 
-def _of_rows(scale: Tensor, dtype: torch.dtype, batch: int, lead: list[int]) -> Tensor:
-    """``(heads,)``, or what broadcasts to ``(batch, heads, length_q)``, also with the dimensions
-    ``lead`` that became the batch, in three dimensions."""
-    scale = _check_numbers("scale", scale).to(dtype)
+def check_slopes(alibi_slopes: object) -> Tensor:
+    """A tensor of numbers that are finite and at least 0, as far as they are known.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    tensor = _check_numbers("alibi_slopes", alibi_slopes)
+    if is_known(tensor) and tensor.numel():
+        low, high = (number.item() for number in tensor.detach().aminmax())
+        if not 0.0 <= low <= high < math.inf:  # also refuses NaN, which is both
+            wrong = high if low >= 0.0 else low
+            raise ValueError(f"alibi_slopes must be finite and at least 0, got {shown(wrong)}")
+    return tensor
+
+
+def _of_rows(scale: Tensor, sizes: tuple[int, int, int], lead: list[int]) -> Tensor:
+    """``(heads,)``, or what broadcasts to ``sizes``, ``(batch, heads, length_q)``, also with the
+    dimensions ``lead`` that became the batch, in three dimensions."""
+    placed = _check_numbers("scale", scale)
     if scale.dim() == 1:
-        return scale[None, :, None]
-    if scale.dim() == 3 and scale.shape[0] == batch:
-        return scale
-    merged = _merged(scale, lead, 2)
-    if merged is None:
-        sizes = "batch" if len(lead) < 2 else f"{batch} or {', '.join(map(str, lead))}"
-        raise ValueError(
-            f"scale must be a number, (heads,) or broadcast to ({sizes}, heads, length_q), got the "
-            f"shape {tuple(scale.shape)}"
-        )
-    return merged
+        placed = scale[None, :, None]
+    batch, *behind = sizes
+    allowed = [(batch, *behind)]
+    if len(lead) > 1:
+        allowed.append((*lead, *behind))
+    for shape in allowed:
+        if (merged := _merged(placed, shape, len(behind))) is not None:
+            return merged
+    shapes = " or ".join(map(str, allowed))
+    raise ValueError(
+        f"scale must be a number, have the shape ({sizes[1]},) or one that broadcasts to {shapes}, "
+        f"got {tuple(scale.shape)}"
+    )
 
 
-def _merged(tensor: Tensor, lead: list[int], behind: int) -> Tensor | None:
-    """What broadcasts to the dimensions ``lead`` and ``behind`` more, with one dimension in the
-    place of those of ``lead``; None where it does not."""
-    dims = max(len(lead), 1)
-    tensor = tensor[(None,) * (dims + behind - tensor.dim())]
-    if tensor.dim() != dims + behind:
+def _merged(tensor: Tensor, sizes: tuple[int, ...], behind: int) -> Tensor | None:
+    """What broadcasts to ``sizes``, with one dimension in the place of those before the last
+    ``behind``; None where it does not."""
+    tensor = tensor[(None,) * (len(sizes) - tensor.dim())]
+    if tensor.dim() != len(sizes):
         return None
-    if dims > 1:
-        first = tensor.shape[:dims]
-        if not all(n in (1, m) for n, m in zip(first, lead, strict=True)):
-            return None
-        if any(n != 1 for n in first):  # copies where only some of them broadcast
-            tensor = tensor.expand(*lead, *tensor.shape[dims:])
+    if not all(n in (1, m) for n, m in zip(tensor.shape, sizes, strict=True)):
+        return None
+    dims = len(sizes) - behind
+    if dims > 1 and any(n != 1 for n in tensor.shape[:dims]):
+        # copies where only some of them broadcast
+        tensor = tensor.expand(*sizes[:dims], *tensor.shape[dims:])
     return tensor.flatten(0, dims - 1)
 
 
@@ -315,17 +328,19 @@ def alphas_of_rows(alpha: Tensor, x: Tensor, dim: int) -> Tensor:
     return alpha.reshape(sizes).to(compute_dtype(x.dtype))
 
 
-def _four_dimensional_mask(attn_mask: object, lead: list[int]) -> Tensor:
+def _four_dimensional_mask(attn_mask: object, inputs: Inputs, lead: list[int]) -> Tensor:
     """``attn_mask`` in four dimensions, of which the first stands for those of ``lead``."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.layout != torch.strided:
         raise TypeError(f"attn_mask must be a strided tensor, got layout {attn_mask.layout}")
-    merged = _merged(attn_mask, lead, 3)
+    batch, heads, length_q = inputs.query.shape[:3]
+    sizes = *(lead if len(lead) > 1 else [batch]), heads, length_q, inputs.key.shape[2]
+    merged = _merged(attn_mask, sizes, 3)
     if merged is None:
         raise ValueError(
-            f"attn_mask must broadcast to (batch, heads, length_q, length_k), with {tuple(lead)} "
-            f"as batch, got the shape {tuple(attn_mask.shape)}"
+            f"attn_mask must have a shape that broadcasts to {sizes}, (batch, heads, length_q, "
+            f"length_k), got {tuple(attn_mask.shape)}"
         )
     return merged
 
@@ -785,11 +800,14 @@ def _from_nested(
     Raises:
         TypeError, ValueError: not all are jagged and have four dimensions, or ``others`` are given.
     """
-    if any(other is not None for other in others):
-        raise ValueError(
-            "attn_mask, q_lengths, kv_lengths and kv_starts must be None for nested tensors, whose "
-            "lengths are their own"
-        )
+    for other, given in zip(
+        ("attn_mask", "q_lengths", "kv_lengths", "kv_starts"), others, strict=True
+    ):
+        if given is not None:
+            raise ValueError(
+                f"{other} must be None for nested tensors, whose lengths are their own, got a "
+                f"{type(given).__name__}"
+            )
     q, k, v = (_jagged(*named) for named in zip(TENSORS, (query, key, value), strict=True))
     for one in (k, v):
         if len(one.offsets) != len(q.offsets):
@@ -813,7 +831,10 @@ def _from_nested(
 
 def _jagged(name: str, tensor: Any) -> _Jagged:
     if not getattr(tensor, "is_nested", False) or tensor.layout != torch.jagged:
-        raise TypeError(f"{name} must be a nested tensor of layout torch.jagged, as all or none")
+        kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(
+            f"{name} must be a nested tensor of layout torch.jagged, as all or none, got {kind}"
+        )
     wanted = "must have 4 dimensions (batch, heads, length, head_dim)"
     if tensor.dim() != 4:
         raise ValueError(f"{name} {wanted}, got {tensor.dim()}")
