@@ -575,15 +575,24 @@ NESTED = torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)
         ({"qk_norm": "rms"}, "qk_norm", TypeError),
         ({"backend": "gpu"}, "backend", ValueError),
         ({"dropout": 1.0}, "dropout", ValueError),
+        ({"dropout": "a"}, "dropout", TypeError),
+        ({"num_heads": 2.0}, "num_heads", TypeError),
+        ({"num_heads": 0}, "num_heads", ValueError),
+        ({"kdim": "a"}, "kdim", TypeError),
+        ({"bias": "no"}, "bias", TypeError),
+        ({"batch_first": 1}, "batch_first", TypeError),
+        ({"dtype": torch.int32}, "dtype", TypeError),
         ({"alibi_slopes": torch.zeros(3)}, "alibi_slopes", ValueError),
-        ({"alibi_slopes": [0.0] * HEADS}, "alibi_slopes", ValueError),
+        ({"alibi_slopes": [0.0] * HEADS}, "alibi_slopes", TypeError),
+        ({"alibi_slopes": torch.zeros(HEADS).int()}, "alibi_slopes", TypeError),
+        ({"alibi_slopes": -torch.ones(HEADS)}, "alibi_slopes", ValueError),
         ({"alibi_slopes": torch.zeros(HEADS), "add_bias_kv": True}, "add_bias_kv", ValueError),
         ({"alibi_slopes": torch.zeros(HEADS), "add_zero_attn": True}, "add_zero_attn", ValueError),
     ],
 )
 def test_what_cannot_be_constructed(arguments: Any, name: str, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=f"^{name}"):
-        EntmaxMultiheadAttention(EMBED, HEADS, **arguments)
+        EntmaxMultiheadAttention(**{"embed_dim": EMBED, "num_heads": HEADS, **arguments})
 
 
 def test_heads_that_are_too_wide() -> None:
@@ -649,6 +658,29 @@ def test_length_scale_starts_as_nothing_and_grows_with_the_length() -> None:
     for wrong in ({"features": 0}, {"heads": 0}, {"delta": math.nan}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
             LengthScale(**{"features": 4, "heads": 2, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "kind"),
+    [
+        (lambda: nape_slopes(4, dtype=torch.int32), "dtype", TypeError),
+        (lambda: LearnedAlpha(4, dtype=torch.int32), "dtype", TypeError),
+        (lambda: LengthScale(4, 2, dtype="float"), "dtype", TypeError),
+        (lambda: LengthScale(4, 2)(torch.zeros(3, 4), 5), "x", ValueError),
+        (lambda: LengthScale(4, 2)(torch.zeros(1, 3, 5), 5), "x", ValueError),
+        (lambda: LengthScale(4, 2)([0.0], 5), "x", TypeError),
+        (lambda: LengthScale(4, 2)(torch.zeros(1, 3, 4), torch.arange(4)), "seen", ValueError),
+        (
+            lambda: LengthScale(4, 2)(torch.zeros(1, 3, 4), torch.ones(1, 1, 2, 3)),
+            "seen",
+            ValueError,
+        ),
+        (lambda: LengthScale(4, 2)(torch.zeros(1, 3, 4), "all"), "seen", TypeError),
+    ],
+)
+def test_small_ones_that_cannot_be(call: Any, name: str, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=f"^{name} must"):
+        call()
 
 
 def test_nape_slopes() -> None:
@@ -773,6 +805,7 @@ def test_monitor_looks_at_nothing_in_between(monkeypatch: pytest.MonkeyPatch) ->
         (lambda: AttentionMonitor(logger=3), "logger", TypeError),
         (lambda: AttentionMonitor(every=0), "every", ValueError),
         (lambda: AttentionMonitor().watch(nn.Linear(2, 2)), "model", ValueError),
+        (lambda: AttentionMonitor().watch(3), "model", TypeError),
     ],
 )
 def test_monitors_that_cannot_be(call: Any, name: str, kind: type[Exception]) -> None:

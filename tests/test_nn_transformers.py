@@ -51,6 +51,12 @@ def test_a_schedule_drives_one_model_and_no_other() -> None:
     assert torch.equal(logits(other), before)
 
 
+@pytest.mark.parametrize("wrong", [{"observer": 3}, {"backend": "gpu"}])
+def test_a_callback_is_checked_at_once(wrong: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(wrong))} must"):
+        AlphaScheduleCallback(steps=4, **wrong)
+
+
 class Texts(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return 8

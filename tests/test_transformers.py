@@ -90,6 +90,7 @@ def test_models_that_never_ask_keep_their_masks(model: str, padded: bool) -> Non
         ({"backend": "zz"}, "backend must be None or one of"),
         ({"backend": 3}, "backend must be the name"),
         ({"name": 1.5}, "name must be a text"),
+        ({"observer": 3}, "observer must be a function"),
     ],
 )
 def test_what_is_registered_is_checked_at_once(arguments: dict[str, Any], message: str) -> None:
@@ -263,6 +264,10 @@ def test_each_head_has_its_own_alpha() -> None:
         ),
         ({"alpha": "learn"}, "alpha must be a real number"),
         ({"learn": 2}, "learn must be True or False"),
+        ({"alpha": dict.fromkeys(LAYERS, 1.5)}, "must be a sequence of numbers, got 1.5"),
+        ({"alpha": {3: [1.5], "x": [1.5]}}, "alpha must name the layers"),
+        ({"observer": 3}, "observer must be a function or None, got 3"),
+        ({"example": 3}, "example must be a mapping of arguments, got 3"),
     ],
 )
 def test_alphas_that_do_not_fit_change_nothing(arguments: dict[str, Any], message: str) -> None:

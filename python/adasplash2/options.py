@@ -212,15 +212,15 @@ def check_softcap(softcap: float) -> float:
     return number
 
 
-def check_dropout(dropout_p: float) -> float:
+def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
     """A number in [0, 1).
 
     Raises:
         TypeError, ValueError: it is not.
     """
-    number = _as_float("dropout_p", dropout_p, "a real number in [0, 1)")
+    number = _as_float(name, dropout_p, "a real number in [0, 1)")
     if not 0.0 <= number < 1.0:  # also refuses NaN
-        raise ValueError(f"dropout_p must be in [0, 1), got {shown(dropout_p)}")
+        raise ValueError(f"{name} must be in [0, 1), got {shown(dropout_p)}")
     return number
 
 
@@ -328,6 +328,19 @@ def check_flag(name: str, value: object) -> bool:
     if not isinstance(flag, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return flag
+
+
+def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """A floating dtype; torch's default for None.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if dtype is None:
+        return torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating torch.dtype or None, got {shown(dtype)}")
+    return dtype
 
 
 def check_dim(dim: int, dims: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adasplash2.options import check_alpha, check_count, shown
+from adasplash2.options import check_alpha, check_count, check_dtype, shown
 
 LOWEST, HIGHEST = 1.01, 1.99
 """Learned alphas stay between: inside (1, 2) by more than a rounding, where the map and its
@@ -34,7 +34,8 @@ class LearnedAlpha(nn.Module):
         device, dtype: of the logits.
 
     Raises:
-        TypeError, ValueError: ``heads`` is no integer of at least 1, or ``start`` no such numbers.
+        TypeError, ValueError: ``heads`` is no integer of at least 1, ``start`` no such numbers, or
+            ``dtype`` not floating.
 
     Example:
         >>> import torch, adasplash2
@@ -58,6 +59,7 @@ class LearnedAlpha(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = check_count("heads", heads, at_least=1)
+        dtype = check_dtype(dtype)
         try:
             alphas = torch.as_tensor(start, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:

@@ -10,10 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adasplash2.functional import dense_weights, entmax_attention
+from adasplash2.lowering import check_slopes
 from adasplash2.nn.alpha import LearnedAlpha
 from adasplash2.nn.length import LengthScale
 from adasplash2.nn.monitor import Observer
-from adasplash2.options import check_alpha, check_backend, check_flag, check_scale, shown
+from adasplash2.options import (
+    check_alpha,
+    check_backend,
+    check_count,
+    check_dropout,
+    check_dtype,
+    check_flag,
+    check_scale,
+    shown,
+)
 from adasplash2.problem import MAX_HEAD_DIM
 
 LEARNED = "alpha.logits", "length_scale.weight", "q_norm.weight", "k_norm.weight"
@@ -120,12 +130,21 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         alibi_slopes: Tensor | None = None,
         backend: str | None = None,
     ) -> None:
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
+        flags = {
+            **{"bias": bias, "add_bias_kv": add_bias_kv},
+            **{"add_zero_attn": add_zero_attn, "batch_first": batch_first},
+        }
+        for name, size in sizes.items():
+            if size is not None or name not in ("kdim", "vdim"):
+                check_count(name, size, at_least=1)  # type: ignore[arg-type]
+        for name, flag in flags.items():
+            check_flag(name, flag)
+        dropout, dtype = check_dropout(dropout, "dropout"), check_dtype(dtype)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
             batch_first, device, dtype,
         )  # fmt: skip
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {shown(dropout)}")
         if self.head_dim > MAX_HEAD_DIM:
             raise ValueError(
                 f"embed_dim must be at most {MAX_HEAD_DIM} times num_heads, got {embed_dim} and "
@@ -152,12 +171,12 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             if add_bias_kv or add_zero_attn:
                 name = "add_bias_kv" if add_bias_kv else "add_zero_attn"
                 raise ValueError(f"{name} must be False with alibi_slopes: its key has no place")
-            if not isinstance(alibi_slopes, Tensor) or alibi_slopes.shape != (num_heads,):
+            alibi_slopes = check_slopes(alibi_slopes).to(device)
+            if alibi_slopes.shape != (num_heads,):
                 raise ValueError(
-                    f"alibi_slopes must be a tensor of shape ({num_heads},), got "
-                    f"{shown(getattr(alibi_slopes, 'shape', alibi_slopes))}"
+                    f"alibi_slopes must have the shape ({num_heads},), got "
+                    f"{tuple(alibi_slopes.shape)}"
                 )
-            alibi_slopes = alibi_slopes.to(device)
         self.register_buffer("alibi_slopes", alibi_slopes)
         self.backend = check_backend(backend) or None
         self.observer = None

@@ -4,12 +4,13 @@ and positions that do."""
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adasplash2.options import check_count, check_finite
+from adasplash2.options import check_count, check_dtype, check_finite, shown
 
 GAMMA_RANGE = 2.0
 """``gamma`` is within plus and minus this: the definition's."""
@@ -35,8 +36,8 @@ class LengthScale(nn.Module):
         device, dtype: of the weights.
 
     Raises:
-        TypeError, ValueError: ``features`` or ``heads`` is no integer of at least 1, or ``delta``
-            is no finite number.
+        TypeError, ValueError: ``features`` or ``heads`` is no integer of at least 1, ``delta`` is
+            no finite number, or ``dtype`` not floating.
 
     Example:
         >>> import torch, adasplash2
@@ -63,6 +64,7 @@ class LengthScale(nn.Module):
         self.features = check_count("features", features, at_least=1)
         self.heads = check_count("heads", heads, at_least=1)
         self.delta = check_finite("delta", delta)
+        dtype = check_dtype(dtype)
         self.weight = nn.Parameter(torch.empty(2 * heads, features, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -77,7 +79,28 @@ class LengthScale(nn.Module):
             x: ``(batch, length, features)``.
             seen: how many keys each query sees: a number, or a tensor that broadcasts to
                 ``(batch, heads, length)``. Below 1 counts as 1.
+
+        Raises:
+            TypeError, ValueError: ``x`` or ``seen`` is none of these.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 3 or x.shape[-1] != self.features:
+            raise ValueError(
+                f"x must have the shape (batch, length, {self.features}), got {tuple(x.shape)}"
+            )
+        if isinstance(seen, Tensor):
+            sizes = x.shape[0], self.heads, x.shape[1]
+            behind = sizes[3 - seen.dim() :]
+            if seen.dim() > 3 or any(
+                n not in (1, m) for n, m in zip(seen.shape, behind, strict=True)
+            ):
+                raise ValueError(
+                    f"seen must be a number or have a shape that broadcasts to {sizes}, (batch, "
+                    f"heads, length), got {tuple(seen.shape)}"
+                )
+        elif not isinstance(seen, (numbers.Real, torch.SymInt)):
+            raise TypeError(f"seen must be a number or a torch.Tensor, got {shown(seen)}")
         beta, gamma = F.linear(x, self.weight).unflatten(-1, (2, self.heads)).unbind(-2)
         compute = torch.promote_types(beta.dtype, torch.float32)
         beta, gamma = (t.to(compute).transpose(1, 2) for t in (beta, gamma))
@@ -93,7 +116,7 @@ class LengthScale(nn.Module):
 def nape_slopes(
     heads: int,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Tensor:
     """``alibi_slopes`` of NAPE: the first half of the heads know nothing of positions (NoPE, a
     slope of 0), the others have ALiBi with slopes that fall evenly from 1: ``1 - i / count`` for
@@ -113,7 +136,7 @@ def nape_slopes(
         ``(heads,)``.
 
     Raises:
-        TypeError, ValueError: ``heads`` is no integer of at least 1.
+        TypeError, ValueError: ``heads`` is no integer of at least 1, or ``dtype`` not floating.
 
     Example:
         >>> import adasplash2
@@ -124,7 +147,7 @@ def nape_slopes(
         Vasylenko, Pitorro, Martins, Treviso 2025, *Long-Context Generalization with Sparse
         Attention* (NAPE); Press, Smith, Lewis 2022, *Train Short, Test Long* (ALiBi).
     """
-    check_count("heads", heads, at_least=1)
+    heads, dtype = check_count("heads", heads, at_least=1), check_dtype(dtype)
     sloped = heads // 2
     place = torch.arange(heads, device=device, dtype=torch.float64) - (heads - sloped)
     return torch.where(place < 0, 0.0, 1.0 - place / max(sloped, 1)).to(dtype)

@@ -94,8 +94,10 @@ class AttentionMonitor:
         order of ``model.modules()``; their number.
 
         Raises:
-            ValueError: it has none.
+            TypeError, ValueError: it is no module, or has none.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         modules = [m for m in model.modules() if hasattr(m, "observer")]
         if not modules:
             raise ValueError(f"model must hold attention to watch, {type(model).__name__} has none")

@@ -78,7 +78,8 @@ def apply(
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: ``model`` is not a model of transformers.
+        TypeError: ``model`` is not a model of transformers, ``observer`` no function or
+            ``example`` no mapping.
         TypeError, ValueError: ``alpha`` is not a number of at least 1, or does not fit the layers.
         ValueError: no layer of the model runs our attention.
 
@@ -100,6 +101,8 @@ def apply(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     backend = check_backend(backend) or None
+    if example is not None and not isinstance(example, Mapping):
+        raise TypeError(f"example must be a mapping of arguments, got {shown(example)}")
     if alpha is None:
         stored = alphas.stored_by(model) or getattr(model.config, STORED, {})
         alpha = stored.get("alpha", 1.5)
@@ -187,7 +190,8 @@ def register(
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError, ValueError: ``alpha`` is not a number of at least 1, or ``name`` is taken.
+        TypeError, ValueError: ``alpha`` is not a number of at least 1, ``observer`` no function, or
+            ``name`` is taken.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel

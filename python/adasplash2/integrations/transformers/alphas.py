@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def by_layer(
         TypeError, ValueError: ``alpha`` does not fit the layers, or is not in the range.
     """
     if isinstance(alpha, Mapping) and set(alpha) != set(layers):
-        wrong = sorted(set(alpha) ^ set(layers))
+        wrong = sorted(set(alpha) ^ set(layers), key=str)
         raise ValueError(
             f"alpha must name the layers that run our attention, and all of them: {shown(wrong)} "
             "are named and do not, or the reverse"
@@ -106,6 +106,8 @@ def by_layer(
         module = model.get_submodule(path)
         heads = _count_heads(module)
         given = alpha[path] if isinstance(alpha, Mapping) else [alpha] * heads
+        if not isinstance(given, Iterable):
+            raise TypeError(f"alpha of {path} must be a sequence of numbers, got {shown(given)}")
         alphas = [check_alpha(number) for number in given]
         if not alphas:
             raise ValueError(f"cannot tell how many heads {path} has: give alpha for each layer")

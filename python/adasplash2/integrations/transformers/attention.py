@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adasplash2.functional import entmax_attention, entmax_attention_varlen
 from adasplash2.integrations.transformers.alphas import held_by
 from adasplash2.integrations.transformers.masks import Statement, statement_of
+from adasplash2.options import shown
 
 Observer = Callable[[int | None, Tensor, Tensor, Tensor, dict[str, Any]], object]
 """Called as ``observer(layer_idx, query, key, value, arguments)`` before each attention: what
@@ -38,6 +39,17 @@ HARMLESS = {
 HINTS = {"head_mask": "leave it out"}
 
 
+def check_observer(observer: Observer | None) -> Observer | None:
+    """What can be called, or None.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if observer is not None and not callable(observer):
+        raise TypeError(f"observer must be a function or None, got {shown(observer)}")
+    return observer
+
+
 class Attention:
     """One registered attention: ``alpha``, None where layers hold their own, ``backend`` and who
     watches."""
@@ -49,7 +61,8 @@ class Attention:
         observer: Observer | None,
         called: Callable[[nn.Module], object] | None = None,
     ) -> None:
-        self.alpha, self.backend, self.observer, self.called = alpha, backend, observer, called
+        self.alpha, self.backend, self.called = alpha, backend, called
+        self.observer = check_observer(observer)
 
     def __call__(
         self,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AttentionInterface, TrainerCallback
 
 from adasplash2.integrations.transformers import Observer, apply
+from adasplash2.integrations.transformers.attention import check_observer
 from adasplash2.nn import AlphaSchedule
-from adasplash2.options import check_alpha
+from adasplash2.options import check_alpha, check_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,8 +73,8 @@ class AlphaScheduleCallback(TrainerCallback):
             :class:`adasplash2.nn.AttentionMonitor` as observer is stepped too.
 
     Raises:
-        TypeError, ValueError: as :class:`adasplash2.nn.AlphaSchedule`; when training begins, as
-            ``apply``.
+        TypeError, ValueError: as :class:`adasplash2.nn.AlphaSchedule`, or as ``apply``, what is
+            about the model when training begins.
 
     Example:
         >>> from adasplash2.integrations.transformers.schedule import AlphaScheduleCallback
@@ -92,7 +93,8 @@ class AlphaScheduleCallback(TrainerCallback):
         backend: str | None = None,
         observer: Observer | None = None,
     ) -> None:
-        self.backend, self.observer = backend, observer
+        self.backend = check_backend(backend) or None
+        self.observer = check_observer(observer)
         self._set: Callable[[float], object] = _nobody
         self.schedule = AlphaSchedule(lambda a: self._set(a), steps, target, start, warmup, shape)
 
