@@ -491,8 +491,9 @@ def entmax(
     :math:`\sum p = 1`. Differentiable once, in reverse mode; works in ``torch.compile`` and
     :mod:`torch.func` as :func:`entmax_attention`.
 
-    Entries of -inf get probability zero; a row of nothing else gives zeros and zero gradients.
-    NaN or +inf makes its row NaN. bfloat16 and float16 are computed in float32.
+    Entries of -inf get probability zero; a row of nothing else gives zeros and zero gradients, for
+    ``alpha = 1`` NaN, as in softmax. NaN or +inf makes its row NaN. bfloat16 and float16 are
+    computed in float32.
 
     Args:
         x: any shape but a scalar, float32, float64, bfloat16 or float16, any strides. Where
