@@ -280,12 +280,11 @@ def _of_rows(scale: Tensor, sizes: tuple[int, int, int], lead: list[int]) -> Ten
     placed = _check_numbers("scale", scale)
     if scale.dim() == 1:
         placed = scale[None, :, None]
-    batch, *behind = sizes
-    allowed = [(batch, *behind)]
+    allowed: list[tuple[int, ...]] = [sizes]
     if len(lead) > 1:
-        allowed.append((*lead, *behind))
+        allowed.append((*lead, *sizes[1:]))
     for shape in allowed:
-        if (merged := _merged(placed, shape, len(behind))) is not None:
+        if (merged := _merged(placed, shape, 2)) is not None:
             return merged
     shapes = " or ".join(map(str, allowed))
     raise ValueError(
@@ -297,14 +296,18 @@ def _of_rows(scale: Tensor, sizes: tuple[int, int, int], lead: list[int]) -> Ten
 def _merged(tensor: Tensor, sizes: tuple[int, ...], behind: int) -> Tensor | None:
     """What broadcasts to ``sizes``, with one dimension in the place of those before the last
     ``behind``; None where it does not."""
-    tensor = tensor[(None,) * (len(sizes) - tensor.dim())]
-    if tensor.dim() != len(sizes):
+    missing = len(sizes) - tensor.dim()
+    if missing < 0:
         return None
-    if not all(n in (1, m) for n, m in zip(tensor.shape, sizes, strict=True)):
-        return None
+    for n, m in zip(tensor.shape, sizes[missing:], strict=True):
+        if n not in (1, m):
+            return None
+    if missing:
+        tensor = tensor[(None,) * missing]
     dims = len(sizes) - behind
-    if dims > 1 and any(n != 1 for n in tensor.shape[:dims]):
-        # copies where only some of them broadcast
+    if dims == 1:
+        return tensor
+    if any(n != 1 for n in tensor.shape[:dims]):  # copies where only some of them broadcast
         tensor = tensor.expand(*sizes[:dims], *tensor.shape[dims:])
     return tensor.flatten(0, dims - 1)
 
