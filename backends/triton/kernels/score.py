@@ -237,10 +237,23 @@ def reach(rows, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def visible(rows, terms, shape, opt: tl.constexpr):
+    """How many keys each of ``rows`` may see, masks aside."""
+    keys = reach(rows, terms, shape, opt)
+    if opt.lower:
+        keys = tl.maximum(keys - begin_of(rows, terms, shape, opt), 0)
+    return keys
+
+
+@triton.jit
 def allowed(rows, keys, terms, shape, opt: tl.constexpr):
     """Which of ``keys`` each of ``rows`` may see as far as numbers and ranges say: a mask has its
     say in :func:`bias_of`."""
-    mask = (keys < shape.length_k) & (rows >= 0)
+    if opt.causal and not opt.ranges:  # one limit, and one comparison for each key
+        last = tl.minimum(place_of(rows, terms, shape, opt), shape.length_k - 1)
+        mask = keys <= tl.where(rows >= 0, last, -1)
+    else:
+        mask = (keys < shape.length_k) & (rows >= 0)
     if opt.ranges:
         mask = mask & (keys >= begin_of(rows, terms, shape, opt))
         mask = mask & (keys < end_of(rows, terms, shape, opt))
@@ -248,8 +261,6 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
         place = place_of(rows, terms, shape, opt)
         if opt.right:
             mask = mask & (keys <= place + shape.terms.right - AWAY)
-        if opt.causal:
-            mask = mask & (keys <= place)
         if opt.left:
             mask = mask & (keys >= place - shape.terms.left + AWAY)
     return mask
