@@ -323,7 +323,8 @@ def bias_of(rows, keys, terms, shape, opt: tl.constexpr):
         places = terms.mask + rows.to(tl.int64) * mask.row + keys.to(tl.int64) * mask.key
         inside = (rows < shape.length_q) & (keys < shape.length_k)
         if opt.adds:
-            bias = tl.load(places, mask=inside, other=-INFINITY).to(tl.float32)
+            # Zeros, which loads ahead fill in themselves; what there is not, `allowed` hides.
+            bias = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         else:
             bias = tl.where(tl.load(places, mask=inside, other=0) != 0, 0.0, -INFINITY)
     if opt.alibi:

@@ -36,11 +36,14 @@ from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     certain_rise,
     guess_of,
-    moments_of,
+    no_parts,
+    pair_sums,
+    part_sums,
+    row_sums,
     stepped,
     weights,
+    with_parts,
     with_sink,
-    with_tile,
 )
 from adasplash2.backends.triton.kernels.work import (
     entry_of,
@@ -81,14 +84,16 @@ def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH:
 @triton.jit
 def span_maxima(q, keys, first, bias, first_row, terms, shape, opt: tl.constexpr,
                 SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """The row maxima of SPAN tiles, and :func:`moments_of` their scores where ``opt.guesses``."""
+    """The row maxima of SPAN tiles, and :func:`part_sums` of scores and of their squares where
+    ``opt.guesses``."""
     width: tl.constexpr = SPAN * opt.block_k
     k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, EDGE, opt)
     rows = (first_row + tl.arange(0, opt.block_q))[:, None]
     s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, EDGE)
     moments = 0.0, 0.0
     if opt.guesses:
-        moments = moments_of(tl.where(s > -INFINITY, s, 0.0) if EDGE else s)
+        seen = tl.where(s > -INFINITY, s, 0.0) if EDGE else s
+        moments = part_sums(seen), part_sums(seen * seen)
     return largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2), moments
 
 
@@ -248,7 +253,7 @@ def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
         number = entry_of(numbers, index + 1, stop)
         k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, EDGE, opt)
         x, _, _ = distances(row_block, k, first, terms, shape, opt, EDGE)
-        sums = with_tile(sums, x, terms.r, opt)
+        sums = with_parts(sums, x, terms.r, opt)
     return sums
 
 
@@ -337,7 +342,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
         end = seen_tiles(first_row, terms, shape, opt)
         zeros = tl.full((opt.block_q,), 0.0, tl.float32)
-        scanned = zeros - INFINITY, zeros, zeros
+        parts = no_parts(opt)
+        scanned = zeros - INFINITY, parts[0], parts[1]
         seen = 0, end
         first_open = 0
         origin = 0
@@ -383,7 +389,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         lo = t
         if opt.guesses:
             rows = first_row + tl.arange(0, opt.block_q)
-            t = guess_of(scanned[1:], visible(rows, terms, shape, opt), top, lo, terms)
+            moments = pair_sums(scanned[1], scanned[2])
+            t = guess_of(moments, visible(rows, terms, shape, opt), top, lo, terms)
         hi = tl.where(pending, HIGHEST, INFINITY)
         most = zeros + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)
@@ -396,10 +403,10 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 threshold = terms.c * top + t
             row_block = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)
-            sums = zeros, zeros, zeros.to(tl.int32)
+            sums = no_parts(opt)
             sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, False)
-            mass, slope, count = sum_tiles(sums, row_block, keys, entries, terms, shape, opt,
-                                           STAGES, True)  # fmt: skip
+            parts = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, True)
+            mass, slope, count = row_sums(parts)
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept

@@ -29,6 +29,9 @@ less than any float32; but the nearest key must keep a distance to it."""
 
 EPSILON = tl.constexpr(2.0**-23)
 
+PARTS = tl.constexpr(8)
+"""See :func:`part_sums`."""
+
 SHALLOW_TOLERANCE = tl.constexpr(1e-3)
 """How far ``sum p`` may be above 1 before the last step where alpha is below 1.5, see
 ``launch.tolerance``."""
@@ -214,13 +217,20 @@ def stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, op
 
 
 @triton.jit
+def part_sums(x):
+    """PARTS sums of each row, of keys that one thread holds of a product of matrices before compute
+    capability 10: a loop over tiles adds these up, and threads exchange sums behind it."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // PARTS, PARTS)), 1)
+
+
+@triton.jit
 def added_pairs(a, b, more_a, more_b):
     return a + more_a, b + more_b
 
 
 @triton.jit
 def pair_sums(a, b):
-    """The row sums of two tiles, which threads exchange at once."""
+    """The row sums of two tensors, which threads exchange at once."""
     if INTERPRETED:  # whose reductions by a function are loops in Python
         return tl.sum(a, 1), tl.sum(b, 1)
     else:
@@ -228,21 +238,10 @@ def pair_sums(a, b):
 
 
 @triton.jit
-def no_moments(opt: tl.constexpr):
-    zeros = tl.full((opt.block_q,), 0.0, tl.float32)
-    return zeros, zeros
-
-
-@triton.jit
-def moments_of(s):
-    """The row sums of scores, and of their squares."""
-    return pair_sums(s, s * s)
-
-
-@triton.jit
 def guess_of(moments, seen, top, lo, terms):
-    """Where a row of ``seen`` Gaussian scores of these moments has its root at alpha = 1.5, if that
-    is above ``lo`` and its support not small; else ``lo``.
+    """Where a row of ``seen`` Gaussian scores, of which ``moments`` are the sum and that of their
+    squares, has its root at alpha = 1.5, if that is above ``lo`` and its support not small; else
+    ``lo``.
 
     In units of the deviation ``d`` of ``c s``, with the mean as zero, the root is ``a`` of ``G(a) =
     1 / (n d^2)``, where ``G(a) = (1 + a^2) Phi(-a) - a phi(a)`` is the mean of ``[x - a]_+^2``. Of
@@ -263,6 +262,25 @@ def guess_of(moments, seen, top, lo, terms):
 
 
 @triton.jit
+def no_parts(opt: tl.constexpr):
+    """Sums of :func:`with_parts` before all tiles."""
+    zeros = tl.full((opt.block_q, PARTS), 0.0, tl.float32)
+    return zeros, zeros, zeros.to(tl.int32)
+
+
+@triton.jit
+def with_parts(sums, x, r, opt: tl.constexpr):
+    """:func:`with_tile` by :func:`part_sums`; of the support, less what is outside."""
+    mass, slope, count = sums
+    p, u = weights(x, r, opt)
+    mass += part_sums(p)
+    slope += part_sums(u)
+    if opt.alpha == 1.5:
+        count += opt.block_k // PARTS + part_sums(x.to(tl.int32, bitcast=True) >> 31)
+    return mass, slope, count
+
+
+@triton.jit
 def with_tile(sums, x, r, opt: tl.constexpr):
     """``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support, with those of a
     tile's distances added."""
@@ -278,6 +296,15 @@ def with_tile(sums, x, r, opt: tl.constexpr):
 @triton.jit
 def added(mass, slope, count, more_mass, more_slope, more_count):
     return mass + more_mass, slope + more_slope, count + more_count
+
+
+@triton.jit
+def row_sums(parts):
+    """The sums of :func:`with_tile` from those of :func:`with_parts`."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        return tl.sum(parts[0], 1), tl.sum(parts[1], 1), tl.sum(parts[2], 1)
+    else:
+        return tl.reduce(parts, 1, added)
 
 
 @triton.jit

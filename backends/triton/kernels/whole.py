@@ -52,8 +52,7 @@ from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     added_pairs,
     guess_of,
-    moments_of,
-    no_moments,
+    pair_sums,
     stepped,
     sums_of,
     weights,
@@ -171,15 +170,15 @@ def solve_blocks(upcoming, start, stop, first_block, queries, k, v, terms, out, 
         begin = tl.minimum(seen_begin(first_row, terms, shape, opt), end)
         open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
         open_ones = open_between(first_row, begin, end, open_end, terms, shape, opt)
-        moments = 0.0, 0.0
-        if opt.guesses:
-            moments = no_moments(opt)
+        zeros = tl.full((opt.block_q,), 0.0, tl.float32)
+        moments = zeros, zeros
         if (open_ones[0] > 0) | (open_ones[1] * opt.block_k < wide.block_k):
             s = tl.where(allowed(rows, columns, terms, shape, opt), s, -INFINITY)
             if opt.guesses:
-                moments = moments_of(tl.where(s > -INFINITY, s, 0.0))
+                seen = tl.where(s > -INFINITY, s, 0.0)
+                moments = pair_sums(seen, seen * seen)
         elif opt.guesses:
-            moments = moments_of(s)
+            moments = pair_sums(s, s * s)
         maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
         highest = largest(tl.reshape(maxima, (opt.block_q, tiles, PARTS)), 2)
@@ -189,10 +188,10 @@ def solve_blocks(upcoming, start, stop, first_block, queries, k, v, terms, out, 
         pending = t < INFINITY
         lo = t
         if opt.guesses:
-            seen = visible(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
-            t = guess_of(moments, seen, top, lo, terms)
+            number = visible(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
+            t = guess_of(moments, number, top, lo, terms)
         hi = tl.where(pending, HIGHEST, INFINITY)
-        most = tl.full((opt.block_q,), 0.0, tl.float32) + (shape.length_k + 1)  # with the sink
+        most = zeros + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)
         step = 0
         waiting = step < MAX_STEPS
@@ -284,6 +283,6 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         solve_blocks(
             upcoming, middle, stop, first_block, queries, near, v, terms, out, out_u, spread,
             top_out, t_out, tau_out, live, lists, counts, poison, unsafe, iterations, support,
-            marks, shape, tolerance, value.base.dtype.element_ty, opt, narrow, MAX_STEPS, HALVES, OUTPUT,
-            GRADIENT, COUNT, MARK,
+            marks, shape, tolerance, value.base.dtype.element_ty, opt, narrow, MAX_STEPS, HALVES,
+            OUTPUT, GRADIENT, COUNT, MARK,
         )  # fmt: skip
