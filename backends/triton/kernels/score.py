@@ -250,8 +250,14 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
     """Which of ``keys`` each of ``rows`` may see as far as numbers and ranges say: a mask has its
     say in :func:`bias_of`."""
     if opt.causal and not opt.ranges:  # one limit, and one comparison for each key
-        last = tl.minimum(place_of(rows, terms, shape, opt), shape.length_k - 1)
-        mask = keys <= tl.where(rows >= 0, last, -1)
+        place = place_of(rows, terms, shape, opt)
+        last = tl.where(rows >= 0, tl.minimum(place, shape.length_k - 1), -1)
+        if opt.left:  # and of windows too: what is before the first is large without a sign
+            begin = place - shape.terms.left + AWAY
+            seen = tl.maximum(last + 1 - begin, 0).to(tl.uint32, bitcast=True)
+            mask = (keys - begin).to(tl.uint32, bitcast=True) < seen
+        else:
+            mask = keys <= last
     else:
         mask = (keys < shape.length_k) & (rows >= 0)
     if opt.ranges:
@@ -261,7 +267,7 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
         place = place_of(rows, terms, shape, opt)
         if opt.right:
             mask = mask & (keys <= place + shape.terms.right - AWAY)
-        if opt.left:
+        if opt.left and not opt.causal:
             mask = mask & (keys >= place - shape.terms.left + AWAY)
     return mask
 

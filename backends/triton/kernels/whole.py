@@ -95,7 +95,10 @@ def bound_rows(maxima, top, pending, terms, opt: tl.constexpr, HALVES: tl.conste
     """
     parts = tl.reshape(maxima, (opt.block_q, HALVES, maxima.shape[1] // HALVES))
     tops = tl.max(parts, 2)  # NaN is no matter: its row has no threshold
-    t = lowest(tops == tops, terms.r, opt)
+    if opt.sinks:
+        tops = tl.maximum(tops, terms.sink)
+    least = lowest(tops == tops, terms.r, opt)
+    t = least
     for _ in tl.static_range(BOUND_STEPS):
         p, u = weights(terms.c * (parts - tops[:, :, None]) - t[:, :, None], terms.r, opt)
         if INTERPRETED:
@@ -103,7 +106,8 @@ def bound_rows(maxima, top, pending, terms, opt: tl.constexpr, HALVES: tl.conste
         else:
             mass, slope = tl.reduce((p, u), 2, added_pairs)
         t = raised(t, mass, slope, tops, terms, opt)
-    t = tl.max(terms.c * (tops - top[:, None]) + t, 1)
+    # A part may lie so far below another that its bound says nothing.
+    t = tl.max(tl.maximum(terms.c * (tops - top[:, None]) + t, least), 1)
     return tl.where(pending, t - slack(terms.r), INFINITY)
 
 
