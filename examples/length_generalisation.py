@@ -125,8 +125,7 @@ def draw_recall(count: int, length: int, generator: torch.Generator) -> Batch:
     """Pairs of keys, all different, and values; then some of the keys again, each to be followed by
     its value (Arora et al. 2023, multi-query associative recall)."""
     pairs = length // 2
-    order = torch.rand(count, KEYS, generator=generator).argsort(dim=1)
-    keys = order[:, :pairs]
+    keys = torch.rand(count, KEYS, generator=generator).topk(pairs, dim=1).indices
     values = KEYS + torch.randint(VALUES, (count, pairs), generator=generator)
     asked = torch.rand(count, pairs, generator=generator).argsort(dim=1)[:, :QUERIES]
     held = torch.stack([keys, values], dim=2).flatten(1)

@@ -5,8 +5,9 @@
 #   tools  compute-sanitizer over one small call of each kind
 #   speed  tuning and the benchmarks, which must have the machine to themselves
 # PYTHON names the interpreter that has the package (default .venv/bin/python), PROCESSES how many run
-# side by side. All of it runs, whatever fails; what has failed is told at the end, and then the exit
-# code is 1.
+# side by side, GPUS on how many (default all), PARTS into how many parts the tables go. All of it runs,
+# whatever fails; what has failed is told at the end, and then the exit code is 1. RESUME=1 leaves out
+# what passed in a run before that wrote to the same OUTPUT.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?where to write}")
@@ -16,14 +17,21 @@ python=${PYTHON:-.venv/bin/python} processes=${PROCESSES:-$(nproc)} seconds=${FU
 mkdir -p "$out"
 export ADASPLASH2_CACHE_DIR="$out/cache" TRITON_CACHE_DIR="$out/triton" PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=2
-gpus=$(nvidia-smi -L | wc -l) started=0
-failed="$out/failed"
+gpus=${GPUS:-$(nvidia-smi -L | wc -l)} started=0
+failed="$out/failed" passed="$out/passed"
 : >"$failed"
+[[ -n ${RESUME-} ]] || : >"$passed"
+touch "$passed"
 
 check() { # name, command: what it says goes to OUTPUT/name.txt
   local name=$1
   shift
-  "$@" >"$out/$name.txt" 2>&1 || echo "$name" >>"$failed"
+  ! grep -qx "$name" "$passed" || return 0
+  if "$@" >"$out/$name.txt" 2>&1; then
+    echo "$name" >>"$passed"
+  else
+    echo "$name" >>"$failed"
+  fi
 }
 beside() { # the same, beside others, when a core is free
   while (($(jobs -rp | wc -l) >= processes)); do wait -n; done
@@ -36,7 +44,7 @@ part() { # name, backends that must be here, pytest arguments
 tests() {
   # Kernels are compiled as the tests ask for them: Triton's take most of the time, and go first.
   local tables=(tests/test_{language,attention,entmax,edges,ops,determinism,dispatch,properties,fuzz,kvcache,compat,features}.py)
-  local parts=$((processes < 48 ? 16 : processes / 3)) i scan whole
+  local parts=${PARTS:-$((processes < 48 ? 16 : processes / 3))} i scan whole
   for ((i = 0; i < parts; i++)); do
     part "triton$i" triton -k triton --part "$i/$parts" "${tables[@]}"
   done

@@ -1,8 +1,8 @@
 // Forward of rows in dense tiles on Hopper: thresholds and outputs.
 //
-// Thresholds start from a sample: two tiles of scores in registers, then every eighth tile. One to
-// three passes over all keys follow until every row of the block has its threshold, then the one
-// that sums values.
+// Thresholds start from a sample: two tiles of scores in registers, then every fourth tile and the
+// first one, where models keep their attention sinks. Mostly two passes over all keys follow, until
+// every row of the block has its threshold, then the one that sums values.
 #include "dense90.cuh"
 
 namespace adasplash2 {
@@ -16,9 +16,11 @@ using Scores = float[kTileKeys / 2];
 // the end, takes care of the rest.
 constexpr float kTolerance = 1e-4f;
 constexpr int kSampleSteps = 5;
-constexpr int kStride = 8;  // of the tiles that the passes before the first full one look at
-constexpr int kStridedPasses = 2;
-constexpr int kStridedFrom = 3 * kStride;  // tiles
+constexpr int kStride = 4;  // of the tiles that the pass before the first full one looks at
+constexpr int kStridedFrom = 6 * kStride;  // tiles
+
+// Of a power so high that it is an exponential function, for all that float32 tells.
+constexpr float kLeastInverse = 0x1p-10f;
 
 // Where nothing is known of a threshold from below: less than any, but finite, so that sums and
 // differences with it are numbers.
@@ -27,8 +29,15 @@ constexpr float kUnbounded = -1e30f;
 // What is known of one row's threshold.
 struct Threshold {
   float tau, lo, hi;
+  float above_lo, above_hi;  // at most and at least so many scores lie above `lo` and `hi`
   bool done;
   int steps;  // over all its scores
+
+  // A bracket of `keys` scores where nothing is known but its ends.
+  __device__ __forceinline__ void start(float low, float high, int keys) {
+    lo = low, hi = high;
+    above_lo = float(keys), above_hi = 0.f;
+  }
 };
 
 // Sums of one lane over a row's scores, and after join() those of the row. `least` are the bits of
@@ -57,35 +66,51 @@ struct RowSums {
     s2 += here2;
     scores += count / 2;
   }
-  __device__ __forceinline__ Moments<float> join() {
+  // Where each score stands for `weight` of them.
+  __device__ __forceinline__ Moments<float> join(float weight) {
     if constexpr (kAlpha == AlphaKind::k2)
 #pragma unroll
       for (int step = 1; step < 4; step *= 2)
         least = min(least, __shfl_xor_sync(kAllLanes, least, step));
-    return sum_over<4>(Moments<float>{float(scores - int(negative)), s1, s2});
+    const auto m = sum_over<4>(Moments<float>{float(scores - int(negative)), s1, s2});
+    return {weight * m.s0, weight * m.s1, weight * m.s2};
   }
 };
 
-// One guarded step of a row by its sums over some of its keys; each of them stands for `weight`,
-// together they are `keys`.
-__device__ __forceinline__ void advance(Threshold& t, RowSums& sums, float weight, int keys) {
-  Moments<float> m = sums.join();
+// The step to where sum u^2 is one if it goes on as a power of the distance to some point above:
+// the power that has its value and both derivatives here. refinement_step() solves for a support
+// that stays what it is. As the density of scores changes slowly, a power also foresees those that
+// a step passes, and leaves about a tenth of that residual. `bend` is 1/2 for a square, the power
+// of equal scores, and 1 for an exponential function. Where it is more, few scores have nearly all
+// of the sum, the support hardly matters, and the step is `otherwise`.
+__device__ __forceinline__ float step_of_power(const Moments<float>& m, float otherwise) {
+  const float bend = m.s0 * m.s2 / (2.f * m.s1 * m.s1), inverse = 1.f - bend;
+  if (!(inverse > kLeastInverse)) return otherwise;
+  return m.s2 / (2.f * m.s1 * inverse) * (1.f - exp2f(-inverse * log2f(m.s2)));
+}
+
+// One guarded step of a row by its sums, and RowSums::least.
+__device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u32 least) {
   if (t.done) return;
-  m.s0 *= weight, m.s1 *= weight, m.s2 *= weight;
   const float f = excess<kAlpha>(m);
-  if (f >= 0.f)
-    t.lo = fmaxf(t.lo, t.tau);
-  else
-    t.hi = fminf(t.hi, t.tau);
-  const float step = refinement_step<kAlpha>(m, 0.f), next = t.tau + step;
-  const bool inside = next >= t.lo && next <= t.hi;
-  // Solved on the present support, so what is left is of the scores that a step passes: upwards
-  // some of those counted, downwards some of all.
+  if (f >= 0.f) {
+    if (t.tau >= t.lo) t.lo = t.tau, t.above_lo = m.s0;
+  } else {
+    if (t.tau <= t.hi) t.hi = t.tau, t.above_hi = m.s0;
+  }
+  float step = refinement_step<kAlpha>(m, 0.f);
+  // Solved on the present support, so what is left is of the scores that a step passes: of those
+  // between here and that end of the bracket.
   bool enough = fabsf(f) <= kTolerance;
-  if constexpr (kAlpha == AlphaKind::k15)
-    enough |= (step >= 0.f ? m.s0 : float(keys)) * step * step <= kTolerance;
-  else
-    enough |= step >= 0.f && step < __uint_as_float(sums.least);
+  if constexpr (kAlpha == AlphaKind::k15) {
+    const float passed = step >= 0.f ? m.s0 - t.above_hi : t.above_lo - m.s0;
+    enough |= passed * step * step <= kTolerance;
+    if (!enough) step = step_of_power(m, step);
+  } else {
+    enough |= step >= 0.f && step < __uint_as_float(least);
+  }
+  const float next = t.tau + step;
+  const bool inside = next >= t.lo && next <= t.hi;
   t.done = (inside && enough) || t.hi - t.lo <= 4.f * kEpsilon * fabsf(t.tau);
   if (!t.done || inside) t.tau = inside ? next : 0.5f * (t.lo + t.hi);
 }
@@ -129,11 +154,11 @@ struct Forward {
   }
 };
 
-// The tiles of one pass: every stride-th from the last one down.
+// The tiles of one pass: every stride-th from the last one down to `least`.
 struct Walk {
   int count, last, stride;
-  __device__ __forceinline__ Walk(int tiles, int stride)
-      : count((tiles - 1) / stride + 1), last(tiles - 1), stride(stride) {}
+  __device__ __forceinline__ Walk(int tiles, int stride, int least)
+      : count((tiles - 1 - least) / stride + 1), last(tiles - 1), stride(stride) {}
   __device__ __forceinline__ int operator[](int i) const { return last - i * stride; }
 };
 
@@ -155,12 +180,8 @@ template <class Side>
 __device__ __forceinline__ void for_passes(int tiles, Side& side) {
   const Sample sample{tiles};
   side.sample_pass(sample);
-  if (tiles >= kStridedFrom) {
-    const Walk strided(tiles, kStride);
-#pragma unroll 1
-    for (int pass = 0; pass < kStridedPasses; ++pass) side.strided_pass(strided, pass);
-  }
-  const Walk all(tiles, 1);
+  if (tiles >= kStridedFrom) side.strided_pass(Walk(tiles, kStride, 1));
+  const Walk all(tiles, 1, 0);
   bool solving = !sample.is_everything();
 #pragma unroll 1
   for (int pass = 0; solving; ++pass) solving = any_of_block(side.full_pass(all, pass));
@@ -194,12 +215,12 @@ struct Producer {
     if (copies)
       for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
   }
-  __device__ __forceinline__ void strided_pass(const Walk& walk, int) {
-    if (copies)
-      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
+  __device__ __forceinline__ void strided_pass(const Walk& walk) {
+    if (copies) push_keys(0);
+    push_walk(walk);
   }
-  __device__ __forceinline__ bool full_pass(const Walk& walk, int pass) {
-    strided_pass(walk, pass);
+  __device__ __forceinline__ bool full_pass(const Walk& walk, int) {
+    push_walk(walk);
     __syncwarp();
     return false;  // it only listens
   }
@@ -209,6 +230,10 @@ struct Producer {
   }
 
  private:
+  __device__ __forceinline__ void push_walk(const Walk& walk) {
+    if (copies)
+      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
+  }
   __device__ __forceinline__ void push_keys(int tile) {
     key_ring.await_empty(at.empty_k);
     const u32 full = at.full_k + key_ring.stage * 8;
@@ -304,8 +329,8 @@ struct Attention {
       const float best = c * top[slot];
       known[slot] = is_finite(top[slot]) && !t[slot].done;
       weight[slot] = float(b.seen(slot)) / float(max(1, allowed[slot]));
-      t[slot].lo = best - (kAlpha == AlphaKind::k15 ? rsqrtf(weight[slot]) : 1.f / weight[slot]);
-      t[slot].hi = best;
+      const float window = kAlpha == AlphaKind::k15 ? rsqrtf(weight[slot]) : 1.f / weight[slot];
+      t[slot].start(best - window, best, b.seen(slot));
       t[slot].tau = known[slot] ? t[slot].lo : floor[slot];
       t[slot].done = !known[slot];
     }
@@ -318,29 +343,39 @@ struct Attention {
         t[slot].steps += sample.is_everything() && !t[slot].done;
         sums[slot].add(s[0], slot, c, t[slot].tau);
         sums[slot].add(s[1], slot, c, t[slot].tau);
-        advance(t[slot], sums[slot], weight[slot], b.seen(slot));
+        const auto m = sums[slot].join(weight[slot]);
+        advance(t[slot], m, sums[slot].least);
       }
     }
   }
 
-  // One step of every row by some of its keys.
-  __device__ __forceinline__ void strided_pass(const Walk& walk, int pass) {
+  // One step of every row by the first tile of its keys, and some that stand for all others.
+  __device__ __forceinline__ void strided_pass(const Walk& walk) {
+    restart(0), restart(1);
     RowSums sums[2];
-    if (pass == 0) restart(0), restart(1);
+    Moments<float> first[2];
+    u32 least[2];
 #pragma unroll 1
-    for (int i = 0; i < walk.count; ++i) {
+    for (int i = -1; i < walk.count; ++i) {
       Scores s;
-      scores(s, walk[i]);
+      scores(s, i < 0 ? 0 : walk[i]);
 #pragma unroll
-      for (int slot = 0; slot < 2; ++slot) sums[slot].add(s, slot, c, t[slot].tau);
+      for (int slot = 0; slot < 2; ++slot) {
+        sums[slot].add(s, slot, c, t[slot].tau);
+        if (i >= 0) continue;
+        first[slot] = sums[slot].join(1.f);
+        least[slot] = sums[slot].least;
+        sums[slot] = RowSums();
+      }
     }
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       // All but the last tile of the walk are whole.
       const int whole = (walk.count - 1) * kTileKeys;
       const int last = max(0, min(kTileKeys, b.seen(slot) - walk[0] * kTileKeys));
-      const float seen = float(b.seen(slot));
-      advance(t[slot], sums[slot], seen / float(whole + last), b.seen(slot));
+      auto m = sums[slot].join(float(b.seen(slot) - kTileKeys) / float(whole + last));
+      m.s0 += first[slot].s0, m.s1 += first[slot].s1, m.s2 += first[slot].s2;
+      advance(t[slot], m, min(sums[slot].least, least[slot]));
     }
   }
 
@@ -367,7 +402,8 @@ struct Attention {
         t[slot].hi = c * top[slot];
       }
       t[slot].steps += !t[slot].done;
-      advance(t[slot], sums[slot], 1.f, b.seen(slot));
+      const auto m = sums[slot].join(1.f);
+      advance(t[slot], m, sums[slot].least);
     }
     return pass < kSolveSteps && !(t[0].done && t[1].done);
   }
@@ -425,8 +461,8 @@ struct Attention {
   }
   // A bracket of what is proven; what the sample found is where to start in it.
   __device__ __forceinline__ void restart(int slot) {
-    t[slot].lo = is_finite(top[slot]) ? fmaxf(floor[slot], c * top[slot] - 1.f) : floor[slot];
-    t[slot].hi = kInf;
+    const float low = is_finite(top[slot]) ? fmaxf(floor[slot], c * top[slot] - 1.f) : floor[slot];
+    t[slot].start(low, kInf, b.seen(slot));
     t[slot].tau = fmaxf(t[slot].tau, t[slot].lo);
     t[slot].done = poisoned[slot] || !b.flat[slot];
   }
@@ -465,13 +501,14 @@ struct Attention {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const int slot = e / 2 % 2;
-        const float x = fmaf(c, s[8 * k + e], -t[slot].tau), inside = x > 0.f ? x : 0.f;
+        // No score is more than 1 above its threshold, and multiply-adds saturate for free.
+        const float inside = __saturatef(fmaf(c, s[8 * k + e], -t[slot].tau));
         prob[e] = kAlpha == AlphaKind::k15 ? inside * inside : inside;
-        u[e] = kAlpha == AlphaKind::k15 ? inside : x > 0.f ? 1.f : 0.f;
+        u[e] = kAlpha == AlphaKind::k15 ? inside : inside > 0.f ? 1.f : 0.f;
         here[slot] += prob[e];
         if constexpr (kCounts) {
-          o.support[slot] += x > 0.f;
-          live[k / 4] |= x > 0.f && b.flat[slot];
+          o.support[slot] += inside > 0.f;
+          live[k / 4] |= inside > 0.f && b.flat[slot];
         }
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });

@@ -25,6 +25,17 @@ constexpr int kSpare = 2;        // entries by which lists may grow before stagi
 constexpr int kFirstSteps = 3;   // raises to the first bounds
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
+constexpr int kAnyNumber = 0x7fffffff;  // of survivors
+
+// With how many survivors a row, on the mean of a warp, its rows turn flat before the scan ends.
+// So many of part of the keys will hardly find room in the arena, though bounds lag a little ...
+constexpr int kMostOfArena = kArenaRow + kArenaRow / 8;
+// ... and so many, of rows that see so many keys, be slower than dense tiles on Hopper. What rows
+// keep grows slowly with the keys seen: few of them tell.
+__device__ __forceinline__ int most_kept(int keys) {
+  return min(kKeptMost, kKeptLeast + keys / kKeptKeys);
+}
+
 struct Survivor {
   float score;
   int column;
@@ -67,8 +78,9 @@ struct Lists {
   float top[kSlots];  // largest score this lane has met
   u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
   bool unset;         // some row of the warp has no bound yet
-  bool flat;          // some row keeps more than its lists hold: the warp's go to dense tiles
-  bool overflows;     // and they kept more than the arena holds: a retry would be in vain
+  int most;           // survivors of all rows of the warp with which they turn flat
+  bool flat;          // they keep more, or a row more than its lists hold: they go to dense tiles
+  int kept;           // how many they kept then
   u32 first_staging;  // the lane's, of pair 0; the next one is below
   u32 last_staging;   // below it there is no room
   // Next free block, without the pair's own offset; below last_staging by more than one where
@@ -77,12 +89,14 @@ struct Lists {
   u32 before[kPairs];  // the same before the last tile
   bool due;            // the lane is about to run out of room for staging
 
-  __device__ __forceinline__ void start(u32 memory, u32 dead) {
+  __device__ __forceinline__ void start(u32 memory, u32 dead, int most_of_row) {
     base = memory + lane_id() * 4;
     first_staging = memory + kBytes - kStagingBytes + lane_id() * 16;
     poisoned = dead;
     unset = true;
-    flat = overflows = false;
+    most = kSlots * 8 * most_of_row;
+    flat = false;
+    kept = 0;
     due = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -218,6 +232,14 @@ struct Lists {
     raise_at = base + (longest + kRaiseGrow - 1) * kEntryBytes;
   }
 
+  // Survivors of all rows of the warp, and what is not dropped yet.
+  __device__ __forceinline__ int survivors() const {
+    u32 bytes = 0;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) bytes += end[slot] - base;
+    return __reduce_add_sync(kAllLanes, bytes / kEntryBytes);
+  }
+
   // Drop what lies below the bounds and share the rest evenly among the four lanes of each
   // row, so that no list fills before its row has too many.
   __device__ __forceinline__ void rebalance() {
@@ -259,7 +281,7 @@ struct Lists {
     const u32 room = min(kBytes - blocks * kStagingBytes, kMaxList * kEntryBytes);
     return !past(base + room - kAppendBytes);
   }
-  // Make that room; false where the rows keep too many.
+  // Make that room; false where a row keeps too many.
   __device__ __forceinline__ bool make_room(int blocks, float c, float inv_c, float r) {
     for (int step = 0; step < kLastResorts; ++step) {
       raise(c, inv_c, r);
@@ -496,8 +518,8 @@ struct Lists {
     return true;
   }
 
-  // Take what is above the bounds from the staging blocks to the lists. The warp turns flat, and
-  // keeps nothing from then on, where they cannot hold it.
+  // Take what is above the bounds from the staging blocks to the lists. A warp that turns flat
+  // keeps nothing from then on.
   __device__ __forceinline__ void filter(const Params& p) {
     u32 lowest = staging_end[0];
 #pragma unroll
@@ -513,8 +535,18 @@ struct Lists {
       if (!has_room(taken) && !make_room(taken, p.c, p.inv_c, p.r)) turn_flat();
     }
     if (past(raise_at)) raise(p.c, p.inv_c, p.r);
-    if (past(rebalance_at)) rebalance();
+    if (past(rebalance_at)) {
+      rebalance();
+      if (survivors() > most) turn_flat();
+    }
     clear_staging(entries());
+  }
+
+  // The same after the last tile. With the whole scan done, lists serve all rows that they hold.
+  __device__ __forceinline__ void finish(const Params& p) {
+    most = kAnyNumber;
+    filter(p);
+    __syncwarp();
   }
 
   template <int pair>
@@ -533,16 +565,19 @@ struct Lists {
     }
   }
 
+  // Leave the rows to the dense tiles, for good.
+  __device__ __forceinline__ void give_up() {
+    if (!flat) turn_flat();
+    kept = kAnyNumber;
+  }
   __device__ __forceinline__ void turn_flat() {
     flat = true;
-    int kept = 0;
+    kept = survivors();
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      kept += int(end[slot] - base) / int(kEntryBytes);
       store_shared(base + slot * kSlotBytes, bound[slot]);  // for hand_over()
       bound[slot] = kInf;
     }
-    overflows = __reduce_add_sync(kAllLanes, kept) > kSlots / 2 * kRowBlock * kArenaRow;
   }
 };
 

@@ -172,7 +172,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   for (int slot = 0; slot < kSlots; ++slot)
     if (first_row + slot * 8 + lane_id() / 4 >= p.length_q) dead |= 1u << slot;
   Lists<kSlots> lists;
-  lists.start(shared_address(shared) + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
+  lists.start(shared_address(shared) + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead,
+              kMostOfArena);
 
   const bool outside = first_row >= p.length_q;
   const int seen = seen_end(block.first + kBlockRows - 1, p.length_k);
@@ -205,8 +206,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
     }
   }
   if (outside) return;
-  lists.filter(p);
-  __syncwarp();
+  lists.finish(p);
   const u32 overfull = lists.flat ? 3u : lists.write(p, block.head_row, row_block, first_row);
   if (overfull) lists.hand_over(p, row_block, first_row, overfull);
 #pragma unroll

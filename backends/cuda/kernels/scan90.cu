@@ -11,6 +11,9 @@
 // The same code retries rows that their lists could not hold, though the arena may
 // (ADASPLASH2_RETRY): one warpgroup has the whole shared memory for its lists, and starts from the
 // bounds that the first scan proved, so that nearly all it meets are survivors.
+//
+// Dense tiles multiply 64 rows at least. So where one warp's rows are to go there for good, those
+// of its warpgroup go along.
 #include "hopper.cuh"
 #include "lists.cuh"
 
@@ -29,16 +32,27 @@ constexpr int kBlockRows = kWarpgroups * kRows;
 constexpr int kTileKeys = kHopperKeys;
 constexpr int kSlots = 2;
 
+// Whether flat rows go to dense90_output.cu, else to dense.cu.
+constexpr bool kDense90 = kAlpha != AlphaKind::kGeneral && kDimV <= kHopperMaxHeadDim;
 // Whether a warpgroup whose rows are all flat may stop: dense90_output.cu finds the largest
 // scores itself, dense.cu relies on the first scan.
-constexpr bool kMayStop = kRetry || (kAlpha != AlphaKind::kGeneral && kDimV <= kHopperMaxHeadDim);
+constexpr bool kMayStop = kRetry || kDense90;
+// And whether the copies may end with the last of them: a retry has more items.
+constexpr bool kMayEnd = kMayStop && !kRetry;
 
 constexpr int kPanelBytes = kTileKeys * kLineBytes;
 constexpr int kStageBytes = kPanels * kPanelBytes;
 constexpr int kBarriers = 2 * kStages;
-// The barriers are static shared memory: what is launched with has room for both.
+
+// How a scan ends before its last tile: all warpgroups have stopped, and one more tile is announced
+// that was not copied.
+struct Ending {
+  bool stopped[kWarpgroups];
+  int tile;  // its number; or -1
+};
+// The barriers and this are static shared memory: what is launched with has room for all.
 static_assert(kSwizzleAlignment + kStages * kStageBytes + kWarpgroups * 4 * Lists<kSlots>::kBytes +
-                  kBarriers * sizeof(u64) <=
+                  kBarriers * sizeof(u64) + sizeof(Ending) <=
               ADASPLASH2_SHARED_SCAN);
 
 // --- products ------------------------------------------------------------------------------
@@ -92,13 +106,24 @@ __device__ __forceinline__ void for_items(const Params& p, const Body& body) {
 
 using KeyRing = Ring<kStages>;
 
-// One thread has the tiles copied.
+// One thread has the tiles copied, until no warpgroup takes one any more.
 __device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap& map,
                                                const Item& item, KeyRing& at, u32 stages, u32 full,
-                                               u32 empty) {
+                                               u32 empty, volatile Ending& ending) {
   const Plane plane(p.k, item.head / p.gqa_group, item.batch);
   for (int i = 0; i < item.tiles; ++i, at.advance()) {
     at.await_empty(empty);
+    if constexpr (kMayEnd) {
+      bool all = true;
+#pragma unroll
+      for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup)
+        all &= ending.stopped[warpgroup];
+      if (all) {
+        ending.tile = i;
+        arrive(full + at.stage * 8);
+        return;
+      }
+    }
     arrive_expect_tx(full + at.stage * 8, kStageBytes);
     tma_load_tile<kTileKeys, kPanels, kTileKeys>(stages + at.stage * kStageBytes, map,
                                                  nth_tile(i, item.tiles) * kTileKeys, plane,
@@ -142,7 +167,7 @@ __device__ __forceinline__ u32 load_queries(AFragment (&q)[kDim / 16], const Par
 
 // The scan of one warpgroup.
 __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRing& at, u32 stages,
-                                        u32 full, u32 empty) {
+                                        u32 full, u32 empty, volatile Ending& ending) {
   const int warp = uniform(warp_id());
   const int first_of_warpgroup = item.first + warp / 4 * kRows;
   const int first_row = item.first + warp * 16;
@@ -152,7 +177,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   const bool wanted = first_row < p.length_q && (!kRetry || p.flat[row_block] == kToRetry);
   if (!wanted) dead = ~0u;
   Lists<kSlots> lists;
-  lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
+  const int most = kDense90 ? most_kept(seen_end(first_row + 15, p.length_k)) : kMostOfArena;
+  lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead, most);
   if (kRetry && wanted) lists.resume(p, row_block);
 
   constexpr int kParts = kTileKeys / kStagingKeys;
@@ -176,10 +202,18 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     if (lane_id() == 0) arrive(empty + at.stage * 8);
     at.advance();
   };
+  // Whether flat rows keep so many that the lists of a retry would be in vain: more than the arena
+  // holds or, on the way there already, half of what is too many.
+  const auto hopeless = [&] {
+    return lists.flat && lists.kept > (kDense90 ? lists.most / 2 : kRowBlock * kArenaRow);
+  };
   // Keys beyond these are seen by none of the warpgroup's rows; none at all by one without rows.
-  int last_seen = first_of_warpgroup >= p.length_q
-                      ? -1
-                      : seen_end(first_of_warpgroup + kRows - 1, p.length_k) - 1;
+  int last_seen = seen_end(first_of_warpgroup + kRows - 1, p.length_k) - 1;
+  const auto stop = [&] {
+    last_seen = -1;
+    if (kMayEnd) ending.stopped[warp / 4] = true;
+  };
+  if (first_of_warpgroup >= p.length_q) stop();
   const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     lists.template stage_tile<kParts>(score, column, p);
@@ -189,7 +223,9 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     const int first_key = nth_tile(i, item.tiles) * kTileKeys;
     const u64 tile = take();
     if (first_key > last_seen) {
+      const bool ended = kMayEnd && ending.tile == i;
       give_back();
+      if (ended) break;
       continue;
     }
     Scores s;
@@ -206,14 +242,18 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
           first_key);
     else
       filtered = look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
-    if (kMayStop && filtered && !vote(wanted && !lists.flat)) last_seen = -1;
+    if (kMayStop && filtered && vote(lists.flat)) {
+      if (vote(hopeless()))
+        lists.give_up(), stop();
+      else if (!vote(wanted && !lists.flat))
+        stop();
+    }
   }
   if (!wanted) return;
-  lists.filter(p);
-  __syncwarp();
+  lists.finish(p);
   const u32 overfull = lists.flat ? 1u : lists.write(p, item.head_row, row_block, first_row);
   if (overfull) lists.hand_over(p, row_block, first_row, overfull);
-  const bool again = lists.flat && !lists.overflows;
+  const bool again = lists.flat && !hopeless();
   if (lane_id() == 0) p.flat[row_block] = !overfull ? kListed : again ? kToRetry : kFlat;
 }
 
@@ -221,6 +261,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
   extern __shared__ __align__(16) char shared[];  // 1,024 would count in full beside barriers[]
   __shared__ __align__(8) u64 barriers[kBarriers];
+  __shared__ Ending ending;
   const u32 stages = align_tiles(shared_address(shared));
   const u32 full = shared_address(barriers), empty = full + kStages * 8;
   if (threadIdx.x < kStages) {
@@ -228,17 +269,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     init_barrier(empty + threadIdx.x * 8, kWarpgroups * 4);
     fence_async_proxy();
   }
+  if (threadIdx.x < kWarpgroups) ending.stopped[threadIdx.x] = false;
+  if (threadIdx.x == 0) ending.tile = -1;
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     KeyRing at;
     if (threadIdx.x == kConsumers)
-      for_items(p,
-                [&](const Item& item) { tma_load_tiles(p, map, item, at, stages, full, empty); });
+      for_items(p, [&](const Item& item) {
+        tma_load_tiles(p, map, item, at, stages, full, empty, ending);
+      });
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
     KeyRing at;
-    for_items(p, [&](const Item& item) { consume(p, item, at, stages, full, empty); });
+    for_items(p, [&](const Item& item) { consume(p, item, at, stages, full, empty, ending); });
   }
 }
 

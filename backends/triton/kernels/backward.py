@@ -83,10 +83,11 @@ def on_support(values, x, r, opt: tl.constexpr, SAFE: tl.constexpr):
 
 @triton.jit
 def distance_to_delta(u, dp, delta, spread, opt: tl.constexpr):
-    """``dp - delta``: nothing but rounding for the key that has it all, where one has."""
+    """``dp - delta``: nothing but rounding for the key that has it all, where one has. What is not
+    finite there stays NaN."""
     distance = dp - delta
     if opt.exact:
-        distance = tl.where((spread == 0.0) & (u > 0.5), 0.0, distance)
+        distance = tl.where((spread == 0.0) & (u > 0.5), 0.0 * distance, distance)
     return distance
 
 
