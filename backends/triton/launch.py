@@ -34,7 +34,10 @@ STATS_TILE = 64
 """Side of the tiles that ``AttentionStats.empty_tiles`` counts."""
 
 MAXIMA_CHUNK = 4096
-"""Tile maxima that a program holds at a time: 32 of 128 rows."""
+"""Tile maxima that a program holds at a time, at most: 32 of 128 rows."""
+
+FEWEST_MAXIMA = 16
+"""Of a row that a program holds at a time, however few tiles there are."""
 
 LIST_CHUNK = 256
 """Row blocks that the transposition looks at together."""
@@ -118,13 +121,14 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 class Plan(NamedTuple):
     """What follows from a problem and a configuration. ``whole``: how ``whole_rows`` is compiled
-    for tiles of all keys, and the row blocks of a program, where it is launched."""
+    for tiles of all keys, and of half of them where some rows see no others, and the row blocks of
+    a program, where it is launched."""
 
     grid: sizes.Grid
     layout: sizes.Saved
     shape: sizes.Shape
     opt: sizes.Options
-    whole: tuple[sizes.Options, int] | None
+    whole: tuple[sizes.Options, sizes.Options | None, int] | None
     options: dict[str, dict[str, int]]
     compiled: dict[Any, Compiled]
 
@@ -156,7 +160,8 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
         if config["whole"] != "nothing":
             each = sizes.row_blocks_each(grid, config, multiprocessors(problem.device))
-            whole = sizes.Options.of(problem, config, whole=True), each
+            wide = sizes.Options.of(problem, config, whole=True)
+            whole = wide, sizes.narrow_of(wide, config), each
     return Plan(grid, layout, shape, opt, whole, options, {})
 
 
@@ -269,7 +274,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
         if call.plan.whole is None:
             _solve(call, {"COUNT": count}, parts["taken"], solved)
         else:
-            wide, each = call.plan.whole
+            wide, narrow, each = call.plan.whole
             call(
                 whole_kernels.whole_rows,
                 call.grid.heads * -(-call.grid.row_blocks // each),
@@ -278,6 +283,8 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
                 **weighed,
                 each=each,
                 wide=wide,
+                narrow=narrow,
+                HALVES=max(1, int(call.config["whole_warps"]) // 4),
                 OUTPUT=found_output,
             )
         for safe in (True,) if found_output else (False, True):
@@ -317,10 +324,22 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
         taken=taken,
         shape=call.longest(),
         work_items=work_items,
-        CHUNK=MAXIMA_CHUNK // block_q,
+        CHUNK=_chunk(call),
         SPAN=span,
         STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
     )
+
+
+def _chunk(call: Call) -> int:
+    """Tile maxima of a row that a program holds at a time: all that the row may see, or the most
+    that fit."""
+    block_q, block_k = int(call.config["block_q"]), int(call.config["block_k"])
+    tiles, said = call.grid.tiles, call.problem.scores
+    if said.left >= 0 and said.right >= 0:
+        # Two more for where the first tile begins, and for where its span does.
+        tiles = min(tiles, -(-(block_q + said.left + said.right) // block_k) + 2)
+    wanted = int(call.config.get("chunk", 0)) or max(FEWEST_MAXIMA, 1 << (tiles - 1).bit_length())
+    return min(wanted, MAXIMA_CHUNK // block_q)
 
 
 def backward(

@@ -24,6 +24,9 @@ from adasplash2.backends.triton.kernels.score import (
     terms_of,
 )
 from adasplash2.backends.triton.kernels.threshold import (
+    PARTS,
+    pair_sums,
+    part_sums,
     weights,
 )
 from adasplash2.backends.triton.kernels.work import (
@@ -65,7 +68,7 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
     GRADIENT."""
     acc, acc_u, bad, mass, slope, kept = sums
     p, u = weights(x, terms.r, opt)
-    mass += tl.sum(p, 1)
+    mass += part_sums(p)
     if opt.dropout:
         rows, columns = numbers_of(first_row, first, opt, opt.block_q)
         kept_ones = is_kept(rows, columns, terms, shape, opt)
@@ -73,7 +76,7 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
     acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
     if GRADIENT:
         u = scaled(u, u_scale, v.dtype, opt)
-        slope += tl.sum(u, 1)
+        slope += part_sums(u)
         if opt.dropout:
             u = tl.where(kept_ones, u, 0.0)
         acc_u += weighted(u, finite_part(v, SAFE), opt)
@@ -120,14 +123,14 @@ def marks_of(marks, batch, head, shape, MARK: tl.constexpr):
 @triton.jit
 def no_sums(opt: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr):
     """The sums of :func:`weigh` before all keys: of values by ``p`` and by ``u``, what is not
-    finite beside them, ``sum p``, ``sum u``, and the size of the support."""
+    finite beside them, ``sum p`` and ``sum u`` by :func:`part_sums`, the size of the support."""
     none = tl.full((opt.block_q, opt.padded_v if SAFE else 1), 0.0, tl.float32)
     return (
         tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32),
         tl.full((opt.block_q, opt.padded_v if GRADIENT else 1), 0.0, tl.float32),
         (none, none),
-        tl.full((opt.block_q,), 0.0, tl.float32),
-        tl.full((opt.block_q,), 0.0, tl.float32),
+        tl.full((opt.block_q, PARTS), 0.0, tl.float32),
+        tl.full((opt.block_q, PARTS), 0.0, tl.float32),
         tl.full((opt.block_q,), 0, tl.int32),
     )
 
@@ -149,19 +152,30 @@ def scale_of_u(t, r, SCALE: tl.constexpr, opt: tl.constexpr):
 
 
 @triton.jit
+def quotient(sums, total, opt: tl.constexpr):
+    """``sums`` over their row's ``total``; where not ``opt.exact``, by a reciprocal, which may be
+    off by an ulp of float32: a division takes eight instructions."""
+    if opt.exact:
+        return sums / total[:, None]
+    else:
+        return sums * (1.0 / total)[:, None]
+
+
+@triton.jit
 def store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch, head,
                  first_row, at_row, inside, TYPE: tl.constexpr, terms, shape, opt: tl.constexpr,
                  SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                  COUNT: tl.constexpr):  # fmt: skip
     """Store the means that the sums of all keys make, and mark rows that are not finite."""
-    acc, acc_u, bad, mass, slope, kept = sums
+    acc, acc_u, bad, masses, slopes, kept = sums
+    mass, slope = pair_sums(masses, slopes)
     if opt.sinks:
         p, u = weights(distance(terms.sink, top, t, terms.c, opt), terms.r, opt)
         mass += p
         if GRADIENT:
             u = scaled(u[:, None], u_scale, TYPE, opt)
             slope += tl.max(u, 1)
-    result = acc / tl.where(mass > 0.0, mass * SCALE, 1.0)[:, None]
+    result = quotient(acc, tl.where(mass > 0.0, mass * SCALE, 1.0), opt)
     if opt.dropout:
         result = result * shape.terms.kept
     if SAFE:
@@ -170,7 +184,7 @@ def store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_sca
     outs = head_of(out, batch, head)
     store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
     if GRADIENT:
-        mean = acc_u / tl.where(slope > 0.0, slope, 1.0)[:, None]
+        mean = quotient(acc_u, tl.where(slope > 0.0, slope, 1.0), opt)
         if opt.dropout:
             mean = mean * shape.terms.kept
         if SAFE:
