@@ -121,14 +121,13 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 class Plan(NamedTuple):
     """What follows from a problem and a configuration. ``whole``: how ``whole_rows`` is compiled
-    for tiles of all keys, and of half of them where some rows see no others, and the row blocks of
-    a program, where it is launched."""
+    for tiles of all keys, and the row blocks of a program, where it is launched."""
 
     grid: sizes.Grid
     layout: sizes.Saved
     shape: sizes.Shape
     opt: sizes.Options
-    whole: tuple[sizes.Options, sizes.Options | None, int] | None
+    whole: tuple[sizes.Options, int] | None
     options: dict[str, dict[str, int]]
     compiled: dict[Any, Compiled]
 
@@ -160,8 +159,7 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
         if config["whole"] != "nothing":
             each = sizes.row_blocks_each(grid, config, multiprocessors(problem.device))
-            wide = sizes.Options.of(problem, config, whole=True)
-            whole = wide, sizes.narrow_of(wide, config), each
+            whole = sizes.Options.of(problem, config, whole=True), each
     return Plan(grid, layout, shape, opt, whole, options, {})
 
 
@@ -274,7 +272,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
         if call.plan.whole is None:
             _solve(call, {"COUNT": count}, parts["taken"], solved)
         else:
-            wide, narrow, each = call.plan.whole
+            wide, each = call.plan.whole
             call(
                 whole_kernels.whole_rows,
                 call.grid.heads * -(-call.grid.row_blocks // each),
@@ -283,8 +281,6 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
                 **weighed,
                 each=each,
                 wide=wide,
-                narrow=narrow,
-                HALVES=max(1, int(call.config["whole_warps"]) // 4),
                 OUTPUT=found_output,
             )
         for safe in (True,) if found_output else (False, True):
@@ -338,8 +334,7 @@ def _chunk(call: Call) -> int:
     if said.left >= 0 and said.right >= 0:
         # Two more for where the first tile begins, and for where its span does.
         tiles = min(tiles, -(-(block_q + said.left + said.right) // block_k) + 2)
-    wanted = int(call.config.get("chunk", 0)) or max(FEWEST_MAXIMA, 1 << (tiles - 1).bit_length())
-    return min(wanted, MAXIMA_CHUNK // block_q)
+    return min(max(FEWEST_MAXIMA, 1 << (tiles - 1).bit_length()), MAXIMA_CHUNK // block_q)
 
 
 def backward(

@@ -152,16 +152,6 @@ def scale_of_u(t, r, SCALE: tl.constexpr, opt: tl.constexpr):
 
 
 @triton.jit
-def quotient(sums, total, opt: tl.constexpr):
-    """``sums`` over their row's ``total``; where not ``opt.exact``, by a reciprocal, which may be
-    off by an ulp of float32: a division takes eight instructions."""
-    if opt.exact:
-        return sums / total[:, None]
-    else:
-        return sums * (1.0 / total)[:, None]
-
-
-@triton.jit
 def store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch, head,
                  first_row, at_row, inside, TYPE: tl.constexpr, terms, shape, opt: tl.constexpr,
                  SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
@@ -175,7 +165,7 @@ def store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_sca
         if GRADIENT:
             u = scaled(u[:, None], u_scale, TYPE, opt)
             slope += tl.max(u, 1)
-    result = quotient(acc, tl.where(mass > 0.0, mass * SCALE, 1.0), opt)
+    result = acc / tl.where(mass > 0.0, mass * SCALE, 1.0)[:, None]
     if opt.dropout:
         result = result * shape.terms.kept
     if SAFE:
@@ -184,7 +174,7 @@ def store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_sca
     outs = head_of(out, batch, head)
     store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
     if GRADIENT:
-        mean = quotient(acc_u, tl.where(slope > 0.0, slope, 1.0), opt)
+        mean = acc_u / tl.where(slope > 0.0, slope, 1.0)[:, None]
         if opt.dropout:
             mean = mean * shape.terms.kept
         if SAFE:

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
-    INTERPRETED,
     PROB_SCALE,
     any_of,
     largest,
@@ -24,7 +23,6 @@ from adasplash2.backends.triton.kernels.output import (
     weigh,
 )
 from adasplash2.backends.triton.kernels.score import (
-    allowed,
     bias_of,
     column,
     distance,
@@ -34,7 +32,6 @@ from adasplash2.backends.triton.kernels.score import (
     seen_begin,
     seen_tiles,
     terms_of,
-    visible,
 )
 from adasplash2.backends.triton.kernels.solve import (
     BOUND_STEPS,
@@ -50,9 +47,6 @@ from adasplash2.backends.triton.kernels.solve import (
 )
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
-    added_pairs,
-    guess_of,
-    pair_sums,
     stepped,
     sums_of,
     weights,
@@ -72,10 +66,6 @@ PARTS = tl.constexpr(8)
 two or three steps, one less than the maxima of whole tiles."""
 
 
-SURE_STEPS = tl.constexpr(1)
-"""After which no block of rows is expected to be done: whether one is takes all warps to say."""
-
-
 @triton.jit
 def part_maxima(s, opt: tl.constexpr, wide: tl.constexpr):
     """The row maxima of PARTS parts of each tile, of keys that one thread holds of a product of
@@ -87,40 +77,13 @@ def part_maxima(s, opt: tl.constexpr, wide: tl.constexpr):
 
 
 @triton.jit
-def bound_rows(maxima, top, pending, terms, opt: tl.constexpr, HALVES: tl.constexpr):
-    """A lower bound of ``t`` by certain rises on maxima, as ``solve.bound_of``.
-
-    Of each of HALVES parts of a row on its own, of which each belongs to warps that exchange
-    nothing: the highest bound counts. Each has rises from its own highest score.
-    """
-    parts = tl.reshape(maxima, (opt.block_q, HALVES, maxima.shape[1] // HALVES))
-    tops = tl.max(parts, 2)  # NaN is no matter: its row has no threshold
-    if opt.sinks:
-        tops = tl.maximum(tops, terms.sink)
-    least = lowest(tops == tops, terms.r, opt)
-    t = least
+def bound_rows(maxima, top, pending, terms, opt: tl.constexpr):
+    """A lower bound of ``t`` by certain rises on maxima, as ``solve.bound_of``."""
+    t = lowest(pending, terms.r, opt)
     for _ in tl.static_range(BOUND_STEPS):
-        p, u = weights(terms.c * (parts - tops[:, :, None]) - t[:, :, None], terms.r, opt)
-        if INTERPRETED:
-            mass, slope = tl.sum(p, 2), tl.sum(u, 2)
-        else:
-            mass, slope = tl.reduce((p, u), 2, added_pairs)
-        t = raised(t, mass, slope, tops, terms, opt)
-    # A part may lie so far below another that its bound says nothing.
-    t = tl.max(tl.maximum(terms.c * (tops - top[:, None]) + t, least), 1)
-    return tl.where(pending, t - slack(terms.r), INFINITY)
-
-
-@triton.jit
-def handed_on(x):
-    """``x`` through shared memory: else the compiler hands all scores to the threads that hold
-    their maxima."""
-    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
-
-
-@triton.jit
-def united(a, b):
-    return a | b
+        p, u = weights(terms.c * (maxima - top[:, None]) - t[:, None], terms.r, opt)
+        t = raised(t, tl.sum(p, 1), tl.sum(u, 1), top, terms, opt)
+    return t - slack(terms.r)
 
 
 @triton.jit
@@ -130,12 +93,7 @@ def list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms,
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     numbers = tl.arange(0, highest.shape[1])
     x = terms.c * (highest - top[:, None]) - (t - slack(terms.r))[:, None]
-    inside = is_inside(x, terms.r, opt)
-    if INTERPRETED:
-        alive = tl.max(inside.to(tl.int32), 0)
-    else:  # as bits, which all threads get at once: else they take turns for each of the sums
-        bits = tl.where(inside, 1 << numbers[None, :], 0)
-        alive = (tl.reduce(bits, None, united) >> numbers) & 1
+    alive = tl.max(is_inside(x, terms.r, opt).to(tl.int32), 0)
     first = at_block.to(tl.int64) * tiles
     found_open = 0
     found = 0
@@ -146,21 +104,41 @@ def list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms,
     tl.store(counts + 2 * at_block + 1, found)
 
 
-@triton.jit
-def solve_blocks(upcoming, start, stop, first_block, queries, k, v, terms, out, out_u, spread,
-                 top_out, t_out, tau_out, live, lists, counts, poison, unsafe, iterations, support,
-                 marks, shape, tolerance, TYPE: tl.constexpr, opt: tl.constexpr,
-                 wide: tl.constexpr, MAX_STEPS: tl.constexpr, HALVES: tl.constexpr,
-                 OUTPUT: tl.constexpr, GRADIENT: tl.constexpr, COUNT: tl.constexpr,
-                 MARK: tl.constexpr):  # fmt: skip
-    """:func:`whole_rows` for row blocks of a head, whose first one's queries are ``upcoming``;
-    return those of the next. No row sees other keys than those of ``k`` and ``v``."""
+@triton.jit(do_not_specialize=["each"])
+def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, live, lists, counts,
+               poison, unsafe, iterations, support, marks, shape, each, tolerance,
+               opt: tl.constexpr, wide: tl.constexpr, MAX_STEPS: tl.constexpr,
+               OUTPUT: tl.constexpr, GRADIENT: tl.constexpr, COUNT: tl.constexpr,
+               MARK: tl.constexpr):  # fmt: skip
+    """What ``solve`` does, and where OUTPUT what ``output`` does if not SAFE, for ``each`` row
+    blocks of a head, or fewer, whose keys and values stay in shared memory.
+
+    ``live`` comes as zeros.
+    """
+    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
+    programs = tl.cdiv(row_blocks, each)
+    number = in_turn(tl.program_id(0), shape.heads_q, programs, shape, opt)
+    first_block = number // programs * row_blocks
+    start = number % programs * each
+    stop = tl.minimum(start + each, row_blocks)
+    at_block, at_head, first_row, at_row, inside = row_block_of(first_block + start, shape, opt)
+    batch, head, kv_head = at_head
+    terms = terms_of(batch, head, shape, opt)
+    queries = head_of(query, batch, head)
+    upcoming = load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded,
+                         True)  # fmt: skip
+    keys = keys_of(key, batch, kv_head, shape, opt)
     first = tl.full((), 0, tl.int32)
-    scale: tl.constexpr = PROB_SCALE if tl.float16 == TYPE else 1.0
+    k = load_keys(keys, first, shape, wide.block_k, opt.head_dim, opt.padded, True, opt)
+    scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
+    if OUTPUT:
+        values = keys_of(value, batch, kv_head, shape, opt)
+        v = load_keys(values, first, shape, wide.block_k, opt.head_dim_v, opt.padded_v, True, opt)
+        if COUNT:
+            marks = marks_of(marks, batch, head, shape, MARK)
     for index in range(start, stop):
         at_block, at_head, first_row, at_row, inside = row_block_of(first_block + index, shape,
                                                                     opt)  # fmt: skip
-        batch, head, kv_head = at_head
         q = upcoming
         next_row = tl.maximum(first_row - opt.block_q, 0)  # see `row_block_of`
         upcoming = load_tile(queries, next_row, shape.length_q, opt.block_q, opt.head_dim,
@@ -169,36 +147,26 @@ def solve_blocks(upcoming, start, stop, first_block, queries, k, v, terms, out, 
         bias = 0.0
         if opt.biased:
             bias = bias_of(rows, columns, terms, shape, opt)
-        s = seen_scores(q, k, rows, first, bias, terms, shape, wide, wide.block_k, False)
-        end = seen_tiles(first_row, terms, shape, opt)
-        begin = tl.minimum(seen_begin(first_row, terms, shape, opt), end)
-        open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
-        open_ones = open_between(first_row, begin, end, open_end, terms, shape, opt)
-        zeros = tl.full((opt.block_q,), 0.0, tl.float32)
-        moments = zeros, zeros
-        if (open_ones[0] > 0) | (open_ones[1] * opt.block_k < wide.block_k):
-            s = tl.where(allowed(rows, columns, terms, shape, opt), s, -INFINITY)
-            if opt.guesses:
-                seen = tl.where(s > -INFINITY, s, 0.0)
-                moments = pair_sums(seen, seen * seen)
-        elif opt.guesses:
-            moments = pair_sums(s, s * s)
+        s = seen_scores(q, k, rows, first, bias, terms, shape, wide, wide.block_k, True)
         maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
         highest = largest(tl.reshape(maxima, (opt.block_q, tiles, PARTS)), 2)
         top, poisoned, pending = kinds_of(largest(highest, 1), inside, terms, opt)
-        t = handed_on(bound_rows(maxima, top, pending, terms, opt, HALVES))
-        top = handed_on(top)
+        t = bound_rows(maxima, top, pending, terms, opt)
+        # Through memory: else the compiler hands all scores to the threads that hold their maxima.
+        tl.store(top_out + at_row, top, mask=inside)
+        tl.store(t_out + at_row, t, mask=inside)
+        tl.debug_barrier()
+        top = tl.load(top_out + at_row, mask=inside, other=0.0)
+        t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
         pending = t < INFINITY
+
         lo = t
-        if opt.guesses:
-            number = visible(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
-            t = guess_of(moments, number, top, lo, terms)
         hi = tl.where(pending, HIGHEST, INFINITY)
-        most = zeros + (shape.length_k + 1)  # with the sink
+        most = tl.full((opt.block_q,), INFINITY, tl.float32)
         steps = tl.full((opt.block_q,), 0, tl.int32)
         step = 0
-        waiting = step < MAX_STEPS
+        waiting = any_of(pending)
         while waiting:
             threshold = t
             if not opt.exact:
@@ -214,10 +182,13 @@ def solve_blocks(upcoming, start, stop, first_block, queries, k, v, terms, out, 
             t = tl.where(pending, moved, t)
             pending = pending & (final == 0)
             step += 1
-            if step > SURE_STEPS:
-                waiting = any_of(pending) & (step < MAX_STEPS)
+            waiting = any_of(pending) & (step < MAX_STEPS)
         if COUNT:
             tl.store(iterations + at_row, steps, mask=inside)
+        end = seen_tiles(first_row, terms, shape, opt)
+        begin = tl.minimum(seen_begin(first_row, terms, shape, opt), end)
+        open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
+        open_ones = open_between(first_row, begin, end, open_end, terms, shape, opt)
         list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms, shape, opt)
         t, tau = store_thresholds(top_out, t_out, tau_out, top, t, poisoned, at_row, inside, terms,
                                   opt)  # fmt: skip
@@ -231,62 +202,5 @@ def solve_blocks(upcoming, start, stop, first_block, queries, k, v, terms, out, 
             sums = weigh(no_sums(opt, GRADIENT, False), x, v, first_row, first, marks, terms, shape,
                          u_scale, wide, scale, GRADIENT, False, COUNT, MARK)  # fmt: skip
             store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch,
-                         head, first_row, at_row, inside, TYPE, terms, shape,
+                         head, first_row, at_row, inside, value.base.dtype.element_ty, terms, shape,
                          opt, scale, GRADIENT, False, COUNT)  # fmt: skip
-    return upcoming
-
-
-@triton.jit(do_not_specialize=["each"])
-def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, live, lists, counts,
-               poison, unsafe, iterations, support, marks, shape, each, tolerance,
-               opt: tl.constexpr, wide: tl.constexpr, narrow: tl.constexpr,
-               MAX_STEPS: tl.constexpr, HALVES: tl.constexpr, OUTPUT: tl.constexpr,
-               GRADIENT: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
-    """What ``solve`` does, and where OUTPUT what ``output`` does if not SAFE, for ``each`` row
-    blocks of a head, or fewer, whose keys and values stay in shared memory.
-
-    ``live`` comes as zeros. Where ``narrow`` is not None, row blocks that see no key of the second
-    half are done without it: they come last.
-    """
-    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
-    programs = tl.cdiv(row_blocks, each)
-    number = in_turn(tl.program_id(0), shape.heads_q, programs, shape, opt)
-    first_block = number // programs * row_blocks
-    start = number % programs * each
-    stop = tl.minimum(start + each, row_blocks)
-    _, at_head, first_row, _, _ = row_block_of(first_block + start, shape, opt)
-    batch, head, kv_head = at_head
-    terms = terms_of(batch, head, shape, opt)
-    queries = head_of(query, batch, head)
-    upcoming = load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded,
-                         True)  # fmt: skip
-    keys = keys_of(key, batch, kv_head, shape, opt)
-    first = tl.full((), 0, tl.int32)
-    k = load_keys(keys, first, shape, wide.block_k, opt.head_dim, opt.padded, True, opt)
-    v = k
-    if OUTPUT:
-        values = keys_of(value, batch, kv_head, shape, opt)
-        v = load_keys(values, first, shape, wide.block_k, opt.head_dim_v, opt.padded_v, True, opt)
-        if COUNT:
-            marks = marks_of(marks, batch, head, shape, MARK)
-    middle = stop
-    if narrow is not None:
-        middle = start
-        for index in range(start, stop):
-            _, _, row, _, _ = row_block_of(first_block + index, shape, opt)
-            far = seen_tiles(row, terms, shape, opt) * opt.block_k > narrow.block_k
-            middle += far.to(tl.int32)
-    upcoming = solve_blocks(
-        upcoming, start, middle, first_block, queries, k, v, terms, out, out_u, spread, top_out,
-        t_out, tau_out, live, lists, counts, poison, unsafe, iterations, support, marks, shape,
-        tolerance, value.base.dtype.element_ty, opt, wide, MAX_STEPS, HALVES, OUTPUT, GRADIENT,
-        COUNT, MARK,
-    )  # fmt: skip
-    if narrow is not None:
-        near = load_keys(keys, first, shape, narrow.block_k, opt.head_dim, opt.padded, True, opt)
-        solve_blocks(
-            upcoming, middle, stop, first_block, queries, near, v, terms, out, out_u, spread,
-            top_out, t_out, tau_out, live, lists, counts, poison, unsafe, iterations, support,
-            marks, shape, tolerance, value.base.dtype.element_ty, opt, narrow, MAX_STEPS, HALVES,
-            OUTPUT, GRADIENT, COUNT, MARK,
-        )  # fmt: skip
