@@ -1,10 +1,10 @@
 """A softmax model continued with entmax: SmolLM2-135M on State of the Union speeches.
 
-alpha rises from 1 (softmax) to its target, and beside it the same model takes the same steps with
-softmax. The speeches of the last ten years are held out. Prints a table and writes results.json and
-a picture: held-out loss before, during and after, at equal steps and at equal time, loss by
-position, keys kept by layer. A run that was stopped goes on from where it was, and one that is done
-is not done again.
+alpha is 1.5 from the first step on, with a smaller scale that each head learns, and beside it the
+same model takes the same steps with softmax. The speeches of the last ten years are held out.
+Prints a table and writes results.json and a picture: held-out loss before, during and after, at
+equal steps and at equal time, loss by position, keys kept by layer. A run that was stopped goes on
+from where it was, and one that is done is not done again.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from typing import Any, NamedTuple
 
 from text_models import Corpus, Ready, Scale, bytes_of, compete, parse, texts
 from torch import Tensor
+from torch.nn.utils import parametrize
 from training import compiled
 
 from adasplash2.integrations.transformers.schedule import alpha_setter
-from adasplash2.nn import AlphaSchedule, AttentionMonitor
+from adasplash2.nn import AlphaSchedule, AttentionMonitor, HeadScale
 
 
 class Contender(NamedTuple):
-    """``rise``: the share of the steps in which alpha rises from 1."""
+    """``rise``: the share of the steps in which alpha rises from 1; 0 begins with it. ``start``:
+    where each head's learned factor of the scale starts; None leaves the scale as it is."""
 
     alpha: float
     rise: float = 0.0
+    start: float | None = None
 
 
 CONTENDERS = {
     "softmax": Contender(1.0),
-    "entmax": Contender(1.5, rise=0.5),
-    "entmax at once": Contender(1.5),
-    "alpha 1.25": Contender(1.25, rise=0.5),
-    "slowly": Contender(1.5, rise=0.9),
+    "entmax": Contender(1.5, start=0.45),
+    "alpha rises": Contender(1.5, rise=0.5, start=1.0),
+    "scale stays": Contender(1.5, rise=0.5),
+    "alpha 1.25": Contender(1.25, start=0.5),
 }
 
 SIZES = {
@@ -58,6 +61,15 @@ def tiny_source() -> Source:
         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
     return Source(lambda: LlamaForCausalLM(config), bytes_of)
+
+
+def scale_heads(model: Any, start: float) -> None:
+    """Each head of each layer learns a factor of its scale."""
+    heads = model.config.num_attention_heads
+    for layer in model.model.layers:
+        queries = layer.self_attn.q_proj
+        scale = HeadScale(heads, start, device=queries.weight.device)
+        parametrize.register_parametrization(queries, "weight", scale)
 
 
 def real_source() -> Source:
@@ -86,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             set_alpha = alpha_setter(model, observer=monitor)
             set_alpha(contender.alpha)
+            if contender.start is not None:
+                scale_heads(model, contender.start)
             if contender.rise:
                 rise = max(1, round(contender.rise * scale.steps))
                 schedule = AlphaSchedule(set_alpha, rise, contender.alpha)

@@ -25,6 +25,8 @@ from tqdm import tqdm
 import adasplash2
 import adasplash2.plot
 
+FACTOR_RATE = 1e-2
+"""The highest learning rate of a :class:`adasplash2.nn.HeadScale`."""
 SAVE_SECONDS = 60.0
 """Between checkpoints: what a run that is stopped loses at most."""
 
@@ -207,12 +209,20 @@ def rate_at(step: int, plan: Plan) -> float:
 
 
 def optimizer_of(model: nn.Module, plan: Plan) -> torch.optim.AdamW:
-    """AdamW; learned alphas move ten times as fast, as ``LearnedAlpha`` says."""
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "vectors": [], "alphas": []}
+    """AdamW; learned alphas move ten times as fast, as ``LearnedAlpha`` says, and the factors of
+    heads as ``HeadScale`` does."""
+    groups: dict[str, list[nn.Parameter]] = {
+        "weights": [],
+        "vectors": [],
+        "alphas": [],
+        "factors": [],
+    }
     for name, parameter in model.named_parameters():
         kind = "weights" if parameter.dim() > 1 else "vectors"
-        groups["alphas" if name.endswith("alpha.logits") else kind].append(parameter)
-    faster = {"weights": 1.0, "vectors": 1.0, "alphas": 10.0}
+        kind = "alphas" if name.endswith("alpha.logits") else kind
+        kind = "factors" if name.endswith("log_factor") else kind
+        groups[kind].append(parameter)
+    faster = {"weights": 1.0, "vectors": 1.0, "alphas": 10.0, "factors": FACTOR_RATE / plan.rate}
     return torch.optim.AdamW(
         [
             {

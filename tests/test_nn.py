@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import adasplash2
 from adasplash2.nn import (
@@ -21,6 +22,7 @@ from adasplash2.nn import (
     AttentionMonitor,
     Entmax,
     EntmaxMultiheadAttention,
+    HeadScale,
     LearnedAlpha,
     LengthScale,
     Sparsemax,
@@ -666,6 +668,7 @@ def test_length_scale_starts_as_nothing_and_grows_with_the_length() -> None:
         (lambda: nape_slopes(4, dtype=torch.int32), "dtype", TypeError),
         (lambda: LearnedAlpha(4, dtype=torch.int32), "dtype", TypeError),
         (lambda: LengthScale(4, 2, dtype="float"), "dtype", TypeError),
+        (lambda: HeadScale(4, dtype=torch.int32), "dtype", TypeError),
         (lambda: LengthScale(4, 2)(torch.zeros(3, 4), 5), "x", ValueError),
         (lambda: LengthScale(4, 2)(torch.zeros(1, 3, 5), 5), "x", ValueError),
         (lambda: LengthScale(4, 2)([0.0], 5), "x", TypeError),
@@ -818,3 +821,39 @@ def test_examples_are_true(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"adasplash2.nn{name}"))
     assert found.attempted
     assert not found.failed
+
+
+# Factors of heads.
+
+
+def test_a_factor_of_each_head_scales_its_scores() -> None:
+    torch.manual_seed(1)
+    heads, head_dim = 3, 4
+    plain, scaled = (nn.Linear(6, heads * head_dim, dtype=torch.float64) for _ in range(2))
+    scaled.load_state_dict(plain.state_dict())
+    for name in ("weight", "bias"):
+        scale = HeadScale(heads, start=0.5, dtype=torch.float64)
+        parametrize.register_parametrization(scaled, name, scale)
+        with torch.no_grad():
+            scale.log_factor += torch.tensor([0.0, 0.1, -0.2], dtype=torch.float64)
+    factors = 0.5 * torch.tensor([0.0, 0.1, -0.2], dtype=torch.float64).exp()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    expected = (plain(x).unflatten(1, (heads, head_dim)) * factors[:, None]).flatten(1)
+    torch.testing.assert_close(scaled(x), expected)
+    scaled(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.all() for p in scaled.parameters())
+    for name in ("weight", "bias"):
+        parametrize.remove_parametrizations(scaled, name)
+    assert list(scaled.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(scaled(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((0,), "heads"), ((2.5,), "heads"), ((2, 0.0), "start"), ((2, math.nan), "start")],
+)
+def test_factors_of_heads_refuse_nonsense(arguments: Any, named: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=named):
+        HeadScale(*arguments)
+    with pytest.raises(ValueError, match="multiple of heads=4, got"):
+        HeadScale(4)(torch.ones(6, 2))

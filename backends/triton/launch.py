@@ -34,7 +34,10 @@ STATS_TILE = 64
 """Side of the tiles that ``AttentionStats.empty_tiles`` counts."""
 
 MAXIMA_CHUNK = 4096
-"""Tile maxima that a program holds at a time: 32 of 128 rows."""
+"""Tile maxima that a program holds at a time, at most: 32 of 128 rows."""
+
+FEWEST_MAXIMA = 16
+"""Of a row that a program holds at a time, however few tiles there are."""
 
 LIST_CHUNK = 256
 """Row blocks that the transposition looks at together."""
@@ -317,10 +320,21 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
         taken=taken,
         shape=call.longest(),
         work_items=work_items,
-        CHUNK=MAXIMA_CHUNK // block_q,
+        CHUNK=_chunk(call),
         SPAN=span,
         STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
     )
+
+
+def _chunk(call: Call) -> int:
+    """Tile maxima of a row that a program holds at a time: all that the row may see, or the most
+    that fit."""
+    block_q, block_k = int(call.config["block_q"]), int(call.config["block_k"])
+    tiles, said = call.grid.tiles, call.problem.scores
+    if said.left >= 0 and said.right >= 0:
+        # Two more for where the first tile begins, and for where its span does.
+        tiles = min(tiles, -(-(block_q + said.left + said.right) // block_k) + 2)
+    return min(max(FEWEST_MAXIMA, 1 << (tiles - 1).bit_length()), MAXIMA_CHUNK // block_q)
 
 
 def backward(

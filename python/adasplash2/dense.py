@@ -7,12 +7,14 @@ backends do not use it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adasplash2 import ops
 from adasplash2.problem import Inputs, Problem, places, rows_of, seen_keys
@@ -77,6 +79,19 @@ def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:
     return F.dropout(found, problem.scores.dropout_p)
 
 
+def without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """SDPA takes what kernels it may, but not those of cuDNN: with a mask that hides a whole tile
+    of keys their gradient of queries has NaN (torch 2.11)."""
+    others = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    }
+    # What a graph would be made for is not known while it is traced.
+    allowed = [one for one, may in others.items() if torch.compiler.is_compiling() or may()]
+    return sdpa_kernel(allowed or [SDPBackend.MATH])
+
+
 def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:
     """Attention at alpha = 1: torch's SDPA where it knows all that is asked, else dense, with
     memory that grows by the product of the lengths. ``scale`` as the caller gave it."""
@@ -88,14 +103,17 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
         mask = inputs.attn_mask
         # By a branch: of symbols of a trace a comparison is no bool.
         grouped: dict[str, Any] = {"enable_gqa": True} if problem.group_size > 1 else {}
-        return F.scaled_dot_product_attention(
-            *inputs.tensors(),
-            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(problem.dtype),
-            dropout_p=said.dropout_p,
-            is_causal=said.is_causal,
-            scale=scale,
-            **grouped,
-        )
+        with without_cudnn() if masked and problem.needs_grad else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(
+                *inputs.tensors(),
+                attn_mask=mask
+                if mask is None or mask.dtype == torch.bool
+                else mask.to(problem.dtype),
+                dropout_p=said.dropout_p,
+                is_causal=said.is_causal,
+                scale=scale,
+                **grouped,
+            )
     p = weights(problem, inputs)
     p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))
     value = inputs.value.unsqueeze(2)

@@ -24,6 +24,9 @@ from adasplash2.backends.triton.kernels.score import (
     terms_of,
 )
 from adasplash2.backends.triton.kernels.threshold import (
+    PARTS,
+    pair_sums,
+    part_sums,
     weights,
 )
 from adasplash2.backends.triton.kernels.work import (
@@ -65,7 +68,7 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
     GRADIENT."""
     acc, acc_u, bad, mass, slope, kept = sums
     p, u = weights(x, terms.r, opt)
-    mass += tl.sum(p, 1)
+    mass += part_sums(p)
     if opt.dropout:
         rows, columns = numbers_of(first_row, first, opt, opt.block_q)
         kept_ones = is_kept(rows, columns, terms, shape, opt)
@@ -73,7 +76,7 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
     acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
     if GRADIENT:
         u = scaled(u, u_scale, v.dtype, opt)
-        slope += tl.sum(u, 1)
+        slope += part_sums(u)
         if opt.dropout:
             u = tl.where(kept_ones, u, 0.0)
         acc_u += weighted(u, finite_part(v, SAFE), opt)
@@ -120,14 +123,14 @@ def marks_of(marks, batch, head, shape, MARK: tl.constexpr):
 @triton.jit
 def no_sums(opt: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr):
     """The sums of :func:`weigh` before all keys: of values by ``p`` and by ``u``, what is not
-    finite beside them, ``sum p``, ``sum u``, and the size of the support."""
+    finite beside them, ``sum p`` and ``sum u`` by :func:`part_sums`, the size of the support."""
     none = tl.full((opt.block_q, opt.padded_v if SAFE else 1), 0.0, tl.float32)
     return (
         tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32),
         tl.full((opt.block_q, opt.padded_v if GRADIENT else 1), 0.0, tl.float32),
         (none, none),
-        tl.full((opt.block_q,), 0.0, tl.float32),
-        tl.full((opt.block_q,), 0.0, tl.float32),
+        tl.full((opt.block_q, PARTS), 0.0, tl.float32),
+        tl.full((opt.block_q, PARTS), 0.0, tl.float32),
         tl.full((opt.block_q,), 0, tl.int32),
     )
 
@@ -154,7 +157,8 @@ def store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_sca
                  SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                  COUNT: tl.constexpr):  # fmt: skip
     """Store the means that the sums of all keys make, and mark rows that are not finite."""
-    acc, acc_u, bad, mass, slope, kept = sums
+    acc, acc_u, bad, masses, slopes, kept = sums
+    mass, slope = pair_sums(masses, slopes)
     if opt.sinks:
         p, u = weights(distance(terms.sink, top, t, terms.c, opt), terms.r, opt)
         mass += p

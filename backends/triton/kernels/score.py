@@ -237,10 +237,29 @@ def reach(rows, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def visible(rows, terms, shape, opt: tl.constexpr):
+    """How many keys each of ``rows`` may see, masks aside."""
+    keys = reach(rows, terms, shape, opt)
+    if opt.lower:
+        keys = tl.maximum(keys - begin_of(rows, terms, shape, opt), 0)
+    return keys
+
+
+@triton.jit
 def allowed(rows, keys, terms, shape, opt: tl.constexpr):
     """Which of ``keys`` each of ``rows`` may see as far as numbers and ranges say: a mask has its
     say in :func:`bias_of`."""
-    mask = (keys < shape.length_k) & (rows >= 0)
+    if opt.causal and not opt.ranges:  # one limit, and one comparison for each key
+        place = place_of(rows, terms, shape, opt)
+        last = tl.where(rows >= 0, tl.minimum(place, shape.length_k - 1), -1)
+        if opt.left:  # and of windows too: what is before the first is large without a sign
+            begin = place - shape.terms.left + AWAY
+            seen = tl.maximum(last + 1 - begin, 0).to(tl.uint32, bitcast=True)
+            mask = (keys - begin).to(tl.uint32, bitcast=True) < seen
+        else:
+            mask = keys <= last
+    else:
+        mask = (keys < shape.length_k) & (rows >= 0)
     if opt.ranges:
         mask = mask & (keys >= begin_of(rows, terms, shape, opt))
         mask = mask & (keys < end_of(rows, terms, shape, opt))
@@ -248,9 +267,7 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
         place = place_of(rows, terms, shape, opt)
         if opt.right:
             mask = mask & (keys <= place + shape.terms.right - AWAY)
-        if opt.causal:
-            mask = mask & (keys <= place)
-        if opt.left:
+        if opt.left and not opt.causal:
             mask = mask & (keys >= place - shape.terms.left + AWAY)
     return mask
 
@@ -312,7 +329,8 @@ def bias_of(rows, keys, terms, shape, opt: tl.constexpr):
         places = terms.mask + rows.to(tl.int64) * mask.row + keys.to(tl.int64) * mask.key
         inside = (rows < shape.length_q) & (keys < shape.length_k)
         if opt.adds:
-            bias = tl.load(places, mask=inside, other=-INFINITY).to(tl.float32)
+            # Zeros, which loads ahead fill in themselves; what there is not, `allowed` hides.
+            bias = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         else:
             bias = tl.where(tl.load(places, mask=inside, other=0) != 0, 0.0, -INFINITY)
     if opt.alibi:

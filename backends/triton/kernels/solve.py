@@ -30,14 +30,20 @@ from adasplash2.backends.triton.kernels.score import (
     seen_begin,
     seen_tiles,
     terms_of,
+    visible,
 )
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     certain_rise,
+    guess_of,
+    no_parts,
+    pair_sums,
+    part_sums,
+    row_sums,
     stepped,
     weights,
+    with_parts,
     with_sink,
-    with_tile,
 )
 from adasplash2.backends.triton.kernels.work import (
     entry_of,
@@ -78,20 +84,27 @@ def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH:
 @triton.jit
 def span_maxima(q, keys, first, bias, first_row, terms, shape, opt: tl.constexpr,
                 SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """The row maxima of SPAN tiles."""
+    """The row maxima of SPAN tiles, and :func:`part_sums` of scores and of their squares where
+    ``opt.guesses``."""
     width: tl.constexpr = SPAN * opt.block_k
     k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, EDGE, opt)
     rows = (first_row + tl.arange(0, opt.block_q))[:, None]
     s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, EDGE)
-    return largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
+    moments = 0.0, 0.0
+    if opt.guesses:
+        seen = tl.where(s > -INFINITY, s, 0.0) if EDGE else s
+        moments = part_sums(seen), part_sums(seen * seen)
+    return largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2), moments
 
 
 @triton.jit
-def scan_tiles(top, maxima, q, keys, first_row, start, stop, terms, shape, opt: tl.constexpr,
+def scan_tiles(found, maxima, q, keys, first_row, start, stop, terms, shape, opt: tl.constexpr,
                SPAN: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """Store the row maxima of tiles, SPAN of them at a time, and return the maxima so far. Keys of
+    """Store the row maxima of tiles, SPAN of them at a time, and return those so far and, where
+    ``opt.guesses``, the sums of scores and of their squares: ``found`` with more tiles. Keys of
     tiles that a mask of booleans hides are not read; to look for such in one that is added would
     keep its tiles and those of keys from being asked for ahead."""
+    top, total, squares = found
     rows = tl.arange(0, opt.block_q)
     width: tl.constexpr = SPAN * opt.block_k
     for span in tl.range(start, stop, num_stages=STAGES if opt.adds else None):
@@ -103,14 +116,18 @@ def scan_tiles(top, maxima, q, keys, first_row, start, stop, terms, shape, opt: 
         if opt.hides:
             highest = tl.full((opt.block_q, SPAN), -INFINITY, tl.float32)
             if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
-                highest = span_maxima(q, keys, first, bias, first_row, terms, shape, opt, SPAN,
-                                      EDGE)  # fmt: skip
+                highest, _ = span_maxima(q, keys, first, bias, first_row, terms, shape, opt, SPAN,
+                                         EDGE)  # fmt: skip
         else:
-            highest = span_maxima(q, keys, first, bias, first_row, terms, shape, opt, SPAN, EDGE)
+            highest, moments = span_maxima(q, keys, first, bias, first_row, terms, shape, opt,
+                                           SPAN, EDGE)  # fmt: skip
+            if opt.guesses:
+                total += moments[0]
+                squares += moments[1]
         numbers = span * SPAN + tl.arange(0, SPAN)
         tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
         top = larger(top, largest(highest, 1))
-    return top
+    return top, total, squares
 
 
 @triton.jit
@@ -236,7 +253,7 @@ def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
         number = entry_of(numbers, index + 1, stop)
         k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, EDGE, opt)
         x, _, _ = distances(row_block, k, first, terms, shape, opt, EDGE)
-        sums = with_tile(sums, x, terms.r, opt)
+        sums = with_parts(sums, x, terms.r, opt)
     return sums
 
 
@@ -324,7 +341,9 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         terms = terms_of(batch, head, shape, opt)
         open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
         end = seen_tiles(first_row, terms, shape, opt)
-        top = tl.full((opt.block_q,), -INFINITY, tl.float32)
+        zeros = tl.full((opt.block_q,), 0.0, tl.float32)
+        parts = no_parts(opt)
+        scanned = zeros - INFINITY, parts[0], parts[1]
         seen = 0, end
         first_open = 0
         origin = 0
@@ -339,25 +358,25 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             whole = tl.minimum(tl.cdiv(first_open, SPAN), tl.cdiv(end, SPAN))
             origin = begin // SPAN * SPAN
             maxima_at = maxima - origin * opt.block_q
-            top = scan_tiles(top, maxima_at, q, keys, first_row, begin // SPAN, whole, terms, shape,
-                             opt, SPAN, STAGES, True)  # fmt: skip
+            scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, begin // SPAN, whole,
+                                 terms, shape, opt, SPAN, STAGES, True)  # fmt: skip
             first_open_span = whole
             whole = tl.maximum(open_end // SPAN, whole)
             last = tl.cdiv(end, SPAN)
-            top = scan_tiles(top, maxima_at, q, keys, first_row, first_open_span, whole, terms,
-                             shape, opt, SPAN, STAGES, False)  # fmt: skip
-            top = scan_tiles(top, maxima_at, q, keys, first_row, whole, last, terms, shape,
-                             opt, SPAN, STAGES, True)  # fmt: skip
+            scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_open_span, whole,
+                                 terms, shape, opt, SPAN, STAGES, False)  # fmt: skip
+            scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, whole, last, terms, shape,
+                                 opt, SPAN, STAGES, True)  # fmt: skip
         else:
             whole = open_end // SPAN
             last = tl.cdiv(end, SPAN)
-            top = scan_tiles(top, maxima, q, keys, first_row, 0, whole, terms, shape, opt, SPAN,
-                             STAGES, False)  # fmt: skip
-            top = scan_tiles(top, maxima, q, keys, first_row, whole, last, terms, shape, opt, SPAN,
-                             STAGES, True)  # fmt: skip
+            scanned = scan_tiles(scanned, maxima, q, keys, first_row, 0, whole, terms, shape, opt,
+                                 SPAN, STAGES, False)  # fmt: skip
+            scanned = scan_tiles(scanned, maxima, q, keys, first_row, whole, last, terms, shape,
+                                 opt, SPAN, STAGES, True)  # fmt: skip
         tl.debug_barrier()  # the maxima are read back by other threads
 
-        top, poisoned, pending = kinds_of(top, inside, terms, opt)
+        top, poisoned, pending = kinds_of(scanned[0], inside, terms, opt)
         t, left = bound_of(
             candidates, maxima, top, pending, origin, end - origin, terms, opt, CHUNK
         )
@@ -368,8 +387,12 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             CHUNK,
         )  # fmt: skip
         lo = t
+        if opt.guesses:
+            rows = first_row + tl.arange(0, opt.block_q)
+            moments = pair_sums(scanned[1], scanned[2])
+            t = guess_of(moments, visible(rows, terms, shape, opt), top, lo, terms)
         hi = tl.where(pending, HIGHEST, INFINITY)
-        most = tl.full((opt.block_q,), INFINITY, tl.float32)
+        most = zeros + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)
         step = 0
         waiting = any_of(pending)
@@ -380,11 +403,10 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 threshold = terms.c * top + t
             row_block = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)
-            zeros = tl.full((opt.block_q,), 0.0, tl.float32)
-            sums = zeros, zeros, zeros.to(tl.int32)
+            sums = no_parts(opt)
             sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, False)
-            mass, slope, count = sum_tiles(sums, row_block, keys, entries, terms, shape, opt,
-                                           STAGES, True)  # fmt: skip
+            parts = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, True)
+            mass, slope, count = row_sums(parts)
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept

@@ -29,9 +29,16 @@ less than any float32; but the nearest key must keep a distance to it."""
 
 EPSILON = tl.constexpr(2.0**-23)
 
+PARTS = tl.constexpr(8)
+"""See :func:`part_sums`."""
+
 SHALLOW_TOLERANCE = tl.constexpr(1e-3)
 """How far ``sum p`` may be above 1 before the last step where alpha is below 1.5, see
 ``launch.tolerance``."""
+
+LARGEST_SHARE = tl.constexpr(0.88)
+"""Of :func:`guess_of`: one key of 17 is in the support of a Gaussian row. Below, maxima bound it as
+well."""
 
 FREE_STEPS = tl.constexpr(8)
 """Newton's steps above alpha = 2 before every other one becomes a bisection."""
@@ -136,8 +143,8 @@ def leap(mass, slope, count):
 def is_near(mass, slope, most, tolerance):
     """Whether ``sum p`` is one within ``tolerance`` as it is, or after a :func:`leap`, about ``d =
     (mass - 1) / (2 slope)`` long. It takes ``p`` of a key that enters or leaves for at most ``d^2``
-    more or less; ``most`` is how many can: the size of the support below the root, infinite where
-    no ``t`` below it was seen."""
+    more or less; ``most`` is how many can: the size of the support below the root, or all keys
+    where no ``t`` below it was seen."""
     error = mass - 1.0
     near = error * error * most < 4.0 * tolerance * slope * slope
     return near | (tl.abs(error) <= tolerance)
@@ -192,10 +199,12 @@ def stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, op
         lo = tl.maximum(lo, certain)
         moved = certain
         if opt.alpha == 1.5:
-            most = tl.where(mass >= 1.0, count, most)
+            most = tl.where(mass >= 1.0, tl.minimum(count.to(tl.float32), most), most)
             solved = is_near(mass, slope, most, tolerance)
             ahead = t + leap(mass, slope, count)
-            moved = tl.where(solved | (mass > 1.0), ahead, certain)
+            # From above the root keys only enter on the way: that leap does not pass it.
+            lo = tl.maximum(lo, tl.where(mass < 1.0, ahead, certain))
+            moved = tl.where(solved | (mass > 1.0), ahead, lo)
         elif opt.alphas:
             near = tl.where(lift_of(r, opt) > 0.0, SHALLOW_TOLERANCE, tolerance)
             solved = tl.abs(mass - 1.0) <= near
@@ -205,6 +214,70 @@ def stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, op
         if opt.alpha != 1.5:  # there, `solved` allows for it
             final = final | (tl.abs(certain - t) <= grain(top, t, terms.c, opt))
     return moved, lo, hi, most, final
+
+
+@triton.jit
+def part_sums(x):
+    """PARTS sums of each row, of keys that one thread holds of a product of matrices before compute
+    capability 10: a loop over tiles adds these up, and threads exchange sums behind it."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // PARTS, PARTS)), 1)
+
+
+@triton.jit
+def added_pairs(a, b, more_a, more_b):
+    return a + more_a, b + more_b
+
+
+@triton.jit
+def pair_sums(a, b):
+    """The row sums of two tensors, which threads exchange at once."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        return tl.sum(a, 1), tl.sum(b, 1)
+    else:
+        return tl.reduce((a, b), 1, added_pairs)
+
+
+@triton.jit
+def guess_of(moments, seen, top, lo, terms):
+    """Where a row of ``seen`` Gaussian scores, of which ``moments`` are the sum and that of their
+    squares, has its root at alpha = 1.5, if that is above ``lo`` and its support not small; else
+    ``lo``.
+
+    In units of the deviation ``d`` of ``c s``, with the mean as zero, the root is ``a`` of ``G(a) =
+    1 / (n d^2)``, where ``G(a) = (1 + a^2) Phi(-a) - a phi(a)`` is the mean of ``[x - a]_+^2``. Of
+    rows without an end of support that is ``-sqrt(1 / (n d^2) - 1)``; what ``a`` has beside ``-w /
+    d`` with ``w = 1 / sqrt(n)`` is a polynomial of ``d / (d + w)``, fitted to 0.001.
+    """
+    total, squares = moments
+    n = tl.maximum(seen, 1).to(tl.float32)
+    mean = total / n
+    d = terms.c * tl.sqrt(tl.maximum(squares / n - mean * mean, 0.0))
+    w = tl.rsqrt(n)
+    share = d / (d + w)
+    rest = 20.577406 + share * (-28.159221 + share * 13.761974)
+    rest = share * (0.44725788 + share * (1.4061079 + share * (-5.3392119 + share * rest)))
+    # The highest key alone has a mass of 1 / n at `-w`, which no root is above.
+    guess = tl.minimum(terms.c * (mean - top) - w + rest * d, -w)
+    return tl.where((guess > lo) & (share < LARGEST_SHARE), guess, lo)
+
+
+@triton.jit
+def no_parts(opt: tl.constexpr):
+    """Sums of :func:`with_parts` before all tiles."""
+    zeros = tl.full((opt.block_q, PARTS), 0.0, tl.float32)
+    return zeros, zeros, zeros.to(tl.int32)
+
+
+@triton.jit
+def with_parts(sums, x, r, opt: tl.constexpr):
+    """:func:`with_tile` by :func:`part_sums`; of the support, less what is outside."""
+    mass, slope, count = sums
+    p, u = weights(x, r, opt)
+    mass += part_sums(p)
+    slope += part_sums(u)
+    if opt.alpha == 1.5:
+        count += opt.block_k // PARTS + part_sums(x.to(tl.int32, bitcast=True) >> 31)
+    return mass, slope, count
 
 
 @triton.jit
@@ -223,6 +296,15 @@ def with_tile(sums, x, r, opt: tl.constexpr):
 @triton.jit
 def added(mass, slope, count, more_mass, more_slope, more_count):
     return mass + more_mass, slope + more_slope, count + more_count
+
+
+@triton.jit
+def row_sums(parts):
+    """The sums of :func:`with_tile` from those of :func:`with_parts`."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        return tl.sum(parts[0], 1), tl.sum(parts[1], 1), tl.sum(parts[2], 1)
+    else:
+        return tl.reduce(parts, 1, added)
 
 
 @triton.jit

@@ -10,6 +10,7 @@
 
 from adasplash2.nn.alpha import AlphaSchedule, LearnedAlpha
 from adasplash2.nn.attention import EntmaxMultiheadAttention
+from adasplash2.nn.heads import HeadScale
 from adasplash2.nn.length import LengthScale, nape_slopes
 from adasplash2.nn.mappings import Entmax, Sparsemax
 from adasplash2.nn.monitor import AttentionMonitor, Watched
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionMonitor",
     "Entmax",
     "EntmaxMultiheadAttention",
+    "HeadScale",
     "LearnedAlpha",
     "LengthScale",
     "Sparsemax",
