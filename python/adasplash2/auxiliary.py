@@ -41,7 +41,8 @@ class AttentionAux:
 
     def probabilities(self) -> Tensor:
         """The probabilities above zero, without dropout: a sparse CSR tensor
-        ``(B * H * L, length_k)`` of float64, whose rows are those of ``tau.flatten()``.
+        ``(B * H * L, length_k)`` of float64, whose rows are those of ``tau.flatten()``; on a GPU to
+        the digits of float32.
 
         Found from the scores, some queries at a time: time grows by the product of the lengths,
         memory by what is found. ``.to_dense().view(B, H, L, length_k)`` is what other attentions
@@ -80,5 +81,8 @@ class AttentionAux:
     def _of_rows(self, rows: slice) -> Tensor:
         # Solved again: near alpha = 1, and far above it, tau has not the digits that the
         # probabilities have, which backends find from scores below the highest of their row.
+        # Rows on a GPU are solved in float32 at most.
+        p = self._problem
+        dtype = torch.float64 if p.device.type == "cpu" else p.compute_dtype
         with torch.no_grad():
-            return dense.probabilities(self._problem, self._inputs, torch.float64, rows)
+            return dense.probabilities(p, self._inputs, dtype, rows).double()
