@@ -320,10 +320,9 @@ def check_flag(name: str, value: object) -> bool:
     """
     if value is True or value is False:
         return value
-    if isinstance(
-        value, (bool, torch.SymBool)
-    ):  # a comparison of sizes in a trace: known by branching
-        return True if value else False  # noqa: SIM210 (bool() leaves it a symbol)
+    if isinstance(value, (bool, torch.SymBool)):
+        # A comparison of sizes in a trace is known by branching; bool() leaves it a symbol.
+        return True if value else False  # noqa: SIM210
     flag = value if isinstance(value, Tensor) else _item(value, name)
     if not isinstance(flag, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
