@@ -103,7 +103,8 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
         mask = inputs.attn_mask
         # By a branch: of symbols of a trace a comparison is no bool.
         grouped: dict[str, Any] = {"enable_gqa": True} if problem.group_size > 1 else {}
-        with without_cudnn() if masked and problem.needs_grad else contextlib.nullcontext():
+        risky = masked and problem.needs_grad and problem.device.type == "cuda"
+        with without_cudnn() if risky else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
                 *inputs.tensors(),
                 attn_mask=mask

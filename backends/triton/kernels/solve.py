@@ -245,7 +245,7 @@ def list_live(lists, live, candidates, maxima, top, t, open_ones, count, terms,
 @triton.jit
 def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
               STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """:func:`with_tile` for the entries that need no mask, or the others where EDGE."""
+    """:func:`with_parts` for the entries that need no mask, or the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in tl.range(start, stop, num_stages=STAGES):

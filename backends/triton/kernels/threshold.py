@@ -270,7 +270,8 @@ def no_parts(opt: tl.constexpr):
 
 @triton.jit
 def with_parts(sums, x, r, opt: tl.constexpr):
-    """:func:`with_tile` by :func:`part_sums`; of the support, less what is outside."""
+    """``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support, by
+    :func:`part_sums`, with those of a tile's distances added."""
     mass, slope, count = sums
     p, u = weights(x, r, opt)
     mass += part_sums(p)
@@ -281,26 +282,14 @@ def with_parts(sums, x, r, opt: tl.constexpr):
 
 
 @triton.jit
-def with_tile(sums, x, r, opt: tl.constexpr):
-    """``sum p``, ``sum u`` and, at alpha = 1.5 alone, the size of the support, with those of a
-    tile's distances added."""
-    mass, slope, count = sums
-    p, u = weights(x, r, opt)
-    mass += tl.sum(p, 1)
-    slope += tl.sum(u, 1)
-    if opt.alpha == 1.5:
-        count += opt.block_k + tl.sum(x.to(tl.int32, bitcast=True) >> 31, 1)
-    return mass, slope, count
-
-
-@triton.jit
 def added(mass, slope, count, more_mass, more_slope, more_count):
     return mass + more_mass, slope + more_slope, count + more_count
 
 
 @triton.jit
 def row_sums(parts):
-    """The sums of :func:`with_tile` from those of :func:`with_parts`."""
+    """The row sums of three tensors, which threads exchange at once: ``sum p``, ``sum u`` and a
+    count, from those of :func:`with_parts` or of a tile."""
     if INTERPRETED:  # whose reductions by a function are loops in Python
         return tl.sum(parts[0], 1), tl.sum(parts[1], 1), tl.sum(parts[2], 1)
     else:
@@ -309,16 +298,11 @@ def row_sums(parts):
 
 @triton.jit
 def sums_of(x, r, opt: tl.constexpr):
-    """The sums of :func:`with_tile` of one tile alone, which threads exchange at once."""
-    if INTERPRETED:  # whose reductions by a function are loops in Python
-        zeros = tl.full((x.shape[0],), 0.0, tl.float32)
-        mass, slope, count = with_tile((zeros, zeros, zeros.to(tl.int32)), x, r, opt)
-    else:
-        p, u = weights(x, r, opt)
-        outside = x.to(tl.int32, bitcast=True) >> 31
-        mass, slope, count = tl.reduce((p, u, outside), 1, added)
-        count += opt.block_k
-    return mass, slope, count
+    """``sum p``, ``sum u`` and the size of the support of one tile alone."""
+    p, u = weights(x, r, opt)
+    outside = x.to(tl.int32, bitcast=True) >> 31
+    mass, slope, count = row_sums((p, u, outside))
+    return mass, slope, opt.block_k + count
 
 
 @triton.jit
