@@ -1,7 +1,8 @@
 """A softmax model continued with entmax: SmolLM2-135M on State of the Union speeches.
 
-alpha is 1.5 from the first step on, with a smaller scale that each head learns, and beside it the
-same model takes the same steps with softmax. The speeches of the last ten years are held out.
+alpha is 1.5 from the first step on. Each head learns a factor of its scale, and starts with the one
+that brings its output nearest to softmax's. Beside it the same model takes the same steps with
+softmax. The speeches of the last ten years are held out.
 Prints a table and writes results.json and a picture: held-out loss before, during and after, at
 equal steps and at equal time, loss by position, keys kept by layer. A run that was stopped goes on
 from where it was, and one that is done is not done again.
@@ -9,33 +10,37 @@ from where it was, and one that is done is not done again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
+import torch
 from text_models import Corpus, Ready, Scale, bytes_of, compete, parse, texts
 from torch import Tensor
 from torch.nn.utils import parametrize
-from training import compiled
+from training import autocast, compiled
 
+from adasplash2.integrations.transformers import apply, restore
 from adasplash2.integrations.transformers.schedule import alpha_setter
-from adasplash2.nn import AlphaSchedule, AttentionMonitor, HeadScale
+from adasplash2.nn import AlphaSchedule, AttentionMonitor, HeadScale, ScaleMatcher
 
 
 class Contender(NamedTuple):
     """``rise``: the share of the steps in which alpha rises from 1; 0 begins with it. ``start``:
-    where each head's learned factor of the scale starts; None leaves the scale as it is."""
+    where each head's learned factor of the scale starts; "matched": where its output is nearest to
+    softmax's; None leaves the scale as it is."""
 
     alpha: float
     rise: float = 0.0
-    start: float | None = None
+    start: float | Literal["matched"] | None = None
 
 
 CONTENDERS = {
     "softmax": Contender(1.0),
-    "entmax": Contender(1.5, start=0.45),
+    "entmax": Contender(1.5, start="matched"),
+    "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),
-    "alpha 1.25": Contender(1.25, start=0.5),
+    "alpha 1.25": Contender(1.25, start="matched"),
 }
 
 SIZES = {
@@ -63,10 +68,20 @@ def tiny_source() -> Source:
     return Source(lambda: LlamaForCausalLM(config), bytes_of)
 
 
-def scale_heads(model: Any, start: float) -> None:
+def matched(model: Any, alpha: float, tokens: Tensor) -> list[Tensor]:
+    """Of each layer, the factors with which its heads' outputs are nearest to softmax's."""
+    matcher = ScaleMatcher(alpha)
+    apply(model, 1.0, observer=matcher)
+    with torch.no_grad(), autocast(tokens.device.type):
+        model(input_ids=tokens, use_cache=False)
+    restore(model)
+    return [matcher.factors(layer) for layer in range(len(model.model.layers))]
+
+
+def scale_heads(model: Any, starts: Sequence[float | Tensor]) -> None:
     """Each head of each layer learns a factor of its scale."""
     heads = model.config.num_attention_heads
-    for layer in model.model.layers:
+    for layer, start in zip(model.model.layers, starts, strict=True):
         queries = layer.self_attn.q_proj
         scale = HeadScale(heads, start, device=queries.weight.device)
         parametrize.register_parametrization(queries, "weight", scale)
@@ -89,17 +104,20 @@ def main(arguments: list[str] | None = None) -> int:
     corpus = Corpus(program, *(source.encode(text) for text in texts(options.text)))
 
     def ready(name: str) -> Ready:
-        contender = CONTENDERS[name]
-        model = source.load().to(options.device).train()
+        contender, device = CONTENDERS[name], options.device
+        model = source.load().to(device).train()
         monitor = AttentionMonitor()
         schedule = None
         if contender.alpha == 1.0:
             model.set_attn_implementation("sdpa")
         else:
+            if contender.start == "matched":
+                unseen = corpus.draw(1, options.seed, scale.steps)  # no step's
+                scale_heads(model, matched(model, contender.alpha, unseen[:, :-1].to(device)))
+            elif contender.start is not None:
+                scale_heads(model, [contender.start] * len(model.model.layers))
             set_alpha = alpha_setter(model, observer=monitor)
             set_alpha(contender.alpha)
-            if contender.start is not None:
-                scale_heads(model, contender.start)
             if contender.rise:
                 rise = max(1, round(contender.rise * scale.steps))
                 schedule = AlphaSchedule(set_alpha, rise, contender.alpha)

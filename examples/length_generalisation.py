@@ -423,6 +423,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
     add("--tasks", nargs="+", help=f"of {', '.join(TASKS)} (default: the size's)")
     add("--contenders", nargs="+", default=list(CONTENDERS)[:3], help=f"of {'; '.join(CONTENDERS)} "
         "(default: the first three)")  # fmt: skip
+    add("--layers", type=int, help="of the decoder (default: the size's)")
+    add("--rates", nargs="+", type=float, help="learning rates (default: the size's)")
     add("--steps", type=int, help="of each run (default: the size's)")
     add("--seeds", type=int, help="of each contender's best rate (default: the size's)")
     add_common(parser, "output/length_generalisation")
@@ -430,18 +432,22 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
     scale = SIZES[options.size]
     options.tasks = chosen(parser, "--tasks", options.tasks or list(scale.tasks), TASKS)
     chosen(parser, "--contenders", options.contenders, CONTENDERS)
-    for name in ("steps", "seeds"):
+    for name in ("layers", "steps", "seeds"):
         given = getattr(options, name)
         if given is not None and given < 1:
             parser.error(f"argument --{name}: must be at least 1, got {given}")
         setattr(options, name, given or getattr(scale, name))
+    options.rates = tuple(options.rates or scale.rates)
+    if min(options.rates) <= 0.0:
+        parser.error(f"argument --rates: must be above 0, got {min(options.rates):g}")
     return options, prepare(parser, options)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options, budget = parse(arguments)
-    scale = replace(SIZES[options.size], steps=options.steps, seeds=options.seeds)
-    folder = options.output / f"{options.size}-{options.steps}"
+    given = {name: getattr(options, name) for name in ("layers", "steps", "seeds", "rates")}
+    scale = replace(SIZES[options.size], **given)
+    folder = options.output / f"{options.size}-{options.layers}-{options.steps}"
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     stopped = False
     try:

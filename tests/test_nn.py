@@ -25,6 +25,7 @@ from adasplash2.nn import (
     HeadScale,
     LearnedAlpha,
     LengthScale,
+    ScaleMatcher,
     Sparsemax,
     nape_slopes,
 )
@@ -816,7 +817,9 @@ def test_monitors_that_cannot_be(call: Any, name: str, kind: type[Exception]) ->
         call()
 
 
-@pytest.mark.parametrize("name", ["", ".alpha", ".attention", ".length", ".mappings", ".monitor"])
+@pytest.mark.parametrize(
+    "name", ["", ".alpha", ".attention", ".heads", ".length", ".mappings", ".monitor"]
+)
 def test_examples_are_true(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"adasplash2.nn{name}"))
     assert found.attempted
@@ -850,10 +853,87 @@ def test_a_factor_of_each_head_scales_its_scores() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [((0,), "heads"), ((2.5,), "heads"), ((2, 0.0), "start"), ((2, math.nan), "start")],
+    [
+        ((0,), "heads"),
+        ((2.5,), "heads"),
+        ((2, 0.0), "start"),
+        ((2, math.nan), "start"),
+        ((2, torch.ones(3)), "start"),
+        ((2, torch.ones(2, dtype=torch.int64)), "start"),
+        ((2, torch.tensor([1.0, 0.0])), "start"),
+        ((2, torch.tensor([1.0, math.inf])), "start"),
+    ],
 )
 def test_factors_of_heads_refuse_nonsense(arguments: Any, named: str) -> None:
     with pytest.raises((TypeError, ValueError), match=named):
         HeadScale(*arguments)
     with pytest.raises(ValueError, match="multiple of heads=4, got"):
         HeadScale(4)(torch.ones(6, 2))
+
+
+def test_factors_of_heads_start_where_each_is_told_to() -> None:
+    starts = torch.tensor([0.5, 0.25])
+    scale = HeadScale(2, starts)
+    starts.zero_()  # they are ours now
+    torch.testing.assert_close(scale(torch.ones(4, 3))[::2, 0], torch.tensor([0.5, 0.25]))
+
+
+# Where they should start.
+
+
+def outputs_with(factor: float, calls: list[dict[str, Any]]) -> list[Tensor]:
+    """Of alpha 1.5 where all queries are multiplied."""
+    return [
+        adasplash2.entmax_attention(**c | {"query": factor * c["query"]}, alpha=1.5) for c in calls
+    ]
+
+
+def test_matched_scales_are_those_nearest_to_softmax() -> None:
+    """By brute force, over two calls of a layer; sharp heads keep more of their scale."""
+    torch.manual_seed(3)
+    calls = []
+    for length in (24, 40):
+        query, key, value = torch.randn(3, 2, 4, length, 8, dtype=torch.float64).unbind(0)
+        query = query * torch.tensor([0.3, 1.0, 3.0, 20.0], dtype=torch.float64)[:, None, None]
+        calls.append({"query": query, "key": key, "value": value, "is_causal": True})
+    matcher = ScaleMatcher(1.5)
+    for call in calls:
+        said = {k: v for k, v in call.items() if k not in ("query", "key", "value")}
+        matcher(2, call["query"], call["key"], call["value"], said | {"alpha": 1.0, "scale": None})
+    targets = [adasplash2.entmax_attention(**call, alpha=1.0) for call in calls]
+    tried = torch.tensor([2.0 ** (-step / 4) for step in range(21)], dtype=torch.float64)
+    errors = torch.stack(
+        [
+            sum(
+                (out - target).square().sum((0, 2, 3))
+                for out, target in zip(outputs_with(f, calls), targets, strict=True)
+            )
+            for f in tried.tolist()
+        ]
+    )
+    found = matcher.factors(2)
+    torch.testing.assert_close(found.double(), tried[errors.argmin(0)])
+    assert len(found.unique()) > 1, "heads differ"
+    assert (errors.min(0).values < errors[0]).any()
+    with pytest.raises(KeyError, match=r"layer 0 was not seen .* seen: \[2\]"):
+        matcher.factors()
+
+
+def test_matched_scales_of_packed_sequences_are_those_of_their_parts() -> None:
+    torch.manual_seed(4)
+    query, key, value = torch.randn(3, 2, 24, 3, 8).unbind(0)
+    apart, packed = ScaleMatcher(), ScaleMatcher()
+    apart(0, *(t.transpose(1, 2) for t in (query, key, value)), {"alpha": 1.0, "dropout_p": 0.5})
+    places = torch.tensor([0, 24, 48], dtype=torch.int32)
+    lengths = {"cu_seqlens_q": places, "cu_seqlens_k": places, "max_seqlen_q": 24}
+    flat = (t.flatten(0, 1) for t in (query, key, value))
+    packed(
+        None, *flat, lengths | {"max_seqlen_k": 24, "alpha": 1.0, "scale": torch.tensor(8**-0.5)}
+    )
+    torch.testing.assert_close(packed.factors(), apart.factors())
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, "1.5", math.nan])
+def test_matched_scales_refuse_nonsense(alpha: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^alpha"):
+        ScaleMatcher(alpha)

@@ -10,7 +10,7 @@
 
 from adasplash2.nn.alpha import AlphaSchedule, LearnedAlpha
 from adasplash2.nn.attention import EntmaxMultiheadAttention
-from adasplash2.nn.heads import HeadScale
+from adasplash2.nn.heads import HeadScale, ScaleMatcher
 from adasplash2.nn.length import LengthScale, nape_slopes
 from adasplash2.nn.mappings import Entmax, Sparsemax
 from adasplash2.nn.monitor import AttentionMonitor, Watched
@@ -23,6 +23,7 @@ __all__ = [
     "HeadScale",
     "LearnedAlpha",
     "LengthScale",
+    "ScaleMatcher",
     "Sparsemax",
     "Watched",
     "nape_slopes",

@@ -1,13 +1,18 @@
-"""A learned factor of each head's scores, in weights that a model has already."""
+"""A learned factor of each head's scores, in weights that a model has already, and where to start
+it."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adasplash2.options import check_count, check_dtype, check_finite
+from adasplash2.functional import entmax_attention, entmax_attention_varlen
+from adasplash2.options import check_alpha, check_count, check_dtype, check_finite
+
+CANDIDATES = tuple(2.0 ** (-step / 4) for step in range(21))
+"""Factors that :class:`ScaleMatcher` tries: from 1 to 1/32."""
 
 
 class HeadScale(nn.Module):
@@ -17,8 +22,9 @@ class HeadScale(nn.Module):
     For models that start from softmax weights. With alpha above 1 the same scores keep few keys,
     and a model that weighed many then says what it has not learned. A smaller scale gives the keys
     back, and each head needs another one. Weights would take thousands of steps to shrink, a factor
-    takes tens: SmolLM2-135M's loss, before any step, is 3.16 with softmax, 4.66 with alpha 1.5 and
-    3.41 with that and 0.35 of the scale (held-out speeches, 512 tokens).
+    takes tens. SmolLM2-135M's loss, before any step, is 3.16 with softmax, 4.66 with alpha 1.5,
+    3.41 with that and 0.35 of the scale, and 3.29 with each head's own from :class:`ScaleMatcher`
+    (held-out speeches, 512 tokens).
 
     Learning rate: Adam moves the logarithm of a factor by about its learning rate a step: give
     ``log_factor`` 1e-2, whatever the weights have, and no weight decay.
@@ -27,12 +33,13 @@ class HeadScale(nn.Module):
 
     Args:
         heads: of the queries; the weight's rows are split evenly among them, in order.
-        start: the factor that each head starts with.
+        start: the factor that each head starts with: a number, or ``(heads,)``.
         device, dtype: of the logarithms.
 
     Raises:
-        TypeError, ValueError: ``heads`` is no integer of at least 1, ``start`` no number above 0,
-            or ``dtype`` not floating; when used, a weight whose rows are no multiple of ``heads``.
+        TypeError, ValueError: ``heads`` is no integer of at least 1, ``start`` neither a number
+            above 0 nor one for each head, or ``dtype`` not floating; when used, a weight whose rows
+            are no multiple of ``heads``.
 
     Example:
         >>> import torch, adasplash2
@@ -54,22 +61,20 @@ class HeadScale(nn.Module):
     def __init__(
         self,
         heads: int,
-        start: float = 1.0,
+        start: float | Tensor = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.heads = check_count("heads", heads, at_least=1)
-        self.start = check_finite("start", start)
-        if self.start <= 0.0:
-            raise ValueError(f"start must be above 0, got {start}")
+        self.start = _check_start(start, heads)
         self.log_factor = nn.Parameter(torch.empty(heads, device=device, dtype=check_dtype(dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set every factor to its start."""
         with torch.no_grad():
-            self.log_factor.fill_(math.log(self.start))
+            self.log_factor.copy_(torch.as_tensor(self.start).log())
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight``, ``(heads * head_dim, ...)``, with each head's rows multiplied."""
@@ -85,3 +90,97 @@ class HeadScale(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.heads}"
+
+
+class ScaleMatcher:
+    r"""Finds where each head's :class:`HeadScale` should start: the factor with which its output is
+    nearest to softmax's, by squared error over all that it has seen.
+
+    An observer of attention, as :class:`AttentionMonitor` is: it looks at the queries, keys and
+    values of a model that still attends with softmax. A few sequences of what the model is for,
+    as long as they will be, tell enough. Every call costs 21 forwards of its attention.
+
+    Args:
+        alpha: that the model will have.
+
+    Raises:
+        TypeError, ValueError: ``alpha`` is no number above 1.
+
+    Example:
+        >>> import torch, adasplash2
+        >>> from torch.nn.utils import parametrize
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from adasplash2.integrations.transformers import apply
+        >>> config = LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=16,
+        ...                      num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(config)
+        >>> matcher = adasplash2.nn.ScaleMatcher(alpha=1.5)
+        >>> _ = apply(model, alpha=1.0, observer=matcher)
+        >>> _ = model(input_ids=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
+        >>> for number, layer in enumerate(model.model.layers):
+        ...     scale = adasplash2.nn.HeadScale(4, matcher.factors(number))
+        ...     _ = parametrize.register_parametrization(layer.self_attn.q_proj, "weight", scale)
+        >>> print(apply(model, alpha=1.5))
+        2 of 2 attention layers run adasplash2-1.5
+    """
+
+    def __init__(self, alpha: float = 1.5) -> None:
+        self.alpha = check_alpha(alpha)
+        if self.alpha == 1.0:
+            raise ValueError("alpha must be above 1: softmax is what is matched, got 1.0")
+        self._errors: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        layer: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        arguments: dict[str, Any],
+    ) -> None:
+        """The observer: adds the errors of a call to those of its layer."""
+        attend = entmax_attention_varlen if "cu_seqlens_q" in arguments else entmax_attention
+        said = arguments | {"dropout_p": 0.0, "alpha": 1.0}
+        scale = said.pop("scale", None)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        target = attend(query, key, value, scale=scale, **said).float()
+        said["alpha"] = self.alpha
+        others = [n for n in range(target.dim()) if n != 1]  # heads stay
+        errors = torch.stack(
+            [
+                (attend(query, key, value, scale=factor * scale, **said) - target)
+                .square()
+                .sum(others)
+                for factor in CANDIDATES
+            ]
+        ).cpu()
+        self._errors[layer or 0] = self._errors.get(layer or 0, 0.0) + errors
+
+    def factors(self, layer: int = 0) -> Tensor:
+        """The best factor of each head of a layer: float32 ``(heads,)`` on the CPU.
+
+        Raises:
+            KeyError: no call of this layer was seen.
+        """
+        if layer not in self._errors:
+            seen = sorted(self._errors)
+            raise KeyError(f"layer {layer} was not seen by this ScaleMatcher; seen: {seen}")
+        return torch.tensor(CANDIDATES)[self._errors[layer].argmin(dim=0)]
+
+
+def _check_start(start: float | Tensor, heads: int) -> float | Tensor:
+    """``start``, a number or one for each head, all above 0."""
+    if not isinstance(start, Tensor):
+        number = check_finite("start", start)
+        if number <= 0.0:
+            raise ValueError(f"start must be above 0, got {start}")
+        return number
+    if start.shape != (heads,) or not start.is_floating_point():
+        raise ValueError(
+            f"start must be a number or of shape (heads,) = ({heads},), got {start.dtype} "
+            f"{tuple(start.shape)}"
+        )
+    if not bool(((start > 0.0) & start.isfinite()).all()):
+        raise ValueError(f"start must be above 0 and finite, got {start.tolist()}")
+    return start.detach().clone()
