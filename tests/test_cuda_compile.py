@@ -490,7 +490,7 @@ def test_launch_structs_are_those_of_the_driver() -> None:
     assert [ctypes.sizeof(config), attribute.value.offset, ctypes.sizeof(attribute)] == [56, 8, 72]
 
 
-BEGINNINGS = re.compile(r"__global__ void __launch_bounds__\([^)]*\)\s+(\w+)\([^{]*\{\n  (\w+)\(\);")
+BEGINNINGS = re.compile(r"__global__ void __launch_bounds__\(.*?\)\s+(\w+)\([^{]*\{\n  (\w+)\(\);")
 LAST = {"exact_output", "exact_grad_columns", "decode_weigh"}
 """Of the kernels of a call."""
 
