@@ -307,9 +307,9 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
                 tl.atomic_max(poison + kv_row.to(tl.int64) * tiles + tile, 1)
     else:
         leading = reach(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
-        leading = tl.max(tl.where(poisoned, leading, 0), 0)
         kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
-        tl.atomic_max(poison + kv_row, leading, mask=leading > 0)
+        # Row by row, of which hardly ever one does: to find the most of all takes all warps.
+        tl.atomic_max(poison + kv_row + leading * 0, leading, mask=poisoned & (leading > 0))
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     INTERPRETED,
     PROB_SCALE,
     any_of,
+    larger,
     largest,
 )
 from adasplash2.backends.triton.kernels.output import (
@@ -52,7 +53,6 @@ from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     guess_of,
     pair_sums,
-    row_sums,
     stepped,
     sums_of,
     weights,
@@ -98,7 +98,32 @@ def bound_rows(maxima, top, pending, terms, opt: tl.constexpr):
 
 
 @triton.jit
-def guess_rows(maxima, top, lo, rows, terms, shape, opt: tl.constexpr):
+def united_moments(top, total, squares, number, more_top, more_total, more_squares, more_number):
+    return (
+        larger(top, more_top),
+        total + more_total,
+        squares + more_squares,
+        number + more_number,
+    )
+
+
+@triton.jit
+def top_and_moments(maxima):
+    """The highest of each row, which threads exchange with how many are finite, their sum and that
+    of their squares."""
+    seen = maxima > -INFINITY
+    y = tl.where(seen, maxima, 0.0)
+    number = seen.to(tl.int32)
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        top, total, squares = largest(maxima, 1), tl.sum(y, 1), tl.sum(y * y, 1)
+        number = tl.sum(number, 1)
+    else:
+        top, total, squares, number = tl.reduce((maxima, y, y * y, number), 1, united_moments)
+    return top, (total, squares, number)
+
+
+@triton.jit
+def guess_rows(moments, top, lo, rows, terms, shape, opt: tl.constexpr):
     """As ``guess_of`` by the moments of the maxima alone, an eighth of the scores or less: where
     Gaussian rows of such maxima have their threshold, or ``lo``.
 
@@ -118,13 +143,11 @@ def guess_rows(maxima, top, lo, rows, terms, shape, opt: tl.constexpr):
     else:
         above: tl.constexpr = 0.56419
         part: tl.constexpr = 0.82565
-    seen = maxima > -INFINITY
-    y = tl.where(seen, maxima - top[:, None], 0.0)
-    total, squares, number = row_sums((y, y * y, seen.to(tl.int32)))
+    total, squares, number = moments
     number = tl.maximum(number, 1).to(tl.float32)
     mean = total / number
     deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0)) / part
-    mean = mean - above * deviation + top
+    mean -= above * deviation
     return guess_of(mean, deviation, visible(rows, terms, shape, opt), top, lo, terms)
 
 
@@ -152,7 +175,7 @@ def list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms,
         alive = tl.max(inside.to(tl.int32), 0)
     else:  # as bits, which all threads get at once: else they take turns for each of the sums
         bits = tl.where(inside, 1 << numbers[None, :], 0)
-        alive = (tl.reduce(bits, None, united) >> numbers) & 1
+        alive = (tl.reduce(tl.reduce(bits, 1, united), 0, united) >> numbers) & 1
     first = at_block.to(tl.int64) * tiles
     found_open = 0
     found = 0
@@ -216,18 +239,21 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
         highest = largest(tl.reshape(maxima, (opt.block_q, tiles, PARTS)), 2)
-        top, poisoned, pending = kinds_of(largest(highest, 1), inside, terms, opt)
-        lo = bound_rows(maxima, top, pending, terms, opt)
-        t = lo
+        if opt.guesses:
+            top, moments = top_and_moments(maxima)
+        else:
+            top = largest(highest, 1)
+        row_top, poisoned, pending = kinds_of(top, inside, terms, opt)
+        t = bound_rows(maxima, row_top, pending, terms, opt)
         if opt.guesses:
             numbers = first_row + tl.arange(0, opt.block_q)
-            t = handed_on(guess_rows(maxima, top, lo, numbers, terms, shape, opt))
-        lo = handed_on(lo)
-        if not opt.guesses:
-            t = lo
-        top = handed_on(top)
-        pending = lo < INFINITY
+            t = guess_rows(moments, row_top, t, numbers, terms, shape, opt)
+        t = handed_on(t)
+        top = handed_on(row_top)
+        pending = t < INFINITY
 
+        # A guess may lie above the threshold, and is followed by a better bound than the first.
+        lo = lowest(pending, terms.r, opt) if opt.guesses else t
         hi = tl.where(pending, HIGHEST, INFINITY)
         most = tl.full((opt.block_q,), 0.0, tl.float32) + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)
@@ -252,10 +278,11 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
                 waiting = any_of(pending) & (step < MAX_STEPS)
         if COUNT:
             tl.store(iterations + at_row, steps, mask=inside)
-        list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms, shape, opt)
-        t, tau = store_thresholds(top_out, t_out, tau_out, top, t, poisoned, at_row, inside, terms,
-                                  opt)  # fmt: skip
-        mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shape, opt)
+        list_tiles(lists, live, counts, at_block, highest, row_top, t, open_ones, terms, shape,
+                   opt)  # fmt: skip
+        t, tau = store_thresholds(top_out, t_out, tau_out, row_top, t, poisoned, at_row, inside,
+                                  terms, opt)  # fmt: skip
+        mark_poisoned(poison, t != t, first_row, seen, batch, kv_head, terms, shape, opt)
 
         if OUTPUT:
             if not opt.exact:
