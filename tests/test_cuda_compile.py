@@ -373,12 +373,12 @@ class Driver:
         self, config: int, function: int, parameters: int, extra: None
     ) -> int:
         how = driver.LaunchConfig.from_address(config)
-        assert how.attribute_count == 1
-        attribute = how.attributes[0]
         self.cuLaunchKernel(
             function, *how.grid, *how.block, how.shared_bytes, how.stream, parameters, extra
         )
-        self.asked[-1] = ("overlap", *self.asked[-1][1:], attribute.id, attribute.value[0])
+        for number in range(how.attribute_count):
+            attribute = how.attributes[number]
+            self.asked[-1] = ("overlap", *self.asked[-1][1:], attribute.id, attribute.value[0])
         return self.status
 
     def cuTensorMapEncodeTiled(self, address: int, *_: object) -> int:  # noqa: N802
@@ -455,6 +455,16 @@ def test_kernels_overlap_those_of_their_own_call(fake: Driver) -> None:
     overlap = ("overlap", 300, MAPPED - 1, 2, 1, 64, 1, 1, 0, 203, 6, 1)
     once = [("push", 103), asked[0], overlap, asked[1], asked[0], asked[0], ("pop",)]
     assert fake.asked == once * 2
+
+
+def test_drivers_before_11_8_take_launches_by_numbers(
+    fake: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with driver.Call(3, driver.words(driver.params({}))) as call:
+        kernel()((6, 2), 32, (), call)
+        monkeypatch.delattr(Driver, "cuLaunchKernelEx")
+        kernel()((6, 2), 32, (), call)
+    assert fake.asked[1] == fake.asked[2] == ("launch", 300, 6, 2, 1, 32, 1, 1, 0, 203)
 
 
 @pytest.mark.parametrize(

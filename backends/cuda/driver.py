@@ -160,19 +160,19 @@ class Kernel:
             attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(driver().cuFuncSetAttribute(self._function, attribute, shared_bytes))
         self._shared_bytes = shared_bytes
-        self._launch = driver().cuLaunchKernel
-        self._launch_overlapping = driver().cuLaunchKernelEx if may_overlap else None
+        self._may_overlap = may_overlap
+        self._launch = getattr(driver(), "cuLaunchKernelEx", None)  # not in drivers before 11.8
 
     def __call__(self, grid: tuple[int, int], threads: int, maps: Maps, call: Call) -> None:
         """Launch on the stream of ``call``."""
         pointers = call.with_maps(maps) if maps else call.pointers
-        size, stream = self._shared_bytes, call.stream
-        if call.follows and self._launch_overlapping:
-            how = overlapping(grid, threads, size, stream)
-            status = self._launch_overlapping(how.address, self._function, pointers, None)
+        size, stream, function = self._shared_bytes, call.stream, self._function
+        if self._launch:
+            how = launch_config(grid, threads, size, stream, call.follows and self._may_overlap)
+            status = self._launch(how.address, function, pointers, None)
         else:
-            status = self._launch(
-                self._function, *grid, 1, threads, 1, 1, size, stream, pointers, None
+            status = driver().cuLaunchKernel(
+                function, *grid, 1, threads, 1, 1, size, stream, pointers, None
             )
         call.follows = True
         if status:
@@ -198,8 +198,8 @@ class LaunchConfig(ctypes.Structure):
     )
 
 
-class Overlapping(NamedTuple):
-    """A ``LaunchConfig`` at ``address``, which ``config`` holds."""
+class LaunchConfigAt(NamedTuple):
+    """A :class:`LaunchConfig` at ``address``, which ``config`` holds."""
 
     address: int
     config: LaunchConfig
@@ -209,13 +209,15 @@ CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _OVERLAPS = LaunchAttribute(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,))
 
 
-@lru_cache(4096)  # the launches of a model are the same from step to step
-def overlapping(grid: tuple[int, int], threads: int, shared_bytes: int, stream: int) -> Overlapping:
-    """How to launch what may start before the kernel ahead of it on the stream has ended."""
-    config = LaunchConfig(
-        (*grid, 1), (threads, 1, 1), shared_bytes, stream, ctypes.pointer(_OVERLAPS), 1
-    )
-    return Overlapping(ctypes.addressof(config), config)
+@lru_cache(4096)  # a model's launches are the same from step to step; one by numbers takes longer
+def launch_config(
+    grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, overlaps: bool
+) -> LaunchConfigAt:
+    """How to launch a kernel: where it ``overlaps``, before the one ahead on the stream ends."""
+    config = LaunchConfig((*grid, 1), (threads, 1, 1), shared_bytes, stream)
+    if overlaps:
+        config.attributes, config.attribute_count = ctypes.pointer(_OVERLAPS), 1
+    return LaunchConfigAt(ctypes.addressof(config), config)
 
 
 OVERLAPPING_DRIVER = 12_030
