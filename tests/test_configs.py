@@ -138,6 +138,32 @@ def test_row_blocks_of_whole_rows_over_several_programs(
             assert torch.equal(one, other)
 
 
+@interpreted(length_q=150)
+@pytest.mark.parametrize("length_q", [150, 100, 190])
+def test_rows_that_see_no_key_of_the_second_half(
+    length_q: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are launched apart."""
+    if "triton" not in usable_backends():
+        pytest.skip("the Triton backend cannot run here")
+    from adasplash2.backends.triton import launch, sizes
+
+    backend = module_of("triton")
+    case = Case("narrowed", length_q=length_q, length_k=150, is_causal=True, heads_q=2, batch=1)
+    inputs = case.inputs(device_of(backend.name))
+    asked = problem_of(case, inputs)
+    config = backend.configs(asked)[0] | {"block_q": 16, "whole": "thresholds", "whole_warps": 8}
+    monkeypatch.setattr(sizes, "NARROWED", 256)
+    row_blocks = -(-length_q // 16)
+    narrow = min(row_blocks, 8)
+    expected = (256, row_blocks - narrow), (128, narrow)
+    assert sizes.whole_parts(asked, config) == [part for part in expected if part[1]]
+    launch._plan.cache_clear()
+    got = forward_and_backward(backend, case, inputs, config)
+    launch._plan.cache_clear()
+    assert_agrees(case, inputs, got)
+
+
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Lets the Triton backend cut lists of key tiles into short pieces; how many it made."""

@@ -369,6 +369,18 @@ class Driver:
         self.maps += (ctypes.string_at(one, 128) for one in maps)
         return self.status
 
+    def cuLaunchKernelEx(  # noqa: N802
+        self, config: int, function: int, parameters: int, extra: None
+    ) -> int:
+        how = driver.LaunchConfig.from_address(config)
+        self.cuLaunchKernel(
+            function, *how.grid, *how.block, how.shared_bytes, how.stream, parameters, extra
+        )
+        for number in range(how.attribute_count):
+            attribute = how.attributes[number]
+            self.asked[-1] = ("overlap", *self.asked[-1][1:], attribute.id, attribute.value[0])
+        return self.status
+
     def cuTensorMapEncodeTiled(self, address: int, *_: object) -> int:  # noqa: N802
         assert address % 64 == 0
         ctypes.memset(address, 7, 128)
@@ -394,9 +406,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return found
 
 
-def kernel(shared_bytes: int = 0) -> driver.Kernel:
+def kernel(shared_bytes: int = 0, may_overlap: bool = False) -> driver.Kernel:
     module = SimpleNamespace(get_function=lambda name: SimpleNamespace(ptr=300))
-    return driver.Kernel(module, "scan", shared_bytes)
+    return driver.Kernel(module, "scan", shared_bytes, may_overlap)
 
 
 def test_a_launch_passes_the_bytes_of_its_fields(fake: Driver) -> None:
@@ -427,6 +439,83 @@ def test_a_launch_passes_the_bytes_of_its_fields(fake: Driver) -> None:
     expected.tau, expected.rank, expected.long_parts = at, at, at + 2**40
     assert fake.blocks == [bytes(expected)] * 2
     assert fake.maps == [b"\7" * 128]
+
+
+def test_kernels_overlap_those_of_their_own_call(fake: Driver) -> None:
+    """What else is on the stream does not know of it: what follows that waits for its end."""
+    found = kernel(may_overlap=True)
+    for _ in "ab":
+        with driver.Call(3, driver.words(driver.params({}))) as call:
+            found((6, 2), 32, (), call)
+            found((MAPPED - 1, 2), 64, (), call)
+            call.fill(64, 5)
+            found((6, 2), 32, (), call)
+            kernel()((6, 2), 32, (), call)
+    asked = [("launch", 300, 6, 2, 1, 32, 1, 1, 0, 203), ("zero", 64, 0, 5, 203)]
+    overlap = ("overlap", 300, MAPPED - 1, 2, 1, 64, 1, 1, 0, 203, 6, 1)
+    once = [("push", 103), asked[0], overlap, asked[1], asked[0], asked[0], ("pop",)]
+    assert fake.asked == once * 2
+
+
+def test_drivers_before_11_8_take_launches_by_numbers(
+    fake: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with driver.Call(3, driver.words(driver.params({}))) as call:
+        kernel()((6, 2), 32, (), call)
+        monkeypatch.delattr(Driver, "cuLaunchKernelEx")
+        kernel()((6, 2), 32, (), call)
+    assert fake.asked[1] == fake.asked[2] == ("launch", 300, 6, 2, 1, 32, 1, 1, 0, 203)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "overlaps"),
+    [
+        ((9, 0), 13_000, True),
+        ((12, 0), 12_030, True),
+        ((8, 9), 13_000, False),
+        ((9, 0), 12_020, False),
+    ],
+)
+def test_where_kernels_overlap(
+    capability: tuple[int, int],
+    version: int,
+    overlaps: bool,
+    fake: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def get_version(to: Any) -> int:
+        to._obj.value = version
+        return 0
+
+    monkeypatch.setattr(fake, "cuDriverGetVersion", get_version, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert driver.may_overlap.__wrapped__(0) == overlaps
+
+
+def test_launch_structs_are_those_of_the_driver() -> None:
+    """Offsets of ``CUlaunchConfig`` and ``CUlaunchAttribute`` in cuda.h."""
+    config, attribute = driver.LaunchConfig, driver.LaunchAttribute
+    assert [config.block.offset, config.shared_bytes.offset, config.stream.offset] == [12, 24, 32]
+    assert [config.attributes.offset, config.attribute_count.offset] == [40, 48]
+    assert [ctypes.sizeof(config), attribute.value.offset, ctypes.sizeof(attribute)] == [56, 8, 72]
+
+
+BEGINNINGS = re.compile(r"__global__ void __launch_bounds__\(.*?\)\s+(\w+)\([^{]*\{\n  (\w+)\(\);")
+LAST = {"exact_output", "exact_grad_columns", "decode_weigh"}
+"""Of the kernels of a call."""
+
+
+def test_kernels_begin_by_waiting_for_those_before() -> None:
+    """Also those that read nothing: who waits for the last one waits for all. What comes after a
+    call waits for its last one to end, as for any kernel."""
+    for unit, source in compiler.sources().items():
+        if not unit.endswith(".cu") or unit == "rows.cu":  # one kernel a call
+            continue
+        found = dict(BEGINNINGS.findall(source))
+        assert len(found) == source.count("__global__"), unit
+        for name, first in found.items():
+            last = name in LAST
+            assert first == ("await_kernels_before" if last else "start_next_and_await"), name
 
 
 def test_a_call_holds_the_maps_that_its_kernels_read(fake: Driver) -> None:

@@ -250,6 +250,30 @@ def test_which_rows_are_whole() -> None:
     assert offered(short(128, scores=scores))[0] == "thresholds"
 
 
+@pytest.mark.parametrize(
+    ("said", "narrow"),
+    [
+        ({}, 0),
+        ({"is_causal": True}, 4),
+        ({"is_causal": True, "bottom_right": True}, 2),
+        ({"window": (3, 64)}, 3),
+        ({"window": (3, -1)}, 0),
+        ({"window": (3, 300)}, 0),
+    ],
+)
+def test_row_blocks_that_see_the_first_half_alone(said: dict[str, Any], narrow: int) -> None:
+    plain = short(512)
+    asked = dataclasses.replace(
+        plain, length_q=384, scores=dataclasses.replace(plain.scores, **said)
+    )
+    config = next(sizes.configs(asked, LIMITS[90]))
+    parts = [(512, 6 - narrow), (256, narrow)]
+    assert sizes.whole_parts(asked, config) == (parts if narrow else parts[:1])
+    # What is given row by row may say more than these numbers.
+    given = dataclasses.replace(asked, operands=ASKED["ranges"][1])
+    assert sizes.whole_parts(given, config) == [(512, 6)]
+
+
 @pytest.mark.parametrize(("batch", "heads", "each"), [(8, 12, 2), (32, 16, 8), (1, 1, 1)])
 def test_row_blocks_of_a_program(batch: int, heads: int, each: int) -> None:
     """As many as keep all of 132 multiprocessors busy up to the end."""

@@ -24,9 +24,6 @@ logger = logging.getLogger("adasplash2")
 MAX_INVERSE = 1e30
 """Of ``c``: bounds are a few times its inverse below scores, and must be finite in float32."""
 
-MINUS_INFINITY = 0xFF800000
-"""Its bits in float32."""
-
 EXACT_BLOCKS = 2
 """Blocks of ``exact.cu`` for each multiprocessor: what is marked is shared among them."""
 
@@ -85,12 +82,10 @@ class Plan:
 
     def start(self, call: driver.Call, saved: Tensor) -> None:
         """Set what must have a value before the first kernel."""
-        call.fill(*self.saved.span(saved, "poison", "unsafe_output"))
         if self._scans_first:
-            return
-        call.fill(*self.saved.span(saved, "flat"), layout.FLAT)
-        for of_a_row in ("row_start", "row_count"):  # RowStart.top and RowCount.bound
-            call.fill_words(*self.saved.span(saved, of_a_row), MINUS_INFINITY)
+            call.fill(*self.saved.span(saved, "poison", "unsafe_output"))
+        else:  # ``check_finite`` sets the rest
+            call.fill(*self.saved.span(saved, "flat"), layout.FLAT)
 
     @functools.cached_property
     def scratch(self) -> Scratch:

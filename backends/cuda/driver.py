@@ -65,6 +65,7 @@ class Call:
 
     The block's views and pointers are put in place first. Kernels are launched inside ``with``,
     where the device's context is current: whichever thread or device the call comes from.
+    ``follows`` tells whether the last thing on the stream is a kernel of this call.
     """
 
     __slots__ = (
@@ -76,6 +77,7 @@ class Call:
         "_word_of",
         "_words",
         "block",
+        "follows",
         "pointers",
         "stream",
     )
@@ -90,6 +92,7 @@ class Call:
         self._word_of = _words_of(struct)
         self._viewed: dict[str, Tensor] = {}
         self._context = context(device)
+        self.follows = False
         self.stream = torch._C._cuda_getCurrentRawStream(device)
 
     def put_view(self, name: str, tensor: Tensor) -> None:
@@ -135,11 +138,8 @@ class Call:
 
     def fill(self, address: int, nbytes: int, value: int = 0) -> None:
         """Set every byte of some memory, on the stream."""
+        self.follows = False
         check(driver().cuMemsetD8Async(address, value, nbytes, self.stream))
-
-    def fill_words(self, address: int, nbytes: int, value: int) -> None:
-        """Set every 4 bytes of some memory, on the stream."""
-        check(driver().cuMemsetD32Async(address, value, nbytes // 4, self.stream))
 
 
 Launch = Callable[[Call], None]
@@ -147,9 +147,12 @@ Launch = Callable[[Call], None]
 
 
 class Kernel:
-    """One kernel of one compiled unit on one device."""
+    """One kernel of one compiled unit on one device; where it ``may_overlap``, it may start while
+    the call's kernels before it run, see ``common.cuh``."""
 
-    def __init__(self, module: Any, name: str, shared_bytes: int) -> None:
+    def __init__(
+        self, module: Any, name: str, shared_bytes: int, may_overlap: bool = False
+    ) -> None:
         found = module.get_function(name)
         self._found = found  # keeps its module loaded
         self._function = found.ptr
@@ -157,15 +160,77 @@ class Kernel:
             attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(driver().cuFuncSetAttribute(self._function, attribute, shared_bytes))
         self._shared_bytes = shared_bytes
-        self._launch = driver().cuLaunchKernel
+        self._may_overlap = may_overlap
+        self._launch = getattr(driver(), "cuLaunchKernelEx", None)  # not in drivers before 11.8
 
     def __call__(self, grid: tuple[int, int], threads: int, maps: Maps, call: Call) -> None:
         """Launch on the stream of ``call``."""
         pointers = call.with_maps(maps) if maps else call.pointers
-        size, stream = self._shared_bytes, call.stream
-        status = self._launch(self._function, *grid, 1, threads, 1, 1, size, stream, pointers, None)
+        size, stream, function = self._shared_bytes, call.stream, self._function
+        if self._launch:
+            how = launch_config(grid, threads, size, stream, call.follows and self._may_overlap)
+            status = self._launch(how.address, function, pointers, None)
+        else:
+            status = driver().cuLaunchKernel(
+                function, *grid, 1, threads, 1, 1, size, stream, pointers, None
+            )
+        call.follows = True
         if status:
             check(status)
+
+
+class LaunchAttribute(ctypes.Structure):
+    """``CUlaunchAttribute`` whose value is one number."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class LaunchConfigAt(NamedTuple):
+    """A :class:`LaunchConfig` at ``address``, which ``config`` holds."""
+
+    address: int
+    config: LaunchConfig
+
+
+CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_OVERLAPS = LaunchAttribute(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,))
+
+
+@lru_cache(4096)  # a model's launches are the same from step to step; one by numbers takes longer
+def launch_config(
+    grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, overlaps: bool
+) -> LaunchConfigAt:
+    """How to launch a kernel: where it ``overlaps``, before the one ahead on the stream ends."""
+    config = LaunchConfig((*grid, 1), (threads, 1, 1), shared_bytes, stream)
+    if overlaps:
+        config.attributes, config.attribute_count = ctypes.pointer(_OVERLAPS), 1
+    return LaunchConfigAt(ctypes.addressof(config), config)
+
+
+OVERLAPPING_DRIVER = 12_030
+"""The first driver that captures such launches into graphs, as ``cuDriverGetVersion`` counts."""
+
+
+@cache
+def may_overlap(device: int) -> bool:
+    """Whether kernels on ``device`` can be launched so."""
+    version = ctypes.c_int()
+    check(driver().cuDriverGetVersion(ctypes.byref(version)))
+    waits = torch.cuda.get_device_capability(device) >= (9, 0)
+    return waits and version.value >= OVERLAPPING_DRIVER
 
 
 _HANDLE, _INT, _SIZE = ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t
@@ -174,12 +239,13 @@ _SIGNATURES = {
     "cuCtxPushCurrent_v2": (_HANDLE,),
     "cuCtxPopCurrent_v2": (_HANDLE,),
     "cuDeviceGet": (_HANDLE, ctypes.c_int),
+    "cuDriverGetVersion": (_HANDLE,),
     "cuDevicePrimaryCtxRetain": (_HANDLE, ctypes.c_int),
     "cuFuncSetAttribute": (_HANDLE, ctypes.c_int, ctypes.c_int),
     "cuGetErrorName": (ctypes.c_int, _HANDLE),
     "cuLaunchKernel": (_HANDLE, *[_INT] * 7, _HANDLE, _HANDLE, _HANDLE),
+    "cuLaunchKernelEx": (_HANDLE, _HANDLE, _HANDLE, _HANDLE),
     "cuMemsetD8Async": (_HANDLE, ctypes.c_ubyte, _SIZE, _HANDLE),
-    "cuMemsetD32Async": (_HANDLE, _INT, _SIZE, _HANDLE),
     "cuTensorMapEncodeTiled": (_HANDLE, ctypes.c_int, _INT, *[_HANDLE] * 5, *[ctypes.c_int] * 4),
 }
 
@@ -301,7 +367,7 @@ def kernel(
     import cupy
 
     with cupy.cuda.Device(device):
-        return Kernel(_module(device, unit, options), name, shared_bytes)
+        return Kernel(_module(device, unit, options), name, shared_bytes, may_overlap(device))
 
 
 @cache

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,14 +121,15 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 class Plan(NamedTuple):
-    """What follows from a problem and a configuration. ``whole``: how ``whole_rows`` is compiled
-    for tiles of all keys, and the row blocks of a program, where it is launched."""
+    """What follows from a problem and a configuration. ``whole``: the launches of ``whole_rows``,
+    each with how it is compiled for its tile, its row blocks of a head, from which on and how many,
+    and those of a program."""
 
     grid: sizes.Grid
     layout: sizes.Saved
     shape: sizes.Shape
     opt: sizes.Options
-    whole: tuple[sizes.Options, int] | None
+    whole: tuple[tuple[sizes.Options, int, int, int], ...]
     options: dict[str, dict[str, int]]
     compiled: dict[Any, Compiled]
 
@@ -149,7 +151,8 @@ def _operand(tensor: Tensor | None) -> Tensor | None:
 @functools.lru_cache(CACHED_PLANS)
 def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     config = dict(items)
-    grid, layout, whole = sizes.Grid.of(problem, config), sizes.Saved(problem, config), None
+    grid, layout = sizes.Grid.of(problem, config), sizes.Saved(problem, config)
+    whole: list[tuple[sizes.Options, int, int, int]] = []
     shape, opt = sizes.Shape.of(problem), sizes.Options.of(problem, config)
     if sizes.is_decoding(problem):
         options = {name: sizes.decoding_options(config, name) for name in sizes.DECODE_KERNELS}
@@ -158,9 +161,14 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     else:
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
         if config["whole"] != "nothing":
-            each = sizes.row_blocks_each(grid, config, multiprocessors(problem.device))
-            whole = sizes.Options.of(problem, config, whole=True), each
-    return Plan(grid, layout, shape, opt, whole, options, {})
+            wide = sizes.Options.of(problem, config, whole=True)
+            begin = 0
+            for width, row_blocks in sizes.whole_parts(problem, config):
+                part = dataclasses.replace(grid, row_blocks=row_blocks)
+                each = sizes.row_blocks_each(part, config, multiprocessors(problem.device))
+                whole.append((wide._replace(block_k=width), begin, row_blocks, each))
+                begin += row_blocks
+    return Plan(grid, layout, shape, opt, tuple(whole), options, {})
 
 
 class Call:
@@ -194,12 +202,14 @@ class Call:
         unit = inner == 1 or tensor.shape[3] == 1
         return tensor if unit and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
 
-    def __call__(self, kernel: Any, grid: int, flags: dict[str, bool], **arguments: Any) -> None:
+    def __call__(
+        self, kernel: Any, grid: int, flags: Mapping[str, Hashable], **arguments: Any
+    ) -> None:
         """Launch ``kernel`` with ``arguments`` and ``flags``: what it is compiled for that differs
         between calls of one plan."""
         options = self.plan.options[kernel.__name__]
         variant = tuple(flags.values())
-        self.run(Launch(kernel, grid, arguments | flags, options, self.compiled, variant))
+        self.run(Launch(kernel, grid, {**arguments, **flags}, options, self.compiled, variant))
 
     def twice(self, kernel: Any, grid: int, flags: dict[str, bool], **arguments: Any) -> None:
         """For all row blocks, and in the way that keeps what is not finite apart for those that
@@ -269,18 +279,18 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
         "MARK": STATS_TILE,
     }
     with on_device(problem.device):
-        if call.plan.whole is None:
+        if not call.plan.whole:
             _solve(call, {"COUNT": count}, parts["taken"], solved)
-        else:
-            wide, each = call.plan.whole
+        for wide, begin, row_blocks, each in call.plan.whole:
             call(
                 whole_kernels.whole_rows,
-                call.grid.heads * -(-call.grid.row_blocks // each),
-                {"COUNT": count},
+                call.grid.heads * -(-row_blocks // each),
+                {"COUNT": count, "wide": wide},
                 **solved,
                 **weighed,
+                begin=begin,
+                row_blocks=row_blocks,
                 each=each,
-                wide=wide,
                 OUTPUT=found_output,
             )
         for safe in (True,) if found_output else (False, True):

@@ -111,6 +111,9 @@ LONGEST_WHOLE_OUTPUT = 128
 and 0.14 with thresholds alone, one of 256 keys 0.19 and 0.17: the warps of a product that another
 follows get rows each, not keys, and 64 rows are enough for four."""
 
+NARROWED = 512
+"""Keys from which row blocks of whole rows that see none of the second half are launched apart."""
+
 SEEN_WITH_MASKS = 128
 """Keys up to which an H100 has run whole rows with masks and slopes, all tests passed."""
 
@@ -505,6 +508,18 @@ def compiled_alpha(alpha: float) -> float:
 def whole_width(problem: Problem, config: Config) -> int:
     """Keys of a tile that holds all: a power of two."""
     return max(int(config["block_k"]), 1 << (problem.length_k - 1).bit_length())
+
+
+def whole_parts(problem: Problem, config: Config) -> list[tuple[int, int]]:
+    """Keys of the tiles that hold whole rows, and how many row blocks of a head have each, longest
+    rows first: of those that see no key of the second half, only the first is looked at."""
+    row_blocks, width = Grid.of(problem, config).row_blocks, whole_width(problem, config)
+    said, narrow = problem.scores, 0
+    if width >= NARROWED and said.right >= 0 and not problem.operand("ranges"):
+        narrow = (width // 2 - problem.shift - said.right) // int(config["block_q"])
+        narrow = min(max(narrow, 0), row_blocks)
+    parts = (width, row_blocks - narrow), (width // 2, narrow)
+    return [(keys, number) for keys, number in parts if number]
 
 
 def padded(width: int) -> int:

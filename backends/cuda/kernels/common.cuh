@@ -155,6 +155,24 @@ __device__ __forceinline__ void store8(Scalar* row, int at, const float (&in)[8]
   }
 }
 
+// --- launches ------------------------------------------------------------------------------
+
+// From Hopper on a kernel may start while those before it in a call still run (driver.py), so each
+// begins with one of these: before it touches memory those have ended, and what they wrote is seen.
+__device__ __forceinline__ void await_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// For all but a call's last kernel, what comes after whose end is not ours: the next one may start
+// where this one's blocks leave room, since it waits in the same way.
+__device__ __forceinline__ void start_next_and_await() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+  await_kernels_before();
+}
+
 // --- warp helpers --------------------------------------------------------------------------
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }

@@ -357,6 +357,7 @@ struct PartLists {
 
 extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
     decode_scan(const __grid_constant__ DecodeParams p) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   __shared__ Range seen[kRows];
   __shared__ ListState states[kWarps][kRows];
@@ -473,6 +474,7 @@ struct LiveParts {
 
 extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
     decode_solve(const __grid_constant__ DecodeParams p) {
+  start_next_and_await();
   __shared__ Kept all_kept[kSolveWarps];
   __shared__ float4 exchanged[2][kSolveWarps];
   __shared__ float sums[kSolveWarps][kWidth];
@@ -639,6 +641,7 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
 // keeps are read once. The block that comes last adds up what all splits have.
 extern "C" __global__ void __launch_bounds__(kThreads, 3)
     decode_weigh(const __grid_constant__ DecodeParams p) {
+  await_kernels_before();
   constexpr int kTile = kDecodeRowTile;
   __shared__ __align__(16) float all_weights[kWarps][kWeighedKeys][kTile];
   __shared__ float sums[kWarps][kTile][kWidth];

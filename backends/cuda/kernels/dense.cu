@@ -53,6 +53,7 @@ __device__ __forceinline__ bool are_finite(const float (&sums)[padded<width> / 8
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     dense_output(const __grid_constant__ Params p) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   const Block b(p, blockIdx.x);
   if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
@@ -177,6 +178,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // delta and dQ of flat rows: one pass for delta = sum u dp / sum u, one for dQ.
 extern "C" __global__ void __launch_bounds__(kThreads)
     dense_grad_rows(const __grid_constant__ Params p) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   const Block b(p, blockIdx.x);
   if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
@@ -336,6 +338,7 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     dense_grad_columns(const __grid_constant__ Params p) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   if constexpr (!kSplit)
     grad_columns_of_flat_rows<true, true>(p, shared);

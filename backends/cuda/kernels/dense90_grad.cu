@@ -170,6 +170,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                     const __grid_constant__ TensorMap key_map,
                     const __grid_constant__ TensorMap value_map,
                     const __grid_constant__ TensorMap grad_map) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[GradRows::kBarriers];
   const Block b(p);
@@ -383,6 +384,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                        const __grid_constant__ TensorMap key_map,
                        const __grid_constant__ TensorMap value_map,
                        const __grid_constant__ TensorMap grad_map) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[GradColumns::kBarriers];
   __shared__ __align__(16) Queries queries[kGradStages];

@@ -590,6 +590,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     dense_output(const __grid_constant__ Params p, const __grid_constant__ TensorMap query_map,
                  const __grid_constant__ TensorMap key_map,
                  const __grid_constant__ TensorMap value_map) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
   const Block b(p);

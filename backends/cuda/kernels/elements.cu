@@ -39,9 +39,9 @@ __device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
   return arena_of(kv_row * p.gqa_group * p.row_blocks);
 }
 
-// Where no scan comes first all row blocks start as flat ones. Heads whose queries, keys or values
-// are not all finite are to be scanned after all: dense tiles may not see that a query is infinite,
-// and what they spread a NaN to has to be done again.
+// Where no scan comes first all row blocks start as flat ones, of which nothing is known. Heads
+// whose queries, keys or values are not all finite are to be scanned after all: dense tiles may not
+// see that a query is infinite, and what they spread a NaN to has to be done again.
 
 template <int width>
 __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int first,
@@ -61,14 +61,17 @@ __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     check_finite(const __grid_constant__ Params p) {
+  start_next_and_await();
   const int of_keys = (p.length_k + kCheckRows - 1) / kCheckRows;
   const int key_blocks = p.batch * p.heads_kv * of_keys;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.unsafe_output = 0;
   int first_head, heads;  // whose scores what is looked at has a part in
   bool found;
   if (int(blockIdx.x) < key_blocks) {
     const int kv_row = blockIdx.x / of_keys, first = blockIdx.x % of_keys * kCheckRows;
     const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
     first_head = kv_row * p.gqa_group, heads = p.gqa_group;
+    if (first == 0 && threadIdx.x == 0) p.poison[kv_row] = 0;
     found = has_infinite<kHeadDim>(row_of(p.k, batch, kv_head, 0), p.k.row, first, p.length_k) ||
             has_infinite<kHeadDimV>(row_of(p.v, batch, kv_head, 0), p.v.row, first, p.length_k);
   } else {
@@ -77,7 +80,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     first_head = block / of_queries, heads = 1;
     const Head of(p, first_head);
     const Scalar* rows = row_of(p.q, of.batch, of.head, 0);
-    found = has_infinite<kHeadDim>(rows, p.q.row, block % of_queries * kCheckRows, p.length_q);
+    const int first = block % of_queries * kCheckRows, row = first + threadIdx.x;
+    if (threadIdx.x < kCheckRows && row < p.row_blocks * kRowBlock) {
+      const i64 at = i64(first_head) * p.row_blocks * kRowBlock + row;
+      p.row_start[at].top = -kInf, p.row_count[at].bound = -kInf;
+    }
+    found = has_infinite<kHeadDim>(rows, p.q.row, first, p.length_q);
   }
   if (!__syncthreads_or(found)) return;
   u8* flat = p.flat + i64(first_head) * p.row_blocks;
@@ -85,6 +93,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
+  start_next_and_await();
   constexpr int kLanes = ADASPLASH2_OUTPUT_LANES;
   const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
   if (!r.inside || p.flat[r.at / kRowBlock]) return;
@@ -129,6 +138,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_const
 // do not follow each other are taken for poisoned, and columns are kept in their range.
 extern "C" __global__ void __launch_bounds__(kThreads)
     count_columns(const __grid_constant__ Params p) {
+  start_next_and_await();
   const int row_block = blockIdx.x;
   if (p.flat[row_block]) return;
   bool broken = false;
@@ -193,6 +203,7 @@ __device__ __forceinline__ int preceding(int mine, int (&sums)[threads / 32], in
 // Exclusive prefix of the counts of one (batch, key head), and the list of long columns.
 extern "C" __global__ void __launch_bounds__(kPrefixThreads)
     prefix_columns(const __grid_constant__ Params p) {
+  start_next_and_await();
   __shared__ int sums[kPrefixThreads / 32];
   const i64 base = i64(blockIdx.x) * p.length_k;
   int running = 0;
@@ -223,6 +234,7 @@ extern "C" __global__ void __launch_bounds__(kPrefixThreads)
 constexpr int kRowLanes = ADASPLASH2_GRAD_LANES;
 
 extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_constant__ Params p) {
+  start_next_and_await();
   constexpr int kRows = kThreads / kRowLanes;
   __shared__ float products[kRows][kMaxRow];
   static_assert(kMaxRow == kListLanes * kMaxList && sizeof(products) <= kStaticShared);
@@ -412,6 +424,7 @@ __device__ __forceinline__ void sum_column(const Params& p, int column_at, int c
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     grad_columns(const __grid_constant__ Params p) {
+  start_next_and_await();
   __shared__ __align__(16) int rows[kThreads / 32 * kShortColumn];
   __shared__ u8 order[kThreads / 32 * kShortColumn];
   __shared__ int later[kColumns], later_count;
@@ -453,6 +466,7 @@ struct LongColumn {
 constexpr int kSortWords = 4096;
 extern "C" __global__ void __launch_bounds__(kSortThreads)
     sort_long_columns(const __grid_constant__ Params p) {
+  start_next_and_await();
   __shared__ u32 bits[kSortWords];
   __shared__ int before[kSortWords];
   __shared__ int sums[kSortThreads / 32];
@@ -503,6 +517,7 @@ static_assert(sizeof(LongSum) <= kLongPartBytes);
 
 extern "C" __global__ void __launch_bounds__(kLongThreads, kLongBlocks)
     grad_long_columns(const __grid_constant__ Params p) {
+  start_next_and_await();
   __shared__ float sums[kLongTeams][kLongValues];
   __shared__ bool last;
   const int columns = p.long_columns[0];

@@ -155,6 +155,7 @@ struct Rows {
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     exact_output(const __grid_constant__ Params p) {
+  await_kernels_before();
   extern __shared__ __align__(16) char shared[];
   if (*p.unsafe_output == 0) return;
   char *keys_at = shared + kBytes, *values_at = keys_at + kBytes;
@@ -199,6 +200,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // delta and dQ, as in dense.cu.
 extern "C" __global__ void __launch_bounds__(kThreads)
     exact_grad_rows(const __grid_constant__ Params p) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   if (p.unsafe_grads[0] == 0) return;
   char *grads_at = shared + kBytes, *keys_at = grads_at + kBytesV, *values_at = keys_at + kBytes;
@@ -263,6 +265,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // What flat rows add to dK, or in the other half of the blocks to dV.
 extern "C" __global__ void __launch_bounds__(kThreads)
     exact_grad_columns(const __grid_constant__ Params p) {
+  await_kernels_before();
   extern __shared__ __align__(16) char shared[];
   __shared__ QueryRows rows;
   if (p.unsafe_grads[1] == 0) return;

@@ -156,6 +156,7 @@ static_assert(kStages * kStageBytes + kWarps * Lists<kSlots>::kBytes + kQueryByt
               ADASPLASH2_SHARED_SCAN);
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_constant__ Params p) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   const QueryBlock<kBlockRows> block(p, blockIdx.x);
   const int warp = warp_id();

@@ -259,6 +259,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scan(const __grid_constant__ Params p, const __grid_constant__ TensorMap map) {
+  start_next_and_await();
   extern __shared__ __align__(16) char shared[];  // 1,024 would count in full beside barriers[]
   __shared__ __align__(8) u64 barriers[kBarriers];
   __shared__ Ending ending;

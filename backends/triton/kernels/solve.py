@@ -307,9 +307,9 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
                 tl.atomic_max(poison + kv_row.to(tl.int64) * tiles + tile, 1)
     else:
         leading = reach(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
-        leading = tl.max(tl.where(poisoned, leading, 0), 0)
         kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
-        tl.atomic_max(poison + kv_row, leading, mask=leading > 0)
+        # Row by row, of which hardly ever one does: to find the most of all takes all warps.
+        tl.atomic_max(poison + kv_row + leading * 0, leading, mask=poisoned & (leading > 0))
 
 
 @triton.jit
@@ -389,8 +389,12 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         lo = t
         if opt.guesses:
             rows = first_row + tl.arange(0, opt.block_q)
-            moments = pair_sums(scanned[1], scanned[2])
-            t = guess_of(moments, visible(rows, terms, shape, opt), top, lo, terms)
+            keys_seen = visible(rows, terms, shape, opt)
+            number = tl.maximum(keys_seen, 1).to(tl.float32)
+            total, squares = pair_sums(scanned[1], scanned[2])
+            mean = total / number
+            deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0))
+            t = guess_of(mean, deviation, keys_seen, top, lo, terms)
         hi = tl.where(pending, HIGHEST, INFINITY)
         most = zeros + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)

@@ -238,21 +238,17 @@ def pair_sums(a, b):
 
 
 @triton.jit
-def guess_of(moments, seen, top, lo, terms):
-    """Where a row of ``seen`` Gaussian scores, of which ``moments`` are the sum and that of their
-    squares, has its root at alpha = 1.5, if that is above ``lo`` and its support not small; else
-    ``lo``.
+def guess_of(mean, deviation, seen, top, lo, terms):
+    """Where a row of ``seen`` Gaussian scores has its root at alpha = 1.5, if that is above ``lo``
+    and its support not small; else ``lo``.
 
     In units of the deviation ``d`` of ``c s``, with the mean as zero, the root is ``a`` of ``G(a) =
     1 / (n d^2)``, where ``G(a) = (1 + a^2) Phi(-a) - a phi(a)`` is the mean of ``[x - a]_+^2``. Of
     rows without an end of support that is ``-sqrt(1 / (n d^2) - 1)``; what ``a`` has beside ``-w /
     d`` with ``w = 1 / sqrt(n)`` is a polynomial of ``d / (d + w)``, fitted to 0.001.
     """
-    total, squares = moments
-    n = tl.maximum(seen, 1).to(tl.float32)
-    mean = total / n
-    d = terms.c * tl.sqrt(tl.maximum(squares / n - mean * mean, 0.0))
-    w = tl.rsqrt(n)
+    d = terms.c * deviation
+    w = tl.rsqrt(tl.maximum(seen, 1).to(tl.float32))
     share = d / (d + w)
     rest = 20.577406 + share * (-28.159221 + share * 13.761974)
     rest = share * (0.44725788 + share * (1.4061079 + share * (-5.3392119 + share * rest)))

@@ -11,8 +11,10 @@ import triton.language as tl
 
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
+    INTERPRETED,
     PROB_SCALE,
     any_of,
+    larger,
     largest,
 )
 from adasplash2.backends.triton.kernels.output import (
@@ -23,6 +25,7 @@ from adasplash2.backends.triton.kernels.output import (
     weigh,
 )
 from adasplash2.backends.triton.kernels.score import (
+    allowed,
     bias_of,
     column,
     distance,
@@ -32,6 +35,7 @@ from adasplash2.backends.triton.kernels.score import (
     seen_begin,
     seen_tiles,
     terms_of,
+    visible,
 )
 from adasplash2.backends.triton.kernels.solve import (
     BOUND_STEPS,
@@ -47,6 +51,8 @@ from adasplash2.backends.triton.kernels.solve import (
 )
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
+    guess_of,
+    pair_sums,
     stepped,
     sums_of,
     weights,
@@ -66,6 +72,10 @@ PARTS = tl.constexpr(8)
 two or three steps, one less than the maxima of whole tiles."""
 
 
+SURE_STEPS = tl.constexpr(1)
+"""After which no block of rows is expected to be done: whether one is takes all warps to say."""
+
+
 @triton.jit
 def part_maxima(s, opt: tl.constexpr, wide: tl.constexpr):
     """The row maxima of PARTS parts of each tile, of keys that one thread holds of a product of
@@ -82,8 +92,75 @@ def bound_rows(maxima, top, pending, terms, opt: tl.constexpr):
     t = lowest(pending, terms.r, opt)
     for _ in tl.static_range(BOUND_STEPS):
         p, u = weights(terms.c * (maxima - top[:, None]) - t[:, None], terms.r, opt)
-        t = raised(t, tl.sum(p, 1), tl.sum(u, 1), top, terms, opt)
+        mass, slope = pair_sums(p, u)
+        t = raised(t, mass, slope, top, terms, opt)
     return t - slack(terms.r)
+
+
+@triton.jit
+def united_moments(top, total, squares, number, more_top, more_total, more_squares, more_number):
+    return (
+        larger(top, more_top),
+        total + more_total,
+        squares + more_squares,
+        number + more_number,
+    )
+
+
+@triton.jit
+def top_and_moments(maxima):
+    """The highest of each row, which threads exchange with how many are finite, their sum and that
+    of their squares."""
+    seen = maxima > -INFINITY
+    y = tl.where(seen, maxima, 0.0)
+    number = seen.to(tl.int32)
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        top, total, squares = largest(maxima, 1), tl.sum(y, 1), tl.sum(y * y, 1)
+        number = tl.sum(number, 1)
+    else:
+        top, total, squares, number = tl.reduce((maxima, y, y * y, number), 1, united_moments)
+    return top, (total, squares, number)
+
+
+@triton.jit
+def guess_rows(moments, top, lo, rows, terms, shape, opt: tl.constexpr):
+    """As ``guess_of`` by the moments of the maxima alone, an eighth of the scores or less: where
+    Gaussian rows of such maxima have their threshold, or ``lo``.
+
+    The largest of so many Gaussian scores is on the mean some deviations above theirs, and its own
+    deviation is a part of theirs.
+    """
+    keys: tl.constexpr = opt.block_k // PARTS
+    if keys >= 16:
+        above: tl.constexpr = 1.76599
+        part: tl.constexpr = 0.54303
+    elif keys == 8:
+        above: tl.constexpr = 1.42360
+        part: tl.constexpr = 0.61065
+    elif keys == 4:
+        above: tl.constexpr = 1.02938
+        part: tl.constexpr = 0.70122
+    else:
+        above: tl.constexpr = 0.56419
+        part: tl.constexpr = 0.82565
+    total, squares, number = moments
+    number = tl.maximum(number, 1).to(tl.float32)
+    mean = total / number
+    deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0)) / part
+    mean -= above * deviation
+    return guess_of(mean, deviation, visible(rows, terms, shape, opt), top, lo, terms)
+
+
+@triton.jit
+def handed_on(x):
+    """``x`` through shared memory: else the compiler hands all scores to the threads that hold
+    their maxima."""
+    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
+
+
+@triton.jit
+def united(a, b):
+    return a | b
 
 
 @triton.jit
@@ -93,7 +170,12 @@ def list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms,
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     numbers = tl.arange(0, highest.shape[1])
     x = terms.c * (highest - top[:, None]) - (t - slack(terms.r))[:, None]
-    alive = tl.max(is_inside(x, terms.r, opt).to(tl.int32), 0)
+    inside = is_inside(x, terms.r, opt)
+    if INTERPRETED:
+        alive = tl.max(inside.to(tl.int32), 0)
+    else:  # as bits, which all threads get at once: else they take turns for each of the sums
+        bits = tl.where(inside, 1 << numbers[None, :], 0)
+        alive = (tl.reduce(tl.reduce(bits, 1, united), 0, united) >> numbers) & 1
     first = at_block.to(tl.int64) * tiles
     found_open = 0
     found = 0
@@ -104,21 +186,21 @@ def list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms,
     tl.store(counts + 2 * at_block + 1, found)
 
 
-@triton.jit(do_not_specialize=["each"])
+@triton.jit(do_not_specialize=["begin", "row_blocks", "each"])
 def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, live, lists, counts,
-               poison, unsafe, iterations, support, marks, shape, each, tolerance,
-               opt: tl.constexpr, wide: tl.constexpr, MAX_STEPS: tl.constexpr,
+               poison, unsafe, iterations, support, marks, shape, begin, row_blocks, each,
+               tolerance, opt: tl.constexpr, wide: tl.constexpr, MAX_STEPS: tl.constexpr,
                OUTPUT: tl.constexpr, GRADIENT: tl.constexpr, COUNT: tl.constexpr,
                MARK: tl.constexpr):  # fmt: skip
-    """What ``solve`` does, and where OUTPUT what ``output`` does if not SAFE, for ``each`` row
-    blocks of a head, or fewer, whose keys and values stay in shared memory.
+    """What ``solve`` does, and where OUTPUT what ``output`` does if not SAFE, for ``row_blocks`` of
+    each head from its ``begin``-th in launch order on, none of which sees a key behind the tile:
+    for ``each`` of them, or fewer, whose keys and values stay in shared memory.
 
     ``live`` comes as zeros.
     """
-    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     programs = tl.cdiv(row_blocks, each)
     number = in_turn(tl.program_id(0), shape.heads_q, programs, shape, opt)
-    first_block = number // programs * row_blocks
+    first_block = number // programs * tl.cdiv(shape.length_q, opt.block_q) + begin
     start = number % programs * each
     stop = tl.minimum(start + each, row_blocks)
     at_block, at_head, first_row, at_row, inside = row_block_of(first_block + start, shape, opt)
@@ -147,26 +229,36 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         bias = 0.0
         if opt.biased:
             bias = bias_of(rows, columns, terms, shape, opt)
-        s = seen_scores(q, k, rows, first, bias, terms, shape, wide, wide.block_k, True)
+        s = seen_scores(q, k, rows, first, bias, terms, shape, wide, wide.block_k, False)
+        end = seen_tiles(first_row, terms, shape, opt)
+        seen = tl.minimum(seen_begin(first_row, terms, shape, opt), end), end
+        open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
+        open_ones = open_between(first_row, seen[0], end, open_end, terms, shape, opt)
+        if (open_ones[0] > 0) | (open_ones[1] * opt.block_k < wide.block_k):
+            s = tl.where(allowed(rows, columns, terms, shape, opt), s, -INFINITY)
         maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
         highest = largest(tl.reshape(maxima, (opt.block_q, tiles, PARTS)), 2)
-        top, poisoned, pending = kinds_of(largest(highest, 1), inside, terms, opt)
-        t = bound_rows(maxima, top, pending, terms, opt)
-        # Through memory: else the compiler hands all scores to the threads that hold their maxima.
-        tl.store(top_out + at_row, top, mask=inside)
-        tl.store(t_out + at_row, t, mask=inside)
-        tl.debug_barrier()
-        top = tl.load(top_out + at_row, mask=inside, other=0.0)
-        t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
+        if opt.guesses:
+            top, moments = top_and_moments(maxima)
+        else:
+            top = largest(highest, 1)
+        row_top, poisoned, pending = kinds_of(top, inside, terms, opt)
+        t = bound_rows(maxima, row_top, pending, terms, opt)
+        if opt.guesses:
+            numbers = first_row + tl.arange(0, opt.block_q)
+            t = guess_rows(moments, row_top, t, numbers, terms, shape, opt)
+        t = handed_on(t)
+        top = handed_on(row_top)
         pending = t < INFINITY
 
-        lo = t
+        # A guess may lie above the threshold, and is followed by a better bound than the first.
+        lo = lowest(pending, terms.r, opt) if opt.guesses else t
         hi = tl.where(pending, HIGHEST, INFINITY)
-        most = tl.full((opt.block_q,), INFINITY, tl.float32)
+        most = tl.full((opt.block_q,), 0.0, tl.float32) + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)
         step = 0
-        waiting = any_of(pending)
+        waiting = step < MAX_STEPS
         while waiting:
             threshold = t
             if not opt.exact:
@@ -182,17 +274,15 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
             t = tl.where(pending, moved, t)
             pending = pending & (final == 0)
             step += 1
-            waiting = any_of(pending) & (step < MAX_STEPS)
+            if step > SURE_STEPS:
+                waiting = any_of(pending) & (step < MAX_STEPS)
         if COUNT:
             tl.store(iterations + at_row, steps, mask=inside)
-        end = seen_tiles(first_row, terms, shape, opt)
-        begin = tl.minimum(seen_begin(first_row, terms, shape, opt), end)
-        open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
-        open_ones = open_between(first_row, begin, end, open_end, terms, shape, opt)
-        list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms, shape, opt)
-        t, tau = store_thresholds(top_out, t_out, tau_out, top, t, poisoned, at_row, inside, terms,
-                                  opt)  # fmt: skip
-        mark_poisoned(poison, poisoned, first_row, (begin, end), batch, kv_head, terms, shape, opt)
+        list_tiles(lists, live, counts, at_block, highest, row_top, t, open_ones, terms, shape,
+                   opt)  # fmt: skip
+        t, tau = store_thresholds(top_out, t_out, tau_out, row_top, t, poisoned, at_row, inside,
+                                  terms, opt)  # fmt: skip
+        mark_poisoned(poison, t != t, first_row, seen, batch, kv_head, terms, shape, opt)
 
         if OUTPUT:
             if not opt.exact:
