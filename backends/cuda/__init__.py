@@ -141,6 +141,8 @@ def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
         )
     if sizes.Counts.of(problem).rows > 2**31 - 1:
         reasons.append("the query rows of all heads together exceed 2^31 - 1")
+    if problem.needs_grad and sizes.row_numbers(problem) > 2**31 - 1:
+        reasons.append("query rows that share keys exceed 2^31 - 1, heads padded to powers of two")
     return reasons
 
 
@@ -172,7 +174,7 @@ def saved_bound(problem: Problem) -> int:
     """What every configuration saves."""
     if problem.device.type != "cuda" or problem.dtype not in layout.DTYPE_CODES:
         return 0
-    return sizes.Saved(sizes.Counts.of(problem)).total
+    return sizes.Saved(problem).total
 
 
 def rows_forward(

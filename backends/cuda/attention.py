@@ -45,7 +45,7 @@ class Plan:
     def __init__(self, problem: Problem, config: Config, aligned: bool) -> None:
         self.problem = problem
         self.counts = sizes.Counts.of(problem)
-        self.saved = sizes.Saved(self.counts)
+        self.saved = sizes.Saved(problem)
         self.saved_places = driver.places(self.saved.offsets)
         self._device = driver.index(problem.device)
         self._options = sizes.kind_defines(
@@ -102,9 +102,9 @@ class Plan:
                 "unsafe_rows": counts.row_blocks,
                 "unsafe_keys": 2 * counts.key_blocks,
                 "column_start": 4 * counts.columns,
-                "rank": 4 * entries,
+                "rows": 4 * entries,
+                "terms": ctypes.sizeof(layout.Terms) * counts.rows,
                 "delta": 4 * counts.heads * self.problem.length_q,
-                "records": ctypes.sizeof(layout.Record) * entries,
                 "long_parts": layout.LONG_PART_BYTES * long_parts,
             }
         )
@@ -353,6 +353,9 @@ def _forward(
     steps = plan.scans + (plan.forward if support is None else plan.forward_counted)
     call = plan.call()
     call.put_parts(saved, plan.saved_places)
+    if not plan.saved.keeps_weights:  # from the scan to the output only
+        weights = torch.empty(plan.saved.arena, dtype=torch.uint8, device=device)
+        call.put_pointer("weights", weights)
     call.put_pointer("tau", tau)
     call.put_view("q", query)
     call.put_view("k", key)

@@ -47,9 +47,6 @@ LIST_LANES = 4
 MAX_LIST = 64
 """Entries of one lane's list at most."""
 
-MAX_ROW = LIST_LANES * MAX_LIST
-"""Survivors of one row at most; ``grad_rows`` has shared memory for so many."""
-
 KEPT_LEAST, KEPT_KEYS, KEPT_MOST = 12, 192, 48
 """With how many survivors a row, on the mean of those that a warp scans, lists give way to
 ``dense90_output.cu``: ``KEPT_LEAST``, and one more for each ``KEPT_KEYS`` keys, since dense tiles
@@ -210,12 +207,6 @@ View = _struct(  # (batch, heads, length, head_dim) with unit stride in head_dim
     ("long long", "batch", "head", "row"),  # strides in elements
 )
 
-Entry = _struct(  # a survivor of one query row
-    "Entry",
-    ("int", "column"),
-    ("float", "x"),  # z - tau > 0
-)
-
 RowStart = _union(
     "RowStart",
     ("int", "entry"),  # a listed row: its first entry in the arena of its row block
@@ -229,11 +220,11 @@ RowCount = _union(
     ("float", "bound"),  # before them: a lower bound of tau / c
 )
 
-Record = _struct(  # a survivor of one key column
-    "Record",
-    ("int", "row"),  # query row, counted over the heads of a key head: member * length_q + i
-    ("float", "ds", "p"),
-    ("int", "member"),  # which of these heads
+Terms = _struct(  # what the keys of a listed row need of it in the backward
+    "Terms",
+    ("float", "score", "x"),  # of its first survivor: q . k as grad_rows sums it, and z - tau
+    ("float", "delta"),
+    ("float", "factor"),  # what makes its probabilities sum to one
 )
 
 Params = _struct(
@@ -248,12 +239,16 @@ Params = _struct(
     ("RowCount*", "row_count"),
     ("unsigned char*", "flat"),  # of each row block: kListed, kToRetry, kFlat or kUnsafe
     ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
-    ("Entry*", "entries"),  # the arena. Flat rows: see Threshold in dense.cuh, O2 in dense90.cuh
-    # Arrival of an arena entry in its column; of long columns, later, the order of their records
-    # by row.
-    ("int*", "rank"),
+    # The arena: survivors of listed rows. Flat rows: see Threshold in dense.cuh, O2 in dense90.cuh.
+    ("int*", "columns"),
+    # Of each survivor z - tau > 0. Where alpha has a closed form they are gone after the forward,
+    # which keeps that of each row's first survivor: the backward finds the others from it.
+    ("float*", "weights", "first_weight"),
+    # Of each column: survivors, and in `rows` their first one's place; after grad_rows, their end.
     ("int*", "column_count", "column_start"),
-    ("Record*", "records"),
+    # Survivors column by column: query rows, counted over the heads of a key head.
+    ("int*", "rows"),
+    ("Terms*", "terms"),  # of each row, numbered as in row_start
     ("float*", "delta"),  # (batch * heads_q, length_q), flat rows only
     # Whether any row block is unsafe, and in the backward: any rows by their dQ, any keys.
     ("int*", "unsafe_output", "unsafe_grads"),

@@ -71,6 +71,22 @@ def lanes_per_row(width: int) -> int:
     return 8 if width <= 64 else 16 if width <= 128 else 32
 
 
+def arena_stride(head_dim_v: int) -> int:
+    """Words of 4 bytes of the arena per query row: columns of survivors, or O2 of a flat row."""
+    return max(layout.ARENA_ROW, min(padded(head_dim_v), layout.HOPPER_MAX_HEAD_DIM))
+
+
+def keeps_weights(alpha: float) -> bool:
+    """Whether the backward needs what the scan made of scores: above alpha = 2 another rounding of
+    them may be more than a window."""
+    return alpha_code(alpha) == layout.ALPHA_KINDS["kGeneral"]
+
+
+def row_numbers(problem: Problem) -> int:
+    """How far the rows that share keys are numbered in the backward: see ``row_bits``."""
+    return problem.group_size << (problem.length_q - 1).bit_length()
+
+
 def kind_defines(
     dtype: torch.dtype, head_dim: int, head_dim_v: int, alpha: float, *, causal: bool, aligned: bool
 ) -> dict[str, int]:
@@ -82,6 +98,8 @@ def kind_defines(
         "ALPHA": alpha_code(alpha),
         "CAUSAL": int(causal),
         "ALIGNED": int(aligned),
+        "ARENA_STRIDE": arena_stride(head_dim_v),
+        "KEEPS_WEIGHTS": int(keeps_weights(alpha)),
         "OUTPUT_LANES": lanes_per_row(head_dim_v),
         "GRAD_LANES": lanes_per_row(max(head_dim, head_dim_v)),
     }
@@ -348,17 +366,26 @@ def parts(nbytes: Mapping[str, int]) -> tuple[dict[str, int], int]:
 class Saved:
     """The parts of ``Forward.saved``: where each row's survivors are, and the survivors.
 
-    Its length is ``rows * (8 + 8 * ARENA_ROW)`` bytes and a little, whatever the data.
+    Its length follows from the shape, whatever the data: ``rows * (12 + 4 * ARENA_ROW)`` bytes and
+    a little, up to a head_dim of 64 and where alpha has a closed form.
     """
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, problem: Problem) -> None:
+        counts = Counts.of(problem)
+        self.arena = counts.rows * arena_stride(problem.head_dim_v) * 4
+        """Bytes of one number for each survivor."""
+        self.keeps_weights = keeps_weights(problem.alpha)
+        weights = (
+            {"weights": self.arena} if self.keeps_weights else {"first_weight": counts.rows * 4}
+        )
         self._sizes = {
             "row_start": counts.rows * 4,
             "row_count": counts.rows * 4,
             "flat": counts.row_blocks,
             "poison": counts.kv_heads * 4,
             "unsafe_output": 4,
-            "entries": counts.rows * layout.ARENA_ROW * ctypes.sizeof(layout.Entry),
+            **weights,
+            "columns": self.arena,
         }
         self.offsets, self.total = parts(self._sizes)
 

@@ -9,6 +9,8 @@
 //   ALPHA                    an AlphaKind
 //   CAUSAL                   0 or 1, see score.cuh
 //   ALIGNED                  1 where every row of every tensor starts on 16 bytes
+//   ARENA_STRIDE             words of the arena of survivors per query row
+//   KEEPS_WEIGHTS            1 where the backward is given z - tau of each survivor
 //   OUTPUT_LANES, GRAD_LANES lanes that share one row in the gathers of the output, of gradients
 // and for the scans, which keep lists,
 //   CAPACITY                 memory of a warp's lists, in entries of a lane
@@ -41,6 +43,8 @@ constexpr int kHeadDim = ADASPLASH2_HEAD_DIM;
 constexpr int kHeadDimV = ADASPLASH2_HEAD_DIM_V;
 constexpr AlphaKind kAlpha = static_cast<AlphaKind>(ADASPLASH2_ALPHA);
 constexpr bool kAligned = ADASPLASH2_ALIGNED;
+constexpr int kArenaStride = ADASPLASH2_ARENA_STRIDE;
+static_assert(kArenaStride >= kArenaRow);
 
 template <int width>
 constexpr int padded = (width + 15) / 16 * 16;
@@ -116,12 +120,23 @@ __device__ __forceinline__ T* row_of(const View& view, int batch, int head, int 
   return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
 }
 
-// Elements [at, at + 8) of a row that holds `width`; zeros beyond it.
+// 16 bytes that kernels do not write, or zeros. A predicate and no branch, which would wait for one
+// load before the next: so those of several rows are under way together.
+__device__ __forceinline__ uint4 load16(const void* from, bool wanted) {
+  uint4 x = {0, 0, 0, 0};
+  asm("{.reg .pred wanted; setp.ne.b32 wanted, %5, 0;"
+      "@wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+      : "l"(__cvta_generic_to_global(from)), "r"(int(wanted)));
+  return x;
+}
+
+// Elements [at, at + 8) of a row that holds `width`; zeros beyond it, and where it is not wanted.
 template <int width>
-__device__ __forceinline__ void load8(const Scalar* row, int at, float (&out)[8]) {
+__device__ __forceinline__ void load8(const Scalar* row, int at, float (&out)[8],
+                                      bool wanted = true) {
   if constexpr (kAligned && kHalf) {
-    uint4 raw = {0, 0, 0, 0};
-    if (at < width) raw = __ldg(reinterpret_cast<const uint4*>(row + at));
+    const uint4 raw = load16(row + at, wanted && at < width);
     const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -130,14 +145,15 @@ __device__ __forceinline__ void load8(const Scalar* row, int at, float (&out)[8]
       out[2 * i + 1] = pair.y;
     }
   } else if constexpr (kAligned) {
-    float4 a = {0, 0, 0, 0}, b = a;
-    if (at < width) a = __ldg(reinterpret_cast<const float4*>(row + at));
-    if (at + 4 < width) b = __ldg(reinterpret_cast<const float4*>(row + at + 4));
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
-    out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      const uint4 raw = load16(row + at + i, wanted && at + i < width);
+      out[i] = __uint_as_float(raw.x), out[i + 1] = __uint_as_float(raw.y);
+      out[i + 2] = __uint_as_float(raw.z), out[i + 3] = __uint_as_float(raw.w);
+    }
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = at + i < width ? to_float(row[at + i]) : 0.f;
+    for (int i = 0; i < 8; ++i) out[i] = wanted && at + i < width ? to_float(row[at + i]) : 0.f;
   }
 }
 
@@ -372,7 +388,7 @@ __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& 
 // --- where rows, survivors and tiles are kept ----------------------------------------------
 
 __device__ __forceinline__ i64 arena_of(int row_block) {
-  return i64(row_block) * kRowBlock * kArenaRow;
+  return i64(row_block) * kRowBlock * kArenaStride;
 }
 
 template <class P>

@@ -124,10 +124,10 @@ struct Threshold {
   }
 };
 
-static_assert(sizeof(Threshold) == sizeof(Entry) && kArenaRow >= 1);
+static_assert(sizeof(Threshold) <= kArenaStride * sizeof(int));
 __device__ __forceinline__ Threshold& kept_threshold(const Params& p, int head_row, int row) {
-  return reinterpret_cast<Threshold*>(
-      p.entries)[arena_of(head_row * p.row_blocks + row / kRowBlock) + row % kRowBlock];
+  int* arena = p.columns + arena_of(head_row * p.row_blocks + row / kRowBlock);
+  return reinterpret_cast<Threshold*>(arena)[row % kRowBlock];
 }
 
 __device__ __forceinline__ Threshold threshold_of(const Params& p, int head_row, int row) {

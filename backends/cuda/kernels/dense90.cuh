@@ -116,10 +116,10 @@ __device__ __forceinline__ AFragment as_a_fragment(const Weight& w) {
 }
 
 // O2 of a row lies where the arena would hold the survivors of its row block.
-static_assert(kArenaRow * sizeof(Entry) >= kHopperMaxHeadDim * sizeof(float));
+static_assert(kArenaStride >= kDimV && sizeof(int) == sizeof(float));
 __device__ __forceinline__ float* second_output(const Params& p, int head_row, int row) {
-  return reinterpret_cast<float*>(p.entries + arena_of(head_row * p.row_blocks + row / kRowBlock) +
-                                  row % kRowBlock * kArenaRow);
+  return reinterpret_cast<float*>(p.columns + arena_of(head_row * p.row_blocks + row / kRowBlock) +
+                                  row % kRowBlock * kArenaStride);
 }
 
 // The query rows of a block, and what its lanes see of them.

@@ -1,9 +1,12 @@
 // Everything after the scan that works on single survivors: the output, and the backward as
-// gathers. Query rows read the arena as it is (CSR); key columns read a copy of it sorted by
-// column (CSC), built by counting.
+// gathers. Query rows read the columns in the arena as they are (CSR); key columns read the rows of
+// theirs (CSC), put there by counting.
 //
 // Backward, per row: dp_j = dO . v_j, delta = sum u dp / sum u, ds_j = u_j (dp_j - delta),
 // dQ = scale sum ds_j k_j; per column: dK = scale sum ds_i q_i, dV = sum p_i dO_i.
+//
+// Rows and columns of survivors are all the memory that it takes: rows of q, k, v and dO are read
+// anyway, so that both sides find dp and, where alpha has a closed form, x = z - tau from them.
 #include "score.cuh"
 #include "work.cuh"
 
@@ -11,6 +14,7 @@ namespace adasplash2 {
 
 constexpr int kThreads = kElementThreads;
 constexpr int kBatch = 4;  // gathers in flight per lane
+constexpr bool kKeepsWeights = ADASPLASH2_KEEPS_WEIGHTS;
 
 // A row in the order of the arena: row blocks, head by head.
 struct Row : Head {
@@ -26,18 +30,18 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
 }
 
 // The column of a saved survivor, in its range whatever became of it.
-__device__ __forceinline__ int column_of(const Params& p, const Entry& entry) {
-  return int(min(u32(entry.column), u32(p.length_k - 1)));
+__device__ __forceinline__ int column_of(const Params& p, const int* saved) {
+  return int(min(u32(*saved), u32(p.length_k - 1)));
 }
 
-__device__ __forceinline__ Entry entry_at(const Params& p, const Entry* saved) {
-  return {column_of(p, *saved), saved->x};
+// The first of the rows of one (batch, key head)'s columns.
+__device__ __forceinline__ i64 rows_of(const Params& p, int kv_row) {
+  return i64(kv_row) * p.gqa_group * p.row_blocks * (kRowBlock * kArenaRow);
 }
 
-// The first record of one (batch, key head).
-__device__ __forceinline__ i64 records_of(const Params& p, int kv_row) {
-  return arena_of(kv_row * p.gqa_group * p.row_blocks);
-}
+// The number of a query row among those that share keys: its head's among theirs, and below it, in
+// so many bits, its own.
+__device__ __forceinline__ int row_bits(const Params& p) { return 32 - __clz(p.length_q - 1); }
 
 // Where no scan comes first all row blocks start as flat ones, of which nothing is known. Heads
 // whose queries, keys or values are not all finite are to be scanned after all: dense tiles may not
@@ -98,7 +102,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_const
   const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
   if (!r.inside || p.flat[r.at / kRowBlock]) return;
   const int count = p.row_count[r.at].survivors;
-  const Entry* entries = p.entries + arena_of(r.at / kRowBlock) + p.row_start[r.at].entry;
+  const i64 first_entry = arena_of(r.at / kRowBlock) + p.row_start[r.at].entry;
+  const int* columns = p.columns + first_entry;
+  const float* weights = p.weights + first_entry;
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
   const int at = threadIdx.x % kLanes * 8;
   float out[8];
@@ -106,17 +112,22 @@ extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_const
   for (float& x : out) x = count < 0 ? kNaN : 0.f;
   float mass = 0.f;
   for (int first = 0; first < count; first += kBatch) {
-    Entry entry[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      entry[i] = first + i < count ? entries[first + i] : Entry{-1, 0.f};
-    float value[kBatch][8] = {};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (entry[i].column >= 0) load8<kHeadDimV>(values + entry[i].column * p.v.row, at, value[i]);
+    int column[kBatch];
+    float x[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const float prob = entry[i].column >= 0 ? probability(entry[i].x, p.r) : 0.f;
+      column[i] = first + i < count ? columns[first + i] : -1;
+      x[i] = first + i < count ? weights[first + i] : 0.f;
+    }
+    float value[kBatch][8];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      load8<kHeadDimV>(values + column[i] * p.v.row, at, value[i], column[i] >= 0);
+    if constexpr (!kKeepsWeights)
+      if (first == 0 && at == 0) p.first_weight[r.at] = x[0];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float prob = column[i] >= 0 ? probability(x[i], p.r) : 0.f;
       if (prob == 0.f) continue;  // a power may underflow: nothing is taken, not even a NaN
       mass += prob;
 #pragma unroll
@@ -131,8 +142,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_const
   store8<kHeadDimV>(row_of(p.o, r.batch, r.head, r.row), at, out);
 }
 
-// Count the survivors of each column; the order of arrival becomes an entry's rank. Ranks
-// differ from run to run, but the columns are sorted by row before anything is summed.
+// Count the survivors of each column.
 //
 // What the forward saved may have been written over meanwhile: the rows of a row block whose lists
 // do not follow each other are taken for poisoned, and columns are kept in their range.
@@ -146,9 +156,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const int at = row_block * kRowBlock + threadIdx.x, count = p.row_count[at].survivors;
     const bool last = threadIdx.x == kRowBlock - 1;
     const int next = last ? p.row_start[at].entry + max(count, 0) : p.row_start[at + 1].entry;
-    broken =
-        count < kPoisoned || count > kMaxRow || next != p.row_start[at].entry + max(count, 0) ||
-        (threadIdx.x == 0 && p.row_start[at].entry != 0) || (last && next > kRowBlock * kArenaRow);
+    broken = count < kPoisoned || count > kRowBlock * kArenaRow ||
+             next != p.row_start[at].entry + max(count, 0) ||
+             (threadIdx.x == 0 && p.row_start[at].entry != 0) ||
+             (last && next > kRowBlock * kArenaRow);
   }
   if (__syncthreads_or(broken)) {
     if (threadIdx.x < kRowBlock)
@@ -166,13 +177,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const u32 inside = __ballot_sync(kAllLanes, i < total);
     if (i >= total) break;
     // One atomic for all lanes with the same column: every row has a sink's.
-    const int column = column_of(p, p.entries[arena + i]);
+    const int column = column_of(p, p.columns + arena + i);
     const u32 peers = __match_any_sync(inside, column);
-    const int leader = __ffs(peers) - 1;
-    int arrived = 0;
-    if (lane_id() == leader) arrived = atomicAdd(counts + column, __popc(peers));
-    arrived = __shfl_sync(peers, arrived, leader);
-    p.rank[arena + i] = arrived + __popc(peers & ((1u << lane_id()) - 1u));
+    if (lane_id() == __ffs(peers) - 1) atomicAdd(counts + column, __popc(peers));
   }
 }
 
@@ -230,154 +237,265 @@ extern "C" __global__ void __launch_bounds__(kPrefixThreads)
   }
 }
 
-// dQ of element rows, and their survivors with ds and p put into the columns.
 constexpr int kRowLanes = ADASPLASH2_GRAD_LANES;
+// Blocks of a multiprocessor at least: 128 registers a thread. Rows that are loaded one element at
+// a time take more.
+constexpr int kGradBlocks = kAligned ? 2 : 1;
 
-extern "C" __global__ void __launch_bounds__(kThreads) grad_rows(const __grid_constant__ Params p) {
-  start_next_and_await();
-  constexpr int kRows = kThreads / kRowLanes;
-  __shared__ float products[kRows][kMaxRow];
-  static_assert(kMaxRow == kListLanes * kMaxList && sizeof(products) <= kStaticShared);
-  const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
-  const bool active = r.inside && !p.flat[r.at / kRowBlock];
-  const int kept = active ? p.row_count[r.at].survivors : 0;
-  const int count = max(kept, 0);
-  int longest = count;  // the lanes of a warp stay together for the shuffles
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2)
-    longest = max(longest, __shfl_xor_sync(kAllLanes, longest, step));
-  const i64 first_entry = active ? arena_of(r.at / kRowBlock) + p.row_start[r.at].entry : 0;
-  const Entry* entries = p.entries + first_entry;
-  const int lane = threadIdx.x % kRowLanes, at = lane * 8;
-  float (&dp)[kMaxRow] = products[threadIdx.x / kRowLanes];
+// The products of a batch of survivors with what a row or a column brings to all of its own: score
+// = q . k and dp = dO . v. Of survivor i those of lane l are right where slot() is i, the same to
+// the last bit whoever brings what: so x, found from them twice, is one x.
+struct Products {
+  float score, dp;
 
-  float grad_o[8] = {};
-  if (count) load8<kHeadDimV>(row_of(p.grad_o, r.batch, r.head, r.row), at, grad_o);
-  const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
-  float sum_u = 0.f, sum_udp = 0.f, mass = 0.f;
-  for (int first = 0; first < longest; first += kBatch) {
-    Entry entry[kBatch];
-    float value[kBatch][8] = {};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      entry[i] = first + i < count ? entry_at(p, entries + first + i) : Entry{-1, 0.f};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (entry[i].column >= 0) load8<kHeadDimV>(values + entry[i].column * p.v.row, at, value[i]);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      float dot = 0.f;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) dot = fmaf(grad_o[j], value[i][j], dot);
-      dot = sum_over<kRowLanes>(dot);
-      if (entry[i].column >= 0) {
-        const float u = weight(entry[i].x, p.r);
-        mass += probability(entry[i].x, p.r);
-        sum_u += u;
-        if (u != 0.f) sum_udp = fmaf(u, dot, sum_udp);  // off the support nothing is felt
-        if (lane == 0) dp[first + i] = dot;
-      }
-    }
-  }
-  __syncwarp();
-  const float delta = sum_udp / sum_u, factor = 1.f / mass;
+  static __device__ __forceinline__ int slot() { return lane_id() % 8 / 2; }
 
-  const Scalar* keys = active ? row_of(p.k, r.batch, r.kv_head, 0) : nullptr;
-  const int kv_row = r.batch * p.heads_kv + r.kv_head;
-  const int* starts = p.column_start + i64(kv_row) * p.length_k;
-  Record* records = p.records + records_of(p, kv_row);
-  float grad_q[8];
-#pragma unroll
-  for (float& x : grad_q) x = kept < 0 ? kNaN : 0.f;
-  for (int first = 0; first < count; first += kBatch) {
-    Entry entry[kBatch];
-    float key[kBatch][8] = {};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      entry[i] = first + i < count ? entry_at(p, entries + first + i) : Entry{-1, 0.f};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (entry[i].column >= 0) load8<kHeadDim>(keys + entry[i].column * p.k.row, at, key[i]);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (entry[i].column < 0) continue;
-      const float u = weight(entry[i].x, p.r);
-      const float ds = u == 0.f ? 0.f : u * (dp[first + i] - delta);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) grad_q[j] = fmaf(ds, key[i][j], grad_q[j]);
-      if (lane == i)
-        records[starts[entry[i].column] + p.rank[first_entry + first + i]] = {
-            r.head % p.gqa_group * p.length_q + r.row, ds, factor * probability(entry[i].x, p.r),
-            r.head % p.gqa_group};
-    }
-  }
-  if (!active) return;
-#pragma unroll
-  for (float& x : grad_q) x *= p.scale;
-  store8<kHeadDim>(row_of(p.grad_q, r.batch, r.head, r.row), at, grad_q);
-}
-
-// Sums over the records of one column, as a warp gathers them.
-struct Column {
-  float k[8] = {}, v[8] = {};
-
-  __device__ __forceinline__ void add(const Params& p, int batch, int kv_head,
-                                      const Record (&record)[kBatch], int at) {
-    float q[kBatch][8] = {}, grad_o[kBatch][8] = {};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (record[i].row >= 0) {
-        const int head = kv_head * p.gqa_group + record[i].member;
-        const int row = record[i].row - record[i].member * p.length_q;
-        load8<kHeadDim>(row_of(p.q, batch, head, row), at, q[i]);
-        load8<kHeadDimV>(row_of(p.grad_o, batch, head, row), at, grad_o[i]);
-      }
+  template <class Vector>
+  __device__ __forceinline__ Products(const Vector& own_score, const Vector (&scores)[kBatch],
+                                      const Vector& own_dp, const Vector (&dps)[kBatch]) {
+    constexpr int kSums = 2 * kBatch;
+    static_assert(kSums == 8 && kRowLanes % kSums == 0);
+    float sum[kSums] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        k[j] = fmaf(record[i].ds, q[i][j], k[j]);
-        v[j] = fmaf(record[i].p, grad_o[i][j], v[j]);
+        sum[2 * i] = fmaf(own_score[j], scores[i][j], sum[2 * i]);
+        sum[2 * i + 1] = fmaf(own_dp[j], dps[i][j], sum[2 * i + 1]);
       }
+    // Halve the sums that a lane holds with each step, until lane l has number l % 8.
+#pragma unroll
+    for (int step = kSums / 2; step; step /= 2)
+#pragma unroll
+      for (int i = 0; i < step; ++i) {
+        const bool upper = lane_id() & step;
+        const float given = upper ? sum[i] : sum[i + step], kept = upper ? sum[i + step] : sum[i];
+        sum[i] = kept + __shfl_xor_sync(kAllLanes, given, step);
+      }
+    const float mine = sum_over<kRowLanes / kSums, kSums>(sum[0]);
+    const float other = __shfl_xor_sync(kAllLanes, mine, 1);
+    score = lane_id() % 2 ? other : mine;
+    dp = lane_id() % 2 ? mine : other;
+  }
+};
+
+// What the lanes of a row or column know of survivor i, of what lanes know where slot() is i.
+__device__ __forceinline__ float from_slot(float x, int i) {
+  return __shfl_sync(kAllLanes, x, 2 * i, 8);
+}
+
+// x of a survivor from its row's first one; as good as none where rounding puts it below zero.
+__device__ __forceinline__ float weight_from(const Params& p, float score, float first_score,
+                                             float first_x) {
+  return fmaxf(fmaf(p.c, score - first_score, first_x), 0.f);
+}
+
+// dQ of element rows; they are put into the columns of their survivors, in any order.
+//
+// delta is known after the last survivor only. So dQ is summed in two parts, of which neither is
+// much larger than dQ: sum u (dp - dp_0) k, and sum u k times delta - dp_0.
+extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
+    grad_rows(const __grid_constant__ Params p) {
+  start_next_and_await();
+  const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
+  const bool active = r.inside && !p.flat[r.at / kRowBlock];
+  const int kept = active ? p.row_count[r.at].survivors : 0;
+  const int count = max(kept, 0);
+  // The lanes of a warp stay together for the shuffles.
+  const int longest = uniform(__reduce_max_sync(kAllLanes, count));
+  const i64 first_entry = active ? arena_of(r.at / kRowBlock) + p.row_start[r.at].entry : 0;
+  const int* columns = p.columns + first_entry;
+  const int lane = threadIdx.x % kRowLanes, at = lane * 8;
+
+  float query[8] = {}, grad_o[8] = {}, first_x = 0.f;
+  if (count) {
+    load8<kHeadDim>(row_of(p.q, r.batch, r.head, r.row), at, query);
+    load8<kHeadDimV>(row_of(p.grad_o, r.batch, r.head, r.row), at, grad_o);
+    if constexpr (!kKeepsWeights) first_x = p.first_weight[r.at];
+#pragma unroll
+    for (float& x : query) x *= p.q_sign;
+  }
+  const Scalar* keys = active ? row_of(p.k, r.batch, r.kv_head, 0) : nullptr;
+  const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
+  const int kv_row = r.batch * p.heads_kv + r.kv_head, mine = Products::slot();
+  const int my_row = r.head % p.gqa_group << row_bits(p) | r.row;
+  const bool puts = lane < 8 && lane % 2 == 0;  // one lane a survivor
+  float first_score = 0.f, first_dp = 0.f, sum_u = 0.f, sum_udp = 0.f, mass = 0.f;
+  float sum_uk[8] = {}, grad_q[8] = {};
+#pragma unroll 1
+  for (int first = 0; first < longest; first += kBatch) {
+    const bool inside = first + mine < count;
+    int column[kBatch], my_column = 0, place = 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      column[i] = first + i < count ? column_of(p, columns + first + i) : -1;
+      if (i == mine) my_column = column[i];
+    }
+    float key[kBatch][8], value[kBatch][8];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      load8<kHeadDim>(keys + column[i] * p.k.row, at, key[i], column[i] >= 0);
+      load8<kHeadDimV>(values + column[i] * p.v.row, at, value[i], column[i] >= 0);
+    }
+    if (inside && puts) place = atomicAdd(p.column_start + i64(kv_row) * p.length_k + my_column, 1);
+    const Products found(query, key, grad_o, value);
+    if (first == 0) first_score = from_slot(found.score, 0), first_dp = from_slot(found.dp, 0);
+    float u = 0.f, felt = 0.f;
+    if (inside) {
+      float x;
+      if constexpr (kKeepsWeights)
+        x = p.weights[first_entry + first + mine];
+      else
+        x = weight_from(p, found.score, first_score, first_x);
+      u = weight(x, p.r);
+      mass += probability(x, p.r);
+      sum_u += u;
+      // Off the support nothing is felt.
+      if (u != 0.f) sum_udp = fmaf(u, found.dp, sum_udp), felt = u * (found.dp - first_dp);
+      if (puts) p.rows[rows_of(p, kv_row) + place] = my_row;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float of_key = from_slot(u, i), of_dp = from_slot(felt, i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        sum_uk[j] = fmaf(of_key, key[i][j], sum_uk[j]);
+        grad_q[j] = fmaf(of_dp, key[i][j], grad_q[j]);
+      }
+    }
+  }
+  sum_u = sum_over<kBatch, 2>(sum_u);
+  const float delta = sum_over<kBatch, 2>(sum_udp) / sum_u;
+  const float factor = 1.f / sum_over<kBatch, 2>(mass);
+  if (!active) return;
+  if (count && lane == 0)
+    reinterpret_cast<float4*>(p.terms)[r.at] = {first_score, first_x, delta, factor};
+  // Of infinite values, too, a row that feels them has no gradient.
+  const float rest = kept < 0 || !is_finite(delta) ? kNaN : delta - first_dp;
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+    grad_q[j] = kept == 0 ? 0.f : p.scale * fmaf(-rest, sum_uk[j], grad_q[j]);
+  store8<kHeadDim>(row_of(p.grad_q, r.batch, r.head, r.row), at, grad_q);
+}
+
+// A key and the sums over the rows that keep it, as a warp gathers them.
+struct Column {
+  int number;                     // of all
+  int at;                         // the lane's first element of each vector
+  int first_row;                  // of those that may keep it, as in p.terms
+  const Scalar *queries, *grads;  // theirs
+  float key[8] = {}, value[8] = {};
+  float grad_k[8] = {}, grad_v[8] = {};
+
+  __device__ __forceinline__ Column(const Params& p, int number, int lane, bool wanted)
+      : number(number), at(lane % kRowLanes * 8) {
+    const int kv_row = number / p.length_k, column = number % p.length_k;
+    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
+    first_row = kv_row * p.gqa_group * p.row_blocks * kRowBlock;
+    queries = row_of(p.q, batch, kv_head * p.gqa_group, 0);
+    grads = row_of(p.grad_o, batch, kv_head * p.gqa_group, 0);
+    load8<kHeadDim>(row_of(p.k, batch, kv_head, column), at, key, wanted);
+    load8<kHeadDimV>(row_of(p.v, batch, kv_head, column), at, value, wanted);
+#pragma unroll
+    for (float& x : key) x *= p.q_sign;
+  }
+
+  // x of a row that keeps the key.
+  __device__ __forceinline__ float weight_of(const Params& p, const Terms& terms, float score,
+                                             bool inside, int row_at) const {
+    if constexpr (!kKeepsWeights) return weight_from(p, score, terms.score, terms.x);
+    const int column = number % p.length_k;
+    float found = 0.f;
+    if (inside) {  // two lanes look through its survivors
+      const i64 first = arena_of(row_at / kRowBlock) + p.row_start[row_at].entry;
+      const int count = p.row_count[row_at].survivors;
+#pragma unroll 2
+      for (int i = lane_id() % 2; i < count; i += 2)
+        if (column_of(p, p.columns + first + i) == column) found = p.weights[first + i];
+    }
+    return sum_over<2>(found);
+  }
+
+  // Add some rows, -1 where there are none. All lanes of the warp come together.
+  __device__ __forceinline__ void add(const Params& p, const int (&row)[kBatch]) {
+    float q[kBatch][8], grad_o[kBatch][8];
+    const int bits = row_bits(p);
+    int my_row = -1;  // the lane's survivor
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const bool wanted = row[i] >= 0;
+      const int member = row[i] >> bits, of_head = row[i] & ((1 << bits) - 1);
+      load8<kHeadDim>(queries + member * p.q.head + of_head * p.q.row, at, q[i], wanted);
+      load8<kHeadDimV>(grads + member * p.grad_o.head + of_head * p.grad_o.row, at, grad_o[i],
+                       wanted);
+      if (i == Products::slot()) my_row = row[i];
+    }
+    const bool inside = my_row >= 0;
+    const int row_at =
+        first_row + (my_row >> bits) * p.row_blocks * kRowBlock + (my_row & ((1 << bits) - 1));
+    float4 raw = {};
+    if (inside) raw = reinterpret_cast<const float4*>(p.terms)[row_at];
+    const Terms terms = {raw.x, raw.y, raw.z, raw.w};
+    const Products found(key, q, value, grad_o);
+    const float x = weight_of(p, terms, found.score, inside, row_at);
+    float ds = 0.f, prob = 0.f;
+    if (inside) {
+      const float u = weight(x, p.r);
+      if (u != 0.f) ds = u * (found.dp - terms.delta);
+      prob = terms.factor * probability(x, p.r);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float of_q = from_slot(ds, i), of_grad = from_slot(prob, i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        grad_k[j] = fmaf(of_q, q[i][j], grad_k[j]);
+        grad_v[j] = fmaf(of_grad, grad_o[i][j], grad_v[j]);
+      }
+    }
   }
 
   // To and from memory that other lanes read.
   template <int lanes>
   __device__ __forceinline__ void put(float (&to)[2][8][lanes], int lane) const {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) to[0][j][lane] = k[j], to[1][j][lane] = v[j];
+    for (int j = 0; j < 8; ++j) to[0][j][lane] = grad_k[j], to[1][j][lane] = grad_v[j];
   }
   template <int lanes>
   __device__ __forceinline__ void get(const float (&from)[2][8][lanes], int lane) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) k[j] = from[0][j][lane], v[j] = from[1][j][lane];
+    for (int j = 0; j < 8; ++j) grad_k[j] = from[0][j][lane], grad_v[j] = from[1][j][lane];
   }
 
   template <int parts>
   __device__ __forceinline__ void sum_over_parts() {  // lanes that hold the same elements
 #pragma unroll
-    for (int step = kRowLanes; step < kRowLanes * parts; step *= 2)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        k[j] += __shfl_xor_sync(kAllLanes, k[j], step);
-        v[j] += __shfl_xor_sync(kAllLanes, v[j], step);
-      }
+    for (int j = 0; j < 8; ++j) {
+      grad_k[j] = sum_over<parts, kRowLanes>(grad_k[j]);
+      grad_v[j] = sum_over<parts, kRowLanes>(grad_v[j]);
+    }
   }
 
-  __device__ __forceinline__ void write(const Params& p, int batch, int kv_head, int column,
-                                        int at) {
+  __device__ __forceinline__ void write(const Params& p) {
+    const int kv_row = number / p.length_k, column = number % p.length_k;
+    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
+    const bool poisoned = column < p.poison[kv_row];
 #pragma unroll
-    for (float& x : k) x *= p.scale;
-    if (column < p.poison[batch * p.heads_kv + kv_head])
-#pragma unroll
-      for (int j = 0; j < 8; ++j) k[j] = v[j] = kNaN;
-    store8<kHeadDim>(row_of(p.grad_k, batch, kv_head, column), at, k);
-    store8<kHeadDimV>(row_of(p.grad_v, batch, kv_head, column), at, v);
+    for (int j = 0; j < 8; ++j) {
+      grad_k[j] = poisoned ? kNaN : grad_k[j] * p.scale;
+      grad_v[j] = poisoned ? kNaN : grad_v[j];
+    }
+    store8<kHeadDim>(row_of(p.grad_k, batch, kv_head, column), at, grad_k);
+    store8<kHeadDimV>(row_of(p.grad_v, batch, kv_head, column), at, grad_v);
   }
 };
 
-constexpr int kParts = 32 / kRowLanes;  // records that a warp gathers side by side
-constexpr Record kNoRecord = {-1, 0.f, 0.f, 0};
+// Where the rows of a column are; grad_rows has moved its start to its end.
+__device__ __forceinline__ int* rows_of_column(const Params& p, int column_at, int count) {
+  return p.rows + rows_of(p, column_at / p.length_k) + (p.column_start[column_at] - count);
+}
+
+constexpr int kParts = 32 / kRowLanes;  // rows that a warp gathers side by side
 
 // dK and dV of columns of at most kShortColumn survivors: sort by row, gather. A team of
 // kRowLanes lanes sums a column of up to kTeamColumn, a warp the others.
@@ -386,16 +504,16 @@ constexpr int kTeamColumn = kShortColumn / kParts;
 
 template <int parts>
 __device__ __forceinline__ void sum_column(const Params& p, int column_at, int count, int* rows,
-                                           u8* order) {
+                                           int* sorted) {
   constexpr int kLanes = parts * kRowLanes;
   const int lane = lane_id() % kLanes;
-  const int kv_row = column_at / p.length_k, column = column_at % p.length_k;
-  const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-  const Record* records =
-      p.records + records_of(p, kv_row) + (count > 0 ? p.column_start[column_at] : 0);
+  Column sums(p, column_at, lane, count > 0);
+  const int* unsorted = count > 0 ? rows_of_column(p, column_at, count) : nullptr;
 
   const int rounded = (count + 3) / 4 * 4;
-  for (int i = lane; i < rounded; i += kLanes) rows[i] = i < count ? records[i].row : 0x7fffffff;
+  // A row is there once, but where what was saved is written over: no place stays without a row.
+  for (int i = lane; i < rounded; i += kLanes)
+    rows[i] = sorted[i] = i < count ? unsorted[i] : 0x7fffffff;
   __syncwarp();
   for (int i = lane; i < count; i += kLanes) {
     const int row = rows[i];
@@ -404,29 +522,31 @@ __device__ __forceinline__ void sum_column(const Params& p, int column_at, int c
       const int4 other = *reinterpret_cast<const int4*>(rows + j);
       rank += (other.x < row) + (other.y < row) + (other.z < row) + (other.w < row);
     }
-    order[rank] = u8(i);
+    sorted[rank] = row;
   }
   __syncwarp();
 
-  Column sums;
-  const int at = lane % kRowLanes * 8;
-  for (int first = lane / kRowLanes; first < count; first += parts * kBatch) {
-    Record record[kBatch];
+  const int longest = uniform(__reduce_max_sync(kAllLanes, count));
+#pragma unroll 1
+  for (int first = 0; first < longest; first += parts * kBatch) {
+    int row[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      record[i] = first + i * parts < count ? records[order[first + i * parts]] : kNoRecord;
-    sums.add(p, batch, kv_head, record, at);
+    for (int i = 0; i < kBatch; ++i) {
+      const int number = first + lane / kRowLanes + i * parts;
+      row[i] = number < count ? sorted[number] : -1;
+    }
+    sums.add(p, row);
   }
   __syncwarp();
   sums.sum_over_parts<parts>();
-  if (count >= 0 && lane < kRowLanes) sums.write(p, batch, kv_head, column, at);
+  if (count >= 0 && lane < kRowLanes) sums.write(p);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
     grad_columns(const __grid_constant__ Params p) {
   start_next_and_await();
   __shared__ __align__(16) int rows[kThreads / 32 * kShortColumn];
-  __shared__ u8 order[kThreads / 32 * kShortColumn];
+  __shared__ int sorted[kThreads / 32 * kShortColumn];
   __shared__ int later[kColumns], later_count;
   if (threadIdx.x == 0) later_count = 0;
   __syncthreads();
@@ -438,31 +558,28 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (!fits && count <= p.long_limit && threadIdx.x % kRowLanes == 0)
     later[atomicAdd(&later_count, 1)] = mine;  // in any order: each column is summed alone
   sum_column<1>(p, inside && fits ? column_at : 0, fits ? count : -1, rows + mine * kTeamColumn,
-                order + mine * kTeamColumn);
+                sorted + mine * kTeamColumn);
   __syncthreads();
   for (int i = warp_id(); i < later_count; i += kThreads / 32) {
     const int at = blockIdx.x * kColumns + later[i];
     sum_column<kParts>(p, at, p.column_count[at], rows + warp_id() * kShortColumn,
-                       order + warp_id() * kShortColumn);
+                       sorted + warp_id() * kShortColumn);
   }
 }
 
-// A long column (a sink that every query keeps): where its records are.
+// A long column (a sink that every query keeps): where its rows are.
 struct LongColumn {
-  int at, batch, kv_head, count;
-  i64 first;  // in p.records, and of their order in p.rank
+  int at, count;
+  int* rows;
 
-  __device__ __forceinline__ LongColumn(const Params& p, int number) {
-    at = p.long_columns[1 + number];
-    const int kv_row = at / p.length_k;
-    batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    count = p.column_count[at];
-    first = records_of(p, kv_row) + p.column_start[at];
-  }
+  __device__ __forceinline__ LongColumn(const Params& p, int number)
+      : at(p.long_columns[1 + number]),
+        count(p.column_count[at]),
+        rows(rows_of_column(p, at, count)) {}
 };
 
-// Sorts the records of long columns by row: a bit for each row, and the number of bits before it.
-// Their order takes the place of the ranks, which have done their work.
+// Sorts the rows of long columns: a bit for each row, and the number of bits before it. Of more
+// rows than there are bits for, those before the bits go first, and the others behind them.
 constexpr int kSortWords = 4096;
 extern "C" __global__ void __launch_bounds__(kSortThreads)
     sort_long_columns(const __grid_constant__ Params p) {
@@ -470,47 +587,52 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
   __shared__ u32 bits[kSortWords];
   __shared__ int before[kSortWords];
   __shared__ int sums[kSortThreads / 32];
-  const int columns = p.long_columns[0];
+  const int columns = p.long_columns[0], all_rows = p.gqa_group << row_bits(p);
   for (int number = blockIdx.x; number < columns; number += gridDim.x) {
     const LongColumn column(p, number);
-    const Record* records = p.records + column.first;
-    int running = 0;
-    for (int base = 0; base < p.gqa_group * p.length_q; base += kSortWords * 32) {
-      const int words = min(kSortWords, (p.gqa_group * p.length_q - base + 31) / 32);
+    int sorted = 0;  // rows that are in their places
+    for (int base = 0; base < all_rows; base += kSortWords * 32) {
+      const int words = min(kSortWords, (all_rows - base + 31) / 32);
+      const bool last = base + words * 32 >= all_rows;
       __syncthreads();
       for (int i = threadIdx.x; i < words; i += kSortThreads) bits[i] = 0;
       __syncthreads();
-#pragma unroll 4
-      for (int i = threadIdx.x; i < column.count; i += kSortThreads) {
-        const int row = records[i].row - base;
-        if (row >= 0 && row < words * 32) atomicOr(bits + row / 32, 1u << row % 32);
+      int end = column.count;  // of what is not moved yet; behind it are the rows of later turns
+      for (int upto = column.count; upto > sorted; upto -= kSortThreads) {
+        const int i = upto - 1 - int(threadIdx.x);
+        const int row = i >= sorted ? column.rows[i] - base : -1;
+        const bool later = row >= words * 32;
+        if (row >= 0 && !later) atomicOr(bits + row / 32, 1u << row % 32);
+        if (last) continue;
+        int all;
+        const int place = preceding<kSortThreads>(later, sums, all);  // and all have read theirs
+        if (later) column.rows[end - 1 - place] = row + base;
+        end -= all;
       }
       __syncthreads();
       const int share = (words + kSortThreads - 1) / kSortThreads, mine = threadIdx.x * share;
       int kept = 0, all;
       for (int i = mine; i < min(words, mine + share); ++i) kept += __popc(bits[i]);
-      int rank = running + preceding<kSortThreads>(kept, sums, all);
+      int rank = sorted + preceding<kSortThreads>(kept, sums, all);
       for (int i = mine; i < min(words, mine + share); ++i) {
         before[i] = rank;
         rank += __popc(bits[i]);
       }
-      running += all;
+      sorted += all;
       __syncthreads();
-#pragma unroll 4
-      for (int i = threadIdx.x; i < column.count; i += kSortThreads) {
-        const int row = records[i].row - base;
-        if (row >= 0 && row < words * 32)
-          p.rank[column.first + before[row / 32] +
-                 __popc(bits[row / 32] & ((1u << row % 32) - 1u))] = i;
+      for (int i = warp_id(); i < words; i += kSortThreads / 32) {
+        const u32 word = bits[i], lower = (1u << lane_id()) - 1u;
+        if (word >> lane_id() & 1u)
+          column.rows[before[i] + __popc(word & lower)] = base + i * 32 + lane_id();
       }
     }
   }
 }
 
-// dK and dV of long columns. Each is split over several blocks by its sorted records, and the
+// dK and dV of long columns. Each is split over several blocks by its sorted rows, and the
 // last block to finish adds the parts in order.
-constexpr int kLongTeams = kLongThreads / kRowLanes;  // records that a block gathers side by side
-constexpr int kLongLeast = 256;                       // records of a part, but for the last one
+constexpr int kLongTeams = kLongThreads / kRowLanes;  // rows that a block gathers side by side
+constexpr int kLongLeast = 256;                       // rows of a part, but for the last one
 using LongSum = float[2][8][kRowLanes];               // of dK and dV
 constexpr int kLongValues = sizeof(LongSum) / sizeof(float);
 static_assert(sizeof(LongSum) <= kLongPartBytes);
@@ -531,23 +653,23 @@ extern "C" __global__ void __launch_bounds__(kLongThreads, kLongBlocks)
     const int parts = (column.count + share - 1) / share;
     if (part >= parts) continue;
     const int end = min(column.count, part * share + share);
-    const Record* records = p.records + column.first;
-    const int* order = p.rank + column.first;
-    const auto fetch = [&](int (&found)[kBatch], int at) {
+    const auto fetch = [&](int (&found)[kBatch], int first) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        found[i] = at + i * kLongTeams < end ? order[at + i * kLongTeams] : -1;
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = first + team + i * kLongTeams;
+        found[i] = at < end ? column.rows[at] : -1;
+      }
     };
-    Column mine;
+    Column mine(p, column.at, lane, true);
     int next[kBatch];
-    fetch(next, part * share + team);
+    fetch(next, part * share);
 #pragma unroll 1
-    for (int at = part * share + team; at < end; at += kLongTeams * kBatch) {
-      Record record[kBatch];
+    for (int first = part * share; first < end; first += kLongTeams * kBatch) {
+      int row[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) record[i] = next[i] >= 0 ? records[next[i]] : kNoRecord;
-      fetch(next, at + kLongTeams * kBatch);
-      mine.add(p, column.batch, column.kv_head, record, lane * 8);
+      for (int i = 0; i < kBatch; ++i) row[i] = next[i];
+      fetch(next, first + kLongTeams * kBatch);
+      mine.add(p, row);
     }
     __syncthreads();  // what the item before left is read
     mine.put(reinterpret_cast<LongSum&>(sums[team]), lane);
@@ -577,7 +699,7 @@ extern "C" __global__ void __launch_bounds__(kLongThreads, kLongBlocks)
     __syncthreads();
     if (team == 0) {
       mine.get(reinterpret_cast<LongSum&>(sums[0]), lane);
-      mine.write(p, column.batch, column.kv_head, column.at % p.length_k, lane * 8);
+      mine.write(p);
     }
   }
 }
