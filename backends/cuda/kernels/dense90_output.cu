@@ -24,8 +24,6 @@ constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
 // By how many deviations of a sample's mass a guess keeps below what the sample says: steps from
 // below go by more scores, and see what those from above would pass.
 constexpr float kSampleCaution = 2.f, kStridedCaution = 1.f;
-// Of how many scores one is counted in a pass over all keys.
-constexpr int kCountEvery = 4;
 
 // Of a power so high that it is an exponential function, for all that float32 tells.
 constexpr float kLeastInverse = 0x1p-10f;
@@ -45,47 +43,38 @@ struct Threshold {
 // Sums of one lane over a row's scores, and after join() those of the row. `least` are the bits of
 // the smallest x that is not negative: as unsigned numbers, those of negative ones are larger.
 struct RowSums {
-  float s1 = 0.f, s2 = 0.f, above = 0.f;
+  float s1 = 0.f, s2 = 0.f;
   int scores = 0;
   u32 negative = 0, least = ~0u;
 
-  // Compares take twice the time of multiply-adds that saturate, which do not let a score count for
-  // more than 1: one of more is above every probability's, and the bracket will see to it. As they
-  // do not count, one of `every` scores is asked whether it is above.
-  template <int every, int count>
+  // No score counts for more than 1: none is more than that above its row's threshold, and where
+  // the present one is too low, its bracket will know. Maxima would take twice the time.
+  template <int count>
   __device__ __forceinline__ void add(const float (&s)[count], int slot, float c, float tau) {
-    float here1 = 0.f, here2 = 0.f, here = 0.f;  // thousands of equal terms drift in one sum
+    float here1 = 0.f, here2 = 0.f;  // sums of sums: thousands of equal terms drift in one
 #pragma unroll
     for (int n = 0; n < count / 4; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float score = s[4 * n + 2 * slot + j];
-        if constexpr (kAlpha == AlphaKind::k15) {
-          const float inside = __saturatef(fmaf(c, score, -tau));
-          here1 += inside;
+        const float x = fmaf(c, s[4 * n + 2 * slot + j], -tau), inside = __saturatef(x);
+        negative += __float_as_uint(x) >> 31;
+        here1 += inside;
+        if constexpr (kAlpha == AlphaKind::k15)
           here2 = fmaf(inside, inside, here2);
-          if ((2 * n + j) % every == 0) here += __saturatef(0x1p100f * inside);
-        } else {
-          const float x = fmaf(c, score, -tau);
-          negative += __float_as_uint(x) >> 31;
-          here1 += fmaxf(x, 0.f);
+        else
           least = min(least, __float_as_uint(x));
-        }
       }
     s1 += here1;
     s2 += here2;
-    above += float(every) * here;
     scores += count / 2;
   }
   // Where each score stands for `weight` of them.
   __device__ __forceinline__ Moments<float> join(float weight) {
-    if constexpr (kAlpha == AlphaKind::k2) {
+    if constexpr (kAlpha == AlphaKind::k2)
 #pragma unroll
       for (int step = 1; step < 4; step *= 2)
         least = min(least, __shfl_xor_sync(kAllLanes, least, step));
-      above = float(scores - int(negative));
-    }
-    const auto m = sum_over<4>(Moments<float>{above, s1, s2});
+    const auto m = sum_over<4>(Moments<float>{float(scores - int(negative)), s1, s2});
     return {weight * m.s0, weight * m.s1, weight * m.s2};
   }
 };
@@ -406,8 +395,8 @@ struct Attention {
       RowSums sums[2];
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
-        sums[slot].add<1>(s[0], slot, c, t[slot].tau);
-        sums[slot].add<1>(s[1], slot, c, t[slot].tau);
+        sums[slot].add(s[0], slot, c, t[slot].tau);
+        sums[slot].add(s[1], slot, c, t[slot].tau);
         const auto m = sums[slot].join(weight[slot]);
         if (sample.is_everything()) {
           t[slot].steps += !t[slot].done;
@@ -428,7 +417,7 @@ struct Attention {
     for_scores(walk, walk.all(), [&](const Scores& s, int i) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
-        sums[slot].add<kCountEvery>(s, slot, c, t[slot].tau);
+        sums[slot].add(s, slot, c, t[slot].tau);
         if (i != Strided::kOwn - 1) continue;
         own[slot] = sums[slot].join(1.f);
         sums[slot] = RowSums();
@@ -452,7 +441,7 @@ struct Attention {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         if constexpr (first) raise_top(slot, s);
-        sums[slot].add<kCountEvery>(s, slot, c, t[slot].tau);
+        sums[slot].add(s, slot, c, t[slot].tau);
       }
     });
 #pragma unroll
