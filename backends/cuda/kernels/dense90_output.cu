@@ -113,6 +113,10 @@ __device__ __forceinline__ void bracket(Threshold& t, float f) {
     t.hi = fminf(t.hi, t.tau);
 }
 
+__device__ __forceinline__ float inside(const Threshold& t, float tau) {
+  return fminf(fmaxf(tau, t.lo), t.hi);
+}
+
 // One guarded step of a row by its sums, and RowSums::least, to where what is left of f is expected
 // to be less than the tolerance.
 __device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u32 least,
@@ -124,10 +128,10 @@ __device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u
   const bool inside = next >= t.lo && next <= t.hi;
   bool enough = fabsf(f) <= 0.1f * tolerance;
   if constexpr (kAlpha == AlphaKind::k15) {
-    // What is left is of the scores that the step passes: about so many. A quarter of them was not
+    // What is left is of the scores that the step passes: about so many. A tenth of them was not
     // foreseen, and about the root of their number by chance.
     const float passed = m.s0 * m.s0 * fabsf(step) / (2.f * m.s1);
-    enough |= step * step * (0.25f * passed + sqrtf(passed)) <= tolerance;
+    enough |= step * step * (0.1f * passed + sqrtf(passed)) <= tolerance;
     t.slope = 2.f * fmaxf(m.s1 - m.s0 * step, 0.5f * m.s1);
   } else {
     enough |= step >= 0.f && step < __uint_as_float(least);
@@ -516,11 +520,12 @@ struct Attention {
       const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
       const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
       // The last step, by what is known of the slope: the backward's probabilities sum to one.
-      const float slope = t[slot].slope,
-                  last = total > 0.f ? t[slot].tau + (total - 1.f) / slope : t[slot].tau;
+      const float tau = t[slot].tau, slope = t[slot].slope;
+      const float last =
+          total > 0.f && slope > 0.f ? inside(t[slot], tau + (total - 1.f) / slope) : tau;
       p.tau[at_tau] = last;
       p.row_count[at_row].survivors = is_poisoned(slot) ? kPoisoned : kept;
-      p.row_start[at_row].factor = total > 0.f ? 1.f / (total - slope * (last - t[slot].tau)) : 0.f;
+      p.row_start[at_row].factor = total > 0.f ? 1.f / (total - slope * (last - tau)) : 0.f;
       if (is_poisoned(slot)) poison_keys(p, b.batch, b.kv_head, b.row(slot));
       if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
@@ -684,7 +689,7 @@ struct Attention {
     if (!(fabsf(f) > kTolerance && fabsf(step) > least && t[slot].hi - t[slot].lo > least))
       return false;
     bracket(t[slot], f);
-    t[slot].tau = fminf(fmaxf(t[slot].tau + step, t[slot].lo), t[slot].hi);
+    t[slot].tau = inside(t[slot], t[slot].tau + step);
     t[slot].done = false;
     return true;
   }
