@@ -47,10 +47,11 @@ LIST_LANES = 4
 MAX_LIST = 64
 """Entries of one lane's list at most."""
 
-KEPT_LEAST, KEPT_KEYS, KEPT_MOST = 12, 192, 48
+KEPT_LEAST, KEPT_KEYS, KEPT_MOST = 6, 192, 44
 """With how many survivors a row, on the mean of those that a warp scans, lists give way to
 ``dense90_output.cu``: ``KEPT_LEAST``, and one more for each ``KEPT_KEYS`` keys, since dense tiles
-take time for all of them; at most ``KEPT_MOST``, so that some rows may keep more in the arena."""
+take time for all of them; at most ``KEPT_MOST``, where lists are slower than any number of keys in
+dense tiles. While some keys were not seen yet, fewer are too many (``lists.cuh``)."""
 
 LIST_ENTRY_BYTES = 8
 """One entry of a lane's list: a score and its column."""

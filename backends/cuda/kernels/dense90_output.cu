@@ -1,8 +1,9 @@
 // Forward of rows in dense tiles on Hopper: thresholds and outputs.
 //
-// Thresholds start from a sample: two tiles of scores in registers, then every fourth tile and the
-// first one, where models keep their attention sinks. Mostly two passes over all keys follow, until
-// every row of the block has its threshold, then the one that sums values.
+// Thresholds start from a sample: two tiles of scores in registers, then some that stand for all
+// others. One or two passes over all keys follow, until the thresholds of all rows of the block
+// look as if they were found, then the one that sums values. That one has sums of probabilities,
+// too: where some row's is not one, it was in vain.
 #include "dense90.cuh"
 
 namespace adasplash2 {
@@ -12,12 +13,17 @@ namespace adasplash2 {
 constexpr int kTileKeys = kHopperKeys;
 using Scores = float[kTileKeys / 2];
 
-// Where a step leaves less of f than this, the sum of probabilities, by which they are divided in
-// the end, takes care of the rest.
-constexpr float kTolerance = 1e-4f;
-constexpr int kSampleSteps = 5;
-constexpr int kStride = 4;  // of the tiles that the pass before the first full one looks at
-constexpr int kStridedFrom = 6 * kStride;  // tiles
+// The sum of probabilities may miss one by so much, since they are divided by it in the end: the
+// output is then off by less than half of that, which bfloat16 and float16 hide.
+constexpr float kTolerance = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-12f : 0x1p-10f;
+constexpr float kExactly = 1e-7f;  // the same of rows that registers hold
+constexpr int kSampleSteps = 3;
+// Tiles from which on other samples follow that one: every so many tiles.
+constexpr int kStride = 4, kStridedFrom = 6 * kStride;
+constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
+// By how many deviations of a sample's mass a guess keeps below what the sample says: steps from
+// below go by more scores, and see what those from above would pass.
+constexpr float kSampleCaution = 2.f, kStridedCaution = 1.f;
 
 // Of a power so high that it is an exponential function, for all that float32 tells.
 constexpr float kLeastInverse = 0x1p-10f;
@@ -29,15 +35,9 @@ constexpr float kUnbounded = -1e30f;
 // What is known of one row's threshold.
 struct Threshold {
   float tau, lo, hi;
-  float above_lo, above_hi;  // at most and at least so many scores lie above `lo` and `hi`
+  float slope;  // -f' at tau, after a step over all scores
   bool done;
   int steps;  // over all its scores
-
-  // A bracket of `keys` scores where nothing is known but its ends.
-  __device__ __forceinline__ void start(float low, float high, int keys) {
-    lo = low, hi = high;
-    above_lo = float(keys), above_hi = 0.f;
-  }
 };
 
 // Sums of one lane over a row's scores, and after join() those of the row. `least` are the bits of
@@ -47,6 +47,8 @@ struct RowSums {
   int scores = 0;
   u32 negative = 0, least = ~0u;
 
+  // No score counts for more than 1: none is more than that above its row's threshold, and where
+  // the present one is too low, its bracket will know. Maxima would take twice the time.
   template <int count>
   __device__ __forceinline__ void add(const float (&s)[count], int slot, float c, float tau) {
     float here1 = 0.f, here2 = 0.f;  // sums of sums: thousands of equal terms drift in one
@@ -54,7 +56,7 @@ struct RowSums {
     for (int n = 0; n < count / 4; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float x = fmaf(c, s[4 * n + 2 * slot + j], -tau), inside = fmaxf(x, 0.f);
+        const float x = fmaf(c, s[4 * n + 2 * slot + j], -tau), inside = __saturatef(x);
         negative += __float_as_uint(x) >> 31;
         here1 += inside;
         if constexpr (kAlpha == AlphaKind::k15)
@@ -77,40 +79,64 @@ struct RowSums {
   }
 };
 
-// The step to where sum u^2 is one if it goes on as a power of the distance to some point above:
-// the power that has its value and both derivatives here. refinement_step() solves for a support
-// that stays what it is. As the density of scores changes slowly, a power also foresees those that
-// a step passes, and leaves about a tenth of that residual. `bend` is 1/2 for a square, the power
-// of equal scores, and 1 for an exponential function. Where it is more, few scores have nearly all
-// of the sum, the support hardly matters, and the step is `otherwise`.
-__device__ __forceinline__ float step_of_power(const Moments<float>& m, float otherwise) {
+// The step to where the probabilities sum to `mass` if the sum goes on as a power of the distance
+// to some point above: the power that has its value and both derivatives here. refinement_step()
+// solves for a support that stays what it is. As the density of scores changes slowly, a power also
+// foresees those that a step passes, and leaves about a tenth of that residual. `bend` is 1/2 for a
+// square, the power of equal scores, and 1 for an exponential function. Where it is more, few
+// scores have nearly all of the sum, the support hardly matters, and the step is `otherwise`.
+__device__ __forceinline__ float step_of_power(const Moments<float>& m, float mass,
+                                               float otherwise) {
   const float bend = m.s0 * m.s2 / (2.f * m.s1 * m.s1), inverse = 1.f - bend;
   if (!(inverse > kLeastInverse)) return otherwise;
-  return m.s2 / (2.f * m.s1 * inverse) * (1.f - exp2f(-inverse * log2f(m.s2)));
+  return m.s2 / (2.f * m.s1 * inverse) * (1.f - exp2f(-inverse * log2f(m.s2 / mass)));
 }
 
-// One guarded step of a row by its sums, and RowSums::least.
-__device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u32 least) {
+// The step from a row's sums to its threshold, or to more probability than one.
+__device__ __forceinline__ float step_of(const Moments<float>& m, float mass) {
+  const float step = refinement_step<kAlpha>(m, 0.f);
+  return kAlpha == AlphaKind::k15 ? step_of_power(m, mass, step) : step;
+}
+
+// A step by what a sample says of the row, each score for `weight` of them, within bounds.
+__device__ __forceinline__ float guess(float tau, const Moments<float>& m, float weight,
+                                       float caution, float low, float high) {
+  const float mass = 1.f + caution * rsqrtf(fmaxf(1.f, m.s0 / weight));
+  return fminf(fmaxf(tau + step_of(m, mass), low), high);
+}
+
+// What f at the threshold proves.
+__device__ __forceinline__ void bracket(Threshold& t, float f) {
+  if (f >= 0.f)
+    t.lo = fmaxf(t.lo, t.tau);
+  else
+    t.hi = fminf(t.hi, t.tau);
+}
+
+__device__ __forceinline__ float inside(const Threshold& t, float tau) {
+  return fminf(fmaxf(tau, t.lo), t.hi);
+}
+
+// One guarded step of a row by its sums, and RowSums::least, to where what is left of f is expected
+// to be less than the tolerance.
+__device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u32 least,
+                                        float tolerance) {
   if (t.done) return;
   const float f = excess<kAlpha>(m);
-  if (f >= 0.f) {
-    if (t.tau >= t.lo) t.lo = t.tau, t.above_lo = m.s0;
-  } else {
-    if (t.tau <= t.hi) t.hi = t.tau, t.above_hi = m.s0;
-  }
-  float step = refinement_step<kAlpha>(m, 0.f);
-  // Solved on the present support, so what is left is of the scores that a step passes: of those
-  // between here and that end of the bracket.
-  bool enough = fabsf(f) <= kTolerance;
+  bracket(t, f);
+  const float step = step_of(m, 1.f), next = t.tau + step;
+  const bool inside = next >= t.lo && next <= t.hi;
+  bool enough = fabsf(f) <= 0.1f * tolerance;
   if constexpr (kAlpha == AlphaKind::k15) {
-    const float passed = step >= 0.f ? m.s0 - t.above_hi : t.above_lo - m.s0;
-    enough |= passed * step * step <= kTolerance;
-    if (!enough) step = step_of_power(m, step);
+    // What is left is of the scores that the step passes: about so many. A tenth of them was not
+    // foreseen, and about the root of their number by chance.
+    const float passed = m.s0 * m.s0 * fabsf(step) / (2.f * m.s1);
+    enough |= step * step * (0.1f * passed + sqrtf(passed)) <= tolerance;
+    t.slope = 2.f * fmaxf(m.s1 - m.s0 * step, 0.5f * m.s1);
   } else {
     enough |= step >= 0.f && step < __uint_as_float(least);
+    t.slope = m.s0;
   }
-  const float next = t.tau + step;
-  const bool inside = next >= t.lo && next <= t.hi;
   t.done = (inside && enough) || t.hi - t.lo <= 4.f * kEpsilon * fabsf(t.tau);
   if (!t.done || inside) t.tau = inside ? next : 0.5f * (t.lo + t.hi);
 }
@@ -132,13 +158,14 @@ using ValueRing = Ring<kStagesV>;
 
 // Where the parts of a block's shared memory are, and their barriers.
 struct Forward {
-  u32 queries, keys, values, full_q, full_k, empty_k, full_v, empty_v;
+  u32 queries, keys, values, rows, full_q, full_k, empty_k, full_v, empty_v;
 
   static constexpr int kBarriers = 1 + 2 * kStagesK + 2 * kStagesV;
-  __device__ __forceinline__ Forward(u32 memory, u32 barriers)
+  __device__ __forceinline__ Forward(u32 memory, u32 rows, u32 barriers)
       : queries(memory),
         keys(memory + kOwnBytes),
         values(memory + kOwnBytes + kStagesK * kKeyBytes),
+        rows(rows),
         full_q(barriers),
         full_k(barriers + 8),
         empty_k(full_k + 8 * kStagesK),
@@ -154,12 +181,26 @@ struct Forward {
   }
 };
 
-// The tiles of one pass: every stride-th from the last one down to `least`.
+// The tiles of one pass, from `last` down to `first` or so.
 struct Walk {
   int count, last, stride;
-  __device__ __forceinline__ Walk(int tiles, int stride, int least)
-      : count((tiles - 1 - least) / stride + 1), last(tiles - 1), stride(stride) {}
+  __device__ __forceinline__ Walk(int first, int last, int stride)
+      : count((last - first) / stride + 1), last(last), stride(stride) {}
   __device__ __forceinline__ int operator[](int i) const { return last - i * stride; }
+};
+
+// The tiles of a larger sample: the first and the last one, where models keep attention sinks and
+// near keys, and after them every stride-th other one. Samples of different strides share none.
+struct Strided : Walk {
+  static constexpr int kOwn = 2;  // that stand for themselves alone
+  int others;
+  __device__ __forceinline__ Strided(int tiles, int stride)
+      : Walk(1, tiles - 1 - stride / kStride, stride), others(tiles - kOwn) {}
+  __device__ __forceinline__ int operator[](int i) const {
+    return i == 0 ? 0 : i == 1 ? others + 1 : Walk::operator[](i - kOwn);
+  }
+  __device__ __forceinline__ int all() const { return kOwn + count; }
+  __device__ __forceinline__ float weight() const { return float(others) / float(count); }
 };
 
 // The tiles of the sample: two, or all there are where there are no more.
@@ -175,17 +216,31 @@ struct Sample {
 
 // All passes over keys, in order. The thread that copies and the warps that multiply both go
 // through here: each side takes every tile of every pass that it is given, or the other one waits
-// forever. full_pass() tells whether the side needs another one.
+// forever. full_pass() and output_pass() tell whether the side needs another full one.
 template <class Side>
 __device__ __forceinline__ void for_passes(int tiles, Side& side) {
   const Sample sample{tiles};
   side.sample_pass(sample);
-  if (tiles >= kStridedFrom) side.strided_pass(Walk(tiles, kStride, 1));
-  const Walk all(tiles, 1, 0);
-  bool solving = !sample.is_everything();
+  if (tiles >= kStridedFrom)
+#pragma unroll 1  // one copy of it
+    for (int stride = tiles < kFirstStridedFrom ? kStride : kFirstStride; stride >= kStride;
+         stride -= kFirstStride - kStride)
+      side.strided_pass(Strided(tiles, stride));
+  const Walk all(0, tiles - 1, 1);
+  int left = kSolveSteps;
+  bool solving = false;
+  if (sample.is_everything())
+    left = 0;
+  else
+    solving = any_of_block(side.template full_pass<true>(all));
+  typename Side::Outputs outputs;
 #pragma unroll 1
-  for (int pass = 0; solving; ++pass) solving = any_of_block(side.full_pass(all, pass));
-  side.output_pass(all);
+  do {
+#pragma unroll 1
+    for (; solving && left > 0; --left) solving = any_of_block(side.template full_pass<false>(all));
+    solving = any_of_block(side.output_pass(all, outputs));
+  } while (solving && left > 0);
+  side.write(outputs);
 }
 
 // The warp that has tiles copied; one thread of it does.
@@ -215,25 +270,27 @@ struct Producer {
     if (copies)
       for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
   }
-  __device__ __forceinline__ void strided_pass(const Walk& walk) {
-    if (copies) push_keys(0);
-    push_walk(walk);
+  __device__ __forceinline__ void strided_pass(const Strided& walk) {
+    if (copies)
+      for (int i = 0; i < walk.all(); ++i) push_keys(walk[i]);
   }
-  __device__ __forceinline__ bool full_pass(const Walk& walk, int) {
-    push_walk(walk);
+  template <bool first>
+  __device__ __forceinline__ bool full_pass(const Walk& walk) {
+    if (copies)
+      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
     __syncwarp();
     return false;  // it only listens
   }
-  __device__ __forceinline__ void output_pass(const Walk& walk) {
+  struct Outputs {};
+  __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs&) {
     if (copies)
       for (int i = 0; i < walk.count; ++i) push_keys(walk[i]), push_values(walk[i]);
+    __syncwarp();
+    return false;
   }
+  __device__ __forceinline__ void write(const Outputs&) const {}
 
  private:
-  __device__ __forceinline__ void push_walk(const Walk& walk) {
-    if (copies)
-      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
-  }
   __device__ __forceinline__ void push_keys(int tile) {
     key_ring.await_empty(at.empty_k);
     const u32 full = at.full_k + key_ring.stage * 8;
@@ -259,7 +316,7 @@ constexpr int kSteps = kPartKeys / 16;
 using PartScores = float[kPartKeys / 2];
 
 // What a lane sums over keys in the output pass.
-struct Outputs {
+struct RowOutputs {
   Sums<kPanelsV> out = {}, second = {};
   AFragment probs[kSteps], weights[kSaves ? kSteps : 1];
   int support[2] = {0, 0};
@@ -276,6 +333,9 @@ struct Attention {
   KeyRing key_ring;
   ValueRing value_ring;
   Threshold t[2];
+  static constexpr int kKept = 4;  // numbers of a row
+  using Outputs = RowOutputs;
+
   float top[2] = {-kInf, -kInf}, floor[2];
   bool poisoned[2];
 
@@ -296,7 +356,7 @@ struct Attention {
       poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
       floor[slot] = bound > -kInf ? c * bound : kUnbounded;
       t[slot].done = poisoned[slot] || !b.flat[slot];
-      t[slot].steps = 0;
+      t[slot].slope = 1.f, t[slot].steps = 0;
     }
     await(at.full_q, 0);
     sign_own(own, kOwnBytes, p.q_sign);
@@ -319,20 +379,19 @@ struct Attention {
       for (int slot = 0; slot < 2; ++slot)
         allowed[slot] += max(0, min(kTileKeys, b.seen(slot) - tile * kTileKeys));
     }
-    bool known[2];
-    float weight[2];
+    float weight[2], low[2], high[2];
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
 #pragma unroll
       for (int i = 0; i < Sample::kTiles; ++i) raise_top(slot, s[i]);
       top[slot] = max_or_nan_over<4>(top[slot]);
-      const float best = c * top[slot];
-      known[slot] = is_finite(top[slot]) && !t[slot].done;
+      const bool known = is_finite(top[slot]) && !t[slot].done;
       weight[slot] = float(b.seen(slot)) / float(max(1, allowed[slot]));
       const float window = kAlpha == AlphaKind::k15 ? rsqrtf(weight[slot]) : 1.f / weight[slot];
-      t[slot].start(best - window, best, b.seen(slot));
-      t[slot].tau = known[slot] ? t[slot].lo : floor[slot];
-      t[slot].done = !known[slot];
+      high[slot] = c * top[slot], low[slot] = high[slot] - 1.f;
+      t[slot].lo = low[slot], t[slot].hi = high[slot];
+      t[slot].tau = known ? high[slot] - window : floor[slot];
+      t[slot].done = !known;
     }
     const int limit = sample.is_everything() ? kSolveSteps : kSampleSteps;
 #pragma unroll 1
@@ -340,62 +399,58 @@ struct Attention {
       RowSums sums[2];
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
-        t[slot].steps += sample.is_everything() && !t[slot].done;
         sums[slot].add(s[0], slot, c, t[slot].tau);
         sums[slot].add(s[1], slot, c, t[slot].tau);
         const auto m = sums[slot].join(weight[slot]);
-        advance(t[slot], m, sums[slot].least);
+        if (sample.is_everything()) {
+          t[slot].steps += !t[slot].done;
+          advance(t[slot], m, sums[slot].least, kExactly);
+        } else if (!t[slot].done) {
+          t[slot].tau = guess(t[slot].tau, m, weight[slot], kSampleCaution, low[slot], high[slot]);
+        }
       }
     }
+    if (sample.is_everything()) settle_rows();
   }
 
-  // One step of every row by the first tile of its keys, and some that stand for all others.
-  __device__ __forceinline__ void strided_pass(const Walk& walk) {
+  // A step of every row by a larger sample.
+  __device__ __forceinline__ void strided_pass(const Strided& walk) {
     restart(0), restart(1);
     RowSums sums[2];
-    Moments<float> first[2];
-    u32 least[2];
-#pragma unroll 1
-    for (int i = -1; i < walk.count; ++i) {
-      Scores s;
-      scores(s, i < 0 ? 0 : walk[i]);
+    Moments<float> own[2];
+    for_scores(walk, walk.all(), [&](const Scores& s, int i) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         sums[slot].add(s, slot, c, t[slot].tau);
-        if (i >= 0) continue;
-        first[slot] = sums[slot].join(1.f);
-        least[slot] = sums[slot].least;
+        if (i != Strided::kOwn - 1) continue;
+        own[slot] = sums[slot].join(1.f);
         sums[slot] = RowSums();
       }
-    }
+    });
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      // All but the last tile of the walk are whole.
-      const int whole = (walk.count - 1) * kTileKeys;
-      const int last = max(0, min(kTileKeys, b.seen(slot) - walk[0] * kTileKeys));
-      auto m = sums[slot].join(float(b.seen(slot) - kTileKeys) / float(whole + last));
-      m.s0 += first[slot].s0, m.s1 += first[slot].s1, m.s2 += first[slot].s2;
-      advance(t[slot], m, min(sums[slot].least, least[slot]));
+      auto m = sums[slot].join(walk.weight());
+      m.s0 += own[slot].s0, m.s1 += own[slot].s1, m.s2 += own[slot].s2;
+      if (!t[slot].done)
+        t[slot].tau = guess(t[slot].tau, m, walk.weight(), kStridedCaution, t[slot].lo, t[slot].hi);
     }
   }
 
   // One step of every row by all of its keys; whether there must be another one.
-  __device__ __forceinline__ bool full_pass(const Walk& walk, int pass) {
-    if (pass == 0) restart(0), restart(1);
+  template <bool first>
+  __device__ __forceinline__ bool full_pass(const Walk& walk) {
+    if constexpr (first) restart(0), restart(1);
     RowSums sums[2];
-#pragma unroll 1
-    for (int i = 0; i < walk.count; ++i) {
-      Scores s;
-      scores(s, walk[i]);
-      if (pass == 0)
+    for_scores(walk, walk.count, [&](const Scores& s, int) {
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot) raise_top(slot, s);
-#pragma unroll
-      for (int slot = 0; slot < 2; ++slot) sums[slot].add(s, slot, c, t[slot].tau);
-    }
+      for (int slot = 0; slot < 2; ++slot) {
+        if constexpr (first) raise_top(slot, s);
+        sums[slot].add(s, slot, c, t[slot].tau);
+      }
+    });
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      if (pass == 0) {
+      if constexpr (first) {
         top[slot] = max_or_nan_over<4>(top[slot]);
         t[slot].done |= !is_finite(top[slot]);
         t[slot].lo = fmaxf(t[slot].lo, c * top[slot] - 1.f);
@@ -403,15 +458,16 @@ struct Attention {
       }
       t[slot].steps += !t[slot].done;
       const auto m = sums[slot].join(1.f);
-      advance(t[slot], m, sums[slot].least);
+      advance(t[slot], m, sums[slot].least, 0.5f * kTolerance);
     }
-    return pass < kSolveSteps && !(t[0].done && t[1].done);
+    if constexpr (first) settle_rows();
+    return !(t[0].done && t[1].done);
   }
 
-  // The outputs, by thresholds that are final.
-  __device__ __forceinline__ void output_pass(const Walk& walk) {
-    settle_rows();
-    Outputs o;
+  // The outputs, if thresholds are what they were taken for; whether they must be sought again.
+  __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
+    keep_rows();
+    o = {};
     {
       PartScores s;
       start_part(s, 0);
@@ -432,12 +488,65 @@ struct Attention {
     start_values(o, kParts - 1);
     wgmma_wait();
     finish_values(o, kParts - 1);
-    write(o);
+    return missed(o, 0) | missed(o, 1);
+  }
+
+  // Outputs of probabilities that sum to one, and what a backward needs of each row.
+  __device__ __forceinline__ void write(Outputs& o) {
+    bool unsafe = false;
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      const float total = o.mass[slot], total_u = sum_over<4>(o.sum_u[slot]);
+      const int kept = sum_over<4>(o.support[slot]);
+      const float factor = total > 0.f ? 1.f / total : 0.f;
+#pragma unroll
+      for (int n = 0; n < kPanelsV * 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& x = o.out[4 * n + 2 * slot + j];
+          x = is_poisoned(slot) ? kNaN : x * factor;
+        }
+      unsafe |= b.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
+      if (!b.flat[slot]) continue;
+      if constexpr (kSaves) {
+        float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
+        const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
+#pragma unroll
+        for (int n = 0; n < kDimV / 8; ++n)
+          *reinterpret_cast<float2*>(to + n * 8) = {o.second[4 * n + 2 * slot] * factor_u,
+                                                    o.second[4 * n + 2 * slot + 1] * factor_u};
+      }
+      if (lane_id() % 4) continue;
+      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
+      const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
+      // The last step, by what is known of the slope: the backward's probabilities sum to one.
+      const float tau = t[slot].tau, slope = t[slot].slope;
+      const float last =
+          total > 0.f && slope > 0.f ? inside(t[slot], tau + (total - 1.f) / slope) : tau;
+      p.tau[at_tau] = last;
+      p.row_count[at_row].survivors = is_poisoned(slot) ? kPoisoned : kept;
+      p.row_start[at_row].factor = total > 0.f ? 1.f / (total - slope * (last - tau)) : 0.f;
+      if (is_poisoned(slot)) poison_keys(p, b.batch, b.kv_head, b.row(slot));
+      if (p.iterations) p.iterations[at_tau] = t[slot].steps;
+    }
+    mark_output_if(unsafe, p, b.head_row, b.first_row);
+    write_rows<kHeadDimV, false>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row,
+                                 p.length_q, 1.f / kProbScale, b.flat);
   }
 
  private:
   // --- thresholds
 
+  // use(scores of a tile, i) of every tile of a walk.
+  template <class Tiles, class Use>
+  __device__ __forceinline__ void for_scores(const Tiles& tiles, int count, const Use& use) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      Scores s;
+      scores(s, tiles[i]);
+      use(s, i);
+    }
+  }
   // The scores of one tile, and its stage given back.
   __device__ __forceinline__ void scores(Scores& s, int tile) {
     key_ring.await_full(at.full_k);
@@ -462,21 +571,44 @@ struct Attention {
   // A bracket of what is proven; what the sample found is where to start in it.
   __device__ __forceinline__ void restart(int slot) {
     const float low = is_finite(top[slot]) ? fmaxf(floor[slot], c * top[slot] - 1.f) : floor[slot];
-    t[slot].start(low, kInf, b.seen(slot));
+    t[slot].lo = low, t[slot].hi = kInf;
     t[slot].tau = fmaxf(t[slot].tau, t[slot].lo);
     t[slot].done = poisoned[slot] || !b.flat[slot];
   }
-
-  // --- outputs
 
   // Rows without a threshold: poisoned ones, and those where no key scores above minus infinity.
   __device__ __forceinline__ void settle_rows() {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      poisoned[slot] |= b.flat[slot] && !(top[slot] < kInf);
-      const bool empty = top[slot] == -kInf;
-      if (poisoned[slot] || empty) t[slot].tau = poisoned[slot] ? kNaN : kInf;
+      const bool dead = poisoned[slot] || (b.flat[slot] && !(top[slot] < kInf));
+      if (dead || top[slot] == -kInf) t[slot].tau = dead ? kNaN : kInf;
     }
+  }
+
+  // --- outputs
+
+  // The sums of outputs leave no registers for all that is known of rows.
+  __device__ __forceinline__ u32 kept(int slot) const {
+    return at.rows + (b.row(slot) - b.first) * u32(kKept * sizeof(float));
+  }
+  __device__ __forceinline__ void keep_rows() const {
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      store_shared(kept(slot), t[slot].lo);
+      store_shared(kept(slot) + 4, t[slot].hi);
+      store_shared(kept(slot) + 8, t[slot].slope);
+      store_shared(kept(slot) + 12, t[slot].steps);
+    }
+  }
+  __device__ __forceinline__ void take_row(int slot) {
+    t[slot].lo = load_shared(kept(slot));
+    t[slot].hi = load_shared(kept(slot) + 4);
+    t[slot].slope = load_shared(kept(slot) + 8);
+    t[slot].steps = load_shared_int(kept(slot) + 12);
+    t[slot].done = true;
+  }
+  __device__ __forceinline__ bool is_poisoned(int slot) const {
+    return b.flat[slot] && !(t[slot].tau == t[slot].tau);
   }
   __device__ __forceinline__ void start_part(PartScores& s, int part) {
     if (part == 0) key_ring.await_full(at.full_k);
@@ -546,43 +678,20 @@ struct Attention {
     if (lane_id() == 0) arrive(at.empty_v + value_ring.stage * 8);
     value_ring.advance();
   }
-  // Outputs of probabilities that sum to one, and what a backward needs of each row.
-  __device__ __forceinline__ void write(Outputs& o) {
-    bool unsafe = false;
-#pragma unroll
-    for (int slot = 0; slot < 2; ++slot) {
-      const float total = sum_over<4>(o.mass[slot]), total_u = sum_over<4>(o.sum_u[slot]);
-      const int kept = sum_over<4>(o.support[slot]);
-      const float factor = total > 0.f ? 1.f / total : 0.f;
-#pragma unroll
-      for (int n = 0; n < kPanelsV * 8; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& x = o.out[4 * n + 2 * slot + j];
-          x = poisoned[slot] ? kNaN : x * factor;
-        }
-      unsafe |= b.flat[slot] && !poisoned[slot] && !are_finite<kHeadDimV>(o.out, slot);
-      if (!b.flat[slot]) continue;
-      if constexpr (kSaves) {
-        float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
-        const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
-#pragma unroll
-        for (int n = 0; n < kDimV / 8; ++n)
-          *reinterpret_cast<float2*>(to + n * 8) = {o.second[4 * n + 2 * slot] * factor_u,
-                                                    o.second[4 * n + 2 * slot + 1] * factor_u};
-      }
-      if (lane_id() % 4) continue;
-      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
-      const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
-      p.tau[at_tau] = t[slot].tau;
-      p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
-      p.row_start[at_row].factor = factor;
-      if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, b.row(slot));
-      if (p.iterations) p.iterations[at_tau] = t[slot].steps;
-    }
-    mark_output_if(unsafe, p, b.head_row, b.first_row);
-    write_rows<kHeadDimV, false>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row,
-                                 p.length_q, 1.f / kProbScale, b.flat);
+  // Whether a row's probabilities sum to something else than one and a step could mend that. From
+  // there on its threshold is sought again.
+  __device__ __forceinline__ bool missed(Outputs& o, int slot) {
+    const float total = o.mass[slot] = sum_over<4>(o.mass[slot]);
+    take_row(slot);
+    if (!b.flat[slot] || !is_finite(t[slot].tau)) return false;
+    const float f = total - 1.f, step = f / t[slot].slope,
+                least = 4.f * kEpsilon * fabsf(t[slot].tau);
+    if (!(fabsf(f) > kTolerance && fabsf(step) > least && t[slot].hi - t[slot].lo > least))
+      return false;
+    bracket(t[slot], f);
+    t[slot].tau = inside(t[slot], t[slot].tau + step);
+    t[slot].done = false;
+    return true;
   }
 };
 
@@ -593,10 +702,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
+  __shared__ float rows[kBlockRows * Attention::kKept];
   const Block b(p);
   if (!any_of_block(b.flat[0] || b.flat[1])) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
-  const Forward at(memory, shared_address(barriers));
+  const Forward at(memory, shared_address(rows), shared_address(barriers));
   if (threadIdx.x == 0) at.start();
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {

@@ -207,8 +207,10 @@ __device__ __forceinline__ void wgmma_fence() {
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// Until no more than the last `pending` groups that were committed are under way.
+template <int pending = 0>
 __device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 // Reads of the sums, and writes to the operands, stay behind this.
 __device__ __forceinline__ void fence_operands(float (&d)[32]) {

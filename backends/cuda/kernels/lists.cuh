@@ -30,10 +30,15 @@ constexpr int kAnyNumber = 0x7fffffff;  // of survivors
 // With how many survivors a row, on the mean of a warp, its rows turn flat before the scan ends.
 // So many of part of the keys will hardly find room in the arena, though bounds lag a little ...
 constexpr int kMostOfArena = kArenaRow + kArenaRow / 8;
-// ... and so many, of rows that see so many keys, be slower than dense tiles on Hopper. What rows
-// keep grows slowly with the keys seen: few of them tell.
+// ... and so many, of rows that see so many keys, be slower than dense tiles on Hopper.
 __device__ __forceinline__ int most_kept(int keys) {
   return min(kKeptMost, kKeptLeast + keys / kKeptKeys);
+}
+// The same after some of the tiles. Rows keep more of more keys: Gaussian ones that keep 50 of
+// 16,384 keep 45 of a half of them, 31 of the first 1,024. So few of the keys tell that lists are
+// in vain. Rows that keep near keys are allowed more: a sixteenth less for each half.
+__device__ __forceinline__ int most_so_far(int most, int tiles, int all) {
+  return most - most * min(8, __clz(tiles) - __clz(all)) / 16;
 }
 
 struct Survivor {
@@ -78,7 +83,6 @@ struct Lists {
   float top[kSlots];  // largest score this lane has met
   u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
   bool unset;         // some row of the warp has no bound yet
-  int most;           // survivors of all rows of the warp with which they turn flat
   bool flat;          // they keep more, or a row more than its lists hold: they go to dense tiles
   int kept;           // how many they kept then
   u32 first_staging;  // the lane's, of pair 0; the next one is below
@@ -89,12 +93,11 @@ struct Lists {
   u32 before[kPairs];  // the same before the last tile
   bool due;            // the lane is about to run out of room for staging
 
-  __device__ __forceinline__ void start(u32 memory, u32 dead, int most_of_row) {
+  __device__ __forceinline__ void start(u32 memory, u32 dead) {
     base = memory + lane_id() * 4;
     first_staging = memory + kBytes - kStagingBytes + lane_id() * 16;
     poisoned = dead;
     unset = true;
-    most = kSlots * 8 * most_of_row;
     flat = false;
     kept = 0;
     due = false;
@@ -495,9 +498,10 @@ struct Lists {
 
   // Filter after stage_tile() where vote(due) says so, the same to all lanes of the warp; a tile
   // that found no room is staged once more. Returns what the vote said.
-  template <int count, class Score, class Vote>
+  template <int count, class Score, class Vote, class Most>
   __device__ __forceinline__ bool filter_if_due(const Score& score, int first_column,
-                                                const Params& p, const Vote& vote) {
+                                                const Params& p, const Vote& vote,
+                                                const Most& most) {
     if (!vote(due)) return false;
     due = false;
     bool lost = false;
@@ -510,7 +514,7 @@ struct Lists {
       for (int pair = 0; pair < kPairs; ++pair) staging_end[pair] = before[pair];
 #pragma unroll 1  // one copy of filter()
     for (int block = 0; block < count; block += kMinStagingBlocks) {
-      filter(p);
+      filter(p, most);
       if (!lost) break;
 #pragma unroll
       for (int here = 0; here < count; here += kMinStagingBlocks)
@@ -519,9 +523,10 @@ struct Lists {
     return true;
   }
 
-  // Take what is above the bounds from the staging blocks to the lists. A warp that turns flat
-  // keeps nothing from then on.
-  __device__ __forceinline__ void filter(const Params& p) {
+  // Take what is above the bounds from the staging blocks to the lists. A warp whose rows keep more
+  // than most() on their mean turns flat, and keeps nothing from then on.
+  template <class Most>
+  __device__ __forceinline__ void filter(const Params& p, const Most& most) {
     u32 lowest = staging_end[0];
 #pragma unroll
     for (int pair = 1; pair < kPairs; ++pair) lowest = min(lowest, staging_end[pair]);
@@ -538,15 +543,15 @@ struct Lists {
     if (past(raise_at)) raise(p.c, p.inv_c, p.r);
     if (past(rebalance_at)) {
       rebalance();
-      if (survivors() > most) turn_flat();
+      if (const int limit = most(); limit < kAnyNumber && survivors() > kSlots * 8 * limit)
+        turn_flat();
     }
     clear_staging(entries());
   }
 
   // The same after the last tile. With the whole scan done, lists serve all rows that they hold.
   __device__ __forceinline__ void finish(const Params& p) {
-    most = kAnyNumber;
-    filter(p);
+    filter(p, [] { return kAnyNumber; });
     __syncwarp();
   }
 

@@ -173,8 +173,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   for (int slot = 0; slot < kSlots; ++slot)
     if (first_row + slot * 8 + lane_id() / 4 >= p.length_q) dead |= 1u << slot;
   Lists<kSlots> lists;
-  lists.start(shared_address(shared) + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead,
-              kMostOfArena);
+  lists.start(shared_address(shared) + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
 
   const bool outside = first_row >= p.length_q;
   const int seen = seen_end(block.first + kBlockRows - 1, p.length_k);
@@ -203,7 +202,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
       const int column = first_key + lane_id() % 4 * 2;
       lists.stage_tile<kChunk / kStagingKeys>(score, column, p);
       lists.filter_if_due<kChunk / kStagingKeys>(
-          score, column, p, [](bool due) { return __any_sync(kAllLanes, due); });
+          score, column, p, [](bool due) { return __any_sync(kAllLanes, due); },
+          [] { return kMostOfArena; });
     }
   }
   if (outside) return;

@@ -45,14 +45,16 @@ constexpr int kStageBytes = kPanels * kPanelBytes;
 constexpr int kBarriers = 2 * kStages;
 
 // How a scan ends before its last tile: all warpgroups have stopped, and one more tile is announced
-// that was not copied.
-struct Ending {
+// that was not copied, the `last` one, which is -1 until then. Beside it what a warp notes for
+// Lists::filter(), as it has no registers for it.
+struct Notes {
   bool stopped[kWarpgroups];
-  int tile;  // its number; or -1
+  int last;
+  int most[kWarpgroups * 4];
 };
 // The barriers and this are static shared memory: what is launched with has room for all.
 static_assert(kSwizzleAlignment + kStages * kStageBytes + kWarpgroups * 4 * Lists<kSlots>::kBytes +
-                  kBarriers * sizeof(u64) + sizeof(Ending) <=
+                  kBarriers * sizeof(u64) + sizeof(Notes) <=
               ADASPLASH2_SHARED_SCAN);
 
 // --- products ------------------------------------------------------------------------------
@@ -109,17 +111,16 @@ using KeyRing = Ring<kStages>;
 // One thread has the tiles copied, until no warpgroup takes one any more.
 __device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap& map,
                                                const Item& item, KeyRing& at, u32 stages, u32 full,
-                                               u32 empty, volatile Ending& ending) {
+                                               u32 empty, volatile Notes& notes) {
   const Plane plane(p.k, item.head / p.gqa_group, item.batch);
   for (int i = 0; i < item.tiles; ++i, at.advance()) {
     at.await_empty(empty);
     if constexpr (kMayEnd) {
       bool all = true;
 #pragma unroll
-      for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup)
-        all &= ending.stopped[warpgroup];
+      for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) all &= notes.stopped[warpgroup];
       if (all) {
-        ending.tile = i;
+        notes.last = i;
         arrive(full + at.stage * 8);
         return;
       }
@@ -167,7 +168,7 @@ __device__ __forceinline__ u32 load_queries(AFragment (&q)[kDim / 16], const Par
 
 // The scan of one warpgroup.
 __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRing& at, u32 stages,
-                                        u32 full, u32 empty, volatile Ending& ending) {
+                                        u32 full, u32 empty, volatile Notes& notes) {
   const int warp = uniform(warp_id());
   const int first_of_warpgroup = item.first + warp / 4 * kRows;
   const int first_row = item.first + warp * 16;
@@ -177,8 +178,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   const bool wanted = first_row < p.length_q && (!kRetry || p.flat[row_block] == kToRetry);
   if (!wanted) dead = ~0u;
   Lists<kSlots> lists;
-  const int most = kDense90 ? most_kept(seen_end(first_row + 15, p.length_k)) : kMostOfArena;
-  lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead, most);
+  lists.start(stages + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
   if (kRetry && wanted) lists.resume(p, row_block);
 
   constexpr int kParts = kTileKeys / kStagingKeys;
@@ -202,32 +202,39 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     if (lane_id() == 0) arrive(empty + at.stage * 8);
     at.advance();
   };
+  const auto most = [&] {
+    return kDense90 ? most_kept(seen_end(first_row + 15, p.length_k)) : kMostOfArena;
+  };
   // Whether flat rows keep so many that the lists of a retry would be in vain: more than the arena
   // holds or, on the way there already, half of what is too many.
   const auto hopeless = [&] {
-    return lists.flat && lists.kept > (kDense90 ? lists.most / 2 : kRowBlock * kArenaRow);
+    return lists.flat && lists.kept > kRowBlock * (kDense90 ? most() / 2 : kArenaRow);
   };
   // Keys beyond these are seen by none of the warpgroup's rows; none at all by one without rows.
   int last_seen = seen_end(first_of_warpgroup + kRows - 1, p.length_k) - 1;
   const auto stop = [&] {
     last_seen = -1;
-    if (kMayEnd) ending.stopped[warp / 4] = true;
+    if (kMayEnd) notes.stopped[warp / 4] = true;
   };
   if (first_of_warpgroup >= p.length_q) stop();
   const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     lists.template stage_tile<kParts>(score, column, p);
-    return lists.template filter_if_due<kParts>(score, column, p, vote);
+    return lists.template filter_if_due<kParts>(score, column, p, vote,
+                                                [&] { return notes.most[warp_id()]; });
   };
   for (int i = 0; i < item.tiles; ++i) {
     const int first_key = nth_tile(i, item.tiles) * kTileKeys;
     const u64 tile = take();
     if (first_key > last_seen) {
-      const bool ended = kMayEnd && ending.tile == i;
+      const bool ended = kMayEnd && notes.last == i;
       give_back();
       if (ended) break;
       continue;
     }
+    if (lane_id() == 0)
+      notes.most[warp] = kDense90 && !kRetry ? most_so_far(most(), i + 1, item.tiles) : most();
+    __syncwarp();
     Scores s;
     multiply(s, q, tile);
     give_back();
@@ -262,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   start_next_and_await();
   extern __shared__ __align__(16) char shared[];  // 1,024 would count in full beside barriers[]
   __shared__ __align__(8) u64 barriers[kBarriers];
-  __shared__ Ending ending;
+  __shared__ Notes notes;
   const u32 stages = align_tiles(shared_address(shared));
   const u32 full = shared_address(barriers), empty = full + kStages * 8;
   if (threadIdx.x < kStages) {
@@ -270,20 +277,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     init_barrier(empty + threadIdx.x * 8, kWarpgroups * 4);
     fence_async_proxy();
   }
-  if (threadIdx.x < kWarpgroups) ending.stopped[threadIdx.x] = false;
-  if (threadIdx.x == 0) ending.tile = -1;
+  if (threadIdx.x < kWarpgroups) notes.stopped[threadIdx.x] = false;
+  if (threadIdx.x == 0) notes.last = -1;
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     KeyRing at;
     if (threadIdx.x == kConsumers)
       for_items(p, [&](const Item& item) {
-        tma_load_tiles(p, map, item, at, stages, full, empty, ending);
+        tma_load_tiles(p, map, item, at, stages, full, empty, notes);
       });
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
     KeyRing at;
-    for_items(p, [&](const Item& item) { consume(p, item, at, stages, full, empty, ending); });
+    for_items(p, [&](const Item& item) { consume(p, item, at, stages, full, empty, notes); });
   }
 }
 
