@@ -154,7 +154,7 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     if sizes.is_decoding(problem):
         options = {name: sizes.decoding_options(config, name) for name in sizes.DECODE_KERNELS}
         # Lengths are arguments of their own there, and keys are read once in any case.
-        shape, opt = shape._replace(length_k=None), opt._replace(exact=True, local=False)
+        shape, opt = shape._replace(length_k=None), opt._replace(exact=True, relative=True, local=False)
     else:
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
         if config["whole"] != "nothing":
@@ -223,7 +223,7 @@ class Call:
 
     def threshold(self, t: Tensor, tau: Tensor) -> Tensor:
         """What ``distance`` in ``kernels/score.py`` subtracts."""
-        return t if self.plan.opt.exact else tau
+        return t if self.plan.opt.relative else tau
 
 
 def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: int = -1) -> Forward:

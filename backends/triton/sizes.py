@@ -327,8 +327,8 @@ class Wanted(NamedTuple):
 
 class Options(NamedTuple):
     """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
-    closed form; ``exact`` asks for scores relative to their row's maximum, to float32's round-off
-    also where they are large; ``steep``: see :func:`is_steep`; ``shallow``: see
+    closed form; ``relative`` asks for scores relative to their row's maximum, which keep their
+    digits also where they are large, ``exact`` for all of float32's digits beside that; ``steep``: see :func:`is_steep`; ``shallow``: see
     :func:`is_shallow`; ``degree``: see :func:`degree_of`; ``halved``: see :func:`is_halved`.
 
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
@@ -349,6 +349,7 @@ class Options(NamedTuple):
     causal: bool
     sign: int
     alpha: float
+    relative: bool
     exact: bool
     steep: bool
     shallow: bool
@@ -389,6 +390,7 @@ class Options(NamedTuple):
         if alphas:
             alpha = 0.0
         hides = mask is not None and mask.dtype == torch.bool
+        exact = problem.dtype == torch.float32 or alpha == 0.0
         return cls(
             block_q=int(config["block_q"]),
             block_k=block_k,
@@ -399,7 +401,8 @@ class Options(NamedTuple):
             causal=said.is_causal,
             sign=1 if scored else (said.scale > 0.0) - (said.scale < 0.0),
             alpha=alpha,
-            exact=problem.dtype == torch.float32 or alpha == 0.0 or scored,
+            relative=exact or scored,
+            exact=exact,
             steep=is_steep(problem.alpha),
             shallow=is_shallow(problem.alpha),
             degree=0 if alphas else degree_of(problem.alpha),
@@ -436,6 +439,7 @@ class RowOptions(NamedTuple):
     steep: bool
     shallow: bool
     degree: int
+    relative: bool = True
     exact: bool = True
     alphas: bool = False
 

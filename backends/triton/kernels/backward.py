@@ -334,7 +334,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         product = tl.trans(products(q, k, opt)) if opt.steep else products(k, q, opt)
         dp = matmul(v, tl.trans(grad))
         terms = terms_of(batch, kv_head * shape.gqa_group + entry // row_blocks, shape, opt)
-        x, s = distances_of(product, top[None, :] if opt.exact else top, t[None, :], first_row,
+        x, s = distances_of(product, top[None, :] if opt.relative else top, t[None, :], first_row,
                             first_key, terms, shape, opt, part, True, EDGE)  # fmt: skip
         p, u = weights(x, terms.r, opt)
         if opt.dropout or opt.scales:

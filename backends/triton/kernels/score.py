@@ -350,9 +350,9 @@ def biased(s, bias, opt: tl.constexpr):
 
 @triton.jit
 def distance(s, top, t, c, opt: tl.constexpr):
-    """``x = c (s - top) - t``; where not ``opt.exact``, ``x = c s - tau``, which rounds as ``tau``
+    """``x = c (s - top) - t``; where not ``opt.relative``, ``x = c s - tau``, which rounds as ``tau``
     does but costs one operation less."""
-    if opt.exact:
+    if opt.relative:
         return c * (s - top) - t
     else:
         return c * s - t
@@ -361,7 +361,7 @@ def distance(s, top, t, c, opt: tl.constexpr):
 @triton.jit
 def column(top, opt: tl.constexpr):
     """``top`` against the keys; nothing where it is not used."""
-    if opt.exact:
+    if opt.relative:
         top = top[:, None]
     return top
 
@@ -389,7 +389,10 @@ def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.co
     if opt.scored:
         rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
         s = capped(product, rows, terms, shape, opt)
-        score = biased(s, bias_of(rows, keys, terms, shape, opt), opt)
+        if opt.biased:  # what is hidden, with a key that is not finite, becomes NaN: off the support
+            score = s + bias_of(rows, keys, terms, shape, opt)
+        else:
+            score = s
     x = distance(score, top, t, terms.c, opt)
     if EDGE:
         rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)

@@ -399,7 +399,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         while waiting:
             tl.debug_barrier()  # the list is written
             threshold = t
-            if not opt.exact:
+            if not opt.relative:
                 threshold = terms.c * top + t
             row_block = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)

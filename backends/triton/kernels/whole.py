@@ -169,7 +169,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         waiting = any_of(pending)
         while waiting:
             threshold = t
-            if not opt.exact:
+            if not opt.relative:
                 threshold = terms.c * top + t
             x = distance(s, column(top, opt), threshold[:, None], terms.c, opt)
             mass, slope, count = sums_of(x, terms.r, wide)
@@ -195,7 +195,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         mark_poisoned(poison, poisoned, first_row, (begin, end), batch, kv_head, terms, shape, opt)
 
         if OUTPUT:
-            if not opt.exact:
+            if not opt.relative:
                 t = tau
             x = distance(s, column(top, opt), t[:, None], terms.c, opt)
             u_scale, top_u = scale_of_u(t, terms.r, scale, opt)

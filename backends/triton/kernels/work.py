@@ -238,6 +238,6 @@ def load_pair(number, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr
 
 @triton.jit
 def load_thresholds(top, t, at_row, inside, opt: tl.constexpr):
-    """``top`` and ``t`` where ``opt.exact``, else zero and ``tau``; see :func:`distance`."""
-    top = tl.load(top + at_row, mask=inside, other=0.0) if opt.exact else 0.0
+    """``top`` and ``t`` where ``opt.relative``, else zero and ``tau``; see :func:`distance`."""
+    top = tl.load(top + at_row, mask=inside, other=0.0) if opt.relative else 0.0
     return top, tl.load(t + at_row, mask=inside, other=INFINITY)
