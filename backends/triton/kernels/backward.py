@@ -300,13 +300,35 @@ def transpose_lists(
 
 
 @triton.jit
+def of_rows(vector, BY_KEY: tl.constexpr):
+    """A vector of rows against the keys, as in :func:`numbers_of`."""
+    if BY_KEY:
+        return vector[None, :]
+    else:
+        return vector[:, None]
+
+
+@triton.jit
+def by_keys(tile, BY_KEY: tl.constexpr):
+    """A tile whose keys run along the first axis, as they do already where BY_KEY."""
+    if BY_KEY:
+        return tile
+    else:
+        return tl.trans(tile)
+
+
+@triton.jit
 def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, at_head, shape,
                    opt: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
                    SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds^T Q`` and ``p^T dO`` over the entries that need no mask, or the others where EDGE.
 
-    A row block is taken in PARTS: all of its rows do not fit the registers beside two sums.
+    A row block is taken in PARTS: all of its rows do not fit the registers beside two sums. Tiles
+    are made with keys along the first axis, as the sums want them, but for masks: those lie in
+    memory by rows, and what threads would hand on of them is more than what they do of ``p`` and
+    ``ds``.
     """
+    BY_KEY: tl.constexpr = not opt.masked
     acc_k, acc_v, bad = sums
     _, batch, kv_head = at_head
     q_base, q_member, q_row = queries
@@ -331,29 +353,37 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
         # A rounding of the smallest `x` moves its `u`: where steep, to the bit as for `delta`.
-        product = tl.trans(products(q, k, opt)) if opt.steep else products(k, q, opt)
-        dp = matmul(v, tl.trans(grad))
+        if BY_KEY:
+            product = tl.trans(products(q, k, opt)) if opt.steep else products(k, q, opt)
+            dp = matmul(v, tl.trans(grad))
+        else:
+            product = products(q, k, opt)
+            dp = matmul(grad, tl.trans(v))
         terms = terms_of(batch, kv_head * shape.gqa_group + entry // row_blocks, shape, opt)
-        x, s = distances_of(product, top[None, :] if opt.relative else top, t[None, :], first_row,
-                            first_key, terms, shape, opt, part, True, EDGE)  # fmt: skip
+        if opt.relative:
+            top = of_rows(top, BY_KEY)
+        x, s = distances_of(product, top, of_rows(t, BY_KEY), first_row, first_key, terms, shape,
+                            opt, part, BY_KEY, EDGE)  # fmt: skip
         p, u = weights(x, terms.r, opt)
         if opt.dropout or opt.scales:
-            rows, keys = numbers_of(first_row, first_key, opt, part, True)
+            rows, keys = numbers_of(first_row, first_key, opt, part, BY_KEY)
         if opt.dropout:
             kept = is_kept(rows, keys, terms, shape, opt)
             p = tl.where(kept, p, 0.0)  # the factor of dropout last: float16 may not hold it
             dp = through_dropout(dp, kept, shape)
-        acc_v += matmul((p * SCALE).to(grad.dtype), finite_part(grad, SAFE))
-        ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], terms.r, opt, SAFE)
+        acc_v += matmul(by_keys((p * SCALE).to(grad.dtype), BY_KEY), finite_part(grad, SAFE))
+        ds = score_gradient(x, u, dp, of_rows(delta, BY_KEY), of_rows(spread, BY_KEY), terms.r, opt,
+                            SAFE)  # fmt: skip
         ds = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if opt.scales:
             ds = on_support(ds * scale_of(rows, terms, shape, opt), x, terms.r, opt, SAFE)
+        ds = by_keys(ds, BY_KEY)
         acc_k += gradient_product(ds, finite_part(q, SAFE), opt, SAFE, opt.scales)
         if SAFE:
             reached = is_inside(x, terms.r, opt)
             if opt.dropout:
                 reached = reached & kept
-            bad = count_bad(bad, reached, grad)
+            bad = count_bad(bad, by_keys(reached, BY_KEY), grad)
     return acc_k, acc_v, bad
 
 

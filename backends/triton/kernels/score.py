@@ -389,10 +389,9 @@ def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.co
     if opt.scored:
         rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
         s = capped(product, rows, terms, shape, opt)
-        if opt.biased:  # what is hidden, with a key that is not finite, becomes NaN: off the support
+        score = s
+        if opt.biased:  # what is hidden, with a key that is not finite, is NaN: off the support
             score = s + bias_of(rows, keys, terms, shape, opt)
-        else:
-            score = s
     x = distance(score, top, t, terms.c, opt)
     if EDGE:
         rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
