@@ -328,8 +328,9 @@ class Wanted(NamedTuple):
 class Options(NamedTuple):
     """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
     closed form; ``relative`` asks for scores relative to their row's maximum, which keep their
-    digits also where they are large, ``exact`` for all of float32's digits beside that; ``steep``: see :func:`is_steep`; ``shallow``: see
-    :func:`is_shallow`; ``degree``: see :func:`degree_of`; ``halved``: see :func:`is_halved`.
+    digits also where they are large, ``exact`` for all of float32's digits beside that; ``steep``:
+    see :func:`is_steep`; ``shallow``: see :func:`is_shallow`; ``degree``: see :func:`degree_of`;
+    ``halved``: see :func:`is_halved`.
 
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
