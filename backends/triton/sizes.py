@@ -672,6 +672,7 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
                 "parts": max(1, block_q // (64 if wide <= 64 or warps == 8 else 32)),
                 "warps": warps,
                 "solve_warps": warps if unrolled or wide > 128 else 4,
+                "key_warps": warps,
                 "registers": REGISTERS if narrow and limits.wgmma else 0,
                 "whole": "nothing",
                 "whole_warps": 4,
@@ -787,7 +788,8 @@ def residents(config: Config, kernel: str) -> int:
 
 
 def _warps(config: Config, kernel: str) -> int:
-    return int(config[{"solve": "solve_warps", "whole_rows": "whole_warps"}.get(kernel, "warps")])
+    named = {"solve": "solve_warps", "whole_rows": "whole_warps", "grad_key_value": "key_warps"}
+    return int(config[named.get(kernel, "warps")])
 
 
 def _registers(config: Config, kernel: str) -> int:
