@@ -76,7 +76,7 @@ def slack(r):
 
 @triton.jit
 def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH: tl.constexpr,
-                EDGE: tl.constexpr):  # fmt: skip
+                EDGE):  # fmt: skip
     """Scores of ``rows`` and the WIDTH keys from ``first`` on, with their ``bias``; -inf where,
     with EDGE, a key may not be seen."""
     s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
@@ -96,18 +96,30 @@ def piece_maxima(s, SPAN: tl.constexpr):
 
 
 @triton.jit
-def span_maxima(q, keys, first, bias, first_row, terms, shape, opt: tl.constexpr,
+def moments_of(s, EDGE):
+    """:func:`part_sums` of scores and of their squares; where EDGE some are -inf."""
+    if EDGE:
+        seen = tl.where(s > -INFINITY, s, 0.0)
+        total = part_sums(seen)
+        squares = part_sums(seen * seen)
+    else:
+        total = part_sums(s)
+        squares = part_sums(s * s)
+    return total, squares
+
+
+@triton.jit
+def span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt: tl.constexpr,
                 SPAN: tl.constexpr, EDGE: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
     """The row maxima of SPAN tiles, where FEW by :func:`piece_maxima`, and :func:`part_sums` of
     scores and of their squares where ``opt.guesses``."""
     width: tl.constexpr = SPAN * opt.block_k
-    k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, EDGE, opt)
+    k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, EDGE != 0, opt)
     rows = (first_row + tl.arange(0, opt.block_q))[:, None]
-    s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, EDGE)
+    s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, edge)
     moments = 0.0, 0.0
     if opt.guesses:
-        seen = tl.where(s > -INFINITY, s, 0.0) if EDGE else s
-        moments = part_sums(seen), part_sums(seen * seen)
+        moments = moments_of(s, edge)
     if FEW:
         highest = piece_maxima(s, SPAN)
     else:
@@ -116,11 +128,12 @@ def span_maxima(q, keys, first, bias, first_row, terms, shape, opt: tl.constexpr
 
 
 @triton.jit
-def scan_tiles(found, maxima, q, keys, first_row, start, stop, terms, shape, opt: tl.constexpr,
-               SPAN: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr, FEW: tl.constexpr,
-               CHUNK: tl.constexpr):  # fmt: skip
+def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms, shape,
+               opt: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr,
+               FEW: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Store the row maxima of tiles, SPAN of them at a time, and return those so far and, where
-    ``opt.guesses``, the sums of scores and of their squares: ``found`` with more tiles. Keys of
+    ``opt.guesses``, the sums of scores and of their squares: ``found`` with more tiles. EDGE is as
+    for ``portion``, with ``open_spans`` from a first one up to an end. Keys of
     tiles that a mask of booleans hides are not read; to look for such in one that is added would
     keep its tiles and those of keys from being asked for ahead."""
     top, total, squares = found
@@ -128,6 +141,9 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, terms, shape, opt
     width: tl.constexpr = SPAN * opt.block_k
     for span in tl.range(start, stop, num_stages=STAGES if opt.adds else None):
         first = span * width
+        edge = EDGE == 1
+        if EDGE == 2:
+            edge = (span < open_spans[0]) | (span >= open_spans[1])
         bias = 0.0
         if opt.biased:
             columns = (first + tl.arange(0, width))[None, :]
@@ -138,11 +154,11 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, terms, shape, opt
             else:
                 highest = tl.full((opt.block_q, SPAN), -INFINITY, tl.float32)
             if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
-                highest, _ = span_maxima(q, keys, first, bias, first_row, terms, shape, opt, SPAN,
-                                         EDGE, FEW)  # fmt: skip
+                highest, _ = span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt,
+                                         SPAN, EDGE, FEW)  # fmt: skip
         else:
-            highest, moments = span_maxima(q, keys, first, bias, first_row, terms, shape, opt,
-                                           SPAN, EDGE, FEW)  # fmt: skip
+            highest, moments = span_maxima(q, keys, first, bias, first_row, edge, terms, shape,
+                                           opt, SPAN, EDGE, FEW)  # fmt: skip
             if opt.guesses:
                 total += moments[0]
                 squares += moments[1]
@@ -433,30 +449,19 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 begin, end = near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt)
             first_open, open_end = open_between(first_row, begin, end, open_end, terms, shape, opt)
             # A program's maxima begin with those of the first span that some row sees.
-            whole = tl.minimum(tl.cdiv(first_open, SPAN), tl.cdiv(end, SPAN))
-            origin = begin // SPAN * SPAN
-            maxima_at = maxima - origin * opt.block_q
-            scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, begin // SPAN, whole,
-                                 terms, shape, opt, SPAN, STAGES, True,
-                                 FEW, CHUNK)  # fmt: skip
-            first_open_span = whole
-            whole = tl.maximum(open_end // SPAN, whole)
-            last = tl.cdiv(end, SPAN)
-            scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_open_span, whole,
-                                 terms, shape, opt, SPAN, STAGES, False,
-                                 FEW, CHUNK)  # fmt: skip
-            scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, whole, last, terms, shape,
-                                 opt, SPAN, STAGES, True,
-                                 FEW, CHUNK)  # fmt: skip
+            first_span = begin // SPAN
+            origin = first_span * SPAN
+            whole = tl.cdiv(first_open, SPAN)
+            scanned = scan_tiles(scanned, maxima - origin * opt.block_q, q, keys, first_row,
+                                 first_span, tl.cdiv(end, SPAN), (whole, open_end // SPAN), terms,
+                                 shape, opt, SPAN, STAGES, 2, FEW, CHUNK)  # fmt: skip
         else:
             whole = open_end // SPAN
             last = tl.cdiv(end, SPAN)
-            scanned = scan_tiles(scanned, maxima, q, keys, first_row, 0, whole, terms, shape, opt,
-                                 SPAN, STAGES, False,
-                                 FEW, CHUNK)  # fmt: skip
-            scanned = scan_tiles(scanned, maxima, q, keys, first_row, whole, last, terms, shape,
-                                 opt, SPAN, STAGES, True,
-                                 FEW, CHUNK)  # fmt: skip
+            scanned = scan_tiles(scanned, maxima, q, keys, first_row, 0, whole, (0, whole), terms,
+                                 shape, opt, SPAN, STAGES, 0, FEW, CHUNK)  # fmt: skip
+            scanned = scan_tiles(scanned, maxima, q, keys, first_row, whole, last, (0, whole),
+                                 terms, shape, opt, SPAN, STAGES, 1, FEW, CHUNK)  # fmt: skip
         tl.debug_barrier()  # the maxima are read back by other threads
 
         numbers = lists + at_block.to(tl.int64) * tiles
