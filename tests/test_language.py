@@ -499,6 +499,35 @@ def test_narrow_windows(window: tuple[int, int], backend: str) -> None:
     assert_near("out", got, p @ value, 1e-5)
 
 
+@interpreted()
+@pytest.mark.parametrize("few", [True, False])
+def test_windows_of_few_tiles_and_of_many(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton backend keeps the maxima of few in registers."""
+    if "triton" not in usable_backends():
+        pytest.skip("the Triton backend cannot run here")
+    from adasplash2.backends.triton import launch
+
+    if not few:
+        monkeypatch.setattr(launch, "FEW_MAXIMA", 0)
+        monkeypatch.setattr(launch, "MAXIMA_CHUNK", 2 * 64)
+    launch._plan.cache_clear()
+    tensors = [torch.randn(1, 2, 300, 16, device=device_of("triton")) for _ in "qkvg"]
+    leaves = [t.requires_grad_() for t in tensors[:3]]
+    out = attend(adasplash2.entmax_attention, *leaves, window=(77, 20), backend="triton")
+    grads = torch.autograd.grad(out, leaves, tensors[3])
+    launch._plan.cache_clear()
+    query, key, value, grad = (t.detach().cpu().double() for t in tensors)
+    far = torch.arange(300) - torch.arange(300)[:, None]
+    p = reference.entmax(
+        (query @ key.mT / 4.0).masked_fill((far < -77) | (far > 20), -math.inf), 1.5
+    )
+    u, dp = p.sqrt(), grad @ value.mT
+    ds = u * (dp - (u * dp).sum(-1, keepdim=True) / u.sum(-1, keepdim=True))
+    exact = p @ value, ds @ key / 4.0, ds.mT @ query / 4.0, p.mT @ grad
+    for name, got, asked in zip(("out", "dq", "dk", "dv"), (out, *grads), exact, strict=True):
+        assert_near(name, got.detach(), asked, 1e-5)
+
+
 @BACKENDS
 @interpreted()
 def test_padding_is_not_read(backend: str) -> None:

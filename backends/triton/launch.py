@@ -37,6 +37,9 @@ STATS_TILE = 64
 MAXIMA_CHUNK = 4096
 """Tile maxima that a program holds at a time, at most: 32 of 128 rows."""
 
+FEW_MAXIMA = 512
+"""Tile maxima for each warp whose pieces' maxima, four times as many, fit its registers."""
+
 FEWEST_MAXIMA = 16
 """Of a row that a program holds at a time, however few tiles there are."""
 
@@ -157,7 +160,10 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     if sizes.is_decoding(problem):
         options = {name: sizes.decoding_options(config, name) for name in sizes.DECODE_KERNELS}
         # Lengths are arguments of their own there, and keys are read once in any case.
-        shape, opt = shape._replace(length_k=None), opt._replace(exact=True, local=False)
+        shape, opt = (
+            shape._replace(length_k=None),
+            opt._replace(exact=True, relative=True, local=False),
+        )
     else:
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
         if config["whole"] != "nothing":
@@ -233,7 +239,7 @@ class Call:
 
     def threshold(self, t: Tensor, tau: Tensor) -> Tensor:
         """What ``distance`` in ``kernels/score.py`` subtracts."""
-        return t if self.plan.opt.exact else tau
+        return t if self.plan.opt.relative else tau
 
 
 def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: int = -1) -> Forward:
@@ -318,33 +324,46 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
     work_items = call.grid.heads * call.grid.row_blocks
     programs = sizes.residents(call.config, "solve") * multiprocessors(call.problem.device)
     programs = min(programs, work_items)
+    chunk, few = _chunk(call)
     # A slice for each program, so that they take memory by the device, not by the length squared.
-    maxima = programs * -(-call.grid.tiles // span) * span * block_q
+    each = solve_kernels.PIECES.value * chunk if few else -(-call.grid.tiles // span) * span
     call(
         solve_kernels.solve,
         programs,
         flags,
         **solved,
-        maxima=call.empty(maxima, dtype=torch.float32),
-        candidates=call.empty(programs * call.grid.tiles, dtype=torch.int32),
+        maxima=call.empty(programs * each * block_q, dtype=torch.float32),
+        candidates=call.empty(0 if few else programs * call.grid.tiles, dtype=torch.int32),
         taken=taken,
         shape=call.longest(),
         work_items=work_items,
-        CHUNK=_chunk(call),
+        CHUNK=chunk,
+        FEW=few,
         SPAN=span,
         STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
     )
 
 
-def _chunk(call: Call) -> int:
+def _in_window(call: Call, size: int, other: int) -> int | None:
+    """How many blocks of ``other`` a block of ``size`` rows or keys meets at most, as a power of
+    two, where a window ends on both sides."""
+    said = call.problem.scores
+    if said.left < 0 or said.right < 0:
+        return None
+    # Two more for where the first one begins, and for where its span does.
+    most = -(-(size + said.left + said.right) // other) + 2
+    return max(FEWEST_MAXIMA, 1 << (most - 1).bit_length())
+
+
+def _chunk(call: Call) -> tuple[int, bool]:
     """Tile maxima of a row that a program holds at a time: all that the row may see, or the most
-    that fit."""
+    that fit; and whether a window leaves so few that the maxima of their pieces fit."""
     block_q, block_k = int(call.config["block_q"]), int(call.config["block_k"])
-    tiles, said = call.grid.tiles, call.problem.scores
-    if said.left >= 0 and said.right >= 0:
-        # Two more for where the first tile begins, and for where its span does.
-        tiles = min(tiles, -(-(block_q + said.left + said.right) // block_k) + 2)
-    return min(max(FEWEST_MAXIMA, 1 << (tiles - 1).bit_length()), MAXIMA_CHUNK // block_q)
+    every = max(FEWEST_MAXIMA, 1 << (call.grid.tiles - 1).bit_length())
+    windowed = _in_window(call, block_q, block_k)
+    if windowed and windowed * block_q <= FEW_MAXIMA * int(call.config["solve_warps"]):
+        return windowed, True
+    return min(every, windowed or every, MAXIMA_CHUNK // block_q), False
 
 
 def backward(
@@ -368,6 +387,7 @@ def backward(
     most = max(grid.rows, grid.heads_kv * problem.length_k)
     unsafe = call.empty(most, dtype=torch.int8)
     key_tiles = grid.heads_kv * grid.tiles
+    seen = _in_window(call, int(call.config["block_k"]), int(call.config["block_q"]))
     capacity = grid.gqa_group * grid.row_blocks
     row_block_lists = call.empty(key_tiles * capacity, dtype=torch.int32)
     row_block_counts = call.empty(key_tiles * 2, dtype=torch.int32)
@@ -438,7 +458,7 @@ def backward(
             row_block_counts=row_block_counts,
             shape=call.shape,
             opt=plan.opt,
-            CHUNK=LIST_CHUNK,
+            CHUNK=min(LIST_CHUNK, seen or LIST_CHUNK),
         )
         if pieces:
             call(

@@ -101,6 +101,17 @@ BLOCKS = ((64, 64), (128, 128), (128, 64), (64, 32), (32, 32), (32, 16), (16, 16
 took 8.4 ms where rows keep 28 keys and 4.7 where they keep 2, with 128 x 128 8.5 and 7.4; at
 head_dim 128 14.2 (28 keys) and 10.6 (4), with 128 x 128 13.7 and 12.5."""
 
+MASKED_BLOCKS = ((128, 64), *(blocks for blocks in BLOCKS if blocks != (128, 64)))
+"""The same under a mask of every row and key on compute capability 9.0, where a tile of it comes to
+a multiprocessor with every tile of keys: twice the rows share the latter."""
+
+MASKED_LONG = 1024
+"""Rows from which that comes first, if keys are not so few that rows are whole: fewer rows make too
+few blocks."""
+
+MASKED_REGISTERS = 128
+"""Of a thread there: two blocks of eight warps then fit a multiprocessor."""
+
 LONGEST_WHOLE = 512
 """Keys of the longest rows of which the scores of 64 fit the registers of eight warps. Compiled for
 compute capability 9.0 with head_dim 64, nothing of them is spilled; of 32 rows with 1,024 keys, 169
@@ -330,9 +341,10 @@ class Wanted(NamedTuple):
 
 class Options(NamedTuple):
     """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
-    closed form; ``exact`` asks for scores relative to their row's maximum, to float32's round-off
-    also where they are large; ``steep``: see :func:`is_steep`; ``shallow``: see
-    :func:`is_shallow`; ``degree``: see :func:`degree_of`; ``halved``: see :func:`is_halved`.
+    closed form; ``relative`` asks for scores relative to their row's maximum, which keep their
+    digits also where they are large, ``exact`` for all of float32's digits beside that; ``steep``:
+    see :func:`is_steep`; ``shallow``: see :func:`is_shallow`; ``degree``: see :func:`degree_of`;
+    ``halved``: see :func:`is_halved`.
 
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
@@ -352,6 +364,7 @@ class Options(NamedTuple):
     causal: bool
     sign: int
     alpha: float
+    relative: bool
     exact: bool
     steep: bool
     shallow: bool
@@ -392,6 +405,7 @@ class Options(NamedTuple):
         if alphas:
             alpha = 0.0
         hides = mask is not None and mask.dtype == torch.bool
+        exact = problem.dtype == torch.float32 or alpha == 0.0
         return cls(
             block_q=int(config["block_q"]),
             block_k=block_k,
@@ -402,7 +416,8 @@ class Options(NamedTuple):
             causal=said.is_causal,
             sign=1 if scored else (said.scale > 0.0) - (said.scale < 0.0),
             alpha=alpha,
-            exact=problem.dtype == torch.float32 or alpha == 0.0 or scored,
+            relative=exact or scored,
+            exact=exact,
             steep=is_steep(problem.alpha),
             shallow=is_shallow(problem.alpha),
             degree=0 if alphas else degree_of(problem.alpha),
@@ -439,6 +454,7 @@ class RowOptions(NamedTuple):
     steep: bool
     shallow: bool
     degree: int
+    relative: bool = True
     exact: bool = True
     alphas: bool = False
 
@@ -460,6 +476,12 @@ def is_scored(problem: Problem) -> bool:
     given = {operand.name for operand in problem.operands}
     more = given & {"attn_mask", "alibi_slopes", "sinks", "scales"}
     return bool(more) or problem.scores.softcap != 0.0
+
+
+def is_masked_by_pair(problem: Problem) -> bool:
+    """Whether a mask has an entry of its own for every row and key."""
+    mask = problem.operand("attn_mask")
+    return mask is not None and mask.spread[2] and mask.spread[3]
 
 
 def is_scattered(problem: Problem) -> bool:
@@ -615,14 +637,16 @@ def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
     """Configurations that fit a device, the default first. ``whole`` says what is found of rows
     whose scores are all at hand; where these are powers without a closed form, which take registers
     of their own, it comes second."""
-    tiled = tiled_configs(problem, limits)
-    first = next(tiled, None)
-    if first is None:
+    tiled = list(tiled_configs(problem, limits))
+    if not tiled:
         return
+    if problem.length_q < MASKED_LONG or problem.length_k <= LONGEST_WHOLE:
+        tiled.sort(key=lambda config: config["registers"] == MASKED_REGISTERS)
+    first, *others = tiled
     whole = list(whole_configs(problem, first, limits))
     plain = Options.of(problem, first).alpha != 0.0
     yield from (*whole, first) if plain else (first, *whole)
-    yield from tiled
+    yield from others
 
 
 def whole_configs(problem: Problem, config: Config, limits: Limits) -> Iterator[Config]:
@@ -661,15 +685,17 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
     wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
     unrolled = problem.dtype == torch.float32 and not INTERPRETED
     # Nothing here is by needs_grad: an output has the same bits with and without gradients.
+    masked = limits.wgmma and not unrolled and wide <= 64 and is_masked_by_pair(problem)
     found = 0
-    for block_q, block_k in BLOCKS:
+    for block_q, block_k in MASKED_BLOCKS if masked else BLOCKS:
         longest = max(block_q, block_k)
+        many_rows = masked and (block_q, block_k) == MASKED_BLOCKS[0]
         if longest * wide > ACCUMULATORS:
             continue
         if unrolled and (block_q * block_k * wide > FLOAT32_PRODUCTS or longest > 32):
             continue
         few = block_k * wide <= FEW_SUMS and longest * block_k <= FEW_SUMS
-        warps = 4 if few and not unrolled else 8
+        warps = 4 if few and not unrolled and not many_rows else 8
         narrow = wide <= 64 and longest <= 64 and not unrolled
         # Beside those of a mask, the scores of two tiles do not fit the registers.
         single = found or unrolled or problem.operand("attn_mask")
@@ -681,12 +707,15 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
                 "span": span,
                 "parts": max(1, block_q // (64 if wide <= 64 or warps == 8 else 32)),
                 "warps": warps,
-                "solve_warps": warps if unrolled or wide > 128 else 4,
+                "solve_warps": warps if unrolled or wide > 128 or many_rows else 4,
+                "key_warps": 4 if many_rows else warps,
                 "registers": REGISTERS if narrow and limits.wgmma else 0,
                 "whole": "nothing",
                 "whole_warps": 4,
             }
-            stages = _stages(problem, config, limits.shared)
+            if many_rows:
+                config["registers"] = MASKED_REGISTERS
+            stages = _stages(problem, config, limits)
             if stages is None:
                 continue
             found += span == spans[0]
@@ -797,7 +826,8 @@ def residents(config: Config, kernel: str) -> int:
 
 
 def _warps(config: Config, kernel: str) -> int:
-    return int(config[{"solve": "solve_warps", "whole_rows": "whole_warps"}.get(kernel, "warps")])
+    named = {"solve": "solve_warps", "whole_rows": "whole_warps", "grad_key_value": "key_warps"}
+    return int(config[named.get(kernel, "warps")])
 
 
 def _registers(config: Config, kernel: str) -> int:
@@ -805,7 +835,7 @@ def _registers(config: Config, kernel: str) -> int:
     return 0 if kernel in ("grad_key_value", "whole_rows") else int(config["registers"])
 
 
-def _stages(problem: Problem, config: Config, shared: int) -> dict[str, int] | None:
+def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] | None:
     """The stages of each kernel: the most that leave shared memory for all blocks that registers
     hold, or the fewest; None where those do not fit."""
     itemsize = problem.dtype.itemsize
@@ -813,31 +843,43 @@ def _stages(problem: Problem, config: Config, shared: int) -> dict[str, int] | N
     query = padded(problem.head_dim) * itemsize
     both = query + padded(problem.head_dim_v) * itemsize
     part = block_q // int(config["parts"])
-    products = block_q * block_k * itemsize
     kept_and_staged = {
         "solve": (query * block_q, query * int(config["span"]) * block_k),
         "output": (query * block_q, both * block_k),
         "grad_query": (both * block_q, both * block_k),
         "grad_key_value": (both * block_k, both * part),
     }
-    mask = 0
-    if operand := problem.operand("attn_mask"):
-        products += block_q * block_k * MASK_ITEMSIZE
-        mask = block_q * block_k * operand.dtype.itemsize
+    operand = problem.operand("attn_mask")
+    # What threads hand on to each other: products, and entries of a mask. The products of compute
+    # capability 9.0 take them from registers, and masks come as they take them.
+    handed_on = dict.fromkeys(kept_and_staged, block_q * block_k * itemsize)
+    if operand and limits.wgmma and itemsize == 2:
+        handed_on = dict.fromkeys(kept_and_staged, 0)
+        handed_on |= {"solve": RESERVED, "grad_key_value": part * block_k * itemsize + 2 * RESERVED}
+    elif operand:
+        handed_on = {
+            kernel: n + block_q * block_k * MASK_ITEMSIZE for kernel, n in handed_on.items()
+        }
     chosen = {}
     for kernel, (kept, staged) in kept_and_staged.items():
         # On an H200 two are 5 % faster than three, and a fifth at head_dim 128.
         most = MIN_STAGES if kernel == "grad_key_value" else MAX_STAGES
-        if kept + MIN_STAGES * staged + products > shared:
-            return None
+        mask = 0
+        if operand:
+            mask = (part if kernel == "grad_key_value" else block_q) * block_k
+            mask *= operand.dtype.itemsize
         blocks = residents(config, kernel)
+        shared = {
+            # A mask's tile is taken from shared memory before products begin, not by them.
+            stages: kept + stages * staged + (stages - 1) * mask + handed_on[kernel]
+            for stages in range(MIN_STAGES, most + 1)
+        }
+        if shared[MIN_STAGES] > limits.shared:
+            return None
         chosen[f"{kernel}_stages"] = max(
             stages
-            for stages in range(MIN_STAGES, most + 1)
+            for stages, taken in shared.items()
             if stages == MIN_STAGES
-            or (
-                kept + stages * (staged + mask) + products <= shared
-                and blocks * (kept + stages * (staged + mask) + RESERVED) <= shared + RESERVED
-            )
+            or (taken <= limits.shared and blocks * (taken + RESERVED) <= limits.shared + RESERVED)
         )
     return chosen

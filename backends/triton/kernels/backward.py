@@ -36,6 +36,7 @@ from adasplash2.backends.triton.kernels.score import (
     open_tiles,
     products,
     scale_of,
+    seeing_rows,
     terms_of,
     through_cap,
     through_dropout,
@@ -51,6 +52,7 @@ from adasplash2.backends.triton.kernels.work import (
     entry_of,
     head_of,
     in_turn,
+    is_edge,
     is_marked,
     load_pair,
     load_thresholds,
@@ -131,7 +133,7 @@ def add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, keys, 
 
 @triton.jit
 def tile_gradient(row_block, grad, delta, spread, k, v, first_key, terms, shape, opt: tl.constexpr,
-                  SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+                  SAFE: tl.constexpr, EDGE):  # fmt: skip
     """``ds`` of a row block and a key tile, last, and what it is made of."""
     x, s, product = distances(row_block, k, first_key, terms, shape, opt, EDGE)
     p, u = weights(x, terms.r, opt)
@@ -152,10 +154,11 @@ def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, e
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
-        first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
+        first, k, v = load_pair(number, keys, values, shape, opt, EDGE != 0)
         number = entry_of(numbers, index + 1, stop)
         x, p, u, s, product, dp, ds = tile_gradient(row_block, grad, delta, spread, k, v, first,
-                                                    terms, shape, opt, SAFE, EDGE)  # fmt: skip
+                                                    terms, shape, opt, SAFE,
+                                                    is_edge(index, entries, EDGE))  # fmt: skip
         ds_product = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if WANTED.some:
             rows, columns = numbers_of(row_block[3], first, opt, opt.block_q)
@@ -237,10 +240,10 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     acc = tl.full((opt.block_q, opt.padded), 0.0, tl.float32)
     zeros = tl.full((opt.block_q,), 0.0, tl.float32)
     parts = zeros, zeros, (zeros, zeros, zeros, zeros, zeros), zeros
-    for edge in tl.static_range(2):
+    for edge in tl.static_range(2 if opt.lower else 0, 3 if opt.lower else 2):
         acc, parts = grad_query_tiles(
             acc, parts, row_block, grad, delta, spread, keys, values, entries, terms, shape, opt,
-            WANTED, SAFE, edge == 1,
+            WANTED, SAFE, edge,
         )  # fmt: skip
     if opt.scales:
         acc = acc * scale_of(first_row + tl.arange(0, opt.block_q), terms, shape, opt)[:, None]
@@ -269,12 +272,21 @@ def transpose_lists(
 ):
     """Per key tile, the row blocks of its ``gqa_group`` of heads for which it is live, as
     ``member * row_blocks + row_block``: first those that see all of it, then those that need the
-    mask."""
+    mask.
+
+    Where a window ends on both sides only row blocks are looked at that see the tile.
+    """
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     number = tl.program_id(0)
     tile = number % tiles
     capacity = shape.gqa_group * row_blocks
+    begin = 0
+    count = row_blocks
+    if opt.left and opt.upper and not opt.ranges:
+        begin, end = seeing_rows(tile * opt.block_k, shape, opt)
+        begin = begin // opt.block_q
+        count = tl.cdiv(end, opt.block_q) - begin
     kv_row = number // tiles
     heads_kv = shape.heads_q // shape.gqa_group
     # What is seen is the same for all heads of a sequence.
@@ -284,10 +296,13 @@ def transpose_lists(
     numbers = row_block_lists + number.to(tl.int64) * capacity
     found = 0
     for edge in tl.static_range(2):
-        for chunk in range(0, capacity, CHUNK):
+        for chunk in range(0, shape.gqa_group * count, CHUNK):
             entry = chunk + tl.arange(0, CHUNK)
+            exists = entry < shape.gqa_group * count
+            if opt.left and opt.upper and not opt.ranges:
+                entry = entry // count * row_blocks + begin + entry % count
             flags = live + (first_block + entry) * tiles + tile
-            alive = tl.load(flags, mask=entry < capacity, other=0)
+            alive = tl.load(flags, mask=exists, other=0)
             # The end of the keys needs no mask: what lies beyond it is not stored.
             first_row = entry % row_blocks * opt.block_q
             whole = open_tiles(first_row, tiles * opt.block_k, terms, shape, opt) > tile
@@ -300,13 +315,35 @@ def transpose_lists(
 
 
 @triton.jit
+def of_rows(vector, BY_KEY: tl.constexpr):
+    """A vector of rows against the keys, as in :func:`numbers_of`."""
+    if BY_KEY:
+        return vector[None, :]
+    else:
+        return vector[:, None]
+
+
+@triton.jit
+def by_keys(tile, BY_KEY: tl.constexpr):
+    """A tile whose keys run along the first axis, as they do already where BY_KEY."""
+    if BY_KEY:
+        return tile
+    else:
+        return tl.trans(tile)
+
+
+@triton.jit
 def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, at_head, shape,
                    opt: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
                    SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds^T Q`` and ``p^T dO`` over the entries that need no mask, or the others where EDGE.
 
-    A row block is taken in PARTS: all of its rows do not fit the registers beside two sums.
+    A row block is taken in PARTS: all of its rows do not fit the registers beside two sums. Tiles
+    are made with keys along the first axis, as the sums want them, but for masks: those lie in
+    memory by rows, and what threads would hand on of them is more than what they do of ``p`` and
+    ``ds``.
     """
+    by_key: tl.constexpr = not opt.masked
     acc_k, acc_v, bad = sums
     _, batch, kv_head = at_head
     q_base, q_member, q_row = queries
@@ -331,29 +368,38 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
         # A rounding of the smallest `x` moves its `u`: where steep, to the bit as for `delta`.
-        product = tl.trans(products(q, k, opt)) if opt.steep else products(k, q, opt)
-        dp = matmul(v, tl.trans(grad))
+        if by_key:
+            product = tl.trans(products(q, k, opt)) if opt.steep else products(k, q, opt)
+            dp = matmul(v, tl.trans(grad))
+        else:
+            product = products(q, k, opt)
+            dp = matmul(grad, tl.trans(v))
         terms = terms_of(batch, kv_head * shape.gqa_group + entry // row_blocks, shape, opt)
-        x, s = distances_of(product, top[None, :] if opt.exact else top, t[None, :], first_row,
-                            first_key, terms, shape, opt, part, True, EDGE)  # fmt: skip
+        if opt.relative:
+            top = of_rows(top, by_key)
+        x, s = distances_of(product, top, of_rows(t, by_key), first_row, first_key, terms, shape,
+                            opt, part, by_key,
+                            is_edge(index // PARTS, entries, EDGE))  # fmt: skip
         p, u = weights(x, terms.r, opt)
         if opt.dropout or opt.scales:
-            rows, keys = numbers_of(first_row, first_key, opt, part, True)
+            rows, keys = numbers_of(first_row, first_key, opt, part, by_key)
         if opt.dropout:
             kept = is_kept(rows, keys, terms, shape, opt)
             p = tl.where(kept, p, 0.0)  # the factor of dropout last: float16 may not hold it
             dp = through_dropout(dp, kept, shape)
-        acc_v += matmul((p * SCALE).to(grad.dtype), finite_part(grad, SAFE))
-        ds = score_gradient(x, u, dp, delta[None, :], spread[None, :], terms.r, opt, SAFE)
+        acc_v += matmul(by_keys((p * SCALE).to(grad.dtype), by_key), finite_part(grad, SAFE))
+        ds = score_gradient(x, u, dp, of_rows(delta, by_key), of_rows(spread, by_key), terms.r, opt,
+                            SAFE)  # fmt: skip
         ds = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if opt.scales:
             ds = on_support(ds * scale_of(rows, terms, shape, opt), x, terms.r, opt, SAFE)
+        ds = by_keys(ds, by_key)
         acc_k += gradient_product(ds, finite_part(q, SAFE), opt, SAFE, opt.scales)
         if SAFE:
             reached = is_inside(x, terms.r, opt)
             if opt.dropout:
                 reached = reached & kept
-            bad = count_bad(bad, reached, grad)
+            bad = count_bad(bad, by_keys(reached, by_key), grad)
     return acc_k, acc_v, bad
 
 
@@ -513,10 +559,10 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
         tl.full((opt.block_k, opt.padded_v), 0.0, tl.float32),
         (none, none),
     )
-    for edge in tl.static_range(2):
+    for edge in tl.static_range(2 if opt.lower else 0, 3 if opt.lower else 2):
         sums = grad_key_tiles(
             sums, k, v, first_key, (q_base, query.head, q_row), (g_base, grad_out.head, g_row),
-            thresholds, entries, at_head, shape, opt, prob_scale, PARTS, SAFE, edge == 1,
+            thresholds, entries, at_head, shape, opt, prob_scale, PARTS, SAFE, edge,
         )  # fmt: skip
     acc_k, acc_v, bad = sums
     if pieces > 0:

@@ -33,6 +33,7 @@ from adasplash2.backends.triton.kernels.work import (
     entries_at,
     entry_of,
     head_of,
+    is_edge,
     is_marked,
     keys_of,
     load_pair,
@@ -103,9 +104,9 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_s
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
-        first, k, v = load_pair(number, keys, values, shape, opt, EDGE)
+        first, k, v = load_pair(number, keys, values, shape, opt, EDGE != 0)
         number = entry_of(numbers, index + 1, stop)
-        x, _, _ = distances(row_block, k, first, terms, shape, opt, EDGE)
+        x, _, _ = distances(row_block, k, first, terms, shape, opt, is_edge(index, entries, EDGE))
         sums = weigh(sums, x, v, row_block[3], first, marks, terms, shape, u_scale, opt, SCALE,
                      GRADIENT, SAFE, COUNT, MARK)  # fmt: skip
     return sums
@@ -221,9 +222,9 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     sums = no_sums(opt, GRADIENT, SAFE)
     row_block = (q, top, t, first_row)
     u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
-    for edge in tl.static_range(2):
+    for edge in tl.static_range(2 if opt.lower else 0, 3 if opt.lower else 2):
         sums = weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
-                           opt, scale, GRADIENT, SAFE, COUNT, MARK, edge == 1)  # fmt: skip
+                           opt, scale, GRADIENT, SAFE, COUNT, MARK, edge)  # fmt: skip
     store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch, head,
                  first_row, at_row, inside, value.base.dtype.element_ty, terms, shape, opt, scale,
                  GRADIENT, SAFE, COUNT)  # fmt: skip

@@ -187,6 +187,19 @@ def seen_tiles(first_row, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def seeing_rows(first_key, shape, opt: tl.constexpr):
+    """The rows that see some key of a tile, from a first one up to an end, at least one: where
+    windows end on both sides."""
+    shift = shape.length_k - shape.length_q if opt.shifted else 0
+    begin = first_key - shift
+    if opt.right:
+        begin -= shape.terms.right - AWAY
+    end = first_key + opt.block_k + shape.terms.left - AWAY - shift
+    begin = tl.minimum(tl.maximum(begin, 0), shape.length_q - 1)
+    return begin, tl.maximum(tl.minimum(end, shape.length_q), begin + 1)
+
+
+@triton.jit
 def near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt: tl.constexpr):
     """``begin`` and ``end`` of the key tiles of a row block without those that slopes keep out of
     its support.
@@ -350,9 +363,9 @@ def biased(s, bias, opt: tl.constexpr):
 
 @triton.jit
 def distance(s, top, t, c, opt: tl.constexpr):
-    """``x = c (s - top) - t``; where not ``opt.exact``, ``x = c s - tau``, which rounds as ``tau``
-    does but costs one operation less."""
-    if opt.exact:
+    """``x = c (s - top) - t``; where not ``opt.relative``, ``x = c s - tau``, which rounds as
+    ``tau`` does but costs one operation less."""
+    if opt.relative:
         return c * (s - top) - t
     else:
         return c * s - t
@@ -361,7 +374,7 @@ def distance(s, top, t, c, opt: tl.constexpr):
 @triton.jit
 def column(top, opt: tl.constexpr):
     """``top`` against the keys; nothing where it is not used."""
-    if opt.exact:
+    if opt.relative:
         top = top[:, None]
     return top
 
@@ -381,7 +394,7 @@ def numbers_of(first_row, first_key, opt: tl.constexpr, ROWS: tl.constexpr,
 
 @triton.jit
 def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.constexpr,
-                 ROWS: tl.constexpr, BY_KEY: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+                 ROWS: tl.constexpr, BY_KEY: tl.constexpr, EDGE):  # fmt: skip
     """``x`` of products (off the support where a key may not be seen) and scores by
     :func:`capped`; the others as for :func:`numbers_of`."""
     s = product
@@ -389,16 +402,24 @@ def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.co
     if opt.scored:
         rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
         s = capped(product, rows, terms, shape, opt)
-        score = biased(s, bias_of(rows, keys, terms, shape, opt), opt)
-    x = distance(score, top, t, terms.c, opt)
-    if EDGE:
-        rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
-        x = tl.where(allowed(rows, keys, terms, shape, opt), x, -1.0)
+        score = s
+        if opt.biased:  # what is hidden, with a key that is not finite, is NaN: off the support
+            score = s + bias_of(rows, keys, terms, shape, opt)
+    if opt.lower:
+        if EDGE:  # see `is_edge`; before the last operation, into which `x` is cut
+            rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
+            score = tl.where(allowed(rows, keys, terms, shape, opt), score, -INFINITY)
+        x = distance(score, top, t, terms.c, opt)
+    else:
+        x = distance(score, top, t, terms.c, opt)
+        if EDGE:
+            rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
+            x = tl.where(allowed(rows, keys, terms, shape, opt), x, -1.0)
     return x, s
 
 
 @triton.jit
-def distances(row_block, k, first_key, terms, shape, opt: tl.constexpr, EDGE: tl.constexpr):
+def distances(row_block, k, first_key, terms, shape, opt: tl.constexpr, EDGE):
     """:func:`distances_of` a row block and a key tile, the scores, and the products."""
     q, top, t, first_row = row_block
     product = products(q, k, opt)

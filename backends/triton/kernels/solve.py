@@ -48,6 +48,7 @@ from adasplash2.backends.triton.kernels.threshold import (
 from adasplash2.backends.triton.kernels.work import (
     entry_of,
     head_of,
+    is_edge,
     keys_of,
     load_keys,
     load_tile,
@@ -58,6 +59,10 @@ from adasplash2.backends.triton.kernels.work import (
 BOUND_STEPS = tl.constexpr(3)
 """Certain rises on the maxima of a row's tiles. On Gaussian scores the bound then keeps a
 twentieth more keys than the threshold itself; more steps change nothing."""
+
+PIECES = tl.constexpr(4)
+"""Of a tile, whose maxima are kept apart where all that a row block may see are few. With 17 tiles
+they leave blocks of Gaussian rows two of Newton's steps for three by those of whole tiles."""
 
 BOUND_SLACK = tl.constexpr(1e-6)
 """See :func:`slack`."""
@@ -71,7 +76,7 @@ def slack(r):
 
 @triton.jit
 def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH: tl.constexpr,
-                EDGE: tl.constexpr):  # fmt: skip
+                EDGE):  # fmt: skip
     """Scores of ``rows`` and the WIDTH keys from ``first`` on, with their ``bias``; -inf where,
     with EDGE, a key may not be seen."""
     s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
@@ -82,26 +87,53 @@ def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def span_maxima(q, keys, first, bias, first_row, terms, shape, opt: tl.constexpr,
-                SPAN: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """The row maxima of SPAN tiles, and :func:`part_sums` of scores and of their squares where
-    ``opt.guesses``."""
-    width: tl.constexpr = SPAN * opt.block_k
-    k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, EDGE, opt)
-    rows = (first_row + tl.arange(0, opt.block_q))[:, None]
-    s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, EDGE)
-    moments = 0.0, 0.0
-    if opt.guesses:
-        seen = tl.where(s > -INFINITY, s, 0.0) if EDGE else s
-        moments = part_sums(seen), part_sums(seen * seen)
-    return largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2), moments
+def piece_maxima(s, SPAN: tl.constexpr):
+    """The row maxima of PIECES of each of SPAN tiles, of keys that one thread holds of a product of
+    matrices before compute capability 10: of four neighbouring pairs each has one."""
+    pairs: tl.constexpr = s.shape[1] // (SPAN * PIECES * 2)
+    kept = tl.reshape(s, (s.shape[0], SPAN, pairs, PIECES, 2))
+    return largest(largest(kept, 4), 2)
 
 
 @triton.jit
-def scan_tiles(found, maxima, q, keys, first_row, start, stop, terms, shape, opt: tl.constexpr,
-               SPAN: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+def moments_of(s, EDGE):
+    """:func:`part_sums` of scores and of their squares; where EDGE some are -inf."""
+    if EDGE:
+        seen = tl.where(s > -INFINITY, s, 0.0)
+        total = part_sums(seen)
+        squares = part_sums(seen * seen)
+    else:
+        total = part_sums(s)
+        squares = part_sums(s * s)
+    return total, squares
+
+
+@triton.jit
+def span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt: tl.constexpr,
+                SPAN: tl.constexpr, EDGE: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
+    """The row maxima of SPAN tiles, where FEW by :func:`piece_maxima`, and :func:`part_sums` of
+    scores and of their squares where ``opt.guesses``."""
+    width: tl.constexpr = SPAN * opt.block_k
+    k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, EDGE != 0, opt)
+    rows = (first_row + tl.arange(0, opt.block_q))[:, None]
+    s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, edge)
+    moments = 0.0, 0.0
+    if opt.guesses:
+        moments = moments_of(s, edge)
+    if FEW:
+        highest = piece_maxima(s, SPAN)
+    else:
+        highest = largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
+    return highest, moments
+
+
+@triton.jit
+def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms, shape,
+               opt: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr,
+               FEW: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Store the row maxima of tiles, SPAN of them at a time, and return those so far and, where
-    ``opt.guesses``, the sums of scores and of their squares: ``found`` with more tiles. Keys of
+    ``opt.guesses``, the sums of scores and of their squares: ``found`` with more tiles. EDGE is as
+    for ``portion``, with ``open_spans`` from a first one up to an end. Keys of
     tiles that a mask of booleans hides are not read; to look for such in one that is added would
     keep its tiles and those of keys from being asked for ahead."""
     top, total, squares = found
@@ -109,23 +141,33 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, terms, shape, opt
     width: tl.constexpr = SPAN * opt.block_k
     for span in tl.range(start, stop, num_stages=STAGES if opt.adds else None):
         first = span * width
+        edge = EDGE == 1
+        if EDGE == 2:
+            edge = (span < open_spans[0]) | (span >= open_spans[1])
         bias = 0.0
         if opt.biased:
             columns = (first + tl.arange(0, width))[None, :]
             bias = bias_of((first_row + rows)[:, None], columns, terms, shape, opt)
         if opt.hides:
-            highest = tl.full((opt.block_q, SPAN), -INFINITY, tl.float32)
+            if FEW:
+                highest = tl.full((opt.block_q, SPAN, PIECES), -INFINITY, tl.float32)
+            else:
+                highest = tl.full((opt.block_q, SPAN), -INFINITY, tl.float32)
             if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
-                highest, _ = span_maxima(q, keys, first, bias, first_row, terms, shape, opt, SPAN,
-                                         EDGE)  # fmt: skip
+                highest, _ = span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt,
+                                         SPAN, EDGE, FEW)  # fmt: skip
         else:
-            highest, moments = span_maxima(q, keys, first, bias, first_row, terms, shape, opt,
-                                           SPAN, EDGE)  # fmt: skip
+            highest, moments = span_maxima(q, keys, first, bias, first_row, edge, terms, shape,
+                                           opt, SPAN, EDGE, FEW)  # fmt: skip
             if opt.guesses:
                 total += moments[0]
                 squares += moments[1]
         numbers = span * SPAN + tl.arange(0, SPAN)
-        tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
+        if FEW:
+            places = numbers[:, None] + tl.arange(0, PIECES)[None, :] * CHUNK
+            tl.store(maxima + places[None, :, :] * opt.block_q + rows[:, None, None], highest)
+        else:
+            tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
         top = larger(top, largest(highest, 1))
     return top, total, squares
 
@@ -135,6 +177,15 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
     places = first + tl.arange(0, CHUNK)
     pointers = maxima + places[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
     return tl.load(pointers, mask=(places < end)[None, :], other=-INFINITY)
+
+
+@triton.jit
+def load_pieces(maxima, count, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """What :func:`scan_tiles` has stored where FEW of ``count`` tiles, by row, and by piece and
+    tile."""
+    places = tl.arange(0, PIECES * CHUNK)
+    pointers = maxima + places[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
+    return tl.load(pointers, mask=(places % CHUNK < count)[None, :], other=-INFINITY)
 
 
 @triton.jit
@@ -185,6 +236,17 @@ def raised(t, mass, slope, top, terms, opt: tl.constexpr):
     if opt.sinks:
         mass, slope, _ = with_sink(mass, slope, top, t, terms, opt)
     return t + tl.where(mass > 1.0, certain_rise(mass, slope, terms.r, opt), 0.0)
+
+
+@triton.jit
+def bound_rows(highest, top, pending, terms, opt: tl.constexpr):
+    """:func:`bound_of` by maxima that are at hand; ``highest``: ``c (s - top)`` of these."""
+    t = lowest(pending, terms.r, opt)
+    for _ in range(BOUND_STEPS):
+        p, u = weights(highest - t[:, None], terms.r, opt)
+        mass, slope = pair_sums(p, u)
+        t = raised(t, mass, slope, top, terms, opt)
+    return t - slack(terms.r)
 
 
 @triton.jit
@@ -243,6 +305,27 @@ def list_live(lists, live, candidates, maxima, top, t, open_ones, count, terms,
 
 
 @triton.jit
+def list_few(lists, live, first, count, highest, t, open_ones, terms, opt: tl.constexpr):
+    """:func:`list_live` of ``count`` tiles from ``first`` on; ``highest``: ``c (s - top)`` of their
+    maxima."""
+    first_open, open_end = open_ones
+    places = tl.arange(0, highest.shape[1])
+    numbers = first + places
+    x = tl.max(highest - t[:, None], 0)
+    alive = is_inside(x, terms.r, opt) & (places < count)
+    tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
+    # Both kinds are counted at once, in the halves of a word.
+    is_open = (numbers >= first_open) & (numbers < open_end)
+    ones = tl.where(alive, tl.where(is_open, 1, 1 << 16), 0)
+    before = tl.cumsum(ones, 0) - ones
+    total = tl.sum(ones, 0)
+    found_open = total & 0xFFFF
+    goal = tl.where(is_open, before & 0xFFFF, found_open + (before >> 16))
+    tl.store(lists + goal, numbers, mask=alive)
+    return found_open, found_open + (total >> 16)
+
+
+@triton.jit
 def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
               STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """:func:`with_parts` for the entries that need no mask, or the others where EDGE."""
@@ -251,8 +334,8 @@ def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
     for index in tl.range(start, stop, num_stages=STAGES):
         first = number * opt.block_k
         number = entry_of(numbers, index + 1, stop)
-        k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, EDGE, opt)
-        x, _, _ = distances(row_block, k, first, terms, shape, opt, EDGE)
+        k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, EDGE != 0, opt)
+        x, _, _ = distances(row_block, k, first, terms, shape, opt, is_edge(index, entries, EDGE))
         sums = with_parts(sums, x, terms.r, opt)
     return sums
 
@@ -315,7 +398,7 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
 @triton.jit
 def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, counts, poison,
           taken, iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
-          MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+          MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, FEW: tl.constexpr,
           COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
@@ -327,11 +410,18 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
     Programs take row blocks as they get done, by the count ``taken``: a causal block may see many
     times the keys of another. ``maxima`` and ``candidates`` have one slice a program, reused by its
     row blocks. ``live`` and ``taken`` come as zeros.
+
+    Where FEW, no row block sees more than CHUNK tiles, all about as many: their maxima stay in
+    registers, and row blocks are dealt out.
     """
     tiles = tl.cdiv(shape.length_k, opt.block_k)
-    maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
-    candidates += tl.program_id(0).to(tl.int64) * tiles
-    item = tl.atomic_add(taken, 1)
+    if FEW:
+        maxima += tl.program_id(0).to(tl.int64) * PIECES * CHUNK * opt.block_q
+        item = tl.program_id(0)
+    else:
+        maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
+        candidates += tl.program_id(0).to(tl.int64) * tiles
+        item = tl.atomic_add(taken, 1)
     while item < work_items:
         at_block, at_head, first_row, at_row, inside = row_block_at(item, shape, opt)
         batch, head, kv_head = at_head
@@ -343,7 +433,11 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         end = seen_tiles(first_row, terms, shape, opt)
         zeros = tl.full((opt.block_q,), 0.0, tl.float32)
         parts = no_parts(opt)
-        scanned = zeros - INFINITY, parts[0], parts[1]
+        if FEW:
+            lowest_maxima = tl.full((opt.block_q, PIECES), -INFINITY, tl.float32)
+        else:
+            lowest_maxima = zeros - INFINITY
+        scanned = lowest_maxima, parts[0], parts[1]
         seen = 0, end
         first_open = 0
         origin = 0
@@ -355,37 +449,51 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 begin, end = near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt)
             first_open, open_end = open_between(first_row, begin, end, open_end, terms, shape, opt)
             # A program's maxima begin with those of the first span that some row sees.
-            whole = tl.minimum(tl.cdiv(first_open, SPAN), tl.cdiv(end, SPAN))
-            origin = begin // SPAN * SPAN
-            maxima_at = maxima - origin * opt.block_q
-            scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, begin // SPAN, whole,
-                                 terms, shape, opt, SPAN, STAGES, True)  # fmt: skip
-            first_open_span = whole
-            whole = tl.maximum(open_end // SPAN, whole)
-            last = tl.cdiv(end, SPAN)
-            scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_open_span, whole,
-                                 terms, shape, opt, SPAN, STAGES, False)  # fmt: skip
-            scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, whole, last, terms, shape,
-                                 opt, SPAN, STAGES, True)  # fmt: skip
+            first_span = begin // SPAN
+            origin = first_span * SPAN
+            whole = tl.cdiv(first_open, SPAN)
+            scanned = scan_tiles(scanned, maxima - origin * opt.block_q, q, keys, first_row,
+                                 first_span, tl.cdiv(end, SPAN), (whole, open_end // SPAN), terms,
+                                 shape, opt, SPAN, STAGES, 2, FEW, CHUNK)  # fmt: skip
         else:
             whole = open_end // SPAN
             last = tl.cdiv(end, SPAN)
-            scanned = scan_tiles(scanned, maxima, q, keys, first_row, 0, whole, terms, shape, opt,
-                                 SPAN, STAGES, False)  # fmt: skip
-            scanned = scan_tiles(scanned, maxima, q, keys, first_row, whole, last, terms, shape,
-                                 opt, SPAN, STAGES, True)  # fmt: skip
+            scanned = scan_tiles(scanned, maxima, q, keys, first_row, 0, whole, (0, whole), terms,
+                                 shape, opt, SPAN, STAGES, 0, FEW, CHUNK)  # fmt: skip
+            scanned = scan_tiles(scanned, maxima, q, keys, first_row, whole, last, (0, whole),
+                                 terms, shape, opt, SPAN, STAGES, 1, FEW, CHUNK)  # fmt: skip
         tl.debug_barrier()  # the maxima are read back by other threads
 
-        top, poisoned, pending = kinds_of(scanned[0], inside, terms, opt)
-        t, left = bound_of(
-            candidates, maxima, top, pending, origin, end - origin, terms, opt, CHUNK
-        )
         numbers = lists + at_block.to(tl.int64) * tiles
         flags = live + at_block.to(tl.int64) * tiles
-        found_open, found = list_live(
-            numbers, flags, candidates, maxima, top, t, (first_open, open_end), left, terms, opt,
-            CHUNK,
-        )  # fmt: skip
+        open_ones = (first_open, open_end)
+        if FEW:
+            top, poisoned, pending = kinds_of(largest(scanned[0], 1), inside, terms, opt)
+            # Through memory: else the compiler hands maxima to the threads that hold the others.
+            tl.store(top_out + at_row, top, mask=inside)
+            tl.store(t_out + at_row, lowest(pending, terms.r, opt), mask=inside)
+            tl.debug_barrier()
+            left = end - origin
+            pieces = load_pieces(maxima, left, opt, CHUNK)
+            of_tiles = tl.load(top_out + at_row, mask=inside, other=0.0)
+            t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
+            pieces = terms.c * (pieces - of_tiles[:, None])
+            highest = tl.max(tl.reshape(pieces, (opt.block_q, PIECES, CHUNK)), 1)
+            bound = bound_rows(pieces, of_tiles, t < INFINITY, terms, opt)
+            found_open, found = list_few(numbers, flags, origin, left, highest, bound, open_ones,
+                                         terms, opt)  # fmt: skip
+            tl.debug_barrier()  # they are read
+            tl.store(t_out + at_row, bound, mask=inside)
+            tl.debug_barrier()
+            t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
+        else:
+            top, poisoned, pending = kinds_of(scanned[0], inside, terms, opt)
+            t, left = bound_of(
+                candidates, maxima, top, pending, origin, end - origin, terms, opt, CHUNK
+            )
+            found_open, found = list_live(
+                numbers, flags, candidates, maxima, top, t, open_ones, left, terms, opt, CHUNK
+            )
         lo = t
         if opt.guesses:
             rows = first_row + tl.arange(0, opt.block_q)
@@ -403,14 +511,14 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         while waiting:
             tl.debug_barrier()  # the list is written
             threshold = t
-            if not opt.exact:
+            if not opt.relative:
                 threshold = terms.c * top + t
             row_block = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)
             sums = no_parts(opt)
-            sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, False)
-            parts = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, True)
-            mass, slope, count = row_sums(parts)
+            for edge in tl.static_range(2 if opt.lower else 0, 3 if opt.lower else 2):
+                sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, edge)
+            mass, slope, count = row_sums(sums)
             if opt.sinks:
                 mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
                 count += is_kept
@@ -428,10 +536,15 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             tl.store(t_out + at_row, bound, mask=inside)
             tl.debug_barrier()  # the list is read
             bound = tl.load(t_out + at_row, mask=inside, other=INFINITY)
-            found_open, found = list_live(
-                numbers, flags, candidates, maxima, top, bound, (first_open, open_end), left, terms,
-                opt, CHUNK,
-            )  # fmt: skip
+            if FEW:
+                found_open, found = list_few(
+                    numbers, flags, origin, left, highest, bound, open_ones, terms, opt
+                )
+            else:
+                found_open, found = list_live(
+                    numbers, flags, candidates, maxima, top, bound, open_ones, left, terms, opt,
+                    CHUNK,
+                )  # fmt: skip
         tl.debug_barrier()  # the bounds are read
         tl.store(counts + 2 * at_block, found_open)
         tl.store(counts + 2 * at_block + 1, found)
@@ -441,4 +554,4 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
 
         mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shape, opt)
         tl.debug_barrier()  # the maxima are free for the next block
-        item = tl.atomic_add(taken, 1)
+        item = item + tl.num_programs(0) if FEW else tl.atomic_add(taken, 1)

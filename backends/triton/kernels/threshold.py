@@ -181,7 +181,7 @@ def guarded(t, lo, hi, mass, slope, r, tolerance, step, opt: tl.constexpr):
 @triton.jit
 def grain(top, t, c, opt: tl.constexpr):
     """A distance of thresholds that rounding of ``x`` hides: steps of it may go to and fro."""
-    if opt.exact:
+    if opt.relative:
         return tl.abs(t) * EPSILON
     else:
         return tl.abs(c * top + t) * EPSILON
@@ -273,7 +273,10 @@ def with_parts(sums, x, r, opt: tl.constexpr):
     mass += part_sums(p)
     slope += part_sums(u)
     if opt.alpha == 1.5:
-        count += opt.block_k // PARTS + part_sums(x.to(tl.int32, bitcast=True) >> 31)
+        if opt.masked:  # of what a mask hides `x` may be NaN, of either sign
+            count += part_sums((-u.to(tl.int32, bitcast=True)).to(tl.uint32) >> 31).to(tl.int32)
+        else:
+            count += opt.block_k // PARTS + part_sums(x.to(tl.int32, bitcast=True) >> 31)
     return mass, slope, count
 
 

@@ -212,9 +212,23 @@ def checked(entries, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def portion(entries, EDGE: tl.constexpr):
-    """The list, and where in it those that need no mask begin and end, or the others where EDGE."""
+    """The list, and where in it those that need no mask begin and end; where EDGE is 1 the others;
+    where it is 2 all, for loops that ask :func:`is_edge`.
+
+    Two loops do nothing but what is needed, but the second starts with nothing on the way. Where
+    rows see few tiles (``opt.lower``) that takes longer.
+    """
     numbers, open_end, end = entries
-    return numbers, open_end if EDGE else 0, end if EDGE else open_end
+    return numbers, open_end if EDGE == 1 else 0, end if EDGE else open_end
+
+
+@triton.jit
+def is_edge(index, entries, EDGE: tl.constexpr):
+    """Whether entry ``index`` needs the mask: at compile time but where EDGE is 2."""
+    if EDGE == 2:
+        return index >= entries[1]
+    else:
+        return EDGE == 1
 
 
 @triton.jit
@@ -238,6 +252,6 @@ def load_pair(number, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr
 
 @triton.jit
 def load_thresholds(top, t, at_row, inside, opt: tl.constexpr):
-    """``top`` and ``t`` where ``opt.exact``, else zero and ``tau``; see :func:`distance`."""
-    top = tl.load(top + at_row, mask=inside, other=0.0) if opt.exact else 0.0
+    """``top`` and ``t`` where ``opt.relative``, else zero and ``tau``; see :func:`distance`."""
+    top = tl.load(top + at_row, mask=inside, other=0.0) if opt.relative else 0.0
     return top, tl.load(t + at_row, mask=inside, other=INFINITY)
