@@ -83,7 +83,8 @@ def _pieces(call: Call, lengths: dict[str, int], dtype: torch.dtype) -> dict[str
 def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     """Output and thresholds; ``counted`` as in :func:`launch.forward`.
 
-    Scores take 4 bytes a row and key. Few of them are written where few keys reach a bound.
+    Scores take 4 bytes a row and key, their maxima and lists up to an eighth of that. Few scores
+    are written where few keys reach a bound.
     """
     problem, grid, opt = call.problem, call.grid, call.plan.opt
     cut = Cut.of(problem, call.config, grid)

@@ -52,8 +52,10 @@ DECODED_REGISTERS = 128
 compiled; what multiplies in float32 takes twice as many."""
 
 DECODED_GROUP = 16
-"""Keys of a tile whose scores of a row are kept, or left, together, where many rows share keys:
-what is written of scores is then as much as what is read of keys."""
+"""Keys of a tile whose scores of a row are kept, or left, together, where more than FULL_WIDTH rows
+share keys; where they are fewer, all of a tile: what 64 rows write of scores may be as much as what
+is read of keys. Of Gaussian rows (c = 1, 131,072 keys in 33 splits) 38 % are written so, simulated,
+by tiles of 64 keys 73 %."""
 
 SOLVE_REGISTERS = 128
 """Of a thread of ``decode_solve`` where rows are many: nothing is spilled."""
