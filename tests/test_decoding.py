@@ -151,7 +151,7 @@ def test_rows(rows: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if sizes.INTERPRETED:
         from adasplash2.backends.triton import decoding
 
-        monkeypatch.setattr(decoding, "SERIAL", 1)
+        monkeypatch.setattr(decoding, "SERIAL", 64)
     change, said = ROWS[rows]
     generator = torch.Generator().manual_seed(3)
     shapes = (2, 4, 1, 16), (2, 2, 700, 16), (2, 2, 700, 24)
@@ -269,6 +269,21 @@ def test_cuda_graphs_capture_a_step(page_size: int, backend: str) -> None:
         value.flatten()[5] = number
         graph.replay()
         torch.testing.assert_close(captured, step(), rtol=0, atol=0, equal_nan=True)
+
+
+@BACKENDS
+@interpreted()
+@pytest.mark.parametrize("sharpness", [1.0, 0.1, 0.01])
+def test_many_rows_that_share_keys(sharpness: float, backend: str) -> None:
+    """Scores are kept by groups of fewer keys than a tile."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = (1, 4, 11, 16), (1, 2, 900, 16), (1, 2, 900, 24)
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    query *= sharpness
+    out = attend(backend, *(t.to(device_of(backend)) for t in (query, key, value))).cpu()
+    tensors = (t.double() for t in (query, key, value))
+    exact, _ = language.attention(*tensors)
+    assert reference.error(out, exact) <= LIMITS[torch.float32] * reference.norm(exact)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,8 @@ from cases import device_of, interpreted, usable_backends
 from torch import Tensor
 
 import adasplash2
-from adasplash2 import dispatch, entmax_attention_with_kvcache, functional, ops
+from adasplash2 import dispatch, entmax_attention_with_kvcache, functional, lowering, ops
+from adasplash2.options import Options
 
 BACKENDS = pytest.mark.parametrize("backend", usable_backends())
 
@@ -196,6 +197,36 @@ def test_tokens_one_by_one_are_the_sequence_and_nothing_is_decided_anew() -> Non
     assert dispatch._decide.cache_info().misses == decisions
     whole = adasplash2.entmax_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(torch.cat(found, dim=2), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, (0, 0), (9, -1), (-1, 2), (20, 1)])
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("length_q", [1, 3, 16])
+def test_ranges_of_few_queries(length_q: int, placed: bool, window: tuple[int, int] | None) -> None:
+    """One or two operations say what others say in ten."""
+    query = torch.zeros(3, 4, length_q, 16)
+    lengths = torch.tensor([0, 17, 60], dtype=torch.int32)
+    left, right = window or (-1, -1)
+    for new in (0, 1, 4):
+        for is_causal in (False, True):
+            options = Options(
+                is_causal=is_causal,
+                window_left=left,
+                window_right=-1 if is_causal else right,
+                causal_align="bottom-right",
+            )
+            found = lowering._few_ranges(options, query, lengths, new, placed)
+            assert found is not None
+            _, exact = lowering._ranges(options, query, 64, None, lengths + new, None)
+            assert found.shape == exact.shape
+            assert found.dtype == exact.dtype
+            asked = slice(3 if placed else 2)
+            assert torch.equal(found[asked], exact[asked])
+    with torch.profiler.profile() as profile:
+        lowering._few_ranges(options, query, lengths, 0, False)
+    asked_for = {event.key for event in profile.key_averages()}
+    assert "aten::clamp" in asked_for
+    assert not asked_for & {"aten::arange", "aten::zeros", "aten::stack", "aten::minimum"}
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])

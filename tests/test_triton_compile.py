@@ -43,7 +43,7 @@ from adasplash2.backends.triton import launch, rows
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Shared memory that a block may ask for, by compute capability."""
 
-LIMITS = {arch: sizes.Limits(shared, arch == 90) for arch, shared in SHARED.items()}
+LIMITS = {arch: sizes.Limits(shared, arch == 90, arch >= 90) for arch, shared in SHARED.items()}
 
 
 def with_symbols(problem: Problem) -> Problem:

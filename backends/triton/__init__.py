@@ -264,7 +264,8 @@ def _limits(device: torch.device) -> sizes.Limits:
     if torch.version.hip is not None:
         return sizes.Limits(int(properties.shared_memory_per_block))
     capability = properties.major, properties.minor
-    return sizes.Limits(int(properties.shared_memory_per_block_optin), capability == (9, 0))
+    shared = int(properties.shared_memory_per_block_optin)
+    return sizes.Limits(shared, capability == (9, 0), capability >= (9, 0))
 
 
 @functools.cache

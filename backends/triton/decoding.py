@@ -14,16 +14,16 @@ from adasplash2.contract import Config, Forward
 from adasplash2.problem import Problem
 
 SCAN_CHUNK = 64
-"""Tile maxima of each row of a block that ``decode_scan`` and ``decode_weigh`` hold at a time."""
+"""Maxima of each row of a block that ``decode_scan`` and ``decode_weigh`` hold at a time."""
 
-SOLVE_CHUNK = 2048
-"""Those that ``decode_solve`` holds."""
+SOLVE_CHUNK = 256
+"""Those that ``decode_solve`` holds, for each of its warps."""
 
-SCORES_CHUNK = 4096
-"""Scores that a step of a threshold holds."""
+SCORES_CHUNK = 512
+"""Scores that a step of a threshold holds, for each of its warps."""
 
-SERIAL = 256
-"""Tiles of a row whose threshold one program finds alone: 16,384 keys are read in about 2
+SERIAL = 16384
+"""Scores of a row whose threshold one program finds alone: they are read in about 2
 microseconds, a step of it."""
 
 NARROWED = 2
@@ -39,11 +39,14 @@ PARTS = 4
 MOST_PARTS = 64
 """Parts of a row there."""
 
+TOPS_CHUNK = 64
+"""Splits whose maxima and bounds ``decode_solve`` holds."""
+
 SPLITS_CHUNK = 16
 """Splits whose sums ``decode_combine`` holds."""
 
-ENTRIES_CHUNK = 32
-"""Listed keys whose values it holds."""
+ENTRIES_CHUNK = 8
+"""Listed keys whose values ``decode_solve`` holds, for each of its warps."""
 
 
 class Cut(NamedTuple):
@@ -67,7 +70,7 @@ class Cut(NamedTuple):
             for programs in (int(config["residents"]), WEIGHING)
         )
         parts = min(MOST_PARTS, max(1, PARTS * multiprocessors // grid.rows))
-        return cls(blocks, scanned, weighed, parts, NARROWED if grid.tiles > SERIAL else 0)
+        return cls(blocks, scanned, weighed, parts, NARROWED if problem.length_k > SERIAL else 0)
 
 
 def _pieces(call: Call, lengths: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -80,11 +83,13 @@ def _pieces(call: Call, lengths: dict[str, int], dtype: torch.dtype) -> dict[str
 def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     """Output and thresholds; ``counted`` as in :func:`launch.forward`.
 
-    Scores take 4 bytes a row and key. Few of them are written where few keys reach a bound.
+    Scores take 4 bytes a row and key, their maxima and lists up to an eighth of that. Few scores
+    are written where few keys reach a bound.
     """
     problem, grid, opt = call.problem, call.grid, call.plan.opt
     cut = Cut.of(problem, call.config, grid)
     rows, tiles = grid.rows, grid.tiles
+    groups = tiles * (opt.block_k // opt.group)
     shape = (problem.batch, problem.heads_q, problem.length_q)
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
     tau = call.empty(*shape, dtype=torch.float32)
@@ -92,7 +97,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
         call,
         {
             "scores": rows * tiles * opt.block_k,
-            "maxima": rows * tiles,
+            "maxima": rows * groups,
             "tops": rows * cut.splits,
             "floors": rows * cut.splits,
             "states": rows * kernels.STATES.value,
@@ -106,7 +111,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     integers = _pieces(
         call,
         {
-            "lists": rows * tiles,
+            "lists": rows * groups,
             "counts": rows,
             "arrivals": rows,
             "kept": rows * cut.weighed,
@@ -128,12 +133,11 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
         }
         call(kernel, grid, flags, **given, **scratch)
 
-    solving = {
-        "tau": tau,
-        "tolerance": launch.tolerance(problem),
-        "TILES": SCORES_CHUNK // opt.block_k,
-        "MAX_STEPS": launch.MAX_STEPS,
-    }
+    solving = {"tau": tau, "tolerance": launch.tolerance(problem), "MAX_STEPS": launch.MAX_STEPS}
+    of_values = {"value": call.value, "marks": counters["marks"], "MARK": launch.STATS_TILE}
+    of_rows = {"out": sizes.Heads.of(out), "support": counters["support"]}
+    options = call.plan.options
+    warps, narrowing = (options[name]["num_warps"] for name in ("decode_solve", "decode_narrow"))
     with launch.on_device(problem.device):
         run(
             kernels.decode_scan,
@@ -148,11 +152,16 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
         run(
             kernels.decode_solve,
             rows,
-            {},
+            {"COUNT": count},
             splits=cut.splits,
             **solving,
-            CHUNK=SOLVE_CHUNK,
-            SERIAL=SERIAL,
+            **of_values,
+            **of_rows,
+            SPLITS=TOPS_CHUNK,
+            CHUNK=SOLVE_CHUNK * warps,
+            GROUPS=SCORES_CHUNK * warps // opt.group,
+            SERIAL=SERIAL // opt.group,
+            ENTRIES=ENTRIES_CHUNK * warps,
         )
         for step in range(cut.narrowed):
             run(
@@ -161,30 +170,24 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
                 {"LAST": step == cut.narrowed - 1},
                 parts=cut.parts,
                 **solving,
+                GROUPS=SCORES_CHUNK * narrowing // opt.group,
                 PARTS=MOST_PARTS,
             )
         run(
             kernels.decode_weigh,
             cut.blocks * cut.weighed,
             {"COUNT": count},
-            value=call.value,
-            marks=counters["marks"],
             splits=cut.weighed,
+            **of_values,
             CHUNK=SCAN_CHUNK,
-            MARK=launch.STATS_TILE,
         )
         run(
             kernels.decode_combine,
             rows,
             {"COUNT": count},
-            value=call.value,
-            out=sizes.Heads.of(out),
-            support=counters["support"],
-            marks=counters["marks"],
             splits=cut.weighed,
+            **of_rows,
             SPLITS=SPLITS_CHUNK,
-            ENTRIES=ENTRIES_CHUNK,
-            MARK=launch.STATS_TILE,
         )
     if counted is not None:
         states = floats["states"][: rows * kernels.STATES.value].view(rows, -1)

@@ -51,6 +51,18 @@ DECODED_REGISTERS = 128
 """Of a thread of ``decode_scan``, without which its programs cannot be counted before it is
 compiled; what multiplies in float32 takes twice as many."""
 
+DECODED_GROUP = 16
+"""Keys of a tile whose scores of a row are kept, or left, together, where more than FULL_WIDTH rows
+share keys; where they are fewer, all of a tile: what 64 rows write of scores may be as much as what
+is read of keys. Of Gaussian rows (c = 1, 131,072 keys in 33 splits) 38 % are written so, simulated,
+by tiles of 64 keys 73 %."""
+
+SOLVE_REGISTERS = 128
+"""Of a thread of ``decode_solve`` where rows are many: nothing is spilled."""
+
+FEW_ROWS = 256
+"""Rows up to which eight warps find the threshold of each, so that all multiprocessors are busy."""
+
 FEWEST_TILES = 4
 """Of a split of the keys."""
 
@@ -211,22 +223,20 @@ class Ranges(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """A ``block_table``, its strides by sequence and by page, keys of a page, and pages there
-    are."""
+    """A ``block_table``, its strides by sequence and by page, and pages there are."""
 
     table: Tensor
     batch: int
     column: int
-    size: int
     number: int
 
     @classmethod
     def of(cls, operands: Inputs) -> Pages | None:
-        table, (number, _, size, _) = operands.block_table, operands.key.shape
+        table, number = operands.block_table, operands.key.shape[0]
         if table is None:
             return None
         batch, column = table.stride()
-        return cls(table, batch, column, size, number)
+        return cls(table, batch, column, number)
 
 
 AWAY = 2
@@ -351,9 +361,11 @@ class Options(NamedTuple):
     limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
     ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see :func:`is_scored`;
     ``biased``: something is added to scores; ``local``: slopes keep far keys out of the support;
-    ``scattered``: a row may see other keys than leading ones; ``paged``: keys and values lie in
-    pages; ``guesses``: the first step is from where Gaussian rows of the same mean and deviation
-    have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth of the time)."""
+    ``scattered``: a row may see other keys than leading ones; ``page_size``: keys of a page, 0
+    where keys and values do not lie in such; ``guesses``: the first step is from where Gaussian
+    rows of the same mean and deviation have their threshold (an H100, 1,024 flat keys: two steps
+    for three, a fifth of the time); ``overlaps``: see :class:`Limits`; ``group``: see
+    DECODED_GROUP."""
 
     block_q: int
     block_k: int
@@ -390,8 +402,10 @@ class Options(NamedTuple):
     biased: bool
     local: bool
     scattered: bool
-    paged: bool
+    page_size: int
     guesses: bool
+    overlaps: bool
+    group: int
 
     @classmethod
     def of(cls, problem: Problem, config: Config, whole: bool = False) -> Options:
@@ -442,8 +456,10 @@ class Options(NamedTuple):
             biased=mask is not None or alibi,
             local=alibi and mask is None and not problem.page_size,  # norms of all pages would cost
             scattered=is_scattered(problem),
-            paged=problem.page_size > 0,
+            page_size=problem.page_size,
             guesses=alpha == 1.5 and mask is None and not alibi,
+            overlaps=bool(config.get("overlaps")),
+            group=int(config.get("group", block_k)),
         )
 
 
@@ -627,10 +643,13 @@ class Saved:
 
 class Limits(NamedTuple):
     """What a device sets to the sizes: ``shared``, the bytes of shared memory that a block may ask
-    for, and ``wgmma``, whether its tensor cores are those of compute capability 9.0."""
+    for; ``wgmma``, whether its tensor cores are those of compute capability 9.0; ``overlaps``,
+    whether a kernel's blocks may be placed before the kernel before it has ended, to wait there
+    (programmatic dependent launch, from compute capability 9.0 on)."""
 
     shared: int
     wgmma: bool = False
+    overlaps: bool = False
 
 
 def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
@@ -736,6 +755,7 @@ def decoding_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
     wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
     unrolled = problem.dtype == torch.float32 and not INTERPRETED
     rows = problem.group_size * problem.length_q
+    all_rows = problem.batch * problem.heads_kv * rows
     block_q = min(DECODED_ROWS, max(FULL_WIDTH, 1 << (rows - 1).bit_length()))
     while unrolled and block_q > FULL_WIDTH and block_q * 32 * wide > FLOAT32_PRODUCTS:
         block_q //= 2
@@ -754,6 +774,9 @@ def decoding_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
             "stages": stages,
             "warps": warps,
             "residents": max(1, residents),
+            "solve_warps": 8 if all_rows <= FEW_ROWS else 4,
+            "overlaps": int(limits.overlaps),
+            "group": min(block_k, DECODED_GROUP if block_q > FULL_WIDTH else block_k),
         }
         found += 1
         if found == DECODED_ALTERNATIVES:
@@ -783,9 +806,14 @@ def decoding_options(config: Config, kernel: str) -> dict[str, int]:
         registers = REGISTER_FILE // (32 * warps * int(config["residents"]))
         limit = {"maxnreg": registers} if registers < 255 else {}
         return {"num_warps": warps, "num_stages": int(config["stages"]), **limit}
+    overlap = {"launch_pdl": True} if config["overlaps"] else {}
     if kernel == "decode_weigh":  # which spills with fewer
-        return {"num_warps": 8 if int(config["block_q"]) <= 32 else 16}
-    return {"num_warps": 8 if kernel in ("decode_solve", "decode_narrow") else 4}
+        return {"num_warps": 8 if int(config["block_q"]) <= 32 else 16, **overlap}
+    if kernel == "decode_solve":  # many rows wait for registers, few for the warps of one
+        solve_warps = int(config["solve_warps"])
+        limit = {"maxnreg": SOLVE_REGISTERS} if solve_warps < 8 else {}
+        return {"num_warps": solve_warps, **limit, **overlap}
+    return {"num_warps": 8 if kernel == "decode_narrow" else 4, **overlap}
 
 
 def launch_options(config: Config, kernel: str) -> dict[str, int]:

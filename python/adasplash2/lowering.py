@@ -27,7 +27,9 @@ from adasplash2.problem import (
 from adasplash2.torch_fastpath import (
     assert_on_device,
     is_in_a_transform,
+    is_in_memory,
     is_memory_known,
+    is_plain,
     is_without_data,
     ragged_dim,
     share_memory,
@@ -563,9 +565,13 @@ def lowered_cached(
     lead = [query.shape[0]]
     inputs = _with_numbers(cache.inputs(query), lead, alphas, scales, alibi_slopes, sinks)
     if lengths is not None or kv_starts is not None:
-        total = None if lengths is None else lengths + new
-        options, ranges = _ranges(options, query, cache.capacity(), None, total, kv_starts)
-        inputs = inputs._replace(ranges=ranges)
+        ranges = None
+        if lengths is not None and kv_starts is None:
+            ranges = _few_ranges(options, query, lengths, new, alibi_slopes is not None)
+        if ranges is None:
+            total = None if lengths is None else lengths + new
+            options, ranges = _ranges(options, query, cache.capacity(), None, total, kv_starts)
+        inputs, options = inputs._replace(ranges=ranges), _said_by_ranges(options)
 
     def append() -> None:
         if key is not None and value is not None and lengths is not None:
@@ -717,17 +723,18 @@ def _cache_lengths(
             raise ValueError(f"cache_lengths must be from 0 to {room}, got {shown(cache_lengths)}")
         lengths = query.new_full(query.shape[:1], number, dtype=torch.int32)
     _check_lengths("cache_lengths", lengths, query, room)
-    _check_pages(cache, lengths + new, new)
+    _check_pages(cache, lengths, new)
     return None if cache_lengths is None else lengths
 
 
 def _check_pages(cache: Cache, lengths: Tensor, new: int) -> None:
-    """Whether there are all pages that sequences of these lengths are in, and those of the last
-    ``new`` keys, which are written, hold no other keys; as far as that is known. What stands behind
-    is not looked at."""
+    """Whether there are all pages that sequences of these lengths and ``new`` keys more are in, and
+    those of the last, which are written, hold no other keys; as far as that is known. What stands
+    behind is not looked at."""
     table = cache.block_table
     if table is None or not is_known(table, lengths):
         return
+    lengths = lengths + new
     size, count = cache.key.shape[1], cache.key.shape[0]
     first = torch.arange(table.shape[1]) * size  # keys of pages
     used = first < lengths[:, None]
@@ -911,10 +918,69 @@ def _lowered_ranges(
         begin, stop = torch.where(exists, begin, end), torch.where(exists, stop, end)
     shape = torch.broadcast_shapes(at.shape, begin.shape, stop.shape)
     ranges = torch.stack([t.expand(shape).to(torch.int32) for t in (begin, stop, at)])
-    options = options._replace(
+    return _said_by_ranges(options), ranges
+
+
+def _said_by_ranges(options: Options) -> Options:
+    """Options that say nothing of what ``ranges`` say."""
+    return options._replace(
         is_causal=False, window_left=-1, window_right=-1, causal_align="top-left"
     )
-    return options, ranges
+
+
+MOST_FEW = 16
+"""Queries up to which :func:`_few_ranges` keeps limits."""
+
+MOST_LIMITS = 1024
+"""Limits that it keeps. None is let go of: a CUDA graph reads them where they lie."""
+
+_limits: dict[Any, tuple[Tensor | None, Tensor, Tensor]] = {}
+
+
+def _few_ranges(
+    options: Options, query: Tensor, lengths: Tensor, new: int, placed: bool
+) -> Tensor | None:
+    """``ranges`` of few queries at the end of ``lengths`` keys and ``new`` more, as :func:`_ranges`
+    has them, by one or two operations: a decoded token waits for each, as long as for a tenth of
+    all it computes. Where not ``placed``, nobody asks for the key whose distance is 0.
+
+    Each entry is the length and a number more, within limits. These lie on the device already; None
+    where they cannot.
+    """
+    if torch.compiler.is_compiling() or not is_in_memory(lengths) or query.shape[2] > MOST_FEW:
+        return None
+    length_q, device = query.shape[2], lengths.device
+    left, right = options.window_left, 0 if options.is_causal else options.window_right
+    key = device, length_q, new, left, right, placed
+    limits = _limits.get(key)
+    if limits is None:
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing or not is_plain(lengths) or len(_limits) >= MOST_LIMITS:
+            return None
+        limits = _limits[key] = _limits_of(*key)
+    shift, low, high = limits
+    at = lengths[None, :, None]
+    return torch.clamp(at if shift is None else at + shift, low, high)
+
+
+def _limits_of(
+    device: torch.device, length_q: int, new: int, left: int, right: int, placed: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What is added to a length, None for nothing, and the least and most that it then is: ``(3, 1,
+    length_q)`` each."""
+    most = 2**31 - 1
+    behind = range(-length_q, 0)  # places of queries behind the last key
+    begins = [(new + i - left, 0, most) if left >= 0 else (0, 0, 0) for i in behind]
+    ends = [(new + (min(0, i + right + 1) if right >= 0 else 0), 0, most) for i in behind]
+    places = [(new + i, i, most) for i in behind] if placed else ends
+    said = begins, ends, places
+    # From the host, which waits: the next call may be on another stream.
+    shift, low, high = (
+        torch.tensor([[[e[i] for e in row]] for row in said], dtype=torch.int32, device=device)
+        for i in range(3)
+    )
+    moved = any(entry[0] for row in said for entry in row)
+    return shift if moved else None, low, high
 
 
 def _of_sequences(

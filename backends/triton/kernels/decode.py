@@ -2,20 +2,20 @@
 
 The rows of all query heads that share a key head are read together, so that each key is read once,
 and keys are cut into ``splits``, so that few heads occupy a whole GPU. A *block* is ``opt.block_q``
-of these rows, a *tile* ``opt.block_k`` keys. In this order:
+of these rows, a *tile* ``opt.block_k`` keys, a *group* ``opt.group`` of these. In this order:
 
-1. ``decode_scan``, a program for each block and split: scores, and their row maxima by tile. The
-   threshold of some of a row's scores is at most that of all: scores of a row and a tile are kept
+1. ``decode_scan``, a program for each block and split: scores, and their row maxima by group. The
+   threshold of some of a row's scores is at most that of all: scores of a row and a group are kept
    only where one is not below the bound that the split's own scores set so far.
 2. ``decode_solve``, a program for each row: a bound from the maxima of all splits, the list of the
-   tiles that reach it, and the threshold, where these are not too many for one program. Then also
-   the list of the keys of the support, if they are few.
+   groups that reach it, and the threshold, where these are not too many for one program. Then also
+   the list of the keys of the support and, if they are few, the output.
 3. ``decode_narrow``, for rows of more, in parts: a step of their thresholds, from the sums of the
    parts. The last one of a few launches leaves no row without its threshold.
 4. ``decode_weigh``, a program for each block and split: the sums of its values, for rows whose
    support is not listed. Of these, only those are read that have a probability.
-5. ``decode_combine``, a program for each row: the output, from the sums of the splits or from the
-   values of the keys that are listed.
+5. ``decode_combine``, a program for each row whose support is not listed: the output, from the sums
+   of the splits.
 
 Lengths are arguments of their own, for which nothing is specialised: a cache grows.
 """
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
@@ -38,7 +39,6 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     with_bad,
 )
 from adasplash2.backends.triton.kernels.score import (
-    allowed,
     begin_of,
     bias_of,
     biased,
@@ -50,6 +50,7 @@ from adasplash2.backends.triton.kernels.score import (
     lift_of,
     products,
     terms_of,
+    visible,
 )
 from adasplash2.backends.triton.kernels.solve import (
     BOUND_STEPS,
@@ -59,7 +60,9 @@ from adasplash2.backends.triton.kernels.solve import (
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     certain_rise,
+    pair_sums,
     stepped,
+    total_sums,
     weights,
 )
 from adasplash2.backends.triton.kernels.work import (
@@ -92,8 +95,21 @@ MOST_LISTED = tl.constexpr(256)
 """Keys of a row's support up to which they are listed, to be weighed by one program. ``LISTED`` is
 their number, -1 where they are more or not known."""
 
+DENSE = tl.constexpr(2)
+"""``decode_weigh`` reads all values of a split where one of so many of its tiles has some that it
+needs: what it need not look for, it asks for ahead."""
+
 SUMS = tl.constexpr(3)
 """What a part of ``decode_narrow`` leaves: ``sum p``, ``sum u`` and the size of the support."""
+
+
+@triton.jit
+def after_the_last(opt: tl.constexpr):
+    """Let the next kernel's programs be placed where there is room, and wait for the end of the
+    last kernel. Every program of every kernel waits: the end of one means that of all before."""
+    if opt.overlaps:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 # Where things are
@@ -161,16 +177,33 @@ def share_of(first, end, number, parts):
 
 
 @triton.jit
-def scores_at(scores, at_row, tile, shape, opt: tl.constexpr):
-    """Where the scores of rows and tiles begin that broadcast."""
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
-    return scores + (at_row.to(tl.int64) * tiles + tile) * opt.block_k
+def groups_in(tile, opt: tl.constexpr):
+    """Where the groups of a tile begin."""
+    return tile * (opt.block_k // opt.group)
+
+
+@triton.jit
+def scores_at(scores, at_row, shape, opt: tl.constexpr):
+    """Where the scores of rows begin."""
+    return scores + at_row.to(tl.int64) * (tl.cdiv(shape.length_k, opt.block_k) * opt.block_k)
 
 
 @triton.jit
 def maxima_at(maxima, at_row, shape, opt: tl.constexpr):
-    """Where the maxima of rows begin."""
-    return maxima + at_row.to(tl.int64) * tl.cdiv(shape.length_k, opt.block_k)
+    """Where the maxima of rows, or their lists, begin."""
+    groups = groups_in(tl.cdiv(shape.length_k, opt.block_k), opt)
+    return maxima + at_row.to(tl.int64) * groups
+
+
+@triton.jit
+def by_key(flags, opt: tl.constexpr):
+    """What holds of the groups of a tile, for each key."""
+    groups: tl.constexpr = opt.block_k // opt.group
+    if groups == 1:
+        return flags
+    else:
+        wide = tl.broadcast_to(flags[:, :, None], (opt.block_q, groups, opt.group))
+        return tl.reshape(wide, (opt.block_q, opt.block_k))
 
 
 # Bounds
@@ -186,18 +219,19 @@ def floor_of(top, t, terms, opt: tl.constexpr):
 @triton.jit
 def bound_of_maxima(pointers, begin, end, top, terms, opt: tl.constexpr, ROWS: tl.constexpr,
                     CHUNK: tl.constexpr):  # fmt: skip
-    """A lower bound of ``t`` of ROWS rows: certain rises on the maxima of tiles ``begin`` up to
+    """A lower bound of ``t`` of ROWS rows: certain rises on maxima of groups ``begin`` up to
     ``end``, from ``tau >= max z - 1``. ``pointers`` and ``top`` are columns."""
     t = tl.full((ROWS, 1), 0.0, tl.float32) + (lift_of(terms.r, opt) - 1.0)
     for _ in tl.static_range(BOUND_STEPS):
-        mass = tl.full((ROWS,), 0.0, tl.float32)
-        slope = tl.full((ROWS,), 0.0, tl.float32)
+        mass = tl.full((ROWS, CHUNK), 0.0, tl.float32)
+        slope = tl.full((ROWS, CHUNK), 0.0, tl.float32)
         for first in range(begin, end, CHUNK):
             places = first + tl.arange(0, CHUNK)[None, :]
             highest = tl.load(pointers + places, mask=places < end, other=-INFINITY)
             p, u = weights(distance(highest, top, t, terms.c, opt), terms.r, opt)
-            mass += tl.sum(p, 1)
-            slope += tl.sum(u, 1)
+            mass += p
+            slope += u
+        mass, slope = pair_sums(mass, slope)
         mass = mass[:, None]
         slope = slope[:, None]
         if opt.sinks:
@@ -210,19 +244,23 @@ def bound_of_maxima(pointers, begin, end, top, terms, opt: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def scores_of(q, number, keys, first, bias, rows, terms, shape, opt: tl.constexpr):
-    """Scores of rows and a tile, -inf where a key may not be seen."""
+def scores_of(q, number, keys, first, bias, rows, seen, terms, shape, opt: tl.constexpr):
+    """Scores of rows and a tile, -inf where a key may not be seen; ``seen``: the first key of each
+    row that may be, and how many there are."""
     k = load_keys_in(number, keys, first, shape, opt.block_k, opt.head_dim, opt.padded, True, opt)
     s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
-    columns = (first + tl.arange(0, opt.block_k))[None, :]
-    return tl.where(allowed(rows, columns, terms, shape, opt), s, -INFINITY)
+    begin, count = seen
+    # What is before the first is large without a sign: one comparison for each key.
+    place = first + tl.arange(0, opt.block_k)[None, :] - begin
+    return tl.where(place.to(tl.uint32, bitcast=True) < count, s, -INFINITY)
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
 def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, length_k, splits,
                 opt: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Maxima of each row and tile and, where they are not below a bound, all scores of the two; the
-    maxima of a split and, at its end, the bound."""
+    """Maxima of each row and group and, where they are not below a bound, all scores of the two;
+    the maxima of a split and, at its end, the bound."""
+    after_the_last(opt)
     shape = with_length(shape, length_k)
     at_head, block, split = block_and_split(shape, splits, opt)
     _, batch, kv_head = at_head
@@ -235,9 +273,16 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
     queries, stride = head_of(query, batch, head[:, None])
     q = tl.load(queries + rows.to(tl.int64) * stride + wide, mask=wide < opt.head_dim, other=0.0)
     keys = keys_of(key, batch, kv_head, shape, opt)
-    seen, seen_end = seen_by(row, terms, shape, opt)
-    begin, end = share_of(seen, seen_end, split, splits)
+    some, some_end = seen_by(row, terms, shape, opt)
+    begin, end = share_of(some, some_end, split, splits)
+    lowest = rows * 0
+    if opt.lower:
+        lowest = begin_of(rows, terms, shape, opt)
+    seen = lowest, visible(rows, terms, shape, opt).to(tl.uint32, bitcast=True)
     pointers = maxima_at(maxima, at_row[:, None], shape, opt)
+    own_scores = scores_at(scores, at_row[:, None], shape, opt)
+    each: tl.constexpr = opt.block_k // opt.group
+    groups = tl.arange(0, each)[None, :]
     columns = tl.arange(0, opt.block_k)[None, :]
     top = tl.full((opt.block_q, 1), -INFINITY, tl.float32)
     if opt.sinks:
@@ -258,18 +303,20 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
             if opt.hides:  # as in `scan_tiles`
                 s = tl.full((opt.block_q, opt.block_k), -INFINITY, tl.float32)
                 if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
-                    s = scores_of(q, here, keys, first, bias, rows, terms, shape, opt)
+                    s = scores_of(q, here, keys, first, bias, rows, seen, terms, shape, opt)
             else:
-                s = scores_of(q, here, keys, first, bias, rows, terms, shape, opt)
-            highest = largest(s, 1)[:, None]
-            top = larger(top, highest)
+                s = scores_of(q, here, keys, first, bias, rows, seen, terms, shape, opt)
+            highest = largest(tl.reshape(s, (opt.block_q, each, opt.group)), 2)
+            top = larger(top, largest(highest, 1)[:, None])
             floor = tl.maximum(floor, floor_of(top, lift_of(terms.r, opt) - 1.0, terms, opt))
             kept = inside[:, None] & (highest >= floor) & (highest > -INFINITY)
-            tl.store(pointers + tile, highest, mask=inside[:, None])
-            tl.store(scores_at(scores, at_row[:, None], tile, shape, opt) + columns, s, mask=kept)
+            tl.store(pointers + tile * each + groups, highest, mask=inside[:, None])
+            tl.store(own_scores + first + columns, s, mask=by_key(kept, opt) & (columns >= 0))
         if stop < end:
             tl.debug_barrier()  # the maxima are read back by other threads
-            t = bound_of_maxima(pointers, begin, stop, top, terms, opt, opt.block_q, CHUNK)
+            t = bound_of_maxima(
+                pointers, begin * each, stop * each, top, terms, opt, opt.block_q, CHUNK
+            )
             floor = tl.maximum(floor, floor_of(top, t, terms, opt))
         start = stop
         size = size * BOUND_GROWTH
@@ -282,23 +329,31 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
 
 
 @triton.jit
-def sums_over(scores, listed, start, stop, top, t, terms, opt: tl.constexpr, TILES: tl.constexpr):
-    """``sum p``, ``sum u`` and the size of the support over entries of a row's list of tiles, whose
-    scores begin at ``scores``."""
-    zeros = tl.full((TILES, opt.block_k), 0.0, tl.float32)
-    mass, slope, count = zeros, zeros, zeros
-    columns = tl.arange(0, opt.block_k)[None, :]
-    for first in range(start, stop, TILES):
-        places = first + tl.arange(0, TILES)
-        tile = tl.load(listed + places, mask=places < stop, other=0).to(tl.int64)[:, None]
-        pointers = scores + tile * opt.block_k + columns
-        s = tl.load(pointers, mask=(places < stop)[:, None], other=-INFINITY)
-        x = distance(s, top, t, terms.c, opt)
+def listed_scores(scores, listed, first, stop, opt: tl.constexpr, GROUPS: tl.constexpr):
+    """The keys of GROUPS groups of a row's list from ``first`` on, and their scores; none from
+    ``stop`` on."""
+    places = first + tl.arange(0, GROUPS)
+    group = tl.load(listed + places, mask=places < stop, other=0)[:, None]
+    keys = group * opt.group + tl.arange(0, opt.group)[None, :]
+    return keys, tl.load(scores + keys, mask=(places < stop)[:, None], other=-INFINITY)
+
+
+@triton.jit
+def sums_over(s, scores, listed, start, stop, top, t, terms, opt: tl.constexpr,
+              GROUPS: tl.constexpr):  # fmt: skip
+    """``sum p``, ``sum u`` and the size of the support over entries of a row's list of groups, of
+    which ``s`` are the scores of the first GROUPS."""
+    x = distance(s, top, t, terms.c, opt)
+    mass, slope = weights(x, terms.r, opt)
+    count = is_inside(x, terms.r, opt).to(tl.float32)
+    for first in range(start + GROUPS, stop, GROUPS):
+        _, more = listed_scores(scores, listed, first, stop, opt, GROUPS)
+        x = distance(more, top, t, terms.c, opt)
         p, u = weights(x, terms.r, opt)
         mass += p
         slope += u
         count += is_inside(x, terms.r, opt).to(tl.float32)
-    return tl.sum(tl.sum(mass, 1), 0), tl.sum(tl.sum(slope, 1), 0), tl.sum(tl.sum(count, 1), 0)
+    return total_sums(mass, slope, count)
 
 
 @triton.jit
@@ -312,11 +367,11 @@ def step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt: tl.conste
 
 
 @triton.jit
-def rest_of_steps(scores, listed, count, top, t, lo, hi, most, step, pending, terms, tolerance,
-                  opt: tl.constexpr, TILES: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
-    """Steps up to the root, by this program alone."""
+def rest_of_steps(s, scores, listed, count, top, t, lo, hi, most, step, pending, terms, tolerance,
+                  opt: tl.constexpr, GROUPS: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
+    """Steps up to the root, by this program alone; ``s`` as in :func:`sums_over`."""
     while pending & (step < MAX_STEPS):
-        sums = sums_over(scores, listed, 0, count, top, t, terms, opt, TILES)
+        sums = sums_over(s, scores, listed, 0, count, top, t, terms, opt, GROUPS)
         t, lo, hi, most, final = step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt)
         step += 1
         pending = final == 0
@@ -324,27 +379,30 @@ def rest_of_steps(scores, listed, count, top, t, lo, hi, most, step, pending, te
 
 
 @triton.jit
-def list_support(scores, listed, count, top, t, entry_keys, entry_weights, terms,
-                 opt: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+def list_keys(keys, s, found, top, t, entry_keys, entry_weights, terms, opt: tl.constexpr):
+    """Write which of ``keys``, by groups, are in the support and their ``p`` behind ``found``
+    others, in order and as far as MOST_LISTED; return how many there are then."""
+    x = distance(s, top, t, terms.c, opt)
+    p, _ = weights(x, terms.r, opt)
+    some = is_inside(x, terms.r, opt).to(tl.int32)
+    of_group = tl.sum(some, 1)
+    before = found + tl.cumsum(of_group, 0) - of_group
+    goal = before[:, None] + tl.cumsum(some, 1) - some
+    put = (some > 0) & (goal < MOST_LISTED)
+    tl.store(entry_keys + goal, keys, mask=put)
+    tl.store(entry_weights + goal, p, mask=put)
+    return found + tl.sum(of_group, 0)
+
+
+@triton.jit
+def list_support(keys, s, scores, listed, count, top, t, entry_keys, entry_weights, terms,
+                 opt: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
     """Write the keys of a row's support and their ``p``, in order, and return how many they are, if
-    no more than MOST_LISTED; else -1."""
-    found = 0
-    columns = tl.arange(0, opt.block_k)[None, :]
-    for first in range(0, count, TILES):
-        places = first + tl.arange(0, TILES)
-        tile = tl.load(listed + places, mask=places < count, other=0)[:, None]
-        pointers = scores + tile.to(tl.int64) * opt.block_k + columns
-        s = tl.load(pointers, mask=(places < count)[:, None], other=-INFINITY)
-        x = distance(s, top, t, terms.c, opt)
-        p, _ = weights(x, terms.r, opt)
-        some = is_inside(x, terms.r, opt).to(tl.int32)
-        of_tile = tl.sum(some, 1)
-        before = found + tl.cumsum(of_tile, 0) - of_tile
-        goal = before[:, None] + tl.cumsum(some, 1) - some
-        put = (some > 0) & (goal < MOST_LISTED)
-        tl.store(entry_keys + goal, tile * opt.block_k + columns, mask=put)
-        tl.store(entry_weights + goal, p, mask=put)
-        found += tl.sum(of_tile, 0)
+    no more than MOST_LISTED; else -1. ``keys`` and ``s`` are of the first GROUPS of the list."""
+    found = list_keys(keys, s, 0, top, t, entry_keys, entry_weights, terms, opt)
+    for first in range(GROUPS, count, GROUPS):
+        more, s_more = listed_scores(scores, listed, first, count, opt, GROUPS)
+        found = list_keys(more, s_more, found, top, t, entry_keys, entry_weights, terms, opt)
     return tl.where(found <= MOST_LISTED, found, -1)
 
 
@@ -353,20 +411,80 @@ def store_tau(tau, at_row, top, t, terms, opt: tl.constexpr):
     tl.store(tau + at_row, terms.c * top + (t - lift_of(terms.r, opt)))
 
 
+@triton.jit
+def load_values(values, keys, wanted, shape, opt: tl.constexpr):
+    """The values of ``keys``, zeros for those that are not ``wanted``."""
+    columns = tl.arange(0, opt.padded_v)[None, :]
+    if opt.page_size > 0:
+        base, row, _, page = values
+        number = pages_of(values, keys, shape, opt).to(tl.int64)
+        places = number * page + (keys % opt.page_size).to(tl.int64) * row
+    else:
+        base, row = values
+        places = keys.to(tl.int64) * row
+    mask = wanted[:, None] & (columns < opt.head_dim_v)
+    return tl.load(base + places[:, None] + columns, mask=mask, other=0.0)
+
+
+@triton.jit
+def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, row, terms, shape,
+                   opt: tl.constexpr, ENTRIES: tl.constexpr, COUNT: tl.constexpr,
+                   MARK: tl.constexpr):  # fmt: skip
+    """``sum p v`` and ``sum p`` of a row from its ``count`` entries."""
+    scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
+    values = keys_of(value, batch, head // shape.gqa_group, shape, opt)
+    total = tl.full((ENTRIES, opt.padded_v), 0.0, tl.float32)
+    mass = tl.full((ENTRIES,), 0.0, tl.float32)
+    for first in range(0, count, ENTRIES):
+        places = first + tl.arange(0, ENTRIES)
+        real = places < count
+        keys = tl.load(entry_keys + places, mask=real, other=0)
+        p = tl.load(entry_weights + places, mask=real, other=0.0)
+        mass += p
+        if COUNT:
+            tl.store(marks + keys // MARK, tl.full((ENTRIES,), 1, tl.int8), mask=real)
+        if opt.dropout:
+            real = real & is_kept(row, keys, terms, shape, opt)
+        v = load_values(values, keys, real, shape, opt).to(tl.float32)
+        weighed = tl.where(is_finite(v), (p * scale)[:, None] * v, v)
+        total += tl.where(real[:, None], weighed, 0.0)
+    return tl.sum(total, 0), tl.sum(mass, 0)
+
+
+@triton.jit
+def store_output(out, total, mass, top, t, at_head, row, terms, shape, opt: tl.constexpr):
+    """``out = sum p v / sum p``, with the sink among them."""
+    batch, head = at_head
+    if opt.sinks:
+        mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
+    scale: tl.constexpr = PROB_SCALE if out.base.dtype.element_ty == tl.float16 else 1.0
+    result = total / tl.where(mass > 0.0, mass * scale, 1.0)
+    if opt.dropout:
+        result = result * shape.terms.kept
+    result = tl.where(t != t, float("nan"), result)
+    wide = tl.arange(0, opt.padded_v)
+    base, stride = head_of(out, batch, head)
+    pointers = base + row.to(tl.int64) * stride + wide
+    tl.store(pointers, result.to(out.base.dtype.element_ty), mask=wide < opt.head_dim_v)
+
+
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_solve(maxima, scores, tops, floors, lists, counts, states, entry_keys, entry_weights,
-                 tau, shape, length_k, splits, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
-                 TILES: tl.constexpr, SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
-    """A row's threshold or, where more than SERIAL tiles reach its bound, a lower bound of it. Then
-    ``counts`` has their number, else 0."""
+def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, entry_keys,
+                 entry_weights, tau, out, support, marks, shape, length_k, splits, tolerance,
+                 opt: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+                 SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr, ENTRIES: tl.constexpr,
+                 COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+    """A row's threshold or, where more than SERIAL groups reach its bound, a lower bound of it.
+    Then ``counts`` has their number, else 0. Where the support is listed, also the output."""
+    after_the_last(opt)
     shape = with_length(shape, length_k)
     at_row = tl.program_id(0)
     batch, head, row = row_at(at_row, shape)
     terms = terms_of(batch, head, shape, opt)
-    highest = tl.full((CHUNK,), -INFINITY, tl.float32)
-    bounds = tl.full((CHUNK,), -INFINITY, tl.float32)
-    for first in range(0, splits, CHUNK):
-        places = first + tl.arange(0, CHUNK)
+    highest = tl.full((SPLITS,), -INFINITY, tl.float32)
+    bounds = tl.full((SPLITS,), -INFINITY, tl.float32)
+    for first in range(0, splits, SPLITS):
+        places = first + tl.arange(0, SPLITS)
         at = at_row * splits + places
         highest = larger(highest, tl.load(tops + at, mask=places < splits, other=-INFINITY))
         bounds = tl.maximum(bounds, tl.load(floors + at, mask=places < splits, other=-INFINITY))
@@ -384,30 +502,34 @@ def decode_solve(maxima, scores, tops, floors, lists, counts, states, entry_keys
     count = 0
     step = 0
     found = 0
-    listed = lists + at_row.to(tl.int64) * tl.cdiv(shape.length_k, opt.block_k)
+    listed = maxima_at(lists, at_row, shape, opt)
+    entry_keys += at_row.to(tl.int64) * MOST_LISTED
+    entry_weights += at_row.to(tl.int64) * MOST_LISTED
     if pending:
         rows = row + tl.arange(0, 1)
         seen, end = seen_by(rows, terms, shape, opt)
         ones = maxima_at(maxima, at_row, shape, opt)
         column = ones + tl.full((1, 1), 0, tl.int32)
+        seen = groups_in(seen, opt)
+        end = groups_in(end, opt)
         bound = bound_of_maxima(column, seen, end, top, terms, opt, 1, CHUNK)
         t = tl.max(tl.max(bound, 1), 0)
         lo = t
         floor = tl.maximum(floor, floor_of(top, t, terms, opt))
         for first in range(seen, end, CHUNK):
             places = first + tl.arange(0, CHUNK)
-            highest = tl.load(ones + places, mask=places < end, other=-INFINITY)
-            alive = ((highest >= floor) & (places < end)).to(tl.int32)
+            of_groups = tl.load(ones + places, mask=places < end, other=-INFINITY)
+            alive = ((of_groups >= floor) & (places < end)).to(tl.int32)
             tl.store(listed + count + tl.cumsum(alive, 0) - alive, places, mask=alive > 0)
             count += tl.sum(alive, 0)
         if count <= SERIAL:
             tl.debug_barrier()  # the list is written
-            own = scores_at(scores, at_row, 0, shape, opt)
-            t, step = rest_of_steps(own, listed, count, top, t, lo, hi, most, step, pending, terms,
-                                    tolerance, opt, TILES, MAX_STEPS)  # fmt: skip
-            entries = at_row.to(tl.int64) * MOST_LISTED
-            found = list_support(own, listed, count, top, t, entry_keys + entries,
-                                 entry_weights + entries, terms, opt, TILES)  # fmt: skip
+            own = scores_at(scores, at_row, shape, opt)
+            keys, s = listed_scores(own, listed, 0, count, opt, GROUPS)
+            t, step = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step, pending,
+                                    terms, tolerance, opt, GROUPS, MAX_STEPS)  # fmt: skip
+            found = list_support(keys, s, own, listed, count, top, t, entry_keys, entry_weights,
+                                 terms, opt, GROUPS)  # fmt: skip
             count = 0
         else:
             found = -1
@@ -422,14 +544,23 @@ def decode_solve(maxima, scores, tops, floors, lists, counts, states, entry_keys
     tl.store(state + STEPS, step.to(tl.float32))
     tl.store(state + LISTED, found.to(tl.float32))
     store_tau(tau, at_row, top, t, terms, opt)
+    if found >= 0:
+        tl.debug_barrier()  # the entries are written
+        if COUNT:
+            tl.store(support + at_row, found)
+            marks += (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_k, MARK)
+        total, mass = sums_of_listed(value, entry_keys, entry_weights, marks, found, batch, head,
+                                     row, terms, shape, opt, ENTRIES, COUNT, MARK)  # fmt: skip
+        store_output(out, total, mass, top, t, (batch, head), row, terms, shape, opt)
 
 
 @triton.jit(do_not_specialize=["length_k", "parts"])
 def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, length_k, parts,
-                  tolerance, opt: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+                  tolerance, opt: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
                   MAX_STEPS: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """One step of a row that ``decode_solve`` left over, or all that it takes where LAST. The
     program that comes last adds the sums of all parts, always in the same order."""
+    after_the_last(opt)
     shape = with_length(shape, length_k)
     at_row = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
@@ -441,10 +572,11 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
     state = states + at_row * STATES
     top = tl.load(state + TOP)
     t = tl.load(state + T)
-    listed = lists + at_row.to(tl.int64) * tl.cdiv(shape.length_k, opt.block_k)
-    own = scores_at(scores, at_row, 0, shape, opt)
+    listed = maxima_at(lists, at_row, shape, opt)
+    own = scores_at(scores, at_row, shape, opt)
     begin, end = share_of(0, count, part, parts)
-    mass, slope, kept = sums_over(own, listed, begin, end, top, t, terms, opt, TILES)
+    _, s = listed_scores(own, listed, begin, end, opt, GROUPS)
+    mass, slope, kept = sums_over(s, own, listed, begin, end, top, t, terms, opt, GROUPS)
     own_sums = sums + (at_row * parts + part) * SUMS
     tl.store(own_sums, mass)
     tl.store(own_sums + 1, slope)
@@ -465,8 +597,9 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
         t, lo, hi, most, final = step_from(whole, top, t, lo, hi, most, step, terms, tolerance, opt)
         step += 1
         if LAST:
-            t, step = rest_of_steps(own, listed, count, top, t, lo, hi, most, step, final == 0,
-                                    terms, tolerance, opt, TILES, MAX_STEPS)  # fmt: skip
+            _, s = listed_scores(own, listed, 0, count, opt, GROUPS)
+            t, step = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step, final == 0,
+                                    terms, tolerance, opt, GROUPS, MAX_STEPS)  # fmt: skip
         tl.store(counts + at_row, tl.where(final, 0, count))
         tl.store(state + T, t)
         tl.store(state + LO, lo)
@@ -494,18 +627,47 @@ def weighted_values(p, reached, v, opt: tl.constexpr, SCALE: tl.constexpr):
 
 
 @triton.jit
-def load_values(values, keys, wanted, shape, opt: tl.constexpr):
-    """The values of ``keys``, zeros for those that are not ``wanted``."""
-    columns = tl.arange(0, opt.padded_v)[None, :]
-    if opt.paged:
-        base, row, _, page = values
-        number = pages_of(values, keys, shape, opt).to(tl.int64)
-        places = number * page + (keys % shape.terms.pages.size).to(tl.int64) * row
-    else:
-        base, row = values
-        places = keys.to(tl.int64) * row
-    mask = wanted[:, None] & (columns < opt.head_dim_v)
-    return tl.load(base + places[:, None] + columns, mask=mask, other=0.0)
+def alive_tiles(maxima, start, end, least, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """Of CHUNK tiles from ``start`` on, which reach ``least`` with one of the rows: 1, else 0."""
+    each: tl.constexpr = opt.block_k // opt.group
+    tiles = start + tl.arange(0, CHUNK)[None, :]
+    reaches = tl.full((opt.block_q, CHUNK), 0, tl.int32)
+    for group in tl.static_range(each):
+        highest = tl.load(maxima + tiles * each + group, mask=tiles < end, other=-INFINITY)
+        reaches = reaches | ((highest >= least) & (tiles < end)).to(tl.int32)
+    return tl.max(reaches, 0)
+
+
+@triton.jit
+def dense_sums(values, maxima, scores, begin, end, top, t, least, terms, shape,
+               opt: tl.constexpr):  # fmt: skip
+    """``sum p v``, ``sum p`` and the size of the support from tiles ``begin`` up to ``end``, all of
+    whose values are read, ahead of their products: of a value that is not finite nothing is known
+    but that sums are not either. ``maxima`` and ``scores`` are where those of the rows begin."""
+    scale: tl.constexpr = PROB_SCALE if values[0].dtype.element_ty == tl.float16 else 1.0
+    columns = tl.arange(0, opt.block_k)[None, :]
+    acc = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
+    mass = tl.full((opt.block_q, opt.block_k), 0.0, tl.float32)
+    count = tl.full((opt.block_q, opt.block_k), 0, tl.int32)
+    number = pages_at(values, begin * opt.block_k, shape, opt.block_k, opt)
+    each: tl.constexpr = opt.block_k // opt.group
+    groups = tl.arange(0, each)[None, :]
+    highest = tl.load(maxima + begin * each + groups)
+    for tile in range(begin, end):
+        first = tile * opt.block_k
+        s = tl.load(scores + first + columns)
+        v = load_keys_in(number, values, first, shape, opt.block_k, opt.head_dim_v, opt.padded_v,
+                         True, opt)  # fmt: skip
+        s = tl.where(by_key(highest >= least, opt), s, -INFINITY)  # others were not written
+        # Of the next one, since a tile that hangs on a load of its own is not asked for ahead.
+        number = pages_at(values, first + opt.block_k, shape, opt.block_k, opt)
+        highest = tl.load(maxima + tl.minimum(tile + 1, end - 1) * each + groups)
+        x = distance(s, top, t, terms.c, opt)
+        p, _ = weights(x, terms.r, opt)
+        mass += p
+        count += is_inside(x, terms.r, opt).to(tl.int32)
+        acc += matmul((p * scale).to(v.dtype), v)
+    return acc, tl.sum(mass, 1), tl.sum(count, 1)
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
@@ -514,6 +676,7 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, s
                  MARK: tl.constexpr):  # fmt: skip
     """The sums of a block and a split: of values, if its support has some of the split's keys; of
     ``p``; keys of the support."""
+    after_the_last(opt)
     shape = with_length(shape, length_k)
     at_head, block, split = block_and_split(shape, splits, opt)
     _, batch, kv_head = at_head
@@ -531,42 +694,57 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, s
     least = tl.maximum(tl.load(state + FLOOR), floor_of(top, t, terms, opt))
     least = tl.where(listed, INFINITY, least)
     highest_at = maxima_at(maxima, at_row[:, None], shape, opt)
+    own_scores = scores_at(scores, at_row[:, None], shape, opt)
     values = keys_of(value, batch, kv_head, shape, opt)
-    scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
-    if COUNT:
-        across = tl.cdiv(shape.length_k, MARK)
-        marks += (batch * shape.heads_q + head[:, None]).to(tl.int64) * across
     acc = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
     mass = tl.full((opt.block_q,), 0.0, tl.float32)
     count = tl.full((opt.block_q,), 0, tl.int32)
     columns = tl.arange(0, opt.block_k)[None, :]
     places = tl.arange(0, CHUNK)
-    for start in range(begin, end, CHUNK):
-        exists = (start + places < end)[None, :]
-        highest = tl.load(highest_at + start + places[None, :], mask=exists, other=-INFINITY)
-        reaches = ((highest >= least) & exists).to(tl.int32)
-        alive = tl.max(reaches, 0) > 0
-        place = -1
-        for _ in range(0, tl.sum(alive.to(tl.int32), 0)):
-            place = tl.min(tl.where(alive & (places > place), places, CHUNK), 0)
-            here = tl.max(tl.where((places == place)[None, :], reaches, 0), 1)[:, None] > 0
-            at = scores_at(scores, at_row[:, None], start + place, shape, opt) + columns
-            s = tl.load(at, mask=here & (columns >= 0), other=-INFINITY)
-            x = distance(s, top, t, terms.c, opt)
-            p, _ = weights(x, terms.r, opt)
-            reached = is_inside(x, terms.r, opt)
-            mass += tl.sum(p, 1)
-            count += tl.sum(reached.to(tl.int32), 1)
-            first = (start + place) * opt.block_k
-            if COUNT:
-                tl.store(marks + (first + columns) // MARK, tl.full(x.shape, 1, tl.int8),
-                         mask=reached)  # fmt: skip
-            if opt.dropout:
-                reached = reached & is_kept(rows, first + columns, terms, shape, opt)
-                p = tl.where(reached, p, 0.0)
-            wanted = tl.max(reached.to(tl.int32), 0) > 0
-            v = load_values(values, first + tl.arange(0, opt.block_k), wanted, shape, opt)
-            acc += weighted_values(p, reached, v, opt, scale)
+    each: tl.constexpr = opt.block_k // opt.group
+    groups = tl.arange(0, each)[None, :]
+    pending = begin < end
+    if not (COUNT or opt.dropout):
+        several = 0
+        for start in range(begin, end, CHUNK):
+            alive = alive_tiles(highest_at, start, end, least, opt, CHUNK)
+            several += tl.sum(alive, 0)
+        if (several * DENSE >= end - begin) & pending:
+            acc, mass, count = dense_sums(values, highest_at, own_scores, begin, end, top, t, least,
+                                          terms, shape, opt)  # fmt: skip
+            pending = any_of(tl.max(tl.where(is_finite(acc), 0, 1), 1))
+            if pending:
+                acc = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
+                mass = tl.full((opt.block_q,), 0.0, tl.float32)
+                count = tl.full((opt.block_q,), 0, tl.int32)
+    if pending:
+        scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
+        if COUNT:
+            across = tl.cdiv(shape.length_k, MARK)
+            marks += (batch * shape.heads_q + head[:, None]).to(tl.int64) * across
+        for start in range(begin, end, CHUNK):
+            alive = alive_tiles(highest_at, start, end, least, opt, CHUNK)
+            place = -1
+            for _ in range(0, tl.sum(alive, 0)):
+                place = tl.min(tl.where((alive > 0) & (places > place), places, CHUNK), 0)
+                highest = tl.load(highest_at + (start + place) * each + groups)
+                here = by_key(highest >= least, opt) & (columns >= 0)
+                first = (start + place) * opt.block_k
+                s = tl.load(own_scores + first + columns, mask=here, other=-INFINITY)
+                x = distance(s, top, t, terms.c, opt)
+                p, _ = weights(x, terms.r, opt)
+                reached = is_inside(x, terms.r, opt)
+                mass += tl.sum(p, 1)
+                count += tl.sum(reached.to(tl.int32), 1)
+                if COUNT:
+                    tl.store(marks + (first + columns) // MARK, tl.full(x.shape, 1, tl.int8),
+                             mask=reached)  # fmt: skip
+                if opt.dropout:
+                    reached = reached & is_kept(rows, first + columns, terms, shape, opt)
+                    p = tl.where(reached, p, 0.0)
+                wanted = tl.max(reached.to(tl.int32), 0) > 0
+                v = load_values(values, first + tl.arange(0, opt.block_k), wanted, shape, opt)
+                acc += weighted_values(p, reached, v, opt, scale)
     at_split = at_row.to(tl.int64) * splits + split
     at = partials + at_split[:, None] * opt.padded_v + tl.arange(0, opt.padded_v)[None, :]
     tl.store(at, acc, mask=(inside & (count > 0))[:, None])
@@ -593,63 +771,20 @@ def sums_of_splits(partials, masses, kept, at_row, splits, opt: tl.constexpr,
     return tl.sum(total, 0), tl.sum(mass, 0), tl.sum(count, 0)
 
 
-@triton.jit
-def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, row, terms, shape,
-                   opt: tl.constexpr, ENTRIES: tl.constexpr, COUNT: tl.constexpr,
-                   MARK: tl.constexpr):  # fmt: skip
-    """The same from the entries of a row."""
-    scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
-    values = keys_of(value, batch, head // shape.gqa_group, shape, opt)
-    total = tl.full((ENTRIES, opt.padded_v), 0.0, tl.float32)
-    mass = tl.full((ENTRIES,), 0.0, tl.float32)
-    for first in range(0, count, ENTRIES):
-        places = first + tl.arange(0, ENTRIES)
-        real = places < count
-        keys = tl.load(entry_keys + places, mask=real, other=0)
-        p = tl.load(entry_weights + places, mask=real, other=0.0)
-        mass += p
-        if COUNT:
-            tl.store(marks + keys // MARK, tl.full((ENTRIES,), 1, tl.int8), mask=real)
-        if opt.dropout:
-            real = real & is_kept(row, keys, terms, shape, opt)
-        v = load_values(values, keys, real, shape, opt).to(tl.float32)
-        weighed = tl.where(is_finite(v), (p * scale)[:, None] * v, v)
-        total += tl.where(real[:, None], weighed, 0.0)
-    return tl.sum(total, 0), tl.sum(mass, 0), count
-
-
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_combine(value, partials, masses, kept, states, entry_keys, entry_weights, out, support,
-                   marks, shape, length_k, splits, opt: tl.constexpr, SPLITS: tl.constexpr,
-                   ENTRIES: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
-    """``out = sum p v / sum p``."""
+def decode_combine(partials, masses, kept, states, out, support, shape, length_k, splits,
+                   opt: tl.constexpr, SPLITS: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+    """The output of a row whose support is not listed."""
+    after_the_last(opt)
     shape = with_length(shape, length_k)
     at_row = tl.program_id(0)
+    if tl.load(states + at_row * STATES + LISTED) >= 0.0:
+        return
     batch, head, row = row_at(at_row, shape)
     terms = terms_of(batch, head, shape, opt)
     top = tl.load(states + at_row * STATES + TOP)
     t = tl.load(states + at_row * STATES + T)
-    listed = tl.load(states + at_row * STATES + LISTED).to(tl.int32)
-    if COUNT:
-        marks += (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_k, MARK)
-    if listed >= 0:
-        entries = at_row.to(tl.int64) * MOST_LISTED
-        total, mass, count = sums_of_listed(
-            value, entry_keys + entries, entry_weights + entries, marks, listed, batch, head, row,
-            terms, shape, opt, ENTRIES, COUNT, MARK,
-        )  # fmt: skip
-    else:
-        total, mass, count = sums_of_splits(partials, masses, kept, at_row, splits, opt, SPLITS)
-    if opt.sinks:
-        mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
-    scale: tl.constexpr = PROB_SCALE if out.base.dtype.element_ty == tl.float16 else 1.0
-    result = total / tl.where(mass > 0.0, mass * scale, 1.0)
-    if opt.dropout:
-        result = result * shape.terms.kept
-    result = tl.where(t != t, float("nan"), result)
-    wide = tl.arange(0, opt.padded_v)
-    base, stride = head_of(out, batch, head)
-    pointers = base + row.to(tl.int64) * stride + wide
-    tl.store(pointers, result.to(out.base.dtype.element_ty), mask=wide < opt.head_dim_v)
+    total, mass, count = sums_of_splits(partials, masses, kept, at_row, splits, opt, SPLITS)
+    store_output(out, total, mass, top, t, (batch, head), row, terms, shape, opt)
     if COUNT:
         tl.store(support + at_row, count)

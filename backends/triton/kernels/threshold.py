@@ -296,6 +296,15 @@ def row_sums(parts):
 
 
 @triton.jit
+def total_sums(mass, slope, count):
+    """The sums over all of three tensors, which threads exchange at once."""
+    if INTERPRETED:  # whose reductions by a function are loops in Python
+        return tl.sum(mass), tl.sum(slope), tl.sum(count)
+    else:
+        return tl.reduce((mass, slope, count), None, added)
+
+
+@triton.jit
 def sums_of(x, r, opt: tl.constexpr):
     """``sum p``, ``sum u`` and the size of the support of one tile alone."""
     p, u = weights(x, r, opt)

@@ -27,7 +27,7 @@ def head_of(tensor, batch, head):
 def keys_of(tensor, batch, head, shape, opt: tl.constexpr):
     """A head of keys or values as :func:`load_keys` takes it: behind the row stride, where pages
     are not the same as sequences, those of the sequence and the stride from page to page."""
-    if opt.paged:
+    if opt.page_size > 0:
         pages = shape.terms.pages
         base = tensor.base + head.to(tl.int64) * tensor.head
         return base, tensor.row, pages.table + batch.to(tl.int64) * pages.batch, tensor.batch
@@ -68,9 +68,9 @@ def load_tile(
 @triton.jit
 def pages_of(head, keys, shape, opt: tl.constexpr):
     """The pages of keys of a head by :func:`keys_of`; nothing where keys do not lie in pages."""
-    if opt.paged:
+    if opt.page_size > 0:
         pages = shape.terms.pages
-        number = tl.load(head[2] + keys // pages.size * pages.column, mask=keys < shape.length_k,
+        number = tl.load(head[2] + keys // opt.page_size * pages.column, mask=keys < shape.length_k,
                          other=0)  # fmt: skip
         return tl.minimum(tl.maximum(number, 0), pages.number - 1)
     else:
@@ -79,8 +79,12 @@ def pages_of(head, keys, shape, opt: tl.constexpr):
 
 @triton.jit
 def pages_at(head, first, shape, BLOCK: tl.constexpr, opt: tl.constexpr):
-    """:func:`pages_of` keys ``first`` and following."""
-    return pages_of(head, first + tl.arange(0, BLOCK), shape, opt)
+    """:func:`pages_of` keys ``first`` and following, BLOCK times a whole number; one number where a
+    page holds them all."""
+    keys = first
+    if opt.page_size % BLOCK != 0:
+        keys = first + tl.arange(0, BLOCK)
+    return pages_of(head, keys, shape, opt)
 
 
 @triton.jit
@@ -89,15 +93,21 @@ def load_keys_in(
     EDGE: tl.constexpr, opt: tl.constexpr,
 ):  # fmt: skip
     """:func:`load_keys` in pages by :func:`pages_at`."""
-    if opt.paged:
-        base, row, _, page = head
-        keys = first + tl.arange(0, BLOCK)
-        places = number.to(tl.int64) * page + (keys % shape.terms.pages.size).to(tl.int64) * row
-        columns = tl.arange(0, PADDED)[None, :]
-        mask = (keys < shape.length_k)[:, None] & (columns < WIDTH)
-        return tl.load(base + places[:, None] + columns, mask=mask, other=0.0)
-    else:
+    if opt.page_size == 0:
         return load_tile(head, first, shape.length_k, BLOCK, WIDTH, PADDED, EDGE)
+    else:
+        base, row, _, page = head
+        place = number.to(tl.int64) * page
+        if opt.page_size % BLOCK == 0:
+            own = base + place + (first % opt.page_size).to(tl.int64) * row
+            return load_tile((own, row), first * 0, shape.length_k - first, BLOCK, WIDTH, PADDED,
+                             True)  # fmt: skip
+        else:
+            keys = first + tl.arange(0, BLOCK)
+            place += (keys % opt.page_size).to(tl.int64) * row
+            columns = tl.arange(0, PADDED)[None, :]
+            mask = (keys < shape.length_k)[:, None] & (columns < WIDTH)
+            return tl.load(base + place[:, None] + columns, mask=mask, other=0.0)
 
 
 @triton.jit
