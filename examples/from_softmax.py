@@ -1,7 +1,7 @@
 """A softmax model continued with entmax: SmolLM2-135M on State of the Union speeches.
 
-alpha is 1.5 from the first step on. Each head learns a factor of its scale, and starts with the one
-that brings its output nearest to softmax's. Beside it the same model takes the same steps with
+alpha is 1.5 from the first step on. Each head learns a factor of its scale, and starts with one
+that brings its output near to softmax's. Beside it the same model takes the same steps with
 softmax. The speeches of the last ten years are held out.
 Prints a table and writes results.json and a picture: held-out loss before, during and after, at
 equal steps and at equal time, loss by position, keys kept by layer. A run that was stopped goes on
@@ -26,17 +26,20 @@ from adasplash2.nn import AlphaSchedule, AttentionMonitor, HeadScale, ScaleMatch
 
 class Contender(NamedTuple):
     """``rise``: the share of the steps in which alpha rises from 1; 0 begins with it. ``start``:
-    where each head's learned factor of the scale starts; "matched": where its output is nearest to
-    softmax's; None leaves the scale as it is."""
+    where each head's learned factor of the scale starts; "matched": where its output is near to
+    softmax's, by ``tolerance``; None leaves the scale as it is."""
 
     alpha: float
     rise: float = 0.0
     start: float | Literal["matched"] | None = None
+    tolerance: float = 0.0
 
 
 CONTENDERS = {
     "softmax": Contender(1.0),
-    "entmax": Contender(1.5, start="matched"),
+    "entmax": Contender(1.5, start="matched", tolerance=0.05),
+    "nearest": Contender(1.5, start="matched"),
+    "sparser": Contender(1.5, start="matched", tolerance=0.15),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),
@@ -68,9 +71,9 @@ def tiny_source() -> Source:
     return Source(lambda: LlamaForCausalLM(config), bytes_of)
 
 
-def matched(model: Any, alpha: float, tokens: Tensor) -> list[Tensor]:
-    """Of each layer, the factors with which its heads' outputs are nearest to softmax's."""
-    matcher = ScaleMatcher(alpha)
+def matched(model: Any, contender: Contender, tokens: Tensor) -> list[Tensor]:
+    """Of each layer, the factors with which its heads' outputs are near to softmax's."""
+    matcher = ScaleMatcher(contender.alpha, contender.tolerance)
     apply(model, 1.0, observer=matcher)
     with torch.no_grad(), autocast(tokens.device.type):
         model(input_ids=tokens, use_cache=False)
@@ -113,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             if contender.start == "matched":
                 unseen = corpus.draw(1, options.seed, scale.steps)  # no step's
-                scale_heads(model, matched(model, contender.alpha, unseen[:, :-1].to(device)))
+                scale_heads(model, matched(model, contender, unseen[:, :-1].to(device)))
             elif contender.start is not None:
                 scale_heads(model, [contender.start] * len(model.model.layers))
             set_alpha = alpha_setter(model, observer=monitor)

@@ -896,10 +896,12 @@ def test_matched_scales_are_those_nearest_to_softmax() -> None:
         query, key, value = torch.randn(3, 2, 4, length, 8, dtype=torch.float64).unbind(0)
         query = query * torch.tensor([0.3, 1.0, 3.0, 20.0], dtype=torch.float64)[:, None, None]
         calls.append({"query": query, "key": key, "value": value, "is_causal": True})
-    matcher = ScaleMatcher(1.5)
+    matcher, sparser = ScaleMatcher(1.5), ScaleMatcher(1.5, tolerance=0.05)
     for call in calls:
         said = {k: v for k, v in call.items() if k not in ("query", "key", "value")}
-        matcher(2, call["query"], call["key"], call["value"], said | {"alpha": 1.0, "scale": None})
+        said |= {"alpha": 1.0, "scale": None}
+        for one in (matcher, sparser):
+            one(2, call["query"], call["key"], call["value"], said)
     targets = [adasplash2.entmax_attention(**call, alpha=1.0) for call in calls]
     tried = torch.tensor([2.0 ** (-step / 4) for step in range(21)], dtype=torch.float64)
     errors = torch.stack(
@@ -915,6 +917,14 @@ def test_matched_scales_are_those_nearest_to_softmax() -> None:
     torch.testing.assert_close(found.double(), tried[errors.argmin(0)])
     assert len(found.unique()) > 1, "heads differ"
     assert (errors.min(0).values < errors[0]).any()
+    most = errors.min(0).values + 0.05 * sum(t.square().sum((0, 2, 3)) for t in targets)
+    largest = [
+        max(f for f, e in zip(tried, of, strict=True) if e <= m)
+        for of, m in zip(errors.T, most, strict=True)
+    ]
+    torch.testing.assert_close(sparser.factors(2).double(), torch.stack(largest))
+    assert (sparser.factors(2) >= found).all()
+    assert (sparser.factors(2) > found).any()
     with pytest.raises(KeyError, match=r"layer 0 was not seen .* seen: \[2\]"):
         matcher.factors()
 
@@ -933,7 +943,13 @@ def test_matched_scales_of_packed_sequences_are_those_of_their_parts() -> None:
     torch.testing.assert_close(packed.factors(), apart.factors())
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5, "1.5", math.nan])
-def test_matched_scales_refuse_nonsense(alpha: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match=r"^alpha"):
-        ScaleMatcher(alpha)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *(("alpha", n) for n in (1.0, 0.5, "1.5", math.nan)),
+        *(("tolerance", n) for n in (-0.1, math.inf, "0")),
+    ],
+)
+def test_matched_scales_refuse_nonsense(name: str, number: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{name}"):
+        ScaleMatcher(**{name: number})
