@@ -452,9 +452,25 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             first_span = begin // SPAN
             origin = first_span * SPAN
             whole = tl.cdiv(first_open, SPAN)
-            scanned = scan_tiles(scanned, maxima - origin * opt.block_q, q, keys, first_row,
-                                 first_span, tl.cdiv(end, SPAN), (whole, open_end // SPAN), terms,
-                                 shape, opt, SPAN, STAGES, 2, FEW, CHUNK)  # fmt: skip
+            last = tl.cdiv(end, SPAN)
+            maxima_at = maxima - origin * opt.block_q
+            open_spans = (whole, open_end // SPAN)
+            if opt.joined:
+                scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_span, last,
+                                     open_spans, terms, shape, opt, SPAN, STAGES, 2, FEW,
+                                     CHUNK)  # fmt: skip
+            else:
+                whole = tl.minimum(whole, last)
+                stop = tl.maximum(open_spans[1], whole)
+                scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_span, whole,
+                                     open_spans, terms, shape, opt, SPAN, STAGES, 1, FEW,
+                                     CHUNK)  # fmt: skip
+                scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, whole, stop,
+                                     open_spans, terms, shape, opt, SPAN, STAGES, 0, FEW,
+                                     CHUNK)  # fmt: skip
+                scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, stop, last,
+                                     open_spans, terms, shape, opt, SPAN, STAGES, 1, FEW,
+                                     CHUNK)  # fmt: skip
         else:
             whole = open_end // SPAN
             last = tl.cdiv(end, SPAN)
@@ -512,7 +528,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             row_block = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)
             sums = no_parts(opt)
-            for edge in tl.static_range(2 if opt.lower else 0, 3 if opt.lower else 2):
+            for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
                 sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, edge)
             mass, slope, count = row_sums(sums)
             if opt.sinks:
