@@ -239,10 +239,10 @@ def raised(t, mass, slope, top, terms, opt: tl.constexpr):
 
 
 @triton.jit
-def bound_rows(highest, top, pending, terms, opt: tl.constexpr):
-    """:func:`bound_of` by maxima that are at hand; ``highest``: ``c (s - top)`` of these."""
+def bound_few(highest, top, pending, terms, opt: tl.constexpr):
+    """:func:`bound_of` by ``c (s - top)`` of maxima that are at hand."""
     t = lowest(pending, terms.r, opt)
-    for _ in range(BOUND_STEPS):
+    for _ in range(BOUND_STEPS):  # unrolled, it would take too many registers
         p, u = weights(highest - t[:, None], terms.r, opt)
         mass, slope = pair_sums(p, u)
         t = raised(t, mass, slope, top, terms, opt)
@@ -495,7 +495,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
             pieces = terms.c * (pieces - of_tiles[:, None])
             highest = tl.max(tl.reshape(pieces, (opt.block_q, PIECES, CHUNK)), 1)
-            bound = bound_rows(pieces, of_tiles, t < INFINITY, terms, opt)
+            bound = bound_few(pieces, of_tiles, t < INFINITY, terms, opt)
             found_open, found = list_few(numbers, flags, origin, left, highest, bound, open_ones,
                                          terms, opt)  # fmt: skip
             tl.debug_barrier()  # they are read

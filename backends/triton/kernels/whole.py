@@ -34,11 +34,13 @@ from adasplash2.backends.triton.kernels.score import (
     terms_of,
 )
 from adasplash2.backends.triton.kernels.solve import (
-    bound_rows,
+    BOUND_STEPS,
     kinds_of,
     list_alive,
+    lowest,
     mark_poisoned,
     open_between,
+    raised,
     seen_scores,
     slack,
     store_thresholds,
@@ -47,6 +49,7 @@ from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     stepped,
     sums_of,
+    weights,
     with_sink,
 )
 from adasplash2.backends.triton.kernels.work import (
@@ -71,6 +74,16 @@ def part_maxima(s, opt: tl.constexpr, wide: tl.constexpr):
     pairs: tl.constexpr = opt.block_k // PARTS
     parts = tl.reshape(s, (opt.block_q, tiles, PARTS // 4, pairs // 2, 4, 2))
     return tl.reshape(largest(largest(parts, 5), 3), (opt.block_q, tiles * PARTS))
+
+
+@triton.jit
+def bound_rows(maxima, top, pending, terms, opt: tl.constexpr):
+    """A lower bound of ``t`` by certain rises on maxima, as ``solve.bound_of``."""
+    t = lowest(pending, terms.r, opt)
+    for _ in tl.static_range(BOUND_STEPS):
+        p, u = weights(terms.c * (maxima - top[:, None]) - t[:, None], terms.r, opt)
+        t = raised(t, tl.sum(p, 1), tl.sum(u, 1), top, terms, opt)
+    return t - slack(terms.r)
 
 
 @triton.jit
@@ -139,7 +152,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         tiles: tl.constexpr = wide.block_k // opt.block_k
         highest = largest(tl.reshape(maxima, (opt.block_q, tiles, PARTS)), 2)
         top, poisoned, pending = kinds_of(largest(highest, 1), inside, terms, opt)
-        t = bound_rows(terms.c * (maxima - top[:, None]), top, pending, terms, opt)
+        t = bound_rows(maxima, top, pending, terms, opt)
         # Through memory: else the compiler hands all scores to the threads that hold their maxima.
         tl.store(top_out + at_row, top, mask=inside)
         tl.store(t_out + at_row, t, mask=inside)
