@@ -348,7 +348,7 @@ def _in_window(call: Call, size: int, other: int) -> int | None:
     """How many blocks of ``other`` a block of ``size`` rows or keys meets at most, as a power of
     two, where a window ends on both sides."""
     said = call.problem.scores
-    if said.left < 0 or said.right < 0:
+    if not call.plan.opt.joined:
         return None
     # Two more for where the first one begins, and for where its span does.
     most = -(-(size + said.left + said.right) // other) + 2

@@ -360,12 +360,13 @@ class Options(NamedTuple):
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
     limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
     ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see :func:`is_scored`;
-    ``biased``: something is added to scores; ``local``: slopes keep far keys out of the support;
-    ``scattered``: a row may see other keys than leading ones; ``page_size``: keys of a page, 0
-    where keys and values do not lie in such; ``guesses``: the first step is from where Gaussian
-    rows of the same mean and deviation have their threshold (an H100, 1,024 flat keys: two steps
-    for three, a fifth of the time); ``overlaps``: see :class:`Limits`; ``group``: see
-    DECODED_GROUP."""
+    ``biased``: something is added to scores; ``joined``: a window ends on both sides, so that many
+    of the tiles that a row block sees are edges, and share a loop with the others; ``local``:
+    slopes keep far keys out of the support; ``scattered``: a row may see other keys than leading
+    ones; ``page_size``: keys of a page, 0 where keys and values do not lie in such; ``guesses``:
+    the first step is from where Gaussian rows of the same mean and deviation have their threshold
+    (an H100, 1,024 flat keys: two steps for three, a fifth of the time); ``overlaps``: see
+    :class:`Limits`; ``group``: see DECODED_GROUP."""
 
     block_q: int
     block_k: int
@@ -388,6 +389,7 @@ class Options(NamedTuple):
     ranges: bool
     lower: bool
     upper: bool
+    joined: bool
     hides: bool
     adds: bool
     masked: bool
@@ -442,6 +444,7 @@ class Options(NamedTuple):
             ranges=ranges,
             lower=ranges or said.left >= 0,
             upper=ranges or said.right >= 0,
+            joined=said.left >= 0 and said.right >= 0 and not ranges,
             hides=hides,
             adds=mask is not None and not hides,
             masked=mask is not None,

@@ -240,7 +240,7 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     acc = tl.full((opt.block_q, opt.padded), 0.0, tl.float32)
     zeros = tl.full((opt.block_q,), 0.0, tl.float32)
     parts = zeros, zeros, (zeros, zeros, zeros, zeros, zeros), zeros
-    for edge in tl.static_range(2 if opt.lower else 0, 3 if opt.lower else 2):
+    for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
         acc, parts = grad_query_tiles(
             acc, parts, row_block, grad, delta, spread, keys, values, entries, terms, shape, opt,
             WANTED, SAFE, edge,
@@ -283,7 +283,7 @@ def transpose_lists(
     capacity = shape.gqa_group * row_blocks
     begin = 0
     count = row_blocks
-    if opt.left and opt.upper and not opt.ranges:
+    if opt.joined:
         begin, end = seeing_rows(tile * opt.block_k, shape, opt)
         begin = begin // opt.block_q
         count = tl.cdiv(end, opt.block_q) - begin
@@ -299,7 +299,7 @@ def transpose_lists(
         for chunk in range(0, shape.gqa_group * count, CHUNK):
             entry = chunk + tl.arange(0, CHUNK)
             exists = entry < shape.gqa_group * count
-            if opt.left and opt.upper and not opt.ranges:
+            if opt.joined:
                 entry = entry // count * row_blocks + begin + entry % count
             flags = live + (first_block + entry) * tiles + tile
             alive = tl.load(flags, mask=exists, other=0)
@@ -559,7 +559,7 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
         tl.full((opt.block_k, opt.padded_v), 0.0, tl.float32),
         (none, none),
     )
-    for edge in tl.static_range(2 if opt.lower else 0, 3 if opt.lower else 2):
+    for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
         sums = grad_key_tiles(
             sums, k, v, first_key, (q_base, query.head, q_row), (g_base, grad_out.head, g_row),
             thresholds, entries, at_head, shape, opt, prob_scale, PARTS, SAFE, edge,

@@ -222,7 +222,7 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     sums = no_sums(opt, GRADIENT, SAFE)
     row_block = (q, top, t, first_row)
     u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
-    for edge in tl.static_range(2 if opt.lower else 0, 3 if opt.lower else 2):
+    for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
         sums = weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
                            opt, scale, GRADIENT, SAFE, COUNT, MARK, edge)  # fmt: skip
     store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch, head,

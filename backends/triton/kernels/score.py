@@ -405,7 +405,7 @@ def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.co
         score = s
         if opt.biased:  # what is hidden, with a key that is not finite, is NaN: off the support
             score = s + bias_of(rows, keys, terms, shape, opt)
-    if opt.lower:
+    if opt.joined:
         if EDGE:  # see `is_edge`; before the last operation, into which `x` is cut
             rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
             score = tl.where(allowed(rows, keys, terms, shape, opt), score, -INFINITY)

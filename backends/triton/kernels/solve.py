@@ -239,10 +239,10 @@ def raised(t, mass, slope, top, terms, opt: tl.constexpr):
 
 
 @triton.jit
-def bound_rows(highest, top, pending, terms, opt: tl.constexpr):
-    """:func:`bound_of` by maxima that are at hand; ``highest``: ``c (s - top)`` of these."""
+def bound_few(highest, top, pending, terms, opt: tl.constexpr):
+    """:func:`bound_of` by ``c (s - top)`` of maxima that are at hand."""
     t = lowest(pending, terms.r, opt)
-    for _ in range(BOUND_STEPS):
+    for _ in range(BOUND_STEPS):  # unrolled, it would take too many registers
         p, u = weights(highest - t[:, None], terms.r, opt)
         mass, slope = pair_sums(p, u)
         t = raised(t, mass, slope, top, terms, opt)
@@ -452,9 +452,25 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             first_span = begin // SPAN
             origin = first_span * SPAN
             whole = tl.cdiv(first_open, SPAN)
-            scanned = scan_tiles(scanned, maxima - origin * opt.block_q, q, keys, first_row,
-                                 first_span, tl.cdiv(end, SPAN), (whole, open_end // SPAN), terms,
-                                 shape, opt, SPAN, STAGES, 2, FEW, CHUNK)  # fmt: skip
+            last = tl.cdiv(end, SPAN)
+            maxima_at = maxima - origin * opt.block_q
+            open_spans = (whole, open_end // SPAN)
+            if opt.joined:
+                scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_span, last,
+                                     open_spans, terms, shape, opt, SPAN, STAGES, 2, FEW,
+                                     CHUNK)  # fmt: skip
+            else:
+                whole = tl.minimum(whole, last)
+                stop = tl.maximum(open_spans[1], whole)
+                scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_span, whole,
+                                     open_spans, terms, shape, opt, SPAN, STAGES, 1, FEW,
+                                     CHUNK)  # fmt: skip
+                scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, whole, stop,
+                                     open_spans, terms, shape, opt, SPAN, STAGES, 0, FEW,
+                                     CHUNK)  # fmt: skip
+                scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, stop, last,
+                                     open_spans, terms, shape, opt, SPAN, STAGES, 1, FEW,
+                                     CHUNK)  # fmt: skip
         else:
             whole = open_end // SPAN
             last = tl.cdiv(end, SPAN)
@@ -479,7 +495,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
             pieces = terms.c * (pieces - of_tiles[:, None])
             highest = tl.max(tl.reshape(pieces, (opt.block_q, PIECES, CHUNK)), 1)
-            bound = bound_rows(pieces, of_tiles, t < INFINITY, terms, opt)
+            bound = bound_few(pieces, of_tiles, t < INFINITY, terms, opt)
             found_open, found = list_few(numbers, flags, origin, left, highest, bound, open_ones,
                                          terms, opt)  # fmt: skip
             tl.debug_barrier()  # they are read
@@ -516,7 +532,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             row_block = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)
             sums = no_parts(opt)
-            for edge in tl.static_range(2 if opt.lower else 0, 3 if opt.lower else 2):
+            for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
                 sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, edge)
             mass, slope, count = row_sums(sums)
             if opt.sinks:

@@ -38,12 +38,13 @@ from adasplash2.backends.triton.kernels.score import (
     visible,
 )
 from adasplash2.backends.triton.kernels.solve import (
-    bound_rows,
+    BOUND_STEPS,
     kinds_of,
     list_alive,
     lowest,
     mark_poisoned,
     open_between,
+    raised,
     seen_scores,
     slack,
     store_thresholds,
@@ -51,8 +52,10 @@ from adasplash2.backends.triton.kernels.solve import (
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     guess_of,
+    pair_sums,
     stepped,
     sums_of,
+    weights,
     with_sink,
 )
 from adasplash2.backends.triton.kernels.work import (
@@ -81,6 +84,17 @@ def part_maxima(s, opt: tl.constexpr, wide: tl.constexpr):
     pairs: tl.constexpr = opt.block_k // PARTS
     parts = tl.reshape(s, (opt.block_q, tiles, PARTS // 4, pairs // 2, 4, 2))
     return tl.reshape(largest(largest(parts, 5), 3), (opt.block_q, tiles * PARTS))
+
+
+@triton.jit
+def bound_rows(maxima, top, pending, terms, opt: tl.constexpr):
+    """A lower bound of ``t`` by certain rises on maxima, as ``solve.bound_of``."""
+    t = lowest(pending, terms.r, opt)
+    for _ in tl.static_range(BOUND_STEPS):
+        p, u = weights(terms.c * (maxima - top[:, None]) - t[:, None], terms.r, opt)
+        mass, slope = pair_sums(p, u)
+        t = raised(t, mass, slope, top, terms, opt)
+    return t - slack(terms.r)
 
 
 @triton.jit
@@ -230,7 +244,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         else:
             top = largest(highest, 1)
         row_top, poisoned, pending = kinds_of(top, inside, terms, opt)
-        t = bound_rows(terms.c * (maxima - row_top[:, None]), row_top, pending, terms, opt)
+        t = bound_rows(maxima, row_top, pending, terms, opt)
         if opt.guesses:
             numbers = first_row + tl.arange(0, opt.block_q)
             t = guess_rows(moments, row_top, t, numbers, terms, shape, opt)

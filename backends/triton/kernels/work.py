@@ -226,7 +226,7 @@ def portion(entries, EDGE: tl.constexpr):
     where it is 2 all, for loops that ask :func:`is_edge`.
 
     Two loops do nothing but what is needed, but the second starts with nothing on the way. Where
-    rows see few tiles (``opt.lower``) that takes longer.
+    rows see few tiles (``opt.joined``) that takes longer.
     """
     numbers, open_end, end = entries
     return numbers, open_end if EDGE == 1 else 0, end if EDGE else open_end
