@@ -268,15 +268,18 @@ struct Producer {
 
   __device__ __forceinline__ void sample_pass(const Sample& sample) {
     if (copies)
+#pragma unroll 1  // it has few registers
       for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
   }
   __device__ __forceinline__ void strided_pass(const Strided& walk) {
     if (copies)
+#pragma unroll 1  // it has few registers
       for (int i = 0; i < walk.all(); ++i) push_keys(walk[i]);
   }
   template <bool first>
   __device__ __forceinline__ bool full_pass(const Walk& walk) {
     if (copies)
+#pragma unroll 1  // it has few registers
       for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
     __syncwarp();
     return false;  // it only listens
@@ -284,6 +287,7 @@ struct Producer {
   struct Outputs {};
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs&) {
     if (copies)
+#pragma unroll 1  // it has few registers
       for (int i = 0; i < walk.count; ++i) push_keys(walk[i]), push_values(walk[i]);
     __syncwarp();
     return false;
