@@ -249,6 +249,7 @@ struct Producer {
   const TensorMap &key_map, &value_map;
   const bool copies;
   const Plane key_plane, value_plane;
+  int ahead = 0;  // tiles of keys of the next pass that were copied with the last one
   KeyRing key_ring;
   ValueRing value_ring;
 
@@ -268,23 +269,36 @@ struct Producer {
 
   __device__ __forceinline__ void sample_pass(const Sample& sample) {
     if (copies)
+#pragma unroll 1  // it has few registers
       for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
   }
   __device__ __forceinline__ void strided_pass(const Strided& walk) {
     if (copies)
+#pragma unroll 1  // it has few registers
       for (int i = 0; i < walk.all(); ++i) push_keys(walk[i]);
   }
-  template <bool first>
+  // Whatever pass comes next, it begins with the same keys: they are on their way before the block
+  // knows which one it is.
+  template <bool>
   __device__ __forceinline__ bool full_pass(const Walk& walk) {
+    const int next = min(kStagesK, walk.count);
     if (copies)
-      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]);
+#pragma unroll 1  // it has few registers
+      for (int i = ahead; i < walk.count + next; ++i)
+        push_keys(walk[i < walk.count ? i : i - walk.count]);
+    ahead = next;
     __syncwarp();
     return false;  // it only listens
   }
   struct Outputs {};
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs&) {
     if (copies)
-      for (int i = 0; i < walk.count; ++i) push_keys(walk[i]), push_values(walk[i]);
+#pragma unroll 1  // it has few registers
+      for (int i = 0; i < walk.count; ++i) {
+        if (i >= ahead) push_keys(walk[i]);
+        push_values(walk[i]);
+      }
+    ahead = 0;
     __syncwarp();
     return false;
   }
