@@ -47,7 +47,7 @@ LIST_LANES = 4
 MAX_LIST = 64
 """Entries of one lane's list at most."""
 
-KEPT_LEAST, KEPT_KEYS, KEPT_MOST = 8, 192, 44
+KEPT_LEAST, KEPT_KEYS, KEPT_MOST = 12, 192, 48
 """With how many survivors a row, on the mean of those that a warp scans, lists give way to
 ``dense90_output.cu``: ``KEPT_LEAST``, and one more for each ``KEPT_KEYS`` keys, since dense tiles
 take time for all of them; at most ``KEPT_MOST``, where lists are slower than any number of keys in

@@ -20,7 +20,8 @@ SOLVE_CHUNK = 256
 """Those that ``decode_solve`` holds, for each of its warps."""
 
 SCORES_CHUNK = 512
-"""Scores that a step of a threshold holds, for each of its warps."""
+"""Scores that a step of a threshold holds, for each of its warps; half as many for two, as rows are
+many then."""
 
 SERIAL = 16384
 """Scores of a row whose threshold one program finds alone: they are read in about 2
@@ -159,7 +160,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
             **of_rows,
             SPLITS=TOPS_CHUNK,
             CHUNK=SOLVE_CHUNK * warps,
-            GROUPS=SCORES_CHUNK * warps // opt.group,
+            GROUPS=(SCORES_CHUNK if warps > 2 else SCORES_CHUNK // 2) * warps // opt.group,
             SERIAL=SERIAL // opt.group,
             ENTRIES=ENTRIES_CHUNK * warps,
         )
