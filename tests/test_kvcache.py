@@ -12,6 +12,7 @@ import reference
 import torch
 from cases import device_of, interpreted, usable_backends
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adasplash2
 from adasplash2 import dispatch, entmax_attention_with_kvcache, functional, lowering, ops
@@ -199,6 +200,20 @@ def test_tokens_one_by_one_are_the_sequence_and_nothing_is_decided_anew() -> Non
     torch.testing.assert_close(torch.cat(found, dim=2), whole, atol=1e-5, rtol=1e-5)
 
 
+class Operations(TorchDispatchMode):
+    """The names of torch's operations that run within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("window", [None, (0, 0), (9, -1), (-1, 2), (20, 1)])
 @pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize("length_q", [1, 3, 16])
@@ -222,11 +237,11 @@ def test_ranges_of_few_queries(length_q: int, placed: bool, window: tuple[int, i
             assert found.dtype == exact.dtype
             asked = slice(3 if placed else 2)
             assert torch.equal(found[asked], exact[asked])
-    with torch.profiler.profile() as profile:
+    with Operations() as operations:
         lowering._few_ranges(options, query, lengths, 0, False)
-    asked_for = {event.key for event in profile.key_averages()}
-    assert "aten::clamp" in asked_for
-    assert not asked_for & {"aten::arange", "aten::zeros", "aten::stack", "aten::minimum"}
+    launched = [name for name in operations.names if name in ("add", "clamp")]
+    assert launched in (["clamp"], ["add", "clamp"])
+    assert set(operations.names) <= {"add", "clamp", "alias", "slice", "unsqueeze", "view"}
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
