@@ -263,9 +263,11 @@ def _limits(device: torch.device) -> sizes.Limits:
     properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return sizes.Limits(int(properties.shared_memory_per_block))
-    capability = properties.major, properties.minor
+    from adasplash2.backends.cuda import driver  # which needs no CuPy for this
+
     shared = int(properties.shared_memory_per_block_optin)
-    return sizes.Limits(shared, capability == (9, 0), capability >= (9, 0))
+    wgmma = (properties.major, properties.minor) == (9, 0)
+    return sizes.Limits(shared, wgmma, driver.may_overlap(driver.index(device)))
 
 
 @functools.cache

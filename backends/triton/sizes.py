@@ -117,13 +117,10 @@ BLOCKS = ((64, 64), (128, 128), (128, 64), (64, 32), (32, 32), (32, 16), (16, 16
 took 8.4 ms where rows keep 28 keys and 4.7 where they keep 2, with 128 x 128 8.5 and 7.4; at
 head_dim 128 14.2 (28 keys) and 10.6 (4), with 128 x 128 13.7 and 12.5."""
 
-MASKED_BLOCKS = ((128, 64), *(blocks for blocks in BLOCKS if blocks != (128, 64)))
+MASKED_BLOCKS = ((64, 64), (128, 64), *BLOCKS[1:2], *BLOCKS[3:])
 """The same under a mask of every row and key on compute capability 9.0, where a tile of it comes to
-a multiprocessor with every tile of keys: twice the rows share the latter."""
-
-MASKED_LONG = 1024
-"""Rows from which that comes first, if keys are not so few that rows are whole: fewer rows make too
-few blocks."""
+a multiprocessor with every tile of keys: with the second pair twice the rows share the latter. It
+is what tuners are offered, and not the first before one has found it faster."""
 
 MASKED_REGISTERS = 128
 """Of a thread there: two blocks of eight warps then fit a multiprocessor."""
@@ -666,8 +663,6 @@ def configs(problem: Problem, limits: Limits) -> Iterator[Config]:
     tiled = list(tiled_configs(problem, limits))
     if not tiled:
         return
-    if problem.length_q < MASKED_LONG or problem.length_k <= LONGEST_WHOLE:
-        tiled.sort(key=lambda config: config["registers"] == MASKED_REGISTERS)
     first, *others = tiled
     whole = list(whole_configs(problem, first, limits))
     plain = Options.of(problem, first).alpha != 0.0
@@ -715,7 +710,7 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
     found = 0
     for block_q, block_k in MASKED_BLOCKS if masked else BLOCKS:
         longest = max(block_q, block_k)
-        many_rows = masked and (block_q, block_k) == MASKED_BLOCKS[0]
+        many_rows = masked and (block_q, block_k) == MASKED_BLOCKS[1]
         if longest * wide > ACCUMULATORS:
             continue
         if unrolled and (block_q * block_k * wide > FLOAT32_PRODUCTS or longest > 32):
