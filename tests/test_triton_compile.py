@@ -480,7 +480,10 @@ def test_tiles_are_asked_for_before_those_in_use_are_done_with(
         scores=dataclasses.replace(plain.scores, **said),
         operands=operands,
     )
-    backend.precompile(whole, next(sizes.configs(whole, LIMITS[90])))
+    configs = sizes.configs(whole, LIMITS[90])
+    if asked == "added":  # blocks of 64 rows have no room for three stages of gradients
+        configs = (c for c in configs if c["registers"] == sizes.MASKED_REGISTERS)
+    backend.precompile(whole, next(configs))
     for name in ("solve", "output", "grad_query"):
         kernel, arguments, options = next(
             one for one in launches if one[0].__name__ == name and not one[1].get("SAFE")
