@@ -568,10 +568,12 @@ def lowered_cached(
         ranges = None
         if lengths is not None and kv_starts is None:
             ranges = _few_ranges(options, query, lengths, new, alibi_slopes is not None)
-        if ranges is None:
+        if ranges is not None:
+            options = _said_by_ranges(options)
+        else:
             total = None if lengths is None else lengths + new
             options, ranges = _ranges(options, query, cache.capacity(), None, total, kv_starts)
-        inputs, options = inputs._replace(ranges=ranges), _said_by_ranges(options)
+        inputs = inputs._replace(ranges=ranges)
 
     def append() -> None:
         if key is not None and value is not None and lengths is not None:

@@ -36,6 +36,7 @@ from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     certain_rise,
     guess_of,
+    mean_and_deviation,
     no_parts,
     pair_sums,
     part_sums,
@@ -514,10 +515,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         if opt.guesses:
             rows = first_row + tl.arange(0, opt.block_q)
             keys_seen = visible(rows, terms, shape, opt)
-            number = tl.maximum(keys_seen, 1).to(tl.float32)
             total, squares = pair_sums(scanned[1], scanned[2])
-            mean = total / number
-            deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0))
+            mean, deviation = mean_and_deviation(total, squares, keys_seen)
             t = guess_of(mean, deviation, keys_seen, top, lo, terms)
         hi = tl.where(pending, HIGHEST, INFINITY)
         most = zeros + (shape.length_k + 1)  # with the sink

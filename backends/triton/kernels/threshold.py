@@ -238,6 +238,14 @@ def pair_sums(a, b):
 
 
 @triton.jit
+def mean_and_deviation(total, squares, number):
+    """Of ``number`` scores by their sum and that of their squares; zeros where there are none."""
+    number = tl.maximum(number, 1).to(tl.float32)
+    mean = total / number
+    return mean, tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0))
+
+
+@triton.jit
 def guess_of(mean, deviation, seen, top, lo, terms):
     """Where a row of ``seen`` Gaussian scores has its root at alpha = 1.5, if that is above ``lo``
     and its support not small; else ``lo``.

@@ -52,6 +52,7 @@ from adasplash2.backends.triton.kernels.solve import (
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     guess_of,
+    mean_and_deviation,
     pair_sums,
     stepped,
     sums_of,
@@ -143,10 +144,8 @@ def guess_rows(moments, top, lo, rows, terms, shape, opt: tl.constexpr):
     else:
         above: tl.constexpr = 0.56419
         part: tl.constexpr = 0.82565
-    total, squares, number = moments
-    number = tl.maximum(number, 1).to(tl.float32)
-    mean = total / number
-    deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0)) / part
+    mean, deviation = mean_and_deviation(moments[0], moments[1], moments[2])
+    deviation /= part
     mean -= above * deviation
     return guess_of(mean, deviation, visible(rows, terms, shape, opt), top, lo, terms)
 
