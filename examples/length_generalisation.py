@@ -311,10 +311,12 @@ def train_and_test(
     model = Decoder(size, CONTENDERS[contender]).to(device)
     run = compiled(model, options)
 
-    def loss_of(step: int) -> Tensor:
+    def batch_of(step: int) -> tuple[Tensor, ...]:
         generator = generator_of(0, seed, step)
         length = int(torch.randint(SHORTEST, LONGEST + 1, (), generator=generator))
-        tokens, targets = (t.to(device) for t in task.draw(scale.batch, length, generator))
+        return tuple(t.to(device) for t in task.draw(scale.batch, length, generator))
+
+    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         with autocast(device):
             logits = run(tokens)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -328,8 +330,10 @@ def train_and_test(
     note(0, 0.0)
     losses = fit(
         model,
+        batch_of,
         loss_of,
         Plan(scale.steps, rate, seed),
+        graphed=options.graph,
         notes=notes,
         after=note,
         checkpoint=folder / f"{label}.pt",

@@ -70,7 +70,7 @@ def parse(
     name: str,
     description: str | None,
     sizes: Mapping[str, Scale],
-    contenders: Iterable[str],
+    contenders: Mapping[str, Any],
     arguments: list[str] | None,
 ) -> Program:
     """The first two contenders run where none is named."""
@@ -99,6 +99,11 @@ def parse(
     for flag, value in given.items():
         if min(value if flag == "rates" else [value]) <= 0:
             parser.error(f"argument --{flag}: must be above 0, got {value}")
+    rising = [name for name in options.contenders if contenders[name].rise]
+    if options.graph and rising:
+        parser.error(
+            f"argument --graph: alpha stays as it is in a graph, and rises in {rising[0]!r}"
+        )
     scale = dataclasses.replace(sizes[options.size], **given)
     return Program(name, parser, options, scale, prepare(parser, options))
 
@@ -157,7 +162,9 @@ def losses_of(logits: Logits, windows: Tensor, device: str) -> Tensor:
     windows = windows.to(device)
     with autocast(device):
         said = logits(windows[:, :-1])
-    return F.cross_entropy(said.float().transpose(1, 2), windows[:, 1:], reduction="none")
+    asked = windows[:, 1:]
+    losses = F.cross_entropy(said.float().flatten(0, 1), asked.flatten(), reduction="none")
+    return losses.view_as(asked)
 
 
 @torch.no_grad()
@@ -219,11 +226,13 @@ def train(
         look(0, 0.0)
     losses = fit(
         ready.model,
-        lambda step: losses_of(ready.logits, corpus.draw(scale.batch, seed, step), device).mean(),
+        lambda step: (corpus.draw(scale.batch, seed, step).to(device),),
+        lambda windows: losses_of(ready.logits, windows, device).mean(),
         Plan(scale.steps, rate, seed, warmup=min(100, scale.steps // 10 + 1), decay=0.1),
         checkpoint=checkpoint,
         budget=program.budget,
         description=checkpoint.stem,
+        graphed=program.options.graph,
         schedule=ready.schedule,
         notes=notes,
         after=look,

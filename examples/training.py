@@ -29,6 +29,8 @@ FACTOR_RATE = 1e-2
 """The highest learning rate of a :class:`adasplash2.nn.HeadScale`."""
 SAVE_SECONDS = 60.0
 """Between checkpoints: what a run that is stopped loses at most."""
+READ_STEPS = 10
+"""Between looks at the losses."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +210,9 @@ def rate_at(step: int, plan: Plan) -> float:
     return plan.rate * (0.55 + 0.45 * math.cos(math.pi * share))
 
 
-def optimizer_of(model: nn.Module, plan: Plan) -> torch.optim.AdamW:
+def optimizer_of(model: nn.Module, plan: Plan, graphed: bool = False) -> torch.optim.AdamW:
     """AdamW; learned alphas move ten times as fast, as ``LearnedAlpha`` says, and the factors of
-    heads as ``HeadScale`` does."""
+    heads as ``HeadScale`` does. What is ``graphed`` reads its rates from the device."""
     groups: dict[str, list[nn.Parameter]] = {
         "weights": [],
         "vectors": [],
@@ -229,23 +231,86 @@ def optimizer_of(model: nn.Module, plan: Plan) -> torch.optim.AdamW:
                 "params": parameters,
                 "weight_decay": plan.decay if kind == "weights" else 0.0,
                 "faster": faster[kind],
+                "lr": torch.tensor(plan.rate, device=parameters[0].device)
+                if graphed
+                else plan.rate,
             }
             for kind, parameters in groups.items()
             if parameters
         ],
-        lr=plan.rate,
         betas=(0.9, 0.98),
+        capturable=graphed,
     )
+
+
+class Steps:
+    """Steps of training on batches: ``steps(*batch)`` makes one and returns its loss.
+
+    ``graphed``: each shape of a batch has a few steps as they are, then one is captured into a CUDA
+    graph and the others are replays of it. What the host has to do for a step of a small model
+    takes longer than the step.
+    """
+
+    WARM = 3
+    """Steps before a shape's capture: what is compiled or chosen at first is no part of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_of: Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer,
+        graphed: bool,
+    ) -> None:
+        self.model, self.loss_of, self.optimizer, self.graphed = model, loss_of, optimizer, graphed
+        self.made: dict[Any, int] = {}
+        self.captured: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self.stream = torch.cuda.Stream() if graphed else None
+
+    def step(self, *batch: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss_of(*batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def capture(self, batch: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...], Tensor]:
+        pool = next((graph.pool() for graph, *_ in self.captured.values()), None)
+        graph, held = torch.cuda.CUDAGraph(), tuple(t.clone() for t in batch)
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            loss = self.step(*held)
+        return graph, held, loss
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        if self.stream is None:
+            return self.step(*batch)
+        shape = tuple(t.shape for t in batch)
+        if self.made.setdefault(shape, 0) < self.WARM:
+            self.made[shape] += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self.step(*batch)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if shape not in self.captured:
+            self.captured[shape] = self.capture(batch)
+        graph, held, loss = self.captured[shape]
+        for ours, given in zip(held, batch, strict=True):
+            ours.copy_(given)
+        graph.replay()
+        return loss.clone()
 
 
 def fit(
     model: nn.Module,
-    loss_of: Callable[[int], Tensor],
+    batch_of: Callable[[int], tuple[Tensor, ...]],
+    loss_of: Callable[..., Tensor],
     plan: Plan,
     *,
     checkpoint: Path,
     budget: Budget,
     description: str,
+    graphed: bool = False,
     schedule: adasplash2.nn.AlphaSchedule | None = None,
     notes: dict[str, Any] | None = None,
     after: Callable[[int, float], object] | None = None,
@@ -256,16 +321,23 @@ def fit(
     goes on from ``checkpoint`` as if nothing had been.
 
     Args:
-        loss_of: the loss of a step, of data drawn by its number.
+        batch_of: the tensors of a step, drawn by its number, on the model's device.
+        loss_of: the loss of such tensors.
         checkpoint: is written now and then, and where the budget ends.
+        graphed: see :class:`Steps`.
         notes: what ``after`` has noted; kept in the checkpoint, and filled from it.
         after: called as ``after(steps done, seconds of training)`` after each step.
 
     Raises:
         Stopped: the budget ended before the steps.
+        ValueError: an alpha that is to rise does not go into a graph.
     """
-    optimizer = optimizer_of(model, plan)
+    if graphed and schedule is not None:
+        raise ValueError("graphed: a graph's alpha stays as it is; the schedule's rises")
+    optimizer = optimizer_of(model, plan, graphed)
+    steps = Steps(model, loss_of, optimizer, graphed)
     losses: list[float] = []
+    unread: list[Tensor] = []
     seconds, notes = 0.0, {} if notes is None else notes
     if checkpoint.exists():
         held = torch.load(checkpoint, weights_only=True)
@@ -295,27 +367,30 @@ def fit(
         for step in range(len(losses), plan.steps):
             began = time.monotonic()
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, plan) * group["faster"]
-            loss = loss_of(step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+                rate = rate_at(step, plan) * group["faster"]
+                if graphed:
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            unread.append(steps(*batch_of(step)))
             if schedule is not None:
                 schedule.step()
-            losses.append(loss.item())
+            ends = budget.is_spent and step + 1 < plan.steps
+            saves = ends or time.monotonic() - saved > SAVE_SECONDS
+            # A GPU is waited for now and then only: the host goes ahead of it.
+            if saves or (step + 1) % READ_STEPS == 0 or step + 1 == plan.steps:
+                losses += torch.stack(unread).tolist()
+                unread.clear()
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             seconds += time.monotonic() - began
             bar.update()
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{losses[-1]:.3f}")
             if after is not None:
                 after(step + 1, seconds)
-            if budget.is_spent and step + 1 < plan.steps:
-                save()
-                raise Stopped
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if saves:
                 save()
                 saved = time.monotonic()
+            if ends:
+                raise Stopped
     return losses
 
 
@@ -350,6 +425,8 @@ def add_common(parser: argparse.ArgumentParser, output: str) -> None:
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
     add("--threads", type=int, help="on the CPU (default: torch's)")
     add("--compile", action="store_true", help="with torch.compile")
+    add("--graph", action="store_true", help="steps as CUDA graphs: small models are several times "
+        "as fast")  # fmt: skip
     add("--minutes", type=float, help="stop after so many; the same command goes on then")
     add("--output", type=Path, default=Path(output), help=f"a folder (default {output})")
 
@@ -362,6 +439,8 @@ def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Bud
         torch.set_num_threads(options.threads)
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA device")
+    if options.graph and torch.device(options.device).type != "cuda":
+        parser.error(f"argument --graph: needs --device cuda, got {options.device}")
     options.output.mkdir(parents=True, exist_ok=True)
     return Budget(options.minutes)
 

@@ -161,8 +161,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(name: str, tmp_pa
             torch.manual_seed(0)
             model = Decoder(SIZE, RECIPES[name])
 
-            def loss_of(step: int, model: Decoder = model) -> Tensor:
-                tokens = torch.randint(11, (2, 12), generator=training.generator_of(1, step))
+            def batch_of(step: int) -> tuple[Tensor]:
+                return (torch.randint(11, (2, 12), generator=training.generator_of(1, step)),)
+
+            def loss_of(tokens: Tensor, model: Decoder = model) -> Tensor:
                 return torch.nn.functional.cross_entropy(
                     model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
                 )
@@ -170,6 +172,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(name: str, tmp_pa
             try:
                 losses = training.fit(
                     model,
+                    batch_of,
                     loss_of,
                     Plan(steps=9, rate=1e-2, seed=0, warmup=2, decay=0.1),
                     checkpoint=checkpoint,
@@ -188,6 +191,59 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(name: str, tmp_pa
     assert all(
         torch.equal(a, b) for a, b in zip(got.parameters(), expected.parameters(), strict=True)
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["softmax", "all that is learned"])
+def test_steps_as_graphs_are_the_same_steps(name: str, tmp_path: Path) -> None:
+    def trained(graphed: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = Decoder(SIZE, RECIPES[name]).cuda()
+
+        def batch_of(step: int) -> tuple[Tensor]:
+            shape = 2, 12 + step % 2
+            drawn = torch.randint(11, shape, generator=training.generator_of(1, step))
+            return (drawn.cuda(),)
+
+        def loss_of(tokens: Tensor) -> Tensor:
+            with training.autocast("cuda"):
+                logits = model(tokens)[:, :-1].float()
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+        return training.fit(
+            model,
+            batch_of,
+            loss_of,
+            Plan(steps=24, rate=1e-2, seed=0, warmup=2, decay=0.1),
+            checkpoint=tmp_path / f"{graphed}.pt",
+            budget=training.Budget(None),
+            description="",
+            graphed=graphed,
+        )
+
+    as_they_are = trained(False)
+    assert as_they_are[-1] < as_they_are[0] - 0.1
+    torch.testing.assert_close(
+        torch.tensor(trained(True)), torch.tensor(as_they_are), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_graphs_are_refused_where_they_do_not_go(tmp_path: Path) -> None:
+    model = Decoder(SIZE, RECIPES["alpha rises"])
+    with pytest.raises(ValueError, match="rises"):
+        training.fit(
+            model,
+            lambda step: (),
+            lambda: torch.zeros(()),
+            Plan(steps=9, rate=1e-2, seed=0),
+            checkpoint=tmp_path / "none.pt",
+            budget=training.Budget(None),
+            description="",
+            graphed=True,
+            schedule=training.schedule_of(model, RECIPES["alpha rises"], 9),
+        )
+    with pytest.raises(SystemExit):
+        lengths.main(["--graph", "--output", str(tmp_path)])
 
 
 def test_learned_alphas_move_faster_and_only_matrices_decay() -> None:
