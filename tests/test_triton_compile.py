@@ -374,6 +374,28 @@ def test_decoding_compiles(capability: int, asked: Any, launches: list[Launch]) 
             assert "0" not in waits
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        short(120),
+        short(300),
+        short(1000, alpha=1.25),
+        decoding(100_000),
+        decoding(1000, length_q=9),
+    ],
+    ids=["outputs", "thresholds", "tiles", "decoding", "9 queries"],
+)
+def test_what_counts_compiles(asked: Problem, launches: list[Launch]) -> None:
+    """Kernels of ``attention_stats``, which have lines of their own."""
+    decoded = sizes.is_decoding(asked)
+    config = next((sizes.decoding_configs if decoded else sizes.configs)(asked, LIMITS[90]))
+    backend._forward(backend._call_without_data(asked, config), backend.counters(asked, "meta"))
+    counting = [(k, given, how) for k, given, how in launches if given.get("COUNT")]
+    assert counting
+    for kernel, arguments, options in counting:
+        assert compile_for(90, kernel, arguments, options).metadata.shared <= SHARED[90]
+
+
 @pytest.mark.parametrize("more", [{}, {"page_size": 16, "operands": PAGED}], ids=["piece", "pages"])
 def test_a_longer_cache_compiles_nothing_new(more: Any, launches: list[Launch]) -> None:
     """Nor does one whose last query sees its last key, wherever that is."""

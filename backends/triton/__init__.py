@@ -141,8 +141,22 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         if problem.needs_grad:
             rows.backward(problem, x, x, config, launch.compile_only, alphas)
         return
+    call = _call_without_data(problem, config)
+    result = _forward(call)
+    if problem.needs_grad:
+        learned = (x for x in problem.operands if x.name in DIFFERENTIABLE)
+        wanted = [x.name for x in learned if x.dtype != torch.bool]
+        for names in ((), wanted) if wanted else ((),):
+            launch.backward(call, result, result.out, names)
+
+
+def _call_without_data(problem: Problem, config: Config) -> Any:
+    """A ``launch.Call`` that only compiles, for inputs of contiguous layout."""
+    from adasplash2.backends.triton import launch
+
     p = problem
-    key_heads = (p.batch, p.heads_kv, p.length_k)
+    meta: dict[str, Any] = {"dtype": p.dtype, "device": "meta"}
+    key_heads: tuple[int, ...] = (p.batch, p.heads_kv, p.length_k)
     if p.page_size:
         key_heads = (p.batch * (p.length_k // p.page_size), p.heads_kv, p.page_size)
     inputs = Inputs(
@@ -151,12 +165,7 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         torch.empty((*key_heads, p.head_dim_v), **meta),
     )
     inputs = inputs._replace(**{x.name: _without_data(x, problem) for x in p.operands})
-    call = launch.Call(problem, inputs, config, launch.compile_only)
-    result = _forward(call)
-    if problem.needs_grad:
-        wanted = [x.name for x in p.operands if x.name in DIFFERENTIABLE and x.dtype != torch.bool]
-        for names in ((), wanted) if wanted else ((),):
-            launch.backward(call, result, result.out, names)
+    return launch.Call(problem, inputs, config, launch.compile_only)
 
 
 def _without_data(operand: Operand, problem: Problem) -> Tensor:
@@ -220,22 +229,26 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     """A forward that records what it did."""
     from adasplash2.backends.triton import launch
 
-    shape = (problem.batch, problem.heads_q, problem.length_q)
-    side = launch.STATS_TILE
-    tiles_q, tiles_k = -(-problem.length_q // side), -(-problem.length_k // side)
-    integers: dict[str, Any] = {"dtype": torch.int32, "device": problem.device}
-    marks = torch.zeros((*shape[:2], tiles_q, tiles_k), dtype=torch.int8, device=problem.device)
-    counted = {
-        "iterations": torch.zeros(shape, **integers),
-        "support": torch.zeros(shape, **integers),
-        "marks": marks,
-    }
     call = launch.Call(problem, inputs, config, launch.launch)
+    counted = counters(problem, problem.device)
     tau = _forward(call, counted).tau
-    allowed = allowed_tiles(problem, inputs, side).to(torch.float64)
-    live = marks.sum((2, 3), dtype=torch.float64)
+    allowed = allowed_tiles(problem, inputs, launch.STATS_TILE).to(torch.float64)
+    live = counted["marks"].sum((2, 3), dtype=torch.float64)
     empty = (allowed - live) / allowed.clamp(min=1.0)
     return AttentionStats(tau, counted["support"], counted["iterations"], empty, backend=name)
+
+
+def counters(problem: Problem, device: torch.device | str) -> dict[str, Tensor]:
+    """What a forward counts into."""
+    from adasplash2.backends.triton import launch
+
+    rows = (problem.batch, problem.heads_q, problem.length_q)
+    tiles = (-(-length // launch.STATS_TILE) for length in (problem.length_q, problem.length_k))
+    return {
+        "iterations": torch.zeros(rows, dtype=torch.int32, device=device),
+        "support": torch.zeros(rows, dtype=torch.int32, device=device),
+        "marks": torch.zeros((*rows[:2], *tiles), dtype=torch.int8, device=device),
+    }
 
 
 def rows_forward(

@@ -721,7 +721,7 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, s
         scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
         if COUNT:
             across = tl.cdiv(shape.length_k, MARK)
-            marks += (batch * shape.heads_q + head[:, None]).to(tl.int64) * across
+            marks_at = marks + (batch * shape.heads_q + head[:, None]).to(tl.int64) * across
         for start in range(begin, end, CHUNK):
             alive = alive_tiles(highest_at, start, end, least, opt, CHUNK)
             place = -1
@@ -737,7 +737,7 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, s
                 mass += tl.sum(p, 1)
                 count += tl.sum(reached.to(tl.int32), 1)
                 if COUNT:
-                    tl.store(marks + (first + columns) // MARK, tl.full(x.shape, 1, tl.int8),
+                    tl.store(marks_at + (first + columns) // MARK, tl.full(x.shape, 1, tl.int8),
                              mask=reached)  # fmt: skip
                 if opt.dropout:
                     reached = reached & is_kept(rows, first + columns, terms, shape, opt)
