@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -124,11 +125,13 @@ class Step(NamedTuple):
 
 class Steps(NamedTuple):
     """The launches of a plan, all that does not change from call to call: the host prepares a call
-    for as long as a GPU takes for it. ``given``: arguments by name, for all of them."""
+    for as long as a GPU takes for it. ``given``: arguments by name, for all of them; ``kinds``:
+    kernels and variants as :func:`launch.launch` remembers what is compiled of them."""
 
     pieces: Pieces
     given: dict[str, Any]
     steps: tuple[Step, ...]
+    kinds: tuple[Hashable, ...]
 
     @classmethod
     def of(cls, call: Call, count: bool) -> Steps:
@@ -217,7 +220,8 @@ class Steps(NamedTuple):
             splits=cut.weighed,
             SPLITS=SPLITS_CHUNK,
         )
-        return cls(pieces, given, (scan, solve, *narrow, weigh, combine))
+        steps = scan, solve, *narrow, weigh, combine
+        return cls(pieces, given, steps, tuple((id(x.kernel), x.variant) for x in steps))
 
 
 def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
@@ -230,15 +234,15 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     kept = call.plan.kept
     if count not in kept:
         kept[count] = Steps.of(call, count)
-    pieces, constants, steps = kept[count]
+    pieces, constants, steps, kinds = kept[count]
     shape = (problem.batch, problem.heads_q, problem.length_q)
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
     tau = call.empty(*shape, dtype=torch.float32)
     memory = call.empty(pieces.total, dtype=torch.uint8)
-    are_compiled = call.are_compiled((step.kernel, step.variant) for step in steps)
+    placed = pieces.addresses if call.are_compiled(kinds) else pieces.tensors
     given = {
         **constants,
-        **(pieces.addresses(memory) if are_compiled else pieces.tensors(memory)),
+        **placed(memory),
         "query": call.query,
         "key": call.key,
         "value": call.value,

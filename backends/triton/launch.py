@@ -148,6 +148,7 @@ class Plan(NamedTuple):
     each with how it is compiled for its tile, its row blocks of a head, from which on and how many,
     and those of a program. ``kept``: what ``decoding.py`` makes of it, once."""
 
+    features: tuple[str, ...]
     grid: sizes.Grid
     layout: sizes.Saved
     shape: sizes.Shape
@@ -195,7 +196,7 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
                 each = sizes.row_blocks_each(part, config, multiprocessors(problem.device))
                 whole.append((wide._replace(block_k=width), begin, row_blocks, each))
                 begin += row_blocks
-    return Plan(grid, layout, shape, opt, tuple(whole), options, {}, {})
+    return Plan(problem.features, grid, layout, shape, opt, tuple(whole), options, {}, {})
 
 
 class Call:
@@ -211,7 +212,7 @@ class Call:
         self.inputs = tuple(self.prepared(x) for x in inputs.tensors())
         self.plan = plan = _plan(problem, tuple(config.items()))
         self.grid, self.shape = plan.grid, plan.shape
-        if problem.features:
+        if plan.features:
             operands = Inputs(*inputs.tensors(), *map(_operand, inputs.operands()))
             self.shape = self.shape._replace(terms=sizes.Terms.of(problem, operands))
             more = *more, *(t for t in operands.operands() if t is not None)
@@ -229,11 +230,10 @@ class Call:
         unit = inner == 1 or tensor.shape[3] == 1
         return tensor if unit and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
 
-    def are_compiled(self, asked: Iterable[tuple[Any, Hashable]]) -> bool:
-        """Whether these kernels and variants are, and to be launched: pointers may be numbers."""
-        return self.run is launch and all(
-            self.compiled.get((id(kernel), variant)) for kernel, variant in asked
-        )
+    def are_compiled(self, asked: Iterable[Hashable]) -> bool:
+        """Whether these are, as :func:`launch` remembers them, and will be launched: pointers may
+        then be numbers."""
+        return self.run is launch and all(map(self.compiled.get, asked))
 
     def __call__(
         self, kernel: Any, grid: int, flags: Mapping[str, Hashable], **arguments: Any
