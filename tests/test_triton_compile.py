@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -38,6 +39,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from adasplash2.backends.triton import decoding as decoding_launches
 from adasplash2.backends.triton import launch, rows
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -357,7 +359,7 @@ def test_decoding_compiles(capability: int, asked: Any, launches: list[Launch]) 
     asked = decoding(100_000, **asked)
     backend.precompile(asked, next(sizes.decoding_configs(asked, LIMITS[capability])))
     names = ["decode_scan", "decode_solve", *2 * ["decode_narrow"], "decode_weigh"]
-    assert [kernel.__name__ for kernel, *_ in launches] == [*names, "decode_combine"]
+    assert [kernel.__name__ for kernel, *_ in launches] == names
     compiled = set()
     for kernel, arguments, options in launches:
         products = kernel.__name__ in ("decode_scan", "decode_weigh")
@@ -654,6 +656,53 @@ def test_a_launch_finds_the_kernel_compiled_for_its_flags() -> None:
         )
     assert kernel.described == calls[:2]
     assert kernel.launched == [(False, 3, False), (True, 4, True)]
+
+
+class FakeCompiled:
+    """What Triton returns: how often it was launched, with the attribute and without."""
+
+    def __init__(self) -> None:
+        self._run = SimpleNamespace(launch_pdl=True)
+        self.launched: list[bool] = []
+
+    @property
+    def run(self) -> Any:
+        return self._run
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.launched.append(self.run.launch_pdl)
+
+
+def test_kernels_overlap_where_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the first time, which compiles them."""
+    made = FakeCompiled()
+    kernel = mock.MagicMock(arg_names=["x", "y"])
+    kernel.__getitem__.return_value = lambda *arguments, **options: made
+    compiled: launch.Compiled = {}
+    for is_capturing in (False, False, True, False):
+        monkeypatch.setattr(launch, "_is_capturing", lambda found=is_capturing: found)
+        launch.launch(launch.Launch(kernel, 1, {"x": 1, "y": 2}, {}, compiled))
+    assert made.launched == [False, True, False]
+    assert made.run.launch_pdl
+    made.run.launch_pdl = False  # one without the attribute is launched as it is
+    assert launch._alone(made) is None
+    assert launch._alone(object()) is None
+
+
+def test_addresses_of_pieces_are_those_of_tensors() -> None:
+    """None of which overlaps another one."""
+    kinds = {"a": torch.float32, "none": torch.int32, "b": torch.int32, "c": torch.float32}
+    lengths = {"a": 5, "none": 0, "b": 33, "c": 8}
+    pieces = decoding_launches.Pieces.of({name: (kinds[name], lengths[name]) for name in kinds})
+    memory = torch.zeros(pieces.total, dtype=torch.uint8)
+    tensors = pieces.tensors(memory)
+    for number, (name, tensor) in enumerate(tensors.items(), 1):
+        assert (tensor.dtype, tensor.numel()) == (kinds[name], lengths[name])
+        assert pieces.addresses(memory)[name] == tensor.data_ptr() or not tensor.numel()
+        assert pieces.addresses(memory)[name] % sizes.ALIGNMENT == memory.data_ptr() % 16
+        tensor.fill_(number)
+    for number, tensor in enumerate(tensors.values(), 1):
+        assert (tensor == number).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

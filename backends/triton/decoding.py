@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +44,6 @@ MOST_PARTS = 64
 TOPS_CHUNK = 64
 """Splits whose maxima and bounds ``decode_solve`` holds."""
 
-SPLITS_CHUNK = 16
-"""Splits whose sums ``decode_combine`` holds."""
-
 ENTRIES_CHUNK = 8
 """Listed keys whose values ``decode_solve`` holds, for each of its warps."""
 
@@ -74,11 +72,146 @@ class Cut(NamedTuple):
         return cls(blocks, scanned, weighed, parts, NARROWED if problem.length_k > SERIAL else 0)
 
 
-def _pieces(call: Call, lengths: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Memory by name, of one allocation, aligned as kernels are compiled for."""
-    unit = sizes.ALIGNMENT // dtype.itemsize
-    whole = [-(-length // unit) * unit for length in lengths.values()]
-    return dict(zip(lengths, call.empty(sum(whole), dtype=dtype).split(whole), strict=True))
+class Piece(NamedTuple):
+    """A part of a call's memory: the byte at which it begins, its dtype and number of elements."""
+
+    begin: int
+    dtype: torch.dtype
+    length: int
+
+
+class Pieces(NamedTuple):
+    """How a call's memory, one allocation of ``total`` bytes, is shared out, by name; aligned as
+    kernels are compiled for."""
+
+    places: dict[str, Piece]
+    total: int
+
+    @classmethod
+    def of(cls, lengths: dict[str, tuple[torch.dtype, int]]) -> Pieces:
+        places, total = {}, 0
+        for name, (dtype, length) in lengths.items():
+            places[name] = Piece(total, dtype, length)
+            total += -(-length * dtype.itemsize // sizes.ALIGNMENT) * sizes.ALIGNMENT
+        return cls(places, total)
+
+    def tensors(self, memory: Tensor) -> dict[str, Tensor]:
+        """What Triton learns dtypes from."""
+        return {
+            name: memory[begin : begin + length * dtype.itemsize].view(dtype)
+            for name, (begin, dtype, length) in self.places.items()
+        }
+
+    def addresses(self, memory: Tensor) -> dict[str, int]:
+        """What it takes as well once it has compiled: views take the host longer than a launch."""
+        start = memory.data_ptr()
+        return {name: start + begin for name, (begin, _, _) in self.places.items()}
+
+
+class Step(NamedTuple):
+    """A launch: what :class:`launch.Launch` has; of its arguments those of its ``own``, and the
+    names of all others, which launches share."""
+
+    kernel: Any
+    grid: int
+    shared: tuple[str, ...]
+    own: dict[str, Any]
+    options: dict[str, int]
+    variant: tuple[bool, ...]
+
+
+class Steps(NamedTuple):
+    """The launches of a plan, all that does not change from call to call: the host prepares a call
+    for as long as a GPU takes for it. ``given``: arguments by name, for all of them; ``kinds``:
+    kernels and variants as :func:`launch.launch` remembers what is compiled of them."""
+
+    pieces: Pieces
+    given: dict[str, Any]
+    steps: tuple[Step, ...]
+    kinds: tuple[Hashable, ...]
+
+    @classmethod
+    def of(cls, call: Call, count: bool) -> Steps:
+        """``count``: with what is recorded for :func:`forward`."""
+        problem, grid, opt, options = call.problem, call.grid, call.plan.opt, call.plan.options
+        cut = Cut.of(problem, call.config, grid)
+        rows, scores = grid.rows, grid.tiles * opt.block_k
+        groups = scores // opt.group
+        real, whole = torch.float32, torch.int32
+        pieces = Pieces.of(
+            {
+                "scores": (real, rows * scores),
+                "maxima": (real, rows * groups),
+                "tops": (real, rows * cut.splits),
+                "floors": (real, rows * cut.splits),
+                "states": (real, rows * kernels.STATES.value),
+                "sums": (real, rows * cut.parts * kernels.SUMS.value if cut.narrowed else 0),
+                "partials": (real, rows * cut.weighed * opt.padded_v),
+                "masses": (real, rows * cut.weighed),
+                "entry_weights": (real, rows * kernels.MOST_LISTED.value),
+                "lists": (whole, rows * groups),
+                "counts": (whole, rows),
+                "arrivals": (whole, rows),
+                "kept": (whole, rows * cut.weighed),
+                "entry_keys": (whole, rows * kernels.MOST_LISTED.value),
+            }
+        )
+        given = {
+            "shape": call.shape._replace(length_k=0, terms=0),
+            "length_k": problem.length_k,
+            "opt": opt,
+            "tolerance": launch.tolerance(problem),
+            "MAX_STEPS": launch.MAX_STEPS,
+            "MARK": launch.STATS_TILE,
+            "support": None,
+            "marks": None,
+        }
+
+        def step(kernel: Any, grid: int, flags: dict[str, bool], **own: Any) -> Step:
+            how, own = options[kernel.__name__], {**own, **flags}
+            shared = tuple(name for name in kernel.arg_names if name not in own)
+            return Step(kernel, grid, shared, own, how, tuple(flags.values()))
+
+        warps, narrowing = (options[x]["num_warps"] for x in ("decode_solve", "decode_narrow"))
+        scan = step(
+            kernels.decode_scan,
+            cut.blocks * cut.splits,
+            {},
+            splits=cut.splits,
+            CHUNK=SCAN_CHUNK,
+            STAGES=int(call.config["stages"]),
+        )
+        solve = step(
+            kernels.decode_solve,
+            rows,
+            {"COUNT": count},
+            splits=cut.splits,
+            SPLITS=TOPS_CHUNK,
+            CHUNK=SOLVE_CHUNK * warps,
+            GROUPS=(SCORES_CHUNK if warps > 2 else SCORES_CHUNK // 2) * warps // opt.group,
+            SERIAL=SERIAL // opt.group,
+            ENTRIES=ENTRIES_CHUNK * warps,
+        )
+        narrow = (
+            step(
+                kernels.decode_narrow,
+                rows * cut.parts,
+                {"LAST": number == cut.narrowed - 1},
+                parts=cut.parts,
+                GROUPS=SCORES_CHUNK * narrowing // opt.group,
+                PARTS=MOST_PARTS,
+            )
+            for number in range(cut.narrowed)
+        )
+        weigh = step(
+            kernels.decode_weigh,
+            cut.blocks * cut.weighed,
+            {"COUNT": count},
+            splits=cut.weighed,
+            CHUNK=SCAN_CHUNK,
+        )
+        steps = scan, solve, *narrow, weigh
+        return cls(pieces, given, steps, tuple((id(x.kernel), x.variant) for x in steps))
 
 
 def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
@@ -87,110 +220,36 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None) -> Forward:
     Scores take 4 bytes a row and key, their maxima and lists up to an eighth of that. Few scores
     are written where few keys reach a bound.
     """
-    problem, grid, opt = call.problem, call.grid, call.plan.opt
-    cut = Cut.of(problem, call.config, grid)
-    rows, tiles = grid.rows, grid.tiles
-    groups = tiles * (opt.block_k // opt.group)
+    problem, count = call.problem, counted is not None
+    kept = call.plan.kept
+    if count not in kept:
+        kept[count] = Steps.of(call, count)
+    pieces, constants, steps, kinds = kept[count]
     shape = (problem.batch, problem.heads_q, problem.length_q)
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
     tau = call.empty(*shape, dtype=torch.float32)
-    floats = _pieces(
-        call,
-        {
-            "scores": rows * tiles * opt.block_k,
-            "maxima": rows * groups,
-            "tops": rows * cut.splits,
-            "floors": rows * cut.splits,
-            "states": rows * kernels.STATES.value,
-            "sums": rows * cut.parts * kernels.SUMS.value if cut.narrowed else 0,
-            "partials": rows * cut.weighed * opt.padded_v,
-            "masses": rows * cut.weighed,
-            "entry_weights": rows * kernels.MOST_LISTED.value,
-        },
-        torch.float32,
-    )
-    integers = _pieces(
-        call,
-        {
-            "lists": rows * groups,
-            "counts": rows,
-            "arrivals": rows,
-            "kept": rows * cut.weighed,
-            "entry_keys": rows * kernels.MOST_LISTED.value,
-        },
-        torch.int32,
-    )
-    count = counted is not None
-    counters = counted or dict.fromkeys(("support", "marks"))
-
-    # Zeros, since kernels make a tuple of these, which takes no None before Triton 3.7.
-    terms = tuple(0 if term is None else term for term in call.shape.terms or ())
-    asked = call.shape._replace(length_k=0, terms=sizes.Terms(*terms) if terms else 0)
-
-    def run(kernel: Any, grid: int, flags: dict[str, bool], **more: Any) -> None:
-        given = {"shape": asked, "length_k": problem.length_k, "opt": opt, **more}
-        scratch = {
-            name: piece for name, piece in (floats | integers).items() if name in kernel.arg_names
-        }
-        call(kernel, grid, flags, **given, **scratch)
-
-    solving = {"tau": tau, "tolerance": launch.tolerance(problem), "MAX_STEPS": launch.MAX_STEPS}
-    of_values = {"value": call.value, "marks": counters["marks"], "MARK": launch.STATS_TILE}
-    of_rows = {"out": sizes.Heads.of(out), "support": counters["support"]}
-    options = call.plan.options
-    warps, narrowing = (options[name]["num_warps"] for name in ("decode_solve", "decode_narrow"))
-    with launch.on_device(problem.device):
-        run(
-            kernels.decode_scan,
-            cut.blocks * cut.splits,
-            {},
-            query=call.query,
-            key=call.key,
-            splits=cut.splits,
-            CHUNK=SCAN_CHUNK,
-            STAGES=int(call.config["stages"]),
-        )
-        run(
-            kernels.decode_solve,
-            rows,
-            {"COUNT": count},
-            splits=cut.splits,
-            **solving,
-            **of_values,
-            **of_rows,
-            SPLITS=TOPS_CHUNK,
-            CHUNK=SOLVE_CHUNK * warps,
-            GROUPS=(SCORES_CHUNK if warps > 2 else SCORES_CHUNK // 2) * warps // opt.group,
-            SERIAL=SERIAL // opt.group,
-            ENTRIES=ENTRIES_CHUNK * warps,
-        )
-        for step in range(cut.narrowed):
-            run(
-                kernels.decode_narrow,
-                rows * cut.parts,
-                {"LAST": step == cut.narrowed - 1},
-                parts=cut.parts,
-                **solving,
-                GROUPS=SCORES_CHUNK * narrowing // opt.group,
-                PARTS=MOST_PARTS,
-            )
-        run(
-            kernels.decode_weigh,
-            cut.blocks * cut.weighed,
-            {"COUNT": count},
-            splits=cut.weighed,
-            **of_values,
-            CHUNK=SCAN_CHUNK,
-        )
-        run(
-            kernels.decode_combine,
-            rows,
-            {"COUNT": count},
-            splits=cut.weighed,
-            **of_rows,
-            SPLITS=SPLITS_CHUNK,
-        )
+    memory = call.empty(pieces.total, dtype=torch.uint8)
+    placed = pieces.addresses if call.are_compiled(kinds) else pieces.tensors
+    given = {
+        **constants,
+        **placed(memory),
+        "query": call.query,
+        "key": call.key,
+        "value": call.value,
+        "out": sizes.Heads.of(out),
+        "tau": tau,
+    }
     if counted is not None:
-        states = floats["states"][: rows * kernels.STATES.value].view(rows, -1)
+        given |= {name: counted[name] for name in ("support", "marks")}
+    if call.shape.terms is not None:
+        # Zeros, since kernels make a tuple of these, which takes no None before Triton 3.7.
+        terms = sizes.Terms(*(0 if term is None else term for term in call.shape.terms))
+        given["shape"] = constants["shape"]._replace(terms=terms)
+    with launch.on_device(problem.device):
+        for kernel, grid, shared, own, options, variant in steps:
+            arguments = {name: given[name] for name in shared} | own
+            call.run(launch.Launch(kernel, grid, arguments, options, call.compiled, variant))
+    if counted is not None:
+        states = pieces.tensors(memory)["states"].view(-1, kernels.STATES.value)
         counted["iterations"].copy_(states[:, kernels.STEPS.value].view(shape))
     return Forward(out.to(problem.dtype), tau, call.empty(0, dtype=torch.uint8))

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,11 +91,30 @@ def launch(asked: Launch) -> None:
     kernel, grid, _, options, compiled, variant = asked
     key = id(kernel), variant
     if compiled is not None and (found := compiled.get(key)):
-        found[(grid, 1, 1)](*asked.values)
+        overlapping, alone = found
+        chosen = alone if alone is not None and not _is_capturing() else overlapping
+        chosen[(grid, 1, 1)](*asked.values)
         return
-    found = kernel[(grid,)](*asked.values, **options)
+    made = kernel[(grid,)](*asked.values, **options)
     if compiled is not None:
-        compiled[key] = found  # None from the interpreter
+        compiled[key] = made and (made, _alone(made))  # None from the interpreter
+
+
+def _alone(compiled: Any) -> Any:
+    """``compiled`` launched without the attribute by which a kernel may be placed before the one
+    before it has ended, and right in any case; None where it has none, or not where it is looked
+    for. The attribute costs the host more than the GPU gains, unless a graph replays it."""
+    launcher: Any = getattr(compiled, "run", None)
+    if not getattr(launcher, "launch_pdl", False):
+        return None
+    launcher = copy.copy(launcher)
+    launcher.launch_pdl = False
+    alone = copy.copy(compiled)
+    alone._run = launcher
+    return alone
+
+
+_is_capturing = torch.cuda.is_current_stream_capturing
 
 
 def compile_only(asked: Launch) -> None:
@@ -126,8 +146,9 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 class Plan(NamedTuple):
     """What follows from a problem and a configuration. ``whole``: the launches of ``whole_rows``,
     each with how it is compiled for its tile, its row blocks of a head, from which on and how many,
-    and those of a program."""
+    and those of a program. ``kept``: what ``decoding.py`` makes of it, once."""
 
+    features: tuple[str, ...]
     grid: sizes.Grid
     layout: sizes.Saved
     shape: sizes.Shape
@@ -135,6 +156,7 @@ class Plan(NamedTuple):
     whole: tuple[tuple[sizes.Options, int, int, int], ...]
     options: dict[str, dict[str, int]]
     compiled: dict[Any, Compiled]
+    kept: dict[bool, Any]
 
     def compiled_for(self, tensors: Sequence[Tensor]) -> Compiled:
         """Kernels for tensors that lie in memory as these do; all others are made here."""
@@ -174,7 +196,7 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
                 each = sizes.row_blocks_each(part, config, multiprocessors(problem.device))
                 whole.append((wide._replace(block_k=width), begin, row_blocks, each))
                 begin += row_blocks
-    return Plan(grid, layout, shape, opt, tuple(whole), options, {})
+    return Plan(problem.features, grid, layout, shape, opt, tuple(whole), options, {}, {})
 
 
 class Call:
@@ -190,7 +212,7 @@ class Call:
         self.inputs = tuple(self.prepared(x) for x in inputs.tensors())
         self.plan = plan = _plan(problem, tuple(config.items()))
         self.grid, self.shape = plan.grid, plan.shape
-        if problem.features:
+        if plan.features:
             operands = Inputs(*inputs.tensors(), *map(_operand, inputs.operands()))
             self.shape = self.shape._replace(terms=sizes.Terms.of(problem, operands))
             more = *more, *(t for t in operands.operands() if t is not None)
@@ -207,6 +229,11 @@ class Call:
         _, _, row, inner = tensor.stride()
         unit = inner == 1 or tensor.shape[3] == 1
         return tensor if unit and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
+
+    def are_compiled(self, asked: Iterable[Hashable]) -> bool:
+        """Whether these are, as :func:`launch` remembers them, and will be launched: pointers may
+        then be numbers."""
+        return self.run is launch and all(map(self.compiled.get, asked))
 
     def __call__(
         self, kernel: Any, grid: int, flags: Mapping[str, Hashable], **arguments: Any
