@@ -40,6 +40,12 @@ MAXIMA_CHUNK = 4096
 FEW_MAXIMA = 512
 """Tile maxima for each warp whose pieces' maxima, four times as many, fit its registers."""
 
+FOLDS = 2
+"""Tiles that share the maxima of their pieces there, where all that a row may see are as many."""
+
+KEPT = 1
+"""Steps there after which tiles are not listed anew."""
+
 FEWEST_MAXIMA = 16
 """Of a row that a program holds at a time, however few tiles there are."""
 
@@ -339,6 +345,8 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
         work_items=work_items,
         CHUNK=chunk,
         FEW=few,
+        FOLDS=min(FOLDS, chunk // FEWEST_MAXIMA) if few else 1,
+        KEPT=KEPT if few else 0,
         SPAN=span,
         STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
     )

@@ -362,7 +362,8 @@ class Options(NamedTuple):
     limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
     ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see :func:`is_scored`;
     ``biased``: something is added to scores; ``joined``: a window ends on both sides, so that many
-    of the tiles that a row block sees are edges, and share a loop with the others; ``local``:
+    of the tiles that a row block sees are edges, and share a loop with the others; ``even``: no
+    tile reaches beyond the last key there, so that the loop need not ask; ``local``:
     slopes keep far keys out of the support; ``scattered``: a row may see other keys than leading
     ones; ``page_size``: keys of a page, 0 where keys and values do not lie in such; ``guesses``:
     the first step is from where Gaussian rows of the same mean and deviation have their threshold
@@ -391,6 +392,7 @@ class Options(NamedTuple):
     lower: bool
     upper: bool
     joined: bool
+    even: bool
     hides: bool
     adds: bool
     masked: bool
@@ -421,6 +423,7 @@ class Options(NamedTuple):
         block_k = whole_width(problem, config) if whole else int(config["block_k"])
         if alphas:
             alpha = 0.0
+        joined = is_windowed(problem)
         hides = mask is not None and mask.dtype == torch.bool
         exact = problem.dtype == torch.float32 or alpha == 0.0
         return cls(
@@ -445,7 +448,8 @@ class Options(NamedTuple):
             ranges=ranges,
             lower=ranges or said.left >= 0,
             upper=ranges or said.right >= 0,
-            joined=said.left >= 0 and said.right >= 0 and not ranges,
+            joined=joined,
+            even=joined and problem.length_k % (block_k * int(config.get("span", 1))) == 0,
             hides=hides,
             adds=mask is not None and not hides,
             masked=mask is not None,
@@ -496,6 +500,12 @@ def is_scored(problem: Problem) -> bool:
     given = {operand.name for operand in problem.operands}
     more = given & {"attn_mask", "alibi_slopes", "sinks", "scales"}
     return bool(more) or problem.scores.softcap != 0.0
+
+
+def is_windowed(problem: Problem) -> bool:
+    """Whether a window ends on both sides of what a row sees."""
+    said = problem.scores
+    return said.left >= 0 and said.right >= 0 and not problem.operand("ranges")
 
 
 def is_masked_by_pair(problem: Problem) -> bool:
@@ -720,7 +730,9 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
         narrow = wide <= 64 and longest <= 64 and not unrolled
         # Beside those of a mask, the scores of two tiles do not fit the registers.
         single = found or unrolled or problem.operand("attn_mask")
-        spans = SPANS[:1] if single else SPANS if wide > 64 else SPANS[::-1]
+        # Windows end within tiles, and what is done twice for them is less beside one.
+        wider = not single and wide <= 64 and not is_windowed(problem)
+        spans = SPANS[:1] if single else SPANS[::-1] if wider else SPANS
         for span in spans:
             config: dict[str, int | str] = {
                 "block_q": block_q,

@@ -52,6 +52,7 @@ from adasplash2.backends.triton.kernels.work import (
     entry_of,
     head_of,
     in_turn,
+    is_cut,
     is_edge,
     is_marked,
     load_pair,
@@ -154,7 +155,7 @@ def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, e
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
-        first, k, v = load_pair(number, keys, values, shape, opt, EDGE != 0)
+        first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
         number = entry_of(numbers, index + 1, stop)
         x, p, u, s, product, dp, ds = tile_gradient(row_block, grad, delta, spread, k, v, first,
                                                     terms, shape, opt, SAFE,
