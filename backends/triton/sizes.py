@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -146,6 +147,9 @@ MAX_ALTERNATIVES = 3
 
 ACCUMULATORS = 128 * 128
 """float32 sums of a block that registers hold beside its scores."""
+
+FOLDED = True
+"""Whether :func:`is_folded` may be."""
 
 SUM_ITEMSIZE = 4
 """Bytes of a sum, which threads hand on through shared memory before they store it."""
@@ -361,14 +365,14 @@ class Options(NamedTuple):
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
     limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
     ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see :func:`is_scored`;
-    ``biased``: something is added to scores; ``joined``: a window ends on both sides, so that many
-    of the tiles that a row block sees are edges, and share a loop with the others; ``even``: no
-    tile reaches beyond the last key there, so that the loop need not ask; ``local``:
-    slopes keep far keys out of the support; ``scattered``: a row may see other keys than leading
-    ones; ``page_size``: keys of a page, 0 where keys and values do not lie in such; ``guesses``:
-    the first step is from where Gaussian rows of the same mean and deviation have their threshold
-    (an H100, 1,024 flat keys: two steps for three, a fifth of the time); ``overlaps``: see
-    :class:`Limits`; ``group``: see DECODED_GROUP."""
+    ``folded``: see :func:`is_folded`; ``biased``: something is added to scores; ``joined``: a
+    window ends on both sides, so that many of the tiles that a row block sees are edges, and share
+    a loop with the others; ``even``: no tile reaches beyond the last key there, so that the loop
+    need not ask; ``local``: slopes keep far keys out of the support; ``scattered``: a row may
+    see other keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do
+    not lie in such; ``guesses``: the first step is from where Gaussian rows of the same mean
+    and deviation have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth
+    of the time); ``overlaps``: see :class:`Limits`; ``group``: see DECODED_GROUP."""
 
     block_q: int
     block_k: int
@@ -404,6 +408,7 @@ class Options(NamedTuple):
     alphas: bool
     dropout: bool
     scored: bool
+    folded: bool
     biased: bool
     local: bool
     scattered: bool
@@ -461,6 +466,7 @@ class Options(NamedTuple):
             alphas=alphas,
             dropout=said.dropout_p != 0.0,
             scored=scored,
+            folded=is_folded(problem) and not whole,
             biased=mask is not None or alibi,
             local=alibi and mask is None and not problem.page_size,  # norms of all pages would cost
             scattered=is_scattered(problem),
@@ -506,6 +512,18 @@ def is_windowed(problem: Problem) -> bool:
     """Whether a window ends on both sides of what a row sees."""
     said = problem.scores
     return said.left >= 0 and said.right >= 0 and not problem.operand("ranges")
+
+
+def is_folded(problem: Problem) -> bool:
+    """Whether products add up from what a mask adds to scores: where queries hold the scale without
+    being rounded. That is an operation less for each score."""
+    given = {operand.name for operand in problem.operands}
+    mask, scale = problem.operand("attn_mask"), problem.scores.scale
+    adds = mask is not None and mask.dtype != torch.bool
+    # float16 would round small queries.
+    exact = problem.dtype == torch.bfloat16 and math.frexp(abs(scale))[0] == 0.5
+    plain = problem.scores.softcap == 0.0 and "scales" not in given
+    return FOLDED and adds and exact and 2.0**-16 <= abs(scale) <= 1.0 and plain
 
 
 def is_masked_by_pair(problem: Problem) -> bool:

@@ -20,6 +20,7 @@ from adasplash2.backends.triton.kernels.score import (
     biased,
     capped,
     distances,
+    folded_scale,
     is_inside,
     lift_of,
     near_tiles,
@@ -81,7 +82,7 @@ def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH:
                 EDGE):  # fmt: skip
     """Scores of ``rows`` and the WIDTH keys from ``first`` on, with their ``bias``; -inf where,
     with EDGE, a key may not be seen."""
-    s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
+    s = biased(capped(products(q, k, bias, opt), rows, terms, shape, opt), bias, opt)
     if EDGE:
         columns = first + tl.arange(0, WIDTH)
         s = tl.where(allowed(rows, columns[None, :], terms, shape, opt), s, -INFINITY)
@@ -449,6 +450,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         batch, head, kv_head = at_head
         q = load_tile(head_of(query, batch, head), first_row, shape.length_q, opt.block_q,
                       opt.head_dim, opt.padded, True)  # fmt: skip
+        q = folded_scale(q, shape, opt)
         keys = keys_of(key, batch, kv_head, shape, opt)
         terms = terms_of(batch, head, shape, opt)
         open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
