@@ -367,8 +367,8 @@ class Options(NamedTuple):
     ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see :func:`is_scored`;
     ``folded``: see :func:`is_folded`; ``biased``: something is added to scores; ``joined``: a
     window ends on both sides, so that many of the tiles that a row block sees are edges, and share
-    a loop with the others; ``even``: no tile reaches beyond the last key there, so that the loop
-    need not ask; ``local``: slopes keep far keys out of the support; ``scattered``: a row may
+    a loop with the others; ``even``: no tile reaches beyond the last row or key there, so that
+    loops need not ask; ``local``: slopes keep far keys out of the support; ``scattered``: a row may
     see other keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do
     not lie in such; ``guesses``: the first step is from where Gaussian rows of the same mean
     and deviation have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth
@@ -454,7 +454,9 @@ class Options(NamedTuple):
             lower=ranges or said.left >= 0,
             upper=ranges or said.right >= 0,
             joined=joined,
-            even=joined and problem.length_k % (block_k * int(config.get("span", 1))) == 0,
+            even=joined
+            and problem.length_q % int(config["block_q"]) == 0
+            and problem.length_k % (block_k * int(config.get("span", 1))) == 0,
             hides=hides,
             adds=mask is not None and not hides,
             masked=mask is not None,

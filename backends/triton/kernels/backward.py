@@ -364,10 +364,13 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         member = (entry // row_blocks).to(tl.int64)
         first_row = (entry % row_blocks * PARTS + index % PARTS) * part
         q_head = (q_base + member * q_member, q_row)
-        q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, True)
+        q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, not opt.even)
         g_head = (g_base + member * g_member, g_row)
-        grad = load_tile(g_head, first_row, length, part, opt.head_dim_v, opt.padded_v, True)
+        grad = load_tile(g_head, first_row, length, part, opt.head_dim_v, opt.padded_v,
+                         not opt.even)  # fmt: skip
         at_row, inside = rows_at(first_head + member, first_row, length, part)
+        if opt.even:
+            inside = tl.full((part,), True, tl.int1)
         top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
