@@ -500,24 +500,29 @@ def test_narrow_windows(window: tuple[int, int], backend: str) -> None:
 
 
 @interpreted()
-@pytest.mark.parametrize("few", [True, False])
-def test_windows_of_few_tiles_and_of_many(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Triton backend keeps the maxima of few in registers."""
+@pytest.mark.parametrize(("few", "length"), [(True, 300), (True, 384), (False, 300), (False, 384)])
+def test_windows_of_few_tiles_and_of_many(
+    few: bool, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Triton backend keeps the maxima of few in registers, here of two tiles at a place, and
+    does not ask for the end of the keys where tiles end with them."""
     if "triton" not in usable_backends():
         pytest.skip("the Triton backend cannot run here")
     from adasplash2.backends.triton import launch
 
-    if not few:
+    if few:
+        monkeypatch.setattr(launch, "FEWEST_MAXIMA", 4)
+    else:
         monkeypatch.setattr(launch, "FEW_MAXIMA", 0)
         monkeypatch.setattr(launch, "MAXIMA_CHUNK", 2 * 64)
     launch._plan.cache_clear()
-    tensors = [torch.randn(1, 2, 300, 16, device=device_of("triton")) for _ in "qkvg"]
+    tensors = [torch.randn(1, 2, length, 16, device=device_of("triton")) for _ in "qkvg"]
     leaves = [t.requires_grad_() for t in tensors[:3]]
     out = attend(adasplash2.entmax_attention, *leaves, window=(77, 20), backend="triton")
     grads = torch.autograd.grad(out, leaves, tensors[3])
     launch._plan.cache_clear()
     query, key, value, grad = (t.detach().cpu().double() for t in tensors)
-    far = torch.arange(300) - torch.arange(300)[:, None]
+    far = torch.arange(length) - torch.arange(length)[:, None]
     p = reference.entmax(
         (query @ key.mT / 4.0).masked_fill((far < -77) | (far > 20), -math.inf), 1.5
     )

@@ -41,6 +41,12 @@ MAXIMA_CHUNK = 4096
 FEW_MAXIMA = 512
 """Tile maxima for each warp whose pieces' maxima, four times as many, fit its registers."""
 
+FOLDS = 2
+"""Tiles that share the maxima of their pieces there, where all that a row may see are as many."""
+
+KEPT = 1
+"""Steps there after which tiles are not listed anew."""
+
 FEWEST_MAXIMA = 16
 """Of a row that a program holds at a time, however few tiles there are."""
 
@@ -184,7 +190,7 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         # Lengths are arguments of their own there, and keys are read once in any case.
         shape, opt = (
             shape._replace(length_k=None),
-            opt._replace(exact=True, relative=True, local=False),
+            opt._replace(exact=True, relative=True, local=False, folded=False),
         )
     else:
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
@@ -311,6 +317,9 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
         "GRADIENT": problem.needs_grad,
         "MARK": STATS_TILE,
     }
+    # Beside two sums, no registers are left for a product that adds up from something: the
+    # assembler would wait for each.
+    unfolded = call.plan.opt._replace(folded=False)
     with on_device(problem.device):
         if not call.plan.whole:
             _solve(call, {"COUNT": count}, parts["taken"], solved)
@@ -337,7 +346,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
                 t_in=call.threshold(parts["t"], tau),
                 lists=parts["lists"],
                 counts=parts["counts"],
-                opt=call.plan.opt,
+                opt=unfolded,
                 **weighed,
             )
     if not problem.needs_grad:
@@ -366,9 +375,17 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
         work_items=work_items,
         CHUNK=chunk,
         FEW=few,
+        FOLDS=min(FOLDS, chunk // FEWEST_MAXIMA) if few else 1,
+        KEPT=KEPT if few else 0,
         SPAN=span,
         STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
     )
+
+
+def _stages(call: Call, kernel: str) -> int | None:
+    """Of a loop over tiles, where they must be said: Triton asks ahead by itself for what products
+    multiply, but not for what they add up from."""
+    return int(call.config[f"{kernel}_stages"]) if call.plan.opt.folded else None
 
 
 def _in_window(call: Call, size: int, other: int) -> int | None:
@@ -452,6 +469,7 @@ def backward(
         "row_block_counts": row_block_counts,
         **of_keys,
         "PARTS": int(call.config["parts"]),
+        "STAGES": _stages(call, "grad_key_value"),
     }
     with on_device(problem.device):
         call.twice(
@@ -475,6 +493,7 @@ def backward(
             scale=scale,
             opt=plan.opt,
             CHUNK=LIST_CHUNK,
+            STAGES=_stages(call, "grad_query"),
         )
         call(
             backward_kernels.transpose_lists,

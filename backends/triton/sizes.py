@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -146,6 +147,9 @@ MAX_ALTERNATIVES = 3
 
 ACCUMULATORS = 128 * 128
 """float32 sums of a block that registers hold beside its scores."""
+
+FOLDED = True
+"""Whether :func:`is_folded` may be."""
 
 SUM_ITEMSIZE = 4
 """Bytes of a sum, which threads hand on through shared memory before they store it."""
@@ -361,13 +365,14 @@ class Options(NamedTuple):
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
     limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
     ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see :func:`is_scored`;
-    ``biased``: something is added to scores; ``joined``: a window ends on both sides, so that many
-    of the tiles that a row block sees are edges, and share a loop with the others; ``local``:
-    slopes keep far keys out of the support; ``scattered``: a row may see other keys than leading
-    ones; ``page_size``: keys of a page, 0 where keys and values do not lie in such; ``guesses``:
-    the first step is from where Gaussian rows of the same mean and deviation have their threshold
-    (an H100, 1,024 flat keys: two steps for three, a fifth of the time); ``overlaps``: see
-    :class:`Limits`; ``group``: see DECODED_GROUP."""
+    ``folded``: see :func:`is_folded`; ``biased``: something is added to scores; ``joined``: a
+    window ends on both sides, so that many of the tiles that a row block sees are edges, and share
+    a loop with the others; ``even``: no tile reaches beyond the last row or key there, so that
+    loops need not ask; ``local``: slopes keep far keys out of the support; ``scattered``: a row may
+    see other keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do
+    not lie in such; ``guesses``: the first step is from where Gaussian rows of the same mean
+    and deviation have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth
+    of the time); ``overlaps``: see :class:`Limits`; ``group``: see DECODED_GROUP."""
 
     block_q: int
     block_k: int
@@ -391,6 +396,7 @@ class Options(NamedTuple):
     lower: bool
     upper: bool
     joined: bool
+    even: bool
     hides: bool
     adds: bool
     masked: bool
@@ -402,6 +408,7 @@ class Options(NamedTuple):
     alphas: bool
     dropout: bool
     scored: bool
+    folded: bool
     biased: bool
     local: bool
     scattered: bool
@@ -421,6 +428,7 @@ class Options(NamedTuple):
         block_k = whole_width(problem, config) if whole else int(config["block_k"])
         if alphas:
             alpha = 0.0
+        joined = is_windowed(problem)
         hides = mask is not None and mask.dtype == torch.bool
         exact = problem.dtype == torch.float32 or alpha == 0.0
         return cls(
@@ -445,7 +453,10 @@ class Options(NamedTuple):
             ranges=ranges,
             lower=ranges or said.left >= 0,
             upper=ranges or said.right >= 0,
-            joined=said.left >= 0 and said.right >= 0 and not ranges,
+            joined=joined,
+            even=joined
+            and problem.length_q % int(config["block_q"]) == 0
+            and problem.length_k % (block_k * int(config.get("span", 1))) == 0,
             hides=hides,
             adds=mask is not None and not hides,
             masked=mask is not None,
@@ -457,6 +468,7 @@ class Options(NamedTuple):
             alphas=alphas,
             dropout=said.dropout_p != 0.0,
             scored=scored,
+            folded=is_folded(problem) and not whole,
             biased=mask is not None or alibi,
             local=alibi and mask is None and not problem.page_size,  # norms of all pages would cost
             scattered=is_scattered(problem),
@@ -496,6 +508,24 @@ def is_scored(problem: Problem) -> bool:
     given = {operand.name for operand in problem.operands}
     more = given & {"attn_mask", "alibi_slopes", "sinks", "scales"}
     return bool(more) or problem.scores.softcap != 0.0
+
+
+def is_windowed(problem: Problem) -> bool:
+    """Whether a window ends on both sides of what a row sees."""
+    said = problem.scores
+    return said.left >= 0 and said.right >= 0 and not problem.operand("ranges")
+
+
+def is_folded(problem: Problem) -> bool:
+    """Whether products add up from what a mask adds to scores: where queries hold the scale without
+    being rounded. That is an operation less for each score."""
+    given = {operand.name for operand in problem.operands}
+    mask, scale = problem.operand("attn_mask"), problem.scores.scale
+    adds = mask is not None and mask.dtype != torch.bool
+    # float16 would round small queries.
+    exact = problem.dtype == torch.bfloat16 and math.frexp(abs(scale))[0] == 0.5
+    plain = problem.scores.softcap == 0.0 and "scales" not in given
+    return FOLDED and adds and exact and 2.0**-16 <= abs(scale) <= 1.0 and plain
 
 
 def is_masked_by_pair(problem: Problem) -> bool:
@@ -718,9 +748,14 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
         few = block_k * wide <= FEW_SUMS and longest * block_k <= FEW_SUMS
         warps = 4 if few and not unrolled and not many_rows else 8
         narrow = wide <= 64 and longest <= 64 and not unrolled
+        registers = REGISTERS if narrow and limits.wgmma else 0
+        if many_rows:
+            registers = MASKED_REGISTERS
         # Beside those of a mask, the scores of two tiles do not fit the registers.
         single = found or unrolled or problem.operand("attn_mask")
-        spans = SPANS[:1] if single else SPANS if wide > 64 else SPANS[::-1]
+        # Windows end within tiles, and what is done twice for them is less beside one.
+        wider = not single and wide <= 64 and not is_windowed(problem)
+        spans = SPANS[:1] if single else SPANS[::-1] if wider else SPANS
         for span in spans:
             config: dict[str, int | str] = {
                 "block_q": block_q,
@@ -730,12 +765,11 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
                 "warps": warps,
                 "solve_warps": warps if unrolled or wide > 128 or many_rows else 4,
                 "key_warps": 4 if many_rows else warps,
-                "registers": REGISTERS if narrow and limits.wgmma else 0,
+                "registers": registers,
+                "solve_registers": registers,
                 "whole": "nothing",
                 "whole_warps": 4,
             }
-            if many_rows:
-                config["registers"] = MASKED_REGISTERS
             stages = _stages(problem, config, limits)
             if stages is None:
                 continue
@@ -862,7 +896,9 @@ def _warps(config: Config, kernel: str) -> int:
 
 def _registers(config: Config, kernel: str) -> int:
     """The limit of a thread's registers; 0 where there is none."""
-    return 0 if kernel in ("grad_key_value", "whole_rows") else int(config["registers"])
+    if kernel in ("grad_key_value", "whole_rows"):
+        return 0
+    return int(config["solve_registers" if kernel == "solve" else "registers"])
 
 
 def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] | None:

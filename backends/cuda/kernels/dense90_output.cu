@@ -12,6 +12,7 @@ namespace adasplash2 {
 
 constexpr int kTileKeys = kHopperKeys;
 using Scores = float[kTileKeys / 2];
+using Half = float[kTileKeys / 4];
 
 // The sum of probabilities may miss one by so much, since they are divided by it in the end: the
 // output is then off by less than half of that, which bfloat16 and float16 hide.
@@ -432,11 +433,11 @@ struct Attention {
     restart(0), restart(1);
     RowSums sums[2];
     Moments<float> own[2];
-    for_scores(walk, walk.all(), [&](const Scores& s, int i) {
+    for_scores(walk, walk.all(), [&](const Half& s, int i, int half) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         sums[slot].add(s, slot, c, t[slot].tau);
-        if (i != Strided::kOwn - 1) continue;
+        if (half == 0 || i != Strided::kOwn - 1) continue;
         own[slot] = sums[slot].join(1.f);
         sums[slot] = RowSums();
       }
@@ -455,7 +456,7 @@ struct Attention {
   __device__ __forceinline__ bool full_pass(const Walk& walk) {
     if constexpr (first) restart(0), restart(1);
     RowSums sums[2];
-    for_scores(walk, walk.count, [&](const Scores& s, int) {
+    for_scores(walk, walk.count, [&](const Half& s, int, int) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         if constexpr (first) raise_top(slot, s);
@@ -551,15 +552,36 @@ struct Attention {
  private:
   // --- thresholds
 
-  // use(scores of a tile, i) of every tile of a walk.
+  // use(scores of half a tile, i, which half) of every tile of a walk, while the next half is
+  // multiplied.
   template <class Tiles, class Use>
   __device__ __forceinline__ void for_scores(const Tiles& tiles, int count, const Use& use) {
+    Half low, high;
+    const auto use_tile = [&](int i, auto more) {
+      wgmma_wait();
+      fence_operands(low);
+      start_half(high, 1);
+      b.mask(low, tiles[i] * kTileKeys);
+      use(low, i, 0);
+      wgmma_wait();
+      fence_operands(high);
+      give_back_keys();
+      if constexpr (more()) start_half(low, 0);
+      b.mask(high, tiles[i] * kTileKeys + kTileKeys / 2);
+      use(high, i, 1);
+    };
+    start_half(low, 0);
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      Scores s;
-      scores(s, tiles[i]);
-      use(s, i);
-    }
+    for (int i = 0; i < count - 1; ++i) use_tile(i, [] { return true; });
+    use_tile(count - 1, [] { return false; });
+  }
+  __device__ __forceinline__ void start_half(Half& s, int half) {
+    if (half == 0) key_ring.await_full(at.full_k);
+    wgmma_fence();
+    add_dots<kDim, kTileKeys>(
+        s, queries,
+        keys + key_ring.stage * (kKeyBytes / kDescriptorBytes) + half * rows_at(kTileKeys / 32));
+    wgmma_commit();
   }
   // The scores of one tile, and its stage given back.
   __device__ __forceinline__ void scores(Scores& s, int tile) {
@@ -576,9 +598,10 @@ struct Attention {
     if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
     key_ring.advance();
   }
-  __device__ __forceinline__ void raise_top(int slot, const Scores& s) {
+  template <int count>
+  __device__ __forceinline__ void raise_top(int slot, const float (&s)[count]) {
 #pragma unroll
-    for (int n = 0; n < kTileKeys / 8; ++n)
+    for (int n = 0; n < count / 4; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) top[slot] = max_or_nan(top[slot], s[4 * n + 2 * slot + j]);
   }

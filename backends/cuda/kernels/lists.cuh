@@ -139,9 +139,13 @@ struct Lists {
   static __device__ __forceinline__ u32 to_column() { return kStagingParts * 512 - lane_id() * 12; }
 
   // The first bounds of rows, from the largest scores of parts of their first tile: some scores of
-  // the row as good as any, and enough of them that few of the tile pass.
-  template <int count, class Score>
-  __device__ __forceinline__ void set_first_bounds(const Score& score, const Params& p) {
+  // the row as good as any, and enough of them that few of the tile pass. Where more than most()
+  // pass on the mean, lists would fill and be raised again and again: the whole tile raises the
+  // bounds once, in registers, and if it is still more the warp turns flat before anything is
+  // staged. Returns whether it did.
+  template <int count, class Score, class Most>
+  __device__ __forceinline__ bool set_first_bounds(const Score& score, const Params& p,
+                                                   const Most& most) {
     bool still = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -169,6 +173,41 @@ struct Lists {
       still |= bound[slot] == -kInf;
     }
     unset = __any_sync(kAllLanes, still);
+    const int limit = most();
+    if (limit == kAnyNumber || passing<count>(score) <= kSlots * 8 * limit) return false;
+    raise_by_tile<count>(score, p);
+    const int left = passing<count>(score);
+    if (left <= kSlots * 8 * limit) return false;
+    turn_flat(left);
+    return true;
+  }
+
+  // How many of a tile's scores are above the bounds of the warp's rows. None is of a row without
+  // one, or of one that is poisoned.
+  template <int count, class Score>
+  __device__ __forceinline__ int passing(const Score& score) const {
+    u32 above = 0;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const float least = bound[slot] == -kInf ? kInf : bound[slot];
+#pragma unroll
+      for (int i = 0; i < count * kStagingAppend;
+           ++i)  // the sign of a difference, without a branch
+        above += __float_as_uint(least - score(slot, i / 2, i % 2)) >> 31;
+    }
+    return int(__reduce_add_sync(kAllLanes, above));
+  }
+  // Raise the bounds to what a tile's scores prove.
+  template <int count, class Score>
+  __device__ __forceinline__ void raise_by_tile(const Score& score, const Params& p) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      float s1 = 0.f, s2 = 0.f;
+#pragma unroll
+      for (int i = 0; i < count * kStagingAppend; ++i)
+        add_above(p.c * (score(slot, i / 2, i % 2) - bound[slot]), p.r, s1, s2);
+      bound[slot] = raised<4>(bound[slot], s1, s2, p.inv_c, p.r);
+    }
   }
 
   // NaN is not kept: the row's maximum is NaN, which poisons it.
@@ -481,17 +520,18 @@ struct Lists {
 
   // Stage the scores of a tile of `count` staging blocks that may be survivors: `first_column` is
   // the lane's first, and score (slot, n, j) belongs to column first_column + 8 n + j. Straight
-  // code but for the first tile. The maxima of a flat warp go on being kept.
-  template <int count, class Score>
-  __device__ __forceinline__ void stage_tile(const Score& score, int first_column,
-                                             const Params& p) {
+  // code but for the first tile, of whose scores no more than most() a row may be above the first
+  // bounds. The maxima of a flat warp go on being kept.
+  template <int count, class Score, class Most>
+  __device__ __forceinline__ void stage_tile(const Score& score, int first_column, const Params& p,
+                                             const Most& most) {
     static_assert(count % kMinStagingBlocks == 0, "filter_if_due() stages so many at a time anew");
-    if (unset) set_first_bounds<count>(score, p);
+    const bool turns = unset && set_first_bounds<count>(score, p, most);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) before[pair] = staging_end[pair];
     stage_blocks(score, 0, count, first_column);
-    // As soon as another tile like this one would find no room.
-    due = false;
+    // As soon as another tile like this one would find no room, or all may be in vain.
+    due = turns;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair)
       due |= 2 * staging_end[pair] - before[pair] + kStagingBytes < last_staging;
@@ -539,13 +579,14 @@ struct Lists {
       if constexpr (kPairs == 2) filter_staged<1>(block);
       __syncwarp();  // lists may grow over what all lanes have read
       const int taken = max(block, kMinStagingBlocks);
-      if (!has_room(taken) && !make_room(taken, p.c, p.inv_c, p.r)) turn_flat();
+      if (!has_room(taken) && !make_room(taken, p.c, p.inv_c, p.r)) turn_flat(survivors());
     }
     if (past(raise_at)) raise(p.c, p.inv_c, p.r);
     if (past(rebalance_at)) {
       rebalance();
-      if (const int limit = most(); limit < kAnyNumber && survivors() > kSlots * 8 * limit)
-        turn_flat();
+      const int limit = most();
+      if (const int all = survivors(); limit < kAnyNumber && all > kSlots * 8 * limit)
+        turn_flat(all);
     }
     clear_staging(entries());
   }
@@ -574,12 +615,12 @@ struct Lists {
 
   // Leave the rows to the dense tiles, for good.
   __device__ __forceinline__ void give_up() {
-    if (!flat) turn_flat();
+    if (!flat) turn_flat(kAnyNumber);
     kept = kAnyNumber;
   }
-  __device__ __forceinline__ void turn_flat() {
+  __device__ __forceinline__ void turn_flat(int number) {
     flat = true;
-    kept = survivors();
+    kept = number;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       store_shared(base + slot * kSlotBytes, bound[slot]);  // for hand_over()

@@ -219,9 +219,11 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   if (first_of_warpgroup >= p.length_q) stop();
   const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
-    lists.template stage_tile<kParts>(score, column, p);
-    return lists.template filter_if_due<kParts>(score, column, p, vote,
-                                                [&] { return notes.most[warp_id()]; });
+    const auto limit = [&] { return notes.most[warp_id()]; };
+    // Of a row's only tile lists hold what they can; and of what is in a retry most survives.
+    lists.template stage_tile<kParts>(
+        score, column, p, [&] { return kMayEnd && item.tiles > 1 ? limit() : kAnyNumber; });
+    return lists.template filter_if_due<kParts>(score, column, p, vote, limit);
   };
   for (int i = 0; i < item.tiles; ++i) {
     const int first_key = nth_tile(i, item.tiles) * kTileKeys;
@@ -238,17 +240,15 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     Scores s;
     multiply(s, q, tile);
     give_back();
-    bool filtered;
     if (some_hidden(first_row, first_key + kTileKeys, p.length_k))
-      filtered = look(
-          [&](int slot, int n, int j) {
-            const int key = first_key + n * 8 + lane_id() % 4 * 2 + j;
-            const int row = first_row + slot * 8 + lane_id() / 4;
-            return is_seen(row, key, p.length_k) ? s[n * 4 + slot * 2 + j] : -kInf;
-          },
-          first_key);
-    else
-      filtered = look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
+#pragma unroll
+      for (int i = 0; i < kTileKeys / 2; ++i) {
+        const int key = first_key + i / 4 * 8 + lane_id() % 4 * 2 + i % 2;
+        const int row = first_row + i / 2 % 2 * 8 + lane_id() / 4;
+        if (!is_seen(row, key, p.length_k)) s[i] = -kInf;
+      }
+    const bool filtered =
+        look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
     if (kMayStop && filtered && vote(lists.flat)) {
       if (vote(hopeless()))
         lists.give_up(), stop();

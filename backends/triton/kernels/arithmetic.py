@@ -77,6 +77,12 @@ def matmul(a, b):
 
 
 @triton.jit
+def added_product(a, b, start):
+    """``start + a b`` as :func:`matmul`, where ``start`` is what sums begin with."""
+    return tl.dot(a, b, start, input_precision="ieee")
+
+
+@triton.jit
 def halves(x, TYPE: tl.constexpr):
     """``x`` as a sum of two numbers of a narrower type: what rounding takes from the first is the
     second."""

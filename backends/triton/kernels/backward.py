@@ -29,6 +29,8 @@ from adasplash2.backends.triton.kernels.score import (
     distance_of,
     distances,
     distances_of,
+    folded_bias,
+    folded_scale,
     is_inside,
     is_kept,
     numbers_of,
@@ -52,6 +54,7 @@ from adasplash2.backends.triton.kernels.work import (
     entry_of,
     head_of,
     in_turn,
+    is_cut,
     is_edge,
     is_marked,
     load_pair,
@@ -148,13 +151,13 @@ def tile_gradient(row_block, grad, delta, spread, k, v, first_key, terms, shape,
 @triton.jit
 def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, entries, terms,
                      shape, opt: tl.constexpr, WANTED: tl.constexpr, SAFE: tl.constexpr,
-                     EDGE: tl.constexpr):  # fmt: skip
+                     STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds K``, and the sums of :func:`add_row_sums`, over the entries that need no mask, or
     the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
-    for index in range(start, stop):
-        first, k, v = load_pair(number, keys, values, shape, opt, EDGE != 0)
+    for index in tl.range(start, stop, num_stages=STAGES):
+        first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
         number = entry_of(numbers, index + 1, stop)
         x, p, u, s, product, dp, ds = tile_gradient(row_block, grad, delta, spread, k, v, first,
                                                     terms, shape, opt, SAFE,
@@ -213,7 +216,7 @@ def store_row_gradients(parts, grads, top, t, delta, at_row, inside, right, term
 @triton.jit
 def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
                delta_out, row_grads, unsafe, shape, scale, opt: tl.constexpr, CHUNK: tl.constexpr,
-               WANTED: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+               WANTED: tl.constexpr, STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
@@ -224,6 +227,7 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     terms = terms_of(batch, head, shape, opt)
     queries = head_of(query, batch, head)
     q = load_tile(queries, first_row, length, opt.block_q, opt.head_dim, opt.padded, True)
+    q = folded_scale(q, shape, opt)
     grads = head_of(grad_out, batch, head)
     grad = load_tile(grads, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
     means = head_of(out_u, batch, head)
@@ -243,7 +247,7 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
         acc, parts = grad_query_tiles(
             acc, parts, row_block, grad, delta, spread, keys, values, entries, terms, shape, opt,
-            WANTED, SAFE, edge,
+            WANTED, SAFE, STAGES, edge,
         )  # fmt: skip
     if opt.scales:
         acc = acc * scale_of(first_row + tl.arange(0, opt.block_q), terms, shape, opt)[:, None]
@@ -335,7 +339,7 @@ def by_keys(tile, BY_KEY: tl.constexpr):
 @triton.jit
 def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, at_head, shape,
                    opt: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
-                   SAFE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+                   SAFE: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds^T Q`` and ``p^T dO`` over the entries that need no mask, or the others where EDGE.
 
     A row block is taken in PARTS: all of its rows do not fit the registers beside two sums. Tiles
@@ -354,27 +358,31 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     length = shape.length_q
     upcoming = entry_of(numbers, start, stop)
-    for index in range(start * PARTS, stop * PARTS):
+    for index in tl.range(start * PARTS, stop * PARTS, num_stages=STAGES):
         entry = upcoming
         upcoming = entry_of(numbers, (index + 1) // PARTS, stop)
         member = (entry // row_blocks).to(tl.int64)
         first_row = (entry % row_blocks * PARTS + index % PARTS) * part
         q_head = (q_base + member * q_member, q_row)
-        q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, True)
+        q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, not opt.even)
         g_head = (g_base + member * g_member, g_row)
-        grad = load_tile(g_head, first_row, length, part, opt.head_dim_v, opt.padded_v, True)
+        grad = load_tile(g_head, first_row, length, part, opt.head_dim_v, opt.padded_v,
+                         not opt.even)  # fmt: skip
         at_row, inside = rows_at(first_head + member, first_row, length, part)
+        if opt.even:
+            inside = tl.full((part,), True, tl.int1)
         top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
+        terms = terms_of(batch, kv_head * shape.gqa_group + entry // row_blocks, shape, opt)
         # A rounding of the smallest `x` moves its `u`: where steep, to the bit as for `delta`.
         if by_key:
-            product = tl.trans(products(q, k, opt)) if opt.steep else products(k, q, opt)
+            product = tl.trans(products(q, k, 0.0, opt)) if opt.steep else products(k, q, 0.0, opt)
             dp = matmul(v, tl.trans(grad))
         else:
-            product = products(q, k, opt)
+            bias = folded_bias(first_row, first_key, terms, shape, opt, part)
+            product = products(q, k, bias, opt)
             dp = matmul(grad, tl.trans(v))
-        terms = terms_of(batch, kv_head * shape.gqa_group + entry // row_blocks, shape, opt)
         if opt.relative:
             top = of_rows(top, by_key)
         x, s = distances_of(product, top, of_rows(t, by_key), first_row, first_key, terms, shape,
@@ -522,7 +530,7 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad
 def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in,
                    row_block_lists, row_block_counts, cuts, owners, partials, poison, grad_k,
                    grad_v, unsafe, shape, scale, opt: tl.constexpr, PARTS: tl.constexpr,
-                   MOST: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+                   MOST: tl.constexpr, STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
     number = tl.program_id(0)
     piece = 0
@@ -544,6 +552,7 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
     length = shape.length_k
     keys = head_of(key, batch, kv_head)
     k = load_tile(keys, first_key, length, opt.block_k, opt.head_dim, opt.padded, True)
+    k = folded_scale(k, shape, opt)
     values = head_of(value, batch, kv_head)
     v = load_tile(values, first_key, length, opt.block_k, opt.head_dim_v, opt.padded_v, True)
     capacity = shape.gqa_group * tl.cdiv(shape.length_q, opt.block_q)
@@ -562,7 +571,7 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
     for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
         sums = grad_key_tiles(
             sums, k, v, first_key, (q_base, query.head, q_row), (g_base, grad_out.head, g_row),
-            thresholds, entries, at_head, shape, opt, prob_scale, PARTS, SAFE, edge,
+            thresholds, entries, at_head, shape, opt, prob_scale, PARTS, SAFE, STAGES, edge,
         )  # fmt: skip
     acc_k, acc_v, bad = sums
     if pieces > 0:
@@ -612,6 +621,7 @@ def mask_piece(acc, row_block, tile, query, key, value, grad_out, thresholds, at
     length = shape.length_q
     q = load_tile(head_of(query, batch, head), first_row, length, opt.block_q, opt.head_dim,
                   opt.padded, True)  # fmt: skip
+    q = folded_scale(q, shape, opt)
     grad = load_tile(head_of(grad_out, batch, head), first_row, length, opt.block_q, opt.head_dim_v,
                      opt.padded_v, True)  # fmt: skip
     keys = head_of(key, batch, kv_head)

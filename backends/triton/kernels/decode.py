@@ -250,7 +250,7 @@ def scores_of(q, number, keys, first, bias, rows, seen, terms, shape, opt: tl.co
     """Scores of rows and a tile, -inf where a key may not be seen; ``seen``: the first key of each
     row that may be, and how many there are."""
     k = load_keys_in(number, keys, first, shape, opt.block_k, opt.head_dim, opt.padded, True, opt)
-    s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
+    s = biased(capped(products(q, k, bias, opt), rows, terms, shape, opt), bias, opt)
     begin, count = seen
     # What is before the first is large without a sign: one comparison for each key.
     place = first + tl.arange(0, opt.block_k)[None, :] - begin

@@ -33,6 +33,7 @@ from adasplash2.backends.triton.kernels.work import (
     entries_at,
     entry_of,
     head_of,
+    is_cut,
     is_edge,
     is_marked,
     keys_of,
@@ -104,7 +105,7 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_s
     numbers, start, stop = portion(entries, EDGE)
     number = entry_of(numbers, start, stop)
     for index in range(start, stop):
-        first, k, v = load_pair(number, keys, values, shape, opt, EDGE != 0)
+        first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
         number = entry_of(numbers, index + 1, stop)
         x, _, _ = distances(row_block, k, first, terms, shape, opt, is_edge(index, entries, EDGE))
         sums = weigh(sums, x, v, row_block[3], first, marks, terms, shape, u_scale, opt, SCALE,

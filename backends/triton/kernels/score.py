@@ -22,6 +22,7 @@ import triton.language as tl
 from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
+    added_product,
     matmul,
     tanh,
 )
@@ -289,12 +290,25 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
-def products(a, b, opt: tl.constexpr):
-    """``a b^T``, with the sign of the scale where not ``opt.scored``."""
-    s = matmul(a, tl.trans(b))
-    if opt.sign != 1:
-        s = s * opt.sign
-    return s
+def products(a, b, bias, opt: tl.constexpr):
+    """``a b^T``, with the sign of the scale where not ``opt.scored``; where ``opt.folded`` scores
+    with their ``bias``, of which one operand is :func:`folded_scale`."""
+    if opt.folded:
+        return added_product(a, tl.trans(b), bias)
+    else:
+        s = matmul(a, tl.trans(b))
+        if opt.sign != 1:
+            s = s * opt.sign
+        return s
+
+
+@triton.jit
+def folded_scale(tile, shape, opt: tl.constexpr):
+    """Queries or keys, with the scale where ``opt.folded``: a power of two, so that nothing is
+    rounded."""
+    if opt.folded:
+        tile = (tile.to(tl.float32) * shape.terms.scale).to(tile.dtype)
+    return tile
 
 
 @triton.jit
@@ -311,7 +325,7 @@ def scale_of(rows, terms, shape, opt: tl.constexpr):
 def capped(product, rows, terms, shape, opt: tl.constexpr):
     """The scaled product, where ``opt.scored``, and not beyond the softcap."""
     s = product
-    if opt.scored:
+    if opt.scored and not opt.folded:
         s = s * scale_of(rows, terms, shape, opt)
         if opt.softcap:
             s = shape.terms.softcap * tanh(s / shape.terms.softcap)
@@ -354,7 +368,9 @@ def bias_of(rows, keys, terms, shape, opt: tl.constexpr):
 @triton.jit
 def biased(s, bias, opt: tl.constexpr):
     """A score with its bias. What is hidden stays so, whatever its key holds."""
-    if opt.masked:
+    if opt.folded:
+        s = tl.where(bias == -INFINITY, -INFINITY, s)
+    elif opt.masked:
         s = tl.where(bias == -INFINITY, -INFINITY, s + bias)
     elif opt.alibi:
         s = s + bias
@@ -393,13 +409,24 @@ def numbers_of(first_row, first_key, opt: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
+def folded_bias(first_row, first_key, terms, shape, opt: tl.constexpr, ROWS: tl.constexpr):
+    """What :func:`products` of ROWS rows and a key tile add up from, where ``opt.folded``; what is
+    hidden, with a key that is not finite, is NaN then: off the support."""
+    bias = 0.0
+    if opt.folded:
+        rows, keys = numbers_of(first_row, first_key, opt, ROWS)
+        bias = bias_of(rows, keys, terms, shape, opt)
+    return bias
+
+
+@triton.jit
 def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.constexpr,
                  ROWS: tl.constexpr, BY_KEY: tl.constexpr, EDGE):  # fmt: skip
     """``x`` of products (off the support where a key may not be seen) and scores by
     :func:`capped`; the others as for :func:`numbers_of`."""
     s = product
     score = product
-    if opt.scored:
+    if opt.scored and not opt.folded:
         rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
         s = capped(product, rows, terms, shape, opt)
         score = s
@@ -422,7 +449,8 @@ def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.co
 def distances(row_block, k, first_key, terms, shape, opt: tl.constexpr, EDGE):
     """:func:`distances_of` a row block and a key tile, the scores, and the products."""
     q, top, t, first_row = row_block
-    product = products(q, k, opt)
+    bias = folded_bias(first_row, first_key, terms, shape, opt, opt.block_q)
+    product = products(q, k, bias, opt)
     x, s = distances_of(product, column(top, opt), t[:, None], first_row, first_key, terms, shape,
                         opt, opt.block_q, False, EDGE)  # fmt: skip
     return x, s, product

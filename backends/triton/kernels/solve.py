@@ -20,6 +20,7 @@ from adasplash2.backends.triton.kernels.score import (
     biased,
     capped,
     distances,
+    folded_scale,
     is_inside,
     lift_of,
     near_tiles,
@@ -49,6 +50,7 @@ from adasplash2.backends.triton.kernels.threshold import (
 from adasplash2.backends.triton.kernels.work import (
     entry_of,
     head_of,
+    is_cut,
     is_edge,
     keys_of,
     load_keys,
@@ -80,7 +82,7 @@ def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH:
                 EDGE):  # fmt: skip
     """Scores of ``rows`` and the WIDTH keys from ``first`` on, with their ``bias``; -inf where,
     with EDGE, a key may not be seen."""
-    s = biased(capped(products(q, k, opt), rows, terms, shape, opt), bias, opt)
+    s = biased(capped(products(q, k, bias, opt), rows, terms, shape, opt), bias, opt)
     if EDGE:
         columns = first + tl.arange(0, WIDTH)
         s = tl.where(allowed(rows, columns[None, :], terms, shape, opt), s, -INFINITY)
@@ -115,7 +117,7 @@ def span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt: tl.con
     """The row maxima of SPAN tiles, where FEW by :func:`piece_maxima`, and :func:`part_sums` of
     scores and of their squares where ``opt.guesses``."""
     width: tl.constexpr = SPAN * opt.block_k
-    k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, EDGE != 0, opt)
+    k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, is_cut(EDGE, opt), opt)
     rows = (first_row + tl.arange(0, opt.block_q))[:, None]
     s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, edge)
     moments = 0.0, 0.0
@@ -181,12 +183,31 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def load_pieces(maxima, count, opt: tl.constexpr, CHUNK: tl.constexpr):
+def load_pieces(maxima, count, opt: tl.constexpr, CHUNK: tl.constexpr, FOLDS: tl.constexpr):
     """What :func:`scan_tiles` has stored where FEW of ``count`` tiles, by row, and by piece and
-    tile."""
-    places = tl.arange(0, PIECES * CHUNK)
-    pointers = maxima + places[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
-    return tl.load(pointers, mask=(places % CHUNK < count)[None, :], other=-INFINITY)
+    tile; of FOLDS tiles, as far apart as can be, the maxima of both."""
+    width: tl.constexpr = CHUNK // FOLDS
+    places = tl.arange(0, PIECES * width)
+    pieces = places // width * CHUNK
+    highest = tl.full((opt.block_q, PIECES * width), -INFINITY, tl.float32)
+    for fold in tl.static_range(FOLDS):
+        tiles = places % width + fold * width
+        pointers = maxima + (pieces + tiles)[None, :] * opt.block_q
+        pointers += tl.arange(0, opt.block_q)[:, None]
+        more = tl.load(pointers, mask=(tiles < count)[None, :], other=-INFINITY)
+        highest = tl.maximum(highest, more)
+    return highest
+
+
+@triton.jit
+def load_few(maxima, top, count, inside, terms, opt: tl.constexpr, CHUNK: tl.constexpr):
+    """``c (s - top)`` of the maxima of ``count`` tiles whose pieces are stored; ``top`` lies in
+    memory."""
+    highest = load_maxima(maxima, 0, count, opt, CHUNK)
+    for piece in tl.static_range(1, PIECES):
+        more = maxima + piece * CHUNK * opt.block_q
+        highest = tl.maximum(highest, load_maxima(more, 0, count, opt, CHUNK))
+    return terms.c * (highest - tl.load(top, mask=inside, other=0.0)[:, None])
 
 
 @triton.jit
@@ -335,7 +356,8 @@ def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
     for index in tl.range(start, stop, num_stages=STAGES):
         first = number * opt.block_k
         number = entry_of(numbers, index + 1, stop)
-        k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, EDGE != 0, opt)
+        k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, is_cut(EDGE, opt),
+                      opt)  # fmt: skip
         x, _, _ = distances(row_block, k, first, terms, shape, opt, is_edge(index, entries, EDGE))
         sums = with_parts(sums, x, terms.r, opt)
     return sums
@@ -400,7 +422,7 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
 def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, counts, poison,
           taken, iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
           MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, FEW: tl.constexpr,
-          COUNT: tl.constexpr):  # fmt: skip
+          FOLDS: tl.constexpr, KEPT: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
     One dense pass keeps the maxima of rows and tiles. The threshold of a subset of a row's scores
@@ -428,6 +450,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         batch, head, kv_head = at_head
         q = load_tile(head_of(query, batch, head), first_row, shape.length_q, opt.block_q,
                       opt.head_dim, opt.padded, True)  # fmt: skip
+        q = folded_scale(q, shape, opt)
         keys = keys_of(key, batch, kv_head, shape, opt)
         terms = terms_of(batch, head, shape, opt)
         open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
@@ -491,12 +514,12 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             tl.store(t_out + at_row, lowest(pending, terms.r, opt), mask=inside)
             tl.debug_barrier()
             left = end - origin
-            pieces = load_pieces(maxima, left, opt, CHUNK)
+            pieces = load_pieces(maxima, left, opt, CHUNK, FOLDS)
             of_tiles = tl.load(top_out + at_row, mask=inside, other=0.0)
             t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
             pieces = terms.c * (pieces - of_tiles[:, None])
-            highest = tl.max(tl.reshape(pieces, (opt.block_q, PIECES, CHUNK)), 1)
             bound = bound_few(pieces, of_tiles, t < INFINITY, terms, opt)
+            highest = load_few(maxima, top_out + at_row, left, inside, terms, opt, CHUNK)
             found_open, found = list_few(numbers, flags, origin, left, highest, bound, open_ones,
                                          terms, opt)  # fmt: skip
             tl.debug_barrier()  # they are read
@@ -544,22 +567,26 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             pending = pending & (final == 0)
             step += 1
             waiting = any_of(pending) & (step < MAX_STEPS)
-            # The next step may fall back to `lo`.
-            bound = tl.where(waiting, lo, t) - slack(terms.r)
-            bound = tl.where(pending | (waiting == 0), bound, INFINITY)
-            # Through memory: else the compiler hands the maxima to the threads that hold `bound`.
-            tl.store(t_out + at_row, bound, mask=inside)
-            tl.debug_barrier()  # the list is read
-            bound = tl.load(t_out + at_row, mask=inside, other=INFINITY)
-            if FEW:
-                found_open, found = list_few(
-                    numbers, flags, origin, left, highest, bound, open_ones, terms, opt
-                )
-            else:
-                found_open, found = list_live(
-                    numbers, flags, candidates, maxima, top, bound, open_ones, left, terms, opt,
-                    CHUNK,
-                )  # fmt: skip
+            # The first list holds little more than the last one: where tiles are few, it serves the
+            # second step too.
+            if (not FEW) or (step > KEPT) or (waiting == 0):
+                # The next step may fall back to `lo`.
+                bound = tl.where(waiting, lo, t) - slack(terms.r)
+                bound = tl.where(pending | (waiting == 0), bound, INFINITY)
+                # Through memory: else the compiler hands the maxima to the threads of `bound`.
+                tl.store(t_out + at_row, bound, mask=inside)
+                tl.debug_barrier()  # the list is read
+                bound = tl.load(t_out + at_row, mask=inside, other=INFINITY)
+                if FEW:
+                    highest = load_few(maxima, top_out + at_row, left, inside, terms, opt, CHUNK)
+                    found_open, found = list_few(
+                        numbers, flags, origin, left, highest, bound, open_ones, terms, opt
+                    )
+                else:
+                    found_open, found = list_live(
+                        numbers, flags, candidates, maxima, top, bound, open_ones, left, terms,
+                        opt, CHUNK,
+                    )  # fmt: skip
         tl.debug_barrier()  # the bounds are read
         tl.store(counts + 2 * at_block, found_open)
         tl.store(counts + 2 * at_block + 1, found)

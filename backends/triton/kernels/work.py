@@ -233,6 +233,12 @@ def portion(entries, EDGE: tl.constexpr):
 
 
 @triton.jit
+def is_cut(EDGE: tl.constexpr, opt: tl.constexpr):
+    """Whether a tile of a loop of this EDGE may reach beyond the last key: at compile time."""
+    return EDGE != 0 and not opt.even
+
+
+@triton.jit
 def is_edge(index, entries, EDGE: tl.constexpr):
     """Whether entry ``index`` needs the mask: at compile time but where EDGE is 2."""
     if EDGE == 2:
