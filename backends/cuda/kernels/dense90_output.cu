@@ -12,7 +12,6 @@ namespace adasplash2 {
 
 constexpr int kTileKeys = kHopperKeys;
 using Scores = float[kTileKeys / 2];
-using Half = float[kTileKeys / 4];
 
 // The sum of probabilities may miss one by so much, since they are divided by it in the end: the
 // output is then off by less than half of that, which bfloat16 and float16 hide.
@@ -433,11 +432,11 @@ struct Attention {
     restart(0), restart(1);
     RowSums sums[2];
     Moments<float> own[2];
-    for_scores(walk, walk.all(), [&](const Half& s, int i, int half) {
+    for_scores(walk, walk.all(), [&](const Scores& s, int i) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         sums[slot].add(s, slot, c, t[slot].tau);
-        if (half == 0 || i != Strided::kOwn - 1) continue;
+        if (i != Strided::kOwn - 1) continue;
         own[slot] = sums[slot].join(1.f);
         sums[slot] = RowSums();
       }
@@ -456,7 +455,7 @@ struct Attention {
   __device__ __forceinline__ bool full_pass(const Walk& walk) {
     if constexpr (first) restart(0), restart(1);
     RowSums sums[2];
-    for_scores(walk, walk.count, [&](const Half& s, int, int) {
+    for_scores(walk, walk.count, [&](const Scores& s, int) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         if constexpr (first) raise_top(slot, s);
@@ -552,36 +551,15 @@ struct Attention {
  private:
   // --- thresholds
 
-  // use(scores of half a tile, i, which half) of every tile of a walk, while the next half is
-  // multiplied.
+  // use(scores of a tile, i) of every tile of a walk.
   template <class Tiles, class Use>
   __device__ __forceinline__ void for_scores(const Tiles& tiles, int count, const Use& use) {
-    Half low, high;
-    const auto use_tile = [&](int i, auto more) {
-      wgmma_wait();
-      fence_operands(low);
-      start_half(high, 1);
-      b.mask(low, tiles[i] * kTileKeys);
-      use(low, i, 0);
-      wgmma_wait();
-      fence_operands(high);
-      give_back_keys();
-      if constexpr (more()) start_half(low, 0);
-      b.mask(high, tiles[i] * kTileKeys + kTileKeys / 2);
-      use(high, i, 1);
-    };
-    start_half(low, 0);
 #pragma unroll 1
-    for (int i = 0; i < count - 1; ++i) use_tile(i, [] { return true; });
-    use_tile(count - 1, [] { return false; });
-  }
-  __device__ __forceinline__ void start_half(Half& s, int half) {
-    if (half == 0) key_ring.await_full(at.full_k);
-    wgmma_fence();
-    add_dots<kDim, kTileKeys>(
-        s, queries,
-        keys + key_ring.stage * (kKeyBytes / kDescriptorBytes) + half * rows_at(kTileKeys / 32));
-    wgmma_commit();
+    for (int i = 0; i < count; ++i) {
+      Scores s;
+      scores(s, tiles[i]);
+      use(s, i);
+    }
   }
   // The scores of one tile, and its stage given back.
   __device__ __forceinline__ void scores(Scores& s, int tile) {
@@ -598,10 +576,9 @@ struct Attention {
     if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
     key_ring.advance();
   }
-  template <int count>
-  __device__ __forceinline__ void raise_top(int slot, const float (&s)[count]) {
+  __device__ __forceinline__ void raise_top(int slot, const Scores& s) {
 #pragma unroll
-    for (int n = 0; n < count / 4; ++n)
+    for (int n = 0; n < kTileKeys / 8; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) top[slot] = max_or_nan(top[slot], s[4 * n + 2 * slot + j]);
   }
