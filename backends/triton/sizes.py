@@ -748,9 +748,6 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
         few = block_k * wide <= FEW_SUMS and longest * block_k <= FEW_SUMS
         warps = 4 if few and not unrolled and not many_rows else 8
         narrow = wide <= 64 and longest <= 64 and not unrolled
-        registers = REGISTERS if narrow and limits.wgmma else 0
-        if many_rows:
-            registers = MASKED_REGISTERS
         # Beside those of a mask, the scores of two tiles do not fit the registers.
         single = found or unrolled or problem.operand("attn_mask")
         # Windows end within tiles, and what is done twice for them is less beside one.
@@ -765,11 +762,12 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
                 "warps": warps,
                 "solve_warps": warps if unrolled or wide > 128 or many_rows else 4,
                 "key_warps": 4 if many_rows else warps,
-                "registers": registers,
-                "solve_registers": registers,
+                "registers": REGISTERS if narrow and limits.wgmma else 0,
                 "whole": "nothing",
                 "whole_warps": 4,
             }
+            if many_rows:
+                config["registers"] = MASKED_REGISTERS
             stages = _stages(problem, config, limits)
             if stages is None:
                 continue
@@ -896,9 +894,7 @@ def _warps(config: Config, kernel: str) -> int:
 
 def _registers(config: Config, kernel: str) -> int:
     """The limit of a thread's registers; 0 where there is none."""
-    if kernel in ("grad_key_value", "whole_rows"):
-        return 0
-    return int(config["solve_registers" if kernel == "solve" else "registers"])
+    return 0 if kernel in ("grad_key_value", "whole_rows") else int(config["registers"])
 
 
 def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] | None:
