@@ -65,8 +65,7 @@ class Call:
 
     The block's views and pointers are put in place first. Kernels are launched inside ``with``,
     where the device's context is current: whichever thread or device the call comes from.
-    ``follows`` tells whether the last thing on the stream is a kernel of this call, ``captured``
-    whether the stream becomes a graph.
+    ``follows`` tells whether the last thing on the stream is a kernel of this call.
     """
 
     __slots__ = (
@@ -78,7 +77,6 @@ class Call:
         "_word_of",
         "_words",
         "block",
-        "captured",
         "follows",
         "pointers",
         "stream",
@@ -96,7 +94,6 @@ class Call:
         self._context = context(device)
         self.follows = False
         self.stream = torch._C._cuda_getCurrentRawStream(device)
-        self.captured = torch.cuda.is_current_stream_capturing()
 
     def put_view(self, name: str, tensor: Tensor) -> None:
         """``View`` of a 4-dimensional tensor with unit inner stride."""
@@ -151,9 +148,7 @@ Launch = Callable[[Call], None]
 
 class Kernel:
     """One kernel of one compiled unit on one device; where it ``may_overlap``, it may start while
-    the call's kernels before it run, see ``common.cuh``. Graphs alone have it so: a kernel then
-    starts some 2 us earlier, but its launch takes the host up to 30 us longer (an H100), which is
-    paid once for a graph and at each call without one."""
+    the call's kernels before it run, see ``common.cuh``."""
 
     def __init__(
         self, module: Any, name: str, shared_bytes: int, may_overlap: bool = False
@@ -173,8 +168,7 @@ class Kernel:
         pointers = call.with_maps(maps) if maps else call.pointers
         size, stream, function = self._shared_bytes, call.stream, self._function
         if self._launch:
-            overlaps = call.captured and call.follows and self._may_overlap
-            how = launch_config(grid, threads, size, stream, overlaps)
+            how = launch_config(grid, threads, size, stream, call.follows and self._may_overlap)
             status = self._launch(how.address, function, pointers, None)
         else:
             status = driver().cuLaunchKernel(
