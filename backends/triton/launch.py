@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import operator
@@ -97,30 +96,11 @@ def launch(asked: Launch) -> None:
     kernel, grid, _, options, compiled, variant = asked
     key = id(kernel), variant
     if compiled is not None and (found := compiled.get(key)):
-        overlapping, alone = found
-        chosen = alone if alone is not None and not _is_capturing() else overlapping
-        chosen[(grid, 1, 1)](*asked.values)
+        found[(grid, 1, 1)](*asked.values)
         return
-    made = kernel[(grid,)](*asked.values, **options)
+    found = kernel[(grid,)](*asked.values, **options)
     if compiled is not None:
-        compiled[key] = made and (made, _alone(made))  # None from the interpreter
-
-
-def _alone(compiled: Any) -> Any:
-    """``compiled`` launched without the attribute by which a kernel may be placed before the one
-    before it has ended, and right in any case; None where it has none, or not where it is looked
-    for. The attribute costs the host more than the GPU gains, unless a graph replays it."""
-    launcher: Any = getattr(compiled, "run", None)
-    if not getattr(launcher, "launch_pdl", False):
-        return None
-    launcher = copy.copy(launcher)
-    launcher.launch_pdl = False
-    alone = copy.copy(compiled)
-    alone._run = launcher
-    return alone
-
-
-_is_capturing = torch.cuda.is_current_stream_capturing
+        compiled[key] = found  # None from the interpreter
 
 
 def compile_only(asked: Launch) -> None:

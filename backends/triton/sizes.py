@@ -118,14 +118,6 @@ BLOCKS = ((64, 64), (128, 128), (128, 64), (64, 32), (32, 32), (32, 16), (16, 16
 took 8.4 ms where rows keep 28 keys and 4.7 where they keep 2, with 128 x 128 8.5 and 7.4; at
 head_dim 128 14.2 (28 keys) and 10.6 (4), with 128 x 128 13.7 and 12.5."""
 
-MASKED_BLOCKS = ((64, 64), (128, 64), *BLOCKS[1:2], *BLOCKS[3:])
-"""The same under a mask of every row and key on compute capability 9.0, where a tile of it comes to
-a multiprocessor with every tile of keys: with the second pair twice the rows share the latter. It
-is what tuners are offered, and not the first before one has found it faster."""
-
-MASKED_REGISTERS = 128
-"""Of a thread there: two blocks of eight warps then fit a multiprocessor."""
-
 LONGEST_WHOLE = 512
 """Keys of the longest rows of which the scores of 64 fit the registers of eight warps. Compiled for
 compute capability 9.0 with head_dim 64, nothing of them is spilled; of 32 rows with 1,024 keys, 169
@@ -147,9 +139,6 @@ MAX_ALTERNATIVES = 3
 
 ACCUMULATORS = 128 * 128
 """float32 sums of a block that registers hold beside its scores."""
-
-FOLDED = True
-"""Whether :func:`is_folded` may be."""
 
 SUM_ITEMSIZE = 4
 """Bytes of a sum, which threads hand on through shared memory before they store it."""
@@ -525,13 +514,7 @@ def is_folded(problem: Problem) -> bool:
     # float16 would round small queries.
     exact = problem.dtype == torch.bfloat16 and math.frexp(abs(scale))[0] == 0.5
     plain = problem.scores.softcap == 0.0 and "scales" not in given
-    return FOLDED and adds and exact and 2.0**-16 <= abs(scale) <= 1.0 and plain
-
-
-def is_masked_by_pair(problem: Problem) -> bool:
-    """Whether a mask has an entry of its own for every row and key."""
-    mask = problem.operand("attn_mask")
-    return mask is not None and mask.spread[2] and mask.spread[3]
+    return adds and exact and 2.0**-16 <= abs(scale) <= 1.0 and plain
 
 
 def is_scattered(problem: Problem) -> bool:
@@ -736,17 +719,15 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
     wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
     unrolled = problem.dtype == torch.float32 and not INTERPRETED
     # Nothing here is by needs_grad: an output has the same bits with and without gradients.
-    masked = limits.wgmma and not unrolled and wide <= 64 and is_masked_by_pair(problem)
     found = 0
-    for block_q, block_k in MASKED_BLOCKS if masked else BLOCKS:
+    for block_q, block_k in BLOCKS:
         longest = max(block_q, block_k)
-        many_rows = masked and (block_q, block_k) == MASKED_BLOCKS[1]
         if longest * wide > ACCUMULATORS:
             continue
         if unrolled and (block_q * block_k * wide > FLOAT32_PRODUCTS or longest > 32):
             continue
         few = block_k * wide <= FEW_SUMS and longest * block_k <= FEW_SUMS
-        warps = 4 if few and not unrolled and not many_rows else 8
+        warps = 4 if few and not unrolled else 8
         narrow = wide <= 64 and longest <= 64 and not unrolled
         # Beside those of a mask, the scores of two tiles do not fit the registers.
         single = found or unrolled or problem.operand("attn_mask")
@@ -760,14 +741,11 @@ def tiled_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
                 "span": span,
                 "parts": max(1, block_q // (64 if wide <= 64 or warps == 8 else 32)),
                 "warps": warps,
-                "solve_warps": warps if unrolled or wide > 128 or many_rows else 4,
-                "key_warps": 4 if many_rows else warps,
+                "solve_warps": warps if unrolled or wide > 128 else 4,
                 "registers": REGISTERS if narrow and limits.wgmma else 0,
                 "whole": "nothing",
                 "whole_warps": 4,
             }
-            if many_rows:
-                config["registers"] = MASKED_REGISTERS
             stages = _stages(problem, config, limits)
             if stages is None:
                 continue
@@ -888,7 +866,7 @@ def residents(config: Config, kernel: str) -> int:
 
 
 def _warps(config: Config, kernel: str) -> int:
-    named = {"solve": "solve_warps", "whole_rows": "whole_warps", "grad_key_value": "key_warps"}
+    named = {"solve": "solve_warps", "whole_rows": "whole_warps"}
     return int(config[named.get(kernel, "warps")])
 
 
