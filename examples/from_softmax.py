@@ -113,15 +113,15 @@ def main(arguments: list[str] | None = None) -> int:
         schedule = None
         if contender.alpha == 1.0:
             # SDPA's kernels. Where transformers calls them itself it makes a mask while a graph is
-            # captured, and with a mask none of the fast ones is taken.
-            apply(model, alpha=1.0)
+            # captured, with which none of the fast ones is taken.
+            apply(model, alpha=1.0, packed=False)
         else:
             if contender.start == "matched":
                 unseen = corpus.draw(1, options.seed, scale.steps)  # no step's
                 scale_heads(model, matched(model, contender, unseen[:, :-1].to(device)))
             elif contender.start is not None:
                 scale_heads(model, [contender.start] * len(model.model.layers))
-            set_alpha = alpha_setter(model, observer=monitor)
+            set_alpha = alpha_setter(model, observer=monitor, packed=False)
             set_alpha(contender.alpha)
             if contender.rise:
                 rise = max(1, round(contender.rise * scale.steps))

@@ -206,7 +206,8 @@ def test_lists_hold_the_tiles_with_support_alone(
 @interpreted()
 @on_triton
 def test_steps_above_two_are_forced_to_bisect(backend: str) -> None:
-    """Rows on which steps that stay in the bracket creep: 30 where none is a bisection, else 19."""
+    """Rows on which steps that stay in the bracket creep: 30 where none is a bisection, else 19; by
+    an H100's powers 33 and 26."""
     rows = [
         [
             -0.17238742113113403,
@@ -232,4 +233,4 @@ def test_steps_above_two_are_forced_to_bisect(backend: str) -> None:
     key = torch.tensor(rows, device=device_of(backend)).view(1, 2, -1, 1)
     query = torch.ones_like(key[:, :, :1])
     stats = adasplash2.attention_stats(query, key, key, alpha=4.0, scale=1.0, backend=backend)
-    assert stats.iterations.max() <= 23
+    assert stats.iterations.max() <= (28 if key.is_cuda else 23)

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import adasplash2
 from adasplash2.integrations import transformers as integration
@@ -963,9 +964,7 @@ def test_graphs_hold_no_mask_where_words_suffice(what: str) -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(
-        model, fullgraph=True, backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
-    )
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
     inputs: dict[str, Any] = dict(TEXT, use_cache=what == "cache")
     if what in ("mask", "window"):
         inputs["attention_mask"] = torch.ones_like(TOKENS)
@@ -978,6 +977,35 @@ def test_graphs_hold_no_mask_where_words_suffice(what: str) -> None:
     if what == "cache":
         tensors = [a for a in calls[0].args if isinstance(a, torch.fx.Node)]
         assert len(tensors) == 3
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_model_that_is_said_not_to_be_packed(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where numbers cannot be looked at its mask has no operands; a batch that is seen to be packed
+    is refused."""
+    if OLD:
+        pytest.skip("here nothing tells packing from masks of other kinds")
+    arguments = {**DECODER, **({"sliding_window": window} if window else {})}
+    config = "Mistral" if window else "Llama"
+    model = make(config + "ForCausalLM", config, arguments)
+    said: list[dict[str, Any]] = []
+    integration.apply(model, observer=lambda *call: said.append(call[-1]), packed=False)
+    expected = run(model, **TEXT, use_cache=False)
+    eager = said.copy()
+    monkeypatch.setattr(masks, "is_tracing", lambda like=None: True)
+    theirs = transformers.masking_utils
+    monkeypatch.setattr(theirs, "is_tracing", lambda like=None: True)
+    said.clear()
+    assert torch.equal(run(model, **TEXT, use_cache=False), expected)
+    assert said == eager
+    assert not any(isinstance(value, torch.Tensor) for call in said for value in call.values())
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="packed=False"):
+        run(model, **TEXT, use_cache=False, position_ids=PACKED)
+    with pytest.raises(TypeError, match="packed"):
+        integration.apply(model, packed=1)
 
 
 @pytest.mark.parametrize("config", ["Llama", "Mistral", "Gemma2"])

@@ -43,6 +43,7 @@ def apply(
     example: Mapping[str, Any] | None = None,
     *,
     learn: bool | None = None,
+    packed: bool = True,
 ) -> Coverage:
     """Make a model run our attention, and tell which of its layers do.
 
@@ -71,6 +72,10 @@ def apply(
             :class:`~adasplash2.integrations.transformers.alphas.HeadAlphas`; so make the optimizer
             after this call. None: what the model or its config holds where ``alpha`` is None too,
             else False.
+        packed: whether several sequences may lie one behind another in a row of a batch, told by
+            ``position_ids`` that begin anew. Where ``torch.compile`` or a CUDA graph looks at no
+            numbers they might anywhere, and fewer kernels compute that. With False the mask of such
+            a model is causal and no more; a batch seen to be packed is an error.
 
     Returns:
         :class:`Coverage`: the layers that run our attention, and why the others do not. Others
@@ -108,13 +113,14 @@ def apply(
         alpha = stored.get("alpha", 1.5)
         learn = stored.get("learn", False) if learn is None else learn
     learn = learn is not None and check_flag("learn", learn)
+    packed = check_flag("packed", packed)
     number = None if learn or isinstance(alpha, Mapping) else check_alpha(alpha)
     # One name for one set of options: models do not change each other's.
     kind = "learned" if learn else "by-head" if number is None else f"{number:g}"
-    name = f"adasplash2-{kind}" + (f"-{backend}" if backend else "")
+    name = f"adasplash2-{kind}" + (f"-{backend}" if backend else "") + "-unpacked" * (not packed)
     if (number is not None and float(kind) != number) or observer is not None:
         name += f"-{next(_observed)}"
-    _register(name, Attention(number, backend, observer))
+    _register(name, Attention(number, backend, observer), packed)
     previous = _implementations(model)
     try:
         model.set_attn_implementation(name)
@@ -172,6 +178,8 @@ def register(
     alpha: float = 1.5,
     backend: str | None = None,
     observer: Observer | None = None,
+    *,
+    packed: bool = True,
 ) -> None:
     """Make ``name`` an attention implementation of transformers; a second call replaces it.
 
@@ -187,11 +195,12 @@ def register(
         name: what ``model.set_attn_implementation(name)`` takes; not one of transformers' own.
         alpha, backend: as for :func:`adasplash2.entmax_attention`.
         observer: sees the inputs of every attention, see :data:`Observer`.
+        packed: as for :func:`apply`.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError, ValueError: ``alpha`` is not a number of at least 1, ``observer`` no function, or
-            ``name`` is taken.
+        TypeError, ValueError: ``alpha`` is not a number of at least 1, ``observer`` no function,
+            ``packed`` no bool, or ``name`` is taken.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -200,7 +209,8 @@ def register(
         >>> config = GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2)
         >>> model = GPT2LMHeadModel._from_config(config, attn_implementation="sparsemax")
     """
-    _register(name, Attention(check_alpha(alpha), check_backend(backend) or None, observer))
+    attention = Attention(check_alpha(alpha), check_backend(backend) or None, observer)
+    _register(name, attention, check_flag("packed", packed))
 
 
 def unregister(name: str | None = None) -> None:
@@ -228,7 +238,7 @@ def unregister(name: str | None = None) -> None:
             interface._global_mapping.pop(gone, None)
 
 
-def _register(name: str, attention: Callable[..., Any]) -> None:
+def _register(name: str, attention: Callable[..., Any], packed: bool) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if not isinstance(name, str):
@@ -240,7 +250,7 @@ def _register(name: str, attention: Callable[..., Any]) -> None:
             f"which transformers reads in its own way; got {name!r}"
         )
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask_function())
+    AttentionMaskInterface.register(name, mask_function(packed))
     _registered.add(name)
 
 
@@ -253,12 +263,12 @@ def _probed(
     called: set[nn.Module] = set()
     usual = AttentionInterface()[coverage.name]
     attention.called = called.add
-    _register(coverage.name, attention)
+    AttentionInterface.register(coverage.name, attention)
     try:
         with torch.no_grad():
             model(**example)
     finally:
-        _register(coverage.name, usual)
+        AttentionInterface.register(coverage.name, usual)
     return ran(coverage, model, called)
 
 

@@ -213,8 +213,9 @@ class Place(NamedTuple):
     kv_offset: int | Tensor
 
 
-def mask_function() -> Callable[..., Tensor]:
-    """What ``transformers.AttentionMaskInterface`` calls for our attention.
+def mask_function(packed: bool = True) -> Callable[..., Tensor]:
+    """What ``transformers.AttentionMaskInterface`` calls for our attention; ``packed`` as
+    :func:`~adasplash2.integrations.transformers.apply` has it.
 
     transformers asks by keywords. Where the queries stand is ``q_offset``, in older releases the
     first of ``cache_position``.
@@ -275,6 +276,11 @@ def mask_function() -> Callable[..., Tensor]:
         alone = allow_is_causal_skip or allow_is_bidirectional_skip
         if not is_tracing(blank):
             pattern = _pattern(mask_function, theirs)
+            if pattern is not None and pattern.packed is not None and not packed:
+                raise ValueError(
+                    "packed=False: position_ids of this batch begin anew within a row, so that "
+                    "several sequences are packed into it; leave out position_ids, or packed=False"
+                )
             known = _stated(pattern, place, attention_mask, batch_size) if pattern else None
             if q_length > 1 or alone:
                 return StatedMask.of(blank, known, lambda: numbers(visible()))
@@ -286,8 +292,11 @@ def mask_function() -> Callable[..., Tensor]:
         pattern = _named(mask_function, theirs)
         # Of what has no size only packing is joined; functions that callers join ask for vmap.
         joined = _made_by(mask_function, theirs) == "and_masks" and not rest.get("use_vmap", True)
-        if pattern is None and local_size is not None and alone:
-            pattern = _local(local_size, allow_is_causal_skip, config)
+        unpacked = joined and attention_mask is None and not packed
+        if pattern is None and local_size is not None and (alone or unpacked):
+            pattern = _local(local_size, allow_is_causal_skip or unpacked, config)
+        elif pattern is None and unpacked:
+            pattern = Pattern(right=0)
         elif pattern is None and local_size is None and joined and attention_mask is None:
             pattern = _traced_packing(mask_function, batch_size, q_length, device)
         known = _stated(pattern, place, attention_mask, batch_size, True) if pattern else None

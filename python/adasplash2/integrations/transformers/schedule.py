@@ -19,7 +19,11 @@ __all__ = ["AlphaScheduleCallback", "alpha_setter"]
 
 
 def alpha_setter(
-    model: PreTrainedModel, backend: str | None = None, observer: Observer | None = None
+    model: PreTrainedModel,
+    backend: str | None = None,
+    observer: Observer | None = None,
+    *,
+    packed: bool = True,
 ) -> Callable[[float], None]:
     """Make a model run our attention, and return the function that sets its alpha.
 
@@ -33,7 +37,7 @@ def alpha_setter(
         apply(model, schedule.alpha)
 
     Args:
-        model, backend, observer: as for :func:`adasplash2.integrations.transformers.apply`.
+        model, backend, observer, packed: as for :func:`adasplash2.integrations.transformers.apply`.
 
     Raises:
         TypeError, ValueError: as ``apply``.
@@ -49,7 +53,9 @@ def alpha_setter(
         1.125
     """
     seen = _nobody if observer is None else observer
-    name = apply(model, 1.5, backend, seen).name  # of this model alone, since it is observed
+    name = apply(
+        model, 1.5, backend, seen, packed=packed
+    ).name  # of this model alone, since it is observed
     attention = AttentionInterface()[name]
     attention.observer = observer
 
