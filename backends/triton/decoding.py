@@ -44,6 +44,9 @@ MOST_PARTS = 64
 TOPS_CHUNK = 64
 """Splits whose maxima and bounds ``decode_solve`` holds."""
 
+SPLITS_CHUNK = 16
+"""Splits whose sums ``decode_combine`` holds."""
+
 ENTRIES_CHUNK = 8
 """Listed keys whose values ``decode_solve`` holds, for each of its warps."""
 
@@ -210,7 +213,14 @@ class Steps(NamedTuple):
             splits=cut.weighed,
             CHUNK=SCAN_CHUNK,
         )
-        steps = scan, solve, *narrow, weigh
+        combine = step(
+            kernels.decode_combine,
+            rows,
+            {"COUNT": count},
+            splits=cut.weighed,
+            SPLITS=SPLITS_CHUNK,
+        )
+        steps = scan, solve, *narrow, weigh, combine
         return cls(pieces, given, steps, tuple((id(x.kernel), x.variant) for x in steps))
 
 

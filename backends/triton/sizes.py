@@ -30,7 +30,7 @@ KERNELS = (
 )
 """Names of the kernels of attention, in ``kernels/``."""
 
-DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh"
+DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh", "decode_combine"
 """Names of those that run in their place where :func:`is_decoding`, in ``kernels/decode.py``."""
 
 MOST_DECODED = 16
@@ -825,7 +825,7 @@ def decoding_options(config: Config, kernel: str) -> dict[str, int]:
         solve_warps = int(config["solve_warps"])
         limit = {"maxnreg": SOLVE_REGISTERS} if solve_warps < 8 else {}
         return {"num_warps": solve_warps, **limit, **overlap}
-    return {"num_warps": 8, **overlap}
+    return {"num_warps": 8 if kernel == "decode_narrow" else 4, **overlap}
 
 
 def launch_options(config: Config, kernel: str) -> dict[str, int]:

@@ -13,8 +13,9 @@ of these rows, a *tile* ``opt.block_k`` keys, a *group* ``opt.group`` of these. 
 3. ``decode_narrow``, for rows of more, in parts: a step of their thresholds, from the sums of the
    parts. The last one of a few launches leaves no row without its threshold.
 4. ``decode_weigh``, a program for each block and split: the sums of its values, for rows whose
-   support is not listed. Of these, only those are read that have a probability. The one that comes
-   last adds the sums of all splits: the output.
+   support is not listed. Of these, only those are read that have a probability.
+5. ``decode_combine``, a program for each row whose support is not listed: the output, from the sums
+   of the splits.
 
 Lengths are arguments of their own, for which nothing is specialised: a cache grows.
 """
@@ -97,9 +98,6 @@ their number, -1 where they are more or not known."""
 DENSE = tl.constexpr(2)
 """``decode_weigh`` reads all values of a split where one of so many of its tiles has some that it
 needs: what it need not look for, it asks for ahead."""
-
-SUMS_AHEAD = tl.constexpr(128 * 128)
-"""Sums, of several splits, that ``decode_weigh`` asks for before it adds them."""
 
 SUMS = tl.constexpr(3)
 """What a part of ``decode_narrow`` leaves: ``sum p``, ``sum u`` and the size of the support."""
@@ -454,10 +452,8 @@ def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, 
 
 
 @triton.jit
-def store_output(out, total, mass, top, t, at_head, row, wide, wanted, terms, shape,
-                 opt: tl.constexpr):  # fmt: skip
-    """``out = sum p v / sum p``, with the sink among them, of a row or, where all but ``wide`` are
-    columns, of those of a block that are ``wanted``."""
+def store_output(out, total, mass, top, t, at_head, row, terms, shape, opt: tl.constexpr):
+    """``out = sum p v / sum p``, with the sink among them."""
     batch, head = at_head
     if opt.sinks:
         mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
@@ -466,10 +462,10 @@ def store_output(out, total, mass, top, t, at_head, row, wide, wanted, terms, sh
     if opt.dropout:
         result = result * shape.terms.kept
     result = tl.where(t != t, float("nan"), result)
+    wide = tl.arange(0, opt.padded_v)
     base, stride = head_of(out, batch, head)
     pointers = base + row.to(tl.int64) * stride + wide
-    mask = wanted & (wide < opt.head_dim_v)
-    tl.store(pointers, result.to(out.base.dtype.element_ty), mask=mask)
+    tl.store(pointers, result.to(out.base.dtype.element_ty), mask=wide < opt.head_dim_v)
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
@@ -555,9 +551,7 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
             marks += (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_k, MARK)
         total, mass = sums_of_listed(value, entry_keys, entry_weights, marks, found, batch, head,
                                      row, terms, shape, opt, ENTRIES, COUNT, MARK)  # fmt: skip
-        wide = tl.arange(0, opt.padded_v)
-        store_output(out, total, mass, top, t, (batch, head), row, wide, wide >= 0, terms, shape,
-                     opt)  # fmt: skip
+        store_output(out, total, mass, top, t, (batch, head), row, terms, shape, opt)
 
 
 @triton.jit(do_not_specialize=["length_k", "parts"])
@@ -676,29 +670,12 @@ def dense_sums(values, maxima, scores, begin, end, top, t, least, terms, shape,
     return acc, tl.sum(mass, 1), tl.sum(count, 1)
 
 
-@triton.jit
-def sums_of_splits(partials, masses, kept, at_row, splits, opt: tl.constexpr):
-    """``sum p v``, and as columns ``sum p`` and the size of the support, of rows from those of the
-    splits, which other programs have written; always in the same order."""
-    wide = tl.arange(0, opt.padded_v)[None, :]
-    total = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
-    mass = tl.full((opt.block_q, 1), 0.0, tl.float32)
-    count = tl.full((opt.block_q, 1), 0, tl.int32)
-    ahead: tl.constexpr = SUMS_AHEAD // (opt.block_q * opt.padded_v)
-    for split in tl.range(0, splits, loop_unroll_factor=ahead):
-        at = at_row[:, None].to(tl.int64) * splits + split
-        total += tl.load(partials + at * opt.padded_v + wide, cache_modifier=".cg")
-        mass += tl.load(masses + at, cache_modifier=".cg")
-        count += tl.load(kept + at, cache_modifier=".cg")
-    return total, mass, count
-
-
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals, out, support,
-                 marks, shape, length_k, splits, opt: tl.constexpr, CHUNK: tl.constexpr,
-                 COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
-    """The sums of a block and a split: of values, of ``p``, of keys of the support. The program
-    that comes last has the outputs of the rows whose support is not listed."""
+def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, shape, length_k,
+                 splits, opt: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
+                 MARK: tl.constexpr):  # fmt: skip
+    """The sums of a block and a split: of values, if its support has some of the split's keys; of
+    ``p``; keys of the support."""
     after_the_last(opt)
     shape = with_length(shape, length_k)
     at_head, block, split = block_and_split(shape, splits, opt)
@@ -770,15 +747,44 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals
                 acc += weighted_values(p, reached, v, opt, scale)
     at_split = at_row.to(tl.int64) * splits + split
     at = partials + at_split[:, None] * opt.padded_v + tl.arange(0, opt.padded_v)[None, :]
-    tl.store(at, acc, mask=inside[:, None])
+    tl.store(at, acc, mask=(inside & (count > 0))[:, None])
     tl.store(masses + at_split, mass, mask=inside)
     tl.store(kept + at_split, count, mask=inside)
-    tl.debug_barrier()  # all threads have stored
-    if tl.atomic_add(arrivals + tl.min(at_row, 0), 1) == splits - 1:
-        total, whole, number = sums_of_splits(partials, masses, kept, at_row, splits, opt)
-        wide = tl.arange(0, opt.padded_v)[None, :]
-        wanted = inside[:, None] & (listed == 0)
-        store_output(out, total, whole, top, t, (batch, head[:, None]), rows, wide, wanted, terms,
-                     shape, opt)  # fmt: skip
-        if COUNT:
-            tl.store(support + at_row[:, None], number, mask=wanted)
+
+
+@triton.jit
+def sums_of_splits(partials, masses, kept, at_row, splits, opt: tl.constexpr,
+                   SPLITS: tl.constexpr):  # fmt: skip
+    """``sum p v``, ``sum p`` and the size of the support of a row from those of its splits."""
+    wide = tl.arange(0, opt.padded_v)
+    total = tl.full((SPLITS, opt.padded_v), 0.0, tl.float32)
+    mass = tl.full((SPLITS,), 0.0, tl.float32)
+    count = tl.full((SPLITS,), 0, tl.int32)
+    for first in range(0, splits, SPLITS):
+        places = first + tl.arange(0, SPLITS)
+        at = at_row.to(tl.int64) * splits + places
+        some = tl.load(kept + at, mask=places < splits, other=0)
+        mass += tl.load(masses + at, mask=places < splits, other=0.0)
+        count += some
+        pointers = partials + at[:, None] * opt.padded_v + wide[None, :]
+        total += tl.load(pointers, mask=(some > 0)[:, None], other=0.0)
+    return tl.sum(total, 0), tl.sum(mass, 0), tl.sum(count, 0)
+
+
+@triton.jit(do_not_specialize=["length_k", "splits"])
+def decode_combine(partials, masses, kept, states, out, support, shape, length_k, splits,
+                   opt: tl.constexpr, SPLITS: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+    """The output of a row whose support is not listed."""
+    after_the_last(opt)
+    shape = with_length(shape, length_k)
+    at_row = tl.program_id(0)
+    if tl.load(states + at_row * STATES + LISTED) >= 0.0:
+        return
+    batch, head, row = row_at(at_row, shape)
+    terms = terms_of(batch, head, shape, opt)
+    top = tl.load(states + at_row * STATES + TOP)
+    t = tl.load(states + at_row * STATES + T)
+    total, mass, count = sums_of_splits(partials, masses, kept, at_row, splits, opt, SPLITS)
+    store_output(out, total, mass, top, t, (batch, head), row, terms, shape, opt)
+    if COUNT:
+        tl.store(support + at_row, count)
