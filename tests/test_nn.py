@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import adasplash2
+from adasplash2.dense import attended
 from adasplash2.nn import (
     AlphaSchedule,
     AttentionMonitor,
@@ -373,6 +374,44 @@ def test_dropout_is_for_training_and_repeats_by_seed() -> None:
         assert not torch.equal(other, outs[0])
     module.eval()
     assert torch.equal(*(module(*tensors, need_weights=False)[0] for _ in range(2)))
+
+
+@pytest.mark.parametrize("how", ["padding", "mask", "floats", "causal"])
+@pytest.mark.parametrize("alpha", [1.5, "learn", 1.0])
+def test_what_is_hidden_reaches_no_weights_and_no_output(alpha: Any, how: str) -> None:
+    """Nor gradients: keys and values that nobody sees may be anything."""
+    module = EntmaxMultiheadAttention(EMBED, HEADS, batch_first=True, alpha=alpha)
+    query, key = torch.randn(2, 3, EMBED), torch.randn(2, 5, EMBED)
+    hidden = torch.tensor([False, False, False, True, True])
+    said: dict[str, Any] = {
+        "padding": {"key_padding_mask": hidden.expand(2, 5)},
+        "mask": {"attn_mask": hidden.expand(3, 5)},
+        "floats": {"attn_mask": torch.where(hidden, -math.inf, 0.0).expand(3, 5)},
+        "causal": {"is_causal": True},
+    }[how]
+    found = []
+    for bad in (0.0, math.nan, math.inf):
+        q, k = query.clone().requires_grad_(), key.masked_fill(hidden[:, None], bad)
+        k.requires_grad_()
+        out, weights = module(q, k, k, **said)
+        found.append([out, weights, *torch.autograd.grad(out.sum(), (q, k))])
+    for one in found[1:]:
+        for got, expected in zip(one, found[0], strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_values_that_are_not_finite_reach_the_rows_that_weigh_them() -> None:
+    """Dense weights do to them what the kernels do."""
+    q, k, v = (torch.zeros(1, 1, length, 4) for length in (3, 6, 6))
+    v[..., [0, 1, 2], [0, 1, 2]] = torch.tensor([math.inf, -math.inf, math.nan])
+    v[..., 3, 0] = -math.inf
+    seen = torch.eye(3, 6, dtype=torch.bool) | (torch.arange(6) == 4)
+    for rows in (seen, seen | (torch.arange(6) == 3)):
+        expected = adasplash2.entmax_attention(q, k, v, rows)
+        got = attended(rows / rows.sum(1, keepdim=True), v)
+        assert expected.isinf().any()
+        assert expected.isnan().any()
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rows_that_see_nothing_are_zeros_before_the_projection() -> None:

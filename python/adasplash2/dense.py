@@ -79,6 +79,17 @@ def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:
     return F.dropout(found, problem.scores.dropout_p)
 
 
+def attended(weights: Tensor, value: Tensor) -> Tensor:
+    """``weights @ value``, but what is not finite in a value reaches those rows alone that give its
+    key a weight, and in the gradient nothing comes from rows that give none to any."""
+    kept = weights != 0.0
+    out = weights @ torch.where(value.isfinite(), value, 0.0)
+    beyond = [(value == sign * math.inf) | value.isnan() for sign in (1, -1)]
+    reached = kept.to(weights.dtype) @ torch.cat(beyond, dim=-1).to(weights.dtype)
+    above, below = torch.where(reached > 0.0, math.inf, 0.0).to(out.dtype).chunk(2, dim=-1)
+    return torch.where(kept.any(dim=-1, keepdim=True), out + (above - below), 0.0)
+
+
 def without_cudnn() -> contextlib.AbstractContextManager[None]:
     """SDPA takes what kernels it may, but not those of cuDNN: with a mask that hides a whole tile
     of keys their gradient of queries has NaN (torch 2.11)."""
@@ -117,8 +128,4 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
             )
     p = weights(problem, inputs)
     p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))
-    value = inputs.value.unsqueeze(2)
-    right = value.isfinite()
-    out: Tensor = p @ torch.where(right, value, 0.0)
-    reached = (p != 0.0).to(p.dtype) @ (~right).to(p.dtype)
-    return torch.where(reached > 0.0, math.nan, out).flatten(1, 2)
+    return attended(p, inputs.value.unsqueeze(2)).flatten(1, 2)

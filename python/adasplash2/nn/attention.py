@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adasplash2.dense import attended
 from adasplash2.functional import dense_weights, entmax_attention
 from adasplash2.lowering import check_slopes
 from adasplash2.nn.alpha import LearnedAlpha
@@ -44,6 +45,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
       ``is_causal`` and ``need_weights`` say. There ``is_causal=True`` with ``need_weights=False``
       and no ``key_padding_mask`` hides it, as it hides keys behind the query.
     - A row without an allowed key gives zeros before the output projection; there it may be NaN.
+    - NaN and inf in what is hidden stay there, but for ``alpha=1`` with ``need_weights=False``,
+      which is torch's SDPA.
     - Nested tensors are refused. It never takes torch's fused inference path, which knows softmax
       alone, also within :class:`torch.nn.TransformerEncoderLayer`.
 
@@ -276,7 +279,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             weights = aux.probabilities()
         elif need_weights:
             weights = dense_weights(q, k, v, **arguments)
-            out = weights @ v
+            out = attended(weights, v)
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights[0]
         else:
