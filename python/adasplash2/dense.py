@@ -33,6 +33,9 @@ def scores(
     s = torch.where(right_q, query, 0.0) @ torch.where(right_k, key, 0.0).mT
     right = right_q.all(-1, keepdim=True) & right_k.all(-1, keepdim=True).mT
     s = torch.where(right, s, query.detach() @ key.detach().mT).flatten(1, 2)
+    # Before all factors: with a gradient of zero, what is not finite makes NaN of theirs.
+    seen = seen_keys(p, inputs, rows)
+    s = torch.where(seen, s, 0.0)
     if inputs.scales is None:
         s = said.scale * s
     else:
@@ -46,7 +49,7 @@ def scores(
         keys = torch.arange(p.length_k, device=p.device)
         distance = (places(p, inputs, rows).unsqueeze(-1) - keys).abs().to(dtype)
         s = s - inputs.alibi_slopes.to(dtype)[:, :, None, None] * distance
-    return torch.where(seen_keys(p, inputs, rows), s, -math.inf)
+    return torch.where(seen, s, -math.inf)
 
 
 def probabilities(
@@ -63,14 +66,13 @@ def probabilities(
     if inputs.sinks is not None:
         sink = inputs.sinks.to(dtype)[:, :, None, None]
         s = torch.cat([s, sink.expand(*s.shape[:3], 1)], dim=3)
+    hidden = s == -math.inf
     if p.alpha == 1.0:
-        hidden = s == -math.inf
-        s = torch.where(hidden.all(dim=3, keepdim=True), 0.0, s)
-        found = torch.where(hidden, 0.0, torch.softmax(s, dim=3))
+        found = torch.softmax(torch.where(hidden.all(dim=3, keepdim=True), 0.0, s), dim=3)
     else:
         alphas = None if inputs.alphas is None else inputs.alphas.to(dtype)[:, :, None, None]
         found = ops.rows(s, p.alpha, -1, backend, alphas)
-    return found[..., : p.length_k]
+    return torch.where(hidden, 0.0, found)[..., : p.length_k]  # also in rows of NaN
 
 
 def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:

@@ -132,8 +132,11 @@ def entmax_attention(
             as ``alpha``, are as those with a gradient.
         enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
             a key and value head.
-        alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax:
-            it goes to SDPA, edges included, and with what SDPA does not know to dense operators.
+        alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax.
+            A call at 1 that asks for nothing but ``attn_mask`` or ``is_causal``, ``dropout_p``, a
+            number as ``scale`` and ``enable_gqa`` is SDPA's own, edges included: NaN in what is
+            hidden then reaches the output. All else at 1 is computed by dense operators, with
+            edges as said above.
             Or a tensor ``(heads_q,)`` of values in (1, 2], with gradient (Correia, Niculae, Martins
             2019). Its values are not looked at: one outside makes the rows of its head NaN.
         causal_align: ``"top-left"``, as SDPA aligns, or ``"bottom-right"``, as flash-attn does: the
