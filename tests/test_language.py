@@ -399,6 +399,9 @@ def test_torchs_causal_masks_are_taken() -> None:
         assert torch.equal(
             got, adasplash2.entmax_attention(q, k, k, is_causal=True, causal_align=align)
         )
+        got = adasplash2.entmax_attention(q, k, k, mask(5, 9), window=(2, -1))
+        said: dict[str, Any] = {"is_causal": True, "causal_align": align, "window": (2, -1)}
+        assert torch.equal(got, adasplash2.entmax_attention(q, k, k, **said))
 
 
 def test_window_and_causal_say_the_same_twice() -> None:

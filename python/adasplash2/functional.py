@@ -119,17 +119,18 @@ def entmax_attention(
         attn_mask: broadcasts to ``(batch, heads_q, length_q, length_k)`` and is not expanded. bool:
             True may be seen. Dtype of ``query``, or float32: added to the scores, with a gradient
             where it requires one; -inf hides a key. torch's ``causal_upper_left`` and
-            ``causal_lower_right`` are taken as what they say.
+            ``causal_lower_right`` are taken as ``is_causal`` with their ``causal_align``, which is
+            then that of ``window`` and ``alibi_slopes`` too.
         dropout_p: each probability is dropped with this probability, in [0, 1); the others are
             divided by ``1 - dropout_p``. Drawn from a counter-based generator whose seed comes from
             torch's, so that ``torch.manual_seed`` repeats it and every backend drops the same keys.
         is_causal: query ``i`` sees keys ``j <= i'``, also where the lengths differ.
         scale: factor of ``q . k``; ``1 / sqrt(head_dim)`` where None. A number, or a tensor
-            ``(heads_q,)`` or one that broadcasts to ``(batch, heads_q, length_q)``, with gradient.
-            Values of a tensor are not looked at: NaN and inf make their rows NaN. NumPy's numbers
-            and tensors without dimensions that require no gradient are read as numbers; reading one
-            waits for its device, and breaks a compiled graph. Those that ``vmap`` maps over, also
-            as ``alpha``, are as those with a gradient.
+            ``(heads_q,)`` or one of at least two dimensions that broadcasts to ``(batch, heads_q,
+            length_q)``, with gradient. Values of a tensor are not looked at: NaN and inf make their
+            rows NaN. NumPy's numbers and tensors without dimensions that require no gradient are
+            read as numbers; reading one waits for its device, and breaks a compiled graph. Those
+            that ``vmap`` maps over, also as ``alpha``, are as those with a gradient.
         enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
             a key and value head.
         alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax.
@@ -140,7 +141,9 @@ def entmax_attention(
             Or a tensor ``(heads_q,)`` of values in (1, 2], with gradient (Correia, Niculae, Martins
             2019). Its values are not looked at: one outside makes the rows of its head NaN.
         causal_align: ``"top-left"``, as SDPA aligns, or ``"bottom-right"``, as flash-attn does: the
-            last query is at the last key. With lengths, these are each sequence's own.
+            last query is at the last key. With lengths, these are each sequence's own. A causal
+            mask object of torch as ``attn_mask`` says it by itself; ``"bottom-right"`` with one of
+            the upper left is an error.
         window: ``(left, right)``: only keys with ``i' - left <= j <= i' + right``; -1 leaves a side
             open. Combines with ``is_causal``.
         alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)``, finite and at least 0: ``slope`` times
@@ -227,8 +230,8 @@ def entmax_attention_varlen(
         max_seqlen_q, max_seqlen_k: lengths of the longest, which flash-attn needs; None where not
             known. Nothing here depends on them.
         dropout_p, is_causal, scale, enable_gqa, alpha, window, softcap, sinks, backend: as in
-            :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)`` or broadcasts to
-            ``(1, heads_q, total_q)``.
+            :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)`` or has at
+            least two dimensions, which broadcast to ``(1, heads_q, total_q)``.
         causal_align: within each sequence. flash-attn's is ``"bottom-right"``; they are the same
             where queries and keys are equally many.
         alibi_slopes: ``(heads_q,)``.

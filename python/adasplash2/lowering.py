@@ -277,8 +277,8 @@ def check_slopes(alibi_slopes: object) -> Tensor:
 
 
 def _of_rows(scale: Tensor, sizes: tuple[int, int, int], lead: list[int]) -> Tensor:
-    """``(heads,)``, or what broadcasts to ``sizes``, ``(batch, heads, length_q)``, also with the
-    dimensions ``lead`` that became the batch, in three dimensions."""
+    """``(heads,)``, or what has more dimensions and broadcasts to ``sizes``, ``(batch, heads,
+    length_q)``, also with the dimensions ``lead`` that became the batch, in three dimensions."""
     placed = _check_numbers("scale", scale)
     if scale.dim() == 1:
         placed = scale[None, :, None]
@@ -290,8 +290,8 @@ def _of_rows(scale: Tensor, sizes: tuple[int, int, int], lead: list[int]) -> Ten
             return merged
     shapes = " or ".join(map(str, allowed))
     raise ValueError(
-        f"scale must be a number, have the shape ({sizes[1]},) or one that broadcasts to {shapes}, "
-        f"got {tuple(scale.shape)}"
+        f"scale must be a number, one of each head, ({sizes[1]},), or have at least two dimensions "
+        f"that broadcast to {shapes}, (batch, heads, length_q), got {tuple(scale.shape)}"
     )
 
 
@@ -366,6 +366,11 @@ def _with_causal_bias(options: Options, bias: Any, inputs: Inputs) -> Options:
     if said != lengths:
         raise ValueError(f"attn_mask must be a causal mask for the lengths {lengths}, got {said}")
     align = "bottom-right" if bias.variant.name == "LOWER_RIGHT" else "top-left"
+    if options.causal_align not in ("top-left", align):  # which is what nobody said
+        raise ValueError(
+            f"causal_align must be {align!r} where attn_mask is a causal mask of torch that is so, "
+            f"got {options.causal_align!r}"
+        )
     return options._replace(is_causal=True, causal_align=align)
 
 
