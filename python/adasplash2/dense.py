@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adasplash2 import ops
 from adasplash2.problem import Inputs, Problem, places, rows_of, seen_keys
+from adasplash2.torch_fastpath import beside
 
 
 def scores(
@@ -46,7 +47,7 @@ def scores(
     if mask is not None and mask.dtype != torch.bool:
         s = s + rows_of(mask, 2, rows).to(dtype)
     if inputs.alibi_slopes is not None:
-        keys = torch.arange(p.length_k, device=p.device)
+        keys = beside(torch.arange(p.length_k, device=p.device), query)
         distance = (places(p, inputs, rows).unsqueeze(-1) - keys).abs().to(dtype)
         s = s - inputs.alibi_slopes.to(dtype)[:, :, None, None] * distance
     return torch.where(seen, s, -math.inf)

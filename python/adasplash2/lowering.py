@@ -26,6 +26,7 @@ from adasplash2.problem import (
 )
 from adasplash2.torch_fastpath import (
     assert_on_device,
+    beside,
     is_in_a_transform,
     is_in_memory,
     is_memory_known,
@@ -395,6 +396,7 @@ def _ranges(
     """``ranges`` of sequences of these lengths, and options that say nothing of it any more."""
     length_q = query.shape[2]
     queries = torch.arange(length_q, dtype=torch.int32, device=query.device)[None]
+    queries = beside(queries, q_lengths, kv_lengths, kv_starts)
     if kv_lengths is None:
         end = queries.new_full((1, 1), length_k)
     else:
