@@ -49,6 +49,8 @@ NOTHING = 0
 """Default of numbers that are of no effect: not 0.0, since compilers make symbols of floats, where
 graphs are dynamic, and begin anew when they find them compared."""
 
+HALVES = torch.bfloat16, torch.float16
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -118,9 +120,10 @@ def entmax_attention(
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         attn_mask: broadcasts to ``(batch, heads_q, length_q, length_k)`` and is not expanded. bool:
             True may be seen. Dtype of ``query``, or float32: added to the scores, with a gradient
-            where it requires one; -inf hides a key. torch's ``causal_upper_left`` and
-            ``causal_lower_right`` are taken as ``is_causal`` with their ``causal_align``, which is
-            then that of ``window`` and ``alibi_slopes`` too.
+            where it requires one; -inf hides a key. Under autocast also bfloat16 or float16,
+            whichever ``query`` is. torch's ``causal_upper_left`` and ``causal_lower_right`` are
+            taken as ``is_causal`` with their ``causal_align``, which is then that of ``window`` and
+            ``alibi_slopes`` too.
         dropout_p: each probability is dropped with this probability, in [0, 1); the others are
             divided by ``1 - dropout_p``. Drawn from a counter-based generator whose seed comes from
             torch's, so that ``torch.manual_seed`` repeats it and every backend drops the same keys.
@@ -574,7 +577,8 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def _cast(inputs: Inputs) -> Inputs:
-    """The tensors, cast as an autocast region asks (to its dtype, but never from float64)."""
+    """The tensors, cast as an autocast region asks (to its dtype, but never from float64), and a
+    mask that is then of the other half precision."""
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
     device = inputs.query.device.type
@@ -583,7 +587,10 @@ def _cast(inputs: Inputs) -> Inputs:
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in inputs.tensors())
-        return Inputs(*cast, *inputs.operands())
+        inputs = Inputs(*cast, *inputs.operands())
+        mask = inputs.attn_mask
+        if mask is not None and mask.dtype in HALVES and mask.dtype != inputs.query.dtype:
+            inputs = inputs._replace(attn_mask=mask.float())  # which holds both
     return inputs
 
 
