@@ -658,6 +658,18 @@ def test_heads_that_are_too_wide() -> None:
         ((X, X, X), {"attn_mask": torch.zeros(7, 7, dtype=torch.int64)}, "attn_mask", TypeError),
         ((X, X, X), {"attn_mask": [[True]]}, "attn_mask", TypeError),
         ((X, X, X), {"key_padding_mask": torch.zeros(2, 2)}, "key_padding_mask", ValueError),
+        *(
+            ((X, X, X), {name: change(torch.zeros(*shape))}, name, kind)
+            for name, shape in (
+                ("key_padding_mask", (X.shape[1], X.shape[0])), ("attn_mask", (X.shape[0],) * 2),
+            )
+            for change, kind in (
+                (Tensor.double, TypeError),
+                (Tensor.to_sparse, TypeError),
+                (lambda t: t.to("meta"), ValueError),
+                (lambda t: t.to(torch.float8_e4m3fn), TypeError),
+            )
+        ),
         ((X, X, X), {"is_causal": 1}, "is_causal", TypeError),
         ((X, X, X), {"need_weights": "dense"}, "need_weights", TypeError),
         ((X, X, X), {"need_weights": "sparse"}, "average_attn_weights", ValueError),
