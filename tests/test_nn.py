@@ -840,6 +840,25 @@ def test_monitor_logs_what_the_statistics_say() -> None:
     assert set(board.logged) == set(run.logged[0][1])
 
 
+@pytest.mark.parametrize("logger", [None, Run(), Board(), math.hypot])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_monitors_are_copied_and_pickled(way: Any, logger: Any) -> None:
+    model = EntmaxMultiheadAttention(EMBED, HEADS)
+    monitor = way(AttentionMonitor(logger))
+    if logger is math.hypot:  # which could be logged to if it took a step
+        return
+    monitor.watch(model)
+    x = torch.randn(5, 2, EMBED)
+    model(x, x, x)
+    monitor.step()
+    other = way(monitor)
+    assert other.last_step == 1
+    assert other.history[0].keys() == monitor.history[0].keys()
+    if logger is not None:
+        assert len(monitor._log.args[0].logged) == len(other._log.args[0].logged) > 0
+    assert not getattr(logger, "logged", None)
+
+
 def test_monitor_looks_at_nothing_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[None] = []
     watcher = importlib.import_module("adasplash2.nn.monitor")
