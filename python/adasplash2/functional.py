@@ -30,6 +30,7 @@ from adasplash2.options import (
     check_alpha,
     check_alpha_above_one,
     check_backend,
+    check_count,
     check_dim,
     check_flag,
     tensor_or_number,
@@ -552,19 +553,30 @@ def entmax(
     return ops.rows(x, number, dim, backend)
 
 
-def entmax15(x: Tensor, dim: int = -1) -> Tensor:
+def entmax15(x: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
     """:func:`entmax` with ``alpha = 1.5``.
+
+    Args:
+        x, dim: as there.
+        k: of no effect: how many of the largest entries the package ``entmax`` sorts at first. An
+            integer of at least 1, or None.
 
     Example:
         >>> import torch, adasplash2
         >>> adasplash2.entmax15(torch.tensor([1.0, 1.0, -1.0]))
         tensor([0.5000, 0.5000, 0.0000])
     """
+    _check_k(k)
     return entmax(x, 1.5, dim)
 
 
-def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
+def sparsemax(x: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
     """:func:`entmax` with ``alpha = 2``: the Euclidean projection onto the simplex.
+
+    Args:
+        x, dim: as there.
+        k: of no effect: how many of the largest entries the package ``entmax`` sorts at first. An
+            integer of at least 1, or None.
 
     Source: Martins, Astudillo 2016, *From Softmax to Sparsemax*.
 
@@ -573,7 +585,13 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
         >>> adasplash2.sparsemax(torch.tensor([0.5, 0.25, -1.0]))
         tensor([0.6250, 0.3750, 0.0000])
     """
+    _check_k(k)
     return entmax(x, 2.0, dim)
+
+
+def _check_k(k: int | None) -> None:
+    if k is not None:
+        check_count("k", k, at_least=1)
 
 
 def _cast(inputs: Inputs) -> Inputs:
