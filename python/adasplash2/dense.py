@@ -85,12 +85,15 @@ def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:
 def attended(weights: Tensor, value: Tensor) -> Tensor:
     """``weights @ value``, but what is not finite in a value reaches those rows alone that give its
     key a weight, and in the gradient nothing comes from rows that give none to any."""
-    kept = weights != 0.0
     out = weights @ torch.where(value.isfinite(), value, 0.0)
+    # How much of each row is on what is +inf, what is -inf, NaN being both, and on anything.
     beyond = [(value == sign * math.inf) | value.isnan() for sign in (1, -1)]
-    reached = kept.to(weights.dtype) @ torch.cat(beyond, dim=-1).to(weights.dtype)
-    above, below = torch.where(reached > 0.0, math.inf, 0.0).to(out.dtype).chunk(2, dim=-1)
-    return torch.where(kept.any(dim=-1, keepdim=True), out + (above - below), 0.0)
+    asked = torch.cat([*beyond, torch.ones_like(beyond[0][..., :1])], dim=-1)
+    reached = weights.detach() @ asked.to(weights.dtype)
+    width = value.shape[-1]
+    above, below, total = reached.split([width, width, 1], dim=-1)
+    infinite = torch.where(above > 0.0, math.inf, 0.0) - torch.where(below > 0.0, math.inf, 0.0)
+    return torch.where(total != 0.0, out + infinite.to(out.dtype), 0.0)
 
 
 def without_cudnn() -> contextlib.AbstractContextManager[None]:
