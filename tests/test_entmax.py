@@ -615,3 +615,29 @@ def test_losses_of_the_package_entmax_run_on_our_mappings(loss: str, mapping: st
         value = one.apply(leaf, target)
         results.append((value.detach(), *torch.autograd.grad(value.sum(), leaf)))
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["entmax15", "sparsemax"])
+def test_losses_of_the_package_entmax_run_with_ours(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = pytest.importorskip("entmax.losses")
+    loss = losses.Entmax15Loss if name == "entmax15" else losses.SparsemaxLoss
+    x, target = torch.randn(5, 9, requires_grad=True), torch.randint(9, (5,))
+    found = []
+    for of in ("theirs", "ours"):
+        if of == "ours":
+            monkeypatch.setattr(losses, name, getattr(adasplash2, name))
+        for k in (None, 2, 100):
+            one = loss(k=k)(x, target)
+            found.append((one, *torch.autograd.grad(one, x)))
+    for one in found[1:]:
+        for got, expected in zip(one, found[0], strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("k", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_k_is_a_count(k: Any, error: type[Exception]) -> None:
+    for function in (adasplash2.entmax15, adasplash2.sparsemax):
+        with pytest.raises(error, match=r"^k must be"):
+            function(torch.randn(3, 4), k=k)

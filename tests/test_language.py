@@ -399,6 +399,9 @@ def test_torchs_causal_masks_are_taken() -> None:
         assert torch.equal(
             got, adasplash2.entmax_attention(q, k, k, is_causal=True, causal_align=align)
         )
+        got = adasplash2.entmax_attention(q, k, k, mask(5, 9), window=(2, -1))
+        said: dict[str, Any] = {"is_causal": True, "causal_align": align, "window": (2, -1)}
+        assert torch.equal(got, adasplash2.entmax_attention(q, k, k, **said))
 
 
 def test_window_and_causal_say_the_same_twice() -> None:
@@ -892,6 +895,38 @@ def test_softmax_takes_it_all(features: tuple[str, ...]) -> None:
     if "dropout" not in features:
         torch.testing.assert_close(out, near, rtol=1e-3, atol=1e-3)
     assert out.shape == near.shape
+
+
+@pytest.mark.parametrize("feature", ["scale", "scale of rows", "softcap", "mask", "sinks"])
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_padding_reaches_no_gradient(alpha: float, feature: str) -> None:
+    """Of softmax neither where its own dense operators compute it, whatever padding holds and
+    whatever comes back for it."""
+    lengths = {n: torch.tensor([6, 3], dtype=torch.int32) for n in ("q_lengths", "kv_lengths")}
+    said: dict[str, Any] = {
+        "scale": {"scale": torch.rand(4)},
+        "scale of rows": {"scale": torch.rand(2, 4, 6)},
+        "softcap": {"softcap": 2.0},
+        "mask": {"attn_mask": torch.randn(2, 4, 6, 6)},
+        "sinks": {"sinks": torch.randn(4)},
+    }[feature]
+    whole = [torch.randn(2, heads, 6, 8) for heads in (4, 2, 2, 4)]
+    found = []
+    for bad in (0.0, math.nan, math.inf):
+        *tensors, grad = (t.clone() for t in whole)
+        for tensor in (*tensors, grad):
+            tensor[1, :, 3:] = bad
+        given = {n: t.clone() if isinstance(t, Tensor) else t for n, t in said.items()}
+        if feature == "scale of rows":
+            given["scale"][1, :, 3:] = bad
+        leaves = [t.requires_grad_() for t in (*tensors, *given.values()) if isinstance(t, Tensor)]
+        out = adasplash2.entmax_attention(
+            *tensors, **given, **lengths, enable_gqa=True, alpha=alpha
+        )
+        found.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for one in found[1:]:
+        for got, expected in zip(one, found[0], strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_vmap_over_operands() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import adasplash2
+from adasplash2.dense import attended
 from adasplash2.nn import (
     AlphaSchedule,
     AttentionMonitor,
@@ -375,6 +376,44 @@ def test_dropout_is_for_training_and_repeats_by_seed() -> None:
     assert torch.equal(*(module(*tensors, need_weights=False)[0] for _ in range(2)))
 
 
+@pytest.mark.parametrize("how", ["padding", "mask", "floats", "causal"])
+@pytest.mark.parametrize("alpha", [1.5, "learn", 1.0])
+def test_what_is_hidden_reaches_no_weights_and_no_output(alpha: Any, how: str) -> None:
+    """Nor gradients: keys and values that nobody sees may be anything."""
+    module = EntmaxMultiheadAttention(EMBED, HEADS, batch_first=True, alpha=alpha)
+    query, key = torch.randn(2, 3, EMBED), torch.randn(2, 5, EMBED)
+    hidden = torch.tensor([False, False, False, True, True])
+    said: dict[str, Any] = {
+        "padding": {"key_padding_mask": hidden.expand(2, 5)},
+        "mask": {"attn_mask": hidden.expand(3, 5)},
+        "floats": {"attn_mask": torch.where(hidden, -math.inf, 0.0).expand(3, 5)},
+        "causal": {"is_causal": True},
+    }[how]
+    found = []
+    for bad in (0.0, math.nan, math.inf):
+        q, k = query.clone().requires_grad_(), key.masked_fill(hidden[:, None], bad)
+        k.requires_grad_()
+        out, weights = module(q, k, k, **said)
+        found.append([out, weights, *torch.autograd.grad(out.sum(), (q, k))])
+    for one in found[1:]:
+        for got, expected in zip(one, found[0], strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_values_that_are_not_finite_reach_the_rows_that_weigh_them() -> None:
+    """Dense weights do to them what the kernels do."""
+    q, k, v = (torch.zeros(1, 1, length, 4) for length in (3, 6, 6))
+    v[..., [0, 1, 2], [0, 1, 2]] = torch.tensor([math.inf, -math.inf, math.nan])
+    v[..., 3, 0] = -math.inf
+    seen = torch.eye(3, 6, dtype=torch.bool) | (torch.arange(6) == 4)
+    for rows in (seen, seen | (torch.arange(6) == 3)):
+        expected = adasplash2.entmax_attention(q, k, v, rows)
+        got = attended(rows / rows.sum(1, keepdim=True), v)
+        assert expected.isinf().any()
+        assert expected.isnan().any()
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_rows_that_see_nothing_are_zeros_before_the_projection() -> None:
     module = EntmaxMultiheadAttention(EMBED, HEADS, alpha=1.0)
     hidden = torch.ones(BATCH, LENGTH_K, dtype=torch.bool)
@@ -619,6 +658,18 @@ def test_heads_that_are_too_wide() -> None:
         ((X, X, X), {"attn_mask": torch.zeros(7, 7, dtype=torch.int64)}, "attn_mask", TypeError),
         ((X, X, X), {"attn_mask": [[True]]}, "attn_mask", TypeError),
         ((X, X, X), {"key_padding_mask": torch.zeros(2, 2)}, "key_padding_mask", ValueError),
+        *(
+            ((X, X, X), {name: change(torch.zeros(*shape))}, name, kind)
+            for name, shape in (
+                ("key_padding_mask", (X.shape[1], X.shape[0])), ("attn_mask", (X.shape[0],) * 2),
+            )
+            for change, kind in (
+                (Tensor.double, TypeError),
+                (Tensor.to_sparse, TypeError),
+                (lambda t: t.to("meta"), ValueError),
+                (lambda t: t.to(torch.float8_e4m3fn), TypeError),
+            )
+        ),
         ((X, X, X), {"is_causal": 1}, "is_causal", TypeError),
         ((X, X, X), {"need_weights": "dense"}, "need_weights", TypeError),
         ((X, X, X), {"need_weights": "sparse"}, "average_attn_weights", ValueError),
@@ -787,6 +838,25 @@ def test_monitor_logs_what_the_statistics_say() -> None:
     assert board.logged["attention/0/alpha/1"] == [(0, 1.5), (2, 1.5)]
     assert len(board.logged) == 3 * 3 * HEADS
     assert set(board.logged) == set(run.logged[0][1])
+
+
+@pytest.mark.parametrize("logger", [None, Run(), Board(), math.hypot])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_monitors_are_copied_and_pickled(way: Any, logger: Any) -> None:
+    model = EntmaxMultiheadAttention(EMBED, HEADS)
+    monitor = way(AttentionMonitor(logger))
+    if logger is math.hypot:  # which could be logged to if it took a step
+        return
+    monitor.watch(model)
+    x = torch.randn(5, 2, EMBED)
+    model(x, x, x)
+    monitor.step()
+    other = way(monitor)
+    assert other.last_step == 1
+    assert other.history[0].keys() == monitor.history[0].keys()
+    if logger is not None:
+        assert len(monitor._log.args[0].logged) == len(other._log.args[0].logged) > 0
+    assert not getattr(logger, "logged", None)
 
 
 def test_monitor_looks_at_nothing_in_between(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1021,6 +1021,26 @@ def test_autocast_casts_as_sdpa_does(device: str, alpha: float, dtype: torch.dty
     assert query.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_masks_of_any_float(alpha: float, dtype: torch.dtype) -> None:
+    """As SDPA does, and without loss."""
+    tensors = [t.detach() for t in inputs()]
+    mask = torch.randn(tensors[0].shape[2], tensors[1].shape[2])
+    halves = torch.bfloat16, torch.float16
+    with torch.autocast("cpu", dtype=dtype):
+        for given in halves:
+            rounded = mask.to(given).requires_grad_()
+            out = adasplash2.entmax_attention(*tensors, rounded, alpha=alpha, enable_gqa=True)
+            exact = rounded.detach().float()
+            expected = adasplash2.entmax_attention(*tensors, exact, alpha=alpha, enable_gqa=True)
+            assert_equal([out], [expected])
+            (gradient,) = torch.autograd.grad(out.float().square().sum(), rounded)
+            assert gradient.dtype == given
+            assert gradient.any()
+            adasplash2.attention_stats(*tensors, rounded, enable_gqa=True)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     tensors = inputs(dtype=torch.float64)
     expected = attend(*tensors)

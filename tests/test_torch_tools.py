@@ -117,9 +117,10 @@ def _attend_sharded(rank: int, devices: int, port: int) -> None:
     }
 
     def step(tensors: list[Any], said: dict[str, Any]) -> list[Any]:
-        leaves = [t.detach() for t in (*tensors, *said.values())]
+        given = {n: t.detach() for n, t in said.items() if isinstance(t, Tensor)}
+        leaves = [t.detach() for t in tensors] + list(given.values())
         leaves = [t.requires_grad_() if t.is_floating_point() else t for t in leaves]
-        names = dict(zip(said, leaves[3:], strict=True))
+        names = {**said, **given}
         out = adasplash2.entmax_attention(*leaves[:3], is_causal=True, enable_gqa=True, **names)
         out.square().sum().backward()
         return [out.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)]
@@ -128,7 +129,10 @@ def _attend_sharded(rank: int, devices: int, port: int) -> None:
 
     def compare(said: dict[str, Any], placement: Any, its_placement: Any) -> None:
         cut = [distribute_tensor(t, mesh, [placement]) for t in whole]
-        theirs = {n: distribute_tensor(t, mesh, [its_placement]) for n, t in said.items()}
+        theirs = {
+            name: distribute_tensor(one, mesh, [its_placement]) if isinstance(one, Tensor) else one
+            for name, one in said.items()
+        }
         found = step(cut, theirs)
         # What is whole may be cut as its mask is: nothing moves for that.
         expected_at = (its_placement,) if placement == Replicate() else (placement,)
@@ -145,6 +149,16 @@ def _attend_sharded(rank: int, devices: int, port: int) -> None:
                 for its_placement in cut_by:
                     if its_placement == Replicate() or sizes[its_placement.dim] > 1:
                         compare({"attn_mask": mask}, placement, its_placement)
+    lengths = {
+        name: torch.tensor(values, dtype=torch.int32)
+        for name, values in (("q_lengths", (9, 4)), ("kv_lengths", (5, 9)), ("kv_starts", (2, 0)))
+    }
+    for placement in cut_by:
+        for name in lengths:
+            compare({name: lengths[name]}, placement, Replicate())
+    for placement, its_placement in ((Shard(0), Shard(0)), (Replicate(), Shard(0))):
+        compare(lengths, placement, its_placement)
+        compare({**lengths, "alpha": 1.0}, placement, its_placement)  # torch's own operators
     cut = [distribute_tensor(t, mesh, [Shard(0)]) for t in whole]
     with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
         adasplash2.entmax_attention(*cut, added, enable_gqa=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import adasplash2
 from adasplash2 import ops, options
@@ -175,6 +175,12 @@ BAD_ATTENTION = [
         *("is_causal", "False", "causal mask"),
     ),
     (
+        "causal mask of another side",
+        {"attn_mask": causal_upper_left(5, 6), "causal_align": "bottom-right"},
+        ValueError,
+        *("causal_align", "'top-left'", "attn_mask", "'bottom-right'"),
+    ),
+    (
         "causal mask of other lengths",
         {"attn_mask": causal_lower_right(4, 6)},
         ValueError,
@@ -225,6 +231,7 @@ BAD_ATTENTION = [
         *("alibi_slopes", "finite and at least 0", "nan"),
     ),
     ("scale shape", {"scale": tensor(3)}, ValueError, "scale", "(4,)", "(2, 4, 5)", "got (3,)"),
+    ("scale of rows alone", {"scale": tensor(5)}, ValueError, "each head, (4,)", "two", "(5,)"),
     ("scale rank", {"scale": tensor(1, 2, 4, 5)}, ValueError, "scale", "(1, 2, 4, 5)"),
     ("scale int", {"scale": tensor(4).int()}, TypeError, "scale", "floating", "int32"),
     *(

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adasplash2 import ops
 from adasplash2.problem import Inputs, Problem, places, rows_of, seen_keys
+from adasplash2.torch_fastpath import beside
 
 
 def scores(
@@ -33,6 +34,9 @@ def scores(
     s = torch.where(right_q, query, 0.0) @ torch.where(right_k, key, 0.0).mT
     right = right_q.all(-1, keepdim=True) & right_k.all(-1, keepdim=True).mT
     s = torch.where(right, s, query.detach() @ key.detach().mT).flatten(1, 2)
+    # Before all factors: with a gradient of zero, what is not finite makes NaN of theirs.
+    seen = seen_keys(p, inputs, rows)
+    s = torch.where(seen, s, 0.0)
     if inputs.scales is None:
         s = said.scale * s
     else:
@@ -43,10 +47,10 @@ def scores(
     if mask is not None and mask.dtype != torch.bool:
         s = s + rows_of(mask, 2, rows).to(dtype)
     if inputs.alibi_slopes is not None:
-        keys = torch.arange(p.length_k, device=p.device)
+        keys = beside(torch.arange(p.length_k, device=p.device), query)
         distance = (places(p, inputs, rows).unsqueeze(-1) - keys).abs().to(dtype)
         s = s - inputs.alibi_slopes.to(dtype)[:, :, None, None] * distance
-    return torch.where(seen_keys(p, inputs, rows), s, -math.inf)
+    return torch.where(seen, s, -math.inf)
 
 
 def probabilities(
@@ -63,20 +67,33 @@ def probabilities(
     if inputs.sinks is not None:
         sink = inputs.sinks.to(dtype)[:, :, None, None]
         s = torch.cat([s, sink.expand(*s.shape[:3], 1)], dim=3)
+    hidden = s == -math.inf
     if p.alpha == 1.0:
-        hidden = s == -math.inf
-        s = torch.where(hidden.all(dim=3, keepdim=True), 0.0, s)
-        found = torch.where(hidden, 0.0, torch.softmax(s, dim=3))
+        found = torch.softmax(torch.where(hidden.all(dim=3, keepdim=True), 0.0, s), dim=3)
     else:
         alphas = None if inputs.alphas is None else inputs.alphas.to(dtype)[:, :, None, None]
         found = ops.rows(s, p.alpha, -1, backend, alphas)
-    return found[..., : p.length_k]
+    return torch.where(hidden, 0.0, found)[..., : p.length_k]  # also in rows of NaN
 
 
 def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:
     """:func:`probabilities` in the compute dtype, as dropout leaves them."""
     found = probabilities(problem, inputs, problem.compute_dtype, backend=backend)
     return F.dropout(found, problem.scores.dropout_p)
+
+
+def attended(weights: Tensor, value: Tensor) -> Tensor:
+    """``weights @ value``, but what is not finite in a value reaches those rows alone that give its
+    key a weight, and in the gradient nothing comes from rows that give none to any."""
+    out = weights @ torch.where(value.isfinite(), value, 0.0)
+    # How much of each row is on what is +inf, what is -inf, NaN being both, and on anything.
+    beyond = [(value == sign * math.inf) | value.isnan() for sign in (1, -1)]
+    asked = torch.cat([*beyond, torch.ones_like(beyond[0][..., :1])], dim=-1)
+    reached = weights.detach() @ asked.to(weights.dtype)
+    width = value.shape[-1]
+    above, below, total = reached.split([width, width, 1], dim=-1)
+    infinite = torch.where(above > 0.0, math.inf, 0.0) - torch.where(below > 0.0, math.inf, 0.0)
+    return torch.where(total != 0.0, out + infinite.to(out.dtype), 0.0)
 
 
 def without_cudnn() -> contextlib.AbstractContextManager[None]:
@@ -117,8 +134,4 @@ def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> 
             )
     p = weights(problem, inputs)
     p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))
-    value = inputs.value.unsqueeze(2)
-    right = value.isfinite()
-    out: Tensor = p @ torch.where(right, value, 0.0)
-    reached = (p != 0.0).to(p.dtype) @ (~right).to(p.dtype)
-    return torch.where(reached > 0.0, math.nan, out).flatten(1, 2)
+    return attended(p, inputs.value.unsqueeze(2)).flatten(1, 2)

@@ -30,6 +30,7 @@ from adasplash2.options import (
     check_alpha,
     check_alpha_above_one,
     check_backend,
+    check_count,
     check_dim,
     check_flag,
     tensor_or_number,
@@ -48,6 +49,8 @@ from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 NOTHING = 0
 """Default of numbers that are of no effect: not 0.0, since compilers make symbols of floats, where
 graphs are dynamic, and begin anew when they find them compared."""
+
+HALVES = torch.bfloat16, torch.float16
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,26 +121,33 @@ def entmax_attention(
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         attn_mask: broadcasts to ``(batch, heads_q, length_q, length_k)`` and is not expanded. bool:
             True may be seen. Dtype of ``query``, or float32: added to the scores, with a gradient
-            where it requires one; -inf hides a key. torch's ``causal_upper_left`` and
-            ``causal_lower_right`` are taken as what they say.
+            where it requires one; -inf hides a key. Under autocast also bfloat16 or float16,
+            whichever ``query`` is. torch's ``causal_upper_left`` and ``causal_lower_right`` are
+            taken as ``is_causal`` with their ``causal_align``, which is then that of ``window`` and
+            ``alibi_slopes`` too.
         dropout_p: each probability is dropped with this probability, in [0, 1); the others are
             divided by ``1 - dropout_p``. Drawn from a counter-based generator whose seed comes from
             torch's, so that ``torch.manual_seed`` repeats it and every backend drops the same keys.
         is_causal: query ``i`` sees keys ``j <= i'``, also where the lengths differ.
         scale: factor of ``q . k``; ``1 / sqrt(head_dim)`` where None. A number, or a tensor
-            ``(heads_q,)`` or one that broadcasts to ``(batch, heads_q, length_q)``, with gradient.
-            Values of a tensor are not looked at: NaN and inf make their rows NaN. NumPy's numbers
-            and tensors without dimensions that require no gradient are read as numbers; reading one
-            waits for its device, and breaks a compiled graph. Those that ``vmap`` maps over, also
-            as ``alpha``, are as those with a gradient.
+            ``(heads_q,)`` or one of at least two dimensions that broadcasts to ``(batch, heads_q,
+            length_q)``, with gradient. Values of a tensor are not looked at: NaN and inf make their
+            rows NaN. NumPy's numbers and tensors without dimensions that require no gradient are
+            read as numbers; reading one waits for its device, and breaks a compiled graph. Those
+            that ``vmap`` maps over, also as ``alpha``, are as those with a gradient.
         enable_gqa: let ``heads_q`` be a multiple of ``heads_kv``; consecutive query heads share
             a key and value head.
-        alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax:
-            it goes to SDPA, edges included, and with what SDPA does not know to dense operators.
+        alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax.
+            A call at 1 that asks for nothing but ``attn_mask`` or ``is_causal``, ``dropout_p``, a
+            number as ``scale`` and ``enable_gqa`` is SDPA's own, edges included: NaN in what is
+            hidden then reaches the output. All else at 1 is computed by dense operators, with
+            edges as said above.
             Or a tensor ``(heads_q,)`` of values in (1, 2], with gradient (Correia, Niculae, Martins
             2019). Its values are not looked at: one outside makes the rows of its head NaN.
         causal_align: ``"top-left"``, as SDPA aligns, or ``"bottom-right"``, as flash-attn does: the
-            last query is at the last key. With lengths, these are each sequence's own.
+            last query is at the last key. With lengths, these are each sequence's own. A causal
+            mask object of torch as ``attn_mask`` says it by itself; ``"bottom-right"`` with one of
+            the upper left is an error.
         window: ``(left, right)``: only keys with ``i' - left <= j <= i' + right``; -1 leaves a side
             open. Combines with ``is_causal``.
         alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)``, finite and at least 0: ``slope`` times
@@ -224,8 +234,8 @@ def entmax_attention_varlen(
         max_seqlen_q, max_seqlen_k: lengths of the longest, which flash-attn needs; None where not
             known. Nothing here depends on them.
         dropout_p, is_causal, scale, enable_gqa, alpha, window, softcap, sinks, backend: as in
-            :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)`` or broadcasts to
-            ``(1, heads_q, total_q)``.
+            :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)`` or has at
+            least two dimensions, which broadcast to ``(1, heads_q, total_q)``.
         causal_align: within each sequence. flash-attn's is ``"bottom-right"``; they are the same
             where queries and keys are equally many.
         alibi_slopes: ``(heads_q,)``.
@@ -543,19 +553,30 @@ def entmax(
     return ops.rows(x, number, dim, backend)
 
 
-def entmax15(x: Tensor, dim: int = -1) -> Tensor:
+def entmax15(x: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
     """:func:`entmax` with ``alpha = 1.5``.
+
+    Args:
+        x, dim: as there.
+        k: of no effect: how many of the largest entries the package ``entmax`` sorts at first. An
+            integer of at least 1, or None.
 
     Example:
         >>> import torch, adasplash2
         >>> adasplash2.entmax15(torch.tensor([1.0, 1.0, -1.0]))
         tensor([0.5000, 0.5000, 0.0000])
     """
+    _check_k(k)
     return entmax(x, 1.5, dim)
 
 
-def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
+def sparsemax(x: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
     """:func:`entmax` with ``alpha = 2``: the Euclidean projection onto the simplex.
+
+    Args:
+        x, dim: as there.
+        k: of no effect: how many of the largest entries the package ``entmax`` sorts at first. An
+            integer of at least 1, or None.
 
     Source: Martins, Astudillo 2016, *From Softmax to Sparsemax*.
 
@@ -564,11 +585,18 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
         >>> adasplash2.sparsemax(torch.tensor([0.5, 0.25, -1.0]))
         tensor([0.6250, 0.3750, 0.0000])
     """
+    _check_k(k)
     return entmax(x, 2.0, dim)
 
 
+def _check_k(k: int | None) -> None:
+    if k is not None:
+        check_count("k", k, at_least=1)
+
+
 def _cast(inputs: Inputs) -> Inputs:
-    """The tensors, cast as an autocast region asks (to its dtype, but never from float64)."""
+    """The tensors, cast as an autocast region asks (to its dtype, but never from float64), and a
+    mask that is then of the other half precision."""
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
     device = inputs.query.device.type
@@ -577,7 +605,10 @@ def _cast(inputs: Inputs) -> Inputs:
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in inputs.tensors())
-        return Inputs(*cast, *inputs.operands())
+        inputs = Inputs(*cast, *inputs.operands())
+        mask = inputs.attn_mask
+        if mask is not None and mask.dtype in HALVES and mask.dtype != inputs.query.dtype:
+            inputs = inputs._replace(attn_mask=mask.float())  # which holds both
     return inputs
 
 

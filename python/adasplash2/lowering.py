@@ -26,6 +26,7 @@ from adasplash2.problem import (
 )
 from adasplash2.torch_fastpath import (
     assert_on_device,
+    beside,
     is_in_a_transform,
     is_in_memory,
     is_memory_known,
@@ -277,8 +278,8 @@ def check_slopes(alibi_slopes: object) -> Tensor:
 
 
 def _of_rows(scale: Tensor, sizes: tuple[int, int, int], lead: list[int]) -> Tensor:
-    """``(heads,)``, or what broadcasts to ``sizes``, ``(batch, heads, length_q)``, also with the
-    dimensions ``lead`` that became the batch, in three dimensions."""
+    """``(heads,)``, or what has more dimensions and broadcasts to ``sizes``, ``(batch, heads,
+    length_q)``, also with the dimensions ``lead`` that became the batch, in three dimensions."""
     placed = _check_numbers("scale", scale)
     if scale.dim() == 1:
         placed = scale[None, :, None]
@@ -290,8 +291,8 @@ def _of_rows(scale: Tensor, sizes: tuple[int, int, int], lead: list[int]) -> Ten
             return merged
     shapes = " or ".join(map(str, allowed))
     raise ValueError(
-        f"scale must be a number, have the shape ({sizes[1]},) or one that broadcasts to {shapes}, "
-        f"got {tuple(scale.shape)}"
+        f"scale must be a number, one of each head, ({sizes[1]},), or have at least two dimensions "
+        f"that broadcast to {shapes}, (batch, heads, length_q), got {tuple(scale.shape)}"
     )
 
 
@@ -366,6 +367,11 @@ def _with_causal_bias(options: Options, bias: Any, inputs: Inputs) -> Options:
     if said != lengths:
         raise ValueError(f"attn_mask must be a causal mask for the lengths {lengths}, got {said}")
     align = "bottom-right" if bias.variant.name == "LOWER_RIGHT" else "top-left"
+    if options.causal_align not in ("top-left", align):  # which is what nobody said
+        raise ValueError(
+            f"causal_align must be {align!r} where attn_mask is a causal mask of torch that is so, "
+            f"got {options.causal_align!r}"
+        )
     return options._replace(is_causal=True, causal_align=align)
 
 
@@ -390,6 +396,7 @@ def _ranges(
     """``ranges`` of sequences of these lengths, and options that say nothing of it any more."""
     length_q = query.shape[2]
     queries = torch.arange(length_q, dtype=torch.int32, device=query.device)[None]
+    queries = beside(queries, q_lengths, kv_lengths, kv_starts)
     if kv_lengths is None:
         end = queries.new_full((1, 1), length_k)
     else:

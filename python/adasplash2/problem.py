@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.options import Options, check_alpha, check_dim, check_scale
+from adasplash2.torch_fastpath import beside
 
 MAX_HEAD_DIM = 256
 """Largest ``head_dim`` of queries, keys and values; what the kernels' registers are cut for."""
@@ -264,14 +265,15 @@ def places(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
     """``i'`` of the queries ``rows``; broadcasts to ``(batch, heads_q, rows)``."""
     if inputs.ranges is not None:
         return inputs.ranges[2][:, None, rows]
-    return torch.arange(problem.length_q, device=problem.device)[rows] + problem.shift
+    queries = torch.arange(problem.length_q, device=problem.device)[rows] + problem.shift
+    return beside(queries, inputs.query)
 
 
 def seen_keys(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
     """Which keys the queries ``rows`` may see: bool, broadcasts to ``(batch, heads_q, rows,
     length_k)``. For what is looked at: kernels know it by themselves."""
     said, mask = problem.scores, inputs.attn_mask
-    keys = torch.arange(problem.length_k, device=problem.device)
+    keys = beside(torch.arange(problem.length_k, device=problem.device), inputs.query)
     distance = keys - places(problem, inputs, rows)[..., None]
     seen = torch.ones_like(distance, dtype=torch.bool)
     if inputs.ranges is not None:

@@ -171,6 +171,19 @@ except ImportError:
     _detect_fake_mode = None  # type: ignore[assignment]
 
 
+def beside(tensor: Tensor, *others: Tensor | None) -> Tensor:
+    """``tensor``, which every process has made alike, as what operators take together with
+    ``others``: whole on the devices over which one of them is distributed."""
+    for other in others:
+        mesh = getattr(other, "device_mesh", None)
+        if mesh is not None:
+            from torch.distributed.tensor import DTensor, Replicate
+
+            whole = [Replicate()] * mesh.ndim
+            return DTensor.from_local(tensor, mesh, whole, run_check=False)
+    return tensor
+
+
 # Autograd kernels of operators
 
 

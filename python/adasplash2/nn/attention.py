@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adasplash2.dense import attended
 from adasplash2.functional import dense_weights, entmax_attention
 from adasplash2.lowering import check_slopes
 from adasplash2.nn.alpha import LearnedAlpha
@@ -44,6 +45,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
       ``is_causal`` and ``need_weights`` say. There ``is_causal=True`` with ``need_weights=False``
       and no ``key_padding_mask`` hides it, as it hides keys behind the query.
     - A row without an allowed key gives zeros before the output projection; there it may be NaN.
+    - NaN and inf in what is hidden stay there, but for ``alpha=1`` with ``need_weights=False``,
+      which is torch's SDPA.
     - Nested tensors are refused. It never takes torch's fused inference path, which knows softmax
       alone, also within :class:`torch.nn.TransformerEncoderLayer`.
 
@@ -229,9 +232,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             raise ValueError('average_attn_weights must be False where need_weights is "sparse"')
         batched = self._check_shapes(query, key, value)
         q, k, v = self._projected(query, key, value, batched)
-        batch, _, length_q, _ = q.shape
-        sizes = batch, length_q, k.shape[2]
-        hidden, added = self._masks(key_padding_mask, attn_mask, is_causal, sizes, batched)
+        length_q, length_k = q.shape[2], k.shape[2]
+        hidden, added = self._masks(key_padding_mask, attn_mask, is_causal, q, length_k, batched)
         more = 0
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self._of_all(self.bias_k, k)], dim=2)
@@ -241,7 +243,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
             more += 1
         if more and is_causal:  # the added keys stand behind the diagonal
-            causal = torch.ones(length_q, sizes[2], dtype=torch.bool, device=q.device).triu(1)
+            causal = torch.ones(length_q, length_k, dtype=torch.bool, device=q.device).triu(1)
             hidden, is_causal = causal if hidden is None else hidden | causal, False
         if more:
             hidden, added = (None if t is None else F.pad(t, (0, more)) for t in (hidden, added))
@@ -276,7 +278,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             weights = aux.probabilities()
         elif need_weights:
             weights = dense_weights(q, k, v, **arguments)
-            out = weights @ v
+            out = attended(weights, v)
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights[0]
         else:
@@ -349,16 +351,17 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
-        sizes: tuple[int, int, int],
+        q: Tensor,
+        length_k: int,
         batched: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """What is hidden, and what is added to scores, of both masks: each in the dimensions
         ``(N, H, L, S)``, of their size or 1."""
-        batch, length_q, length_k = sizes
+        batch, _, length_q, _ = q.shape
         hidden, added = None, None
         if attn_mask is not None:
             allowed = [(length_q, length_k), (batch * self.num_heads, length_q, length_k)]
-            _check_mask("attn_mask", attn_mask, allowed)
+            _check_mask("attn_mask", attn_mask, allowed, None if is_causal else q)
             if not is_causal:  # else that is what it says
                 if attn_mask.dim() == 3:
                     attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
@@ -367,7 +370,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
                 )
         if key_padding_mask is not None:
             allowed = [(batch, length_k) if batched else (length_k,)]
-            _check_mask("key_padding_mask", key_padding_mask, allowed)
+            _check_mask("key_padding_mask", key_padding_mask, allowed, q)
             padding = key_padding_mask.reshape(batch, 1, 1, length_k)
             if padding.dtype == torch.bool:
                 hidden = padding if hidden is None else hidden | padding
@@ -412,7 +415,11 @@ def _normed(heads: Tensor, norm: nn.RMSNorm) -> Tensor:
     return F.rms_norm(heads, norm.normalized_shape, norm.weight.to(heads.dtype), norm.eps)
 
 
-def _check_mask(name: str, mask: Tensor, allowed: list[tuple[int, ...]]) -> None:
+def _check_mask(
+    name: str, mask: Tensor, allowed: list[tuple[int, ...]], like: Tensor | None
+) -> None:
+    """One of the shapes ``allowed``, and where it is read what can be added to scores of ``like``:
+    afterwards both masks are one, of which no error could tell which it was."""
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise TypeError(
             f"{name} must be a tensor of bools or floats, got "
@@ -421,6 +428,18 @@ def _check_mask(name: str, mask: Tensor, allowed: list[tuple[int, ...]]) -> None
     if tuple(mask.shape) not in allowed:
         shapes = " or ".join(map(str, allowed))
         raise ValueError(f"{name} must have the shape {shapes}, got {tuple(mask.shape)}")
+    if like is None:
+        return
+    dtypes = torch.bool, torch.bfloat16, torch.float16, torch.float32, like.dtype
+    if mask.dtype not in dtypes:
+        names = ", ".join(dict.fromkeys(map(str, dtypes)))
+        raise TypeError(f"{name} must have one of the dtypes {names}, got {mask.dtype}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {mask.layout}")
+    if mask.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of query ({like.device}), got {mask.device}"
+        )
 
 
 def _seen(mask: Tensor | None, is_causal: bool, length_q: int, key: Tensor) -> Tensor | int:

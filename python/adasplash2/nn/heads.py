@@ -51,6 +51,12 @@ class HeadScale(nn.Module):
         >>> scale.log_factor.grad.shape
         torch.Size([4])
 
+        Other weights are written to what is parametrised: there is no ``right_inverse``, which
+        would divide the weight by the factors when they are registered, so that they did nothing.
+
+        >>> with torch.no_grad():
+        ...     _ = projection.parametrizations.weight.original.normal_()
+
         After training, the factors become part of the weights:
 
         >>> _ = parametrize.remove_parametrizations(projection, "weight")

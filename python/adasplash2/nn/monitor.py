@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ class AttentionMonitor:
         logger: a TensorBoard ``SummaryWriter`` (what has ``add_scalar(tag, value, step)``), a W&B
             run or module (what has ``log(values, step=step)``), a function of ``(values, step)``,
             or None, to keep :attr:`history` alone. Values are named
-            ``attention/<layer>/<what>/<head>``.
+            ``attention/<layer>/<what>/<head>``. The monitor can be pickled where the logger can.
         every: steps from one that is watched to the next; the first one is.
 
     Attributes:
@@ -167,20 +168,29 @@ def _named(watched: Mapping[str, Watched]) -> Iterator[tuple[str, float]]:
 
 
 def _log_to(logger: Any) -> Callable[[dict[str, float], int], object]:
+    """Pickles where ``logger`` does."""
     if logger is None:
-        return lambda values, step: None
+        return _log_nothing
     if callable(getattr(logger, "add_scalar", None)):
-
-        def add_scalars(values: dict[str, float], step: int) -> None:
-            for tag, value in values.items():
-                logger.add_scalar(tag, value, step)
-
-        return add_scalars
+        return functools.partial(_add_scalars, logger)
     if callable(getattr(logger, "log", None)):
-        return lambda values, step: logger.log(values, step=step)
+        return functools.partial(_log_values, logger)
     if callable(logger):
         return logger  # type: ignore[no-any-return]
     raise TypeError(
         "logger must have add_scalar or log, be a function of (values, step) or None, got "
         f"{type(logger).__name__}"
     )
+
+
+def _log_nothing(values: dict[str, float], step: int) -> None:
+    pass
+
+
+def _add_scalars(logger: Any, values: dict[str, float], step: int) -> None:
+    for tag, value in values.items():
+        logger.add_scalar(tag, value, step)
+
+
+def _log_values(logger: Any, values: dict[str, float], step: int) -> None:
+    logger.log(values, step=step)
