@@ -53,9 +53,8 @@ def alpha_setter(
         1.125
     """
     seen = _nobody if observer is None else observer
-    name = apply(
-        model, 1.5, backend, seen, packed=packed
-    ).name  # of this model alone, since it is observed
+    # The name is of this model alone, since it is observed.
+    name = apply(model, 1.5, backend, seen, packed=packed).name
     attention = AttentionInterface()[name]
     attention.observer = observer
 
