@@ -51,7 +51,7 @@ def test_a_schedule_drives_one_model_and_no_other() -> None:
     assert torch.equal(logits(other), before)
 
 
-@pytest.mark.parametrize("wrong", [{"observer": 3}, {"backend": "gpu"}])
+@pytest.mark.parametrize("wrong", [{"observer": 3}, {"backend": "gpu"}, {"packed": 1}])
 def test_a_callback_is_checked_at_once(wrong: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{next(iter(wrong))} must"):
         AlphaScheduleCallback(steps=4, **wrong)
@@ -69,7 +69,7 @@ def trained(folder: Path, steps: int, resume: bool) -> tuple[Any, list[float], A
     pytest.importorskip("accelerate")
     alphas: list[float] = []
     monitor = AttentionMonitor(every=1)
-    callback = AlphaScheduleCallback(steps=4, target=1.6, observer=monitor)
+    callback = AlphaScheduleCallback(steps=4, target=1.6, observer=monitor, packed=False)
 
     class Record(transformers.TrainerCallback):
         def on_step_begin(self, *_: Any, **given: Any) -> None:
@@ -92,7 +92,7 @@ def test_a_trainer_drives_alpha_and_goes_on_with_it(tmp_path: Path) -> None:
     assert alphas == pytest.approx([1.0, 1.15])
     seen = [watched["1"].alpha[0].item() for watched in monitor.history.values()]
     assert seen == pytest.approx([1.0, 1.15])
-    assert model.config._attn_implementation == "adasplash2-1.3"
+    assert model.config._attn_implementation == "adasplash2-1.3-unpacked"
     model, alphas, _ = trained(tmp_path, 5, resume=True)
     assert alphas == pytest.approx([1.3, 1.45, 1.6])
-    assert model.config._attn_implementation == "adasplash2-1.6"
+    assert model.config._attn_implementation == "adasplash2-1.6-unpacked"

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, TrainerCallback
 from adasplash2.integrations.transformers import Observer, apply
 from adasplash2.integrations.transformers.attention import check_observer
 from adasplash2.nn import AlphaSchedule
-from adasplash2.options import check_alpha, check_backend
+from adasplash2.options import check_alpha, check_backend, check_flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +74,7 @@ class AlphaScheduleCallback(TrainerCallback):
     Args:
         steps, target, start, warmup, shape: as for :class:`adasplash2.nn.AlphaSchedule`, in
             optimizer steps.
-        backend, observer: as for :func:`adasplash2.integrations.transformers.apply`. An
+        backend, observer, packed: as for :func:`adasplash2.integrations.transformers.apply`. An
             :class:`adasplash2.nn.AttentionMonitor` as observer is stepped too.
 
     Raises:
@@ -97,15 +97,18 @@ class AlphaScheduleCallback(TrainerCallback):
         shape: str = "linear",
         backend: str | None = None,
         observer: Observer | None = None,
+        *,
+        packed: bool = True,
     ) -> None:
         self.backend = check_backend(backend) or None
+        self.packed = check_flag("packed", packed)
         self.observer = check_observer(observer)
         self._set: Callable[[float], object] = _nobody
         self.schedule = AlphaSchedule(lambda a: self._set(a), steps, target, start, warmup, shape)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The model runs our attention, with the alpha of its step."""
-        self._set = alpha_setter(given["model"], self.backend, self.observer)
+        self._set = alpha_setter(given["model"], self.backend, self.observer, packed=self.packed)
         self._go_to(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -116,7 +119,7 @@ class AlphaScheduleCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The model keeps the last alpha."""
-        apply(given["model"], self.schedule.alpha, self.backend)
+        apply(given["model"], self.schedule.alpha, self.backend, packed=self.packed)
 
     def _go_to(self, step: int) -> None:
         self.schedule.load_state_dict(self.schedule.state_dict() | {"last_step": step})
