@@ -460,7 +460,7 @@ def main(arguments: list[str] | None = None) -> int:
                 runs = compete(name, contender, scale, folder, options, budget)
                 results.setdefault(name, {})[contender] = runs
     except Stopped:
-        print("the minutes are spent: the same command goes on", file=sys.stderr)
+        print("stopped: the same command goes on", file=sys.stderr)
         stopped = True
     if not results:
         return 1

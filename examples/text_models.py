@@ -282,7 +282,7 @@ def compete(program: Program, corpus: Corpus, ready: Callable[[str], Ready]) -> 
                     checkpoint.unlink(missing_ok=True)
                 results.setdefault(name, []).append(json.loads(done.read_text()))
     except Stopped:
-        print("the minutes are spent: the same command goes on", file=sys.stderr)
+        print("stopped: the same command goes on", file=sys.stderr)
         stopped = True
     if results:
         print(table(results))

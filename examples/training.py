@@ -10,7 +10,9 @@ import math
 import os
 import platform
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -188,10 +190,18 @@ class Plan(NamedTuple):
 
 
 class Budget:
-    """Minutes of a whole program; None for as many as it takes."""
+    """Minutes of a whole program; None for as many as it takes. Ctrl-C ends it, too, and a second
+    one the program."""
 
     def __init__(self, minutes: float | None) -> None:
         self.ends = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
+
+    def heed_interrupts(self) -> None:
+        def end(*_: object) -> None:
+            self.ends = -math.inf
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, end)
 
     @property
     def is_spent(self) -> bool:
@@ -442,7 +452,10 @@ def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Bud
     if options.graph and torch.device(options.device).type != "cuda":
         parser.error(f"argument --graph: needs --device cuda, got {options.device}")
     options.output.mkdir(parents=True, exist_ok=True)
-    return Budget(options.minutes)
+    budget = Budget(options.minutes)
+    if threading.current_thread() is threading.main_thread():
+        budget.heed_interrupts()
+    return budget
 
 
 def chosen(parser: argparse.ArgumentParser, flag: str, names: list[str], known: Any) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,20 @@ def test_steps_as_graphs_are_the_same_steps(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(
         torch.tensor(trained(True)), torch.tensor(as_they_are), rtol=1e-3, atol=1e-3
     )
+
+
+def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    command = [sys.executable, train_lm.__file__, "--size", "tiny", "--steps", "2000"]
+    command += ["--contenders", "softmax", "--output", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        while "it/s" not in running.stderr.read(40):
+            assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        said = running.stderr.read()
+    assert running.returncode == 1
+    assert said.strip().endswith("stopped: the same command goes on")
+    assert list(tmp_path.glob("**/*.pt"))
 
 
 def test_graphs_are_refused_where_they_do_not_go(tmp_path: Path) -> None:

@@ -1023,3 +1023,15 @@ def test_matched_scales_of_packed_sequences_are_those_of_their_parts() -> None:
 def test_matched_scales_refuse_nonsense(name: str, number: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{name}"):
         ScaleMatcher(**{name: number})
+
+
+def test_monitors_leave_padding_out() -> None:
+    monitor = AttentionMonitor(every=1)
+    x = torch.randn(1, 2, 6, 8)
+    said: dict[str, Any] = {"alpha": 1.5, "is_causal": True}
+    lengths = torch.tensor([4], dtype=torch.int32)
+    monitor(0, *[x[:, :, :4]] * 3, said)
+    monitor.step()
+    monitor(0, *[x] * 3, said | {"q_lengths": lengths, "kv_lengths": lengths})
+    monitor.step()
+    assert torch.equal(monitor.history[1]["0"].support, monitor.history[0]["0"].support)

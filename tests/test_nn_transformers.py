@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ def test_a_trainer_drives_alpha_and_goes_on_with_it(tmp_path: Path) -> None:
     seen = [watched["1"].alpha[0].item() for watched in monitor.history.values()]
     assert seen == pytest.approx([1.0, 1.15])
     assert model.config._attn_implementation == "adasplash2-1.3-unpacked"
+    saved = json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())
+    assert saved["adasplash2"]["alpha"] == pytest.approx(1.3)
     model, alphas, _ = trained(tmp_path, 5, resume=True)
     assert alphas == pytest.approx([1.3, 1.45, 1.6])
     assert model.config._attn_implementation == "adasplash2-1.6-unpacked"

@@ -55,6 +55,13 @@ def test_support_by_layer_and_head() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "7"]
 
 
+def test_softmax_alone_is_white() -> None:
+    softmax = watched()._replace(support=torch.full((2,), torch.nan))
+    axes = plot.support_by_head({"0": softmax})
+    assert axes.images[0].get_array().mask.all()
+    axes.figure.canvas.draw()
+
+
 def test_alpha_by_head_over_steps() -> None:
     axes = plot.alpha_by_head({0: {"0": watched()}, 50: {"0": watched(1.2)}})
     assert [list(line.get_xdata()) for line in axes.lines] == [[0, 50]] * 2

@@ -979,6 +979,35 @@ def test_graphs_hold_no_mask_where_words_suffice(what: str) -> None:
         assert len(tensors) == 3
 
 
+def test_lengths_of_models_that_may_be_packed_are_no_constants() -> None:
+    if OLD:
+        pytest.skip("here nothing tells packing from masks of other kinds")
+    model = make("LlamaForCausalLM", "Llama", DECODER)
+    integration.apply(model)
+    said = {"input_ids": TOKENS, "use_cache": False}
+    shapes = {"input_ids": {1: torch.export.Dim("length", min=3, max=100)}, "use_cache": None}
+    program = torch.export.export(model, (), said, dynamic_shapes=shapes, strict=False)
+    with torch.no_grad():
+        for tokens in (TOKENS, TOKENS[:, :7]):
+            close(
+                program.module()(input_ids=tokens, use_cache=False).logits,
+                model(input_ids=tokens, use_cache=False).logits,
+            )
+
+
+def test_observers_tell_layers_apart_that_have_no_numbers() -> None:
+    config = transformers.DistilBertConfig(
+        vocab_size=99, dim=32, n_layers=3, n_heads=4, hidden_dim=48
+    )
+    model = transformers.DistilBertModel(config).eval()
+    layers: list[int | None] = []
+    integration.apply(model, observer=lambda layer, *_: layers.append(layer))
+    for _ in "ab":
+        with torch.no_grad():
+            model(input_ids=TOKENS)
+    assert layers == [0, 1, 2] * 2
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_model_that_is_said_not_to_be_packed(
     window: int | None, monkeypatch: pytest.MonkeyPatch

@@ -96,7 +96,8 @@ def support_by_head(watched: Mapping[str, Watched], axes: Any = None) -> Any:
 
     support = _by_layer(watched, "support")
     axes = _axes(axes)
-    drawn = axes.imshow(support.numpy(), aspect="auto", cmap="viridis", norm=LogNorm())
+    ends = (1.0, 10.0) if support.isnan().all() else (None, None)  # nothing to scale by
+    drawn = axes.imshow(support.numpy(), aspect="auto", cmap="viridis", norm=LogNorm(*ends))
     axes.set(title="Keys that a query keeps", xlabel="head", ylabel="layer")
     _whole(axes, support.shape[1], list(watched))
     axes.figure.colorbar(drawn, ax=axes, label="keys (log scale)")

@@ -51,6 +51,8 @@ class HeadScale(nn.Module):
         >>> scale.log_factor.grad.shape
         torch.Size([4])
 
+        A bias of the projection is no part of its weight: give it the factors too, or have none.
+
         Other weights are written to what is parametrised: there is no ``right_inverse``, which
         would divide the weight by the factors when they are registered, so that they did nothing.
 

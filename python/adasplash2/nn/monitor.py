@@ -23,7 +23,8 @@ class Watched(NamedTuple):
 
     Attributes:
         alpha: of the call.
-        support: mean of the keys a query keeps; NaN for softmax, which keeps all it sees.
+        support: mean of the keys a query keeps, of those that see any; NaN for softmax, which keeps
+            all it sees.
         empty_tiles: share of 64x64 tiles without a probability above zero; 0 for softmax, and NaN
             for packed sequences, which are not cut into tiles.
 
@@ -156,7 +157,9 @@ def _look(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) 
     else:
         stats = attention_stats(query, key, value, **arguments)
         support, empty = stats.support, stats.empty_tiles.mean(dim=0)
-    found = alphas, support.double().mean(dim=(0, 2)), empty
+    kept = support.double()
+    asked = (kept > 0.0).sum(dim=(0, 2)).clamp(min=1)  # padding keeps nothing
+    found = alphas, kept.sum(dim=(0, 2)) / asked, empty
     return Watched._make(t.double().cpu() for t in found)
 
 

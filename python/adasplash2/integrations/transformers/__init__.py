@@ -58,7 +58,8 @@ def apply(
         apply(model)
 
     transformers then tells that learned alphas are in the file unexpected; they come from the
-    config. A model that another process has pickled needs this call too.
+    config. A model that another process has pickled needs this call too. Models that were made from
+    one config object share it, and what is set for one is set for all: give each a copy.
 
     Args:
         model: a model of transformers. Models that it holds are set too.
@@ -143,7 +144,7 @@ def apply(
         setattr(model.get_submodule(path), alphas.ATTRIBUTE, held)
     if BEFORE not in vars(model):
         setattr(model, BEFORE, previous)
-    _store(model, alphas.stored_by(model) or {"alpha": number, "learn": False})
+    store(model, alphas.stored_by(model) or {"alpha": number, "learn": False})
     if found.others:
         warnings.warn(f"{type(model).__name__}: {found}", stacklevel=2)
     return found
@@ -170,7 +171,7 @@ def restore(model: PreTrainedModel) -> None:
     _put_back(getattr(model, BEFORE))
     delattr(model, BEFORE)
     alphas.take_from(model)
-    _store(model, None)
+    store(model, None)
 
 
 def register(
@@ -277,7 +278,7 @@ def _put_back(implementations: list[tuple[Any, str | None]]) -> None:
         config._attn_implementation_internal = implementation
 
 
-def _store(model: PreTrainedModel, entry: dict[str, Any] | None) -> None:
+def store(model: PreTrainedModel, entry: dict[str, Any] | None) -> None:
     """Keeps ``entry`` in a model's config; what is learned is written anew at each saving."""
     if entry is not None:
         setattr(model.config, STORED, entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from adasplash2.integrations.transformers.masks import Statement, statement_of
 from adasplash2.options import shown
 
 Observer = Callable[[int | None, Tensor, Tensor, Tensor, dict[str, Any]], object]
-"""Called as ``observer(layer_idx, query, key, value, arguments)`` before each attention: what
+"""Called as ``observer(layer_idx, query, key, value, arguments)`` before each attention, with what
 :func:`adasplash2.entmax_attention` is called with, or, for packed sequences,
-:func:`adasplash2.entmax_attention_varlen`."""
+:func:`adasplash2.entmax_attention_varlen`. Layers that their model does not number are numbered in
+the order of their first calls."""
 
 HARMLESS = {
     "position_ids": "already in query and key; packing that it tells comes as a mask",
@@ -63,6 +65,12 @@ class Attention:
     ) -> None:
         self.alpha, self.backend, self.called = alpha, backend, called
         self.observer = check_observer(observer)
+        self._numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+    def _number_of(self, module: nn.Module) -> int:
+        """Its ``layer_idx``; where its model numbers no layers, how many were called before it."""
+        number: int | None = getattr(module, "layer_idx", None)
+        return self._numbers.setdefault(module, len(self._numbers)) if number is None else number
 
     def __call__(
         self,
@@ -152,7 +160,7 @@ class Attention:
             tensors["attn_mask"] = mask
         arguments |= tensors
         if self.observer is not None:
-            self.observer(getattr(module, "layer_idx", None), query, key, value, arguments)
+            self.observer(self._number_of(module), query, key, value, arguments)
         if packed:
             out: Tensor = entmax_attention_varlen(query, key, value, **arguments)
             return out.unflatten(0, (batch, -1)), None

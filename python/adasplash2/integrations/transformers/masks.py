@@ -486,7 +486,7 @@ def _boundaries(packed: Tensor, tracing: bool) -> Tensor | None:
     """Where sequences begin in ``(batch * length)`` tokens, and the total; None where each row is
     one sequence. A trace cannot count them: there empty ones follow, as many as there are tokens
     left."""
-    first = F.pad(packed[:, 1:] != packed[:, :-1], (1, 0), value=True).flatten()
+    first = F.pad(packed.diff() != 0, (1, 0), value=True).flatten()
     total = first.shape[0]
     if tracing:
         places = torch.arange(total, device=first.device)
@@ -495,4 +495,6 @@ def _boundaries(packed: Tensor, tracing: bool) -> Tensor | None:
         begins = first.nonzero().flatten()
         if begins.shape[0] == packed.shape[0]:
             return None
-    return F.pad(begins, (0, 1), value=total).to(torch.int32)
+    # Joined, not padded: of a number that pads, a trace makes a constant.
+    end = torch.full((1,), total, dtype=begins.dtype, device=begins.device)
+    return torch.cat([begins, end]).to(torch.int32)

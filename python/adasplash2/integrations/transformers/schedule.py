@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AttentionInterface, TrainerCallback
 
-from adasplash2.integrations.transformers import Observer, apply
+from adasplash2.integrations.transformers import Observer, apply, store
 from adasplash2.integrations.transformers.attention import check_observer
 from adasplash2.nn import AlphaSchedule
 from adasplash2.options import check_alpha, check_backend, check_flag
@@ -60,6 +60,7 @@ def alpha_setter(
 
     def set_alpha(alpha: float) -> None:
         attention.alpha = check_alpha(alpha)  # not registered anew: compiled graphs stay
+        store(model, {"alpha": attention.alpha, "learn": False})  # for a checkpoint of this step
 
     return set_alpha
 
