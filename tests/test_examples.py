@@ -230,7 +230,10 @@ def test_steps_as_graphs_are_the_same_steps(name: str, tmp_path: Path) -> None:
 
 
 def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("What is learned stays. " * 200)
     command = [sys.executable, train_lm.__file__, "--size", "tiny", "--steps", "2000"]
+    command += ["--text", str(text)]
     command += ["--contenders", "softmax", "--output", str(tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None

@@ -996,6 +996,8 @@ def test_lengths_of_models_that_may_be_packed_are_no_constants() -> None:
 
 
 def test_observers_tell_layers_apart_that_have_no_numbers() -> None:
+    if OLD:
+        pytest.skip("here this model has an attention of its own")
     config = transformers.DistilBertConfig(
         vocab_size=99, dim=32, n_layers=3, n_heads=4, hidden_dim=48
     )
