@@ -185,9 +185,9 @@ def test_causal_rows_ignore_later_keys(
 def test_a_block_of_queries_is_the_same_alone(
     tensors: tuple[Tensor, Tensor, Tensor], alpha: float, is_causal: bool
 ) -> None:
-    """Rows do not know their neighbours, but for rounding: the first half alone gives the same. Those
-    that keep many keys are summed beside others that do, and without gradients few queries are
-    computed otherwise."""
+    """Rows do not know their neighbours, but for rounding: the first half alone gives the same.
+    Those that keep many keys are summed beside others that do, and without gradients few queries
+    are computed otherwise."""
     query, key, value = tensors
     half = (query.shape[2] + 1) // 2
     for wanted in (True, False):
