@@ -36,6 +36,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="every N-th test from the I-th on, for N processes side by side",
     )
     parser.addoption(
+        "--together",
+        action="store_true",
+        help="a part is a run of tests sorted by case, so that what shares kernels is in one process",
+    )
+    parser.addoption(
         "--expect-backends",
         metavar="NAME,...",
         default="",
@@ -174,8 +179,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
     if part := config.getoption("--part"):
-        first, step = map(int, part.split("/"))
-        items[:] = items[first::step]
+        which, parts = map(int, part.split("/"))
+        if config.getoption("--together"):
+            items.sort(key=lambda item: (item.path, item.name.partition("[")[2]))
+            items[:] = items[len(items) * which // parts : len(items) * (which + 1) // parts]
+        else:
+            items[:] = items[which::parts]
     if INTERPRETED:
         return
     if torch.cuda.is_available():

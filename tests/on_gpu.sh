@@ -38,7 +38,8 @@ beside() { # the same, beside others, when a core is free
   CUDA_VISIBLE_DEVICES=$((started++ % gpus)) check "$@" &
 }
 part() { # name, backends that must be here, pytest arguments
-  beside "$1" "$python" -m pytest -q --tb=short -p no:cacheprovider --expect-backends "${@:2}"
+  beside "$1" "$python" -m pytest -q --tb=short -p no:cacheprovider --together --expect-backends \
+    "${@:2}"
 }
 
 tests() {
