@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--together",
         action="store_true",
-        help="a part is a run of tests sorted by case, so that what shares kernels is in one process",
+        help="a part is a run of tests sorted by case, so that a process makes a kernel once",
     )
     parser.addoption(
         "--expect-backends",
