@@ -353,3 +353,15 @@ def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train_lm.main(["--size", "tiny", "--rates", "0"])
     assert "--rates" in capsys.readouterr().err
+
+
+def test_steps_of_a_whole_model(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/model_step.py", "--device", "cpu", "--text", README]
+    command += ["--shapes", "2x64", "--layers", "1", "--heads", "2", "--steps", "8", "--looks", "8"]
+    command += ["--contenders", "qk-norm", "--rival-steps", "7", "--json", str(tmp_path / "steps")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "2 x 64 tokens" in done.stdout
+    (result,) = json.loads((tmp_path / "steps").read_text())["results"]
+    found = {name: (len(run["ms"]), run["losses"]) for name, run in result["contenders"].items()}
+    assert {name: made for name, (made, _) in found.items()} == {"qk-norm": 8, "flash": 7}
+    assert all(losses[-1] < losses[0] for _, losses in found.values()), "it trains"
