@@ -245,10 +245,11 @@ def _register(name: str, attention: Callable[..., Any], packed: bool) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name must be a text, got {shown(name)}")
     # Models branch on these names, and others would lose their attention.
-    if name in ("eager", "sdpa", "flex_attention") or "flash" in name or set(name) & set("|:/"):
+    theirs = "", "eager", "sdpa", "flex_attention"
+    if name in theirs or "flash" in name or set(name) & set("|:/"):
         raise ValueError(
-            "name must not be eager, sdpa or flex_attention nor hold 'flash', '|', ':' or '/', "
-            f"which transformers reads in its own way; got {name!r}"
+            "name must not be empty, eager, sdpa or flex_attention nor hold 'flash', '|', ':' or "
+            f"'/', which transformers reads in its own way; got {name!r}"
         )
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask_function(packed))
