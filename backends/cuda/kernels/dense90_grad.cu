@@ -67,10 +67,16 @@ struct Backward {
   __device__ __forceinline__ void give_back(int stage) const { arrive(empty + stage * 8); }
 };
 
-// A score's share of its gradient: u (dp - delta) in the support, else 0.
-__device__ __forceinline__ float score_gradient(float x, float dp, float delta) {
-  if constexpr (kAlpha == AlphaKind::k15) return x > 0.f ? x * (dp - delta) : 0.f;
-  return x > 0.f ? dp - delta : 0.f;
+// x = z - tau where it is positive, else 0, also of a NaN. None is more than 1: then a row's
+// probabilities would sum to more.
+__device__ __forceinline__ float support(const Params& p, float score, float tau) {
+  return __saturatef(fmaf(p.c, score, -tau));
+}
+// A score's share of its gradient: u (dp - delta). Where the support ends and dp is not finite,
+// this is NaN, which exact.cu finds marked.
+__device__ __forceinline__ float score_gradient(float inside, float dp, float delta) {
+  if constexpr (kAlpha == AlphaKind::k15) return inside * (dp - delta);
+  return inside > 0.f ? dp - delta : 0.f;
 }
 
 constexpr int kGradKeys = ADASPLASH2_GRAD_KEYS;
@@ -122,7 +128,7 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     for (int k = 0; k < kSteps; ++k)
       weights[k] = as_a_fragment([&](int e) {
         const int slot = e / 2 % 2;
-        return score_gradient(fmaf(p.c, s[8 * k + e], -tau[slot]), dp[8 * k + e], delta[slot]);
+        return score_gradient(support(p, s[8 * k + e], tau[slot]), dp[8 * k + e], delta[slot]);
       });
   };
   const auto add = [&](int stage) {
@@ -309,10 +315,14 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     fence_operands(s), fence_operands(dp), fence_operands(grad_k), fence_operands(grad_v),
         fence_operands(probs), fence_operands(weights);
     const Queries& q = queries[ring.stage];
-    // Queries before these do not see the keys of the lane's two rows.
-    const int first_query = q.first + lane_id() % 4 * 2, key = first_key + lane_id() / 4;
-    const int from[2] = {first_row_of(key) - first_query, first_row_of(key + 8) - first_query};
-    const bool edge = q.first < first_row_of(first_key + 15);
+    if (q.first < first_row_of(first_key + 15)) {
+      // Queries before these do not see the keys of the lane's two rows.
+      const int first_query = q.first + lane_id() % 4 * 2, key = first_key + lane_id() / 4;
+      const int from[2] = {first_row_of(key) - first_query, first_row_of(key + 8) - first_query};
+#pragma unroll
+      for (int i = 0; i < kGradQueries / 2; ++i)
+        if (i / 4 * 8 + i % 2 < from[i / 2 % 2]) s[i] = -kInf;
+    }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       float prob[8];
@@ -322,14 +332,11 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
         of_two[n] =
             *reinterpret_cast<const float4*>(q.tau_delta + (2 * k + n) * 8 + lane_id() % 4 * 2);
       weights[k] = as_a_fragment([&](int e) {
-        const int slot = e / 2 % 2;
         const float4& at_two = of_two[e / 4];
         const float tau = e % 2 ? at_two.z : at_two.x, delta = e % 2 ? at_two.w : at_two.y;
-        float x = fmaf(p.c, s[8 * k + e], -tau);
-        if (edge && (2 * k + e / 4) * 8 + e % 2 < from[slot]) x = -kInf;
-        const float inside = x > 0.f ? x : 0.f;
+        const float inside = support(p, s[8 * k + e], tau);
         prob[e] = kProbScale * (kAlpha == AlphaKind::k15 ? inside * inside : inside);
-        return score_gradient(x, dp[8 * k + e], delta);
+        return score_gradient(inside, dp[8 * k + e], delta);
       });
       probs[k] = as_a_fragment([&](int e) { return prob[e]; });
     }

@@ -23,7 +23,9 @@ constexpr int kStride = 4, kStridedFrom = 6 * kStride;
 constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
 // By how many deviations of a sample's mass a guess keeps below what the sample says: steps from
 // below go by more scores, and see what those from above would pass.
-constexpr float kSampleCaution = 2.f, kStridedCaution = 1.f;
+// Of rows of few tiles the full pass follows at once: their sample is larger, and an error costs
+// less than a step that is longer than it must be.
+constexpr float kSampleCaution = 2.f, kLastSampleCaution = 0.5f, kStridedCaution = 1.f;
 
 // Of a power so high that it is an exponential function, for all that float32 tells.
 constexpr float kLeastInverse = 0x1p-10f;
@@ -44,8 +46,7 @@ struct Threshold {
 // the smallest x that is not negative: as unsigned numbers, those of negative ones are larger.
 struct RowSums {
   float s1 = 0.f, s2 = 0.f;
-  int scores = 0;
-  u32 negative = 0, least = ~0u;
+  u32 kept = 0, least = ~0u;
 
   // No score counts for more than 1: none is more than that above its row's threshold, and where
   // the present one is too low, its bracket will know. Maxima would take twice the time.
@@ -57,7 +58,7 @@ struct RowSums {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float x = fmaf(c, s[4 * n + 2 * slot + j], -tau), inside = __saturatef(x);
-        negative += __float_as_uint(x) >> 31;
+        kept += is_positive(inside);
         here1 += inside;
         if constexpr (kAlpha == AlphaKind::k15)
           here2 = fmaf(inside, inside, here2);
@@ -66,7 +67,6 @@ struct RowSums {
       }
     s1 += here1;
     s2 += here2;
-    scores += count / 2;
   }
   // Where each score stands for `weight` of them.
   __device__ __forceinline__ Moments<float> join(float weight) {
@@ -74,8 +74,14 @@ struct RowSums {
 #pragma unroll
       for (int step = 1; step < 4; step *= 2)
         least = min(least, __shfl_xor_sync(kAllLanes, least, step));
-    const auto m = sum_over<4>(Moments<float>{float(scores - int(negative)), s1, s2});
+    const auto m = sum_over<4>(Moments<float>{float(kept), s1, s2});
     return {weight * m.s0, weight * m.s1, weight * m.s2};
+  }
+
+ private:
+  // Of a number from 0 to 1, 1 or 0 by one bit of its exponent: those below 2^-63 do not count.
+  static __device__ __forceinline__ u32 is_positive(float inside) {
+    return __float_as_uint(inside) >> 29;
   }
 };
 
@@ -85,23 +91,29 @@ struct RowSums {
 // foresees those that a step passes, and leaves about a tenth of that residual. `bend` is 1/2 for a
 // square, the power of equal scores, and 1 for an exponential function. Where it is more, few
 // scores have nearly all of the sum, the support hardly matters, and the step is `otherwise`.
+// Steps are checked by the sums that follow them: their quotients and logarithms may be off in the
+// last bits, and lanes wait for nothing else meanwhile.
+template <class Otherwise>
 __device__ __forceinline__ float step_of_power(const Moments<float>& m, float mass,
-                                               float otherwise) {
-  const float bend = m.s0 * m.s2 / (2.f * m.s1 * m.s1), inverse = 1.f - bend;
-  if (!(inverse > kLeastInverse)) return otherwise;
-  return m.s2 / (2.f * m.s1 * inverse) * (1.f - exp2f(-inverse * log2f(m.s2 / mass)));
+                                               const Otherwise& otherwise) {
+  const float half = __fdividef(0.5f, m.s1), length = m.s2 * half;
+  const float inverse = 1.f - 2.f * m.s0 * length * half;
+  if (!(inverse > kLeastInverse)) return otherwise();
+  const float part = exp2f(-inverse * __log2f(__fdividef(m.s2, mass)));
+  return __fdividef(length, inverse) * (1.f - part);
 }
 
 // The step from a row's sums to its threshold, or to more probability than one.
 __device__ __forceinline__ float step_of(const Moments<float>& m, float mass) {
-  const float step = refinement_step<kAlpha>(m, 0.f);
-  return kAlpha == AlphaKind::k15 ? step_of_power(m, mass, step) : step;
+  const auto with_support = [&] { return refinement_step<kAlpha>(m, 0.f); };
+  if constexpr (kAlpha == AlphaKind::k15) return step_of_power(m, mass, with_support);
+  return with_support();
 }
 
 // A step by what a sample says of the row, each score for `weight` of them, within bounds.
 __device__ __forceinline__ float guess(float tau, const Moments<float>& m, float weight,
                                        float caution, float low, float high) {
-  const float mass = 1.f + caution * rsqrtf(fmaxf(1.f, m.s0 / weight));
+  const float mass = 1.f + caution * rsqrtf(fmaxf(1.f, __fdividef(m.s0, weight)));
   return fminf(fmaxf(tau + step_of(m, mass), low), high);
 }
 
@@ -130,8 +142,8 @@ __device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u
   if constexpr (kAlpha == AlphaKind::k15) {
     // What is left is of the scores that the step passes: about so many. A tenth of them was not
     // foreseen, and about the root of their number by chance.
-    const float passed = m.s0 * m.s0 * fabsf(step) / (2.f * m.s1);
-    enough |= step * step * (0.1f * passed + sqrtf(passed)) <= tolerance;
+    const float passed = __fdividef(m.s0 * m.s0 * fabsf(step), 2.f * m.s1);
+    enough |= step * step * (0.1f * passed + passed * rsqrtf(fmaxf(passed, kEpsilon))) <= tolerance;
     t.slope = 2.f * fmaxf(m.s1 - m.s0 * step, 0.5f * m.s1);
   } else {
     enough |= step >= 0.f && step < __uint_as_float(least);
@@ -408,6 +420,7 @@ struct Attention {
       t[slot].done = !known;
     }
     const int limit = sample.is_everything() ? kSolveSteps : kSampleSteps;
+    const float caution = sample.tiles < kStridedFrom ? kLastSampleCaution : kSampleCaution;
 #pragma unroll 1
     for (int step = 0; step < limit && !__all_sync(kAllLanes, t[0].done && t[1].done); ++step) {
       RowSums sums[2];
@@ -420,7 +433,7 @@ struct Attention {
           t[slot].steps += !t[slot].done;
           advance(t[slot], m, sums[slot].least, kExactly);
         } else if (!t[slot].done) {
-          t[slot].tau = guess(t[slot].tau, m, weight[slot], kSampleCaution, low[slot], high[slot]);
+          t[slot].tau = guess(t[slot].tau, m, weight[slot], caution, low[slot], high[slot]);
         }
       }
     }
@@ -455,11 +468,16 @@ struct Attention {
   __device__ __forceinline__ bool full_pass(const Walk& walk) {
     if constexpr (first) restart(0), restart(1);
     RowSums sums[2];
+    // A warp's rows of a slot that are all found need no sums: later passes are for few rows.
+    bool sought[2];
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot)
+      sought[slot] = first || __any_sync(kAllLanes, !t[slot].done);
     for_scores(walk, walk.count, [&](const Scores& s, int) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         if constexpr (first) raise_top(slot, s);
-        sums[slot].add(s, slot, c, t[slot].tau);
+        if (sought[slot]) sums[slot].add(s, slot, c, t[slot].tau);
       }
     });
 #pragma unroll
