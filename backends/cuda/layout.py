@@ -247,6 +247,9 @@ Params = _struct(
     ("float*", "weights", "first_weight"),
     # Of each column: survivors, and in `rows` their first one's place; after grad_rows, their end.
     ("int*", "column_count", "column_start"),
+    # Of each (batch, key head): whether dense tiles serve all rows that share its keys, and none is
+    # poisoned: they write its dK and dV then, to which they add elsewhere. Null: they always add.
+    ("int*", "all_flat"),
     # Survivors column by column: query rows, counted over the heads of a key head.
     ("int*", "rows"),
     ("Terms*", "terms"),  # of each row, numbered as in row_start

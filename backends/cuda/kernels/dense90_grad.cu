@@ -167,8 +167,8 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
         grad[4 * n + 2 * slot] = grad[4 * n + 2 * slot + 1] = kNaN;
   }
   mark_rows_if(unsafe, p, b.head_row, b.first_row);
-  write_rows<kHeadDim, false>(grad, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row, b.first_row,
-                              p.length_q, p.scale, b.flat);
+  write_rows<kHeadDim>(grad, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row, b.first_row,
+                       p.length_q, p.scale, b.flat);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -215,10 +215,20 @@ struct alignas(16) Queries {
 
 // The keys of a block.
 struct Keys : KeyBlock<kBlockRows> {
-  int start;  // the first query that may see them
+  int start;   // the first query that may see them
+  bool alone;  // whether lists have no part in their gradients, so that nothing is there
 
   __device__ __forceinline__ explicit Keys(const Params& p)
-      : KeyBlock(p, blockIdx.x), start(first_row_of(first)) {}
+      : KeyBlock(p, blockIdx.x), start(first_row_of(first)), alone(is_all_flat(p, kv_row)) {}
+
+  // Zeros of those that no query sees.
+  template <int width>
+  __device__ __forceinline__ void clear(const Params& p, const View& grad) const {
+    Scalar* head = row_of(grad, batch, kv_head, 0);
+    for (int i = threadIdx.x; i < kBlockRows * (width / 2); i += kThreads)
+      if (const int key = first + i / (width / 2); key < p.length_k)
+        reinterpret_cast<u32*>(head + i64(key) * grad.row)[i % (width / 2)] = 0;
+  }
 };
 
 __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* queries,
@@ -265,16 +275,21 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
   arrive(at.full + ring.stage * 8);
 }
 
-// Add to what lists left of a gradient of a warp's keys. Where keys are unsafe it stays as it is.
+// Write a gradient of a warp's keys, or add to what lists left of it. Where keys are unsafe it
+// stays as it is, or becomes zero.
 template <int width, int count>
-__device__ __forceinline__ void add_to_keys(const float (&sums)[count], const Params& p,
-                                            const View& to, const Keys& b, int first_key,
-                                            float factor, bool of_values) {
+__device__ __forceinline__ void write_keys(float (&sums)[count], const Params& p, const View& to,
+                                           const Keys& b, int first_key, float factor,
+                                           bool of_values) {
   const bool unsafe = !are_finite<width>(sums, 0) || !are_finite<width>(sums, 1);
-  if (mark_keys_if(unsafe, p, b.kv_row, first_key, of_values)) return;
+  if (mark_keys_if(unsafe, p, b.kv_row, first_key, of_values)) {
+    if (!b.alone) return;
+#pragma unroll
+    for (float& x : sums) x = 0.f;
+  }
   const bool all[2] = {true, true};
-  write_rows<width, true>(sums, row_of(to, b.batch, b.kv_head, 0), to.row, first_key, p.length_k,
-                          factor, all);
+  write_rows<width>(sums, row_of(to, b.batch, b.kv_head, 0), to.row, first_key, p.length_k, factor,
+                    all, !b.alone);
 }
 
 __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* own,
@@ -381,8 +396,8 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     weigh(s, dp);
   }
   fence_operands(grad_k), fence_operands(grad_v);
-  add_to_keys<kHeadDim>(grad_k, p, p.grad_k, b, first_key, p.scale, false);
-  add_to_keys<kHeadDimV>(grad_v, p, p.grad_v, b, first_key, 1.f / kProbScale, true);
+  write_keys<kHeadDim>(grad_k, p, p.grad_k, b, first_key, p.scale, false);
+  write_keys<kHeadDimV>(grad_v, p, p.grad_v, b, first_key, 1.f / kProbScale, true);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -400,7 +415,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i < p.gqa_group * p.row_blocks; i += kThreads)
     any |= i % p.row_blocks * kRowBlock + kRowBlock > b.start &&
            p.flat[i64(b.head_row(p)) * p.row_blocks + i];
-  if (!any_of_block(any)) return;
+  if (!any_of_block(any)) {
+    if (b.alone) b.clear<kHeadDim>(p, p.grad_k), b.clear<kHeadDimV>(p, p.grad_v);
+    return;
+  }
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradColumns at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start(32);

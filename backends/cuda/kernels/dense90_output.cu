@@ -562,8 +562,8 @@ struct Attention {
       if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
     mark_output_if(unsafe, p, b.head_row, b.first_row);
-    write_rows<kHeadDimV, false>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row,
-                                 p.length_q, 1.f / kProbScale, b.flat);
+    write_rows<kHeadDimV>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row, p.length_q,
+                          1.f / kProbScale, b.flat);
   }
 
  private:
