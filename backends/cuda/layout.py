@@ -160,6 +160,9 @@ DENSE_WARPGROUPS = 2
 DENSE_BOX = 64
 """Rows that one copy of ``dense90.cuh`` brings."""
 
+STAYING_TILES = 8
+"""Tiles of keys that ``dense90_output.cu`` has room for at once, of a head_dim up to 64."""
+
 DENSE_VALUE_STAGES = 2
 GRAD_STAGES = 3
 GRAD_QUERIES = 64

@@ -160,6 +160,9 @@ constexpr bool kSaves = ADASPLASH2_OUTPUT == kOutputSaves;
 constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputCounts;
 
 constexpr int kStagesK = ADASPLASH2_KEY_STAGES;
+// Whether there are no more tiles of keys than stages: each is copied once, into the stage of its
+// number, and all passes find it there.
+constexpr bool kResident = ADASPLASH2_KEYS_STAY;
 constexpr int kStagesV = kDenseValueStages;
 constexpr int kKeyBytes = tile_bytes<kTileKeys, kPanels>;
 constexpr int kValueBytes = tile_bytes<kTileKeys, kPanelsV>;
@@ -224,6 +227,9 @@ struct Sample {
   __device__ __forceinline__ int operator[](int i) const {
     return tiles <= kTiles ? i : (tiles + 2 * tiles * i) / 4;
   }
+  __device__ __forceinline__ bool has(int tile) const {
+    return tile == (*this)[0] || tile == (*this)[1];
+  }
 };
 
 // All passes over keys, in order. The thread that copies and the warps that multiply both go
@@ -233,7 +239,7 @@ template <class Side>
 __device__ __forceinline__ void for_passes(int tiles, Side& side) {
   const Sample sample{tiles};
   side.sample_pass(sample);
-  if (tiles >= kStridedFrom)
+  if (!kResident && tiles >= kStridedFrom)
 #pragma unroll 1  // one copy of it
     for (int stride = tiles < kFirstStridedFrom ? kStride : kFirstStride; stride >= kStride;
          stride -= kFirstStride - kStride)
@@ -280,9 +286,13 @@ struct Producer {
   }
 
   __device__ __forceinline__ void sample_pass(const Sample& sample) {
-    if (copies)
+    if (!copies) return;
 #pragma unroll 1  // it has few registers
-      for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
+    for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
+    if constexpr (kResident)
+#pragma unroll 1
+      for (int tile = sample.tiles - 1; tile >= 0; --tile)
+        if (!sample.has(tile)) push_keys(tile);
   }
   __device__ __forceinline__ void strided_pass(const Strided& walk) {
     if (copies)
@@ -294,7 +304,7 @@ struct Producer {
   template <bool>
   __device__ __forceinline__ bool full_pass(const Walk& walk) {
     const int next = min(kStagesK, walk.count);
-    if (copies)
+    if (copies && !kResident)
 #pragma unroll 1  // it has few registers
       for (int i = ahead; i < walk.count + next; ++i)
         push_keys(walk[i < walk.count ? i : i - walk.count]);
@@ -307,7 +317,7 @@ struct Producer {
     if (copies)
 #pragma unroll 1  // it has few registers
       for (int i = 0; i < walk.count; ++i) {
-        if (i >= ahead) push_keys(walk[i]);
+        if (!kResident && i >= ahead) push_keys(walk[i]);
         push_values(walk[i]);
       }
     ahead = 0;
@@ -318,12 +328,13 @@ struct Producer {
 
  private:
   __device__ __forceinline__ void push_keys(int tile) {
-    key_ring.await_empty(at.empty_k);
-    const u32 full = at.full_k + key_ring.stage * 8;
+    if constexpr (!kResident) key_ring.await_empty(at.empty_k);
+    const int stage = kResident ? tile : key_ring.stage;
+    const u32 full = at.full_k + stage * 8;
     arrive_expect_tx(full, kKeyBytes);
-    tma_load_tile<kTileKeys, kPanels, kBox>(at.keys + key_ring.stage * kKeyBytes, key_map,
-                                            tile * kTileKeys, key_plane, full);
-    key_ring.advance();
+    tma_load_tile<kTileKeys, kPanels, kBox>(at.keys + stage * kKeyBytes, key_map, tile * kTileKeys,
+                                            key_plane, full);
+    if constexpr (!kResident) key_ring.advance();
   }
   __device__ __forceinline__ void push_values(int tile) {
     value_ring.await_empty(at.empty_v);
@@ -502,7 +513,7 @@ struct Attention {
     o = {};
     {
       PartScores s;
-      start_part(s, 0);
+      start_part(s, walk[0], 0);
       wgmma_wait();
       finish_part(s, 0);
       weigh(o, s, walk[0] * kTileKeys);
@@ -510,7 +521,8 @@ struct Attention {
 #pragma unroll 1
     for (int i = 1; i < walk.count * kParts; ++i) {
       PartScores s;
-      start_part(s, i % kParts);  // while the values of the part before are summed
+      start_part(s, walk[i / kParts],
+                 i % kParts);  // while the values of the part before are summed
       start_values(o, (i - 1) % kParts);
       wgmma_wait();
       finish_part(s, i % kParts);
@@ -581,16 +593,26 @@ struct Attention {
   }
   // The scores of one tile, and its stage given back.
   __device__ __forceinline__ void scores(Scores& s, int tile) {
-    key_ring.await_full(at.full_k);
+    await_keys(tile);
     wgmma_fence();
-    add_dots<kDim, kTileKeys>(s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorBytes));
+    add_dots<kDim, kTileKeys>(s, queries, keys_of(tile));
     wgmma_commit();
     wgmma_wait();
     fence_operands(s);
     give_back_keys();
     b.mask(s, tile * kTileKeys);
   }
+  __device__ __forceinline__ void await_keys(int tile) const {
+    if constexpr (kResident)
+      await(at.full_k + tile * 8, 0);
+    else
+      key_ring.await_full(at.full_k);
+  }
+  __device__ __forceinline__ u64 keys_of(int tile) const {
+    return keys + (kResident ? tile : key_ring.stage) * (kKeyBytes / kDescriptorBytes);
+  }
   __device__ __forceinline__ void give_back_keys() {
+    if constexpr (kResident) return;
     if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
     key_ring.advance();
   }
@@ -642,12 +664,10 @@ struct Attention {
   __device__ __forceinline__ bool is_poisoned(int slot) const {
     return b.flat[slot] && !(t[slot].tau == t[slot].tau);
   }
-  __device__ __forceinline__ void start_part(PartScores& s, int part) {
-    if (part == 0) key_ring.await_full(at.full_k);
+  __device__ __forceinline__ void start_part(PartScores& s, int tile, int part) {
+    if (part == 0) await_keys(tile);
     wgmma_fence();
-    add_dots<kDim, kTileKeys>(
-        s, queries,
-        keys + key_ring.stage * (kKeyBytes / kDescriptorBytes) + part * rows_at(kSteps));
+    add_dots<kDim, kTileKeys>(s, queries, keys_of(tile) + part * rows_at(kSteps));
     wgmma_commit();
   }
   __device__ __forceinline__ void finish_part(PartScores& s, int part) {
