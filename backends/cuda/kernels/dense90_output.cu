@@ -17,7 +17,7 @@ using Scores = float[kTileKeys / 2];
 // output is then off by less than half of that, which bfloat16 and float16 hide.
 constexpr float kTolerance = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-12f : 0x1p-10f;
 constexpr float kExactly = 1e-7f;  // the same of rows that registers hold
-constexpr int kSampleSteps = 3;
+constexpr int kSampleSteps = kAlpha == AlphaKind::k15 ? 2 : 3;
 // Tiles from which on other samples follow that one: every so many tiles.
 constexpr int kStride = 4, kStridedFrom = 6 * kStride;
 constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
