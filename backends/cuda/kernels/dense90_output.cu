@@ -23,9 +23,8 @@ constexpr int kStride = 4, kStridedFrom = 6 * kStride;
 constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
 // By how many deviations of a sample's mass a guess keeps below what the sample says: steps from
 // below go by more scores, and see what those from above would pass.
-// Of rows of few tiles the full pass follows at once: their sample is larger, and an error costs
-// less than a step that is longer than it must be.
-constexpr float kSampleCaution = 2.f, kLastSampleCaution = 0.5f, kStridedCaution = 1.f;
+// So do less those of samples of a quarter of the keys or more, which err by less.
+constexpr float kSampleCaution = 2.f, kLargeSampleCaution = 0.5f, kStridedCaution = 1.f;
 
 // Of a power so high that it is an exponential function, for all that float32 tells.
 constexpr float kLeastInverse = 0x1p-10f;
@@ -224,6 +223,7 @@ struct Sample {
   int tiles;
   __device__ __forceinline__ int count() const { return min(tiles, kTiles); }
   __device__ __forceinline__ bool is_everything() const { return tiles <= kTiles; }
+  __device__ __forceinline__ bool is_large() const { return tiles <= 4 * kTiles; }
   __device__ __forceinline__ int operator[](int i) const {
     return tiles <= kTiles ? i : (tiles + 2 * tiles * i) / 4;
   }
@@ -431,7 +431,7 @@ struct Attention {
       t[slot].done = !known;
     }
     const int limit = sample.is_everything() ? kSolveSteps : kSampleSteps;
-    const float caution = sample.tiles < kStridedFrom ? kLastSampleCaution : kSampleCaution;
+    const float caution = sample.is_large() ? kLargeSampleCaution : kSampleCaution;
 #pragma unroll 1
     for (int step = 0; step < limit && !__all_sync(kAllLanes, t[0].done && t[1].done); ++step) {
       RowSums sums[2];
