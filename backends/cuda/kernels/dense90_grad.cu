@@ -231,44 +231,70 @@ struct Keys : KeyBlock<kBlockRows> {
   }
 };
 
+// What the lanes of that warp know of a tile: of 32 queries at a time one each. All is asked for at
+// once, and before there is room for the tile: else memory's answers would hold up the tensor
+// cores.
+struct QueryRows {
+  static constexpr int kEach = kGradQueries / 32;
+  float tau[kEach], delta[kEach];
+  bool inside[kEach], flat[kEach];
+
+  __device__ __forceinline__ void load(const Params& p, int head_row, int first) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int row = first + i * 32 + lane_id();
+      const i64 at = i64(head_row) * p.length_q + row;
+      inside[i] = row < p.length_q;
+      flat[i] = inside[i] && p.flat[i64(head_row) * p.row_blocks + row / kRowBlock];
+      tau[i] = inside[i] ? p.tau[at] : kInf;
+      delta[i] = inside[i] ? p.delta[at] : 0.f;
+    }
+  }
+  __device__ __forceinline__ bool any_flat() const {
+    bool any = false;
+#pragma unroll
+    for (bool mine : flat) any |= mine;
+    return __any_sync(kAllLanes, any);
+  }
+  // Returns whether there are rows that have no part in it.
+  __device__ __forceinline__ bool put(Queries& to) const {
+    bool mixed = false;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const bool kept = flat[i] && tau[i] < kInf;  // not so of a poisoned row
+      to.tau_delta[i * 32 + lane_id()] = {kept ? tau[i] : kInf, kept ? delta[i] : 0.f};
+      mixed |= inside[i] && !kept;
+    }
+    return __any_sync(kAllLanes, mixed);
+  }
+};
+
 __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* queries,
                                              const Params& p, const Keys& b,
                                              const TensorMap& query_map,
                                              const TensorMap& grad_map) {
   GradRing ring;
+  QueryRows next;
+  next.load(p, b.head_row(p), b.start);
 #pragma unroll 1
-  for (int member = 0; member < p.gqa_group; ++member) {
-    const int head_row = b.head_row(p) + member, head = b.kv_head * p.gqa_group + member;
-    const u8* flat = p.flat + i64(head_row) * p.row_blocks;
-#pragma unroll 1
-    for (int first = b.start; first < p.length_q; first += kGradQueries) {
-      const int row_block = first / kRowBlock + lane_id();
-      if (!__any_sync(kAllLanes, lane_id() < kGradQueries / kRowBlock && row_block < p.row_blocks &&
-                                     flat[row_block]))
-        continue;
-      ring.await_empty(at.empty);
-      Queries& q = queries[ring.stage];
-      bool mixed = false;
-#pragma unroll
-      for (int i = lane_id(); i < kGradQueries; i += 32) {
-        const int row = first + i;
-        const bool used = row < p.length_q && flat[row / kRowBlock];
-        const i64 at_row = i64(head_row) * p.length_q + row;
-        const float tau = used ? p.tau[at_row] : kInf;
-        const bool kept = tau < kInf;  // not so of a poisoned row
-        q.tau_delta[i] = {kept ? tau : kInf, kept ? p.delta[at_row] : 0.f};
-        mixed |= row < p.length_q && !kept;
-      }
-      mixed = __any_sync(kAllLanes, mixed);
-      if (lane_id() == 0) {
-        q.first = first, q.mixed = mixed;
-        at.copy_pair(query_map, Plane(p.q, head, b.batch), grad_map, Plane(p.grad_o, head, b.batch),
-                     first, ring.stage);
-      } else {
-        arrive(at.full + ring.stage * 8);
-      }
-      ring.advance();
+  for (int member = 0, first = b.start; member < p.gqa_group;) {
+    const QueryRows rows = next;
+    const int head = b.kv_head * p.gqa_group + member, here = first;
+    first += kGradQueries;
+    if (first >= p.length_q) first = b.start, ++member;
+    if (member < p.gqa_group) next.load(p, b.head_row(p) + member, first);
+    if (!rows.any_flat()) continue;
+    ring.await_empty(at.empty);
+    Queries& q = queries[ring.stage];
+    const bool mixed = rows.put(q);
+    if (lane_id() == 0) {
+      q.first = here, q.mixed = mixed;
+      at.copy_pair(query_map, Plane(p.q, head, b.batch), grad_map, Plane(p.grad_o, head, b.batch),
+                   here, ring.stage);
+    } else {
+      arrive(at.full + ring.stage * 8);
     }
+    ring.advance();
   }
   ring.await_empty(at.empty);
   if (lane_id() == 0) queries[ring.stage].first = -1;
