@@ -22,8 +22,8 @@ constexpr int kSampleSteps = kAlpha == AlphaKind::k15 ? 2 : 3;
 constexpr int kStride = 4, kStridedFrom = 6 * kStride;
 constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
 // By how many deviations of a sample's mass a guess keeps below what the sample says: steps from
-// below go by more scores, and see what those from above would pass.
-// So do less those of samples of a quarter of the keys or more, which err by less.
+// below go by more scores, and see what those from above would pass. Samples of a quarter of the
+// keys or more err by less.
 constexpr float kSampleCaution = 2.f, kLargeSampleCaution = 0.5f, kStridedCaution = 1.f;
 
 // Of a power so high that it is an exponential function, for all that float32 tells.
