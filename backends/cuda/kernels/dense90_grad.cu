@@ -72,8 +72,8 @@ struct Backward {
 __device__ __forceinline__ float support(const Params& p, float score, float tau) {
   return __saturatef(fmaf(p.c, score, -tau));
 }
-// A score's share of its gradient: u (dp - delta). Where the support ends and dp is not finite,
-// this is NaN, which exact.cu finds marked.
+// A score's share of its gradient: u (dp - delta). Of no weight and a dp that is not finite it is
+// NaN: exact.cu does again what that reaches.
 __device__ __forceinline__ float score_gradient(float inside, float dp, float delta) {
   if constexpr (kAlpha == AlphaKind::k15) return inside * (dp - delta);
   return inside > 0.f ? dp - delta : 0.f;
