@@ -15,8 +15,8 @@ from adasplash2.problem import Problem
 RESERVED_SHARED = 1024
 """Shared memory that the driver takes from each block."""
 
-HOPPER_RESERVED = layout.SWIZZLE_ALIGNMENT + 256
-"""What the start of the stages of ``scan90.cu`` may lose to alignment, and its barriers."""
+HOPPER_RESERVED = layout.SWIZZLE_ALIGNMENT + 512
+"""What the start of the stages of ``scan90.cu`` may lose to alignment, its barriers and notes."""
 
 
 DECODE_KEY_BYTES = 64
