@@ -102,6 +102,7 @@ class Plan:
                 "unsafe_rows": counts.row_blocks,
                 "unsafe_keys": 2 * counts.key_blocks,
                 "column_start": 4 * counts.columns,
+                **({"all_flat": 4 * counts.kv_heads} if self._dense.maps else {}),
                 "rows": 4 * entries,
                 "terms": ctypes.sizeof(layout.Terms) * counts.rows,
                 "delta": 4 * counts.heads * self.problem.length_q,

@@ -160,6 +160,9 @@ DENSE_WARPGROUPS = 2
 DENSE_BOX = 64
 """Rows that one copy of ``dense90.cuh`` brings."""
 
+STAYING_TILES = 8
+"""Tiles of keys that ``dense90_output.cu`` has room for at once, of a head_dim up to 64."""
+
 DENSE_VALUE_STAGES = 2
 GRAD_STAGES = 3
 GRAD_QUERIES = 64
@@ -247,6 +250,9 @@ Params = _struct(
     ("float*", "weights", "first_weight"),
     # Of each column: survivors, and in `rows` their first one's place; after grad_rows, their end.
     ("int*", "column_count", "column_start"),
+    # Of each (batch, key head): whether dense tiles serve all rows that share its keys, and none is
+    # poisoned: they write its dK and dV then, to which they add elsewhere. Null: they always add.
+    ("int*", "all_flat"),
     # Survivors column by column: query rows, counted over the heads of a key head.
     ("int*", "rows"),
     ("Terms*", "terms"),  # of each row, numbered as in row_start

@@ -15,8 +15,8 @@ from adasplash2.problem import Problem
 RESERVED_SHARED = 1024
 """Shared memory that the driver takes from each block."""
 
-HOPPER_RESERVED = layout.SWIZZLE_ALIGNMENT + 256
-"""What the start of the stages of ``scan90.cu`` may lose to alignment, and its barriers."""
+HOPPER_RESERVED = layout.SWIZZLE_ALIGNMENT + 512
+"""What the start of the stages of ``scan90.cu`` may lose to alignment, its barriers and notes."""
 
 
 DECODE_KEY_BYTES = 64
@@ -162,12 +162,15 @@ def portable_dense(head_dim: int, head_dim_v: int, itemsize: int) -> Dense:
     )
 
 
-def hopper_dense(head_dim: int, head_dim_v: int) -> Dense:
-    """``dense90.cuh``: what a block owns, and stages of tiles."""
+def hopper_dense(head_dim: int, head_dim_v: int, length_k: int) -> Dense:
+    """``dense90.cuh``: what a block owns, and stages of tiles. Where there is room for all keys of
+    a head they stay there."""
     rows = layout.DENSE_WARPGROUPS * layout.WARPGROUP_ROWS
     keys, values = (panels(width) * layout.SWIZZLE_BYTES for width in (head_dim, head_dim_v))
     narrow = keys == values == layout.SWIZZLE_BYTES
-    key_stages, grad_keys = (4, 128) if narrow else (3, 64)
+    stay = narrow and length_k <= layout.STAYING_TILES * layout.HOPPER_KEYS
+    key_stages = layout.STAYING_TILES if stay else 4 if narrow else 3
+    grad_keys = 128 if narrow else 64
     shared = {
         "dense_output": rows * keys
         + layout.HOPPER_KEYS * (key_stages * keys + layout.DENSE_VALUE_STAGES * values),
@@ -181,7 +184,7 @@ def hopper_dense(head_dim: int, head_dim_v: int) -> Dense:
         threads=(layout.DENSE_WARPGROUPS + 1) * layout.WARPGROUP_THREADS,
         key_blocks=1,
         shared={kernel: size + layout.SWIZZLE_ALIGNMENT for kernel, size in shared.items()},
-        geometry={"KEY_STAGES": key_stages, "GRAD_KEYS": grad_keys},
+        geometry={"KEY_STAGES": key_stages, "KEYS_STAY": int(stay), "GRAD_KEYS": grad_keys},
         maps=True,
     )
 

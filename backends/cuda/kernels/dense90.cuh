@@ -75,10 +75,10 @@ __device__ __forceinline__ void add_weighted(float (&d)[count], const AFragment 
 }
 
 // Write, or add to, a warp's 16 rows of `width` elements.
-template <int width, bool add, int count>
+template <int width, int count>
 __device__ __forceinline__ void write_rows(const float (&d)[count], Scalar* head, i64 stride,
                                            int first, int length, float factor,
-                                           const bool (&wanted)[2]) {
+                                           const bool (&wanted)[2], bool add = false) {
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     const int row = first + slot * 8 + lane_id() / 4;
@@ -87,12 +87,9 @@ __device__ __forceinline__ void write_rows(const float (&d)[count], Scalar* head
 #pragma unroll
     for (int n = 0; n < width / 8; ++n) {
       u32& pair = *reinterpret_cast<u32*>(to + n * 8);
-      float2 x = {d[4 * n + 2 * slot] * factor, d[4 * n + 2 * slot + 1] * factor};
-      if constexpr (add) {
-        const float2 old = Scalar::unpack(pair);
-        x.x += old.x, x.y += old.y;
-      }
-      pair = Scalar::pack(x.x, x.y);
+      const float2 old = Scalar::unpack(add ? pair : 0u);
+      pair = Scalar::pack(fmaf(d[4 * n + 2 * slot], factor, old.x),
+                          fmaf(d[4 * n + 2 * slot + 1], factor, old.y));
     }
   }
 }

@@ -67,10 +67,16 @@ struct Backward {
   __device__ __forceinline__ void give_back(int stage) const { arrive(empty + stage * 8); }
 };
 
-// A score's share of its gradient: u (dp - delta) in the support, else 0.
-__device__ __forceinline__ float score_gradient(float x, float dp, float delta) {
-  if constexpr (kAlpha == AlphaKind::k15) return x > 0.f ? x * (dp - delta) : 0.f;
-  return x > 0.f ? dp - delta : 0.f;
+// x = z - tau where it is positive, else 0, also of a NaN. None is more than 1: then a row's
+// probabilities would sum to more.
+__device__ __forceinline__ float support(const Params& p, float score, float tau) {
+  return __saturatef(fmaf(p.c, score, -tau));
+}
+// A score's share of its gradient: u (dp - delta). Of no weight and a dp that is not finite it is
+// NaN: exact.cu does again what that reaches.
+__device__ __forceinline__ float score_gradient(float inside, float dp, float delta) {
+  if constexpr (kAlpha == AlphaKind::k15) return inside * (dp - delta);
+  return inside > 0.f ? dp - delta : 0.f;
 }
 
 constexpr int kGradKeys = ADASPLASH2_GRAD_KEYS;
@@ -122,7 +128,7 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     for (int k = 0; k < kSteps; ++k)
       weights[k] = as_a_fragment([&](int e) {
         const int slot = e / 2 % 2;
-        return score_gradient(fmaf(p.c, s[8 * k + e], -tau[slot]), dp[8 * k + e], delta[slot]);
+        return score_gradient(support(p, s[8 * k + e], tau[slot]), dp[8 * k + e], delta[slot]);
       });
   };
   const auto add = [&](int stage) {
@@ -161,8 +167,8 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
         grad[4 * n + 2 * slot] = grad[4 * n + 2 * slot + 1] = kNaN;
   }
   mark_rows_if(unsafe, p, b.head_row, b.first_row);
-  write_rows<kHeadDim, false>(grad, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row, b.first_row,
-                              p.length_q, p.scale, b.flat);
+  write_rows<kHeadDim>(grad, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row, b.first_row,
+                       p.length_q, p.scale, b.flat);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -209,10 +215,58 @@ struct alignas(16) Queries {
 
 // The keys of a block.
 struct Keys : KeyBlock<kBlockRows> {
-  int start;  // the first query that may see them
+  int start;   // the first query that may see them
+  bool alone;  // whether lists have no part in their gradients, so that nothing is there
 
   __device__ __forceinline__ explicit Keys(const Params& p)
-      : KeyBlock(p, blockIdx.x), start(first_row_of(first)) {}
+      : KeyBlock(p, blockIdx.x), start(first_row_of(first)), alone(is_all_flat(p, kv_row)) {}
+
+  // Zeros of those that no query sees.
+  template <int width>
+  __device__ __forceinline__ void clear(const Params& p, const View& grad) const {
+    Scalar* head = row_of(grad, batch, kv_head, 0);
+    for (int i = threadIdx.x; i < kBlockRows * (width / 2); i += kThreads)
+      if (const int key = first + i / (width / 2); key < p.length_k)
+        reinterpret_cast<u32*>(head + i64(key) * grad.row)[i % (width / 2)] = 0;
+  }
+};
+
+// What the lanes of that warp know of a tile: of 32 queries at a time one each. All is asked for at
+// once, and before there is room for the tile: else memory's answers would hold up the tensor
+// cores.
+struct QueryRows {
+  static constexpr int kEach = kGradQueries / 32;
+  float tau[kEach], delta[kEach];
+  bool inside[kEach], flat[kEach];
+
+  __device__ __forceinline__ void load(const Params& p, int head_row, int first) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int row = first + i * 32 + lane_id();
+      const i64 at = i64(head_row) * p.length_q + row;
+      inside[i] = row < p.length_q;
+      flat[i] = inside[i] && p.flat[i64(head_row) * p.row_blocks + row / kRowBlock];
+      tau[i] = inside[i] ? p.tau[at] : kInf;
+      delta[i] = inside[i] ? p.delta[at] : 0.f;
+    }
+  }
+  __device__ __forceinline__ bool any_flat() const {
+    bool any = false;
+#pragma unroll
+    for (bool mine : flat) any |= mine;
+    return __any_sync(kAllLanes, any);
+  }
+  // Returns whether there are rows that have no part in it.
+  __device__ __forceinline__ bool put(Queries& to) const {
+    bool mixed = false;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const bool kept = flat[i] && tau[i] < kInf;  // not so of a poisoned row
+      to.tau_delta[i * 32 + lane_id()] = {kept ? tau[i] : kInf, kept ? delta[i] : 0.f};
+      mixed |= inside[i] && !kept;
+    }
+    return __any_sync(kAllLanes, mixed);
+  }
 };
 
 __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* queries,
@@ -220,55 +274,48 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
                                              const TensorMap& query_map,
                                              const TensorMap& grad_map) {
   GradRing ring;
+  QueryRows next;
+  next.load(p, b.head_row(p), b.start);
 #pragma unroll 1
-  for (int member = 0; member < p.gqa_group; ++member) {
-    const int head_row = b.head_row(p) + member, head = b.kv_head * p.gqa_group + member;
-    const u8* flat = p.flat + i64(head_row) * p.row_blocks;
-#pragma unroll 1
-    for (int first = b.start; first < p.length_q; first += kGradQueries) {
-      const int row_block = first / kRowBlock + lane_id();
-      if (!__any_sync(kAllLanes, lane_id() < kGradQueries / kRowBlock && row_block < p.row_blocks &&
-                                     flat[row_block]))
-        continue;
-      ring.await_empty(at.empty);
-      Queries& q = queries[ring.stage];
-      bool mixed = false;
-#pragma unroll
-      for (int i = lane_id(); i < kGradQueries; i += 32) {
-        const int row = first + i;
-        const bool used = row < p.length_q && flat[row / kRowBlock];
-        const i64 at_row = i64(head_row) * p.length_q + row;
-        const float tau = used ? p.tau[at_row] : kInf;
-        const bool kept = tau < kInf;  // not so of a poisoned row
-        q.tau_delta[i] = {kept ? tau : kInf, kept ? p.delta[at_row] : 0.f};
-        mixed |= row < p.length_q && !kept;
-      }
-      mixed = __any_sync(kAllLanes, mixed);
-      if (lane_id() == 0) {
-        q.first = first, q.mixed = mixed;
-        at.copy_pair(query_map, Plane(p.q, head, b.batch), grad_map, Plane(p.grad_o, head, b.batch),
-                     first, ring.stage);
-      } else {
-        arrive(at.full + ring.stage * 8);
-      }
-      ring.advance();
+  for (int member = 0, first = b.start; member < p.gqa_group;) {
+    const QueryRows rows = next;
+    const int head = b.kv_head * p.gqa_group + member, here = first;
+    first += kGradQueries;
+    if (first >= p.length_q) first = b.start, ++member;
+    if (member < p.gqa_group) next.load(p, b.head_row(p) + member, first);
+    if (!rows.any_flat()) continue;
+    ring.await_empty(at.empty);
+    Queries& q = queries[ring.stage];
+    const bool mixed = rows.put(q);
+    if (lane_id() == 0) {
+      q.first = here, q.mixed = mixed;
+      at.copy_pair(query_map, Plane(p.q, head, b.batch), grad_map, Plane(p.grad_o, head, b.batch),
+                   here, ring.stage);
+    } else {
+      arrive(at.full + ring.stage * 8);
     }
+    ring.advance();
   }
   ring.await_empty(at.empty);
   if (lane_id() == 0) queries[ring.stage].first = -1;
   arrive(at.full + ring.stage * 8);
 }
 
-// Add to what lists left of a gradient of a warp's keys. Where keys are unsafe it stays as it is.
+// Write a gradient of a warp's keys, or add to what lists left of it. Where keys are unsafe it
+// stays as it is, or becomes zero.
 template <int width, int count>
-__device__ __forceinline__ void add_to_keys(const float (&sums)[count], const Params& p,
-                                            const View& to, const Keys& b, int first_key,
-                                            float factor, bool of_values) {
+__device__ __forceinline__ void write_keys(float (&sums)[count], const Params& p, const View& to,
+                                           const Keys& b, int first_key, float factor,
+                                           bool of_values) {
   const bool unsafe = !are_finite<width>(sums, 0) || !are_finite<width>(sums, 1);
-  if (mark_keys_if(unsafe, p, b.kv_row, first_key, of_values)) return;
+  if (mark_keys_if(unsafe, p, b.kv_row, first_key, of_values)) {
+    if (!b.alone) return;
+#pragma unroll
+    for (float& x : sums) x = 0.f;
+  }
   const bool all[2] = {true, true};
-  write_rows<width, true>(sums, row_of(to, b.batch, b.kv_head, 0), to.row, first_key, p.length_k,
-                          factor, all);
+  write_rows<width>(sums, row_of(to, b.batch, b.kv_head, 0), to.row, first_key, p.length_k, factor,
+                    all, !b.alone);
 }
 
 __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* own,
@@ -309,10 +356,14 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     fence_operands(s), fence_operands(dp), fence_operands(grad_k), fence_operands(grad_v),
         fence_operands(probs), fence_operands(weights);
     const Queries& q = queries[ring.stage];
-    // Queries before these do not see the keys of the lane's two rows.
-    const int first_query = q.first + lane_id() % 4 * 2, key = first_key + lane_id() / 4;
-    const int from[2] = {first_row_of(key) - first_query, first_row_of(key + 8) - first_query};
-    const bool edge = q.first < first_row_of(first_key + 15);
+    if (q.first < first_row_of(first_key + 15)) {
+      // Queries before these do not see the keys of the lane's two rows.
+      const int first_query = q.first + lane_id() % 4 * 2, key = first_key + lane_id() / 4;
+      const int from[2] = {first_row_of(key) - first_query, first_row_of(key + 8) - first_query};
+#pragma unroll
+      for (int i = 0; i < kGradQueries / 2; ++i)
+        if (i / 4 * 8 + i % 2 < from[i / 2 % 2]) s[i] = -kInf;
+    }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       float prob[8];
@@ -322,14 +373,11 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
         of_two[n] =
             *reinterpret_cast<const float4*>(q.tau_delta + (2 * k + n) * 8 + lane_id() % 4 * 2);
       weights[k] = as_a_fragment([&](int e) {
-        const int slot = e / 2 % 2;
         const float4& at_two = of_two[e / 4];
         const float tau = e % 2 ? at_two.z : at_two.x, delta = e % 2 ? at_two.w : at_two.y;
-        float x = fmaf(p.c, s[8 * k + e], -tau);
-        if (edge && (2 * k + e / 4) * 8 + e % 2 < from[slot]) x = -kInf;
-        const float inside = x > 0.f ? x : 0.f;
+        const float inside = support(p, s[8 * k + e], tau);
         prob[e] = kProbScale * (kAlpha == AlphaKind::k15 ? inside * inside : inside);
-        return score_gradient(x, dp[8 * k + e], delta);
+        return score_gradient(inside, dp[8 * k + e], delta);
       });
       probs[k] = as_a_fragment([&](int e) { return prob[e]; });
     }
@@ -374,8 +422,8 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     weigh(s, dp);
   }
   fence_operands(grad_k), fence_operands(grad_v);
-  add_to_keys<kHeadDim>(grad_k, p, p.grad_k, b, first_key, p.scale, false);
-  add_to_keys<kHeadDimV>(grad_v, p, p.grad_v, b, first_key, 1.f / kProbScale, true);
+  write_keys<kHeadDim>(grad_k, p, p.grad_k, b, first_key, p.scale, false);
+  write_keys<kHeadDimV>(grad_v, p, p.grad_v, b, first_key, 1.f / kProbScale, true);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -393,7 +441,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i < p.gqa_group * p.row_blocks; i += kThreads)
     any |= i % p.row_blocks * kRowBlock + kRowBlock > b.start &&
            p.flat[i64(b.head_row(p)) * p.row_blocks + i];
-  if (!any_of_block(any)) return;
+  if (!any_of_block(any)) {
+    if (b.alone) b.clear<kHeadDim>(p, p.grad_k), b.clear<kHeadDimV>(p, p.grad_v);
+    return;
+  }
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradColumns at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start(32);

@@ -17,13 +17,14 @@ using Scores = float[kTileKeys / 2];
 // output is then off by less than half of that, which bfloat16 and float16 hide.
 constexpr float kTolerance = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-12f : 0x1p-10f;
 constexpr float kExactly = 1e-7f;  // the same of rows that registers hold
-constexpr int kSampleSteps = 3;
+constexpr int kSampleSteps = kAlpha == AlphaKind::k15 ? 2 : 3;
 // Tiles from which on other samples follow that one: every so many tiles.
 constexpr int kStride = 4, kStridedFrom = 6 * kStride;
 constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
 // By how many deviations of a sample's mass a guess keeps below what the sample says: steps from
-// below go by more scores, and see what those from above would pass.
-constexpr float kSampleCaution = 2.f, kStridedCaution = 1.f;
+// below go by more scores, and see what those from above would pass. Samples of a quarter of the
+// keys or more err by less.
+constexpr float kSampleCaution = 2.f, kLargeSampleCaution = 0.5f, kStridedCaution = 1.f;
 
 // Of a power so high that it is an exponential function, for all that float32 tells.
 constexpr float kLeastInverse = 0x1p-10f;
@@ -44,8 +45,7 @@ struct Threshold {
 // the smallest x that is not negative: as unsigned numbers, those of negative ones are larger.
 struct RowSums {
   float s1 = 0.f, s2 = 0.f;
-  int scores = 0;
-  u32 negative = 0, least = ~0u;
+  u32 kept = 0, least = ~0u;
 
   // No score counts for more than 1: none is more than that above its row's threshold, and where
   // the present one is too low, its bracket will know. Maxima would take twice the time.
@@ -57,7 +57,7 @@ struct RowSums {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float x = fmaf(c, s[4 * n + 2 * slot + j], -tau), inside = __saturatef(x);
-        negative += __float_as_uint(x) >> 31;
+        kept += is_positive(inside);
         here1 += inside;
         if constexpr (kAlpha == AlphaKind::k15)
           here2 = fmaf(inside, inside, here2);
@@ -66,7 +66,6 @@ struct RowSums {
       }
     s1 += here1;
     s2 += here2;
-    scores += count / 2;
   }
   // Where each score stands for `weight` of them.
   __device__ __forceinline__ Moments<float> join(float weight) {
@@ -74,8 +73,14 @@ struct RowSums {
 #pragma unroll
       for (int step = 1; step < 4; step *= 2)
         least = min(least, __shfl_xor_sync(kAllLanes, least, step));
-    const auto m = sum_over<4>(Moments<float>{float(scores - int(negative)), s1, s2});
+    const auto m = sum_over<4>(Moments<float>{float(kept), s1, s2});
     return {weight * m.s0, weight * m.s1, weight * m.s2};
+  }
+
+ private:
+  // Of a number from 0 to 1, 1 or 0 by one bit of its exponent: those below 2^-63 do not count.
+  static __device__ __forceinline__ u32 is_positive(float inside) {
+    return __float_as_uint(inside) >> 29;
   }
 };
 
@@ -85,23 +90,29 @@ struct RowSums {
 // foresees those that a step passes, and leaves about a tenth of that residual. `bend` is 1/2 for a
 // square, the power of equal scores, and 1 for an exponential function. Where it is more, few
 // scores have nearly all of the sum, the support hardly matters, and the step is `otherwise`.
+// Steps are checked by the sums that follow them: their quotients and logarithms may be off in the
+// last bits, and lanes wait for nothing else meanwhile.
+template <class Otherwise>
 __device__ __forceinline__ float step_of_power(const Moments<float>& m, float mass,
-                                               float otherwise) {
-  const float bend = m.s0 * m.s2 / (2.f * m.s1 * m.s1), inverse = 1.f - bend;
-  if (!(inverse > kLeastInverse)) return otherwise;
-  return m.s2 / (2.f * m.s1 * inverse) * (1.f - exp2f(-inverse * log2f(m.s2 / mass)));
+                                               const Otherwise& otherwise) {
+  const float half = __fdividef(0.5f, m.s1), length = m.s2 * half;
+  const float inverse = 1.f - 2.f * m.s0 * length * half;
+  if (!(inverse > kLeastInverse)) return otherwise();
+  const float part = exp2f(-inverse * __log2f(__fdividef(m.s2, mass)));
+  return __fdividef(length, inverse) * (1.f - part);
 }
 
 // The step from a row's sums to its threshold, or to more probability than one.
 __device__ __forceinline__ float step_of(const Moments<float>& m, float mass) {
-  const float step = refinement_step<kAlpha>(m, 0.f);
-  return kAlpha == AlphaKind::k15 ? step_of_power(m, mass, step) : step;
+  const auto with_support = [&] { return refinement_step<kAlpha>(m, 0.f); };
+  if constexpr (kAlpha == AlphaKind::k15) return step_of_power(m, mass, with_support);
+  return with_support();
 }
 
 // A step by what a sample says of the row, each score for `weight` of them, within bounds.
 __device__ __forceinline__ float guess(float tau, const Moments<float>& m, float weight,
                                        float caution, float low, float high) {
-  const float mass = 1.f + caution * rsqrtf(fmaxf(1.f, m.s0 / weight));
+  const float mass = 1.f + caution * rsqrtf(fmaxf(1.f, __fdividef(m.s0, weight)));
   return fminf(fmaxf(tau + step_of(m, mass), low), high);
 }
 
@@ -130,8 +141,8 @@ __device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u
   if constexpr (kAlpha == AlphaKind::k15) {
     // What is left is of the scores that the step passes: about so many. A tenth of them was not
     // foreseen, and about the root of their number by chance.
-    const float passed = m.s0 * m.s0 * fabsf(step) / (2.f * m.s1);
-    enough |= step * step * (0.1f * passed + sqrtf(passed)) <= tolerance;
+    const float passed = __fdividef(m.s0 * m.s0 * fabsf(step), 2.f * m.s1);
+    enough |= step * step * (0.1f * passed + passed * rsqrtf(fmaxf(passed, kEpsilon))) <= tolerance;
     t.slope = 2.f * fmaxf(m.s1 - m.s0 * step, 0.5f * m.s1);
   } else {
     enough |= step >= 0.f && step < __uint_as_float(least);
@@ -148,6 +159,9 @@ constexpr bool kSaves = ADASPLASH2_OUTPUT == kOutputSaves;
 constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputCounts;
 
 constexpr int kStagesK = ADASPLASH2_KEY_STAGES;
+// Whether there are no more tiles of keys than stages: each is copied once, into the stage of its
+// number, and all passes find it there.
+constexpr bool kResident = ADASPLASH2_KEYS_STAY;
 constexpr int kStagesV = kDenseValueStages;
 constexpr int kKeyBytes = tile_bytes<kTileKeys, kPanels>;
 constexpr int kValueBytes = tile_bytes<kTileKeys, kPanelsV>;
@@ -209,8 +223,12 @@ struct Sample {
   int tiles;
   __device__ __forceinline__ int count() const { return min(tiles, kTiles); }
   __device__ __forceinline__ bool is_everything() const { return tiles <= kTiles; }
+  __device__ __forceinline__ bool is_large() const { return tiles <= 4 * kTiles; }
   __device__ __forceinline__ int operator[](int i) const {
     return tiles <= kTiles ? i : (tiles + 2 * tiles * i) / 4;
+  }
+  __device__ __forceinline__ bool has(int tile) const {
+    return tile == (*this)[0] || tile == (*this)[1];
   }
 };
 
@@ -221,7 +239,7 @@ template <class Side>
 __device__ __forceinline__ void for_passes(int tiles, Side& side) {
   const Sample sample{tiles};
   side.sample_pass(sample);
-  if (tiles >= kStridedFrom)
+  if (!kResident && tiles >= kStridedFrom)
 #pragma unroll 1  // one copy of it
     for (int stride = tiles < kFirstStridedFrom ? kStride : kFirstStride; stride >= kStride;
          stride -= kFirstStride - kStride)
@@ -268,9 +286,13 @@ struct Producer {
   }
 
   __device__ __forceinline__ void sample_pass(const Sample& sample) {
-    if (copies)
+    if (!copies) return;
 #pragma unroll 1  // it has few registers
-      for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
+    for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
+    if constexpr (kResident)
+#pragma unroll 1
+      for (int tile = sample.tiles - 1; tile >= 0; --tile)
+        if (!sample.has(tile)) push_keys(tile);
   }
   __device__ __forceinline__ void strided_pass(const Strided& walk) {
     if (copies)
@@ -282,7 +304,7 @@ struct Producer {
   template <bool>
   __device__ __forceinline__ bool full_pass(const Walk& walk) {
     const int next = min(kStagesK, walk.count);
-    if (copies)
+    if (copies && !kResident)
 #pragma unroll 1  // it has few registers
       for (int i = ahead; i < walk.count + next; ++i)
         push_keys(walk[i < walk.count ? i : i - walk.count]);
@@ -295,7 +317,7 @@ struct Producer {
     if (copies)
 #pragma unroll 1  // it has few registers
       for (int i = 0; i < walk.count; ++i) {
-        if (i >= ahead) push_keys(walk[i]);
+        if (!kResident && i >= ahead) push_keys(walk[i]);
         push_values(walk[i]);
       }
     ahead = 0;
@@ -306,12 +328,13 @@ struct Producer {
 
  private:
   __device__ __forceinline__ void push_keys(int tile) {
-    key_ring.await_empty(at.empty_k);
-    const u32 full = at.full_k + key_ring.stage * 8;
+    if constexpr (!kResident) key_ring.await_empty(at.empty_k);
+    const int stage = kResident ? tile : key_ring.stage;
+    const u32 full = at.full_k + stage * 8;
     arrive_expect_tx(full, kKeyBytes);
-    tma_load_tile<kTileKeys, kPanels, kBox>(at.keys + key_ring.stage * kKeyBytes, key_map,
-                                            tile * kTileKeys, key_plane, full);
-    key_ring.advance();
+    tma_load_tile<kTileKeys, kPanels, kBox>(at.keys + stage * kKeyBytes, key_map, tile * kTileKeys,
+                                            key_plane, full);
+    if constexpr (!kResident) key_ring.advance();
   }
   __device__ __forceinline__ void push_values(int tile) {
     value_ring.await_empty(at.empty_v);
@@ -408,6 +431,7 @@ struct Attention {
       t[slot].done = !known;
     }
     const int limit = sample.is_everything() ? kSolveSteps : kSampleSteps;
+    const float caution = sample.is_large() ? kLargeSampleCaution : kSampleCaution;
 #pragma unroll 1
     for (int step = 0; step < limit && !__all_sync(kAllLanes, t[0].done && t[1].done); ++step) {
       RowSums sums[2];
@@ -420,7 +444,7 @@ struct Attention {
           t[slot].steps += !t[slot].done;
           advance(t[slot], m, sums[slot].least, kExactly);
         } else if (!t[slot].done) {
-          t[slot].tau = guess(t[slot].tau, m, weight[slot], kSampleCaution, low[slot], high[slot]);
+          t[slot].tau = guess(t[slot].tau, m, weight[slot], caution, low[slot], high[slot]);
         }
       }
     }
@@ -455,11 +479,16 @@ struct Attention {
   __device__ __forceinline__ bool full_pass(const Walk& walk) {
     if constexpr (first) restart(0), restart(1);
     RowSums sums[2];
+    // A warp's rows of a slot that are all found need no sums: later passes are for few rows.
+    bool sought[2];
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot)
+      sought[slot] = first || __any_sync(kAllLanes, !t[slot].done);
     for_scores(walk, walk.count, [&](const Scores& s, int) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         if constexpr (first) raise_top(slot, s);
-        sums[slot].add(s, slot, c, t[slot].tau);
+        if (sought[slot]) sums[slot].add(s, slot, c, t[slot].tau);
       }
     });
 #pragma unroll
@@ -484,7 +513,7 @@ struct Attention {
     o = {};
     {
       PartScores s;
-      start_part(s, 0);
+      start_part(s, walk[0], 0);
       wgmma_wait();
       finish_part(s, 0);
       weigh(o, s, walk[0] * kTileKeys);
@@ -492,7 +521,8 @@ struct Attention {
 #pragma unroll 1
     for (int i = 1; i < walk.count * kParts; ++i) {
       PartScores s;
-      start_part(s, i % kParts);  // while the values of the part before are summed
+      start_part(s, walk[i / kParts],
+                 i % kParts);  // while the values of the part before are summed
       start_values(o, (i - 1) % kParts);
       wgmma_wait();
       finish_part(s, i % kParts);
@@ -544,8 +574,8 @@ struct Attention {
       if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
     mark_output_if(unsafe, p, b.head_row, b.first_row);
-    write_rows<kHeadDimV, false>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row,
-                                 p.length_q, 1.f / kProbScale, b.flat);
+    write_rows<kHeadDimV>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row, p.length_q,
+                          1.f / kProbScale, b.flat);
   }
 
  private:
@@ -563,16 +593,26 @@ struct Attention {
   }
   // The scores of one tile, and its stage given back.
   __device__ __forceinline__ void scores(Scores& s, int tile) {
-    key_ring.await_full(at.full_k);
+    await_keys(tile);
     wgmma_fence();
-    add_dots<kDim, kTileKeys>(s, queries, keys + key_ring.stage * (kKeyBytes / kDescriptorBytes));
+    add_dots<kDim, kTileKeys>(s, queries, keys_of(tile));
     wgmma_commit();
     wgmma_wait();
     fence_operands(s);
     give_back_keys();
     b.mask(s, tile * kTileKeys);
   }
+  __device__ __forceinline__ void await_keys(int tile) const {
+    if constexpr (kResident)
+      await(at.full_k + tile * 8, 0);
+    else
+      key_ring.await_full(at.full_k);
+  }
+  __device__ __forceinline__ u64 keys_of(int tile) const {
+    return keys + (kResident ? tile : key_ring.stage) * (kKeyBytes / kDescriptorBytes);
+  }
   __device__ __forceinline__ void give_back_keys() {
+    if constexpr (kResident) return;
     if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
     key_ring.advance();
   }
@@ -624,12 +664,10 @@ struct Attention {
   __device__ __forceinline__ bool is_poisoned(int slot) const {
     return b.flat[slot] && !(t[slot].tau == t[slot].tau);
   }
-  __device__ __forceinline__ void start_part(PartScores& s, int part) {
-    if (part == 0) key_ring.await_full(at.full_k);
+  __device__ __forceinline__ void start_part(PartScores& s, int tile, int part) {
+    if (part == 0) await_keys(tile);
     wgmma_fence();
-    add_dots<kDim, kTileKeys>(
-        s, queries,
-        keys + key_ring.stage * (kKeyBytes / kDescriptorBytes) + part * rows_at(kSteps));
+    add_dots<kDim, kTileKeys>(s, queries, keys_of(tile) + part * rows_at(kSteps));
     wgmma_commit();
   }
   __device__ __forceinline__ void finish_part(PartScores& s, int part) {

@@ -207,11 +207,21 @@ __device__ __forceinline__ int preceding(int mine, int (&sums)[threads / 32], in
   return __shfl_sync(kAllLanes, warps - warp, warp_id()) + before - mine;
 }
 
-// Exclusive prefix of the counts of one (batch, key head), and the list of long columns.
+// Exclusive prefix of the counts of one (batch, key head), and the list of long columns; or that
+// there are none.
 extern "C" __global__ void __launch_bounds__(kPrefixThreads)
     prefix_columns(const __grid_constant__ Params p) {
   start_next_and_await();
   __shared__ int sums[kPrefixThreads / 32];
+  if (p.all_flat) {
+    const int row_blocks = p.gqa_group * p.row_blocks;
+    bool listed = p.poison[blockIdx.x] > 0;
+    for (int i = threadIdx.x; i < row_blocks; i += kPrefixThreads)
+      listed |= p.flat[i64(blockIdx.x) * row_blocks + i] == kListed;
+    listed = __syncthreads_or(listed);
+    if (threadIdx.x == 0) p.all_flat[blockIdx.x] = !listed;
+    if (!listed) return;
+  }
   const i64 base = i64(blockIdx.x) * p.length_k;
   int running = 0;
   for (int first = 0; first < p.length_k; first += kPrefixThreads * 4) {
@@ -299,6 +309,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
   start_next_and_await();
   const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
   const bool active = r.inside && !p.flat[r.at / kRowBlock];
+  if (!__any_sync(kAllLanes, active)) return;
   const int kept = active ? p.row_count[r.at].survivors : 0;
   const int count = max(kept, 0);
   // The lanes of a warp stay together for the shuffles.
@@ -548,11 +559,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
   __shared__ __align__(16) int rows[kThreads / 32 * kShortColumn];
   __shared__ int sorted[kThreads / 32 * kShortColumn];
   __shared__ int later[kColumns], later_count;
-  if (threadIdx.x == 0) later_count = 0;
-  __syncthreads();
   const int mine = threadIdx.x / kRowLanes;
   const int column_at = blockIdx.x * kColumns + mine;
-  const bool inside = column_at < p.batch * p.heads_kv * p.length_k;
+  const bool inside =
+      column_at < p.batch * p.heads_kv * p.length_k && !is_all_flat(p, column_at / p.length_k);
+  if (threadIdx.x == 0) later_count = 0;
+  if (!__syncthreads_or(inside)) return;
   const int count = inside ? p.column_count[column_at] : -1;
   const bool fits = count <= kTeamColumn;
   if (!fits && count <= p.long_limit && threadIdx.x % kRowLanes == 0)

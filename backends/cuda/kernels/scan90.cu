@@ -52,9 +52,11 @@ struct Notes {
   int last;
   int most[kWarpgroups * 4];
 };
-// The barriers and this are static shared memory: what is launched with has room for all.
+// What a retry's threads have looked at, see Share.
+constexpr int kNoted = kRetry ? kThreads : 1;
+// The barriers and these are static shared memory: what is launched with has room for all.
 static_assert(kSwizzleAlignment + kStages * kStageBytes + kWarpgroups * 4 * Lists<kSlots>::kBytes +
-                  kBarriers * sizeof(u64) + sizeof(Notes) <=
+                  kBarriers * sizeof(u64) + sizeof(Notes) + kNoted <=
               ADASPLASH2_SHARED_SCAN);
 
 // --- products ------------------------------------------------------------------------------
@@ -93,16 +95,31 @@ struct Item : QueryBlock<kBlockRows> {
   }
 };
 
-// body(item) for what this block has to do: one item, or its share of those with flat rows.
+// The items among which a retry looks for rows: every gridDim.x-th one. Of the first ones each
+// thread looks at one: mostly none is worth it, and one look after another would take longer than
+// all else.
+struct Share {
+  const Params& p;
+  const int items;
+
+  __device__ __forceinline__ explicit Share(const Params& p)
+      : p(p), items(p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows)) {}
+  __device__ __forceinline__ int number(int i) const { return blockIdx.x + i * gridDim.x; }
+  __device__ __forceinline__ bool is_worth_it(int i) const {
+    return number(i) < items && Item(p, number(i)).is_worth_it(p);
+  }
+};
+
+// body(item) for what this block has to do: one item, or those of its share with flat rows.
 template <class Body>
-__device__ __forceinline__ void for_items(const Params& p, const Body& body) {
+__device__ __forceinline__ void for_items(const Params& p, const bool* worth_it, const Body& body) {
   if constexpr (!kRetry) {
     body(Item(p, blockIdx.x));
   } else {
-    const int items = p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
+    const Share share(p);
 #pragma unroll 1
-    for (int number = blockIdx.x; number < items; number += gridDim.x)
-      if (const Item item(p, number); item.is_worth_it(p)) body(item);
+    for (int i = 0; share.number(i) < share.items; ++i)
+      if (i < kNoted ? worth_it[i] : share.is_worth_it(i)) body(Item(p, share.number(i)));
   }
 }
 
@@ -279,18 +296,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
   if (threadIdx.x < kWarpgroups) notes.stopped[threadIdx.x] = false;
   if (threadIdx.x == 0) notes.last = -1;
+  __shared__ bool worth_it[kNoted];
+  if constexpr (kRetry) worth_it[threadIdx.x] = Share(p).is_worth_it(threadIdx.x);
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     KeyRing at;
     if (threadIdx.x == kConsumers)
-      for_items(p, [&](const Item& item) {
+      for_items(p, worth_it, [&](const Item& item) {
         tma_load_tiles(p, map, item, at, stages, full, empty, notes);
       });
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
     KeyRing at;
-    for_items(p, [&](const Item& item) { consume(p, item, at, stages, full, empty, notes); });
+    for_items(p, worth_it,
+              [&](const Item& item) { consume(p, item, at, stages, full, empty, notes); });
   }
 }
 

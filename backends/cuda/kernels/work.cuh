@@ -48,6 +48,11 @@ struct KeyBlock {
   }
 };
 
+// Whether dense tiles write the gradients of a key head's keys, and no list has a part in them.
+__device__ __forceinline__ bool is_all_flat(const Params& p, int kv_row) {
+  return p.all_flat && p.all_flat[kv_row];
+}
+
 // What comes out of dense tiles and is not finite is marked, by the warp that owns its 16 rows or
 // keys, and done again by exact.cu. Each function returns whether some lane of the warp says so.
 
