@@ -30,6 +30,9 @@ KERNELS = (
 )
 """Names of the kernels of attention, in ``kernels/``."""
 
+SAFE_KERNELS = "output", "grad_query", "grad_key_value"
+"""Names of those that are launched twice: again for what is not finite."""
+
 DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh", "decode_combine"
 """Names of those that run in their place where :func:`is_decoding`, in ``kernels/decode.py``."""
 
@@ -620,8 +623,10 @@ class Saved:
     ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a poisoned row sees; where rows see
     others ``(batch * heads_kv, tiles)``: whether one may see some of a tile's.
     ``taken`` ``(1,)`` int32: row blocks that the forward's programs have taken on.
+    ``some`` ``(SAFE_KERNELS, 4)`` int32: first of four, whether one of these kernels found what is
+    not finite.
 
-    From the byte ``cleared`` on, ``poison``, ``taken`` and ``live``, it starts as zeros.
+    From the byte ``cleared`` on, ``poison``, ``taken``, ``some`` and ``live``, it starts as zeros.
     """
 
     def __init__(self, problem: Problem, config: Config) -> None:
@@ -637,6 +642,7 @@ class Saved:
             "lists": (torch.int32, pairs),
             "poison": (torch.int32, grid.heads_kv * (grid.tiles if scattered else 1)),
             "taken": (torch.int32, 1),
+            "some": (torch.int32, len(SAFE_KERNELS) * (ALIGNMENT // 4)),
             "live": (torch.int8, pairs),
         }
         self._dtypes = {part: dtype for part, (dtype, _) in lengths.items()}

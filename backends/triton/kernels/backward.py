@@ -214,15 +214,14 @@ def store_row_gradients(parts, grads, top, t, delta, at_row, inside, right, term
 
 
 @triton.jit
-def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
-               delta_out, row_grads, unsafe, shape, scale, opt: tl.constexpr, CHUNK: tl.constexpr,
-               WANTED: tl.constexpr, STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
-    """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands."""
+def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists,
+                  counts, grad_q, delta_out, row_grads, unsafe, some, shape, scale,
+                  opt: tl.constexpr, CHUNK: tl.constexpr, WANTED: tl.constexpr,
+                  STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+    """:func:`grad_query` of the row block that is ``number`` in launch order."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
-    at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
+    at_block, at_head, first_row, at_row, inside = row_block_at(number, shape, opt)
     batch, head, kv_head = at_head
-    if SAFE and not is_marked(unsafe + at_row, inside):
-        return
     length = shape.length_q
     terms = terms_of(batch, head, shape, opt)
     queries = head_of(query, batch, head)
@@ -267,7 +266,30 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
         checksum += store_row_gradients(parts, row_grads, top, t, delta, at_row, inside, right,
                                         terms, opt, WANTED)[:, None]  # fmt: skip
     if not SAFE:
-        mark_rows(unsafe + at_row, checksum, inside)
+        mark_rows(unsafe + at_row, some, checksum, inside)
+
+
+@triton.jit
+def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
+               delta_out, row_grads, unsafe, some, shape, scale, work_items, opt: tl.constexpr,
+               CHUNK: tl.constexpr, WANTED: tl.constexpr, STAGES: tl.constexpr,
+               SAFE: tl.constexpr):  # fmt: skip
+    """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands."""
+    if SAFE:
+        number = tl.program_id(0)
+        waiting = (tl.load(some) != 0) & (number < work_items)
+        while waiting:
+            _, _, _, at_row, inside = row_block_at(number, shape, opt)
+            if is_marked(unsafe + at_row, inside):
+                grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
+                              t_in, lists, counts, grad_q, delta_out, row_grads, unsafe, some,
+                              shape, scale, opt, CHUNK, WANTED, STAGES, SAFE)  # fmt: skip
+            number += tl.num_programs(0)
+            waiting = number < work_items
+    else:
+        grad_query_of(tl.program_id(0), query, key, value, grad_out, out_u, spread_in, top_in, t_in,
+                      lists, counts, grad_q, delta_out, row_grads, unsafe, some, shape, scale, opt,
+                      CHUNK, WANTED, STAGES, SAFE)  # fmt: skip
 
 
 @triton.jit
@@ -500,8 +522,9 @@ def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt
 
 
 @triton.jit
-def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe, shape,
-               scale, ROWS: tl.constexpr, opt: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe, some,
+               shape, scale, ROWS: tl.constexpr, opt: tl.constexpr,
+               SAFE: tl.constexpr):  # fmt: skip
     """Store ``dK`` and ``dV`` of ROWS keys from their sums, and mark what is not finite."""
     kv_row, batch, kv_head = at_head
     prob_scale: tl.constexpr = PROB_SCALE if grad_v.base.dtype.element_ty == tl.float16 else 1.0
@@ -523,30 +546,18 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad
     store_tile(head, first_key, length, result_v, ROWS, opt.head_dim_v, opt.padded_v)
     if not SAFE:
         # One mark for both: a sum that overflows costs time alone.
-        mark_rows(unsafe + at_key, result_k + tl.sum(result_v, 1)[:, None], inside)
+        mark_rows(unsafe + at_key, some, result_k + tl.sum(result_v, 1)[:, None], inside)
 
 
 @triton.jit
-def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in,
-                   row_block_lists, row_block_counts, cuts, owners, partials, poison, grad_k,
-                   grad_v, unsafe, shape, scale, opt: tl.constexpr, PARTS: tl.constexpr,
-                   MOST: tl.constexpr, STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
-    """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
-    number = tl.program_id(0)
-    piece = 0
-    pieces = 0
-    if MOST and not SAFE:
-        number, piece, pieces = work_of(number, cuts, owners, MOST)
-        if number < 0:
-            return
-    elif not MOST:
-        heads_kv = shape.heads_q // shape.gqa_group
-        number = in_turn(number, heads_kv, tl.cdiv(shape.length_k, opt.block_k), shape, opt)
+def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in, t_in, delta_in,
+                      spread_in, row_block_lists, row_block_counts, cuts, partials, poison,
+                      grad_k, grad_v, unsafe, some, shape, scale, opt: tl.constexpr,
+                      PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
+                      SAFE: tl.constexpr):  # fmt: skip
+    """:func:`grad_key_value` of one of the ``pieces`` of key tile ``number``; of none, of all."""
     at_head, first_key = tile_at(number, shape, opt)
     kv_row, batch, kv_head = at_head
-    at_key, inside = rows_at(kv_row, first_key, shape.length_k, opt.block_k)
-    if SAFE and not is_marked(unsafe + at_key, inside):
-        return
     first_head = kv_head * shape.gqa_group
     prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     length = shape.length_k
@@ -581,11 +592,47 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
         tl.store(of_values, acc_v)
     else:
         store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe,
-                   shape, scale, opt.block_k, opt, SAFE)  # fmt: skip
+                   some, shape, scale, opt.block_k, opt, SAFE)  # fmt: skip
 
 
 @triton.jit
-def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, shape, scale,
+def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in,
+                   row_block_lists, row_block_counts, cuts, owners, partials, poison, grad_k,
+                   grad_v, unsafe, some, shape, scale, key_tiles, opt: tl.constexpr,
+                   PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
+                   SAFE: tl.constexpr):  # fmt: skip
+    """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
+    number = tl.program_id(0)
+    if SAFE:
+        waiting = (tl.load(some) != 0) & (number < key_tiles)
+        while waiting:
+            at_head, first_key = tile_at(number, shape, opt)
+            at_key, inside = rows_at(at_head[0], first_key, shape.length_k, opt.block_k)
+            if is_marked(unsafe + at_key, inside):
+                grad_key_value_of(number, 0, 0, query, key, value, grad_out, top_in, t_in,
+                                  delta_in, spread_in, row_block_lists, row_block_counts, cuts,
+                                  partials, poison, grad_k, grad_v, unsafe, some, shape, scale,
+                                  opt, PARTS, MOST, STAGES, SAFE)  # fmt: skip
+            number += tl.num_programs(0)
+            waiting = number < key_tiles
+    else:
+        piece = 0
+        pieces = 0
+        if MOST:
+            number, piece, pieces = work_of(number, cuts, owners, MOST)
+            if number < 0:
+                return
+        else:
+            heads_kv = shape.heads_q // shape.gqa_group
+            number = in_turn(number, heads_kv, tl.cdiv(shape.length_k, opt.block_k), shape, opt)
+        grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in, t_in,
+                          delta_in, spread_in, row_block_lists, row_block_counts, cuts, partials,
+                          poison, grad_k, grad_v, unsafe, some, shape, scale, opt, PARTS, MOST,
+                          STAGES, SAFE)  # fmt: skip
+
+
+@triton.jit
+def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, some, shape, scale,
                opt: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """``dK`` and ``dV`` of ROWS keys of a tile whose list is cut, from its pieces in order."""
     parts: tl.constexpr = opt.block_k // ROWS
@@ -605,7 +652,7 @@ def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, sha
         acc_v += tl.load(of_values)
     at_head, first_key = tile_at(number, shape, opt)
     store_keys(acc_k, acc_v, None, at_head, first_key + first_row, t_in, poison, grad_k, grad_v,
-               unsafe, shape, scale, ROWS, opt, False)  # fmt: skip
+               unsafe, some, shape, scale, ROWS, opt, False)  # fmt: skip
 
 
 @triton.jit

@@ -130,12 +130,15 @@ def store_tile(
 
 
 @triton.jit
-def mark_rows(unsafe, tile, inside):
-    """Store for each row of a tile whether it has an entry that is not finite.
+def mark_rows(unsafe, some, tile, inside):
+    """Store for each row of a tile whether it has an entry that is not finite, and in ``some``,
+    which starts as zero, that there is such a row.
 
     By rows and not as one number: Triton 3.7.1 compiles no scalar of a product for sm_100.
     """
-    tl.store(unsafe, tl.max(tl.where(is_finite(tile), 0, 1), 1).to(tl.int8), mask=inside)
+    found = tl.max(tl.where(is_finite(tile), 0, 1), 1)
+    tl.store(unsafe, found.to(tl.int8), mask=inside)
+    tl.store(some + found * 0, 1, mask=inside & (found > 0))
 
 
 @triton.jit
