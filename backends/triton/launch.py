@@ -485,7 +485,7 @@ def backward(
         "scale": scale,
         "work_items": grid.heads * grid.row_blocks,
         "opt": plan.opt,
-        "CHUNK": LIST_CHUNK,
+        "CHUNK": _in_window(call, int(call.config["block_q"]), block_k) or LIST_CHUNK,
         "STAGES": _stages(call, "grad_query"),
     }
     with on_device(problem.device):

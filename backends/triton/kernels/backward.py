@@ -52,6 +52,7 @@ from adasplash2.backends.triton.kernels.work import (
     checked,
     entries_at,
     entry_of,
+    first_entry,
     head_of,
     in_turn,
     is_cut,
@@ -155,7 +156,7 @@ def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, e
     """Add ``ds K``, and the sums of :func:`add_row_sums`, over the entries that need no mask, or
     the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
-    number = entry_of(numbers, start, stop)
+    number = first_entry(numbers, start, stop, EDGE)
     for index in tl.range(start, stop, num_stages=STAGES):
         first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
         number = entry_of(numbers, index + 1, stop)
@@ -379,7 +380,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
     part: tl.constexpr = opt.block_q // PARTS
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     length = shape.length_q
-    upcoming = entry_of(numbers, start, stop)
+    upcoming = first_entry(numbers, start, stop, EDGE)
     for index in tl.range(start * PARTS, stop * PARTS, num_stages=STAGES):
         entry = upcoming
         upcoming = entry_of(numbers, (index + 1) // PARTS, stop)

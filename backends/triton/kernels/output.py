@@ -32,6 +32,7 @@ from adasplash2.backends.triton.kernels.threshold import (
 from adasplash2.backends.triton.kernels.work import (
     entries_at,
     entry_of,
+    first_entry,
     head_of,
     is_cut,
     is_edge,
@@ -103,7 +104,7 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_s
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """:func:`weigh` the entries that need no mask, or the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
-    number = entry_of(numbers, start, stop)
+    number = first_entry(numbers, start, stop, EDGE)
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
         number = entry_of(numbers, index + 1, stop)

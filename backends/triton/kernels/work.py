@@ -12,6 +12,7 @@ import triton.language as tl
 
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
+    INTERPRETED,
     any_of,
     is_finite,
 )
@@ -207,12 +208,20 @@ def checked(entries, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
     been written over since. If so there are none, so that nothing else is read.
 
     Entries are looked at before the loop over tiles: a limit inside it would keep Triton from
-    asking for tiles ahead.
+    asking for tiles ahead. Where a window ends on both sides CHUNK is as long as a list can be, and
+    entries are asked for beside their counts.
     """
     numbers, open_end, end = entries
     whole = shape.length_k // opt.block_k
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     right = (open_end >= 0) & (open_end <= end) & (end <= tiles)
+    if opt.joined:
+        places = tl.arange(0, CHUNK)
+        found = tl.load(numbers + places, mask=places < tiles, other=0)
+        limit = tl.where(places < open_end, whole, tiles)
+        outside = ((found < 0) | (found >= limit)) & (places < end)
+        right = right & (end <= CHUNK) & (any_of(outside) == 0)
+        return (numbers, tl.where(right, open_end, 0), tl.where(right, end, 0)), right
     end = tl.where(right, end, 0)
     for chunk in range(0, end, CHUNK):
         places = chunk + tl.arange(0, CHUNK)
@@ -258,6 +267,16 @@ def entry_of(numbers, index, stop):
     the entry of the next is asked for behind it.
     """
     return tl.load(numbers + index, mask=index < stop, other=0)
+
+
+@triton.jit
+def first_entry(numbers, start, stop, EDGE: tl.constexpr):
+    """:func:`entry_of` the first entry of a loop. Where EDGE is 2 it is asked for beside the counts
+    of the list: of an empty one it is any number, and no tile is loaded."""
+    if EDGE == 2 and not INTERPRETED:
+        return tl.load(numbers)
+    else:
+        return entry_of(numbers, start, stop)
 
 
 @triton.jit
