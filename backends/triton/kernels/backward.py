@@ -497,13 +497,25 @@ def partial_sums(partials, slot, first_row, ROWS: tl.constexpr, opt: tl.constexp
 
 
 @triton.jit
+def poison_of(at_head, first_key, poison, shape, opt: tl.constexpr):
+    """What the forward has marked of a key tile or, where poisoned rows see a head's leading keys,
+    how many of these."""
+    kv_row, _, _ = at_head
+    place = kv_row.to(tl.int64)
+    if opt.scattered:
+        place = place * tl.cdiv(shape.length_k, opt.block_k) + first_key // opt.block_k
+    return tl.load(poison + place)
+
+
+@triton.jit
 def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt: tl.constexpr):
-    """Which of ROWS keys a poisoned row may see, where these are not a head's leading keys: tiles
-    are marked by the forward, and rows are looked at where they are."""
+    """Which of ROWS keys a poisoned row may see, by :func:`poison_of` them: where these need not be
+    a head's leading keys, rows are looked at where their tile is marked."""
     kv_row, batch, kv_head = at_head
+    if not opt.scattered:
+        return first_key + tl.arange(0, ROWS) < poison
     found = tl.full((ROWS,), 0, tl.int32)
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
-    if tl.load(poison + kv_row.to(tl.int64) * tiles + first_key // opt.block_k) != 0:
+    if poison != 0:
         keys = (first_key + tl.arange(0, ROWS))[:, None]
         row_blocks = tl.cdiv(shape.length_q, opt.block_q)
         for entry in range(0, shape.gqa_group * row_blocks):
@@ -531,10 +543,7 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad
     prob_scale: tl.constexpr = PROB_SCALE if grad_v.base.dtype.element_ty == tl.float16 else 1.0
     at_key, inside = rows_at(kv_row, first_key, shape.length_k, ROWS)
     length = shape.length_k
-    if opt.scattered:
-        poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, ROWS, opt)[:, None]
-    else:
-        poisoned = (at_key - kv_row.to(tl.int64) * length < tl.load(poison + kv_row))[:, None]
+    poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, ROWS, opt)[:, None]
     result_k = tl.where(poisoned, float("nan"), acc_k * scale)
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
     if opt.dropout:
@@ -559,6 +568,7 @@ def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in
     """:func:`grad_key_value` of one of the ``pieces`` of key tile ``number``; of none, of all."""
     at_head, first_key = tile_at(number, shape, opt)
     kv_row, batch, kv_head = at_head
+    poison = poison_of(at_head, first_key, poison, shape, opt)
     first_head = kv_head * shape.gqa_group
     prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     length = shape.length_k
@@ -652,6 +662,7 @@ def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, som
         acc_k += tl.load(of_keys)
         acc_v += tl.load(of_values)
     at_head, first_key = tile_at(number, shape, opt)
+    poison = poison_of(at_head, first_key, poison, shape, opt)
     store_keys(acc_k, acc_v, None, at_head, first_key + first_row, t_in, poison, grad_k, grad_v,
                unsafe, some, shape, scale, ROWS, opt, False)  # fmt: skip
 
