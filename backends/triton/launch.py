@@ -177,6 +177,8 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         )
     else:
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
+        if opt.joined:  # whose lists are hardly longer than a warp
+            options["transpose_lists"] = {"num_warps": 1}
         if config["whole"] != "nothing":
             wide = sizes.Options.of(problem, config, whole=True)
             begin = 0
