@@ -354,17 +354,18 @@ class Options(NamedTuple):
     ``halved``: see :func:`is_halved`.
 
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
-    ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
-    limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
-    ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see :func:`is_scored`;
-    ``folded``: see :func:`is_folded`; ``biased``: something is added to scores; ``joined``: a
-    window ends on both sides, so that many of the tiles that a row block sees are edges, and share
-    a loop with the others; ``even``: no tile reaches beyond the last row or key there, so that
-    loops need not ask; ``local``: slopes keep far keys out of the support; ``scattered``: a row may
-    see other keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do
-    not lie in such; ``guesses``: the first step is from where Gaussian rows of the same mean
-    and deviation have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth
-    of the time); ``overlaps``: see :class:`Limits`; ``group``: see DECODED_GROUP."""
+    ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that
+    something limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is
+    added; ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see
+    :func:`is_scored`; ``folded``: see :func:`is_folded`; ``biased``: something is added to
+    scores; ``joined``: a window ends on both sides, so that many of the tiles that a row block
+    sees are edges, and share a loop with the others; ``even``: no tile reaches beyond the last
+    row or key there, so that loops need not ask; ``grouped``: several query heads share a key
+    head; ``local``: slopes keep far keys out of the support; ``scattered``: a row may see other
+    keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do not lie in
+    such; ``guesses``: the first step is from where Gaussian rows of the same mean and deviation
+    have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth of the time);
+    ``overlaps``: see :class:`Limits`; ``group``: see DECODED_GROUP."""
 
     block_q: int
     block_k: int
@@ -389,6 +390,7 @@ class Options(NamedTuple):
     upper: bool
     joined: bool
     even: bool
+    grouped: bool
     hides: bool
     adds: bool
     masked: bool
@@ -449,6 +451,7 @@ class Options(NamedTuple):
             even=joined
             and problem.length_q % int(config["block_q"]) == 0
             and problem.length_k % (block_k * int(config.get("span", 1))) == 0,
+            grouped=problem.group_size > 1,
             hides=hides,
             adds=mask is not None and not hides,
             masked=mask is not None,

@@ -62,6 +62,7 @@ from adasplash2.backends.triton.kernels.work import (
     load_thresholds,
     load_tile,
     mark_rows,
+    member_and_block,
     portion,
     row_block_at,
     rows_at,
@@ -384,8 +385,9 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
     for index in tl.range(start * PARTS, stop * PARTS, num_stages=STAGES):
         entry = upcoming
         upcoming = entry_of(numbers, (index + 1) // PARTS, stop)
-        member = (entry // row_blocks).to(tl.int64)
-        first_row = (entry % row_blocks * PARTS + index % PARTS) * part
+        head, row_block = member_and_block(entry, row_blocks, opt)
+        member = head.to(tl.int64)
+        first_row = (row_block * PARTS + index % PARTS) * part
         q_head = (q_base + member * q_member, q_row)
         q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, not opt.even)
         g_head = (g_base + member * g_member, g_row)
@@ -397,7 +399,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
-        terms = terms_of(batch, kv_head * shape.gqa_group + entry // row_blocks, shape, opt)
+        terms = terms_of(batch, kv_head * shape.gqa_group + head, shape, opt)
         # A rounding of the smallest `x` moves its `u`: where steep, to the bit as for `delta`.
         if by_key:
             product = tl.trans(products(q, k, 0.0, opt)) if opt.steep else products(k, q, 0.0, opt)

@@ -196,6 +196,15 @@ def tile_at(number, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def member_and_block(entry, row_blocks, opt: tl.constexpr):
+    """The head of its group, and the row block of that, that an entry of a key tile's list says."""
+    if opt.grouped:
+        return entry // row_blocks, entry % row_blocks
+    else:
+        return entry * 0, entry
+
+
+@triton.jit
 def entries_at(lists, counts, number, capacity):
     """The entries of list ``number``."""
     numbers = lists + number.to(tl.int64) * capacity
