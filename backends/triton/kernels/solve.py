@@ -71,6 +71,9 @@ FIRST_SPANS = tl.constexpr(2)
 """Spans after whose scores all rows of a block may be known to take no guess, where FEW. With tiles
 of 64 keys their deviation is off by a sixteenth, and rows with c of 0.6 and above are sharp."""
 
+SHARPEST = tl.constexpr(1e30)
+"""A sum of squares with which no row takes a guess."""
+
 PIECES = tl.constexpr(4)
 """Of a tile, whose maxima are kept apart where all that a row block may see are few. With 17 tiles
 they leave blocks of Gaussian rows two of Newton's steps for three by those of whole tiles."""
@@ -121,13 +124,13 @@ def moments_of(s, EDGE):
 
 @triton.jit
 def without_sharp(total, squares, rows, end, terms, shape, opt: tl.constexpr):
-    """:func:`moments_of` all keys up to ``end``, with squares of rows that are too sharp for a
-    guess made infinite; and whether all are."""
+    """:func:`moments_of` all keys up to ``end``, with the SHARPEST squares for rows that are too
+    sharp for a guess; and whether all are."""
     seen = tl.minimum(end_of(rows, terms, shape, opt), end) - begin_of(rows, terms, shape, opt)
     _, deviation = mean_and_deviation(*pair_sums(total, squares), seen)
     _, _, share = share_of(deviation, visible(rows, terms, shape, opt), terms)
     sharp = share >= LARGEST_SHARE
-    return tl.where(sharp[:, None], INFINITY, squares), any_of(sharp == 0) == 0
+    return tl.where(sharp[:, None], SHARPEST, squares), any_of(sharp == 0) == 0
 
 
 @triton.jit

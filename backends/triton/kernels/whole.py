@@ -234,7 +234,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
         open_ones = open_between(first_row, seen[0], end, open_end, terms, shape, opt)
         if (open_ones[0] > 0) | (open_ones[1] * opt.block_k < wide.block_k):
-            s = tl.where(allowed(rows, columns, terms, shape, opt), s, -INFINITY)
+            s = tl.where(allowed(rows, columns, terms, shape, wide), s, -INFINITY)
         maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
         highest = largest(tl.reshape(maxima, (opt.block_q, tiles, PARTS)), 2)
