@@ -511,11 +511,9 @@ def poison_of(at_head, first_key, poison, shape, opt: tl.constexpr):
 
 @triton.jit
 def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt: tl.constexpr):
-    """Which of ROWS keys a poisoned row may see, by :func:`poison_of` them: where these need not be
-    a head's leading keys, rows are looked at where their tile is marked."""
+    """Which of ROWS keys a poisoned row may see, where these are not a head's leading keys: by
+    :func:`poison_of` their tile, and rows are looked at where they are."""
     kv_row, batch, kv_head = at_head
-    if not opt.scattered:
-        return first_key + tl.arange(0, ROWS) < poison
     found = tl.full((ROWS,), 0, tl.int32)
     if poison != 0:
         keys = (first_key + tl.arange(0, ROWS))[:, None]
@@ -545,7 +543,10 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad
     prob_scale: tl.constexpr = PROB_SCALE if grad_v.base.dtype.element_ty == tl.float16 else 1.0
     at_key, inside = rows_at(kv_row, first_key, shape.length_k, ROWS)
     length = shape.length_k
-    poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, ROWS, opt)[:, None]
+    if opt.scattered:
+        poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, ROWS, opt)[:, None]
+    else:
+        poisoned = (first_key + tl.arange(0, ROWS) < poison)[:, None]
     result_k = tl.where(poisoned, float("nan"), acc_k * scale)
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
     if opt.dropout:
