@@ -46,6 +46,9 @@ FOLDS = 2
 KEPT = 1
 """Steps there after which tiles are not listed anew."""
 
+SHARP = True
+"""Whether sums of scores end there where no row takes a guess."""
+
 FEWEST_MAXIMA = 16
 """Of a row that a program holds at a time, however few tiles there are."""
 
@@ -174,6 +177,8 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         )
     else:
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
+        if opt.joined:  # whose lists are hardly longer than a warp
+            options["transpose_lists"] = {"num_warps": 1}
         if config["whole"] != "nothing":
             wide = sizes.Options.of(problem, config, whole=True)
             begin = 0
@@ -230,11 +235,14 @@ class Call:
         variant = tuple(flags.values())
         self.run(Launch(kernel, grid, {**arguments, **flags}, options, self.compiled, variant))
 
-    def twice(self, kernel: Any, grid: int, flags: dict[str, bool], **arguments: Any) -> None:
-        """For all row blocks, and in the way that keeps what is not finite apart for those that
-        need it."""
-        for safe in (False, True):
-            self(kernel, grid, {**flags, "SAFE": safe}, **arguments)
+    def again(
+        self, kernel: Any, items: int, flags: Mapping[str, Hashable], **arguments: Any
+    ) -> None:
+        """Launch ``kernel`` in the way that keeps what is not finite apart, for those of ``items``
+        that need it. Hardly ever one does: programs are as many as run at a time."""
+        programs = sizes.residents(self.config, kernel.__name__)
+        programs *= multiprocessors(self.problem.device)
+        self(kernel, min(programs, items), {**flags, "SAFE": True}, **arguments)
 
     def longest(self) -> sizes.Shape:
         """The shape with the norm of each key head's longest key, where slopes ask for it."""
@@ -243,6 +251,11 @@ class Call:
             return self.shape
         norms = torch.linalg.vector_norm(self.inputs[1], dim=-1, dtype=torch.float32)
         return self.shape._replace(terms=terms._replace(longest=norms.amax(dim=-1)))
+
+    def some(self, parts: Mapping[str, Tensor], kernel: str) -> Tensor:
+        """Where one of ``sizes.SAFE_KERNELS`` says that something is not finite."""
+        each = sizes.ALIGNMENT // parts["some"].itemsize
+        return parts["some"][sizes.SAFE_KERNELS.index(kernel) * each :]
 
     def means(self, out_u: Tensor) -> sizes.Heads:
         """The saved means as a tensor with heads; nothing is behind them without a gradient."""
@@ -291,15 +304,13 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
         "out_u": call.means(parts["out_u"]),
         "spread": parts["spread"],
         "unsafe": call.empty(call.grid.rows, dtype=torch.int8),
+        "some": call.some(parts, "output"),
         "support": counters["support"],
         "marks": counters["marks"],
         "shape": call.shape,
         "GRADIENT": problem.needs_grad,
         "MARK": STATS_TILE,
     }
-    # Beside two sums, no registers are left for a product that adds up from something: the
-    # assembler would wait for each.
-    unfolded = call.plan.opt._replace(folded=False)
     with on_device(problem.device):
         if not call.plan.whole:
             _solve(call, {"COUNT": count}, parts["taken"], solved)
@@ -315,20 +326,23 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
                 each=each,
                 OUTPUT=found_output,
             )
-        for safe in (True,) if found_output else (False, True):
-            call(
-                output_kernels.output,
-                call.grid.heads * call.grid.row_blocks,
-                {"COUNT": count, "SAFE": safe},
-                query=call.query,
-                key=call.key,
-                top_in=parts["top"],
-                t_in=call.threshold(parts["t"], tau),
-                lists=parts["lists"],
-                counts=parts["counts"],
-                opt=unfolded,
-                **weighed,
-            )
+        row_blocks = call.grid.heads * call.grid.row_blocks
+        weighed |= {
+            "query": call.query,
+            "key": call.key,
+            "top_in": parts["top"],
+            "t_in": call.threshold(parts["t"], tau),
+            "lists": parts["lists"],
+            "counts": parts["counts"],
+            "work_items": row_blocks,
+            # Beside two sums, no registers are left for a product that adds up from something: the
+            # assembler would wait for each.
+            "opt": call.plan.opt._replace(folded=False),
+        }
+        if not found_output:
+            flags = {"COUNT": count, "SAFE": False}
+            call(output_kernels.output, row_blocks, flags, **weighed)
+        call.again(output_kernels.output, row_blocks, {"COUNT": count}, **weighed)
     if not problem.needs_grad:
         saved = saved.new_empty(0)
     return Forward(out.to(problem.dtype), tau, saved)
@@ -357,6 +371,7 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
         FEW=few,
         FOLDS=min(FOLDS, chunk // FEWEST_MAXIMA) if few else 1,
         KEPT=KEPT if few else 0,
+        SHARP=SHARP and few,
         SPAN=span,
         STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
     )
@@ -429,6 +444,7 @@ def backward(
         "grad_k": grad_k,
         "grad_v": grad_v,
         "unsafe": unsafe,
+        "some": call.some(parts, "grad_key_value"),
         "shape": call.shape,
         "scale": scale,
         "opt": plan.opt,
@@ -450,31 +466,35 @@ def backward(
         **of_keys,
         "PARTS": int(call.config["parts"]),
         "STAGES": _stages(call, "grad_key_value"),
+        "key_tiles": key_tiles,
+    }
+    by_query = {
+        "query": call.query,
+        "key": call.key,
+        "value": call.value,
+        "grad_out": grad_out_heads,
+        "out_u": call.means(parts["out_u"]),
+        "spread_in": spread,
+        **thresholds,
+        "lists": parts["lists"],
+        "counts": parts["counts"],
+        "grad_q": grad_q,
+        "delta_out": delta,
+        "row_grads": sizes.Wanted.parts(of_rows),
+        "unsafe": unsafe,
+        "some": call.some(parts, "grad_query"),
+        "shape": call.shape,
+        "scale": scale,
+        "work_items": grid.heads * grid.row_blocks,
+        "opt": plan.opt,
+        "CHUNK": _in_window(call, int(call.config["block_q"]), block_k) or LIST_CHUNK,
+        "STAGES": _stages(call, "grad_query"),
     }
     with on_device(problem.device):
-        call.twice(
-            backward_kernels.grad_query,
-            grid.heads * grid.row_blocks,
-            {"WANTED": sizes.Wanted.of(wanted)},
-            query=call.query,
-            key=call.key,
-            value=call.value,
-            grad_out=grad_out_heads,
-            out_u=call.means(parts["out_u"]),
-            spread_in=spread,
-            **thresholds,
-            lists=parts["lists"],
-            counts=parts["counts"],
-            grad_q=grad_q,
-            delta_out=delta,
-            row_grads=sizes.Wanted.parts(of_rows),
-            unsafe=unsafe,
-            shape=call.shape,
-            scale=scale,
-            opt=plan.opt,
-            CHUNK=LIST_CHUNK,
-            STAGES=_stages(call, "grad_query"),
-        )
+        kernel, items = backward_kernels.grad_query, by_query["work_items"]
+        flags = {"WANTED": sizes.Wanted.of(wanted)}
+        call(kernel, items, {**flags, "SAFE": False}, **by_query)
+        call.again(kernel, items, flags, **by_query)
         call(
             backward_kernels.transpose_lists,
             key_tiles,
@@ -504,7 +524,7 @@ def backward(
             added = pieces * (block_k // ADDED_ROWS)
             t_in = thresholds["t_in"] if plan.opt.scattered else None
             call(backward_kernels.add_pieces, added, {}, t_in=t_in, **of_keys, ROWS=ADDED_ROWS)
-        call(backward_kernels.grad_key_value, key_tiles, {"SAFE": True}, **by_key)
+        call.again(backward_kernels.grad_key_value, key_tiles, {}, **by_key)
         of_mask = None
         if "attn_mask" in wanted:
             of_mask = _grad_mask(call, every_head, parts)

@@ -30,6 +30,9 @@ KERNELS = (
 )
 """Names of the kernels of attention, in ``kernels/``."""
 
+SAFE_KERNELS = "output", "grad_query", "grad_key_value"
+"""Names of those that are launched twice: again for what is not finite."""
+
 DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh", "decode_combine"
 """Names of those that run in their place where :func:`is_decoding`, in ``kernels/decode.py``."""
 
@@ -351,17 +354,18 @@ class Options(NamedTuple):
     ``halved``: see :func:`is_halved`.
 
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
-    ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
-    limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
-    ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see :func:`is_scored`;
-    ``folded``: see :func:`is_folded`; ``biased``: something is added to scores; ``joined``: a
-    window ends on both sides, so that many of the tiles that a row block sees are edges, and share
-    a loop with the others; ``even``: no tile reaches beyond the last row or key there, so that
-    loops need not ask; ``local``: slopes keep far keys out of the support; ``scattered``: a row may
-    see other keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do
-    not lie in such; ``guesses``: the first step is from where Gaussian rows of the same mean
-    and deviation have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth
-    of the time); ``overlaps``: see :class:`Limits`; ``group``: see DECODED_GROUP."""
+    ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that
+    something limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is
+    added; ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see
+    :func:`is_scored`; ``folded``: see :func:`is_folded`; ``biased``: something is added to
+    scores; ``joined``: a window ends on both sides, so that many of the tiles that a row block
+    sees are edges, and share a loop with the others; ``even``: no tile reaches beyond the last
+    row or key there, so that loops need not ask; ``grouped``: several query heads share a key
+    head; ``local``: slopes keep far keys out of the support; ``scattered``: a row may see other
+    keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do not lie in
+    such; ``guesses``: the first step is from where Gaussian rows of the same mean and deviation
+    have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth of the time);
+    ``overlaps``: see :class:`Limits`; ``group``: see DECODED_GROUP."""
 
     block_q: int
     block_k: int
@@ -386,6 +390,7 @@ class Options(NamedTuple):
     upper: bool
     joined: bool
     even: bool
+    grouped: bool
     hides: bool
     adds: bool
     masked: bool
@@ -446,6 +451,7 @@ class Options(NamedTuple):
             even=joined
             and problem.length_q % int(config["block_q"]) == 0
             and problem.length_k % (block_k * int(config.get("span", 1))) == 0,
+            grouped=problem.group_size > 1,
             hides=hides,
             adds=mask is not None and not hides,
             masked=mask is not None,
@@ -620,8 +626,10 @@ class Saved:
     ``poison`` ``(batch * heads_kv,)`` int32: leading keys that a poisoned row sees; where rows see
     others ``(batch * heads_kv, tiles)``: whether one may see some of a tile's.
     ``taken`` ``(1,)`` int32: row blocks that the forward's programs have taken on.
+    ``some`` ``(SAFE_KERNELS, 4)`` int32: first of four, whether one of these kernels found what is
+    not finite.
 
-    From the byte ``cleared`` on, ``poison``, ``taken`` and ``live``, it starts as zeros.
+    From the byte ``cleared`` on, ``poison``, ``taken``, ``some`` and ``live``, it starts as zeros.
     """
 
     def __init__(self, problem: Problem, config: Config) -> None:
@@ -637,6 +645,7 @@ class Saved:
             "lists": (torch.int32, pairs),
             "poison": (torch.int32, grid.heads_kv * (grid.tiles if scattered else 1)),
             "taken": (torch.int32, 1),
+            "some": (torch.int32, len(SAFE_KERNELS) * (ALIGNMENT // 4)),
             "live": (torch.int8, pairs),
         }
         self._dtypes = {part: dtype for part, (dtype, _) in lengths.items()}
@@ -902,8 +911,11 @@ def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] 
         }
     chosen = {}
     for kernel, (kept, staged) in kept_and_staged.items():
-        # On an H200 two are 5 % faster than three, and a fifth at head_dim 128.
-        most = MIN_STAGES if kernel == "grad_key_value" else MAX_STAGES
+        most = MAX_STAGES
+        if kernel == "grad_key_value":
+            # On an H200 two are 5 % faster than three, and a fifth at head_dim 128. The lists of a
+            # window's key tiles are short: there three are 7 % faster, at head_dim 64.
+            most = MIN_STAGES + (is_windowed(problem) and both <= 256)
         mask = 0
         if operand:
             mask = (part if kernel == "grad_key_value" else block_q) * block_k

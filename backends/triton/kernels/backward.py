@@ -52,6 +52,7 @@ from adasplash2.backends.triton.kernels.work import (
     checked,
     entries_at,
     entry_of,
+    first_entry,
     head_of,
     in_turn,
     is_cut,
@@ -61,6 +62,7 @@ from adasplash2.backends.triton.kernels.work import (
     load_thresholds,
     load_tile,
     mark_rows,
+    member_and_block,
     portion,
     row_block_at,
     rows_at,
@@ -155,7 +157,7 @@ def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, e
     """Add ``ds K``, and the sums of :func:`add_row_sums`, over the entries that need no mask, or
     the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
-    number = entry_of(numbers, start, stop)
+    number = first_entry(numbers, start, stop, EDGE)
     for index in tl.range(start, stop, num_stages=STAGES):
         first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
         number = entry_of(numbers, index + 1, stop)
@@ -214,15 +216,14 @@ def store_row_gradients(parts, grads, top, t, delta, at_row, inside, right, term
 
 
 @triton.jit
-def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
-               delta_out, row_grads, unsafe, shape, scale, opt: tl.constexpr, CHUNK: tl.constexpr,
-               WANTED: tl.constexpr, STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
-    """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands."""
+def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists,
+                  counts, grad_q, delta_out, row_grads, unsafe, some, shape, scale,
+                  opt: tl.constexpr, CHUNK: tl.constexpr, WANTED: tl.constexpr,
+                  STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+    """:func:`grad_query` of the row block that is ``number`` in launch order."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
-    at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
+    at_block, at_head, first_row, at_row, inside = row_block_at(number, shape, opt)
     batch, head, kv_head = at_head
-    if SAFE and not is_marked(unsafe + at_row, inside):
-        return
     length = shape.length_q
     terms = terms_of(batch, head, shape, opt)
     queries = head_of(query, batch, head)
@@ -267,7 +268,30 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
         checksum += store_row_gradients(parts, row_grads, top, t, delta, at_row, inside, right,
                                         terms, opt, WANTED)[:, None]  # fmt: skip
     if not SAFE:
-        mark_rows(unsafe + at_row, checksum, inside)
+        mark_rows(unsafe + at_row, some, checksum, inside)
+
+
+@triton.jit
+def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
+               delta_out, row_grads, unsafe, some, shape, scale, work_items, opt: tl.constexpr,
+               CHUNK: tl.constexpr, WANTED: tl.constexpr, STAGES: tl.constexpr,
+               SAFE: tl.constexpr):  # fmt: skip
+    """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands."""
+    if SAFE:
+        number = tl.program_id(0)
+        waiting = (tl.load(some) != 0) & (number < work_items)
+        while waiting:
+            _, _, _, at_row, inside = row_block_at(number, shape, opt)
+            if is_marked(unsafe + at_row, inside):
+                grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
+                              t_in, lists, counts, grad_q, delta_out, row_grads, unsafe, some,
+                              shape, scale, opt, CHUNK, WANTED, STAGES, SAFE)  # fmt: skip
+            number += tl.num_programs(0)
+            waiting = number < work_items
+    else:
+        grad_query_of(tl.program_id(0), query, key, value, grad_out, out_u, spread_in, top_in, t_in,
+                      lists, counts, grad_q, delta_out, row_grads, unsafe, some, shape, scale, opt,
+                      CHUNK, WANTED, STAGES, SAFE)  # fmt: skip
 
 
 @triton.jit
@@ -357,12 +381,13 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
     part: tl.constexpr = opt.block_q // PARTS
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     length = shape.length_q
-    upcoming = entry_of(numbers, start, stop)
+    upcoming = first_entry(numbers, start, stop, EDGE)
     for index in tl.range(start * PARTS, stop * PARTS, num_stages=STAGES):
         entry = upcoming
         upcoming = entry_of(numbers, (index + 1) // PARTS, stop)
-        member = (entry // row_blocks).to(tl.int64)
-        first_row = (entry % row_blocks * PARTS + index % PARTS) * part
+        head, row_block = member_and_block(entry, row_blocks, opt)
+        member = head.to(tl.int64)
+        first_row = (row_block * PARTS + index % PARTS) * part
         q_head = (q_base + member * q_member, q_row)
         q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, not opt.even)
         g_head = (g_base + member * g_member, g_row)
@@ -374,7 +399,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
-        terms = terms_of(batch, kv_head * shape.gqa_group + entry // row_blocks, shape, opt)
+        terms = terms_of(batch, kv_head * shape.gqa_group + head, shape, opt)
         # A rounding of the smallest `x` moves its `u`: where steep, to the bit as for `delta`.
         if by_key:
             product = tl.trans(products(q, k, 0.0, opt)) if opt.steep else products(k, q, 0.0, opt)
@@ -474,13 +499,23 @@ def partial_sums(partials, slot, first_row, ROWS: tl.constexpr, opt: tl.constexp
 
 
 @triton.jit
+def poison_of(at_head, first_key, poison, shape, opt: tl.constexpr):
+    """What the forward has marked of a key tile or, where poisoned rows see a head's leading keys,
+    how many of these."""
+    kv_row, _, _ = at_head
+    place = kv_row.to(tl.int64)
+    if opt.scattered:
+        place = place * tl.cdiv(shape.length_k, opt.block_k) + first_key // opt.block_k
+    return tl.load(poison + place)
+
+
+@triton.jit
 def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt: tl.constexpr):
-    """Which of ROWS keys a poisoned row may see, where these are not a head's leading keys: tiles
-    are marked by the forward, and rows are looked at where they are."""
+    """Which of ROWS keys a poisoned row may see, where these are not a head's leading keys: by
+    :func:`poison_of` their tile, and rows are looked at where they are."""
     kv_row, batch, kv_head = at_head
     found = tl.full((ROWS,), 0, tl.int32)
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
-    if tl.load(poison + kv_row.to(tl.int64) * tiles + first_key // opt.block_k) != 0:
+    if poison != 0:
         keys = (first_key + tl.arange(0, ROWS))[:, None]
         row_blocks = tl.cdiv(shape.length_q, opt.block_q)
         for entry in range(0, shape.gqa_group * row_blocks):
@@ -500,8 +535,9 @@ def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt
 
 
 @triton.jit
-def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe, shape,
-               scale, ROWS: tl.constexpr, opt: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
+def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe, some,
+               shape, scale, ROWS: tl.constexpr, opt: tl.constexpr,
+               SAFE: tl.constexpr):  # fmt: skip
     """Store ``dK`` and ``dV`` of ROWS keys from their sums, and mark what is not finite."""
     kv_row, batch, kv_head = at_head
     prob_scale: tl.constexpr = PROB_SCALE if grad_v.base.dtype.element_ty == tl.float16 else 1.0
@@ -510,7 +546,7 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad
     if opt.scattered:
         poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, ROWS, opt)[:, None]
     else:
-        poisoned = (at_key - kv_row.to(tl.int64) * length < tl.load(poison + kv_row))[:, None]
+        poisoned = (first_key + tl.arange(0, ROWS) < poison)[:, None]
     result_k = tl.where(poisoned, float("nan"), acc_k * scale)
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
     if opt.dropout:
@@ -523,30 +559,19 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad
     store_tile(head, first_key, length, result_v, ROWS, opt.head_dim_v, opt.padded_v)
     if not SAFE:
         # One mark for both: a sum that overflows costs time alone.
-        mark_rows(unsafe + at_key, result_k + tl.sum(result_v, 1)[:, None], inside)
+        mark_rows(unsafe + at_key, some, result_k + tl.sum(result_v, 1)[:, None], inside)
 
 
 @triton.jit
-def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in,
-                   row_block_lists, row_block_counts, cuts, owners, partials, poison, grad_k,
-                   grad_v, unsafe, shape, scale, opt: tl.constexpr, PARTS: tl.constexpr,
-                   MOST: tl.constexpr, STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
-    """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
-    number = tl.program_id(0)
-    piece = 0
-    pieces = 0
-    if MOST and not SAFE:
-        number, piece, pieces = work_of(number, cuts, owners, MOST)
-        if number < 0:
-            return
-    elif not MOST:
-        heads_kv = shape.heads_q // shape.gqa_group
-        number = in_turn(number, heads_kv, tl.cdiv(shape.length_k, opt.block_k), shape, opt)
+def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in, t_in, delta_in,
+                      spread_in, row_block_lists, row_block_counts, cuts, partials, poison,
+                      grad_k, grad_v, unsafe, some, shape, scale, opt: tl.constexpr,
+                      PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
+                      SAFE: tl.constexpr):  # fmt: skip
+    """:func:`grad_key_value` of one of the ``pieces`` of key tile ``number``; of none, of all."""
     at_head, first_key = tile_at(number, shape, opt)
     kv_row, batch, kv_head = at_head
-    at_key, inside = rows_at(kv_row, first_key, shape.length_k, opt.block_k)
-    if SAFE and not is_marked(unsafe + at_key, inside):
-        return
+    poison = poison_of(at_head, first_key, poison, shape, opt)
     first_head = kv_head * shape.gqa_group
     prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     length = shape.length_k
@@ -581,11 +606,47 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
         tl.store(of_values, acc_v)
     else:
         store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe,
-                   shape, scale, opt.block_k, opt, SAFE)  # fmt: skip
+                   some, shape, scale, opt.block_k, opt, SAFE)  # fmt: skip
 
 
 @triton.jit
-def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, shape, scale,
+def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in,
+                   row_block_lists, row_block_counts, cuts, owners, partials, poison, grad_k,
+                   grad_v, unsafe, some, shape, scale, key_tiles, opt: tl.constexpr,
+                   PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
+                   SAFE: tl.constexpr):  # fmt: skip
+    """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
+    number = tl.program_id(0)
+    if SAFE:
+        waiting = (tl.load(some) != 0) & (number < key_tiles)
+        while waiting:
+            at_head, first_key = tile_at(number, shape, opt)
+            at_key, inside = rows_at(at_head[0], first_key, shape.length_k, opt.block_k)
+            if is_marked(unsafe + at_key, inside):
+                grad_key_value_of(number, 0, 0, query, key, value, grad_out, top_in, t_in,
+                                  delta_in, spread_in, row_block_lists, row_block_counts, cuts,
+                                  partials, poison, grad_k, grad_v, unsafe, some, shape, scale,
+                                  opt, PARTS, MOST, STAGES, SAFE)  # fmt: skip
+            number += tl.num_programs(0)
+            waiting = number < key_tiles
+    else:
+        piece = 0
+        pieces = 0
+        if MOST:
+            number, piece, pieces = work_of(number, cuts, owners, MOST)
+            if number < 0:
+                return
+        else:
+            heads_kv = shape.heads_q // shape.gqa_group
+            number = in_turn(number, heads_kv, tl.cdiv(shape.length_k, opt.block_k), shape, opt)
+        grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in, t_in,
+                          delta_in, spread_in, row_block_lists, row_block_counts, cuts, partials,
+                          poison, grad_k, grad_v, unsafe, some, shape, scale, opt, PARTS, MOST,
+                          STAGES, SAFE)  # fmt: skip
+
+
+@triton.jit
+def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, some, shape, scale,
                opt: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """``dK`` and ``dV`` of ROWS keys of a tile whose list is cut, from its pieces in order."""
     parts: tl.constexpr = opt.block_k // ROWS
@@ -604,8 +665,9 @@ def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, sha
         acc_k += tl.load(of_keys)
         acc_v += tl.load(of_values)
     at_head, first_key = tile_at(number, shape, opt)
+    poison = poison_of(at_head, first_key, poison, shape, opt)
     store_keys(acc_k, acc_v, None, at_head, first_key + first_row, t_in, poison, grad_k, grad_v,
-               unsafe, shape, scale, ROWS, opt, False)  # fmt: skip
+               unsafe, some, shape, scale, ROWS, opt, False)  # fmt: skip
 
 
 @triton.jit

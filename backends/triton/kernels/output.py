@@ -32,6 +32,7 @@ from adasplash2.backends.triton.kernels.threshold import (
 from adasplash2.backends.triton.kernels.work import (
     entries_at,
     entry_of,
+    first_entry,
     head_of,
     is_cut,
     is_edge,
@@ -103,7 +104,7 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_s
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """:func:`weigh` the entries that need no mask, or the others where EDGE."""
     numbers, start, stop = portion(entries, EDGE)
-    number = entry_of(numbers, start, stop)
+    number = first_entry(numbers, start, stop, EDGE)
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
         number = entry_of(numbers, index + 1, stop)
@@ -154,9 +155,9 @@ def scale_of_u(t, r, SCALE: tl.constexpr, opt: tl.constexpr):
 
 
 @triton.jit
-def store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch, head,
-                 first_row, at_row, inside, TYPE: tl.constexpr, terms, shape, opt: tl.constexpr,
-                 SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
+def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u, u_scale, batch,
+                 head, first_row, at_row, inside, TYPE: tl.constexpr, terms, shape,
+                 opt: tl.constexpr, SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                  COUNT: tl.constexpr):  # fmt: skip
     """Store the means that the sums of all keys make, and mark rows that are not finite."""
     acc, acc_u, bad, masses, slopes, kept = sums
@@ -192,25 +193,18 @@ def store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_sca
     if COUNT:
         tl.store(support + at_row, kept, mask=inside)
     if not SAFE:
-        mark_rows(unsafe + at_row, result, inside)
+        mark_rows(unsafe + at_row, some, result, inside)
 
 
 @triton.jit
-def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, unsafe, support,
-           marks, shape, opt: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
-           COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
-    """``out = sum p v / sum p`` and, where GRADIENT, ``out_u = sum u v / sum u`` for the backward.
-
-    Launched twice: rows whose result is not finite are marked ``unsafe``, and only their blocks
-    are done again where SAFE, by a loop in which values that are not finite reach the rows alone
-    whose support holds them. ``spread``: 0 where one key has it all, whose ``ds`` is zero.
-    """
+def output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists, counts, unsafe,
+              some, support, marks, shape, opt: tl.constexpr, GRADIENT: tl.constexpr,
+              SAFE: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+    """:func:`output` of the row block that is ``number`` in launch order."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
-    at_block, at_head, first_row, at_row, inside = row_block_at(tl.program_id(0), shape, opt)
+    at_block, at_head, first_row, at_row, inside = row_block_at(number, shape, opt)
     batch, head, kv_head = at_head
     terms = terms_of(batch, head, shape, opt)
-    if SAFE and not is_marked(unsafe + at_row, inside):
-        return
     queries = head_of(query, batch, head)
     q = load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded, True)
     keys = keys_of(key, batch, kv_head, shape, opt)
@@ -226,6 +220,34 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
         sums = weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
                            opt, scale, GRADIENT, SAFE, COUNT, MARK, edge)  # fmt: skip
-    store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch, head,
-                 first_row, at_row, inside, value.base.dtype.element_ty, terms, shape, opt, scale,
-                 GRADIENT, SAFE, COUNT)  # fmt: skip
+    store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u, u_scale, batch,
+                 head, first_row, at_row, inside, value.base.dtype.element_ty, terms, shape, opt,
+                 scale, GRADIENT, SAFE, COUNT)  # fmt: skip
+
+
+@triton.jit
+def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, unsafe, some,
+           support, marks, shape, work_items, opt: tl.constexpr, GRADIENT: tl.constexpr,
+           SAFE: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+    """``out = sum p v / sum p`` and, where GRADIENT, ``out_u = sum u v / sum u`` for the backward.
+
+    Launched twice: rows whose result is not finite are marked ``unsafe``, and only their blocks
+    are done again where SAFE, by a loop in which values that are not finite reach the rows alone
+    whose support holds them. There are few programs then, since hardly ever there are ``some``.
+    ``spread``: 0 where one key has it all, whose ``ds`` is zero.
+    """
+    if SAFE:
+        number = tl.program_id(0)
+        waiting = (tl.load(some) != 0) & (number < work_items)
+        while waiting:
+            _, _, _, at_row, inside = row_block_at(number, shape, opt)
+            if is_marked(unsafe + at_row, inside):
+                output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists,
+                          counts, unsafe, some, support, marks, shape, opt, GRADIENT, SAFE,
+                          COUNT, MARK)  # fmt: skip
+            number += tl.num_programs(0)
+            waiting = number < work_items
+    else:
+        output_of(tl.program_id(0), query, key, value, out, out_u, spread, top_in, t_in, lists,
+                  counts, unsafe, some, support, marks, shape, opt, GRADIENT, SAFE, COUNT,
+                  MARK)  # fmt: skip

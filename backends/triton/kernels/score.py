@@ -268,8 +268,10 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
         last = tl.where(rows >= 0, tl.minimum(place, shape.length_k - 1), -1)
         if opt.left:  # and of windows too: what is before the first is large without a sign
             begin = place - shape.terms.left + AWAY
-            seen = tl.maximum(last + 1 - begin, 0).to(tl.uint32, bitcast=True)
-            mask = (keys - begin).to(tl.uint32, bitcast=True) < seen
+            seen = tl.maximum(last + 1 - begin, 0)
+            if opt.even:  # of keys that exist, all rows see as many
+                seen = shape.terms.left - (AWAY - 1)
+            mask = (keys - begin).to(tl.uint32, bitcast=True) < seen.to(tl.uint32, bitcast=True)
         else:
             mask = keys <= last
     else:

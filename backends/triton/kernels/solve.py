@@ -16,10 +16,12 @@ from adasplash2.backends.triton.kernels.arithmetic import (
 )
 from adasplash2.backends.triton.kernels.score import (
     allowed,
+    begin_of,
     bias_of,
     biased,
     capped,
     distances,
+    end_of,
     folded_scale,
     is_inside,
     lift_of,
@@ -35,6 +37,7 @@ from adasplash2.backends.triton.kernels.score import (
 )
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
+    LARGEST_SHARE,
     certain_rise,
     guess_of,
     mean_and_deviation,
@@ -42,6 +45,7 @@ from adasplash2.backends.triton.kernels.threshold import (
     pair_sums,
     part_sums,
     row_sums,
+    share_of,
     stepped,
     weights,
     with_parts,
@@ -62,6 +66,13 @@ from adasplash2.backends.triton.kernels.work import (
 BOUND_STEPS = tl.constexpr(3)
 """Certain rises on the maxima of a row's tiles. On Gaussian scores the bound then keeps a
 twentieth more keys than the threshold itself; more steps change nothing."""
+
+FIRST_SPANS = tl.constexpr(2)
+"""Spans after whose scores all rows of a block may be known to take no guess, where FEW. With tiles
+of 64 keys their deviation is off by a sixteenth, and rows with c of 0.6 and above are sharp."""
+
+SHARPEST = tl.constexpr(1e30)
+"""A sum of squares with which no row takes a guess."""
 
 PIECES = tl.constexpr(4)
 """Of a tile, whose maxima are kept apart where all that a row block may see are few. With 17 tiles
@@ -112,34 +123,43 @@ def moments_of(s, EDGE):
 
 
 @triton.jit
+def without_sharp(total, squares, rows, end, terms, shape, opt: tl.constexpr):
+    """:func:`moments_of` all keys up to ``end``, with the SHARPEST squares for rows that are too
+    sharp for a guess; and whether all are."""
+    seen = tl.minimum(end_of(rows, terms, shape, opt), end) - begin_of(rows, terms, shape, opt)
+    _, deviation = mean_and_deviation(*pair_sums(total, squares), seen)
+    _, _, share = share_of(deviation, visible(rows, terms, shape, opt), terms)
+    sharp = share >= LARGEST_SHARE
+    return tl.where(sharp[:, None], SHARPEST, squares), any_of(sharp == 0) == 0
+
+
+@triton.jit
 def span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt: tl.constexpr,
                 SPAN: tl.constexpr, EDGE: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
-    """The row maxima of SPAN tiles, where FEW by :func:`piece_maxima`, and :func:`part_sums` of
-    scores and of their squares where ``opt.guesses``."""
+    """The row maxima of SPAN tiles, where FEW by :func:`piece_maxima`, and their scores."""
     width: tl.constexpr = SPAN * opt.block_k
     k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, is_cut(EDGE, opt), opt)
     rows = (first_row + tl.arange(0, opt.block_q))[:, None]
     s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, edge)
-    moments = 0.0, 0.0
-    if opt.guesses:
-        moments = moments_of(s, edge)
     if FEW:
         highest = piece_maxima(s, SPAN)
     else:
         highest = largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
-    return highest, moments
+    return highest, s
 
 
 @triton.jit
 def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms, shape,
                opt: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr,
-               FEW: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+               FEW: tl.constexpr, CHUNK: tl.constexpr, SHARP: tl.constexpr):  # fmt: skip
     """Store the row maxima of tiles, SPAN of them at a time, and return those so far and, where
     ``opt.guesses``, the sums of scores and of their squares: ``found`` with more tiles. EDGE is as
     for ``portion``, with ``open_spans`` from a first one up to an end. Keys of
     tiles that a mask of booleans hides are not read; to look for such in one that is added would
-    keep its tiles and those of keys from being asked for ahead."""
+    keep its tiles and those of keys from being asked for ahead. Where FEW, sums are done without
+    where no row takes a guess."""
     top, total, squares = found
+    sharp = False
     rows = tl.arange(0, opt.block_q)
     width: tl.constexpr = SPAN * opt.block_k
     for span in tl.range(start, stop, num_stages=STAGES if opt.adds else None):
@@ -160,11 +180,20 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
                 highest, _ = span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt,
                                          SPAN, EDGE, FEW)  # fmt: skip
         else:
-            highest, moments = span_maxima(q, keys, first, bias, first_row, edge, terms, shape,
-                                           opt, SPAN, EDGE, FEW)  # fmt: skip
-            if opt.guesses:
+            highest, s = span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt,
+                                     SPAN, EDGE, FEW)  # fmt: skip
+            if opt.guesses and not SHARP:
+                moments = moments_of(s, edge)
                 total += moments[0]
                 squares += moments[1]
+            elif opt.guesses:
+                if not sharp:
+                    moments = moments_of(s, edge)
+                    total += moments[0]
+                    squares += moments[1]
+                if span == open_spans[0] + (FIRST_SPANS - 1):
+                    squares, sharp = without_sharp(total, squares, first_row + rows, first + width,
+                                                   terms, shape, opt)  # fmt: skip
         numbers = span * SPAN + tl.arange(0, SPAN)
         if FEW:
             places = numbers[:, None] + tl.arange(0, PIECES)[None, :] * CHUNK
@@ -422,7 +451,8 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
 def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, counts, poison,
           taken, iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
           MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, FEW: tl.constexpr,
-          FOLDS: tl.constexpr, KEPT: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+          FOLDS: tl.constexpr, KEPT: tl.constexpr, SHARP: tl.constexpr,
+          COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
     One dense pass keeps the maxima of rows and tiles. The threshold of a subset of a row's scores
@@ -482,26 +512,26 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             if opt.joined:
                 scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_span, last,
                                      open_spans, terms, shape, opt, SPAN, STAGES, 2, FEW,
-                                     CHUNK)  # fmt: skip
+                                     CHUNK, SHARP)  # fmt: skip
             else:
                 whole = tl.minimum(whole, last)
                 stop = tl.maximum(open_spans[1], whole)
                 scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_span, whole,
                                      open_spans, terms, shape, opt, SPAN, STAGES, 1, FEW,
-                                     CHUNK)  # fmt: skip
+                                     CHUNK, False)  # fmt: skip
                 scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, whole, stop,
                                      open_spans, terms, shape, opt, SPAN, STAGES, 0, FEW,
-                                     CHUNK)  # fmt: skip
+                                     CHUNK, False)  # fmt: skip
                 scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, stop, last,
                                      open_spans, terms, shape, opt, SPAN, STAGES, 1, FEW,
-                                     CHUNK)  # fmt: skip
+                                     CHUNK, False)  # fmt: skip
         else:
             whole = open_end // SPAN
             last = tl.cdiv(end, SPAN)
             scanned = scan_tiles(scanned, maxima, q, keys, first_row, 0, whole, (0, whole), terms,
-                                 shape, opt, SPAN, STAGES, 0, FEW, CHUNK)  # fmt: skip
+                                 shape, opt, SPAN, STAGES, 0, FEW, CHUNK, False)  # fmt: skip
             scanned = scan_tiles(scanned, maxima, q, keys, first_row, whole, last, (0, whole),
-                                 terms, shape, opt, SPAN, STAGES, 1, FEW, CHUNK)  # fmt: skip
+                                 terms, shape, opt, SPAN, STAGES, 1, FEW, CHUNK, False)  # fmt: skip
         tl.debug_barrier()  # the maxima are read back by other threads
 
         numbers = lists + at_block.to(tl.int64) * tiles

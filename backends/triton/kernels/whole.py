@@ -187,7 +187,7 @@ def list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms,
 
 @triton.jit(do_not_specialize=["begin", "row_blocks", "each"])
 def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, live, lists, counts,
-               poison, unsafe, iterations, support, marks, shape, begin, row_blocks, each,
+               poison, unsafe, some, iterations, support, marks, shape, begin, row_blocks, each,
                tolerance, opt: tl.constexpr, wide: tl.constexpr, MAX_STEPS: tl.constexpr,
                OUTPUT: tl.constexpr, GRADIENT: tl.constexpr, COUNT: tl.constexpr,
                MARK: tl.constexpr):  # fmt: skip
@@ -234,7 +234,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
         open_ones = open_between(first_row, seen[0], end, open_end, terms, shape, opt)
         if (open_ones[0] > 0) | (open_ones[1] * opt.block_k < wide.block_k):
-            s = tl.where(allowed(rows, columns, terms, shape, opt), s, -INFINITY)
+            s = tl.where(allowed(rows, columns, terms, shape, wide), s, -INFINITY)
         maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
         highest = largest(tl.reshape(maxima, (opt.block_q, tiles, PARTS)), 2)
@@ -290,6 +290,6 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
             u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
             sums = weigh(no_sums(opt, GRADIENT, False), x, v, first_row, first, marks, terms, shape,
                          u_scale, wide, scale, GRADIENT, False, COUNT, MARK)  # fmt: skip
-            store_output(sums, out, out_u, spread, unsafe, support, top, t, top_u, u_scale, batch,
-                         head, first_row, at_row, inside, value.base.dtype.element_ty, terms, shape,
-                         opt, scale, GRADIENT, False, COUNT)  # fmt: skip
+            store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u, u_scale,
+                         batch, head, first_row, at_row, inside, value.base.dtype.element_ty, terms,
+                         shape, opt, scale, GRADIENT, False, COUNT)  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
+    INTERPRETED,
     any_of,
     is_finite,
 )
@@ -130,12 +131,15 @@ def store_tile(
 
 
 @triton.jit
-def mark_rows(unsafe, tile, inside):
-    """Store for each row of a tile whether it has an entry that is not finite.
+def mark_rows(unsafe, some, tile, inside):
+    """Store for each row of a tile whether it has an entry that is not finite, and in ``some``,
+    which starts as zero, that there is such a row.
 
     By rows and not as one number: Triton 3.7.1 compiles no scalar of a product for sm_100.
     """
-    tl.store(unsafe, tl.max(tl.where(is_finite(tile), 0, 1), 1).to(tl.int8), mask=inside)
+    found = tl.max(tl.where(is_finite(tile), 0, 1), 1)
+    tl.store(unsafe, found.to(tl.int8), mask=inside)
+    tl.store(some + found * 0, 1, mask=inside & (found > 0))
 
 
 @triton.jit
@@ -192,6 +196,15 @@ def tile_at(number, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def member_and_block(entry, row_blocks, opt: tl.constexpr):
+    """The head of its group, and the row block of that, that an entry of a key tile's list says."""
+    if opt.grouped:
+        return entry // row_blocks, entry % row_blocks
+    else:
+        return entry * 0, entry
+
+
+@triton.jit
 def entries_at(lists, counts, number, capacity):
     """The entries of list ``number``."""
     numbers = lists + number.to(tl.int64) * capacity
@@ -204,12 +217,20 @@ def checked(entries, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
     been written over since. If so there are none, so that nothing else is read.
 
     Entries are looked at before the loop over tiles: a limit inside it would keep Triton from
-    asking for tiles ahead.
+    asking for tiles ahead. Where a window ends on both sides CHUNK is as long as a list can be, and
+    entries are asked for beside their counts.
     """
     numbers, open_end, end = entries
     whole = shape.length_k // opt.block_k
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     right = (open_end >= 0) & (open_end <= end) & (end <= tiles)
+    if opt.joined:
+        places = tl.arange(0, CHUNK)
+        found = tl.load(numbers + places, mask=places < tiles, other=0)
+        limit = tl.where(places < open_end, whole, tiles)
+        outside = ((found < 0) | (found >= limit)) & (places < end)
+        right = right & (end <= CHUNK) & (any_of(outside) == 0)
+        return (numbers, tl.where(right, open_end, 0), tl.where(right, end, 0)), right
     end = tl.where(right, end, 0)
     for chunk in range(0, end, CHUNK):
         places = chunk + tl.arange(0, CHUNK)
@@ -255,6 +276,16 @@ def entry_of(numbers, index, stop):
     the entry of the next is asked for behind it.
     """
     return tl.load(numbers + index, mask=index < stop, other=0)
+
+
+@triton.jit
+def first_entry(numbers, start, stop, EDGE: tl.constexpr):
+    """:func:`entry_of` the first entry of a loop. Where EDGE is 2 it is asked for beside the counts
+    of the list: of an empty one it is any number, and no tile is loaded."""
+    if EDGE == 2 and not INTERPRETED:
+        return tl.load(numbers)
+    else:
+        return entry_of(numbers, start, stop)
 
 
 @triton.jit
