@@ -147,6 +147,8 @@ class Steps(NamedTuple):
                 "maxima": (real, rows * groups),
                 "tops": (real, rows * cut.splits),
                 "floors": (real, rows * cut.splits),
+                "totals": (real, rows * cut.splits),
+                "squares": (real, rows * cut.splits),
                 "states": (real, rows * kernels.STATES.value),
                 "sums": (real, rows * cut.parts * kernels.SUMS.value if cut.narrowed else 0),
                 "partials": (real, rows * cut.weighed * opt.padded_v),

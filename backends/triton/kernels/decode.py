@@ -59,8 +59,12 @@ from adasplash2.backends.triton.kernels.solve import (
 )
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
+    PARTS,
     certain_rise,
+    guess_of,
+    mean_and_deviation,
     pair_sums,
+    part_sums,
     stepped,
     total_sums,
     weights,
@@ -94,6 +98,10 @@ LISTED = tl.constexpr(7)
 MOST_LISTED = tl.constexpr(256)
 """Keys of a row's support up to which they are listed, to be weighed by one program. ``LISTED`` is
 their number, -1 where they are more or not known."""
+
+FEW_LISTED = tl.constexpr(2 * 256)
+"""Keys of the support before a row's last step up to which it may have MOST_LISTED after it: others
+are not looked for."""
 
 DENSE = tl.constexpr(2)
 """``decode_weigh`` reads all values of a split where one of so many of its tiles has some that it
@@ -196,6 +204,24 @@ def maxima_at(maxima, at_row, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def store_scores(scores, first, s, kept, opt: tl.constexpr):
+    """Store those of a tile's groups that are ``kept``; ``scores`` is where those of the rows begin.
+
+    By rows, groups and keys of these: masks that were reshaped hide from the compiler that neighbours
+    are stored together, and 64 rows wrote scores one by one.
+    """
+    groups: tl.constexpr = opt.block_k // opt.group
+    if groups == 1:
+        columns = tl.arange(0, opt.block_k)[None, :]
+        tl.store(scores + first + columns, s, mask=kept & (columns >= 0))
+    else:
+        columns = tl.arange(0, groups)[None, :, None] * opt.group
+        columns += tl.arange(0, opt.group)[None, None, :]
+        grouped = tl.reshape(s, (opt.block_q, groups, opt.group))
+        tl.store(scores[:, :, None] + first + columns, grouped, mask=kept[:, :, None])
+
+
+@triton.jit
 def by_key(flags, opt: tl.constexpr):
     """What holds of the groups of a tile, for each key."""
     groups: tl.constexpr = opt.block_k // opt.group
@@ -256,10 +282,12 @@ def scores_of(q, number, keys, first, bias, rows, seen, terms, shape, opt: tl.co
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, length_k, splits,
-                opt: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def decode_scan(query, key, maxima, scores, tops, floors, totals, squares, arrivals, shape,
+                length_k, splits, opt: tl.constexpr, CHUNK: tl.constexpr,
+                STAGES: tl.constexpr):  # fmt: skip
     """Maxima of each row and group and, where they are not below a bound, all scores of the two;
-    the maxima of a split and, at its end, the bound."""
+    the maxima of a split and, at its end, the bound; where ``opt.guesses``, the sums of its scores
+    and of their squares."""
     after_the_last(opt)
     shape = with_length(shape, length_k)
     at_head, block, split = block_and_split(shape, splits, opt)
@@ -288,6 +316,10 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
     if opt.sinks:
         top = larger(top, terms.sink)
     floor = tl.full((opt.block_q, 1), -INFINITY, tl.float32)
+    # Of 64 rows a warp has whole rows, and few registers; of fewer, warps share rows.
+    by_parts: tl.constexpr = opt.block_q >= 64
+    total = tl.full((opt.block_q, PARTS if by_parts else opt.block_k), 0.0, tl.float32)
+    square = tl.full((opt.block_q, PARTS if by_parts else opt.block_k), 0.0, tl.float32)
     start = begin
     size = FIRST_BOUND
     while start < end:
@@ -311,7 +343,11 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
             floor = tl.maximum(floor, floor_of(top, lift_of(terms.r, opt) - 1.0, terms, opt))
             kept = inside[:, None] & (highest >= floor) & (highest > -INFINITY)
             tl.store(pointers + tile * each + groups, highest, mask=inside[:, None])
-            tl.store(own_scores + first + columns, s, mask=by_key(kept, opt) & (columns >= 0))
+            store_scores(own_scores, first, s, kept, opt)
+            if opt.guesses:
+                s = tl.where(s > -INFINITY, s, 0.0)
+                total += part_sums(s) if by_parts else s
+                square += part_sums(s * s) if by_parts else s * s
         if stop < end:
             tl.debug_barrier()  # the maxima are read back by other threads
             t = bound_of_maxima(
@@ -323,6 +359,10 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
     places = at_row[:, None] * splits + split
     tl.store(tops + places, top, mask=inside[:, None])
     tl.store(floors + places, floor, mask=inside[:, None])
+    if opt.guesses:
+        total, square = pair_sums(total, square)
+        tl.store(totals + places, total[:, None], mask=inside[:, None])
+        tl.store(squares + places, square[:, None], mask=inside[:, None])
 
 
 # 2. and 3. Thresholds
@@ -346,8 +386,10 @@ def sums_over(s, scores, listed, start, stop, top, t, terms, opt: tl.constexpr,
     x = distance(s, top, t, terms.c, opt)
     mass, slope = weights(x, terms.r, opt)
     count = is_inside(x, terms.r, opt).to(tl.float32)
+    _, ahead = listed_scores(scores, listed, start + GROUPS, stop, opt, GROUPS)
     for first in range(start + GROUPS, stop, GROUPS):
-        _, more = listed_scores(scores, listed, first, stop, opt, GROUPS)
+        more = ahead
+        _, ahead = listed_scores(scores, listed, first + GROUPS, stop, opt, GROUPS)
         x = distance(more, top, t, terms.c, opt)
         p, u = weights(x, terms.r, opt)
         mass += p
@@ -369,13 +411,16 @@ def step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt: tl.conste
 @triton.jit
 def rest_of_steps(s, scores, listed, count, top, t, lo, hi, most, step, pending, terms, tolerance,
                   opt: tl.constexpr, GROUPS: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
-    """Steps up to the root, by this program alone; ``s`` as in :func:`sums_over`."""
+    """Steps up to the root, by this program alone, and how many keys were in the support at the last
+    one; ``s`` as in :func:`sums_over`."""
+    kept = 0.0
     while pending & (step < MAX_STEPS):
         sums = sums_over(s, scores, listed, 0, count, top, t, terms, opt, GROUPS)
         t, lo, hi, most, final = step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt)
         step += 1
         pending = final == 0
-    return t, step
+        kept = sums[2]
+    return t, step, kept
 
 
 @triton.jit
@@ -469,8 +514,8 @@ def store_output(out, total, mass, top, t, at_head, row, terms, shape, opt: tl.c
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, entry_keys,
-                 entry_weights, tau, out, support, marks, shape, length_k, splits, tolerance,
+def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, counts, states,
+                 entry_keys, entry_weights, tau, out, support, marks, shape, length_k, splits, tolerance,
                  opt: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
                  SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr, ENTRIES: tl.constexpr,
                  COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
@@ -483,11 +528,16 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
     terms = terms_of(batch, head, shape, opt)
     highest = tl.full((SPLITS,), -INFINITY, tl.float32)
     bounds = tl.full((SPLITS,), -INFINITY, tl.float32)
+    summed = tl.full((SPLITS,), 0.0, tl.float32)
+    squared = tl.full((SPLITS,), 0.0, tl.float32)
     for first in range(0, splits, SPLITS):
         places = first + tl.arange(0, SPLITS)
         at = at_row * splits + places
         highest = larger(highest, tl.load(tops + at, mask=places < splits, other=-INFINITY))
         bounds = tl.maximum(bounds, tl.load(floors + at, mask=places < splits, other=-INFINITY))
+        if opt.guesses:
+            summed += tl.load(totals + at, mask=places < splits, other=0.0)
+            squared += tl.load(squares + at, mask=places < splits, other=0.0)
     top = largest(highest, 0)
     floor = tl.max(bounds, 0)
     if opt.alphas:
@@ -498,7 +548,7 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
     t = tl.where(poisoned, float("nan"), INFINITY)
     lo = t
     hi = tl.full((), HIGHEST, tl.float32)
-    most = tl.full((), INFINITY, tl.float32)
+    most = tl.full((), 0.0, tl.float32) + (shape.length_k + 1)  # with the sink
     count = 0
     step = 0
     found = 0
@@ -516,6 +566,10 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
         t = tl.max(tl.max(bound, 1), 0)
         lo = t
         floor = tl.maximum(floor, floor_of(top, t, terms, opt))
+        if opt.guesses:
+            keys_seen = tl.max(visible(rows, terms, shape, opt), 0)
+            mean, deviation = mean_and_deviation(tl.sum(summed, 0), tl.sum(squared, 0), keys_seen)
+            t = guess_of(mean, deviation, keys_seen, top, lo, terms)
         for first in range(seen, end, CHUNK):
             places = first + tl.arange(0, CHUNK)
             of_groups = tl.load(ones + places, mask=places < end, other=-INFINITY)
@@ -526,10 +580,13 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
             tl.debug_barrier()  # the list is written
             own = scores_at(scores, at_row, shape, opt)
             keys, s = listed_scores(own, listed, 0, count, opt, GROUPS)
-            t, step = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step, pending,
-                                    terms, tolerance, opt, GROUPS, MAX_STEPS)  # fmt: skip
-            found = list_support(keys, s, own, listed, count, top, t, entry_keys, entry_weights,
-                                 terms, opt, GROUPS)  # fmt: skip
+            t, step, kept = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
+                                          pending, terms, tolerance, opt, GROUPS,
+                                          MAX_STEPS)  # fmt: skip
+            found = -1
+            if kept <= FEW_LISTED:
+                found = list_support(keys, s, own, listed, count, top, t, entry_keys,
+                                     entry_weights, terms, opt, GROUPS)  # fmt: skip
             count = 0
         else:
             found = -1
@@ -598,8 +655,9 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
         step += 1
         if LAST:
             _, s = listed_scores(own, listed, 0, count, opt, GROUPS)
-            t, step = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step, final == 0,
-                                    terms, tolerance, opt, GROUPS, MAX_STEPS)  # fmt: skip
+            t, step, kept = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
+                                          final == 0, terms, tolerance, opt, GROUPS,
+                                          MAX_STEPS)  # fmt: skip
         tl.store(counts + at_row, tl.where(final, 0, count))
         tl.store(state + T, t)
         tl.store(state + LO, lo)
