@@ -13,9 +13,10 @@ of these rows, a *tile* ``opt.block_k`` keys, a *group* ``opt.group`` of these. 
 3. ``decode_narrow``, for rows of more, in parts: a step of their thresholds, from the sums of the
    parts. The last one of a few launches leaves no row without its threshold.
 4. ``decode_weigh``, a program for each block and split: the sums of its values, for rows whose
-   support is not listed. Of these, only those are read that have a probability.
-5. ``decode_combine``, a program for each row whose support is not listed: the output, from the sums
-   of the splits.
+   support is not listed. Of these, only those are read that have a probability. Where a block has
+   few rows, the program that comes last has the output, from the sums of all splits.
+5. ``decode_combine``, where it has many, a program for each row whose support is not listed: the
+   same.
 
 Lengths are arguments of their own, for which nothing is specialised: a cache grows.
 """
@@ -106,6 +107,9 @@ are not looked for."""
 DENSE = tl.constexpr(2)
 """``decode_weigh`` reads all values of a split where one of so many of its tiles has some that it
 needs: what it need not look for, it asks for ahead."""
+
+SPLITS_AHEAD = tl.constexpr(8)
+"""Splits whose sums the last program of ``decode_weigh`` asks for before it adds them."""
 
 SUMS = tl.constexpr(3)
 """What a part of ``decode_narrow`` leaves: ``sum p``, ``sum u`` and the size of the support."""
@@ -205,10 +209,10 @@ def maxima_at(maxima, at_row, shape, opt: tl.constexpr):
 
 @triton.jit
 def store_scores(scores, first, s, kept, opt: tl.constexpr):
-    """Store those of a tile's groups that are ``kept``; ``scores`` is where those of the rows begin.
+    """Store those of a tile's groups that are ``kept``; ``scores`` is where those of rows begin.
 
-    By rows, groups and keys of these: masks that were reshaped hide from the compiler that neighbours
-    are stored together, and 64 rows wrote scores one by one.
+    By rows, groups and keys of these: a mask that was reshaped hides from the compiler that
+    neighbours are stored together, and it stores scores one by one.
     """
     groups: tl.constexpr = opt.block_k // opt.group
     if groups == 1:
@@ -411,8 +415,8 @@ def step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt: tl.conste
 @triton.jit
 def rest_of_steps(s, scores, listed, count, top, t, lo, hi, most, step, pending, terms, tolerance,
                   opt: tl.constexpr, GROUPS: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
-    """Steps up to the root, by this program alone, and how many keys were in the support at the last
-    one; ``s`` as in :func:`sums_over`."""
+    """Steps up to the root, by this program alone, and how many keys were in the support before the
+    last one; ``s`` as in :func:`sums_over`."""
     kept = 0.0
     while pending & (step < MAX_STEPS):
         sums = sums_over(s, scores, listed, 0, count, top, t, terms, opt, GROUPS)
@@ -497,8 +501,10 @@ def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, 
 
 
 @triton.jit
-def store_output(out, total, mass, top, t, at_head, row, terms, shape, opt: tl.constexpr):
-    """``out = sum p v / sum p``, with the sink among them."""
+def store_output(out, total, mass, top, t, at_head, row, wide, wanted, terms, shape,
+                 opt: tl.constexpr):  # fmt: skip
+    """``out = sum p v / sum p``, with the sink among them, of a row or, where all but ``wide`` are
+    columns, of those of a block that are ``wanted``."""
     batch, head = at_head
     if opt.sinks:
         mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
@@ -507,18 +513,18 @@ def store_output(out, total, mass, top, t, at_head, row, terms, shape, opt: tl.c
     if opt.dropout:
         result = result * shape.terms.kept
     result = tl.where(t != t, float("nan"), result)
-    wide = tl.arange(0, opt.padded_v)
     base, stride = head_of(out, batch, head)
     pointers = base + row.to(tl.int64) * stride + wide
-    tl.store(pointers, result.to(out.base.dtype.element_ty), mask=wide < opt.head_dim_v)
+    mask = wanted & (wide < opt.head_dim_v)
+    tl.store(pointers, result.to(out.base.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
 def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, counts, states,
-                 entry_keys, entry_weights, tau, out, support, marks, shape, length_k, splits, tolerance,
-                 opt: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
-                 SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr, ENTRIES: tl.constexpr,
-                 COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+                 entry_keys, entry_weights, tau, out, support, marks, shape, length_k, splits,
+                 tolerance, opt: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+                 GROUPS: tl.constexpr, SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr,
+                 ENTRIES: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
     """A row's threshold or, where more than SERIAL groups reach its bound, a lower bound of it.
     Then ``counts`` has their number, else 0. Where the support is listed, also the output."""
     after_the_last(opt)
@@ -608,7 +614,9 @@ def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, co
             marks += (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_k, MARK)
         total, mass = sums_of_listed(value, entry_keys, entry_weights, marks, found, batch, head,
                                      row, terms, shape, opt, ENTRIES, COUNT, MARK)  # fmt: skip
-        store_output(out, total, mass, top, t, (batch, head), row, terms, shape, opt)
+        wide = tl.arange(0, opt.padded_v)
+        store_output(out, total, mass, top, t, (batch, head), row, wide, wide >= 0, terms, shape,
+                     opt)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["length_k", "parts"])
@@ -728,12 +736,29 @@ def dense_sums(values, maxima, scores, begin, end, top, t, least, terms, shape,
     return acc, tl.sum(mass, 1), tl.sum(count, 1)
 
 
+@triton.jit
+def sums_of_block(partials, masses, kept, at_row, wanted, splits, opt: tl.constexpr):
+    """``sum p v`` and, as columns, ``sum p`` and the size of the support of those rows of a block
+    that are ``wanted``, from what all programs wrote; always in the same order."""
+    wide = tl.arange(0, opt.padded_v)[None, :]
+    total = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
+    mass = tl.full((opt.block_q, 1), 0.0, tl.float32)
+    count = tl.full((opt.block_q, 1), 0, tl.int32)
+    for split in tl.range(0, splits, loop_unroll_factor=SPLITS_AHEAD):
+        at = at_row.to(tl.int64) * splits + split
+        total += tl.load(partials + at * opt.padded_v + wide, mask=wanted & (wide >= 0), other=0.0,
+                         cache_modifier=".cg")  # fmt: skip
+        mass += tl.load(masses + at, mask=wanted, other=0.0, cache_modifier=".cg")
+        count += tl.load(kept + at, mask=wanted, other=0, cache_modifier=".cg")
+    return total, mass, count
+
+
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, shape, length_k,
-                 splits, opt: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
-                 MARK: tl.constexpr):  # fmt: skip
+def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals, out, support,
+                 marks, shape, length_k, splits, opt: tl.constexpr, CHUNK: tl.constexpr,
+                 LAST_ADDS: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
     """The sums of a block and a split: of values, if its support has some of the split's keys; of
-    ``p``; keys of the support."""
+    ``p``; keys of the support. With LAST_ADDS the program that comes last has the outputs."""
     after_the_last(opt)
     shape = with_length(shape, length_k)
     at_head, block, split = block_and_split(shape, splits, opt)
@@ -805,9 +830,20 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, s
                 acc += weighted_values(p, reached, v, opt, scale)
     at_split = at_row.to(tl.int64) * splits + split
     at = partials + at_split[:, None] * opt.padded_v + tl.arange(0, opt.padded_v)[None, :]
-    tl.store(at, acc, mask=(inside & (count > 0))[:, None])
+    tl.store(at, acc, mask=(inside & ((count > 0) | LAST_ADDS))[:, None])
     tl.store(masses + at_split, mass, mask=inside)
     tl.store(kept + at_split, count, mask=inside)
+    if LAST_ADDS:
+        tl.debug_barrier()  # all threads have stored
+        if tl.atomic_add(arrivals + tl.min(at_row, 0), 1) == splits - 1:
+            wanted = inside[:, None] & (listed == 0)
+            total, whole, number = sums_of_block(partials, masses, kept, at_row[:, None], wanted,
+                                                 splits, opt)  # fmt: skip
+            wide = tl.arange(0, opt.padded_v)[None, :]
+            store_output(out, total, whole, top, t, (batch, head[:, None]), rows, wide, wanted,
+                         terms, shape, opt)  # fmt: skip
+            if COUNT:
+                tl.store(support + at_row[:, None], number, mask=wanted)
 
 
 @triton.jit
@@ -843,6 +879,7 @@ def decode_combine(partials, masses, kept, states, out, support, shape, length_k
     top = tl.load(states + at_row * STATES + TOP)
     t = tl.load(states + at_row * STATES + T)
     total, mass, count = sums_of_splits(partials, masses, kept, at_row, splits, opt, SPLITS)
-    store_output(out, total, mass, top, t, (batch, head), row, terms, shape, opt)
+    wide = tl.arange(0, opt.padded_v)
+    store_output(out, total, mass, top, t, (batch, head), row, wide, wide >= 0, terms, shape, opt)
     if COUNT:
         tl.store(support + at_row, count)
