@@ -746,3 +746,20 @@ def test_kernels_are_kept_by_layout_of_the_tensors() -> None:
     found = [plan.compiled_for([view]) for view in views]
     assert found[0] is found[2]  # both start on 16 bytes
     assert len({id(kept) for kept in found}) == 3
+
+
+def test_kernels_are_kept_while_a_cache_grows() -> None:
+    """Those of one token are those of the next, unless Triton compiles for a stride."""
+
+    def found(length: int, width: int = 64, **more: Any) -> launch.Compiled:
+        p = decoding(length, head_dim=64, **more)
+        plan = launch._plan(p, tuple(next(sizes.decoding_configs(p, LIMITS[90])).items()))
+        return plan.compiled_for([torch.empty(2, length, width, device="meta")[..., :64]])
+
+    first = found(17_000)
+    assert found(17_001) is first
+    assert found(17_000, heads_q=4) is not first
+    assert found(17_000, dtype=torch.float16) is not first
+    assert found(17_000, width=65) is not first
+    assert found(17_001, width=65) is not found(17_008, width=65)
+    assert found(2**25, width=64) is not first
