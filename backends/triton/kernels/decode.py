@@ -96,11 +96,12 @@ FLOOR = tl.constexpr(5)
 STEPS = tl.constexpr(6)
 LISTED = tl.constexpr(7)
 
-MOST_LISTED = tl.constexpr(256)
+MOST_LISTED = tl.constexpr(512)
 """Keys of a row's support up to which they are listed, to be weighed by one program. ``LISTED`` is
-their number, -1 where they are more or not known."""
+their number, -1 where they are more or not known. On an H100 rows of 267 of 131,072 keys took twice
+as long as those of 34 where ``decode_weigh`` looked for them."""
 
-FEW_LISTED = tl.constexpr(2 * 256)
+FEW_LISTED = tl.constexpr(640)
 """Keys of the support before a row's last step up to which it may have MOST_LISTED after it: others
 are not looked for."""
 
