@@ -286,6 +286,31 @@ def test_many_rows_that_share_keys(sharpness: float, backend: str) -> None:
     assert reference.error(out, exact) <= LIMITS[torch.float32] * reference.norm(exact)
 
 
+@interpreted()
+@pytest.mark.parametrize("serial", [16_384, 64])
+def test_flat_rows_start_near_their_threshold(serial: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where Gaussian rows have it: two steps, where the maxima's bound takes three or four;
+    also in parts. One row that keeps few keys shares theirs."""
+    if "triton" not in usable_backends():
+        pytest.skip("no GPU, and Triton's interpreter is not asked for")
+    from adasplash2.backends.triton import decoding, launch
+
+    monkeypatch.setattr(decoding, "SERIAL", serial)
+    launch._plan.cache_clear()
+    generator = torch.Generator().manual_seed(8)
+    shapes = (1, 3, 1, 16), (1, 1, 1500, 16), (1, 1, 1500, 16)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors[0] *= torch.tensor([1.0, 0.08, 0.01])[:, None, None]
+    moved = [t.to(device_of("triton")) for t in tensors]
+    with torch.no_grad():
+        got = adasplash2.attention_stats(*moved, enable_gqa=True, backend="triton")
+    launch._plan.cache_clear()
+    assert (got.iterations[0, 1:] <= 2).all()
+    exact = adasplash2.attention_stats(*(t.double() for t in tensors), enable_gqa=True)
+    assert torch.equal(got.support.cpu(), exact.support)
+    assert (exact.support[0, :, 0] > torch.tensor([0, 512, 1499])).all()
+
+
 @pytest.mark.gpu
 @BACKENDS
 @pytest.mark.parametrize("sharpness", [1.0, 0.1, 0.001])

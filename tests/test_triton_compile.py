@@ -358,7 +358,8 @@ def test_decoding_compiles(capability: int, asked: Any, launches: list[Launch]) 
     asked = decoding(100_000, **asked)
     backend.precompile(asked, next(sizes.decoding_configs(asked, LIMITS[capability])))
     names = ["decode_scan", "decode_solve", *2 * ["decode_narrow"], "decode_weigh"]
-    assert [kernel.__name__ for kernel, *_ in launches] == [*names, "decode_combine"]
+    many = asked.group_size * asked.length_q > decoding_launches.LAST_ADDS
+    assert [kernel.__name__ for kernel, *_ in launches] == names + many * ["decode_combine"]
     compiled = set()
     for kernel, arguments, options in launches:
         products = kernel.__name__ in ("decode_scan", "decode_weigh")
@@ -745,3 +746,20 @@ def test_kernels_are_kept_by_layout_of_the_tensors() -> None:
     found = [plan.compiled_for([view]) for view in views]
     assert found[0] is found[2]  # both start on 16 bytes
     assert len({id(kept) for kept in found}) == 3
+
+
+def test_kernels_are_kept_while_a_cache_grows() -> None:
+    """Those of one token are those of the next, unless Triton compiles for a stride."""
+
+    def found(length: int, width: int = 64, **more: Any) -> launch.Compiled:
+        p = decoding(length, head_dim=64, **more)
+        plan = launch._plan(p, tuple(next(sizes.decoding_configs(p, LIMITS[90])).items()))
+        return plan.compiled_for([torch.empty(2, length, width, device="meta")[..., :64]])
+
+    first = found(17_000)
+    assert found(17_001) is first
+    assert found(17_000, heads_q=4) is not first
+    assert found(17_000, dtype=torch.float16) is not first
+    assert found(17_000, width=65) is not first
+    assert found(17_001, width=65) is not found(17_008, width=65)
+    assert found(2**25, width=64) is not first

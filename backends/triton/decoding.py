@@ -41,6 +41,10 @@ PARTS = 4
 MOST_PARTS = 64
 """Parts of a row there."""
 
+LAST_ADDS = 16
+"""Rows of a block up to which the last of its programs adds the sums of all splits: a launch less.
+Of 64 rows, which are added by as many programs, this took longer than all else."""
+
 TOPS_CHUNK = 64
 """Splits whose maxima and bounds ``decode_solve`` holds."""
 
@@ -147,6 +151,8 @@ class Steps(NamedTuple):
                 "maxima": (real, rows * groups),
                 "tops": (real, rows * cut.splits),
                 "floors": (real, rows * cut.splits),
+                "totals": (real, rows * cut.splits),
+                "squares": (real, rows * cut.splits),
                 "states": (real, rows * kernels.STATES.value),
                 "sums": (real, rows * cut.parts * kernels.SUMS.value if cut.narrowed else 0),
                 "partials": (real, rows * cut.weighed * opt.padded_v),
@@ -212,6 +218,7 @@ class Steps(NamedTuple):
             {"COUNT": count},
             splits=cut.weighed,
             CHUNK=SCAN_CHUNK,
+            LAST_ADDS=opt.block_q <= LAST_ADDS,
         )
         combine = step(
             kernels.decode_combine,
@@ -220,7 +227,9 @@ class Steps(NamedTuple):
             splits=cut.weighed,
             SPLITS=SPLITS_CHUNK,
         )
-        steps = scan, solve, *narrow, weigh, combine
+        steps = scan, solve, *narrow, weigh
+        if opt.block_q > LAST_ADDS:
+            steps = *steps, combine
         return cls(pieces, given, steps, tuple((id(x.kernel), x.variant) for x in steps))
 
 

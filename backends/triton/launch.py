@@ -135,7 +135,8 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 class Plan(NamedTuple):
     """What follows from a problem and a configuration. ``whole``: the launches of ``whole_rows``,
     each with how it is compiled for its tile, its row blocks of a head, from which on and how many,
-    and those of a program. ``kept``: what ``decoding.py`` makes of it, once."""
+    and those of a program. ``grows``: kernels are those of all lengths of a cache. ``kept``: what
+    ``decoding.py`` makes of it, once."""
 
     features: tuple[str, ...]
     grid: sizes.Grid
@@ -145,14 +146,33 @@ class Plan(NamedTuple):
     whole: tuple[tuple[sizes.Options, int, int, int], ...]
     options: dict[str, dict[str, int]]
     compiled: dict[Any, Compiled]
+    grows: bool
     kept: dict[bool, Any]
 
     def compiled_for(self, tensors: Sequence[Tensor]) -> Compiled:
         """Kernels for tensors that lie in memory as these do; all others are made here."""
-        key = tuple((x.data_ptr() % sizes.ALIGNMENT, x.stride()) for x in tensors)
+        key: tuple[Hashable, ...]
+        if self.grows:
+            key = tuple((x.data_ptr() % sizes.ALIGNMENT, *map(_kind, x.stride())) for x in tensors)
+        else:
+            key = tuple((x.data_ptr() % sizes.ALIGNMENT, x.stride()) for x in tensors)
         if key not in self.compiled and len(self.compiled) >= CACHED_LAYOUTS:
             self.compiled.clear()
         return self.compiled.setdefault(key, {})
+
+
+def _kind(stride: int) -> tuple[bool, bool, bool]:
+    """What Triton compiles for of a number."""
+    return stride == 1, stride % sizes.ALIGNMENT == 0, stride >= 1 << 31
+
+
+@functools.lru_cache(CACHED_PLANS)
+def _of_any_length(
+    problem: Problem, opt: sizes.Options, items: tuple[tuple[str, int | str], ...]
+) -> dict[Any, Compiled]:
+    """What plans share whose problems differ from this one in the length of the cache alone: else
+    Triton would describe all arguments anew with every token that a cache grows by."""
+    return {}
 
 
 def _operand(tensor: Tensor | None) -> Tensor | None:
@@ -168,6 +188,9 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     grid, layout = sizes.Grid.of(problem, config), sizes.Saved(problem, config)
     whole: list[tuple[sizes.Options, int, int, int]] = []
     shape, opt = sizes.Shape.of(problem), sizes.Options.of(problem, config)
+    compiled: dict[Any, Compiled] = {}
+    # What a call may ask beyond brings numbers of its own, and HIP compiles for sizes of memory.
+    grows = sizes.is_decoding(problem) and not problem.features and torch.version.hip is None
     if sizes.is_decoding(problem):
         options = {name: sizes.decoding_options(config, name) for name in sizes.DECODE_KERNELS}
         # Lengths are arguments of their own there, and keys are read once in any case.
@@ -175,6 +198,8 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
             shape._replace(length_k=None),
             opt._replace(exact=True, relative=True, local=False, folded=False),
         )
+        if grows:
+            compiled = _of_any_length(dataclasses.replace(problem, length_k=0), opt, items)
     else:
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
         if opt.joined:  # whose lists are hardly longer than a warp
@@ -187,7 +212,9 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
                 each = sizes.row_blocks_each(part, config, multiprocessors(problem.device))
                 whole.append((wide._replace(block_k=width), begin, row_blocks, each))
                 begin += row_blocks
-    return Plan(problem.features, grid, layout, shape, opt, tuple(whole), options, {}, {})
+    return Plan(
+        problem.features, grid, layout, shape, opt, tuple(whole), options, compiled, grows, {}
+    )
 
 
 class Call:

@@ -13,9 +13,10 @@ of these rows, a *tile* ``opt.block_k`` keys, a *group* ``opt.group`` of these. 
 3. ``decode_narrow``, for rows of more, in parts: a step of their thresholds, from the sums of the
    parts. The last one of a few launches leaves no row without its threshold.
 4. ``decode_weigh``, a program for each block and split: the sums of its values, for rows whose
-   support is not listed. Of these, only those are read that have a probability.
-5. ``decode_combine``, a program for each row whose support is not listed: the output, from the sums
-   of the splits.
+   support is not listed. Of these, only those are read that have a probability. Where a block has
+   few rows, the program that comes last has the output, from the sums of all splits.
+5. ``decode_combine``, where it has many, a program for each row whose support is not listed: the
+   same.
 
 Lengths are arguments of their own, for which nothing is specialised: a cache grows.
 """
@@ -59,8 +60,12 @@ from adasplash2.backends.triton.kernels.solve import (
 )
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
+    PARTS,
     certain_rise,
+    guess_of,
+    mean_and_deviation,
     pair_sums,
+    part_sums,
     stepped,
     total_sums,
     weights,
@@ -91,13 +96,21 @@ FLOOR = tl.constexpr(5)
 STEPS = tl.constexpr(6)
 LISTED = tl.constexpr(7)
 
-MOST_LISTED = tl.constexpr(256)
+MOST_LISTED = tl.constexpr(512)
 """Keys of a row's support up to which they are listed, to be weighed by one program. ``LISTED`` is
-their number, -1 where they are more or not known."""
+their number, -1 where they are more or not known. On an H100 rows of 267 of 131,072 keys took twice
+as long as those of 34 where ``decode_weigh`` looked for them."""
+
+FEW_LISTED = tl.constexpr(640)
+"""Keys of the support before a row's last step up to which it may have MOST_LISTED after it: others
+are not looked for."""
 
 DENSE = tl.constexpr(2)
 """``decode_weigh`` reads all values of a split where one of so many of its tiles has some that it
 needs: what it need not look for, it asks for ahead."""
+
+SPLITS_AHEAD = tl.constexpr(8)
+"""Splits whose sums the last program of ``decode_weigh`` asks for before it adds them."""
 
 SUMS = tl.constexpr(3)
 """What a part of ``decode_narrow`` leaves: ``sum p``, ``sum u`` and the size of the support."""
@@ -196,6 +209,24 @@ def maxima_at(maxima, at_row, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def store_scores(scores, first, s, kept, opt: tl.constexpr):
+    """Store those of a tile's groups that are ``kept``; ``scores`` is where those of rows begin.
+
+    By rows, groups and keys of these: a mask that was reshaped hides from the compiler that
+    neighbours are stored together, and it stores scores one by one.
+    """
+    groups: tl.constexpr = opt.block_k // opt.group
+    if groups == 1:
+        columns = tl.arange(0, opt.block_k)[None, :]
+        tl.store(scores + first + columns, s, mask=kept & (columns >= 0))
+    else:
+        columns = tl.arange(0, groups)[None, :, None] * opt.group
+        columns += tl.arange(0, opt.group)[None, None, :]
+        grouped = tl.reshape(s, (opt.block_q, groups, opt.group))
+        tl.store(scores[:, :, None] + first + columns, grouped, mask=kept[:, :, None])
+
+
+@triton.jit
 def by_key(flags, opt: tl.constexpr):
     """What holds of the groups of a tile, for each key."""
     groups: tl.constexpr = opt.block_k // opt.group
@@ -256,10 +287,12 @@ def scores_of(q, number, keys, first, bias, rows, seen, terms, shape, opt: tl.co
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, length_k, splits,
-                opt: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def decode_scan(query, key, maxima, scores, tops, floors, totals, squares, arrivals, shape,
+                length_k, splits, opt: tl.constexpr, CHUNK: tl.constexpr,
+                STAGES: tl.constexpr):  # fmt: skip
     """Maxima of each row and group and, where they are not below a bound, all scores of the two;
-    the maxima of a split and, at its end, the bound."""
+    the maxima of a split and, at its end, the bound; where ``opt.guesses``, the sums of its scores
+    and of their squares."""
     after_the_last(opt)
     shape = with_length(shape, length_k)
     at_head, block, split = block_and_split(shape, splits, opt)
@@ -288,6 +321,10 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
     if opt.sinks:
         top = larger(top, terms.sink)
     floor = tl.full((opt.block_q, 1), -INFINITY, tl.float32)
+    # Of 64 rows a warp has whole rows, and few registers; of fewer, warps share rows.
+    by_parts: tl.constexpr = opt.block_q >= 64
+    total = tl.full((opt.block_q, PARTS if by_parts else opt.block_k), 0.0, tl.float32)
+    square = tl.full((opt.block_q, PARTS if by_parts else opt.block_k), 0.0, tl.float32)
     start = begin
     size = FIRST_BOUND
     while start < end:
@@ -311,7 +348,11 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
             floor = tl.maximum(floor, floor_of(top, lift_of(terms.r, opt) - 1.0, terms, opt))
             kept = inside[:, None] & (highest >= floor) & (highest > -INFINITY)
             tl.store(pointers + tile * each + groups, highest, mask=inside[:, None])
-            tl.store(own_scores + first + columns, s, mask=by_key(kept, opt) & (columns >= 0))
+            store_scores(own_scores, first, s, kept, opt)
+            if opt.guesses:
+                s = tl.where(s > -INFINITY, s, 0.0)
+                total += part_sums(s) if by_parts else s
+                square += part_sums(s * s) if by_parts else s * s
         if stop < end:
             tl.debug_barrier()  # the maxima are read back by other threads
             t = bound_of_maxima(
@@ -323,6 +364,10 @@ def decode_scan(query, key, maxima, scores, tops, floors, arrivals, shape, lengt
     places = at_row[:, None] * splits + split
     tl.store(tops + places, top, mask=inside[:, None])
     tl.store(floors + places, floor, mask=inside[:, None])
+    if opt.guesses:
+        total, square = pair_sums(total, square)
+        tl.store(totals + places, total[:, None], mask=inside[:, None])
+        tl.store(squares + places, square[:, None], mask=inside[:, None])
 
 
 # 2. and 3. Thresholds
@@ -346,8 +391,10 @@ def sums_over(s, scores, listed, start, stop, top, t, terms, opt: tl.constexpr,
     x = distance(s, top, t, terms.c, opt)
     mass, slope = weights(x, terms.r, opt)
     count = is_inside(x, terms.r, opt).to(tl.float32)
+    _, ahead = listed_scores(scores, listed, start + GROUPS, stop, opt, GROUPS)
     for first in range(start + GROUPS, stop, GROUPS):
-        _, more = listed_scores(scores, listed, first, stop, opt, GROUPS)
+        more = ahead
+        _, ahead = listed_scores(scores, listed, first + GROUPS, stop, opt, GROUPS)
         x = distance(more, top, t, terms.c, opt)
         p, u = weights(x, terms.r, opt)
         mass += p
@@ -369,13 +416,16 @@ def step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt: tl.conste
 @triton.jit
 def rest_of_steps(s, scores, listed, count, top, t, lo, hi, most, step, pending, terms, tolerance,
                   opt: tl.constexpr, GROUPS: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
-    """Steps up to the root, by this program alone; ``s`` as in :func:`sums_over`."""
+    """Steps up to the root, by this program alone, and how many keys were in the support before the
+    last one; ``s`` as in :func:`sums_over`."""
+    kept = 0.0
     while pending & (step < MAX_STEPS):
         sums = sums_over(s, scores, listed, 0, count, top, t, terms, opt, GROUPS)
         t, lo, hi, most, final = step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt)
         step += 1
         pending = final == 0
-    return t, step
+        kept = sums[2]
+    return t, step, kept
 
 
 @triton.jit
@@ -452,8 +502,10 @@ def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, 
 
 
 @triton.jit
-def store_output(out, total, mass, top, t, at_head, row, terms, shape, opt: tl.constexpr):
-    """``out = sum p v / sum p``, with the sink among them."""
+def store_output(out, total, mass, top, t, at_head, row, wide, wanted, terms, shape,
+                 opt: tl.constexpr):  # fmt: skip
+    """``out = sum p v / sum p``, with the sink among them, of a row or, where all but ``wide`` are
+    columns, of those of a block that are ``wanted``."""
     batch, head = at_head
     if opt.sinks:
         mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
@@ -462,18 +514,18 @@ def store_output(out, total, mass, top, t, at_head, row, terms, shape, opt: tl.c
     if opt.dropout:
         result = result * shape.terms.kept
     result = tl.where(t != t, float("nan"), result)
-    wide = tl.arange(0, opt.padded_v)
     base, stride = head_of(out, batch, head)
     pointers = base + row.to(tl.int64) * stride + wide
-    tl.store(pointers, result.to(out.base.dtype.element_ty), mask=wide < opt.head_dim_v)
+    mask = wanted & (wide < opt.head_dim_v)
+    tl.store(pointers, result.to(out.base.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, entry_keys,
-                 entry_weights, tau, out, support, marks, shape, length_k, splits, tolerance,
-                 opt: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
-                 SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr, ENTRIES: tl.constexpr,
-                 COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
+def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, counts, states,
+                 entry_keys, entry_weights, tau, out, support, marks, shape, length_k, splits,
+                 tolerance, opt: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+                 GROUPS: tl.constexpr, SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr,
+                 ENTRIES: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
     """A row's threshold or, where more than SERIAL groups reach its bound, a lower bound of it.
     Then ``counts`` has their number, else 0. Where the support is listed, also the output."""
     after_the_last(opt)
@@ -483,11 +535,16 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
     terms = terms_of(batch, head, shape, opt)
     highest = tl.full((SPLITS,), -INFINITY, tl.float32)
     bounds = tl.full((SPLITS,), -INFINITY, tl.float32)
+    summed = tl.full((SPLITS,), 0.0, tl.float32)
+    squared = tl.full((SPLITS,), 0.0, tl.float32)
     for first in range(0, splits, SPLITS):
         places = first + tl.arange(0, SPLITS)
         at = at_row * splits + places
         highest = larger(highest, tl.load(tops + at, mask=places < splits, other=-INFINITY))
         bounds = tl.maximum(bounds, tl.load(floors + at, mask=places < splits, other=-INFINITY))
+        if opt.guesses:
+            summed += tl.load(totals + at, mask=places < splits, other=0.0)
+            squared += tl.load(squares + at, mask=places < splits, other=0.0)
     top = largest(highest, 0)
     floor = tl.max(bounds, 0)
     if opt.alphas:
@@ -498,7 +555,7 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
     t = tl.where(poisoned, float("nan"), INFINITY)
     lo = t
     hi = tl.full((), HIGHEST, tl.float32)
-    most = tl.full((), INFINITY, tl.float32)
+    most = tl.full((), 0.0, tl.float32) + (shape.length_k + 1)  # with the sink
     count = 0
     step = 0
     found = 0
@@ -516,6 +573,10 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
         t = tl.max(tl.max(bound, 1), 0)
         lo = t
         floor = tl.maximum(floor, floor_of(top, t, terms, opt))
+        if opt.guesses:
+            keys_seen = tl.max(visible(rows, terms, shape, opt), 0)
+            mean, deviation = mean_and_deviation(tl.sum(summed, 0), tl.sum(squared, 0), keys_seen)
+            t = guess_of(mean, deviation, keys_seen, top, lo, terms)
         for first in range(seen, end, CHUNK):
             places = first + tl.arange(0, CHUNK)
             of_groups = tl.load(ones + places, mask=places < end, other=-INFINITY)
@@ -526,10 +587,13 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
             tl.debug_barrier()  # the list is written
             own = scores_at(scores, at_row, shape, opt)
             keys, s = listed_scores(own, listed, 0, count, opt, GROUPS)
-            t, step = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step, pending,
-                                    terms, tolerance, opt, GROUPS, MAX_STEPS)  # fmt: skip
-            found = list_support(keys, s, own, listed, count, top, t, entry_keys, entry_weights,
-                                 terms, opt, GROUPS)  # fmt: skip
+            t, step, kept = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
+                                          pending, terms, tolerance, opt, GROUPS,
+                                          MAX_STEPS)  # fmt: skip
+            found = -1
+            if kept <= FEW_LISTED:
+                found = list_support(keys, s, own, listed, count, top, t, entry_keys,
+                                     entry_weights, terms, opt, GROUPS)  # fmt: skip
             count = 0
         else:
             found = -1
@@ -551,7 +615,9 @@ def decode_solve(value, maxima, scores, tops, floors, lists, counts, states, ent
             marks += (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_k, MARK)
         total, mass = sums_of_listed(value, entry_keys, entry_weights, marks, found, batch, head,
                                      row, terms, shape, opt, ENTRIES, COUNT, MARK)  # fmt: skip
-        store_output(out, total, mass, top, t, (batch, head), row, terms, shape, opt)
+        wide = tl.arange(0, opt.padded_v)
+        store_output(out, total, mass, top, t, (batch, head), row, wide, wide >= 0, terms, shape,
+                     opt)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["length_k", "parts"])
@@ -598,8 +664,9 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
         step += 1
         if LAST:
             _, s = listed_scores(own, listed, 0, count, opt, GROUPS)
-            t, step = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step, final == 0,
-                                    terms, tolerance, opt, GROUPS, MAX_STEPS)  # fmt: skip
+            t, step, kept = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
+                                          final == 0, terms, tolerance, opt, GROUPS,
+                                          MAX_STEPS)  # fmt: skip
         tl.store(counts + at_row, tl.where(final, 0, count))
         tl.store(state + T, t)
         tl.store(state + LO, lo)
@@ -670,12 +737,29 @@ def dense_sums(values, maxima, scores, begin, end, top, t, least, terms, shape,
     return acc, tl.sum(mass, 1), tl.sum(count, 1)
 
 
+@triton.jit
+def sums_of_block(partials, masses, kept, at_row, wanted, splits, opt: tl.constexpr):
+    """``sum p v`` and, as columns, ``sum p`` and the size of the support of those rows of a block
+    that are ``wanted``, from what all programs wrote; always in the same order."""
+    wide = tl.arange(0, opt.padded_v)[None, :]
+    total = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
+    mass = tl.full((opt.block_q, 1), 0.0, tl.float32)
+    count = tl.full((opt.block_q, 1), 0, tl.int32)
+    for split in tl.range(0, splits, loop_unroll_factor=SPLITS_AHEAD):
+        at = at_row.to(tl.int64) * splits + split
+        total += tl.load(partials + at * opt.padded_v + wide, mask=wanted & (wide >= 0), other=0.0,
+                         cache_modifier=".cg")  # fmt: skip
+        mass += tl.load(masses + at, mask=wanted, other=0.0, cache_modifier=".cg")
+        count += tl.load(kept + at, mask=wanted, other=0, cache_modifier=".cg")
+    return total, mass, count
+
+
 @triton.jit(do_not_specialize=["length_k", "splits"])
-def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, shape, length_k,
-                 splits, opt: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
-                 MARK: tl.constexpr):  # fmt: skip
+def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals, out, support,
+                 marks, shape, length_k, splits, opt: tl.constexpr, CHUNK: tl.constexpr,
+                 LAST_ADDS: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
     """The sums of a block and a split: of values, if its support has some of the split's keys; of
-    ``p``; keys of the support."""
+    ``p``; keys of the support. With LAST_ADDS the program that comes last has the outputs."""
     after_the_last(opt)
     shape = with_length(shape, length_k)
     at_head, block, split = block_and_split(shape, splits, opt)
@@ -747,9 +831,20 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, marks, s
                 acc += weighted_values(p, reached, v, opt, scale)
     at_split = at_row.to(tl.int64) * splits + split
     at = partials + at_split[:, None] * opt.padded_v + tl.arange(0, opt.padded_v)[None, :]
-    tl.store(at, acc, mask=(inside & (count > 0))[:, None])
+    tl.store(at, acc, mask=(inside & ((count > 0) | LAST_ADDS))[:, None])
     tl.store(masses + at_split, mass, mask=inside)
     tl.store(kept + at_split, count, mask=inside)
+    if LAST_ADDS:
+        tl.debug_barrier()  # all threads have stored
+        if tl.atomic_add(arrivals + tl.min(at_row, 0), 1) == splits - 1:
+            wanted = inside[:, None] & (listed == 0)
+            total, whole, number = sums_of_block(partials, masses, kept, at_row[:, None], wanted,
+                                                 splits, opt)  # fmt: skip
+            wide = tl.arange(0, opt.padded_v)[None, :]
+            store_output(out, total, whole, top, t, (batch, head[:, None]), rows, wide, wanted,
+                         terms, shape, opt)  # fmt: skip
+            if COUNT:
+                tl.store(support + at_row[:, None], number, mask=wanted)
 
 
 @triton.jit
@@ -785,6 +880,7 @@ def decode_combine(partials, masses, kept, states, out, support, shape, length_k
     top = tl.load(states + at_row * STATES + TOP)
     t = tl.load(states + at_row * STATES + T)
     total, mass, count = sums_of_splits(partials, masses, kept, at_row, splits, opt, SPLITS)
-    store_output(out, total, mass, top, t, (batch, head), row, terms, shape, opt)
+    wide = tl.arange(0, opt.padded_v)
+    store_output(out, total, mass, top, t, (batch, head), row, wide, wide >= 0, terms, shape, opt)
     if COUNT:
         tl.store(support + at_row, count)
