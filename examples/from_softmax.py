@@ -51,6 +51,7 @@ class Contender(NamedTuple):
             keep fewer keys.
         taught: the share of the steps in which it learns what softmax says instead of the text.
         after: it starts with the weights that this contender ended with, which teaches it.
+        faster: times the rate.
     """
 
     alpha: float
@@ -61,6 +62,7 @@ class Contender(NamedTuple):
     pressure: float = 0.0
     taught: float = 0.0
     after: str | None = None
+    faster: float = 1.0
 
 
 CONTENDERS = {
@@ -68,14 +70,13 @@ CONTENDERS = {
     "entmax": Contender(1.5, start="matched", tolerance=0.05),
     "nearest": Contender(1.5, start="matched"),
     "sparser": Contender(1.5, start="matched", tolerance=0.15),
-    "sparser still": Contender(1.5, start="matched", tolerance=0.25),
-    "pressed": Contender(1.5, start="matched", tolerance=0.1, pressure=0.02),
     "factors stay": Contender(1.5, start="matched", tolerance=0.15, learned=False),
-    "taught first": Contender(1.5, start="matched", tolerance=0.2, taught=0.5),
-    "taught": Contender(1.5, start="matched", tolerance=0.2, taught=1.0, after="softmax"),
-    "taught, pressed": Contender(
-        1.5, start="matched", tolerance=0.2, pressure=0.02, taught=1.0, after="softmax"
+    "pressed": Contender(1.5, start="matched", tolerance=0.2, pressure=0.03),
+    "taught first": Contender(1.5, start="matched", tolerance=0.2, pressure=0.03, taught=0.5),
+    "taught": Contender(
+        1.5, start="matched", tolerance=0.2, pressure=0.03, taught=1.0, after="softmax", faster=2.0
     ),
+    "taught, nearest": Contender(1.5, start="matched", taught=1.0, after="softmax", faster=2.0),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),
@@ -221,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
             monitor,
             teacher=teacher,
             taught=contender.taught,
+            faster=contender.faster,
             penalty=partial(pressed, scales, contender.pressure) if contender.pressure else None,
         )
 

@@ -196,6 +196,7 @@ class Ready(NamedTuple):
         teacher: what it says is learned instead of the text, in the first steps.
         taught: the share of the steps in which it is.
         penalty: is added to the loss.
+        faster: times the rate.
         kept: where the weights that it ends with are written.
     """
 
@@ -206,6 +207,7 @@ class Ready(NamedTuple):
     teacher: Logits | None = None
     taught: float = 1.0
     penalty: Callable[[], Tensor] | None = None
+    faster: float = 1.0
     kept: Path | None = None
 
 
@@ -254,7 +256,13 @@ def train(
         ready.model,
         batch_of,
         loss_of,
-        Plan(scale.steps, rate, seed, warmup=min(100, scale.steps // 10 + 1), decay=0.1),
+        Plan(
+            scale.steps,
+            rate * ready.faster,
+            seed,
+            warmup=min(100, scale.steps // 10 + 1),
+            decay=0.1,
+        ),
         checkpoint=checkpoint,
         budget=program.budget,
         description=checkpoint.stem,
