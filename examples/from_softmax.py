@@ -77,6 +77,9 @@ CONTENDERS = {
         1.5, start="matched", tolerance=0.2, pressure=0.03, taught=1.0, after="softmax", faster=2.0
     ),
     "taught, nearest": Contender(1.5, start="matched", taught=1.0, after="softmax", faster=2.0),
+    "taught, sparser": Contender(
+        1.5, start="matched", tolerance=0.35, pressure=0.1, taught=1.0, after="softmax", faster=2.0
+    ),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),
