@@ -2,7 +2,8 @@
 
 alpha is 1.5 from the first step on. Each head learns a factor of its scale, and starts with one
 that brings its output near to softmax's. Beside it the same model takes the same steps with
-softmax. The speeches of the last ten years are held out.
+softmax. What is "taught" begins where that ended, and learns what that says of each token. The
+speeches of the last ten years are held out.
 Prints a table and writes results.json and a picture: held-out loss before, during and after, at
 equal steps and at equal time, loss by position, keys kept by layer. A run that was stopped goes on
 from where it was, and one that is done is not done again.
@@ -10,7 +11,6 @@ from where it was, and one that is done is not done again.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -163,11 +163,6 @@ def logits_of(run: Callable[..., Any]) -> Logits:
     return logits
 
 
-def is_followed(name: str, options: argparse.Namespace) -> bool:
-    """Whether a contender that was asked for starts from this one's end."""
-    return any(CONTENDERS[other].after == name for other in options.contenders)
-
-
 def weights_of(program: Program, name: str, rate: float) -> Path:
     """Those that a contender ended with."""
     return record(program, name, rate).with_suffix(".weights.pt")
@@ -200,8 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         monitor = AttentionMonitor()
         if contender.alpha == 1.0:
             model = softmax(None)
-            kept = weights_of(program, name, rate) if is_followed(name, options) else None
-            return Ready(model, logits_of(compiled(model, options)), None, monitor, kept=kept)
+            run = compiled(model, options)
+            return Ready(model, logits_of(run), None, monitor, kept=weights_of(program, name, rate))
         before = contender.after and weights_of(program, contender.after, rate)
         model, schedule, scales = softmax(before), None, []
         teacher = logits_of(copy.deepcopy(model)) if contender.taught else None
