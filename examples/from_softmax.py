@@ -78,7 +78,7 @@ CONTENDERS = {
     ),
     "taught, nearest": Contender(1.5, start="matched", taught=1.0, after="softmax", faster=2.0),
     "taught, sparser": Contender(
-        1.5, start="matched", tolerance=0.3, pressure=0.07, taught=1.0, after="softmax", faster=2.0
+        1.5, start="matched", tolerance=0.3, pressure=0.06, taught=1.0, after="softmax", faster=2.0
     ),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
