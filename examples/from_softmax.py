@@ -52,6 +52,7 @@ class Contender(NamedTuple):
         taught: the share of the steps in which it learns what softmax says instead of the text.
         after: it starts with the weights that this contender ended with, which teaches it.
         faster: times the rate.
+        attention_only: no weights learn but those of attention and of the norms before it.
     """
 
     alpha: float
@@ -63,7 +64,12 @@ class Contender(NamedTuple):
     taught: float = 0.0
     after: str | None = None
     faster: float = 1.0
+    attention_only: bool = False
 
+
+SPARSER = Contender(
+    1.5, start="matched", tolerance=0.3, pressure=0.06, taught=1.0, after="softmax", faster=2.0
+)
 
 CONTENDERS = {
     "softmax": Contender(1.0),
@@ -77,9 +83,8 @@ CONTENDERS = {
         1.5, start="matched", tolerance=0.2, pressure=0.03, taught=1.0, after="softmax", faster=2.0
     ),
     "taught, nearest": Contender(1.5, start="matched", taught=1.0, after="softmax", faster=2.0),
-    "taught, sparser": Contender(
-        1.5, start="matched", tolerance=0.3, pressure=0.06, taught=1.0, after="softmax", faster=2.0
-    ),
+    "taught, sparser": SPARSER,
+    "taught, attention only": SPARSER._replace(attention_only=True),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),
@@ -150,6 +155,14 @@ def real_source() -> Source:
     )
 
 
+def keep_all_but_attention(model: Any) -> None:
+    """Weights that are no part of attention, nor of the norms before it, stay as they are."""
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        for part in (layer.input_layernorm, layer.self_attn):
+            part.requires_grad_(True)
+
+
 def pressed(scales: Sequence[HeadScale], pressure: float) -> Tensor:
     """What is added to the loss so that heads keep fewer keys."""
     return -pressure * torch.cat([scale.log_factor for scale in scales]).mean()
@@ -207,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif contender.start is not None:
             starts = [contender.start] * len(model.model.layers)
             scales = scale_heads(model, starts, contender.learned)
+        if contender.attention_only:
+            keep_all_but_attention(model)
         set_alpha = alpha_setter(model, observer=monitor, packed=False)
         set_alpha(contender.alpha)
         if contender.rise:

@@ -358,6 +358,23 @@ def test_pressure_pushes_the_factors_of_all_heads_up() -> None:
         assert scale.log_factor.grad.sum().item() == pytest.approx(-0.01)
 
 
+def test_attention_alone_learns_where_all_else_is_kept() -> None:
+    pytest.importorskip("transformers")
+    import from_softmax
+
+    model = from_softmax.tiny_source().load()
+    from_softmax.scale_heads(model, [0.5, 0.5])
+    from_softmax.keep_all_but_attention(model)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    optimizer = training.optimizer_of(model, Plan(10, 1e-3, 0, decay=0.1))
+    tokens = torch.arange(12)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    moved = {name for name, weight in model.named_parameters() if not weight.equal(before[name])}
+    assert moved == {name for name in before if "self_attn" in name or "input_layernorm" in name}
+    assert sum("log_factor" in name for name in moved) == 2
+
+
 def test_what_goes_on_from_another_names_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
