@@ -2,7 +2,8 @@
 
 alpha is 1.5 from the first step on. Each head learns a factor of its scale, and starts with one
 that brings its output near to softmax's. Beside it the same model takes the same steps with
-softmax. The speeches of the last ten years are held out.
+softmax. What is "taught" begins where that ended, and learns what that says of each token. The
+speeches of the last ten years are held out.
 Prints a table and writes results.json and a picture: held-out loss before, during and after, at
 equal steps and at equal time, loss by position, keys kept by layer. A run that was stopped goes on
 from where it was, and one that is done is not done again.
@@ -10,11 +11,25 @@ from where it was, and one that is done is not done again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from text_models import Corpus, Ready, Scale, bytes_of, compete, parse, texts
+from text_models import (
+    Corpus,
+    Logits,
+    Program,
+    Ready,
+    Scale,
+    bytes_of,
+    compete,
+    parse,
+    record,
+    texts,
+)
 from torch import Tensor
 from torch.nn.utils import parametrize
 from training import autocast, compiled
@@ -25,21 +40,51 @@ from adasplash2.nn import AlphaSchedule, AttentionMonitor, HeadScale, ScaleMatch
 
 
 class Contender(NamedTuple):
-    """``rise``: the share of the steps in which alpha rises from 1; 0 begins with it. ``start``:
-    where each head's learned factor of the scale starts; "matched": where its output is near to
-    softmax's, by ``tolerance``; None leaves the scale as it is."""
+    """How the model is continued.
+
+    Attributes:
+        rise: the share of the steps in which alpha rises from 1; 0 begins with it.
+        start: where each head's learned factor of the scale starts; "matched": where its output is
+            near to softmax's, by ``tolerance``; None leaves the scale as it is.
+        learned: whether the factors are learned; else the weights take them at once.
+        pressure: times the mean of the factors' logarithms is taken off the loss: larger factors
+            keep fewer keys.
+        taught: the share of the steps in which it learns what softmax says instead of the text.
+        after: it starts with the weights that this contender ended with, which teaches it.
+        faster: times the rate.
+        attention_only: no weights learn but those of attention and of the norms before it.
+    """
 
     alpha: float
     rise: float = 0.0
     start: float | Literal["matched"] | None = None
     tolerance: float = 0.0
+    learned: bool = True
+    pressure: float = 0.0
+    taught: float = 0.0
+    after: str | None = None
+    faster: float = 1.0
+    attention_only: bool = False
 
+
+SPARSER = Contender(
+    1.5, start="matched", tolerance=0.3, pressure=0.06, taught=1.0, after="softmax", faster=2.0
+)
 
 CONTENDERS = {
     "softmax": Contender(1.0),
     "entmax": Contender(1.5, start="matched", tolerance=0.05),
     "nearest": Contender(1.5, start="matched"),
     "sparser": Contender(1.5, start="matched", tolerance=0.15),
+    "factors stay": Contender(1.5, start="matched", tolerance=0.15, learned=False),
+    "pressed": Contender(1.5, start="matched", tolerance=0.2, pressure=0.03),
+    "taught first": Contender(1.5, start="matched", tolerance=0.2, pressure=0.03, taught=0.5),
+    "taught": Contender(
+        1.5, start="matched", tolerance=0.2, pressure=0.03, taught=1.0, after="softmax", faster=2.0
+    ),
+    "taught, nearest": Contender(1.5, start="matched", taught=1.0, after="softmax", faster=2.0),
+    "taught, sparser": SPARSER,
+    "taught, attention only": SPARSER._replace(attention_only=True),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),
@@ -64,11 +109,14 @@ def tiny_source() -> Source:
     """A random model of the same family, and bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    )  # fmt: skip
-    return Source(lambda: LlamaForCausalLM(config), bytes_of)
+    def load() -> Any:
+        config = LlamaConfig(
+            vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+    return Source(load, bytes_of)
 
 
 def matched(model: Any, contender: Contender, tokens: Tensor) -> list[Tensor]:
@@ -81,13 +129,20 @@ def matched(model: Any, contender: Contender, tokens: Tensor) -> list[Tensor]:
     return [matcher.factors(layer) for layer in range(len(model.model.layers))]
 
 
-def scale_heads(model: Any, starts: Sequence[float | Tensor]) -> None:
-    """Each head of each layer learns a factor of its scale."""
-    heads = model.config.num_attention_heads
+def scale_heads(
+    model: Any, starts: Sequence[float | Tensor], learned: bool = True
+) -> list[HeadScale]:
+    """Each head of each layer learns a factor of its scale, or has it for good."""
+    heads, scales = model.config.num_attention_heads, []
     for layer, start in zip(model.model.layers, starts, strict=True):
         queries = layer.self_attn.q_proj
         scale = HeadScale(heads, start, device=queries.weight.device)
         parametrize.register_parametrization(queries, "weight", scale)
+        if learned:
+            scales.append(scale)
+        else:
+            parametrize.remove_parametrizations(queries, "weight")
+    return scales
 
 
 def real_source() -> Source:
@@ -100,39 +155,89 @@ def real_source() -> Source:
     )
 
 
+def keep_all_but_attention(model: Any) -> None:
+    """Weights that are no part of attention, nor of the norms before it, stay as they are."""
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        for part in (layer.input_layernorm, layer.self_attn):
+            part.requires_grad_(True)
+
+
+def pressed(scales: Sequence[HeadScale], pressure: float) -> Tensor:
+    """What is added to the loss so that heads keep fewer keys."""
+    return -pressure * torch.cat([scale.log_factor for scale in scales]).mean()
+
+
+def logits_of(run: Callable[..., Any]) -> Logits:
+    def logits(tokens: Tensor) -> Tensor:
+        found: Tensor = run(input_ids=tokens, use_cache=False).logits
+        return found
+
+    return logits
+
+
+def weights_of(program: Program, name: str, rate: float) -> Path:
+    """Those that a contender ended with."""
+    return record(program, name, rate).with_suffix(".weights.pt")
+
+
 def main(arguments: list[str] | None = None) -> int:
     program = parse("from_softmax", __doc__, SIZES, CONTENDERS, arguments)
     options, scale = program.options, program.scale
+    for place, name in enumerate(options.contenders):
+        before = CONTENDERS[name].after
+        if before is not None and before not in options.contenders[:place]:
+            program.parser.error(
+                f"argument --contenders: {name!r} goes on from where {before!r} ends: name that "
+                "before it"
+            )
     source = tiny_source() if options.size == "tiny" else real_source()
     corpus = Corpus(program, *(source.encode(text) for text in texts(options.text)))
 
-    def ready(name: str) -> Ready:
-        contender, device = CONTENDERS[name], options.device
-        model = source.load().to(device).train()
+    def softmax(weights: Path | None) -> Any:
+        """SDPA's kernels. Where transformers calls them itself it makes a mask while a graph is
+        captured, with which none of the fast ones is taken."""
+        model = source.load().to(options.device).train()
+        if weights is not None:
+            model.load_state_dict(torch.load(weights, map_location=options.device))
+        apply(model, alpha=1.0, packed=False)
+        return model
+
+    def ready(name: str, rate: float) -> Ready:
+        contender = CONTENDERS[name]
         monitor = AttentionMonitor()
-        schedule = None
         if contender.alpha == 1.0:
-            # SDPA's kernels. Where transformers calls them itself it makes a mask while a graph is
-            # captured, with which none of the fast ones is taken.
-            apply(model, alpha=1.0, packed=False)
-        else:
-            if contender.start == "matched":
-                unseen = corpus.draw(1, options.seed, scale.steps)  # no step's
-                scale_heads(model, matched(model, contender, unseen[:, :-1].to(device)))
-            elif contender.start is not None:
-                scale_heads(model, [contender.start] * len(model.model.layers))
-            set_alpha = alpha_setter(model, observer=monitor, packed=False)
-            set_alpha(contender.alpha)
-            if contender.rise:
-                rise = max(1, round(contender.rise * scale.steps))
-                schedule = AlphaSchedule(set_alpha, rise, contender.alpha)
-        run = compiled(model, options)
+            model = softmax(None)
+            run = compiled(model, options)
+            return Ready(model, logits_of(run), None, monitor, kept=weights_of(program, name, rate))
+        before = contender.after and weights_of(program, contender.after, rate)
+        model, schedule, scales = softmax(before), None, []
+        teacher = logits_of(copy.deepcopy(model)) if contender.taught else None
+        if contender.start == "matched":
+            unseen = corpus.draw(1, options.seed, scale.steps)  # no step's
+            starts = matched(model, contender, unseen[:, :-1].to(options.device))
+            scales = scale_heads(model, starts, contender.learned)
+        elif contender.start is not None:
+            starts = [contender.start] * len(model.model.layers)
+            scales = scale_heads(model, starts, contender.learned)
+        if contender.attention_only:
+            keep_all_but_attention(model)
+        set_alpha = alpha_setter(model, observer=monitor, packed=False)
+        set_alpha(contender.alpha)
+        if contender.rise:
+            rise = max(1, round(contender.rise * scale.steps))
+            schedule = AlphaSchedule(set_alpha, rise, contender.alpha)
 
-        def logits(tokens: Tensor) -> Tensor:
-            found: Tensor = run(input_ids=tokens, use_cache=False).logits
-            return found
-
-        return Ready(model, logits, schedule, monitor)
+        return Ready(
+            model,
+            logits_of(compiled(model, options)),
+            schedule,
+            monitor,
+            teacher=teacher,
+            taught=contender.taught,
+            faster=contender.faster,
+            penalty=partial(pressed, scales, contender.pressure) if contender.pressure else None,
+        )
 
     return compete(program, corpus, ready)
 

@@ -157,13 +157,15 @@ class Corpus:
 # Losses
 
 
-def losses_of(logits: Logits, windows: Tensor, device: str) -> Tensor:
-    """In nats, of every token but the first: ``(batch, context)``."""
+def losses_of(logits: Logits, windows: Tensor, device: str, taught: Tensor | None = None) -> Tensor:
+    """In nats, of every token but the first: ``(batch, context)``. Of what a teacher says, its
+    logits ``taught``, where they are given."""
     windows = windows.to(device)
     with autocast(device):
         said = logits(windows[:, :-1])
     asked = windows[:, 1:]
-    losses = F.cross_entropy(said.float().flatten(0, 1), asked.flatten(), reduction="none")
+    target = asked.flatten() if taught is None else taught.float().flatten(0, 1).softmax(-1)
+    losses = F.cross_entropy(said.float().flatten(0, 1), target, reduction="none")
     return losses.view_as(asked)
 
 
@@ -187,12 +189,26 @@ def by_position(losses: Tensor) -> dict[str, float]:
 
 
 class Ready(NamedTuple):
-    """A contender to be trained. ``monitor`` sees its attention where that is ours."""
+    """A contender to be trained.
+
+    Attributes:
+        monitor: sees its attention where that is ours.
+        teacher: what it says is learned instead of the text, in the first steps.
+        taught: the share of the steps in which it is.
+        penalty: is added to the loss.
+        faster: times the rate.
+        kept: where the weights that it ends with are written.
+    """
 
     model: nn.Module
     logits: Logits
     schedule: AlphaSchedule | None
     monitor: AttentionMonitor
+    teacher: Logits | None = None
+    taught: float = 1.0
+    penalty: Callable[[], Tensor] | None = None
+    faster: float = 1.0
+    kept: Path | None = None
 
 
 def train(
@@ -222,13 +238,31 @@ def train(
             }
         )
 
+    def batch_of(step: int) -> tuple[Tensor, ...]:
+        """What the teacher says goes beside the text, so that a graph of such steps is another."""
+        windows = corpus.draw(scale.batch, seed, step).to(device)
+        if ready.teacher is None or step >= ready.taught * scale.steps:
+            return (windows,)
+        with torch.no_grad(), autocast(device):
+            return windows, ready.teacher(windows[:, :-1])
+
+    def loss_of(windows: Tensor, *said: Tensor) -> Tensor:
+        loss = losses_of(ready.logits, windows, device, *said).mean()
+        return loss if ready.penalty is None else loss + ready.penalty()
+
     if not checkpoint.exists():
         look(0, 0.0)
     losses = fit(
         ready.model,
-        lambda step: (corpus.draw(scale.batch, seed, step).to(device),),
-        lambda windows: losses_of(ready.logits, windows, device).mean(),
-        Plan(scale.steps, rate, seed, warmup=min(100, scale.steps // 10 + 1), decay=0.1),
+        batch_of,
+        loss_of,
+        Plan(
+            scale.steps,
+            rate * ready.faster,
+            seed,
+            warmup=min(100, scale.steps // 10 + 1),
+            decay=0.1,
+        ),
         checkpoint=checkpoint,
         budget=program.budget,
         description=checkpoint.stem,
@@ -237,6 +271,9 @@ def train(
         notes=notes,
         after=look,
     )
+    if ready.kept is not None:
+        ready.kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(ready.model.state_dict(), ready.kept)
     return {
         "rate": rate,
         "seed": seed,
@@ -261,23 +298,26 @@ def layers_seen_by(monitor: AttentionMonitor) -> dict[str, dict[str, list[float]
     }
 
 
-def compete(program: Program, corpus: Corpus, ready: Callable[[str], Ready]) -> int:
+def record(program: Program, name: str, rate: float) -> Path:
+    """Where a run of a contender is told."""
+    options, scale = program.options, program.scale
+    run = f"{options.size}-{scale.steps}-{scale.context}-{scale.batch}-{options.seed}"
+    return Path(options.output) / run / f"{file_name(name)}-{rate:g}.json"
+
+
+def compete(program: Program, corpus: Corpus, ready: Callable[[str, float], Ready]) -> int:
     """Train each contender with each rate, tell of the best, and return the exit code."""
     options, scale = program.options, program.scale
-    folder = (
-        options.output
-        / f"{options.size}-{scale.steps}-{scale.context}-{scale.batch}-{options.seed}"
-    )
     results: dict[str, list[dict[str, Any]]] = {}
     stopped = False
     try:
         for name in options.contenders:
             for rate in scale.rates:
-                done = folder / f"{file_name(name)}-{rate:g}.json"
+                done = record(program, name, rate)
                 if not done.exists():
                     checkpoint = done.with_suffix(".pt")
                     torch.manual_seed(options.seed)
-                    run = train(program, corpus, ready(name), rate, checkpoint)
+                    run = train(program, corpus, ready(name, rate), rate, checkpoint)
                     write_json(done, run)
                     checkpoint.unlink(missing_ok=True)
                 results.setdefault(name, []).append(json.loads(done.read_text()))

@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     assert isinstance(scale, Decoders)
     corpus = Corpus(program, *(bytes_of(text) for text in texts(options.text)))
 
-    def ready(name: str) -> Ready:
+    def ready(name: str, rate: float) -> Ready:
         recipe = CONTENDERS[name]
         size = Size(BYTES, scale.layers, scale.heads, scale.features)
         model = Decoder(size, recipe).to(options.device)

@@ -25,6 +25,8 @@ import train_lm  # noqa: E402
 import training  # noqa: E402
 from training import Decoder, Plan, Recipe, Size  # noqa: E402
 
+from adasplash2.nn import HeadScale  # noqa: E402
+
 README = str(ROOT / "README.md")
 
 
@@ -309,6 +311,79 @@ def test_language_models_at_their_smallest(
     assert (tmp_path / f"{program}.png").stat().st_size > 10_000
     assert (tmp_path / f"{program}-alpha.png").exists() == ("learned alpha" in names)
     assert "held out" in capsys.readouterr().out
+
+
+def told_by(tmp_path: Path, *contenders: str) -> dict[str, Any]:
+    """The one run of each contender of ``from_softmax`` at its smallest, stopped once if it is not
+    done."""
+    import from_softmax
+
+    command = ["--size", "tiny", "--text", README, "--output", str(tmp_path), "--contenders"]
+    from_softmax.main([*command, *contenders, "--minutes", "0"])
+    assert from_softmax.main([*command, *contenders]) == 0
+    told = json.loads((tmp_path / "results.json").read_text())["results"]
+    return {name: run for name, (run,) in told.items()}
+
+
+def test_what_is_taught_goes_on_from_softmax_and_stays_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    softmax = told_by(tmp_path, "softmax")["softmax"]["held_out"]
+    taught = told_by(tmp_path, "softmax", "taught")["taught"]["held_out"]
+    assert softmax[-1]["loss"] < softmax[0]["loss"] - 0.1
+    assert [look["step"] for look in taught] == list(range(0, 21, 2))
+    for look in taught:
+        assert look["loss"] == pytest.approx(softmax[-1]["loss"], abs=0.02)
+
+
+def test_what_is_taught_first_learns_the_text_after(tmp_path: Path) -> None:
+    """A random model has nothing to teach."""
+    pytest.importorskip("transformers")
+    losses = [
+        look["loss"] for look in told_by(tmp_path, "taught first")["taught first"]["held_out"]
+    ]
+    assert losses[5] > losses[0] - 0.02
+    assert losses[-1] < losses[5] - 0.05
+
+
+def test_pressure_pushes_the_factors_of_all_heads_up() -> None:
+    pytest.importorskip("transformers")
+    import from_softmax
+
+    scales = [HeadScale(3, 0.5), HeadScale(3, 0.25)]
+    optimizer = torch.optim.Adam([scale.log_factor for scale in scales], lr=0.1)
+    from_softmax.pressed(scales, 0.02).backward()
+    optimizer.step()
+    for scale, start in zip(scales, (0.5, 0.25), strict=True):
+        assert scale.log_factor.exp().tolist() == pytest.approx([start * math.exp(0.1)] * 3)
+        assert scale.log_factor.grad.sum().item() == pytest.approx(-0.01)
+
+
+def test_attention_alone_learns_where_all_else_is_kept() -> None:
+    pytest.importorskip("transformers")
+    import from_softmax
+
+    model = from_softmax.tiny_source().load()
+    from_softmax.scale_heads(model, [0.5, 0.5])
+    from_softmax.keep_all_but_attention(model)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    optimizer = training.optimizer_of(model, Plan(10, 1e-3, 0, decay=0.1))
+    tokens = torch.arange(12)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    moved = {name for name, weight in model.named_parameters() if not weight.equal(before[name])}
+    assert moved == {name for name in before if "self_attn" in name or "input_layernorm" in name}
+    assert sum("log_factor" in name for name in moved) == 2
+
+
+def test_what_goes_on_from_another_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    import from_softmax
+
+    with pytest.raises(SystemExit):
+        from_softmax.main(["--output", str(tmp_path), "--contenders", "taught", "softmax"])
+    assert "'taught' goes on from where 'softmax' ends" in capsys.readouterr().err
 
 
 def test_what_entmax_learned_short_holds_long(tmp_path: Path) -> None:
