@@ -42,8 +42,10 @@ def drawn(name: str, length: int = 40) -> lengths.Batch:
     return batch
 
 
-@pytest.mark.parametrize(("name", "said"), [("sort", sorted), ("reverse", lambda x: x[::-1])])
-def test_sort_and_reverse(name: str, said: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"), [("sort", sorted), ("reverse", lambda x: x[::-1]), ("copy", list)]
+)
+def test_sort_reverse_and_copy(name: str, said: Any) -> None:
     batch = drawn(name)
     for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
         assert answer == [*said(tokens[:40]), lengths.DIGITS]
@@ -66,6 +68,32 @@ def test_recall_asks_for_keys_that_were_told() -> None:
         told = dict(zip(tokens[:40:2], tokens[1:40:2], strict=True))
         assert len(told) == 20
         assert answer == [told[key] for key in tokens[40::2]] == tokens[41::2]
+
+
+@pytest.mark.parametrize("length", [32, 64, 401])
+def test_multi_token_recall_asks_for_words_that_were_told(length: int) -> None:
+    batch = drawn("multi-token recall", length)
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        told: dict[tuple[int, ...], tuple[int, ...]] = {}
+        place = 0
+        while place < length:
+            if tokens[place] == lengths.SPACE:
+                place += 1
+                continue
+            a, b, sign, c, d, *behind = tokens[place : min(place + 6, length)]
+            assert sign == lengths.IS
+            assert min(a, b, c, d) >= lengths.ALPHABET
+            assert behind in ([], [lengths.SPACE]), "pairs stand apart"
+            told[a, b] = c, d
+            place += 5
+        assert len(told) == len(set(told.values())) == int(0.8 * length) // 6
+        end = lengths.ALPHABET + lengths.LETTER_COUNT
+        asked = [tuple(tokens[i : i + 3]) for i in range(length, length + 12, 3)]
+        assert tokens[length + 12 :] == [end, *answer[:-1]]
+        assert answer[-1] == end
+        for n, (sign, *key) in enumerate(asked):
+            assert sign == answer[3 * n] == lengths.ASKS
+            assert told[tuple(key)] == tuple(answer[3 * n + 1 : 3 * n + 3])
 
 
 def test_flip_flop_reads_what_was_written_last() -> None:
@@ -100,6 +128,16 @@ def test_needles_are_asked_by_their_tags() -> None:
         assert len(set(things)) == lengths.NEEDLES + 1
 
 
+@pytest.mark.parametrize("name", ["largest", "largest of 64"])
+def test_largest_is_said_behind_each_thing(name: str) -> None:
+    batch = drawn(name)
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        things = [divmod(token, lengths.CLASSES) for token in tokens]
+        assert answer == [max(things[: n + 1])[1] for n in range(40)]
+        assert things.count(max(things)) == 1
+        assert len(dict(things)) == len(set(things)), "a level has one class"
+
+
 def test_letters_fade_behind_needles() -> None:
     batch = drawn("pick and mean", 64)
     needles = 48
@@ -111,6 +149,19 @@ def test_letters_fade_behind_needles() -> None:
         assert [(tag - 32, mark) for tag, mark in zip(tokens[64:], answer[15:], strict=True)] == [
             thing for tag in tokens[64:] for thing in things if thing[0] == tag - 32
         ]
+
+
+@pytest.mark.parametrize("name", lengths.TASKS)
+def test_a_start_comes_before_all_and_is_said_by_none(name: str) -> None:
+    task = lengths.TASKS[name]
+    begun = lengths.started(task)
+    tokens, targets = begun.draw(3, 40, training.generator_of(3))
+    plain = task.draw(3, 40, training.generator_of(3))
+    assert begun.vocabulary == task.vocabulary + 1
+    assert (tokens[:, 0] == task.vocabulary).all()
+    assert (targets[:, 0] == lengths.IGNORED).all()
+    assert torch.equal(tokens[:, 1:], plain.tokens)
+    assert torch.equal(targets[:, 1:], plain.targets)
 
 
 def test_letters_are_copies_of_near_ones() -> None:
