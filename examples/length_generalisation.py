@@ -9,9 +9,9 @@ and one that is done is not done again.
 Tasks: sort, reverse and copy digits ("distinct": sort without repeats); recall the values of keys
 ("multi-token recall": keys and values of two tokens each); read the bit that was written last
 ("flip-flop"); find the one thing that is marked ("needle") or is asked for ("needles"); say the
-class of the largest thing so far ("largest", "largest of 64" levels). The size "published" has the decoder and the plan of
-Vasylenko et al. 2025, whose layers differ by task: 2 for sort and copy, 6 for reverse, 4 for
-multi-token recall (with 512 features and 16 heads).
+class of the largest thing so far ("largest" of 16 levels, or of 64). The size "published" has the
+decoder and the plan of Vasylenko et al. 2025, whose layers differ by task: 2 for sort and copy (16
+heads), 6 for reverse, 4 for multi-token recall (512 features, 16 heads).
 """
 
 from __future__ import annotations

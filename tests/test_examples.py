@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +178,19 @@ RECIPES = {
     "all that is learned": Recipe("learn", learn_scale=True, length_scale=True, qk_norm=True),
     "half scale, rope": Recipe(scale=0.5, positions="rope"),
     "alpha rises": Recipe(rise=0.5, positions="none"),
+    "published": Recipe(length_scale="flat"),
 }
 SIZE = Size(vocabulary=11, layers=2, heads=2, features=16)
+
+
+def size_of(name: str) -> Size:
+    return replace(SIZE, published=name == "published")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_token_sees_a_later_one_and_all_parameters_learn(name: str) -> None:
     torch.manual_seed(0)
-    model = Decoder(SIZE, RECIPES[name])
+    model = Decoder(size_of(name), RECIPES[name])
     tokens = torch.randint(11, (2, 12))
     before = model(tokens)
     tokens[:, 8] = (tokens[:, 8] + 1) % 11
@@ -193,6 +199,40 @@ def test_no_token_sees_a_later_one_and_all_parameters_learn(name: str) -> None:
     assert not torch.equal(after[:, 8:], before[:, 8:])
     after.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_flat_length_scale_is_of_heads_without_slopes(published: bool) -> None:
+    size = Size(11, layers=1, heads=4, features=16, published=published)
+    torch.manual_seed(0)
+    attention = training.Attention(size, Recipe(length_scale="flat"))
+    assert attention.slopes.tolist() == [0.0, 0.0, 1.0, 0.5]
+    seen: dict[str, Any] = {}
+
+    def observe(_: Any, *tensors: Any) -> None:
+        seen.update(tensors[-1])
+
+    attention.observer = observe  # type: ignore[assignment]
+    attention.length_scale.weight.data.normal_()
+    attention(torch.randn(2, 12, 16))
+    scale = seen["scale"]
+    assert scale.shape == (2, 4, 12)
+    assert (scale[:, 2:] == 0.5).all(), "that of SDPA"
+    assert scale[:, :2].std() > 0.1
+
+
+def test_published_slopes_are_one_over_their_number() -> None:
+    slopes = training.slopes_of(Size(11, layers=1, heads=8, features=64, published=True))
+    torch.testing.assert_close(slopes[4:], torch.tensor([1.0, 1 / 2, 1 / 3, 1 / 4]))
+    assert not slopes[:4].any()
+
+
+def test_rates_rise_and_fall_to_the_last() -> None:
+    plan = Plan(steps=1000, rate=1e-3, seed=0, warmup=100, last=0.0)
+    assert training.rate_at(99, plan) == pytest.approx(1e-3)
+    assert training.rate_at(550, plan) == pytest.approx(5e-4)
+    assert training.rate_at(1000, plan) == pytest.approx(0.0)
+    assert training.rate_at(1000, plan._replace(last=0.1)) == pytest.approx(1e-4)
 
 
 class Steps:
@@ -212,7 +252,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(name: str, tmp_pa
     def trained(budgets: list[Any], checkpoint: Path) -> tuple[list[float], Decoder]:
         for budget in budgets:
             torch.manual_seed(0)
-            model = Decoder(SIZE, RECIPES[name])
+            model = Decoder(size_of(name), RECIPES[name])
 
             def batch_of(step: int) -> tuple[Tensor]:
                 return (torch.randint(11, (2, 12), generator=training.generator_of(1, step)),)
@@ -247,11 +287,11 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(name: str, tmp_pa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["softmax", "all that is learned"])
+@pytest.mark.parametrize("name", ["softmax", "all that is learned", "published"])
 def test_steps_as_graphs_are_the_same_steps(name: str, tmp_path: Path) -> None:
     def trained(graphed: bool) -> list[float]:
         torch.manual_seed(0)
-        model = Decoder(SIZE, RECIPES[name]).cuda()
+        model = Decoder(size_of(name), RECIPES[name]).cuda()
 
         def batch_of(step: int) -> tuple[Tensor]:
             first = torch.randint(11, (2, 1), generator=training.generator_of(1, step))
@@ -393,7 +433,9 @@ def test_alphas_part_where_some_heads_pick_and_others_take_means(tmp_path: Path)
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, named in {
         ("--contenders", "sigmoid"): "--contenders",
-        ("--tasks", "copy"): "--tasks",
+        ("--tasks", "spell"): "--tasks",
+        ("--heads", "3"): "--features",
+        ("--warmup", "0"): "--warmup",
         ("--steps", "0"): "--steps",
         ("--seeds", "0"): "--seeds",
         ("--threads", "0"): "--threads",
