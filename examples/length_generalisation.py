@@ -479,7 +479,10 @@ def compete(
 def table(results: dict[str, dict[str, list[dict[str, Any]]]], multiples: tuple[int, ...]) -> str:
     """Means in percent, and the range where there are several seeds."""
     width = max(len(contender) for by in results.values() for contender in by)
-    lines = [f"{'':<10} {'':<{width}} {'rate':>6} " + " ".join(f"{f'{m}x':>14}" for m in multiples)]
+    named = max(map(len, results))
+    lines = [
+        f"{'':<{named}} {'':<{width}} {'rate':>6} " + " ".join(f"{f'{m}x':>14}" for m in multiples)
+    ]
     for name, by_contender in results.items():
         for contender, runs in by_contender.items():
             cells = []
@@ -488,7 +491,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]], multiples: tuple[
                 spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
                 cells.append(f"{f'{sum(values) / len(values):.1f}{spread}':>14}")
             rate = f"{runs[0]['rate']:g}"
-            lines.append(f"{name:<10} {contender:<{width}} {rate:>6} " + " ".join(cells))
+            lines.append(f"{name:<{named}} {contender:<{width}} {rate:>6} " + " ".join(cells))
     return "\n".join(lines)
 
 
