@@ -9,9 +9,10 @@ and one that is done is not done again.
 Tasks: sort, reverse and copy digits ("distinct": sort without repeats); recall the values of keys
 ("multi-token recall": keys and values of two tokens each); read the bit that was written last
 ("flip-flop"); find the one thing that is marked ("needle") or is asked for ("needles"); say the
-class of the largest thing so far ("largest" of 16 levels, or of 64). The size "published" has the
-decoder and the plan of Vasylenko et al. 2025, whose layers differ by task: 2 for sort and copy (16
-heads), 6 for reverse, 4 for multi-token recall (512 features, 16 heads).
+class of the largest thing so far ("largest" of 16 levels, or of 64), or of the largest of the same
+kind ("largest of kind"). The size "published" has the decoder and the plan of Vasylenko et al.
+2025, whose layers differ by task: 2 for sort and copy (16 heads), 6 for reverse, 4 for multi-token
+recall (512 features, 16 heads).
 """
 
 from __future__ import annotations
@@ -251,20 +252,29 @@ def draw_needles(count: int, length: int, generator: torch.Generator) -> Batch:
     return Batch(tokens, targets)
 
 
-LEVELS, MORE_LEVELS, CLASSES = 16, 64, 8
+LEVELS, MORE_LEVELS, CLASSES, KINDS = 16, 64, 8, 4
 
 
-def draw_largest(levels: int, count: int, length: int, generator: torch.Generator) -> Batch:
-    """Things, each a level and a class in one token: behind each the class of the largest so far is
-    to be said (after Velickovic et al. 2024, *softmax is not enough*, whose max retrieval asks it
-    of the whole). The largest of all stands once, and the longer the sequence the more there are
-    right below it. Things of one level have one class."""
-    top = torch.randint(1, levels, (count, 1), generator=generator)
-    level = (torch.rand(count, length, generator=generator) * top).long()
-    level.scatter_(1, torch.randint(length, (count, 1), generator=generator), top)
-    classes = torch.randint(CLASSES, (count, levels), generator=generator)
-    tokens = CLASSES * level + classes.gather(1, level)
-    return Batch(tokens, classes.gather(1, level.cummax(dim=1).values))
+def draw_largest(
+    kinds: int, levels: int, count: int, length: int, generator: torch.Generator
+) -> Batch:
+    """Things, each a kind, a level and a class in one token: behind each the class of the largest
+    of its kind so far is to be said (after Velickovic et al. 2024, *softmax is not enough*, whose
+    max retrieval asks it of the whole). A kind's largest of all stands once, and the longer the
+    sequence the more there are right below it. Things of one kind and level have one class."""
+    top = torch.randint(1, levels, (count, kinds), generator=generator)
+    kind = torch.randint(kinds, (count, length), generator=generator)
+    place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, :kinds]
+    kind.scatter_(1, place, torch.arange(kinds).expand(count, -1))
+    level = (torch.rand(count, length, generator=generator) * top.gather(1, kind)).long()
+    level.scatter_(1, place, top)
+    its = kind[:, None] == torch.arange(kinds)[:, None]
+    so_far = torch.where(its, level[:, None], 0).cummax(dim=2).values
+    largest = so_far.gather(1, kind[:, None])[:, 0]
+    classes = torch.randint(CLASSES, (count, kinds * levels), generator=generator)
+    thing = levels * kind + level
+    tokens = CLASSES * thing + classes.gather(1, thing)
+    return Batch(tokens, classes.gather(1, levels * kind + largest))
 
 
 LETTERS, FADING, FRESH = 8, 0.5, 0.1
@@ -309,8 +319,9 @@ TASKS = {
     "flip-flop": Task(BITS + 2, False, draw_flip_flop),
     "needle": Task(COLOURS + COLOUR_COUNT + 1, False, draw_needle),
     "needles": Task(TAGS * MARKS + TAGS, False, draw_needles),
-    "largest": Task(LEVELS * CLASSES, True, partial(draw_largest, LEVELS)),
-    "largest of 64": Task(MORE_LEVELS * CLASSES, True, partial(draw_largest, MORE_LEVELS)),
+    "largest": Task(LEVELS * CLASSES, True, partial(draw_largest, 1, LEVELS)),
+    "largest of 64": Task(MORE_LEVELS * CLASSES, True, partial(draw_largest, 1, MORE_LEVELS)),
+    "largest of kind": Task(KINDS * LEVELS * CLASSES, True, partial(draw_largest, KINDS, LEVELS)),
     "pick and mean": Task(TAGS * MARKS + TAGS + LETTERS, False, draw_pick_and_mean),
 }
 
@@ -431,7 +442,14 @@ def train_and_test(
         model,
         batch_of,
         loss_of,
-        Plan(scale.steps, rate, seed, scale.warmup, last=0.0 if scale.published else 0.1),
+        Plan(
+            scale.steps,
+            rate,
+            seed,
+            scale.warmup,
+            options.decay,
+            last=0.0 if scale.published else 0.1,
+        ),
         graphed=options.graph,
         notes=notes,
         after=note,
@@ -536,6 +554,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
     add("--rates", nargs="+", type=float, help="learning rates (default: the size's)")
     add("--steps", type=int, help="of each run (default: the size's)")
     add("--seeds", type=int, help="of each contender's best rate (default: the size's)")
+    add("--decay", type=float, default=0.0, help="of weights (default 0): scores stay small")
     add_common(parser, "output/length_generalisation")
     options = parser.parse_args(arguments)
     scale = SIZES[options.size]
@@ -552,6 +571,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
             f"got {options.features} of {options.heads} heads"
         )
     options.rates = tuple(options.rates or scale.rates)
+    if options.decay < 0.0:
+        parser.error(f"argument --decay: must be at least 0, got {options.decay:g}")
     if min(options.rates) <= 0.0:
         parser.error(f"argument --rates: must be above 0, got {min(options.rates):g}")
     return options, prepare(parser, options)
@@ -561,7 +582,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, budget = parse(arguments)
     given = {name: getattr(options, name) for name in (*GIVEN, "rates")}
     scale = replace(SIZES[options.size], **given)
-    parts = "size", "layers", "heads", "features", "steps", "warmup"
+    parts = "size", "layers", "heads", "features", "steps", "warmup", "decay"
     folder = options.output / "-".join(str(getattr(options, part)) for part in parts)
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     stopped = False

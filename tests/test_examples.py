@@ -129,14 +129,22 @@ def test_needles_are_asked_by_their_tags() -> None:
         assert len(set(things)) == lengths.NEEDLES + 1
 
 
-@pytest.mark.parametrize("name", ["largest", "largest of 64"])
-def test_largest_is_said_behind_each_thing(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kinds", "levels"),
+    [("largest", 1, 16), ("largest of 64", 1, 64), ("largest of kind", 4, 16)],
+)
+def test_largest_is_said_behind_each_thing(name: str, kinds: int, levels: int) -> None:
     batch = drawn(name)
     for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
         things = [divmod(token, lengths.CLASSES) for token in tokens]
-        assert answer == [max(things[: n + 1])[1] for n in range(40)]
-        assert things.count(max(things)) == 1
         assert len(dict(things)) == len(set(things)), "a level has one class"
+        largest: dict[int, tuple[int, int]] = {}
+        for thing, said in zip(things, answer, strict=True):
+            kind = thing[0] // levels
+            largest[kind] = max(largest.get(kind, thing), thing)
+            assert said == largest[kind][1]
+        assert len(largest) == kinds
+        assert all(things.count(thing) == 1 for thing in largest.values())
 
 
 def test_letters_fade_behind_needles() -> None:
