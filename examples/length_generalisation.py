@@ -9,7 +9,7 @@ and one that is done is not done again.
 Tasks: sort, reverse and copy digits ("distinct": sort without repeats); recall the values of keys
 ("multi-token recall": keys and values of two tokens each); read the bit that was written last
 ("flip-flop"); find the one thing that is marked ("needle") or is asked for ("needles"); say the
-class of the largest thing so far ("largest" of 16 levels, or of 64), or of the largest of the same
+class of the largest thing so far ("largest" of 16 levels, of 64 or 256), or of the largest of its
 kind ("largest of kind"). The size "published" has the decoder and the plan of Vasylenko et al.
 2025, whose layers differ by task: 2 for sort and copy (16 heads), 6 for reverse, 4 for multi-token
 recall (512 features, 16 heads).
@@ -252,7 +252,7 @@ def draw_needles(count: int, length: int, generator: torch.Generator) -> Batch:
     return Batch(tokens, targets)
 
 
-LEVELS, MORE_LEVELS, CLASSES, KINDS = 16, 64, 8, 4
+LEVELS, CLASSES, KINDS = 16, 8, 4
 
 
 def draw_largest(
@@ -320,7 +320,8 @@ TASKS = {
     "needle": Task(COLOURS + COLOUR_COUNT + 1, False, draw_needle),
     "needles": Task(TAGS * MARKS + TAGS, False, draw_needles),
     "largest": Task(LEVELS * CLASSES, True, partial(draw_largest, 1, LEVELS)),
-    "largest of 64": Task(MORE_LEVELS * CLASSES, True, partial(draw_largest, 1, MORE_LEVELS)),
+    "largest of 64": Task(64 * CLASSES, True, partial(draw_largest, 1, 64)),
+    "largest of 256": Task(256 * CLASSES, True, partial(draw_largest, 1, 256)),
     "largest of kind": Task(KINDS * LEVELS * CLASSES, True, partial(draw_largest, KINDS, LEVELS)),
     "pick and mean": Task(TAGS * MARKS + TAGS + LETTERS, False, draw_pick_and_mean),
 }

@@ -131,7 +131,12 @@ def test_needles_are_asked_by_their_tags() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kinds", "levels"),
-    [("largest", 1, 16), ("largest of 64", 1, 64), ("largest of kind", 4, 16)],
+    [
+        ("largest", 1, 16),
+        ("largest of 64", 1, 64),
+        ("largest of 256", 1, 256),
+        ("largest of kind", 4, 16),
+    ],
 )
 def test_largest_is_said_behind_each_thing(name: str, kinds: int, levels: int) -> None:
     batch = drawn(name)
