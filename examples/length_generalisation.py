@@ -1,10 +1,18 @@
 """Trained short, tested long: softmax, entmax, and entmax whose scale follows the length.
 
-Small decoders learn eight tasks at lengths of 32 to 64 and are tested at up to 64 times that. Each
+Small decoders learn tasks at lengths of 32 to 64 and are tested at up to 64 times that. Each
 contender trains with each learning rate; the one that does best at twice the length, on sequences
 of its own, is then trained with the other seeds. Prints a table and writes results.json and a
 picture: means of the seeds, within their range. A run that was stopped goes on from where it was,
 and one that is done is not done again.
+
+Tasks: sort, reverse and copy digits ("distinct": sort without repeats); recall the values of keys
+("multi-token recall": keys and values of two tokens each); read the bit that was written last
+("flip-flop"); find the one thing that is marked ("needle") or is asked for ("needles"); say the
+class of the largest thing so far ("largest" of 16 levels, of 64 or 256), or of the largest of its
+kind ("largest of kind"). The size "published" has the decoder and the plan of Vasylenko et al.
+2025, whose layers differ by task: 2 for sort and copy (16 heads), 6 for reverse, 4 for multi-token
+recall (512 features, 16 heads).
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +62,7 @@ CONTENDERS = {
     "softmax": Recipe(alpha=1.0),
     "entmax": Recipe(alpha=1.5),
     "entmax, length scale": Recipe(alpha=1.5, length_scale=True),
+    "entmax, flat length scale": Recipe(alpha=1.5, length_scale="flat"),
     "softmax, nope": Recipe(alpha=1.0, positions="none"),
     "entmax, nope": Recipe(alpha=1.5, positions="none"),
     "softmax, rope": Recipe(alpha=1.0, positions="rope"),
@@ -105,6 +115,11 @@ def draw_reverse(count: int, length: int, generator: torch.Generator) -> Batch:
     return answers_behind(source, source.flip(1), DIGITS)
 
 
+def draw_copy(count: int, length: int, generator: torch.Generator) -> Batch:
+    source = torch.randint(DIGITS, (count, length), generator=generator)
+    return answers_behind(source, source, DIGITS)
+
+
 PRESENT = DIGITS // 2
 
 
@@ -134,6 +149,48 @@ def draw_recall(count: int, length: int, generator: torch.Generator) -> Batch:
     targets = torch.full_like(tokens, IGNORED)
     targets[:, 2 * pairs :: 2] = values.gather(1, asked)
     return Batch(tokens, targets)
+
+
+SPACE, IS, ASKS, ALPHABET = 0, 1, 2, 3
+"""Letters come behind these."""
+LETTER_COUNT, WORD_COUNT, ASKED_WORDS, FILLED = 256, 10_000, 4, 0.8
+"""``FILLED``: the share of tokens that are no spaces, but for the one behind each pair."""
+
+
+@cache
+def known_words() -> list[Tensor]:
+    """Keys and values, the same in every run."""
+    once = torch.Generator().manual_seed(0)
+    return [torch.randperm(LETTER_COUNT**2, generator=once)[:WORD_COUNT] for _ in range(2)]
+
+
+def draw_multi_token_recall(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Pairs ``key IS value``, all keys different and all values, spaces between them; then some of
+    the keys, and what is to be said: their values. Keys and values are words of two letters, all
+    of the same 10,000 each (Vasylenko et al. 2025, multi-query multi-token associative recall)."""
+    pairs = int(FILLED * length) // 6
+    keys, values = (some_words(count, pairs, words, generator) for words in known_words())
+    # Each space that is free goes before one of the pairs, or behind all.
+    free = torch.randint(length - 6 * pairs + 1, (count, pairs), generator=generator)
+    at = free.sort(dim=1).values + 6 * torch.arange(pairs)
+    told = torch.cat([keys, torch.full_like(keys[..., :1], IS), values], dim=2)
+    place = (at[..., None] + torch.arange(5)).flatten(1)
+    source = torch.full((count, length), SPACE).scatter(1, place, told.flatten(1))
+    asked = torch.randint(pairs, (count, ASKED_WORDS), generator=generator)
+    asks = torch.full((count, ASKED_WORDS, 1), ASKS)
+    row = torch.arange(count)[:, None]
+    questions = torch.cat([asks, keys[row, asked]], dim=2).flatten(1)
+    answer = torch.cat([asks, values[row, asked]], dim=2).flatten(1)
+    return answers_behind(torch.cat([source, questions], dim=1), answer, ALPHABET + LETTER_COUNT)
+
+
+def some_words(count: int, some: int, words: Tensor, generator: torch.Generator) -> Tensor:
+    """Different ones of each row, as letters ``(count, some, 2)``."""
+    drawn = torch.randint(len(words) - some + 1, (count, some), generator=generator)
+    apart = drawn.sort(dim=1).values + torch.arange(some)
+    order = torch.rand(count, some, generator=generator).argsort(dim=1)
+    picked = words[apart.gather(1, order)]
+    return ALPHABET + torch.stack([picked // LETTER_COUNT, picked % LETTER_COUNT], dim=2)
 
 
 IGNORE, WRITE, READ, BITS = 0, 1, 2, 3
@@ -195,6 +252,31 @@ def draw_needles(count: int, length: int, generator: torch.Generator) -> Batch:
     return Batch(tokens, targets)
 
 
+LEVELS, CLASSES, KINDS = 16, 8, 4
+
+
+def draw_largest(
+    kinds: int, levels: int, count: int, length: int, generator: torch.Generator
+) -> Batch:
+    """Things, each a kind, a level and a class in one token: behind each the class of the largest
+    of its kind so far is to be said (after Velickovic et al. 2024, *softmax is not enough*, whose
+    max retrieval asks it of the whole). A kind's largest of all stands once, and the longer the
+    sequence the more there are right below it. Things of one kind and level have one class."""
+    top = torch.randint(1, levels, (count, kinds), generator=generator)
+    kind = torch.randint(kinds, (count, length), generator=generator)
+    place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, :kinds]
+    kind.scatter_(1, place, torch.arange(kinds).expand(count, -1))
+    level = (torch.rand(count, length, generator=generator) * top.gather(1, kind)).long()
+    level.scatter_(1, place, top)
+    its = kind[:, None] == torch.arange(kinds)[:, None]
+    so_far = torch.where(its, level[:, None], 0).cummax(dim=2).values
+    largest = so_far.gather(1, kind[:, None])[:, 0]
+    classes = torch.randint(CLASSES, (count, kinds * levels), generator=generator)
+    thing = levels * kind + level
+    tokens = CLASSES * thing + classes.gather(1, thing)
+    return Batch(tokens, classes.gather(1, levels * kind + largest))
+
+
 LETTERS, FADING, FRESH = 8, 0.5, 0.1
 
 
@@ -230,20 +312,42 @@ def draw_pick_and_mean(count: int, length: int, generator: torch.Generator) -> B
 TASKS = {
     "sort": Task(DIGITS + 1, True, draw_sort),
     "reverse": Task(DIGITS + 1, True, draw_reverse),
+    "copy": Task(DIGITS + 1, True, draw_copy),
     "distinct": Task(DIGITS + 1, True, draw_distinct),
     "recall": Task(KEYS + VALUES, False, draw_recall),
+    "multi-token recall": Task(ALPHABET + LETTER_COUNT + 1, True, draw_multi_token_recall),
     "flip-flop": Task(BITS + 2, False, draw_flip_flop),
     "needle": Task(COLOURS + COLOUR_COUNT + 1, False, draw_needle),
     "needles": Task(TAGS * MARKS + TAGS, False, draw_needles),
+    "largest": Task(LEVELS * CLASSES, True, partial(draw_largest, 1, LEVELS)),
+    "largest of 64": Task(64 * CLASSES, True, partial(draw_largest, 1, 64)),
+    "largest of 256": Task(256 * CLASSES, True, partial(draw_largest, 1, 256)),
+    "largest of kind": Task(KINDS * LEVELS * CLASSES, True, partial(draw_largest, KINDS, LEVELS)),
     "pick and mean": Task(TAGS * MARKS + TAGS + LETTERS, False, draw_pick_and_mean),
 }
+
+
+def started(task: Task) -> Task:
+    """With a token of its own before each sequence, to which heads can attend that look for what
+    is not there."""
+
+    def draw(count: int, length: int, generator: torch.Generator) -> Batch:
+        tokens, targets = task.draw(count, length, generator)
+        return Batch(
+            F.pad(tokens, (1, 0), value=task.vocabulary), F.pad(targets, (1, 0), value=IGNORED)
+        )
+
+    return Task(task.vocabulary + 1, task.whole, draw)
+
 
 # Sizes
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What ``--size`` stands for. ``tested``: tokens of each test."""
+    """What ``--size`` stands for. ``tested``: tokens of each test. ``warmup``: steps of it.
+    ``published``: see :class:`training.Size`; sequences have a start, too, and the rate falls to
+    0."""
 
     tasks: tuple[str, ...]
     layers: int
@@ -255,6 +359,8 @@ class Scale:
     seeds: int
     multiples: tuple[int, ...]
     tested: int
+    warmup: int = 100
+    published: bool = False
 
 
 SIZES = {
@@ -265,8 +371,13 @@ SIZES = {
     "real": Scale(
         tuple(TASKS)[:-1], 4, 8, 256, 6000, 128, (3e-3, 1e-3, 3e-4), 3, (1, 2, 4, 8, 64), 2**18
     ),
+    "published": Scale(
+        ("reverse",), 6, 8, 256, 234_375, 128, (4e-4,), 3, (1, 2, 4, 8), 2**18, 20_000, True
+    ),
 }
 
+GIVEN = "layers", "heads", "features", "steps", "warmup", "seeds"
+"""What of a size an option of its own can say."""
 LOOKS = 20
 """How often learned alphas are noted in a run, beside before."""
 VALIDATION, TEST = 1, 2
@@ -304,9 +415,9 @@ def train_and_test(
     if done.exists():
         found: dict[str, Any] = json.loads(done.read_text())
         return found
-    task = TASKS[name]
+    task = started(TASKS[name]) if scale.published else TASKS[name]
     torch.manual_seed(seed)
-    size = Size(task.vocabulary, scale.layers, scale.heads, scale.features)
+    size = Size(task.vocabulary, scale.layers, scale.heads, scale.features, scale.published)
     device = options.device
     model = Decoder(size, CONTENDERS[contender]).to(device)
     run = compiled(model, options)
@@ -332,7 +443,14 @@ def train_and_test(
         model,
         batch_of,
         loss_of,
-        Plan(scale.steps, rate, seed),
+        Plan(
+            scale.steps,
+            rate,
+            seed,
+            scale.warmup,
+            options.decay,
+            last=0.0 if scale.published else 0.1,
+        ),
         graphed=options.graph,
         notes=notes,
         after=note,
@@ -380,7 +498,10 @@ def compete(
 def table(results: dict[str, dict[str, list[dict[str, Any]]]], multiples: tuple[int, ...]) -> str:
     """Means in percent, and the range where there are several seeds."""
     width = max(len(contender) for by in results.values() for contender in by)
-    lines = [f"{'':<10} {'':<{width}} {'rate':>6} " + " ".join(f"{f'{m}x':>14}" for m in multiples)]
+    named = max(map(len, results))
+    lines = [
+        f"{'':<{named}} {'':<{width}} {'rate':>6} " + " ".join(f"{f'{m}x':>14}" for m in multiples)
+    ]
     for name, by_contender in results.items():
         for contender, runs in by_contender.items():
             cells = []
@@ -389,7 +510,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]], multiples: tuple[
                 spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
                 cells.append(f"{f'{sum(values) / len(values):.1f}{spread}':>14}")
             rate = f"{runs[0]['rate']:g}"
-            lines.append(f"{name:<10} {contender:<{width}} {rate:>6} " + " ".join(cells))
+            lines.append(f"{name:<{named}} {contender:<{width}} {rate:>6} " + " ".join(cells))
     return "\n".join(lines)
 
 
@@ -428,20 +549,31 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
     add("--contenders", nargs="+", default=list(CONTENDERS)[:3], help=f"of {'; '.join(CONTENDERS)} "
         "(default: the first three)")  # fmt: skip
     add("--layers", type=int, help="of the decoder (default: the size's)")
+    add("--heads", type=int, help="of each layer (default: the size's)")
+    add("--features", type=int, help="of each token (default: the size's)")
+    add("--warmup", type=int, help="steps in which the rate rises (default: the size's)")
     add("--rates", nargs="+", type=float, help="learning rates (default: the size's)")
     add("--steps", type=int, help="of each run (default: the size's)")
     add("--seeds", type=int, help="of each contender's best rate (default: the size's)")
+    add("--decay", type=float, default=0.0, help="of weights (default 0): scores stay small")
     add_common(parser, "output/length_generalisation")
     options = parser.parse_args(arguments)
     scale = SIZES[options.size]
     options.tasks = chosen(parser, "--tasks", options.tasks or list(scale.tasks), TASKS)
     chosen(parser, "--contenders", options.contenders, CONTENDERS)
-    for name in ("layers", "steps", "seeds"):
+    for name in GIVEN:
         given = getattr(options, name)
         if given is not None and given < 1:
             parser.error(f"argument --{name}: must be at least 1, got {given}")
         setattr(options, name, given or getattr(scale, name))
+    if options.features % (2 * options.heads):
+        parser.error(
+            "argument --features: must be a multiple of twice the heads, "
+            f"got {options.features} of {options.heads} heads"
+        )
     options.rates = tuple(options.rates or scale.rates)
+    if options.decay < 0.0:
+        parser.error(f"argument --decay: must be at least 0, got {options.decay:g}")
     if min(options.rates) <= 0.0:
         parser.error(f"argument --rates: must be above 0, got {min(options.rates):g}")
     return options, prepare(parser, options)
@@ -449,9 +581,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
 
 def main(arguments: list[str] | None = None) -> int:
     options, budget = parse(arguments)
-    given = {name: getattr(options, name) for name in ("layers", "steps", "seeds", "rates")}
+    given = {name: getattr(options, name) for name in (*GIVEN, "rates")}
     scale = replace(SIZES[options.size], **given)
-    folder = options.output / f"{options.size}-{options.layers}-{options.steps}"
+    parts = "size", "layers", "heads", "features", "steps", "warmup", "decay"
+    folder = options.output / "-".join(str(getattr(options, part)) for part in parts)
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     stopped = False
     try:

@@ -44,7 +44,8 @@ class Recipe:
         rise: the share of the steps in which alpha rises from 1; 0 begins with it.
         scale: a factor of 1/sqrt(head_dim).
         learn_scale: each head learns a factor of its own; it starts at 1.
-        length_scale: the factor of ASEntmax, which follows the keys that a query sees.
+        length_scale: the factor of ASEntmax, which follows the keys that a query sees. "flat": of
+            the heads without slopes alone, as published; the others see as far at any length.
         positions: "nape", "rope" or "none".
         qk_norm: queries and keys have a root mean square of 1.
     """
@@ -53,19 +54,26 @@ class Recipe:
     rise: float = 0.0
     scale: float = 1.0
     learn_scale: bool = False
-    length_scale: bool = False
+    length_scale: bool | str = False
     positions: str = "nape"
     qk_norm: bool = False
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a decoder."""
+    """Of a decoder.
+
+    Attributes:
+        published: blocks, slopes and the start of the length scale are those of the published
+            recipe (Vasylenko et al. 2025): Gemma 2's blocks, which have a gate and norms behind
+            each part, too; NAPE's slopes are 1, 1/2, 1/3 and so on; ``delta`` is 1.
+    """
 
     vocabulary: int
     layers: int
     heads: int
     features: int
+    published: bool = False
 
 
 # The model
@@ -84,10 +92,15 @@ class Attention(nn.Module):
             self.alpha = adasplash2.nn.LearnedAlpha(size.heads)
         self.scale = recipe.scale / math.sqrt(size.features // size.heads)
         self.log_scale = nn.Parameter(torch.zeros(size.heads)) if recipe.learn_scale else None
+        slopes = slopes_of(size) if recipe.positions == "nape" else None
         self.length_scale = None
         if recipe.length_scale:
-            self.length_scale = adasplash2.nn.LengthScale(size.features, size.heads)
-        slopes = adasplash2.nn.nape_slopes(size.heads) if recipe.positions == "nape" else None
+            self.sloped = 0
+            if recipe.length_scale == "flat" and slopes is not None:
+                self.sloped = int((slopes > 0).sum())
+            delta = {"delta": 1.0} if size.published else {}
+            scaled = size.heads - self.sloped
+            self.length_scale = adasplash2.nn.LengthScale(size.features, scaled, **delta)
         self.register_buffer("slopes", slopes, persistent=False)
         self.observer: adasplash2.nn.Observer | None = None
 
@@ -106,7 +119,9 @@ class Attention(nn.Module):
         if self.length_scale is not None:
             seen = torch.arange(1, length + 1, device=x.device)
             by_head = scale[:, None] if isinstance(scale, Tensor) else scale
-            scale = by_head * self.length_scale(x, seen)
+            # Heads with slopes are the last ones.
+            factor = F.pad(self.length_scale(x, seen), (0, 0, 0, self.sloped), value=1.0)
+            scale = by_head * factor
         arguments: dict[str, Any] = {"is_causal": True, "scale": scale, "alpha": alpha}
         if self.slopes is not None and alpha is self.alpha and alpha == 1.0:
             # As a mask they go through SDPA's own kernels.
@@ -118,6 +133,14 @@ class Attention(nn.Module):
             self.observer(None, query, key, value, arguments)
         out = adasplash2.entmax_attention(query, key, value, **arguments)
         return self.output(out.transpose(1, 2).flatten(2))
+
+
+def slopes_of(size: Size) -> Tensor:
+    """NAPE's: the first half of the heads have none."""
+    if not size.published:
+        return adasplash2.nn.nape_slopes(size.heads)
+    sloped = size.heads // 2
+    return torch.cat([torch.zeros(size.heads - sloped), 1.0 / torch.arange(1, sloped + 1)])
 
 
 def rotated(x: Tensor, base: float = 10000.0) -> Tensor:
@@ -151,6 +174,24 @@ class Block(nn.Module):
         return x + self.output(F.gelu(self.hidden(self.norms[1](x))))
 
 
+class GatedBlock(nn.Module):
+    """Gemma 2's (Gemma Team 2024)."""
+
+    def __init__(self, size: Size, recipe: Recipe) -> None:
+        super().__init__()
+        self.attention = Attention(size, recipe)
+        self.norms = nn.ModuleList(nn.RMSNorm(size.features) for _ in range(4))
+        self.gate = nn.Linear(size.features, 4 * size.features, bias=False)
+        self.hidden = nn.Linear(size.features, 4 * size.features, bias=False)
+        self.output = nn.Linear(4 * size.features, size.features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norms[1](self.attention(self.norms[0](x)))
+        inner = self.norms[2](x)
+        gated = F.gelu(self.gate(inner), approximate="tanh") * self.hidden(inner)
+        return x + self.norms[3](self.output(gated))
+
+
 class Decoder(nn.Module):
     """A transformer that predicts the next token: ``(batch, length)`` to logits
     ``(batch, length, vocabulary)``."""
@@ -158,15 +199,17 @@ class Decoder(nn.Module):
     def __init__(self, size: Size, recipe: Recipe) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size.vocabulary, size.features)
-        self.blocks = nn.ModuleList(Block(size, recipe) for _ in range(size.layers))
-        self.norm = nn.LayerNorm(size.features)
+        block, norm = (GatedBlock, nn.RMSNorm) if size.published else (Block, nn.LayerNorm)
+        self.blocks = nn.ModuleList(block(size, recipe) for _ in range(size.layers))
+        self.norm = norm(size.features)
         self.logits = nn.Linear(size.features, size.vocabulary, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and "length_scale" not in name:
-                deep = name.endswith("output.weight")
+                deep = name.endswith("output.weight") and not size.published
                 scale = 0.02 / math.sqrt(2 * size.layers) if deep else 0.02
                 nn.init.normal_(parameter, std=scale)
-        nn.init.normal_(self.embedding.weight, std=1.0 / math.sqrt(size.features))
+        std = 0.02 * math.sqrt(size.features) if size.published else 1.0 / math.sqrt(size.features)
+        nn.init.normal_(self.embedding.weight, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -187,6 +230,8 @@ class Plan(NamedTuple):
     warmup: int = 100
     decay: float = 0.0
     """Of the weights, but of no vector."""
+    last: float = 0.1
+    """The rate at the end, in parts of the highest."""
 
 
 class Budget:
@@ -213,11 +258,12 @@ class Stopped(Exception):
 
 
 def rate_at(step: int, plan: Plan) -> float:
-    """Linear warm-up, then half a cosine down to a tenth."""
+    """Linear warm-up, then half a cosine down to the last rate."""
     if step < plan.warmup:
         return plan.rate * (step + 1) / plan.warmup
     share = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
-    return plan.rate * (0.55 + 0.45 * math.cos(math.pi * share))
+    mean, swing = 0.5 * (1.0 + plan.last), 0.5 * (1.0 - plan.last)
+    return plan.rate * (mean + swing * math.cos(math.pi * share))
 
 
 def optimizer_of(model: nn.Module, plan: Plan, graphed: bool = False) -> torch.optim.AdamW:

@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ def drawn(name: str, length: int = 40) -> lengths.Batch:
     return batch
 
 
-@pytest.mark.parametrize(("name", "said"), [("sort", sorted), ("reverse", lambda x: x[::-1])])
-def test_sort_and_reverse(name: str, said: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"), [("sort", sorted), ("reverse", lambda x: x[::-1]), ("copy", list)]
+)
+def test_sort_reverse_and_copy(name: str, said: Any) -> None:
     batch = drawn(name)
     for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
         assert answer == [*said(tokens[:40]), lengths.DIGITS]
@@ -68,6 +71,32 @@ def test_recall_asks_for_keys_that_were_told() -> None:
         told = dict(zip(tokens[:40:2], tokens[1:40:2], strict=True))
         assert len(told) == 20
         assert answer == [told[key] for key in tokens[40::2]] == tokens[41::2]
+
+
+@pytest.mark.parametrize("length", [32, 64, 401])
+def test_multi_token_recall_asks_for_words_that_were_told(length: int) -> None:
+    batch = drawn("multi-token recall", length)
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        told: dict[tuple[int, ...], tuple[int, ...]] = {}
+        place = 0
+        while place < length:
+            if tokens[place] == lengths.SPACE:
+                place += 1
+                continue
+            a, b, sign, c, d, *behind = tokens[place : min(place + 6, length)]
+            assert sign == lengths.IS
+            assert min(a, b, c, d) >= lengths.ALPHABET
+            assert behind in ([], [lengths.SPACE]), "pairs stand apart"
+            told[a, b] = c, d
+            place += 5
+        assert len(told) == len(set(told.values())) == int(0.8 * length) // 6
+        end = lengths.ALPHABET + lengths.LETTER_COUNT
+        asked = [tuple(tokens[i : i + 3]) for i in range(length, length + 12, 3)]
+        assert tokens[length + 12 :] == [end, *answer[:-1]]
+        assert answer[-1] == end
+        for n, (sign, *key) in enumerate(asked):
+            assert sign == answer[3 * n] == lengths.ASKS
+            assert told[tuple(key)] == tuple(answer[3 * n + 1 : 3 * n + 3])
 
 
 def test_flip_flop_reads_what_was_written_last() -> None:
@@ -102,6 +131,29 @@ def test_needles_are_asked_by_their_tags() -> None:
         assert len(set(things)) == lengths.NEEDLES + 1
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds", "levels"),
+    [
+        ("largest", 1, 16),
+        ("largest of 64", 1, 64),
+        ("largest of 256", 1, 256),
+        ("largest of kind", 4, 16),
+    ],
+)
+def test_largest_is_said_behind_each_thing(name: str, kinds: int, levels: int) -> None:
+    batch = drawn(name)
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        things = [divmod(token, lengths.CLASSES) for token in tokens]
+        assert len(dict(things)) == len(set(things)), "a level has one class"
+        largest: dict[int, tuple[int, int]] = {}
+        for thing, said in zip(things, answer, strict=True):
+            kind = thing[0] // levels
+            largest[kind] = max(largest.get(kind, thing), thing)
+            assert said == largest[kind][1]
+        assert len(largest) == kinds
+        assert all(things.count(thing) == 1 for thing in largest.values())
+
+
 def test_letters_fade_behind_needles() -> None:
     batch = drawn("pick and mean", 64)
     needles = 48
@@ -113,6 +165,19 @@ def test_letters_fade_behind_needles() -> None:
         assert [(tag - 32, mark) for tag, mark in zip(tokens[64:], answer[15:], strict=True)] == [
             thing for tag in tokens[64:] for thing in things if thing[0] == tag - 32
         ]
+
+
+@pytest.mark.parametrize("name", lengths.TASKS)
+def test_a_start_comes_before_all_and_is_said_by_none(name: str) -> None:
+    task = lengths.TASKS[name]
+    begun = lengths.started(task)
+    tokens, targets = begun.draw(3, 40, training.generator_of(3))
+    plain = task.draw(3, 40, training.generator_of(3))
+    assert begun.vocabulary == task.vocabulary + 1
+    assert (tokens[:, 0] == task.vocabulary).all()
+    assert (targets[:, 0] == lengths.IGNORED).all()
+    assert torch.equal(tokens[:, 1:], plain.tokens)
+    assert torch.equal(targets[:, 1:], plain.targets)
 
 
 def test_letters_are_copies_of_near_ones() -> None:
@@ -128,14 +193,19 @@ RECIPES = {
     "all that is learned": Recipe("learn", learn_scale=True, length_scale=True, qk_norm=True),
     "half scale, rope": Recipe(scale=0.5, positions="rope"),
     "alpha rises": Recipe(rise=0.5, positions="none"),
+    "published": Recipe(length_scale="flat"),
 }
 SIZE = Size(vocabulary=11, layers=2, heads=2, features=16)
+
+
+def size_of(name: str) -> Size:
+    return replace(SIZE, published=name == "published")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_token_sees_a_later_one_and_all_parameters_learn(name: str) -> None:
     torch.manual_seed(0)
-    model = Decoder(SIZE, RECIPES[name])
+    model = Decoder(size_of(name), RECIPES[name])
     tokens = torch.randint(11, (2, 12))
     before = model(tokens)
     tokens[:, 8] = (tokens[:, 8] + 1) % 11
@@ -144,6 +214,40 @@ def test_no_token_sees_a_later_one_and_all_parameters_learn(name: str) -> None:
     assert not torch.equal(after[:, 8:], before[:, 8:])
     after.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_flat_length_scale_is_of_heads_without_slopes(published: bool) -> None:
+    size = Size(11, layers=1, heads=4, features=16, published=published)
+    torch.manual_seed(0)
+    attention = training.Attention(size, Recipe(length_scale="flat"))
+    assert attention.slopes.tolist() == [0.0, 0.0, 1.0, 0.5]
+    seen: dict[str, Any] = {}
+
+    def observe(_: Any, *tensors: Any) -> None:
+        seen.update(tensors[-1])
+
+    attention.observer = observe  # type: ignore[assignment]
+    attention.length_scale.weight.data.normal_()
+    attention(torch.randn(2, 12, 16))
+    scale = seen["scale"]
+    assert scale.shape == (2, 4, 12)
+    assert (scale[:, 2:] == 0.5).all(), "that of SDPA"
+    assert scale[:, :2].std() > 0.1
+
+
+def test_published_slopes_are_one_over_their_number() -> None:
+    slopes = training.slopes_of(Size(11, layers=1, heads=8, features=64, published=True))
+    torch.testing.assert_close(slopes[4:], torch.tensor([1.0, 1 / 2, 1 / 3, 1 / 4]))
+    assert not slopes[:4].any()
+
+
+def test_rates_rise_and_fall_to_the_last() -> None:
+    plan = Plan(steps=1000, rate=1e-3, seed=0, warmup=100, last=0.0)
+    assert training.rate_at(99, plan) == pytest.approx(1e-3)
+    assert training.rate_at(550, plan) == pytest.approx(5e-4)
+    assert training.rate_at(1000, plan) == pytest.approx(0.0)
+    assert training.rate_at(1000, plan._replace(last=0.1)) == pytest.approx(1e-4)
 
 
 class Steps:
@@ -163,7 +267,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(name: str, tmp_pa
     def trained(budgets: list[Any], checkpoint: Path) -> tuple[list[float], Decoder]:
         for budget in budgets:
             torch.manual_seed(0)
-            model = Decoder(SIZE, RECIPES[name])
+            model = Decoder(size_of(name), RECIPES[name])
 
             def batch_of(step: int) -> tuple[Tensor]:
                 return (torch.randint(11, (2, 12), generator=training.generator_of(1, step)),)
@@ -198,11 +302,11 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(name: str, tmp_pa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["softmax", "all that is learned"])
+@pytest.mark.parametrize("name", ["softmax", "all that is learned", "published"])
 def test_steps_as_graphs_are_the_same_steps(name: str, tmp_path: Path) -> None:
     def trained(graphed: bool) -> list[float]:
         torch.manual_seed(0)
-        model = Decoder(SIZE, RECIPES[name]).cuda()
+        model = Decoder(size_of(name), RECIPES[name]).cuda()
 
         def batch_of(step: int) -> tuple[Tensor]:
             first = torch.randint(11, (2, 1), generator=training.generator_of(1, step))
@@ -417,7 +521,9 @@ def test_alphas_part_where_some_heads_pick_and_others_take_means(tmp_path: Path)
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, named in {
         ("--contenders", "sigmoid"): "--contenders",
-        ("--tasks", "copy"): "--tasks",
+        ("--tasks", "spell"): "--tasks",
+        ("--heads", "3"): "--features",
+        ("--warmup", "0"): "--warmup",
         ("--steps", "0"): "--steps",
         ("--seeds", "0"): "--seeds",
         ("--threads", "0"): "--threads",
