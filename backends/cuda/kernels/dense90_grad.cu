@@ -231,6 +231,38 @@ struct Keys : KeyBlock<kBlockRows> {
   }
 };
 
+// The tiles of queries with flat rows, in order. The lanes of that warp look at 32 tiles at once:
+// those without are passed without a wait for memory.
+struct FlatTiles {
+  int member = 0, first;  // of the group's query heads, and the first query
+
+  __device__ __forceinline__ explicit FlatTiles(const Keys& b) : ahead(b.start) {}
+
+  // Returns whether there is another one.
+  __device__ __forceinline__ bool next(const Params& p, const Keys& b) {
+    while (!some) {
+      if (ahead >= p.length_q) ahead = b.start, ++member;
+      if (member >= p.gqa_group || b.start >= p.length_q) return false;
+      start = ahead;
+      ahead += 32 * kGradQueries;
+      const u8* flat = p.flat + i64(b.head_row(p) + member) * p.row_blocks;
+      bool any = false;
+#pragma unroll
+      for (int i = 0; i < kGradQueries / kRowBlock; ++i)
+        if (const int at = (start + lane_id() * kGradQueries) / kRowBlock + i; at < p.row_blocks)
+          any |= flat[at];
+      some = __ballot_sync(kAllLanes, any);
+    }
+    first = start + (__ffs(some) - 1) * kGradQueries;
+    some &= some - 1;
+    return true;
+  }
+
+ private:
+  u32 some = 0;      // of 32 tiles from `start` on, those that are still to come
+  int start, ahead;  // where the next 32 begin
+};
+
 // What the lanes of that warp know of a tile: of 32 queries at a time one each. All is asked for at
 // once, and before there is room for the tile: else memory's answers would hold up the tensor
 // cores.
@@ -250,12 +282,6 @@ struct QueryRows {
       delta[i] = inside[i] ? p.delta[at] : 0.f;
     }
   }
-  __device__ __forceinline__ bool any_flat() const {
-    bool any = false;
-#pragma unroll
-    for (bool mine : flat) any |= mine;
-    return __any_sync(kAllLanes, any);
-  }
   // Returns whether there are rows that have no part in it.
   __device__ __forceinline__ bool put(Queries& to) const {
     bool mixed = false;
@@ -274,16 +300,19 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
                                              const TensorMap& query_map,
                                              const TensorMap& grad_map) {
   GradRing ring;
+  FlatTiles tiles(b);
   QueryRows next;
-  next.load(p, b.head_row(p), b.start);
+  const auto look_ahead = [&] {
+    const bool more = tiles.next(p, b);
+    if (more) next.load(p, b.head_row(p) + tiles.member, tiles.first);
+    return more;
+  };
+  bool more = look_ahead();
 #pragma unroll 1
-  for (int member = 0, first = b.start; member < p.gqa_group;) {
+  while (more) {
     const QueryRows rows = next;
-    const int head = b.kv_head * p.gqa_group + member, here = first;
-    first += kGradQueries;
-    if (first >= p.length_q) first = b.start, ++member;
-    if (member < p.gqa_group) next.load(p, b.head_row(p) + member, first);
-    if (!rows.any_flat()) continue;
+    const int head = b.kv_head * p.gqa_group + tiles.member, here = tiles.first;
+    more = look_ahead();
     ring.await_empty(at.empty);
     Queries& q = queries[ring.stage];
     const bool mixed = rows.put(q);

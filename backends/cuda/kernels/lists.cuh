@@ -37,9 +37,9 @@ __device__ __forceinline__ int most_kept(int keys) {
 // The same after some of the tiles. Rows keep more of more keys: Gaussian ones that keep 65 of
 // 16,384 keep 59 of a half of them, 40 of the first 1,024. So few of the keys tell that lists are
 // in vain. Rows of near keys keep what they will early, and bounds lag at first: the limit is lower
-// by 3/32 only for each half, and for no more than three.
+// by 5/64 only for each half, and for no more than three.
 __device__ __forceinline__ int most_so_far(int most, int tiles, int all) {
-  return most - most * min(3, __clz(tiles) - __clz(all)) * 3 / 32;
+  return most - most * min(3, __clz(tiles) - __clz(all)) * 5 / 64;
 }
 
 struct Survivor {
