@@ -46,9 +46,6 @@ FOLDS = 2
 KEPT = 1
 """Steps there after which tiles are not listed anew."""
 
-SHARP = True
-"""Whether sums of scores end there where no row takes a guess."""
-
 FEWEST_MAXIMA = 16
 """Of a row that a program holds at a time, however few tiles there are."""
 
@@ -398,7 +395,6 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
         FEW=few,
         FOLDS=min(FOLDS, chunk // FEWEST_MAXIMA) if few else 1,
         KEPT=KEPT if few else 0,
-        SHARP=SHARP and few,
         SPAN=span,
         STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
     )

@@ -151,7 +151,7 @@ def span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt: tl.con
 @triton.jit
 def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms, shape,
                opt: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr,
-               FEW: tl.constexpr, CHUNK: tl.constexpr, SHARP: tl.constexpr):  # fmt: skip
+               FEW: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Store the row maxima of tiles, SPAN of them at a time, and return those so far and, where
     ``opt.guesses``, the sums of scores and of their squares: ``found`` with more tiles. EDGE is as
     for ``portion``, with ``open_spans`` from a first one up to an end. Keys of
@@ -182,7 +182,7 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
         else:
             highest, s = span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt,
                                      SPAN, EDGE, FEW)  # fmt: skip
-            if opt.guesses and not SHARP:
+            if opt.guesses and not FEW:
                 moments = moments_of(s, edge)
                 total += moments[0]
                 squares += moments[1]
@@ -451,8 +451,7 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
 def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, counts, poison,
           taken, iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
           MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, FEW: tl.constexpr,
-          FOLDS: tl.constexpr, KEPT: tl.constexpr, SHARP: tl.constexpr,
-          COUNT: tl.constexpr):  # fmt: skip
+          FOLDS: tl.constexpr, KEPT: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
     One dense pass keeps the maxima of rows and tiles. The threshold of a subset of a row's scores
@@ -512,7 +511,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             if opt.joined:
                 scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_span, last,
                                      open_spans, terms, shape, opt, SPAN, STAGES, 2, FEW,
-                                     CHUNK, SHARP)  # fmt: skip
+                                     CHUNK)  # fmt: skip
             else:
                 whole = tl.minimum(whole, last)
                 stop = tl.maximum(open_spans[1], whole)
