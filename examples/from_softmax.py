@@ -199,7 +199,12 @@ def main(arguments: list[str] | None = None) -> int:
         captured, with which none of the fast ones is taken."""
         model = source.load().to(options.device).train()
         if weights is not None:
-            model.load_state_dict(torch.load(weights, map_location=options.device))
+            if not weights.exists():
+                program.parser.error(
+                    f"{weights} is missing: without its .json beside it softmax is trained again"
+                )
+            held = torch.load(weights, map_location=options.device, weights_only=True)
+            model.load_state_dict(held)
         apply(model, alpha=1.0, packed=False)
         return model
 
