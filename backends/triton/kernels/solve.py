@@ -156,7 +156,7 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
     ``opt.guesses``, the sums of scores and of their squares: ``found`` with more tiles. EDGE is as
     for ``portion``, with ``open_spans`` from a first one up to an end. Keys of
     tiles that a mask of booleans hides are not read; to look for such in one that is added would
-    keep its tiles and those of keys from being asked for ahead. Where FEW, sums are done without
+    keep its tiles and those of keys from being asked for ahead. Of a window's FEW tiles, sums end
     where no row takes a guess."""
     top, total, squares = found
     sharp = False
@@ -182,7 +182,7 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
         else:
             highest, s = span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt,
                                      SPAN, EDGE, FEW)  # fmt: skip
-            if opt.guesses and not FEW:
+            if opt.guesses and not (FEW and opt.joined):
                 moments = moments_of(s, edge)
                 total += moments[0]
                 squares += moments[1]
@@ -517,20 +517,20 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 stop = tl.maximum(open_spans[1], whole)
                 scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, first_span, whole,
                                      open_spans, terms, shape, opt, SPAN, STAGES, 1, FEW,
-                                     CHUNK, False)  # fmt: skip
+                                     CHUNK)  # fmt: skip
                 scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, whole, stop,
                                      open_spans, terms, shape, opt, SPAN, STAGES, 0, FEW,
-                                     CHUNK, False)  # fmt: skip
+                                     CHUNK)  # fmt: skip
                 scanned = scan_tiles(scanned, maxima_at, q, keys, first_row, stop, last,
                                      open_spans, terms, shape, opt, SPAN, STAGES, 1, FEW,
-                                     CHUNK, False)  # fmt: skip
+                                     CHUNK)  # fmt: skip
         else:
             whole = open_end // SPAN
             last = tl.cdiv(end, SPAN)
             scanned = scan_tiles(scanned, maxima, q, keys, first_row, 0, whole, (0, whole), terms,
-                                 shape, opt, SPAN, STAGES, 0, FEW, CHUNK, False)  # fmt: skip
+                                 shape, opt, SPAN, STAGES, 0, FEW, CHUNK)  # fmt: skip
             scanned = scan_tiles(scanned, maxima, q, keys, first_row, whole, last, (0, whole),
-                                 terms, shape, opt, SPAN, STAGES, 1, FEW, CHUNK, False)  # fmt: skip
+                                 terms, shape, opt, SPAN, STAGES, 1, FEW, CHUNK)  # fmt: skip
         tl.debug_barrier()  # the maxima are read back by other threads
 
         numbers = lists + at_block.to(tl.int64) * tiles
