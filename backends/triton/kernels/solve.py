@@ -38,6 +38,7 @@ from adasplash2.backends.triton.kernels.score import (
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     LARGEST_SHARE,
+    advanced,
     certain_rise,
     guess_of,
     mean_and_deviation,
@@ -46,7 +47,6 @@ from adasplash2.backends.triton.kernels.threshold import (
     part_sums,
     row_sums,
     share_of,
-    stepped,
     weights,
     with_parts,
     with_sink,
@@ -585,15 +585,9 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             sums = no_parts(opt)
             for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
                 sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, edge)
-            mass, slope, count = row_sums(sums)
-            if opt.sinks:
-                mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
-                count += is_kept
-            moved, lo, hi, most, final = stepped(t, top, lo, hi, most, mass, slope, count, terms,
-                                                 tolerance, step, opt)  # fmt: skip
-            steps += pending.to(tl.int32)
-            t = tl.where(pending, moved, t)
-            pending = pending & (final == 0)
+            state = t, lo, hi, most, pending, steps
+            t, lo, hi, most, pending, steps = advanced(state, row_sums(sums), top, threshold, step,
+                                                       terms, tolerance, opt)  # fmt: skip
             step += 1
             waiting = any_of(pending) & (step < MAX_STEPS)
             # The first list holds little more than the last one: where tiles are few, it serves the

@@ -337,6 +337,23 @@ def with_sink(mass, slope, top, t, terms, opt: tl.constexpr):
 
 
 @triton.jit
+def advanced(state, sums, top, threshold, step, terms, tolerance, opt: tl.constexpr):
+    """``state`` after the step that follows from ``sums``, of ``p``, of ``u`` and of the keys of
+    the support, at ``threshold``: ``t``, ``lo``, ``hi`` and ``most`` of :func:`stepped`, which rows
+    are pending, and the steps of each."""
+    t, lo, hi, most, pending, steps = state
+    mass, slope, count = sums
+    if opt.sinks:
+        mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
+        count += is_kept
+    moved, lo, hi, most, final = stepped(t, top, lo, hi, most, mass, slope, count, terms,
+                                         tolerance, step, opt)  # fmt: skip
+    steps += pending.to(tl.int32)
+    t = tl.where(pending, moved, t)
+    return t, lo, hi, most, pending & (final == 0), steps
+
+
+@triton.jit
 def alpha_terms(x, p, u, r, opt: tl.constexpr):
     """``p log p`` and ``p phi`` of distances ``x``, for :func:`alpha_gradient`; zeros off the
     support."""

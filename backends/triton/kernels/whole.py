@@ -51,13 +51,12 @@ from adasplash2.backends.triton.kernels.solve import (
 )
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
+    advanced,
     guess_of,
     mean_and_deviation,
     pair_sums,
-    stepped,
     sums_of,
     weights,
-    with_sink,
 )
 from adasplash2.backends.triton.kernels.work import (
     head_of,
@@ -263,15 +262,10 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
             if not opt.relative:
                 threshold = terms.c * top + t
             x = distance(s, column(top, opt), threshold[:, None], terms.c, opt)
-            mass, slope, count = sums_of(x, terms.r, wide)
-            if opt.sinks:
-                mass, slope, is_kept = with_sink(mass, slope, top, threshold, terms, opt)
-                count += is_kept
-            moved, lo, hi, most, final = stepped(t, top, lo, hi, most, mass, slope, count, terms,
-                                                 tolerance, step, opt)  # fmt: skip
-            steps += pending.to(tl.int32)
-            t = tl.where(pending, moved, t)
-            pending = pending & (final == 0)
+            state = t, lo, hi, most, pending, steps
+            sums = sums_of(x, terms.r, wide)
+            t, lo, hi, most, pending, steps = advanced(state, sums, top, threshold, step, terms,
+                                                       tolerance, opt)  # fmt: skip
             step += 1
             if step > SURE_STEPS:
                 waiting = any_of(pending) & (step < MAX_STEPS)
