@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 SPEECH = "1946-Truman-1"
 
 WARM = 3
-"""Tokens that are made before a graph is captured, and not counted."""
+"""First tokens, which are not counted: what is compiled is, and then a graph can be captured."""
 
 
 def main() -> int:

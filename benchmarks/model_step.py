@@ -66,7 +66,7 @@ def main() -> int:
     results = []
     for batch, tokens in options.shapes:
         found = {
-            name: trained(options, batch, tokens, CONTENDERS[name], None, options.steps)
+            name: trained(options, batch, tokens, CONTENDERS[name], name, options.steps)
             for name in options.contenders
         }
         for rival in options.rivals:
@@ -87,11 +87,11 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def trained(
-    options: argparse.Namespace, batch: int, tokens: int, recipe: Any, rival: str | None, steps: int
+    options: argparse.Namespace, batch: int, tokens: int, recipe: Any, name: str, steps: int
 ) -> dict[str, Any]:
     """Milliseconds and loss of each step, and the peak of the memory, in MiB."""
     from text_models import bytes_of, losses_of, texts
-    from training import Decoder, Plan, Size, Steps, generator_of, optimizer_of, rate_at
+    from training import Decoder, Plan, Size, Steps, generator_of, optimizer_of, set_rate
 
     device, graphed = torch.device(options.device), options.device == "cuda"
     text = bytes_of(texts(options.text)[0])
@@ -105,14 +105,9 @@ def trained(
     if graphed:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with sdpa_kernel(SDPA[rival]) if rival else contextlib.nullcontext():
+    with sdpa_kernel(SDPA[name]) if name in SDPA else contextlib.nullcontext():
         for step in range(steps):
-            for group in optimizer.param_groups:
-                rate = rate_at(step, plan) * group["faster"]
-                if graphed:
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
+            set_rate(optimizer, step, plan)
             generator = generator_of(options.seed, step)
             starts = torch.randint(len(text) - tokens, (batch, 1), generator=generator)
             windows = text[starts + torch.arange(tokens + 1)].to(device)
@@ -122,7 +117,7 @@ def trained(
             losses.append(step_of(windows).item())
             times.append(1e3 * (time.perf_counter() - began))
             if step % 10 == 0:
-                tables.progress(f"{batch} x {tokens}, {rival or 'ours'}, step {step}")
+                tables.progress(f"{batch} x {tokens}, {name}, step {step}")
     memory = torch.cuda.max_memory_allocated() / MIB if graphed else None
     return {"ms": times, "losses": losses, "peak_mib": memory}
 

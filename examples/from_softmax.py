@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         if weights is not None:
             if not weights.exists():
                 program.parser.error(
-                    f"{weights} is missing: without its .json beside it softmax is trained again"
+                    f"{weights} is missing: without its .json it is trained again"
                 )
             held = torch.load(weights, map_location=options.device, weights_only=True)
             model.load_state_dict(held)

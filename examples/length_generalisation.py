@@ -369,7 +369,16 @@ SIZES = {
         ("distinct",), 2, 4, 32, 400, 32, (3e-2, 1e-2, 3e-3), 3, (1, 2, 4, 8, 64), 2**16
     ),
     "real": Scale(
-        tuple(TASKS)[:-1], 4, 8, 256, 6000, 128, (3e-3, 1e-3, 3e-4), 3, (1, 2, 4, 8, 64), 2**18
+        ("sort", "reverse", "distinct", "recall", "flip-flop", "needle", "needles"),
+        4,
+        8,
+        256,
+        6000,
+        128,
+        (3e-3, 1e-3, 3e-4),
+        3,
+        (1, 2, 4, 8, 64),
+        2**18,
     ),
     "published": Scale(
         ("reverse",), 6, 8, 256, 234_375, 128, (4e-4,), 3, (1, 2, 4, 8), 2**18, 20_000, True
@@ -582,7 +591,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Budget]:
 def main(arguments: list[str] | None = None) -> int:
     options, budget = parse(arguments)
     given = {name: getattr(options, name) for name in (*GIVEN, "rates")}
-    scale = replace(SIZES[options.size], **given)
+    scale = replace(SIZES[options.size], **given, tasks=tuple(options.tasks))
     parts = "size", "layers", "heads", "features", "steps", "warmup", "decay"
     folder = options.output / "-".join(str(getattr(options, part)) for part in parts)
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -600,7 +609,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(results, scale.multiples))
     write_json(
         options.output / "results.json",
-        {"environment": environment(options.device), "size": vars(scale), "results": results},
+        {
+            "environment": environment(options.device),
+            "size": {**vars(scale), "decay": options.decay},
+            "results": results,
+        },
     )
     draw(results, options.output / "length_generalisation.png")
     draw_alphas(

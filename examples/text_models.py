@@ -275,7 +275,7 @@ def train(
         ready.kept.parent.mkdir(parents=True, exist_ok=True)
         torch.save(ready.model.state_dict(), ready.kept)
     return {
-        "rate": rate,
+        "rate": rate * ready.faster,
         "seed": seed,
         "losses": losses,
         "held_out": notes["held_out"],

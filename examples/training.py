@@ -299,6 +299,15 @@ def optimizer_of(model: nn.Module, plan: Plan, graphed: bool = False) -> torch.o
     )
 
 
+def set_rate(optimizer: torch.optim.Optimizer, step: int, plan: Plan) -> None:
+    for group in optimizer.param_groups:
+        rate = rate_at(step, plan) * group["faster"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 class Steps:
     """Steps of training on batches: ``steps(*batch)`` makes one and returns its loss.
 
@@ -422,12 +431,7 @@ def fit(
     with bar:
         for step in range(len(losses), plan.steps):
             began = time.monotonic()
-            for group in optimizer.param_groups:
-                rate = rate_at(step, plan) * group["faster"]
-                if graphed:
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
+            set_rate(optimizer, step, plan)
             unread.append(steps(*batch_of(step)))
             if schedule is not None:
                 schedule.step()
@@ -512,11 +516,23 @@ def chosen(parser: argparse.ArgumentParser, flag: str, names: list[str], known: 
     return names
 
 
+def asked() -> list[str]:
+    """The program's arguments, but for where it writes and how long it takes."""
+    kept: list[str] = []
+    skipped = False
+    for argument in sys.argv:
+        if skipped or argument.split("=")[0] in ("--output", "--minutes"):
+            skipped = not skipped and "=" not in argument
+        else:
+            kept.append(argument)
+    return kept
+
+
 def environment(device: str) -> dict[str, Any]:
     """What a result depends on beside its arguments."""
     on_gpu = torch.device(device).type == "cuda"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *asked()]),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),

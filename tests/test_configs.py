@@ -130,9 +130,9 @@ def test_row_blocks_of_whole_rows_over_several_programs(
     results = []
     for each in (1, 2, 3):
         monkeypatch.setattr(sizes, "row_blocks_each", lambda *_, each=each: each)
-        launch._plan.cache_clear()
+        launch.forget()
         results.append(forward_and_backward(backend, case, inputs, config))
-    launch._plan.cache_clear()
+    launch.forget()
     for result in results[1:]:
         for one, other in zip(result, results[0], strict=True):
             assert torch.equal(one, other)
@@ -164,9 +164,9 @@ def test_rows_that_see_no_key_of_the_second_half(
     expected = (256, row_blocks - narrow), (128, narrow)
     config = offered[0] | {"block_q": block_q}
     assert sizes.whole_parts(asked, config) == [part for part in expected if part[1]]
-    launch._plan.cache_clear()
+    launch.forget()
     got = forward_and_backward(backend, case, inputs, config)
-    launch._plan.cache_clear()
+    launch.forget()
     assert_agrees(case, inputs, got)
 
 
@@ -188,9 +188,9 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(launch, "launch", watched)
     monkeypatch.setattr(sizes, "SHORTEST_PIECE", 1)
     monkeypatch.setattr(sizes, "PIECES", 64)
-    launch._plan.cache_clear()  # has kernels compiled for other numbers
+    launch.forget()  # has kernels compiled for other numbers
     yield made
-    launch._plan.cache_clear()
+    launch.forget()
 
 
 @interpreted(heads_kv=1)

@@ -518,12 +518,12 @@ def test_windows_of_few_tiles_and_of_many(
     else:
         monkeypatch.setattr(launch, "FEW_MAXIMA", 0)
         monkeypatch.setattr(launch, "MAXIMA_CHUNK", 2 * 64)
-    launch._plan.cache_clear()
+    launch.forget()
     tensors = [torch.randn(1, 2, length, 16, device=device_of("triton")) for _ in "qkvg"]
     leaves = [t.requires_grad_() for t in tensors[:3]]
     out = attend(adasplash2.entmax_attention, *leaves, window=(77, 20), backend="triton")
     grads = torch.autograd.grad(out, leaves, tensors[3])
-    launch._plan.cache_clear()
+    launch.forget()
     query, key, value, grad = (t.detach().cpu().double() for t in tensors)
     far = torch.arange(length) - torch.arange(length)[:, None]
     p = reference.entmax(

@@ -214,6 +214,12 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     )
 
 
+def forget() -> None:
+    """Plans, and the kernels that plans share: they hold for numbers as these were."""
+    _plan.cache_clear()
+    _of_any_length.cache_clear()
+
+
 class Call:
     """One attention call: its tensors as the kernels take them, and how it is launched. ``more``
     are tensors from outside beside the inputs."""

@@ -664,9 +664,9 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
         step += 1
         if LAST:
             _, s = listed_scores(own, listed, 0, count, opt, GROUPS)
-            t, step, kept = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
-                                          final == 0, terms, tolerance, opt, GROUPS,
-                                          MAX_STEPS)  # fmt: skip
+            t, step, _ = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
+                                       final == 0, terms, tolerance, opt, GROUPS,
+                                       MAX_STEPS)  # fmt: skip
         tl.store(counts + at_row, tl.where(final, 0, count))
         tl.store(state + T, t)
         tl.store(state + LO, lo)
@@ -759,7 +759,8 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals
                  marks, shape, length_k, splits, opt: tl.constexpr, CHUNK: tl.constexpr,
                  LAST_ADDS: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
     """The sums of a block and a split: of values, if its support has some of the split's keys; of
-    ``p``; keys of the support. With LAST_ADDS the program that comes last has the outputs."""
+    ``p``; keys of the support. With LAST_ADDS all sums are there, and the program that comes last
+    has the outputs."""
     after_the_last(opt)
     shape = with_length(shape, length_k)
     at_head, block, split = block_and_split(shape, splits, opt)

@@ -41,12 +41,12 @@ from adasplash2.backends.triton.kernels.threshold import (
     advanced,
     certain_rise,
     guess_of,
+    guess_share,
     mean_and_deviation,
     no_parts,
     pair_sums,
     part_sums,
     row_sums,
-    share_of,
     weights,
     with_parts,
     with_sink,
@@ -128,7 +128,7 @@ def without_sharp(total, squares, rows, end, terms, shape, opt: tl.constexpr):
     sharp for a guess; and whether all are."""
     seen = tl.minimum(end_of(rows, terms, shape, opt), end) - begin_of(rows, terms, shape, opt)
     _, deviation = mean_and_deviation(*pair_sums(total, squares), seen)
-    _, _, share = share_of(deviation, visible(rows, terms, shape, opt), terms)
+    _, _, share = guess_share(deviation, visible(rows, terms, shape, opt), terms)
     sharp = share >= LARGEST_SHARE
     return tl.where(sharp[:, None], SHARPEST, squares), any_of(sharp == 0) == 0
 

@@ -246,7 +246,7 @@ def mean_and_deviation(total, squares, number):
 
 
 @triton.jit
-def share_of(deviation, seen, terms):
+def guess_share(deviation, seen, terms):
     """``d``, ``w`` and ``d / (d + w)`` as :func:`guess_of` has them."""
     d = terms.c * deviation
     w = tl.rsqrt(tl.maximum(seen, 1).to(tl.float32))
@@ -263,7 +263,7 @@ def guess_of(mean, deviation, seen, top, lo, terms):
     rows without an end of support that is ``-sqrt(1 / (n d^2) - 1)``; what ``a`` has beside ``-w /
     d`` with ``w = 1 / sqrt(n)`` is a polynomial of ``d / (d + w)``, fitted to 0.001.
     """
-    d, w, share = share_of(deviation, seen, terms)
+    d, w, share = guess_share(deviation, seen, terms)
     rest = 20.577406 + share * (-28.159221 + share * 13.761974)
     rest = share * (0.44725788 + share * (1.4061079 + share * (-5.3392119 + share * rest)))
     # The highest key alone has a mass of 1 / n at `-w`, which no root is above.
