@@ -200,9 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = source.load().to(options.device).train()
         if weights is not None:
             if not weights.exists():
-                program.parser.error(
-                    f"{weights} is missing: without its .json it is trained again"
-                )
+                program.parser.error(f"{weights} is missing: without its .json it is trained again")
             held = torch.load(weights, map_location=options.device, weights_only=True)
             model.load_state_dict(held)
         apply(model, alpha=1.0, packed=False)
