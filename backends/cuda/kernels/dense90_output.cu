@@ -228,6 +228,7 @@ struct Sample {
     return tiles <= kTiles ? i : (tiles + 2 * tiles * i) / 4;
   }
   __device__ __forceinline__ bool has(int tile) const {
+    static_assert(kTiles == 2);
     return tile == (*this)[0] || tile == (*this)[1];
   }
 };
@@ -521,8 +522,8 @@ struct Attention {
 #pragma unroll 1
     for (int i = 1; i < walk.count * kParts; ++i) {
       PartScores s;
-      start_part(s, walk[i / kParts],
-                 i % kParts);  // while the values of the part before are summed
+      // While the values of the part before are summed.
+      start_part(s, walk[i / kParts], i % kParts);
       start_values(o, (i - 1) % kParts);
       wgmma_wait();
       finish_part(s, i % kParts);
