@@ -3,7 +3,7 @@
 #   tests  every table of tests on each backend, as many side by side as there are cores, on all GPUs
 #   fuzz   random problems, FUZZ_SECONDS for each backend and kind
 #   tools  compute-sanitizer over one small call of each kind
-#   speed  tuning and the benchmarks, which must have the machine to themselves
+#   speed  tuning and the benchmarks, which have the machine to themselves, after all that was begun
 # PYTHON names the interpreter that has the package (default .venv/bin/python), PROCESSES how many run
 # side by side, GPUS on how many (default all), PARTS into how many parts the tables go. All of it runs,
 # whatever fails; what has failed is told at the end, and then the exit code is 1. RESUME=1 leaves out
@@ -66,8 +66,6 @@ tests() {
   done
   for ((i = 0; i < 4; i++)); do part "gpu$i" "" -m gpu --part "$i/4" tests; done
   part configs cuda,triton tests/test_configs.py
-  wait
-  tail -qn 1 "$out"/*.txt
 }
 
 fuzz() {
@@ -78,8 +76,6 @@ fuzz() {
         --problems 20000 --seconds "$seconds"
     done
   done
-  wait
-  tail -qn 1 "$out"/fuzz-*.txt
 }
 
 tools() {
@@ -88,11 +84,10 @@ tools() {
     beside $tool timeout 300 compute-sanitizer --tool $tool --error-exitcode 1 \
       "$python" tests/small_calls.py
   done
-  wait
-  grep -H "SUMMARY" "$out/memcheck.txt" "$out/racecheck.txt" || tail -n 3 "$out"/*check.txt
 }
 
 speed() {
+  wait
   "$python" -m adasplash2 tune --quick --json >"$out/tune.json" || echo tune >>"$failed"
   local program
   for program in first_call overhead; do
@@ -106,6 +101,8 @@ for stage in ${stages[*]}; do
   declare -F "$stage" >/dev/null || { echo "no stage $stage: tests fuzz tools speed" && exit 2; }
   $stage
 done
+wait
+tail -qn 1 "$out"/*.txt
 if [[ -s $failed ]]; then
   echo "failed: $(sort "$failed" | paste -sd ' ')"
   exit 1

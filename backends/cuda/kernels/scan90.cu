@@ -45,14 +45,23 @@ constexpr int kStageBytes = kPanels * kPanelBytes;
 constexpr int kBarriers = 2 * kStages;
 
 // How a scan ends before its last tile: all warpgroups have stopped, and one more tile is announced
-// that was not copied, the `last` one, which is -1 until then. Beside it what a warp notes for
-// Lists::filter(), as it has no registers for it. All of it is read and written as volatile, which
-// PTX has as relaxed: who reads `stopped` or `last` a moment too early has one tile more copied, or
-// goes on to the next tile. (racecheck, which asks for a barrier between them, reports both.)
+// that was not copied, the `last` one, which is -1 until then. Who reads either a moment too early
+// has one tile more copied, or goes on to the next tile: no order is needed, and both are atomic.
+// Beside it what a warp notes for Lists::filter(), which has no registers for it: hence volatile.
 struct Notes {
-  bool stopped[kWarpgroups];
+  u32 stopped;  // bit of each warpgroup
   int last;
-  int most[kWarpgroups * 4];
+  volatile int most[kWarpgroups * 4];
+
+  __device__ __forceinline__ void stop(int warpgroup) { atomicOr(&stopped, 1u << warpgroup); }
+  __device__ __forceinline__ bool all_stopped() {
+    return atomicOr(&stopped, 0u) == (1u << kWarpgroups) - 1;
+  }
+  __device__ __forceinline__ void announce(int tile) { atomicExch(&last, tile); }
+  // Asked by a whole warp.
+  __device__ __forceinline__ bool is_last(int tile) {
+    return __shfl_sync(kAllLanes, lane_id() == 0 && atomicOr(&last, 0) == tile, 0);
+  }
 };
 // What a retry's threads have looked at, see Share.
 constexpr int kNoted = kRetry ? kThreads : 1;
@@ -130,16 +139,13 @@ using KeyRing = Ring<kStages>;
 // One thread has the tiles copied, until no warpgroup takes one any more.
 __device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap& map,
                                                const Item& item, KeyRing& at, u32 stages, u32 full,
-                                               u32 empty, volatile Notes& notes) {
+                                               u32 empty, Notes& notes) {
   const Plane plane(p.k, item.head / p.gqa_group, item.batch);
   for (int i = 0; i < item.tiles; ++i, at.advance()) {
     at.await_empty(empty);
     if constexpr (kMayEnd) {
-      bool all = true;
-#pragma unroll
-      for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) all &= notes.stopped[warpgroup];
-      if (all) {
-        notes.last = i;
+      if (notes.all_stopped()) {
+        notes.announce(i);
         arrive(full + at.stage * 8);
         return;
       }
@@ -187,7 +193,7 @@ __device__ __forceinline__ u32 load_queries(AFragment (&q)[kDim / 16], const Par
 
 // The scan of one warpgroup.
 __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRing& at, u32 stages,
-                                        u32 full, u32 empty, volatile Notes& notes) {
+                                        u32 full, u32 empty, Notes& notes) {
   const int warp = uniform(warp_id());
   const int first_of_warpgroup = item.first + warp / 4 * kRows;
   const int first_row = item.first + warp * 16;
@@ -233,7 +239,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   int last_seen = seen_end(first_of_warpgroup + kRows - 1, p.length_k) - 1;
   const auto stop = [&] {
     last_seen = -1;
-    if (kMayEnd) notes.stopped[warp / 4] = true;
+    if (kMayEnd && threadIdx.x % kWarpgroupThreads == 0) notes.stop(warp / 4);
   };
   if (first_of_warpgroup >= p.length_q) stop();
   const auto look = [&](const auto& score, int first_key) {
@@ -248,7 +254,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     const int first_key = nth_tile(i, item.tiles) * kTileKeys;
     const u64 tile = take();
     if (first_key > last_seen) {
-      const bool ended = kMayEnd && notes.last == i;
+      const bool ended = kMayEnd && notes.is_last(i);
       give_back();
       if (ended) break;
       continue;
@@ -296,8 +302,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     init_barrier(empty + threadIdx.x * 8, kWarpgroups * 4);
     fence_async_proxy();
   }
-  if (threadIdx.x < kWarpgroups) notes.stopped[threadIdx.x] = false;
-  if (threadIdx.x == 0) notes.last = -1;
+  if (threadIdx.x == 0) notes.stopped = 0, notes.last = -1;
   __shared__ bool worth_it[kNoted];
   if constexpr (kRetry) worth_it[threadIdx.x] = Share(p).is_worth_it(threadIdx.x);
   __syncthreads();
