@@ -148,10 +148,10 @@ class Plan:
         key_tiles = counts.kv_heads * -(-problem.length_k // dense.rows)
         names = "q", "k", "v", "grad_o"
         return (
-            self._elements("count_columns", counts.row_blocks),
+            self._gathers("count_columns", counts.row_blocks),
             self._elements("prefix_columns", counts.kv_heads, layout.PREFIX_THREADS),
-            self._elements("grad_rows", -(-counts.rows * lanes // layout.ELEMENT_THREADS)),
-            self._elements("grad_columns", -(-counts.columns * lanes // layout.ELEMENT_THREADS)),
+            self._gathers("grad_rows", -(-counts.rows * lanes // layout.ELEMENT_THREADS)),
+            self._gathers("grad_columns", -(-counts.columns * lanes // layout.ELEMENT_THREADS)),
             self._elements("sort_long_columns", self._long_blocks, layout.SORT_THREADS),
             self._elements("grad_long_columns", self._long_blocks, layout.LONG_THREADS),
             self._launch_dense(dense.grad_unit, "dense_grad_rows", (self._query_tiles,), names),
@@ -168,7 +168,7 @@ class Plan:
         # The portable kernel saves nothing, and always counts.
         options = {"OUTPUT": kind} if dense.maps else {}
         return (
-            self._elements("output", -(-self.counts.rows * lanes // layout.ELEMENT_THREADS)),
+            self._gathers("output", -(-self.counts.rows * lanes // layout.ELEMENT_THREADS)),
             self._launch_dense(
                 dense.output_unit, "dense_output", tiles, ("q", "k", "v"), **options
             ),
@@ -203,6 +203,12 @@ class Plan:
         # The gathers depend on neither the masks nor the lists: one variant serves all.
         options = self._options | {"CAUSAL": 0}
         return self._launch("elements.cu", kernel, options, (blocks,), threads, 0)
+
+    def _gathers(self, kernel: str, items: int) -> driver.Launch:
+        """One that takes some of ``items`` a block, however many that are."""
+        enough = layout.ITEM_BLOCKS * self._multiprocessors
+        each = max(1, min(layout.MOST_ITEMS, items // enough))
+        return self._elements(kernel, -(-items // each))
 
     def _launch_dense(
         self,

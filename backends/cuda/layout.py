@@ -87,6 +87,10 @@ SCAN_WARP_ROWS = 32
 # Gathers (elements.cu)
 
 ELEMENT_THREADS = 256
+MOST_ITEMS, ITEM_BLOCKS = 8, 8
+"""Items, as many rows or columns as a block of the gathers has at once, that it takes after one
+another: at most so many, and as many as leave so many blocks a multiprocessor."""
+
 PREFIX_THREADS = 1024
 SORT_THREADS = 512
 LONG_THREADS = 128

@@ -29,6 +29,41 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
   return r;
 }
 
+// What a block has to do, of `items` dealt out evenly: those from first_item() on whose bits are
+// set. Mostly nothing is wanted of any: a lane asks for each, all at once, since blocks that came
+// and asked for one took longer than all else.
+__device__ __forceinline__ int items_each(int items) {
+  return int((items + gridDim.x - 1) / gridDim.x);
+}
+__device__ __forceinline__ int first_item(int items) { return blockIdx.x * items_each(items); }
+template <class Wanted>
+__device__ __forceinline__ u32 items_of(int items, const Wanted& wanted) {
+  static_assert(kMostItems <= 32);
+  const int mine = first_item(items) + lane_id();
+  return __ballot_sync(kAllLanes, lane_id() < items_each(items) && mine < items && wanted(mine));
+}
+template <class Wanted, class Body>
+__device__ __forceinline__ void for_items(int items, const Wanted& wanted, const Body& body) {
+  u32 left = items_of(items, wanted);
+#pragma unroll 1
+  for (; left; left &= left - 1) body(first_item(items) + __ffs(left) - 1);
+}
+
+// The same of items of a row for each team of `lanes`, whether or not there is a row for the last
+// ones. A warp's rows are all of one row block: those of flat ones are passed.
+template <int lanes, class Body>
+__device__ __forceinline__ void for_listed_rows(const Params& p, const Body& body) {
+  constexpr int kRows = kThreads / lanes;
+  static_assert(kRowBlock % (32 / lanes) == 0);
+  const int row_blocks = p.batch * p.heads_q * p.row_blocks, of_warp = warp_id() * (32 / lanes);
+  const auto wanted = [&](int item) {
+    const int row_block = (item * kRows + of_warp) / kRowBlock;
+    return row_block < row_blocks && !p.flat[row_block];
+  };
+  for_items((row_blocks * kRowBlock + kRows - 1) / kRows, wanted,
+            [&](int item) { body(row_at(p, item * kRows + int(threadIdx.x) / lanes)); });
+}
+
 // The column of a saved survivor, in its range whatever became of it.
 __device__ __forceinline__ int column_of(const Params& p, const int* saved) {
   return int(min(u32(*saved), u32(p.length_k - 1)));
@@ -96,17 +131,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < heads * p.row_blocks; i += kThreads) flat[i] = kToRetry;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
-  start_next_and_await();
-  constexpr int kLanes = ADASPLASH2_OUTPUT_LANES;
-  const Row r = row_at(p, blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes);
-  if (!r.inside || p.flat[r.at / kRowBlock]) return;
+constexpr int kOutputLanes = ADASPLASH2_OUTPUT_LANES;
+
+__device__ __forceinline__ void output_row(const Params& p, const Row& r) {
+  if (!r.inside) return;
   const int count = p.row_count[r.at].survivors;
   const i64 first_entry = arena_of(r.at / kRowBlock) + p.row_start[r.at].entry;
   const int* columns = p.columns + first_entry;
   const float* weights = p.weights + first_entry;
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
-  const int at = threadIdx.x % kLanes * 8;
+  const int at = threadIdx.x % kOutputLanes * 8;
   float out[8];
 #pragma unroll
   for (float& x : out) x = count < 0 ? kNaN : 0.f;
@@ -142,15 +176,16 @@ extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_const
   store8<kHeadDimV>(row_of(p.o, r.batch, r.head, r.row), at, out);
 }
 
+extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
+  start_next_and_await();
+  for_listed_rows<kOutputLanes>(p, [&](const Row& r) { output_row(p, r); });
+}
+
 // Count the survivors of each column.
 //
 // What the forward saved may have been written over meanwhile: the rows of a row block whose lists
 // do not follow each other are taken for poisoned, and columns are kept in their range.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    count_columns(const __grid_constant__ Params p) {
-  start_next_and_await();
-  const int row_block = blockIdx.x;
-  if (p.flat[row_block]) return;
+__device__ __forceinline__ void count_columns_of(const Params& p, int row_block) {
   bool broken = false;
   if (threadIdx.x < kRowBlock) {
     const int at = row_block * kRowBlock + threadIdx.x, count = p.row_count[at].survivors;
@@ -181,6 +216,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const u32 peers = __match_any_sync(inside, column);
     if (lane_id() == __ffs(peers) - 1) atomicAdd(counts + column, __popc(peers));
   }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    count_columns(const __grid_constant__ Params p) {
+  start_next_and_await();
+  for_items(
+      p.batch * p.heads_q * p.row_blocks, [&](int row_block) { return !p.flat[row_block]; },
+      [&](int row_block) { count_columns_of(p, row_block); });
 }
 
 // Sum of `mine` over the threads before this one, and over all of them. `sums` is shared memory.
@@ -304,12 +347,8 @@ __device__ __forceinline__ float weight_from(const Params& p, float score, float
 //
 // delta is known after the last survivor only. So dQ is summed in two parts, of which neither is
 // much larger than dQ: sum u (dp - dp_0) k, and sum u k times delta - dp_0.
-extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
-    grad_rows(const __grid_constant__ Params p) {
-  start_next_and_await();
-  const Row r = row_at(p, blockIdx.x * (kThreads / kRowLanes) + threadIdx.x / kRowLanes);
-  const bool active = r.inside && !p.flat[r.at / kRowBlock];
-  if (!__any_sync(kAllLanes, active)) return;
+__device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
+  const bool active = r.inside;
   const int kept = active ? p.row_count[r.at].survivors : 0;
   const int count = max(kept, 0);
   // The lanes of a warp stay together for the shuffles.
@@ -387,6 +426,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
   for (int j = 0; j < 8; ++j)
     grad_q[j] = kept == 0 ? 0.f : p.scale * fmaf(-rest, sum_uk[j], grad_q[j]);
   store8<kHeadDim>(row_of(p.grad_q, r.batch, r.head, r.row), at, grad_q);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
+    grad_rows(const __grid_constant__ Params p) {
+  start_next_and_await();
+  for_listed_rows<kRowLanes>(p, [&](const Row& r) { grad_row(p, r); });
 }
 
 // A key and the sums over the rows that keep it, as a warp gathers them.
@@ -559,23 +604,45 @@ extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
   __shared__ __align__(16) int rows[kThreads / 32 * kShortColumn];
   __shared__ int sorted[kThreads / 32 * kShortColumn];
   __shared__ int later[kColumns], later_count;
-  const int mine = threadIdx.x / kRowLanes;
-  const int column_at = blockIdx.x * kColumns + mine;
-  const bool inside =
-      column_at < p.batch * p.heads_kv * p.length_k && !is_all_flat(p, column_at / p.length_k);
-  if (threadIdx.x == 0) later_count = 0;
-  if (!__syncthreads_or(inside)) return;
-  const int count = inside ? p.column_count[column_at] : -1;
-  const bool fits = count <= kTeamColumn;
-  if (!fits && count <= p.long_limit && threadIdx.x % kRowLanes == 0)
-    later[atomicAdd(&later_count, 1)] = mine;  // in any order: each column is summed alone
-  sum_column<1>(p, inside && fits ? column_at : 0, fits ? count : -1, rows + mine * kTeamColumn,
-                sorted + mine * kTeamColumn);
-  __syncthreads();
-  for (int i = warp_id(); i < later_count; i += kThreads / 32) {
-    const int at = blockIdx.x * kColumns + later[i];
-    sum_column<kParts>(p, at, p.column_count[at], rows + warp_id() * kShortColumn,
-                       sorted + warp_id() * kShortColumn);
+  __shared__ int item;  // as no register is free for it
+  __shared__ u32 left;
+  __shared__ int first;
+  const int columns = p.batch * p.heads_kv * p.length_k;
+  const int items = (columns + kColumns - 1) / kColumns;
+  const auto wanted = [&](int item) {
+    const int first = item * kColumns, last = min(first + kColumns, columns) - 1;
+    bool any = false;
+    for (int kv_row = first / p.length_k; kv_row <= last / p.length_k; ++kv_row)
+      any |= !is_all_flat(p, kv_row);
+    return any;
+  };
+  if (const u32 found = items_of(items, wanted); threadIdx.x == 0)
+    left = found, first = first_item(items);
+#pragma unroll 1
+  while (true) {
+    __syncthreads();  // what is shared is read by the item before
+    if (threadIdx.x == 0) {
+      item = left ? first + __ffs(left) - 1 : -1;
+      left &= left - 1;
+      later_count = 0;
+    }
+    __syncthreads();
+    if (item < 0) return;
+    const int mine = threadIdx.x / kRowLanes, column_at = item * kColumns + mine;
+    const bool inside =
+        column_at < p.batch * p.heads_kv * p.length_k && !is_all_flat(p, column_at / p.length_k);
+    const int count = inside ? p.column_count[column_at] : -1;
+    const bool fits = count <= kTeamColumn;
+    if (!fits && count <= p.long_limit && threadIdx.x % kRowLanes == 0)
+      later[atomicAdd(&later_count, 1)] = mine;  // in any order: each column is summed alone
+    sum_column<1>(p, inside && fits ? column_at : 0, fits ? count : -1, rows + mine * kTeamColumn,
+                  sorted + mine * kTeamColumn);
+    __syncthreads();
+    for (int i = warp_id(); i < later_count; i += kThreads / 32) {
+      const int at = item * kColumns + later[i];
+      sum_column<kParts>(p, at, p.column_count[at], rows + warp_id() * kShortColumn,
+                         sorted + warp_id() * kShortColumn);
+    }
   }
 }
 
