@@ -8,6 +8,10 @@
 
 namespace adasplash2 {
 
+// Whether a backward is to come, and whether the call counts what it did.
+constexpr bool kSaves = ADASPLASH2_OUTPUT == kOutputSaves;
+constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputCounts;
+
 // --- thresholds ----------------------------------------------------------------------------
 
 constexpr int kTileKeys = kHopperKeys;
@@ -17,6 +21,16 @@ using Scores = float[kTileKeys / 2];
 // output is then off by less than half of that, which bfloat16 and float16 hide.
 constexpr float kTolerance = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-12f : 0x1p-10f;
 constexpr float kExactly = 1e-7f;  // the same of rows that registers hold
+// By so much a row's sum may be expected to miss one if its output is corrected. Where a threshold
+// is off by d, p is by -2 d u, and their sum f by -2 d (sum u): sum p v - f O2 is off by squares of
+// f alone. O2 stays what it is, and the backward feels a part of f. Not so of alpha = 2, whose
+// steps are exact where they pass no score; of wide values, whose sums leave no registers for the
+// choice; and of calls that count, which tell what is kept.
+constexpr bool kMayBeRough = kAlpha == AlphaKind::k15 && kPanelsV == 1 && !kCounts;
+constexpr float kRough = !kMayBeRough                             ? 0.f
+                         : ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-10f
+                                                                  : 0x1p-7f;
+constexpr float kMostRough = 4.f * kRough;
 constexpr int kSampleSteps = kAlpha == AlphaKind::k15 ? 2 : 3;
 // Tiles from which on other samples follow that one: every so many tiles.
 constexpr int kStride = 4, kStridedFrom = 6 * kStride;
@@ -38,7 +52,8 @@ struct Threshold {
   float tau, lo, hi;
   float slope;  // -f' at tau, after a step over all scores
   bool done;
-  int steps;  // over all its scores
+  bool rough;  // its sum may miss one by more than the tolerance
+  int steps;   // over all its scores
 };
 
 // Sums of one lane over a row's scores, and after join() those of the row. `least` are the bits of
@@ -129,34 +144,34 @@ __device__ __forceinline__ float inside(const Threshold& t, float tau) {
 }
 
 // One guarded step of a row by its sums, and RowSums::least, to where what is left of f is expected
-// to be less than the tolerance.
+// to be less than the tolerance, or than that of rough rows.
 __device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u32 least,
-                                        float tolerance) {
+                                        float tolerance, float rough) {
   if (t.done) return;
   const float f = excess<kAlpha>(m);
   bracket(t, f);
   const float step = step_of(m, 1.f), next = t.tau + step;
   const bool inside = next >= t.lo && next <= t.hi;
-  bool enough = fabsf(f) <= 0.1f * tolerance;
+  bool exact = fabsf(f) <= 0.1f * tolerance, enough = exact;
   if constexpr (kAlpha == AlphaKind::k15) {
     // What is left is of the scores that the step passes: about so many. A tenth of them was not
     // foreseen, and about the root of their number by chance.
     const float passed = __fdividef(m.s0 * m.s0 * fabsf(step), 2.f * m.s1);
-    enough |= step * step * (0.1f * passed + passed * rsqrtf(fmaxf(passed, kEpsilon))) <= tolerance;
+    const float left = step * step * (0.1f * passed + passed * rsqrtf(fmaxf(passed, kEpsilon)));
+    exact |= left <= tolerance;
+    enough = exact || left <= rough;
     t.slope = 2.f * fmaxf(m.s1 - m.s0 * step, 0.5f * m.s1);
   } else {
     enough |= step >= 0.f && step < __uint_as_float(least);
+    exact = enough;
     t.slope = m.s0;
   }
+  t.rough = inside && enough && !exact;
   t.done = (inside && enough) || t.hi - t.lo <= 4.f * kEpsilon * fabsf(t.tau);
   if (!t.done || inside) t.tau = inside ? next : 0.5f * (t.lo + t.hi);
 }
 
 // --- forward -------------------------------------------------------------------------------
-
-// Whether a backward is to come, and whether the call counts what it did.
-constexpr bool kSaves = ADASPLASH2_OUTPUT == kOutputSaves;
-constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputCounts;
 
 constexpr int kStagesK = ADASPLASH2_KEY_STAGES;
 // Whether there are no more tiles of keys than stages: each is copied once, into the stage of its
@@ -356,7 +371,7 @@ using PartScores = float[kPartKeys / 2];
 // What a lane sums over keys in the output pass.
 struct RowOutputs {
   Sums<kPanelsV> out = {}, second = {};
-  AFragment probs[kSteps], weights[kSaves ? kSteps : 1];
+  AFragment probs[kSteps], weights[kSaves || kMayBeRough ? kSteps : 1];
   int support[2] = {0, 0};
   float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
 };
@@ -394,7 +409,7 @@ struct Attention {
       poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
       floor[slot] = bound > -kInf ? c * bound : kUnbounded;
       t[slot].done = poisoned[slot] || !b.flat[slot];
-      t[slot].slope = 1.f, t[slot].steps = 0;
+      t[slot].rough = false, t[slot].slope = 1.f, t[slot].steps = 0;
     }
     await(at.full_q, 0);
     sign_own(own, kOwnBytes, p.q_sign);
@@ -443,7 +458,7 @@ struct Attention {
         const auto m = sums[slot].join(weight[slot]);
         if (sample.is_everything()) {
           t[slot].steps += !t[slot].done;
-          advance(t[slot], m, sums[slot].least, kExactly);
+          advance(t[slot], m, sums[slot].least, kExactly, kExactly);
         } else if (!t[slot].done) {
           t[slot].tau = guess(t[slot].tau, m, weight[slot], caution, low[slot], high[slot]);
         }
@@ -502,7 +517,7 @@ struct Attention {
       }
       t[slot].steps += !t[slot].done;
       const auto m = sums[slot].join(1.f);
-      advance(t[slot], m, sums[slot].least, 0.5f * kTolerance);
+      advance(t[slot], m, sums[slot].least, 0.5f * kTolerance, kRough);
     }
     if constexpr (first) settle_rows();
     return !(t[0].done && t[1].done);
@@ -512,27 +527,10 @@ struct Attention {
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
     o = {};
-    {
-      PartScores s;
-      start_part(s, walk[0], 0);
-      wgmma_wait();
-      finish_part(s, 0);
-      weigh(o, s, walk[0] * kTileKeys);
-    }
-#pragma unroll 1
-    for (int i = 1; i < walk.count * kParts; ++i) {
-      PartScores s;
-      // While the values of the part before are summed.
-      start_part(s, walk[i / kParts], i % kParts);
-      start_values(o, (i - 1) % kParts);
-      wgmma_wait();
-      finish_part(s, i % kParts);
-      finish_values(o, (i - 1) % kParts);
-      weigh(o, s, walk[i / kParts] * kTileKeys + i % kParts * kPartKeys);
-    }
-    start_values(o, kParts - 1);
-    wgmma_wait();
-    finish_values(o, kParts - 1);
+    if (kSaves || (kMayBeRough && any_of_warpgroup(2 + warp_id() / 4, t[0].rough || t[1].rough)))
+      sum_outputs<true>(walk, o);
+    else
+      sum_outputs<false>(walk, o);
     return missed(o, 0) | missed(o, 1);
   }
 
@@ -543,19 +541,24 @@ struct Attention {
     for (int slot = 0; slot < 2; ++slot) {
       const float total = o.mass[slot], total_u = sum_over<4>(o.sum_u[slot]);
       const int kept = sum_over<4>(o.support[slot]);
-      const float factor = total > 0.f ? 1.f / total : 0.f;
+      const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
+      // A row's bits are the same whether or not O2 is there for others.
+      const bool rough = kMayBeRough && t[slot].rough;
+      const float factor = rough ? 1.f : total > 0.f ? 1.f / total : 0.f;
+      const float of_second = rough ? kProbScale * (1.f - total) * factor_u : 0.f;
 #pragma unroll
       for (int n = 0; n < kPanelsV * 8; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& x = o.out[4 * n + 2 * slot + j];
-          x = is_poisoned(slot) ? kNaN : x * factor;
+          x *= factor;
+          if constexpr (kMayBeRough) x = fmaf(of_second, o.second[4 * n + 2 * slot + j], x);
+          if (is_poisoned(slot)) x = kNaN;
         }
       unsafe |= b.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
       if (!b.flat[slot]) continue;
       if constexpr (kSaves) {
         float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
-        const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
 #pragma unroll
         for (int n = 0; n < kDimV / 8; ++n)
           *reinterpret_cast<float2*>(to + n * 8) = {o.second[4 * n + 2 * slot] * factor_u,
@@ -565,7 +568,7 @@ struct Attention {
       const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
       const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
       // The last step, by what is known of the slope: the backward's probabilities sum to one.
-      const float tau = t[slot].tau, slope = t[slot].slope;
+      const float tau = t[slot].tau, slope = rough ? 2.f * total_u : t[slot].slope;
       const float last =
           total > 0.f && slope > 0.f ? inside(t[slot], tau + (total - 1.f) / slope) : tau;
       p.tau[at_tau] = last;
@@ -652,14 +655,15 @@ struct Attention {
       store_shared(kept(slot), t[slot].lo);
       store_shared(kept(slot) + 4, t[slot].hi);
       store_shared(kept(slot) + 8, t[slot].slope);
-      store_shared(kept(slot) + 12, t[slot].steps);
+      store_shared(kept(slot) + 12, 2 * t[slot].steps + t[slot].rough);
     }
   }
   __device__ __forceinline__ void take_row(int slot) {
     t[slot].lo = load_shared(kept(slot));
     t[slot].hi = load_shared(kept(slot) + 4);
     t[slot].slope = load_shared(kept(slot) + 8);
-    t[slot].steps = load_shared_int(kept(slot) + 12);
+    const int steps = load_shared_int(kept(slot) + 12);
+    t[slot].steps = steps / 2, t[slot].rough = steps % 2;
     t[slot].done = true;
   }
   __device__ __forceinline__ bool is_poisoned(int slot) const {
@@ -675,7 +679,33 @@ struct Attention {
     fence_operands(s);
     if (part == kParts - 1) give_back_keys();
   }
+  // Both outputs over all keys, or the first one.
+  template <bool second>
+  __device__ __forceinline__ void sum_outputs(const Walk& walk, Outputs& o) {
+    {
+      PartScores s;
+      start_part(s, walk[0], 0);
+      wgmma_wait();
+      finish_part(s, 0);
+      weigh<second>(o, s, walk[0] * kTileKeys);
+    }
+#pragma unroll 1
+    for (int i = 1; i < walk.count * kParts; ++i) {
+      PartScores s;
+      // While the values of the part before are summed.
+      start_part(s, walk[i / kParts], i % kParts);
+      start_values<second>(o, (i - 1) % kParts);
+      wgmma_wait();
+      finish_part(s, i % kParts);
+      finish_values<second>(o, (i - 1) % kParts);
+      weigh<second>(o, s, walk[i / kParts] * kTileKeys + i % kParts * kPartKeys);
+    }
+    start_values<second>(o, kParts - 1);
+    wgmma_wait();
+    finish_values<second>(o, kParts - 1);
+  }
   // Scores to probabilities, and to weights of the second output.
+  template <bool second>
   __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
     b.mask(s, first_key);
     float here[2] = {0.f, 0.f}, here_u[2] = {0.f, 0.f};
@@ -697,7 +727,7 @@ struct Attention {
         }
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
-      if constexpr (kSaves) {
+      if constexpr (second) {
         // Divided by the sum of what is multiplied, O2 of equal values is that value.
         o.weights[k] = as_a_fragment([&](int e) { return u[e]; });
 #pragma unroll
@@ -714,19 +744,21 @@ struct Attention {
       for (int half = 0; half < 2; ++half)
         if (live[half]) mark_tile(p, b.head_row, b.first_row, first_key + half * 64);
   }
+  template <bool second>
   __device__ __forceinline__ void start_values(Outputs& o, int part) {
     if (part == 0) value_ring.await_full(at.full_v);
     const u64 rows =
         values + value_ring.stage * (kValueBytes / kDescriptorBytes) + part * rows_at(kSteps);
     wgmma_fence();
     add_weighted(o.out, o.probs, rows);
-    if constexpr (kSaves) add_weighted(o.second, o.weights, rows);
+    if constexpr (second) add_weighted(o.second, o.weights, rows);
     wgmma_commit();
   }
+  template <bool second>
   __device__ __forceinline__ void finish_values(Outputs& o, int part) {
     fence_operands(o.out);
     fence_operands(o.probs);
-    if constexpr (kSaves) fence_operands(o.second), fence_operands(o.weights);
+    if constexpr (second) fence_operands(o.second), fence_operands(o.weights);
     if (part < kParts - 1) return;
     if (lane_id() == 0) arrive(at.empty_v + value_ring.stage * 8);
     value_ring.advance();
@@ -739,11 +771,11 @@ struct Attention {
     if (!b.flat[slot] || !is_finite(t[slot].tau)) return false;
     const float f = total - 1.f, step = f / t[slot].slope,
                 least = 4.f * kEpsilon * fabsf(t[slot].tau);
-    if (!(fabsf(f) > kTolerance && fabsf(step) > least && t[slot].hi - t[slot].lo > least))
-      return false;
+    const float most = kMayBeRough && t[slot].rough ? kMostRough : kTolerance;
+    if (!(fabsf(f) > most && fabsf(step) > least && t[slot].hi - t[slot].lo > least)) return false;
     bracket(t[slot], f);
     t[slot].tau = inside(t[slot], t[slot].tau + step);
-    t[slot].done = false;
+    t[slot].done = t[slot].rough = false;
     return true;
   }
 };

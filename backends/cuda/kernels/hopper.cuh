@@ -40,6 +40,18 @@ __device__ __forceinline__ void await(u32 barrier, u32 parity) {
       : "memory");
 }
 
+// Whether some thread of a warpgroup says so, by a barrier that has this number.
+__device__ __forceinline__ bool any_of_warpgroup(int number, bool mine) {
+  int any;
+  asm volatile(
+      "{.reg .pred mine, all; setp.ne.b32 mine, %1, 0;"
+      "barrier.cta.red.or.pred all, %2, 128, mine; selp.b32 %0, 1, 0, all;}"
+      : "=r"(any)
+      : "r"(int(mine)), "r"(number)
+      : "memory");
+  return any != 0;
+}
+
 // Where a walk through a ring of stages is: a stage, and the parity of its round. Barriers of
 // stages are 8 bytes apart.
 template <int stages>

@@ -213,16 +213,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     return first_tile + at.stage * (kStageBytes / kDescriptorBytes);
   };
   // All warps of a warpgroup filter together: each would hold up the others when its turn comes.
-  const auto vote = [warp](bool due) {
-    int any;
-    asm volatile(
-        "{.reg .pred mine, all; setp.ne.b32 mine, %1, 0;"
-        "barrier.cta.red.or.pred all, %2, 128, mine; selp.b32 %0, 1, 0, all;}"
-        : "=r"(any)
-        : "r"(int(due)), "r"(1 + warp / 4)
-        : "memory");
-    return any != 0;
-  };
+  const auto vote = [warp](bool due) { return any_of_warpgroup(1 + warp / 4, due); };
   const auto give_back = [&] {
     if (lane_id() == 0) arrive(empty + at.stage * 8);
     at.advance();
