@@ -145,16 +145,19 @@ class Plan:
     def backward(self) -> tuple[driver.Launch, ...]:
         problem, counts, dense = self.problem, self.counts, self._dense
         lanes = self._options["GRAD_LANES"]
-        key_tiles = counts.kv_heads * -(-problem.length_k // dense.rows)
+        query_tiles, key_tiles = (
+            self._dense_blocks(tiles)
+            for tiles in (self._query_tiles, counts.kv_heads * -(-problem.length_k // dense.rows))
+        )
         names = "q", "k", "v", "grad_o"
         return (
             self._gathers("count_columns", counts.row_blocks),
             self._elements("prefix_columns", counts.kv_heads, layout.PREFIX_THREADS),
             self._gathers("grad_rows", -(-counts.rows * lanes // layout.ELEMENT_THREADS)),
-            self._gathers("grad_columns", -(-counts.columns * lanes // layout.ELEMENT_THREADS)),
+            self._elements("grad_columns", -(-counts.columns * lanes // layout.ELEMENT_THREADS)),
             self._elements("sort_long_columns", self._long_blocks, layout.SORT_THREADS),
             self._elements("grad_long_columns", self._long_blocks, layout.LONG_THREADS),
-            self._launch_dense(dense.grad_unit, "dense_grad_rows", (self._query_tiles,), names),
+            self._launch_dense(dense.grad_unit, "dense_grad_rows", (query_tiles,), names),
             self._launch_exact("exact_grad_rows"),  # the next one needs their delta
             self._launch_dense(
                 dense.grad_unit, "dense_grad_columns", (key_tiles, dense.key_blocks), names
@@ -187,6 +190,14 @@ class Plan:
     @property
     def _query_tiles(self) -> int:
         return self.counts.heads * -(-self.problem.length_q // self._dense.rows)
+
+    def _dense_blocks(self, tiles: int) -> int:
+        """Blocks that work on so many tiles, one after another. Those of causal problems, which
+        differ, go to whichever block ends first: one each."""
+        together = self._dense.threads * layout.DEALT_TILES
+        if not self._dense.maps or self.problem.scores.is_causal or tiles > together:
+            return tiles
+        return min(tiles, max(self._multiprocessors, -(-tiles // layout.MOST_TILES)))
 
     def _launch_scan(self, scan: sizes.Scan, blocks: int) -> driver.Launch:
         capacity = scan.capacity(configurations.shared_memory(self.problem.device))

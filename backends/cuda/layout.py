@@ -33,6 +33,9 @@ LISTED, TO_RETRY, FLAT, UNSAFE = range(4)
 find that they fit after all; the dense kernels serve it; they did, and what came out is not finite,
 so that ``exact.cu`` does it again. The marks of gradients are ``UNSAFE`` or zero."""
 
+MIXED, ALL_FLAT, ALL_LISTED = range(3)
+"""What ``Params.all_flat`` says of a key head."""
+
 POISONED = -1
 """The number of survivors of a row whose output is NaN."""
 
@@ -167,6 +170,12 @@ DENSE_BOX = 64
 STAYING_TILES = 8
 """Tiles of keys that ``dense90_output.cu`` has room for at once, of a head_dim up to 64."""
 
+MOST_TILES = 64
+"""Tiles of rows or keys that a block of the dense kernels works on at most, one after another."""
+
+DEALT_TILES = 32
+"""Of how many a thread finds out whether there is something to do: a bit each."""
+
 DENSE_VALUE_STAGES = 2
 GRAD_STAGES = 3
 GRAD_QUERIES = 64
@@ -254,8 +263,9 @@ Params = _struct(
     ("float*", "weights", "first_weight"),
     # Of each column: survivors, and in `rows` their first one's place; after grad_rows, their end.
     ("int*", "column_count", "column_start"),
-    # Of each (batch, key head): whether dense tiles serve all rows that share its keys, and none is
-    # poisoned: they write its dK and dV then, to which they add elsewhere. Null: they always add.
+    # Of each (batch, key head): kAllFlat where dense tiles serve all rows that share its keys, and
+    # none is poisoned: they write its dK and dV then, to which they add elsewhere. kAllListed where
+    # they serve none. Null: they always add.
     ("int*", "all_flat"),
     # Survivors column by column: query rows, counted over the heads of a key head.
     ("int*", "rows"),

@@ -171,11 +171,13 @@ def hopper_dense(head_dim: int, head_dim_v: int, length_k: int) -> Dense:
     stay = narrow and length_k <= layout.STAYING_TILES * layout.HOPPER_KEYS
     key_stages = layout.STAYING_TILES if stay else 4 if narrow else 3
     grad_keys = 128 if narrow else 64
+    own = 2 if narrow else 1  # what a block owns of a tile, and of the next one
     shared = {
         "dense_output": rows * keys
         + layout.HOPPER_KEYS * (key_stages * keys + layout.DENSE_VALUE_STAGES * values),
-        "dense_grad_rows": (keys + values) * (rows + layout.GRAD_STAGES * grad_keys),
-        "dense_grad_columns": (keys + values) * (rows + layout.GRAD_STAGES * layout.GRAD_QUERIES),
+        "dense_grad_rows": (keys + values) * (own * rows + layout.GRAD_STAGES * grad_keys),
+        "dense_grad_columns": (keys + values)
+        * (own * rows + layout.GRAD_STAGES * layout.GRAD_QUERIES),
     }
     return Dense(
         output_unit="dense90_output.cu",
@@ -184,7 +186,12 @@ def hopper_dense(head_dim: int, head_dim_v: int, length_k: int) -> Dense:
         threads=(layout.DENSE_WARPGROUPS + 1) * layout.WARPGROUP_THREADS,
         key_blocks=1,
         shared={kernel: size + layout.SWIZZLE_ALIGNMENT for kernel, size in shared.items()},
-        geometry={"KEY_STAGES": key_stages, "KEYS_STAY": int(stay), "GRAD_KEYS": grad_keys},
+        geometry={
+            "KEY_STAGES": key_stages,
+            "KEYS_STAY": int(stay),
+            "GRAD_KEYS": grad_keys,
+            "OWN_STAGES": own,
+        },
         maps=True,
     )
 

@@ -125,8 +125,8 @@ struct Block : QueryBlock<kBlockRows> {
   int first_row;  // the warp's
   bool flat[2];   // of the lane's two rows
 
-  __device__ __forceinline__ explicit Block(const Params& params)
-      : QueryBlock(params, blockIdx.x), p(params) {
+  __device__ __forceinline__ Block(const Params& params, int number)
+      : QueryBlock(params, number), p(params) {
     first_row = first + warp_id() * 16;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
@@ -153,6 +153,61 @@ struct Block : QueryBlock<kBlockRows> {
 #pragma unroll
     for (int i = 0; i < count; ++i)
       if (i / 4 * 8 + i % 2 >= limit[i / 2 % 2]) s[i] = -kInf;
+  }
+};
+
+// How many tiles of queries there are, and whether one has flat rows.
+__device__ __forceinline__ int query_tiles(const Params& p) {
+  return p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
+}
+__device__ __forceinline__ bool has_flat_rows(const Params& p, int number) {
+  const QueryBlock<kBlockRows> b(p, number);
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < kBlockRows / kRowBlock; ++i)
+    if (const int at = b.first / kRowBlock + i; at < p.row_blocks)
+      any |= p.flat[i64(b.head_row) * p.row_blocks + at] != kListed;
+  return any;
+}
+
+// The items that a block works on, one after another: while it ends with one the next one's tiles
+// are on their way. Its own one where there are as many blocks, else every gridDim.x-th of those
+// that are wanted.
+struct Share {
+  int count, items[kMostTiles], before[kThreads / 32];
+
+  // All threads come together, and ask wanted(item, part, parts): as `parts` threads for one, or
+  // each for some of its own.
+  template <class Wanted>
+  __device__ __forceinline__ void deal(int all, const Wanted& wanted) {
+    const bool one = gridDim.x >= all;
+    const int each = (all + kThreads - 1) / kThreads, first = one ? blockIdx.x : threadIdx.x * each;
+    u32 found = 0;
+    if (one) {
+      found = any_of_block(wanted(first, threadIdx.x, kThreads)) && threadIdx.x == 0;
+    } else {
+      for (int i = 0; i < each && first + i < all; ++i) found |= u32(wanted(first + i, 0, 1)) << i;
+    }
+    int rank = __popc(found);  // inclusive, then exclusive
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, rank, step);
+      if (lane_id() >= step) rank += other;
+    }
+    if (lane_id() == 31) before[warp_id()] = rank;
+    __syncthreads();
+    rank -= __popc(found);
+    int total = 0;
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      if (warp < warp_id()) rank += before[warp];
+      total += before[warp];
+    }
+    for (; found; found &= found - 1, ++rank)
+      if (one || rank % gridDim.x == blockIdx.x)
+        items[one ? 0 : rank / gridDim.x] = first + __ffs(found) - 1;
+    if (threadIdx.x == 0)
+      count = one ? total : int((total + gridDim.x - 1 - blockIdx.x) / gridDim.x);
+    __syncthreads();
   }
 };
 

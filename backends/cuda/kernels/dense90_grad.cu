@@ -7,35 +7,42 @@
 namespace adasplash2 {
 
 using GradRing = Ring<kGradStages>;
+// What a block owns of an item, and of the next one where there is room.
+constexpr int kOwnStages = ADASPLASH2_OWN_STAGES;
+using OwnRing = Ring<kOwnStages>;
 
 template <int rows>
 struct Backward {
   static constexpr int kXBytes = tile_bytes<rows, kPanels>;
   static constexpr int kStageBytes = kXBytes + tile_bytes<rows, kPanelsV>;
-  static constexpr int kBarriers = 1 + 2 * kGradStages;
+  static constexpr int kOwnPairBytes = kOwnBytes + kOwnBytesV;
+  static constexpr int kBarriers = 2 * kOwnStages + 2 * kGradStages;
   static constexpr int kSharedBytes =
-      kSwizzleAlignment + kOwnBytes + kOwnBytesV + kGradStages * kStageBytes;
+      kSwizzleAlignment + kOwnStages * kOwnPairBytes + kGradStages * kStageBytes;
 
-  u32 own, own_y, stages, full_own, full, empty;
+  u32 own, stages, full_own, empty_own, full, empty;
 
   __device__ __forceinline__ Backward(u32 memory, u32 barriers)
       : own(memory),
-        own_y(memory + kOwnBytes),
-        stages(memory + kOwnBytes + kOwnBytesV),
+        stages(memory + kOwnStages * kOwnPairBytes),
         full_own(barriers),
-        full(barriers + 8),
+        empty_own(full_own + 8 * kOwnStages),
+        full(empty_own + 8 * kOwnStages),
         empty(full + 8 * kGradStages) {}
   __device__ __forceinline__ void start(int writers) const {
-    init_barrier(full_own, 1);
+    for (int i = 0; i < kOwnStages; ++i)
+      init_barrier(full_own + 8 * i, 1), init_barrier(empty_own + 8 * i, kConsumers);
     for (int i = 0; i < kGradStages; ++i)
       init_barrier(full + 8 * i, writers), init_barrier(empty + 8 * i, kConsumers);
     fence_async_proxy();
   }
   __device__ __forceinline__ void copy_own(const TensorMap& x, const Plane& of_x,
-                                           const TensorMap& y, const Plane& of_y, int first) const {
-    arrive_expect_tx(full_own, kOwnBytes + kOwnBytesV);
-    tma_load_tile<kBlockRows, kPanels, kBox>(own, x, first, of_x, full_own);
-    tma_load_tile<kBlockRows, kPanelsV, kBox>(own_y, y, first, of_y, full_own);
+                                           const TensorMap& y, const Plane& of_y, int first,
+                                           int stage) const {
+    const u32 barrier = full_own + stage * 8, to = own + stage * kOwnPairBytes;
+    arrive_expect_tx(barrier, kOwnPairBytes);
+    tma_load_tile<kBlockRows, kPanels, kBox>(to, x, first, of_x, barrier);
+    tma_load_tile<kBlockRows, kPanelsV, kBox>(to + kOwnBytes, y, first, of_y, barrier);
   }
   __device__ __forceinline__ void copy_pair(const TensorMap& x, const Plane& of_x,
                                             const TensorMap& y, const Plane& of_y, int first,
@@ -48,12 +55,12 @@ struct Backward {
 
   // s = own x^T and dp = own_y y^T
   __device__ __forceinline__ void start_dots(float (&s)[rows / 2], float (&dp)[rows / 2],
-                                             int stage) const {
-    const u32 warpgroup = uniform(warp_id() / 4) * kRows * kLineBytes,
+                                             int own_stage, int stage) const {
+    const u32 mine = own + own_stage * kOwnPairBytes + uniform(warp_id() / 4) * kRows * kLineBytes,
               at = stages + stage * kStageBytes;
     wgmma_fence();
-    add_dots<kDim, rows>(s, descriptor(own + warpgroup), descriptor(at));
-    add_dots<kDimV, rows>(dp, descriptor(own_y + warpgroup), descriptor(at + kXBytes));
+    add_dots<kDim, rows>(s, descriptor(mine), descriptor(at));
+    add_dots<kDimV, rows>(dp, descriptor(mine + kOwnBytes), descriptor(at + kXBytes));
     wgmma_commit();
   }
   __device__ __forceinline__ u64 x_rows(int stage) const {
@@ -65,6 +72,15 @@ struct Backward {
   // Each thread for itself: one lane could for its warp, but compute-sanitizer's racecheck does not
   // see that __syncwarp() puts the others' reads before it.
   __device__ __forceinline__ void give_back(int stage) const { arrive(empty + stage * 8); }
+  // Wait for what an item owns, with the sign of the scale. `tiles` points to `own`.
+  __device__ __forceinline__ void take_own(const OwnRing& ring, char* tiles, float sign) const {
+    ring.await_full(full_own);
+    sign_own(tiles + ring.stage * kOwnPairBytes, kOwnBytes, sign);
+  }
+  __device__ __forceinline__ void give_back_own(OwnRing& ring) const {
+    arrive(empty_own + ring.stage * 8);
+    ring.advance();
+  }
 };
 
 // x = z - tau where it is positive, else 0, also of a NaN. None is more than 1: then a row's
@@ -84,7 +100,8 @@ using GradRows = Backward<kGradKeys>;
 static_assert(GradRows::kSharedBytes == ADASPLASH2_SHARED_DENSE_GRAD_ROWS);
 
 // dQ of the block's rows, and their delta.
-__device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, const Block& b) {
+__device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, const Block& b,
+                                              OwnRing& own_ring, GradRing& ring) {
   const Params& p = b.p;
   float tau[2], delta[2];
 #pragma unroll
@@ -107,18 +124,16 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     if (b.flat[slot] && lane_id() % 4 == 0)
       p.delta[i64(b.head_row) * p.length_q + b.row(slot)] = delta[slot];
   }
-  await(at.full_own, 0);
-  sign_own(own, kOwnBytes, p.q_sign);
+  at.take_own(own_ring, own, p.q_sign);
 
   constexpr int kSteps = kGradKeys / 16;
   constexpr bool kOverlap = kNarrow;
   Sums<kPanels> grad = {};
   AFragment weights[kSteps];
-  GradRing ring;
   const int tiles = b.tiles(kGradKeys);
   const auto start = [&](float (&s)[kGradKeys / 2], float (&dp)[kGradKeys / 2]) {
     ring.await_full(at.full);
-    at.start_dots(s, dp, ring.stage);
+    at.start_dots(s, dp, own_ring.stage, ring.stage);
   };
   const auto weigh = [&](float (&s)[kGradKeys / 2], float (&dp)[kGradKeys / 2], int first_key) {
     wgmma_wait();
@@ -153,9 +168,12 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     at.give_back(before);
     weigh(s, dp, tile * kGradKeys);
   }
+  at.give_back_own(own_ring);
   add(ring.stage);
   wgmma_wait();
   fence_operands(grad);
+  at.give_back(ring.stage);
+  ring.advance();
   bool unsafe = false;
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
@@ -179,26 +197,35 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[GradRows::kBarriers];
-  const Block b(p);
-  if (!any_of_block(b.flat[0] || b.flat[1])) return;
+  __shared__ Share share;
+  share.deal(query_tiles(p), [&](int item, int, int) { return has_flat_rows(p, item); });
+  if (share.count == 0) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradRows at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start(1);
   __syncthreads();
+  OwnRing own;
+  GradRing ring;
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x != kConsumers) return;
-    at.copy_own(query_map, Plane(p.q, b.head, b.batch), grad_map, Plane(p.grad_o, b.head, b.batch),
-                b.first);
-    const Plane keys(p.k, b.kv_head, b.batch), values(p.v, b.kv_head, b.batch);
-    GradRing ring;
-    for (int tile = b.tiles(kGradKeys) - 1; tile >= 0; --tile, ring.advance()) {
-      ring.await_empty(at.empty);
-      at.copy_pair(key_map, keys, value_map, values, tile * kGradKeys, ring.stage);
+#pragma unroll 1
+    for (int i = 0; i < share.count; ++i, own.advance()) {
+      const Block b(p, share.items[i]);
+      own.await_empty(at.empty_own);
+      at.copy_own(query_map, Plane(p.q, b.head, b.batch), grad_map,
+                  Plane(p.grad_o, b.head, b.batch), b.first, own.stage);
+      const Plane keys(p.k, b.kv_head, b.batch), values(p.v, b.kv_head, b.batch);
+      for (int tile = b.tiles(kGradKeys) - 1; tile >= 0; --tile, ring.advance()) {
+        ring.await_empty(at.empty);
+        at.copy_pair(key_map, keys, value_map, values, tile * kGradKeys, ring.stage);
+      }
     }
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-    sum_grad_rows(at, shared + (memory - start), b);
+#pragma unroll 1
+    for (int i = 0; i < share.count; ++i)
+      sum_grad_rows(at, shared + (memory - start), Block(p, share.items[i]), own, ring);
   }
 }
 
@@ -218,14 +245,26 @@ struct Keys : KeyBlock<kBlockRows> {
   int start;   // the first query that may see them
   bool alone;  // whether lists have no part in their gradients, so that nothing is there
 
-  __device__ __forceinline__ explicit Keys(const Params& p)
-      : KeyBlock(p, blockIdx.x), start(first_row_of(first)), alone(is_all_flat(p, kv_row)) {}
+  __device__ __forceinline__ Keys(const Params& p, int number)
+      : KeyBlock(p, number), start(first_row_of(first)), alone(is_all_flat(p, kv_row)) {}
+
+  // Whether there may be something to add to what lists left, or to write. `parts` threads ask.
+  __device__ __forceinline__ bool are_wanted(const Params& p, int part, int parts) const {
+    const int kind = p.all_flat[kv_row];
+    if (kind != kMixed) return kind == kAllFlat;
+    if (parts == 1) return true;  // who copies will know
+    bool any = false;
+    for (int i = part; i < p.gqa_group * p.row_blocks; i += parts)
+      any |= i % p.row_blocks * kRowBlock + kRowBlock > start &&
+             p.flat[i64(head_row(p)) * p.row_blocks + i];
+    return any;
+  }
 
   // Zeros of those that no query sees.
   template <int width>
   __device__ __forceinline__ void clear(const Params& p, const View& grad) const {
     Scalar* head = row_of(grad, batch, kv_head, 0);
-    for (int i = threadIdx.x; i < kBlockRows * (width / 2); i += kThreads)
+    for (int i = threadIdx.x; i < kBlockRows * (width / 2); i += kConsumers)
       if (const int key = first + i / (width / 2); key < p.length_k)
         reinterpret_cast<u32*>(head + i64(key) * grad.row)[i % (width / 2)] = 0;
   }
@@ -297,9 +336,8 @@ struct QueryRows {
 
 __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* queries,
                                              const Params& p, const Keys& b,
-                                             const TensorMap& query_map,
-                                             const TensorMap& grad_map) {
-  GradRing ring;
+                                             const TensorMap& query_map, const TensorMap& grad_map,
+                                             GradRing& ring) {
   FlatTiles tiles(b);
   QueryRows next;
   const auto look_ahead = [&] {
@@ -328,6 +366,7 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
   ring.await_empty(at.empty);
   if (lane_id() == 0) queries[ring.stage].first = -1;
   arrive(at.full + ring.stage * 8);
+  ring.advance();
 }
 
 // Write a gradient of a warp's keys, or add to what lists left of it. Where keys are unsafe it
@@ -349,7 +388,7 @@ __device__ __forceinline__ void write_keys(float (&sums)[count], const Params& p
 
 __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* own,
                                                  const Queries* queries, const Params& p,
-                                                 const Keys& b) {
+                                                 const Keys& b, OwnRing& own_ring, GradRing& ring) {
   constexpr int kSteps = kGradQueries / 16;
   constexpr bool kOverlap = kNarrow;  // else too few registers
   const int first_key = b.first + warp_id() * 16;
@@ -357,16 +396,18 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
   Sums<kPanelsV> grad_v = {};
   AFragment probs[kSteps], weights[kSteps];
   using Dots = float[kGradQueries / 2];
-  GradRing ring;
-  await(at.full_own, 0);
-  sign_own(own, kOwnBytes, p.q_sign);
+  at.take_own(own_ring, own, p.q_sign);
 
   // Whether there is another tile; rows without a part in it must not reach the keys through
   // 0 * NaN.
   const auto next = [&] {
     ring.await_full(at.full);
     const Queries& q = queries[ring.stage];
-    if (q.first < 0) return false;
+    if (q.first < 0) {
+      at.give_back(ring.stage);
+      ring.advance();
+      return false;
+    }
     if (q.mixed) {
       char* tile = own + (at.stages - at.own) + ring.stage * GradColumns::kStageBytes;
       for (int i = threadIdx.x / 8; i < kGradQueries; i += kConsumers / 8)
@@ -411,14 +452,18 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
       probs[k] = as_a_fragment([&](int e) { return prob[e]; });
     }
   };
-  const auto start = [&](Dots& s, Dots& dp) { at.start_dots(s, dp, ring.stage); };
+  const auto start = [&](Dots& s, Dots& dp) { at.start_dots(s, dp, own_ring.stage, ring.stage); };
   const auto add = [&](int stage) {
     wgmma_fence();
     add_weighted(grad_v, probs, at.y_rows(stage));
     add_weighted(grad_k, weights, at.x_rows(stage));
     wgmma_commit();
   };
-  next();  // there is one, or the block would have returned
+  if (!next()) {
+    at.give_back_own(own_ring);
+    if (b.alone) b.clear<kHeadDim>(p, p.grad_k), b.clear<kHeadDimV>(p, p.grad_v);
+    return;
+  }
   {
     Dots s, dp;
     start(s, dp);
@@ -435,9 +480,11 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     }
     ring.advance();
     if (!next()) {
+      at.give_back_own(own_ring);
       if constexpr (kOverlap) {
         add(before);
         wgmma_wait();
+        at.give_back(before);
       }
       break;
     }
@@ -465,30 +512,38 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[GradColumns::kBarriers];
   __shared__ __align__(16) Queries queries[kGradStages];
-  const Keys b(p);
-  bool any = false;
-  for (int i = threadIdx.x; i < p.gqa_group * p.row_blocks; i += kThreads)
-    any |= i % p.row_blocks * kRowBlock + kRowBlock > b.start &&
-           p.flat[i64(b.head_row(p)) * p.row_blocks + i];
-  if (!any_of_block(any)) {
-    if (b.alone) b.clear<kHeadDim>(p, p.grad_k), b.clear<kHeadDimV>(p, p.grad_v);
-    return;
-  }
+  __shared__ Share share;
+  const int tiles = p.batch * p.heads_kv * ((p.length_k + kBlockRows - 1) / kBlockRows);
+  share.deal(tiles, [&](int item, int part, int parts) {
+    return Keys(p, item).are_wanted(p, part, parts);
+  });
+  if (share.count == 0) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradColumns at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start(32);
   __syncthreads();
+  OwnRing own;
+  GradRing ring;
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     if (uniform(warp_id()) != kConsumers / 32) return;
-    if (lane_id() == 0)
-      at.copy_own(key_map, Plane(p.k, b.kv_head, b.batch), value_map,
-                  Plane(p.v, b.kv_head, b.batch), b.first);
-    __syncwarp();
-    copy_queries(at, queries, p, b, query_map, grad_map);
+#pragma unroll 1
+    for (int i = 0; i < share.count; ++i) {
+      const Keys b(p, share.items[i]);
+      own.await_empty(at.empty_own);
+      if (lane_id() == 0)
+        at.copy_own(key_map, Plane(p.k, b.kv_head, b.batch), value_map,
+                    Plane(p.v, b.kv_head, b.batch), b.first, own.stage);
+      __syncwarp();
+      own.advance();
+      copy_queries(at, queries, p, b, query_map, grad_map, ring);
+    }
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-    sum_grad_columns(at, shared + (memory - start), queries, p, b);
+#pragma unroll 1
+    for (int i = 0; i < share.count; ++i)
+      sum_grad_columns(at, shared + (memory - start), queries, p, Keys(p, share.items[i]), own,
+                       ring);
   }
 }
 

@@ -788,7 +788,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
   __shared__ float rows[kBlockRows * Attention::kKept];
-  const Block b(p);
+  const Block b(p, blockIdx.x);
   if (!any_of_block(b.flat[0] || b.flat[1])) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const Forward at(memory, shared_address(rows), shared_address(barriers));

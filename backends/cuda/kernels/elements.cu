@@ -29,24 +29,17 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
   return r;
 }
 
-// What a block has to do, of `items` dealt out evenly: those from first_item() on whose bits are
-// set. Mostly nothing is wanted of any: a lane asks for each, all at once, since blocks that came
-// and asked for one took longer than all else.
-__device__ __forceinline__ int items_each(int items) {
-  return int((items + gridDim.x - 1) / gridDim.x);
-}
-__device__ __forceinline__ int first_item(int items) { return blockIdx.x * items_each(items); }
-template <class Wanted>
-__device__ __forceinline__ u32 items_of(int items, const Wanted& wanted) {
-  static_assert(kMostItems <= 32);
-  const int mine = first_item(items) + lane_id();
-  return __ballot_sync(kAllLanes, lane_id() < items_each(items) && mine < items && wanted(mine));
-}
+// body(item) of what a block has to do, of `items` dealt out evenly. Mostly nothing is wanted of
+// any: a lane asks for each, all at once, since blocks that came and asked for one took longer than
+// all else.
 template <class Wanted, class Body>
 __device__ __forceinline__ void for_items(int items, const Wanted& wanted, const Body& body) {
-  u32 left = items_of(items, wanted);
+  static_assert(kMostItems <= 32);
+  const int each = (items + gridDim.x - 1) / gridDim.x, first = blockIdx.x * each;
+  const int mine = first + lane_id();
+  u32 left = __ballot_sync(kAllLanes, lane_id() < each && mine < items && wanted(mine));
 #pragma unroll 1
-  for (; left; left &= left - 1) body(first_item(items) + __ffs(left) - 1);
+  for (; left; left &= left - 1) body(first + __ffs(left) - 1);
 }
 
 // The same of items of a row for each team of `lanes`, whether or not there is a row for the last
@@ -258,11 +251,13 @@ extern "C" __global__ void __launch_bounds__(kPrefixThreads)
   __shared__ int sums[kPrefixThreads / 32];
   if (p.all_flat) {
     const int row_blocks = p.gqa_group * p.row_blocks;
-    bool listed = p.poison[blockIdx.x] > 0;
-    for (int i = threadIdx.x; i < row_blocks; i += kPrefixThreads)
-      listed |= p.flat[i64(blockIdx.x) * row_blocks + i] == kListed;
-    listed = __syncthreads_or(listed);
-    if (threadIdx.x == 0) p.all_flat[blockIdx.x] = !listed;
+    bool listed = p.poison[blockIdx.x] > 0, flat = false;
+    for (int i = threadIdx.x; i < row_blocks; i += kPrefixThreads) {
+      const bool here = p.flat[i64(blockIdx.x) * row_blocks + i] != kListed;
+      flat |= here, listed |= !here;
+    }
+    listed = __syncthreads_or(listed), flat = __syncthreads_or(flat);
+    if (threadIdx.x == 0) p.all_flat[blockIdx.x] = !listed ? kAllFlat : flat ? kMixed : kAllListed;
     if (!listed) return;
   }
   const i64 base = i64(blockIdx.x) * p.length_k;
@@ -604,45 +599,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
   __shared__ __align__(16) int rows[kThreads / 32 * kShortColumn];
   __shared__ int sorted[kThreads / 32 * kShortColumn];
   __shared__ int later[kColumns], later_count;
-  __shared__ int item;  // as no register is free for it
-  __shared__ u32 left;
-  __shared__ int first;
-  const int columns = p.batch * p.heads_kv * p.length_k;
-  const int items = (columns + kColumns - 1) / kColumns;
-  const auto wanted = [&](int item) {
-    const int first = item * kColumns, last = min(first + kColumns, columns) - 1;
-    bool any = false;
-    for (int kv_row = first / p.length_k; kv_row <= last / p.length_k; ++kv_row)
-      any |= !is_all_flat(p, kv_row);
-    return any;
-  };
-  if (const u32 found = items_of(items, wanted); threadIdx.x == 0)
-    left = found, first = first_item(items);
-#pragma unroll 1
-  while (true) {
-    __syncthreads();  // what is shared is read by the item before
-    if (threadIdx.x == 0) {
-      item = left ? first + __ffs(left) - 1 : -1;
-      left &= left - 1;
-      later_count = 0;
-    }
-    __syncthreads();
-    if (item < 0) return;
-    const int mine = threadIdx.x / kRowLanes, column_at = item * kColumns + mine;
-    const bool inside =
-        column_at < p.batch * p.heads_kv * p.length_k && !is_all_flat(p, column_at / p.length_k);
-    const int count = inside ? p.column_count[column_at] : -1;
-    const bool fits = count <= kTeamColumn;
-    if (!fits && count <= p.long_limit && threadIdx.x % kRowLanes == 0)
-      later[atomicAdd(&later_count, 1)] = mine;  // in any order: each column is summed alone
-    sum_column<1>(p, inside && fits ? column_at : 0, fits ? count : -1, rows + mine * kTeamColumn,
-                  sorted + mine * kTeamColumn);
-    __syncthreads();
-    for (int i = warp_id(); i < later_count; i += kThreads / 32) {
-      const int at = item * kColumns + later[i];
-      sum_column<kParts>(p, at, p.column_count[at], rows + warp_id() * kShortColumn,
-                         sorted + warp_id() * kShortColumn);
-    }
+  const int mine = threadIdx.x / kRowLanes;
+  const int column_at = blockIdx.x * kColumns + mine;
+  const bool inside =
+      column_at < p.batch * p.heads_kv * p.length_k && !is_all_flat(p, column_at / p.length_k);
+  if (threadIdx.x == 0) later_count = 0;
+  if (!__syncthreads_or(inside)) return;
+  const int count = inside ? p.column_count[column_at] : -1;
+  const bool fits = count <= kTeamColumn;
+  if (!fits && count <= p.long_limit && threadIdx.x % kRowLanes == 0)
+    later[atomicAdd(&later_count, 1)] = mine;  // in any order: each column is summed alone
+  sum_column<1>(p, inside && fits ? column_at : 0, fits ? count : -1, rows + mine * kTeamColumn,
+                sorted + mine * kTeamColumn);
+  __syncthreads();
+  for (int i = warp_id(); i < later_count; i += kThreads / 32) {
+    const int at = blockIdx.x * kColumns + later[i];
+    sum_column<kParts>(p, at, p.column_count[at], rows + warp_id() * kShortColumn,
+                       sorted + warp_id() * kShortColumn);
   }
 }
 

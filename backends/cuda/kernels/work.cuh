@@ -50,7 +50,7 @@ struct KeyBlock {
 
 // Whether dense tiles write the gradients of a key head's keys, and no list has a part in them.
 __device__ __forceinline__ bool is_all_flat(const Params& p, int kv_row) {
-  return p.all_flat && p.all_flat[kv_row];
+  return p.all_flat && p.all_flat[kv_row] == kAllFlat;
 }
 
 // What comes out of dense tiles and is not finite is marked, by the warp that owns its 16 rows or
