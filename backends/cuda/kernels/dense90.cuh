@@ -156,38 +156,41 @@ struct Block : QueryBlock<kBlockRows> {
   }
 };
 
-// How many tiles of queries there are, and whether one has flat rows.
+// How many tiles of queries there are, and whether one has flat rows: of which `parts` threads look
+// at one each.
 __device__ __forceinline__ int query_tiles(const Params& p) {
   return p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
 }
-__device__ __forceinline__ bool has_flat_rows(const Params& p, int number) {
+__device__ __forceinline__ bool has_flat_rows(const Params& p, int number, int part, int parts) {
   const QueryBlock<kBlockRows> b(p, number);
   bool any = false;
-#pragma unroll
-  for (int i = 0; i < kBlockRows / kRowBlock; ++i)
+#pragma unroll 8
+  for (int i = part; i < kBlockRows / kRowBlock; i += parts)
     if (const int at = b.first / kRowBlock + i; at < p.row_blocks)
       any |= p.flat[i64(b.head_row) * p.row_blocks + at] != kListed;
   return any;
 }
 
 // The items that a block works on, one after another: while it ends with one the next one's tiles
-// are on their way. Its own one where there are as many blocks, else every gridDim.x-th of those
-// that are wanted.
+// are on their way. Its own one where there are as many blocks or not `together`, else every
+// gridDim.x-th of those that are wanted.
 struct Share {
   int count, items[kMostTiles], before[kThreads / 32];
+  volatile int turn[kThreads / 32];  // of each warp: shared memory, as there are few registers
 
   // All threads come together, and ask wanted(item, part, parts): as `parts` threads for one, or
   // each for some of its own.
-  template <class Wanted>
+  template <bool together, class Wanted>
   __device__ __forceinline__ void deal(int all, const Wanted& wanted) {
-    const bool one = gridDim.x >= all;
-    const int each = (all + kThreads - 1) / kThreads, first = one ? blockIdx.x : threadIdx.x * each;
-    u32 found = 0;
-    if (one) {
-      found = any_of_block(wanted(first, threadIdx.x, kThreads)) && threadIdx.x == 0;
-    } else {
-      for (int i = 0; i < each && first + i < all; ++i) found |= u32(wanted(first + i, 0, 1)) << i;
+    if (!together || gridDim.x >= all) {
+      const bool mine = any_of_block(wanted(blockIdx.x, threadIdx.x, kThreads));
+      if (threadIdx.x == 0) count = mine, items[0] = blockIdx.x;
+      __syncthreads();
+      return;
     }
+    const int each = (all + kThreads - 1) / kThreads, first = threadIdx.x * each;
+    u32 found = 0;
+    for (int i = 0; i < each && first + i < all; ++i) found |= u32(wanted(first + i, 0, 1)) << i;
     int rank = __popc(found);  // inclusive, then exclusive
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -198,16 +201,34 @@ struct Share {
     __syncthreads();
     rank -= __popc(found);
     int total = 0;
+#pragma unroll 1  // else it takes a register of predicates along
     for (int warp = 0; warp < kThreads / 32; ++warp) {
       if (warp < warp_id()) rank += before[warp];
       total += before[warp];
     }
     for (; found; found &= found - 1, ++rank)
-      if (one || rank % gridDim.x == blockIdx.x)
-        items[one ? 0 : rank / gridDim.x] = first + __ffs(found) - 1;
-    if (threadIdx.x == 0)
-      count = one ? total : int((total + gridDim.x - 1 - blockIdx.x) / gridDim.x);
+      if (rank % gridDim.x == blockIdx.x) items[rank / gridDim.x] = first + __ffs(found) - 1;
+    if (threadIdx.x == 0) count = int((total + gridDim.x - 1 - blockIdx.x) / gridDim.x);
     __syncthreads();
+  }
+
+  // body(item, turn) by whole warps.
+  template <bool together, class Body>
+  __device__ __forceinline__ void for_items(const Body& body) {
+    if constexpr (!together) {
+      body(items[0], 0);
+      return;
+    }
+    volatile int& mine = turn[warp_id()];
+    if (lane_id() == 0) mine = 0;
+    __syncwarp();
+#pragma unroll 1
+    while (mine < count) {
+      body(items[mine], mine);
+      __syncwarp();
+      if (lane_id() == 0) mine = mine + 1;
+      __syncwarp();
+    }
   }
 };
 
