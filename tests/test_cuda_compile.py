@@ -175,7 +175,7 @@ def test_the_hopper_tiles_spill_nothing(
     unit: str,
     kernels: set[str],
 ) -> None:
-    dense = sizes.hopper_dense(head_dim, head_dim_v, length_k)
+    dense = sizes.hopper_dense(head_dim, head_dim_v)
     assert max(dense.shared.values()) + sizes.RESERVED_SHARED < SHARED["sm_90"].per_block
     defines = kind(alpha % 2, head_dim, head_dim_v, alpha, causal=output % 2 == 1)
     defines |= {**dense.defines, "OUTPUT": output}

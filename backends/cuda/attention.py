@@ -219,9 +219,10 @@ class Plan:
         return self._launch("elements.cu", kernel, options, (blocks,), threads, 0)
 
     def _gathers(self, kernel: str, items: int) -> driver.Launch:
-        """One that takes some of ``items`` a block, however many that are."""
+        """One whose blocks take some of ``items`` each, however many those are."""
         enough = layout.ITEM_BLOCKS * self._multiprocessors
-        each = max(1, min(layout.MOST_ITEMS, items // enough))
+        most = layout.MOST_ITEMS if self.problem.dtype.itemsize == 2 else 1
+        each = max(1, min(most, items // enough))
         return self._elements(kernel, -(-items // each))
 
     def _launch_dense(

@@ -56,6 +56,11 @@ KEPT_LEAST, KEPT_KEYS, KEPT_MOST = 12, 192, 48
 take time for all of them; at most ``KEPT_MOST``, where lists are slower than any number of keys in
 dense tiles. While some keys were not seen yet, fewer are too many (``lists.cuh``)."""
 
+FIRST_LEAST, FIRST_KEYS = 5, 384
+"""The same of the first tile where problems are not causal: ``FIRST_LEAST``, and one more for each
+``FIRST_KEYS`` keys. Gaussian rows of which a step takes as long in lists as in dense tiles keep so
+many of 128 keys."""
+
 LIST_ENTRY_BYTES = 8
 """One entry of a lane's list: a score and its column."""
 
@@ -90,7 +95,7 @@ SCAN_WARP_ROWS = 32
 # Gathers (elements.cu)
 
 ELEMENT_THREADS = 256
-MOST_ITEMS, ITEM_BLOCKS = 8, 8
+MOST_ITEMS, ITEM_BLOCKS = 4, 8
 """Items, as many rows or columns as a block of the gathers has at once, that it takes after one
 another: at most so many, and as many as leave so many blocks a multiprocessor."""
 

@@ -32,8 +32,13 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
 // body(item) of what a block has to do, of `items` dealt out evenly. Mostly nothing is wanted of
 // any: a lane asks for each, all at once, since blocks that came and asked for one took longer than
 // all else.
+// (Of float32, whose rows leave no registers for it, a block has one.)
 template <class Wanted, class Body>
 __device__ __forceinline__ void for_items(int items, const Wanted& wanted, const Body& body) {
+  if constexpr (!kHalf) {
+    if (wanted(blockIdx.x)) body(blockIdx.x);
+    return;
+  }
   static_assert(kMostItems <= 32);
   const int each = (items + gridDim.x - 1) / gridDim.x, first = blockIdx.x * each;
   const int mine = first + lane_id();

@@ -41,6 +41,12 @@ __device__ __forceinline__ int most_kept(int keys) {
 __device__ __forceinline__ int most_so_far(int most, int tiles, int all) {
   return most - most * min(3, __clz(tiles) - __clz(all)) * 5 / 64;
 }
+// And after the first one, for good. Of causal rows, whose near keys are still to come, it says too
+// little.
+__device__ __forceinline__ int most_at_first(int keys, int all) {
+  const int most = most_so_far(most_kept(keys), 1, all);
+  return kCausal ? most : min(most, kFirstLeast + keys / kFirstKeys);
+}
 
 struct Survivor {
   float score;
@@ -178,7 +184,7 @@ struct Lists {
     raise_by_tile<count>(score, p);
     const int left = passing<count>(score);
     if (left <= kSlots * 8 * limit) return false;
-    turn_flat(left);
+    turn_flat(kCausal ? left : kAnyNumber);
     return true;
   }
 

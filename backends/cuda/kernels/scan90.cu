@@ -251,7 +251,9 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
       continue;
     }
     if (lane_id() == 0)
-      notes.most[warp] = kDense90 && !kRetry ? most_so_far(most(), i + 1, item.tiles) : most();
+      notes.most[warp] = !kDense90 || kRetry ? most()
+                         : i == 0 ? most_at_first(seen_end(first_row + 15, p.length_k), item.tiles)
+                                  : most_so_far(most(), i + 1, item.tiles);
     __syncwarp();
     Scores s;
     multiply(s, q, tile);
