@@ -197,10 +197,8 @@ class Plan:
     def _dense_blocks(self, tiles: int) -> int:
         """Blocks that work on so many tiles, one after another. Those of causal problems, which
         differ, go to whichever block ends first: one each."""
-        together = self._dense.threads * layout.DEALT_TILES
-        if not self._dense.maps or self.problem.scores.is_causal or tiles > together:
-            return tiles
-        return min(tiles, max(self._multiprocessors, -(-tiles // layout.MOST_TILES)))
+        alone = not self._dense.maps or self.problem.scores.is_causal
+        return tiles if alone else self._dense.blocks(tiles, self._multiprocessors)
 
     def _launch_scan(self, scan: sizes.Scan, blocks: int) -> driver.Launch:
         capacity = scan.capacity(configurations.shared_memory(self.problem.device))

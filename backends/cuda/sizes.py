@@ -133,6 +133,13 @@ class Dense:
         given = {f"SHARED_{kernel.upper()}": size for kernel, size in self.shared.items()}
         return {**self.geometry, **given}
 
+    def blocks(self, tiles: int, multiprocessors: int) -> int:
+        """Blocks that work on so many tiles together; as many as tiles where they are too many to
+        be dealt out (``Share`` in ``dense90.cuh``)."""
+        if tiles > self.threads * layout.DEALT_TILES:
+            return tiles
+        return min(tiles, max(multiprocessors, -(-tiles // layout.MOST_TILES)))
+
 
 def portable_dense(head_dim: int, head_dim_v: int, itemsize: int) -> Dense:
     """``dense.cu``, and ``exact.cu``, whose blocks have the same shape."""

@@ -260,10 +260,6 @@ struct Sample {
   __device__ __forceinline__ int operator[](int i) const {
     return tiles <= kTiles ? i : (tiles + 2 * tiles * i) / 4;
   }
-  __device__ __forceinline__ bool has(int tile) const {
-    static_assert(kTiles == 2);
-    return tile == (*this)[0] || tile == (*this)[1];
-  }
 };
 
 // All passes over keys, in order. The thread that copies and the warps that multiply both go
