@@ -95,7 +95,7 @@ SCAN_WARP_ROWS = 32
 # Gathers (elements.cu)
 
 ELEMENT_THREADS = 256
-MOST_ITEMS, ITEM_BLOCKS = 4, 8
+MOST_ITEMS, ITEM_BLOCKS = 4, 16
 """Items, as many rows or columns as a block of the gathers has at once, that it takes after one
 another: at most so many, and as many as leave so many blocks a multiprocessor."""
 
