@@ -152,34 +152,34 @@ def test_the_hopper_scan_spills_nothing(shape: tuple[int, int], head_dim: int, a
 
 
 HOPPER_DENSE = [
-    (64, 64, 0, True, layout.OUTPUT_SAVES),
-    (64, 64, 0, False, layout.OUTPUT_SAVES),
-    (64, 64, 0, False, layout.OUTPUT_PLAIN),
-    (64, 64, 0, False, layout.OUTPUT_COUNTS),
-    (64, 64, 1, False, layout.OUTPUT_SAVES),
-    (32, 64, 1, False, layout.OUTPUT_PLAIN),
-    (128, 128, 0, False, layout.OUTPUT_PLAIN),
-    (128, 128, 1, True, layout.OUTPUT_SAVES),
-    (16, 128, 1, False, layout.OUTPUT_COUNTS),
-    (128, 80, 0, False, layout.OUTPUT_COUNTS),
+    (64, 64, 1025, 0, layout.OUTPUT_SAVES),
+    (64, 64, 1024, 0, layout.OUTPUT_SAVES),
+    (64, 64, 1024, 0, layout.OUTPUT_PLAIN),
+    (64, 64, 1025, 0, layout.OUTPUT_PLAIN),
+    (64, 64, 1025, 1, layout.OUTPUT_PLAIN),
+    (32, 64, 1000, 1, layout.OUTPUT_PLAIN),
+    (128, 128, 1024, 0, layout.OUTPUT_PLAIN),
+    (128, 128, 4096, 1, layout.OUTPUT_SAVES),
+    (16, 128, 4096, 1, layout.OUTPUT_COUNTS),
+    (128, 80, 4096, 0, layout.OUTPUT_COUNTS),
 ]
 OUTPUT, GRADS = {"dense_output"}, {"dense_grad_rows", "dense_grad_columns"}
 
 
 @pytest.mark.parametrize(("unit", "kernels"), [("output", OUTPUT), ("grad", GRADS)])
-@pytest.mark.parametrize(("head_dim", "head_dim_v", "alpha", "causal", "output"), HOPPER_DENSE)
+@pytest.mark.parametrize(("head_dim", "head_dim_v", "length_k", "alpha", "output"), HOPPER_DENSE)
 def test_the_hopper_tiles_spill_nothing(
     head_dim: int,
     head_dim_v: int,
+    length_k: int,
     alpha: int,
-    causal: bool,
     output: int,
     unit: str,
     kernels: set[str],
 ) -> None:
-    dense = sizes.hopper_dense(head_dim, head_dim_v)
+    dense = sizes.hopper_dense(head_dim, head_dim_v, length_k)
     assert max(dense.shared.values()) + sizes.RESERVED_SHARED < SHARED["sm_90"].per_block
-    defines = kind(alpha % 2, head_dim, head_dim_v, alpha, causal=causal)
+    defines = kind(alpha % 2, head_dim, head_dim_v, alpha, causal=output % 2 == 1)
     defines |= {**dense.defines, "OUTPUT": output}
     log = compiler.compile_unit(f"dense90_{unit}.cu", defines, "sm_90a").log
     assert set(usage(log)) == kernels
@@ -190,7 +190,7 @@ def test_the_hopper_tiles_spill_nothing(
 
 @pytest.mark.parametrize("tiles", [1, 131, 132, 133, 2048, 8448, 8449, 12_288, 12_289, 100_000])
 def test_tiles_are_dealt_out(tiles: int) -> None:
-    dense = sizes.hopper_dense(64, 64)
+    dense = sizes.hopper_dense(64, 64, 1024)
     blocks = dense.blocks(tiles, multiprocessors=132)
     assert min(tiles, 132) <= blocks <= tiles
     if blocks < tiles:  # a thread has a bit for each that it looks at, a block a list of its own

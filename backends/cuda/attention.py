@@ -166,10 +166,7 @@ class Plan:
         )
 
     def _outputs(self, kind: int) -> tuple[driver.Launch, ...]:
-        dense = self._dense
-        # Wide values leave no registers for more than one tile.
-        narrow = max(self.problem.head_dim, self.problem.head_dim_v) <= layout.PANEL_COLUMNS
-        tiles = (self._dense_blocks(self._query_tiles) if narrow else self._query_tiles,)
+        dense, tiles = self._dense, (self._query_tiles,)
         lanes = self._options["OUTPUT_LANES"]
         # The portable kernel saves nothing, and always counts.
         options = {"OUTPUT": kind} if dense.maps else {}

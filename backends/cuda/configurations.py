@@ -136,7 +136,7 @@ def dense_of(problem: Problem, scan: sizes.Scan) -> sizes.Dense:
     widths = problem.head_dim, problem.head_dim_v
     closed_form = sizes.alpha_code(problem.alpha) != layout.ALPHA_KINDS["kGeneral"]
     if scan.maps_keys and closed_form and max(widths) <= layout.HOPPER_MAX_HEAD_DIM:
-        return sizes.hopper_dense(*widths)
+        return sizes.hopper_dense(*widths, problem.length_k)
     return sizes.portable_dense(*widths, problem.dtype.itemsize)
 
 

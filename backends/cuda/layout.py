@@ -172,8 +172,11 @@ DENSE_WARPGROUPS = 2
 DENSE_BOX = 64
 """Rows that one copy of ``dense90.cuh`` brings."""
 
+STAYING_TILES = 8
+"""Tiles of keys that ``dense90_output.cu`` has room for at once, of a head_dim up to 64."""
+
 MOST_TILES = 64
-"""Tiles of rows or keys that a block of the dense kernels works on at most, one after another."""
+"""Tiles of rows or keys that a block of ``dense90_grad.cu`` works on at most, one after another."""
 
 DEALT_TILES = 32
 """Of how many a thread finds out whether there is something to do: a bit each."""

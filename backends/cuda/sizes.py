@@ -169,12 +169,14 @@ def portable_dense(head_dim: int, head_dim_v: int, itemsize: int) -> Dense:
     )
 
 
-def hopper_dense(head_dim: int, head_dim_v: int) -> Dense:
-    """``dense90.cuh``: what a block owns, and stages of tiles."""
+def hopper_dense(head_dim: int, head_dim_v: int, length_k: int) -> Dense:
+    """``dense90.cuh``: what a block owns, and stages of tiles. Where there is room for all keys of
+    a head they stay there."""
     rows = layout.DENSE_WARPGROUPS * layout.WARPGROUP_ROWS
     keys, values = (panels(width) * layout.SWIZZLE_BYTES for width in (head_dim, head_dim_v))
     narrow = keys == values == layout.SWIZZLE_BYTES
-    key_stages = 8 if narrow else 3
+    stay = narrow and length_k <= layout.STAYING_TILES * layout.HOPPER_KEYS
+    key_stages = layout.STAYING_TILES if stay else 4 if narrow else 3
     grad_keys = 128 if narrow else 64
     own = 2 if narrow else 1  # what a block owns of a tile, and of the next one
     shared = {
@@ -193,6 +195,7 @@ def hopper_dense(head_dim: int, head_dim_v: int) -> Dense:
         shared={kernel: size + layout.SWIZZLE_ALIGNMENT for kernel, size in shared.items()},
         geometry={
             "KEY_STAGES": key_stages,
+            "KEYS_STAY": int(stay),
             "GRAD_KEYS": grad_keys,
             "OWN_STAGES": own,
         },

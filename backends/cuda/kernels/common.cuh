@@ -23,7 +23,8 @@
 //   RESIDENTS                such blocks that a multiprocessor has room for
 // and for the dense kernels
 //   BLOCK_ROWS, KEY_BLOCKS   rows of a block, blocks for a tile's gradients (dense.cu, exact.cu)
-//   KEY_STAGES, OWN_STAGES   stages of keys, and of what a block owns (dense90.cuh)
+//   KEY_STAGES, KEYS_STAY    stages of keys, and whether there is one for each tile (dense90.cuh)
+//   OWN_STAGES               stages of what a block of gradients owns there
 //   GRAD_KEYS                keys of a backward's tile there
 //   OUTPUT                   OUTPUT_PLAIN, _SAVES or _COUNTS (dense90_output.cu)
 // SHARED_ and a kernel's name is the dynamic shared memory that it is launched with.

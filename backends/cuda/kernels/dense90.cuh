@@ -172,17 +172,16 @@ __device__ __forceinline__ bool has_flat_rows(const Params& p, int number, int p
 }
 
 // The items that a block works on, one after another: while it ends with one the next one's tiles
-// are on their way. Its own one where there are as many blocks or not `together`, else every
-// gridDim.x-th of those that are wanted.
+// are on their way. Its own one where there are as many blocks, else every gridDim.x-th of those
+// that are wanted.
 struct Share {
   int count, items[kMostTiles], before[kThreads / 32];
-  volatile int turn[kThreads / 32];  // of each warp: shared memory, as there are few registers
 
   // All threads come together, and ask wanted(item, part, parts): as `parts` threads for one, or
   // each for some of its own.
-  template <bool together, class Wanted>
+  template <class Wanted>
   __device__ __forceinline__ void deal(int all, const Wanted& wanted) {
-    if (!together || gridDim.x >= all) {
+    if (gridDim.x >= all) {
       const bool mine = any_of_block(wanted(blockIdx.x, threadIdx.x, kThreads));
       if (threadIdx.x == 0) count = mine, items[0] = blockIdx.x;
       __syncthreads();
@@ -201,7 +200,7 @@ struct Share {
     __syncthreads();
     rank -= __popc(found);
     int total = 0;
-#pragma unroll 1  // else it takes a register of predicates along
+#pragma unroll 1
     for (int warp = 0; warp < kThreads / 32; ++warp) {
       if (warp < warp_id()) rank += before[warp];
       total += before[warp];
@@ -210,25 +209,6 @@ struct Share {
       if (rank % gridDim.x == blockIdx.x) items[rank / gridDim.x] = first + __ffs(found) - 1;
     if (threadIdx.x == 0) count = int((total + gridDim.x - 1 - blockIdx.x) / gridDim.x);
     __syncthreads();
-  }
-
-  // body(item, turn) by whole warps.
-  template <bool together, class Body>
-  __device__ __forceinline__ void for_items(const Body& body) {
-    if constexpr (!together) {
-      body(items[0], 0);
-      return;
-    }
-    volatile int& mine = turn[warp_id()];
-    if (lane_id() == 0) mine = 0;
-    __syncwarp();
-#pragma unroll 1
-    while (mine < count) {
-      body(items[mine], mine);
-      __syncwarp();
-      if (lane_id() == 0) mine = mine + 1;
-      __syncwarp();
-    }
   }
 };
 

@@ -198,9 +198,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[GradRows::kBarriers];
   __shared__ Share share;
-  share.deal<true>(query_tiles(p), [&](int item, int part, int parts) {
-    return has_flat_rows(p, item, part, parts);
-  });
+  share.deal(query_tiles(p),
+             [&](int item, int part, int parts) { return has_flat_rows(p, item, part, parts); });
   if (share.count == 0) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradRows at(memory, shared_address(barriers));
@@ -516,7 +515,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(16) Queries queries[kGradStages];
   __shared__ Share share;
   const int tiles = p.batch * p.heads_kv * ((p.length_k + kBlockRows - 1) / kBlockRows);
-  share.deal<true>(tiles, [&](int item, int part, int parts) {
+  share.deal(tiles, [&](int item, int part, int parts) {
     return Keys(p, item).are_wanted(p, part, parts);
   });
   if (share.count == 0) return;

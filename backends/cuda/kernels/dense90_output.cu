@@ -52,18 +52,8 @@ struct Threshold {
   float tau, lo, hi;
   float slope;  // -f' at tau, after a step over all scores
   bool done;
-  // Flags and a number, since there are few registers for flags: whether dense tiles serve it,
-  // whether its sum may miss one by more than the tolerance, and its steps over all its scores.
-  static constexpr int kIsFlat = 1, kIsRough = 2, kOneStep = 4;
-  int told;
-
-  __device__ __forceinline__ bool is_flat() const { return told & kIsFlat; }
-  __device__ __forceinline__ bool is_rough() const { return kMayBeRough && told & kIsRough; }
-  __device__ __forceinline__ void set_rough(bool rough) {
-    told = (told & ~kIsRough) | (rough ? kIsRough : 0);
-  }
-  __device__ __forceinline__ void count_step() { told += done ? 0 : kOneStep; }
-  __device__ __forceinline__ int steps() const { return told / kOneStep; }
+  bool rough;  // its sum may miss one by more than the tolerance
+  int steps;   // over all its scores
 };
 
 // Sums of one lane over a row's scores, and after join() those of the row. `least` are the bits of
@@ -176,18 +166,17 @@ __device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u
     exact = enough;
     t.slope = m.s0;
   }
-  t.set_rough(inside && enough && !exact);
-  t.done = (inside && exact) || t.hi - t.lo <= 4.f * kEpsilon * fabsf(t.tau);
+  t.rough = inside && enough && !exact;
+  t.done = (inside && enough) || t.hi - t.lo <= 4.f * kEpsilon * fabsf(t.tau);
   if (!t.done || inside) t.tau = inside ? next : 0.5f * (t.lo + t.hi);
 }
 
 // --- forward -------------------------------------------------------------------------------
 
-// Whether a block works on several tiles of queries. Others have no registers for it; nor would
-// those of causal problems be dealt out evenly.
-constexpr bool kTogether = kNarrow && !kCausal;
-
 constexpr int kStagesK = ADASPLASH2_KEY_STAGES;
+// Whether there are no more tiles of keys than stages: each is copied once, into the stage of its
+// number, and all passes find it there.
+constexpr bool kResident = ADASPLASH2_KEYS_STAY;
 constexpr int kStagesV = kDenseValueStages;
 constexpr int kKeyBytes = tile_bytes<kTileKeys, kPanels>;
 constexpr int kValueBytes = tile_bytes<kTileKeys, kPanelsV>;
@@ -196,30 +185,23 @@ static_assert(kSwizzleAlignment + kOwnBytes + kStagesK * kKeyBytes + kStagesV * 
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 
-// Where a block is in its stages, from item to item.
-struct Rings {
-  KeyRing keys;
-  ValueRing values;
-};
-
 // Where the parts of a block's shared memory are, and their barriers.
 struct Forward {
-  u32 queries, keys, values, rows, full_q, empty_q, full_k, empty_k, full_v, empty_v;
+  u32 queries, keys, values, rows, full_q, full_k, empty_k, full_v, empty_v;
 
-  static constexpr int kBarriers = 2 + 2 * kStagesK + 2 * kStagesV;
+  static constexpr int kBarriers = 1 + 2 * kStagesK + 2 * kStagesV;
   __device__ __forceinline__ Forward(u32 memory, u32 rows, u32 barriers)
       : queries(memory),
         keys(memory + kOwnBytes),
         values(memory + kOwnBytes + kStagesK * kKeyBytes),
         rows(rows),
         full_q(barriers),
-        empty_q(barriers + 8),
-        full_k(barriers + 16),
+        full_k(barriers + 8),
         empty_k(full_k + 8 * kStagesK),
         full_v(empty_k + 8 * kStagesK),
         empty_v(full_v + 8 * kStagesV) {}
   __device__ __forceinline__ void start() const {
-    init_barrier(full_q, 1), init_barrier(empty_q, kConsumers / 32);
+    init_barrier(full_q, 1);
     for (int i = 0; i < kStagesK; ++i)
       init_barrier(full_k + 8 * i, 1), init_barrier(empty_k + 8 * i, kConsumers / 32);
     for (int i = 0; i < kStagesV; ++i)
@@ -260,6 +242,10 @@ struct Sample {
   __device__ __forceinline__ int operator[](int i) const {
     return tiles <= kTiles ? i : (tiles + 2 * tiles * i) / 4;
   }
+  __device__ __forceinline__ bool has(int tile) const {
+    static_assert(kTiles == 2);
+    return tile == (*this)[0] || tile == (*this)[1];
+  }
 };
 
 // All passes over keys, in order. The thread that copies and the warps that multiply both go
@@ -269,7 +255,7 @@ template <class Side>
 __device__ __forceinline__ void for_passes(int tiles, Side& side) {
   const Sample sample{tiles};
   side.sample_pass(sample);
-  if (tiles >= kStridedFrom)
+  if (!kResident && tiles >= kStridedFrom)
 #pragma unroll 1  // one copy of it
     for (int stride = tiles < kFirstStridedFrom ? kStride : kFirstStride; stride >= kStride;
          stride -= kFirstStride - kStride)
@@ -298,20 +284,18 @@ struct Producer {
   const bool copies;
   const Plane key_plane, value_plane;
   int ahead = 0;  // tiles of keys of the next pass that were copied with the last one
-  Rings& rings;
+  KeyRing key_ring;
+  ValueRing value_ring;
 
   __device__ __forceinline__ Producer(const Forward& at, const Block& b, const TensorMap& query_map,
-                                      const TensorMap& key_map, const TensorMap& value_map,
-                                      Rings& rings, u32 turn)
+                                      const TensorMap& key_map, const TensorMap& value_map)
       : at(at),
         key_map(key_map),
         value_map(value_map),
         copies(threadIdx.x == kConsumers),
         key_plane(b.p.k, b.kv_head, b.batch),
-        value_plane(b.p.v, b.kv_head, b.batch),
-        rings(rings) {
+        value_plane(b.p.v, b.kv_head, b.batch) {
     if (!copies) return;
-    await(at.empty_q, turn % 2 ^ 1);
     arrive_expect_tx(at.full_q, kOwnBytes);
     tma_load_tile<kBlockRows, kPanels, kBox>(at.queries, query_map, b.first,
                                              Plane(b.p.q, b.head, b.batch), at.full_q);
@@ -321,6 +305,10 @@ struct Producer {
     if (!copies) return;
 #pragma unroll 1  // it has few registers
     for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
+    if constexpr (kResident)
+#pragma unroll 1
+      for (int tile = sample.tiles - 1; tile >= 0; --tile)
+        if (!sample.has(tile)) push_keys(tile);
   }
   __device__ __forceinline__ void strided_pass(const Strided& walk) {
     if (copies)
@@ -332,7 +320,7 @@ struct Producer {
   template <bool>
   __device__ __forceinline__ bool full_pass(const Walk& walk) {
     const int next = min(kStagesK, walk.count);
-    if (copies)
+    if (copies && !kResident)
 #pragma unroll 1  // it has few registers
       for (int i = ahead; i < walk.count + next; ++i)
         push_keys(walk[i < walk.count ? i : i - walk.count]);
@@ -345,7 +333,7 @@ struct Producer {
     if (copies)
 #pragma unroll 1  // it has few registers
       for (int i = 0; i < walk.count; ++i) {
-        if (i >= ahead) push_keys(walk[i]);
+        if (!kResident && i >= ahead) push_keys(walk[i]);
         push_values(walk[i]);
       }
     ahead = 0;
@@ -356,22 +344,21 @@ struct Producer {
 
  private:
   __device__ __forceinline__ void push_keys(int tile) {
-    KeyRing& ring = rings.keys;
-    ring.await_empty(at.empty_k);
-    const u32 full = at.full_k + ring.stage * 8;
+    if constexpr (!kResident) key_ring.await_empty(at.empty_k);
+    const int stage = kResident ? tile : key_ring.stage;
+    const u32 full = at.full_k + stage * 8;
     arrive_expect_tx(full, kKeyBytes);
-    tma_load_tile<kTileKeys, kPanels, kBox>(at.keys + ring.stage * kKeyBytes, key_map,
-                                            tile * kTileKeys, key_plane, full);
-    ring.advance();
+    tma_load_tile<kTileKeys, kPanels, kBox>(at.keys + stage * kKeyBytes, key_map, tile * kTileKeys,
+                                            key_plane, full);
+    if constexpr (!kResident) key_ring.advance();
   }
   __device__ __forceinline__ void push_values(int tile) {
-    ValueRing& ring = rings.values;
-    ring.await_empty(at.empty_v);
-    const u32 full = at.full_v + ring.stage * 8;
+    value_ring.await_empty(at.empty_v);
+    const u32 full = at.full_v + value_ring.stage * 8;
     arrive_expect_tx(full, kValueBytes);
-    tma_load_tile<kTileKeys, kPanelsV, kBox>(at.values + ring.stage * kValueBytes, value_map,
+    tma_load_tile<kTileKeys, kPanelsV, kBox>(at.values + value_ring.stage * kValueBytes, value_map,
                                              tile * kTileKeys, value_plane, full);
-    ring.advance();
+    value_ring.advance();
   }
 };
 
@@ -396,39 +383,35 @@ struct Attention {
   const Params& p;
   const float c;
   const u64 queries, keys, values;
-  Rings& rings;
-  const Share& share;
+  KeyRing key_ring;
+  ValueRing value_ring;
   Threshold t[2];
   static constexpr int kKept = 4;  // numbers of a row
   using Outputs = RowOutputs;
 
-  float top[2] = {-kInf, -kInf}, floor[2];  // NaN of a poisoned row
+  float top[2] = {-kInf, -kInf}, floor[2];
+  bool poisoned[2];
 
-  __device__ __forceinline__ Attention(const Forward& at, char* own, const Block& b, Rings& rings,
-                                       const Share& share)
+  __device__ __forceinline__ Attention(const Forward& at, char* own, const Block& b)
       : at(at),
         b(b),
         p(b.p),
         c(b.p.c),
         queries(descriptor(at.queries + uniform(warp_id() / 4) * kRows * kLineBytes)),
         keys(descriptor(at.keys)),
-        values(descriptor(at.values, kTileKeys * kLineBytes)),
-        rings(rings),
-        share(share) {
+        values(descriptor(at.values, kTileKeys * kLineBytes)) {
     // The scan left each row's largest score as far as it looked, NaN for a poisoned row, and a
     // lower bound of its threshold.
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
       const float bound = b.flat[slot] ? p.row_count[at_row].bound : -kInf;
-      floor[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf) ? kNaN
-                    : bound > -kInf                                   ? c * bound
-                                                                      : kUnbounded;
-      t[slot].slope = 1.f, t[slot].told = b.flat[slot] ? Threshold::kIsFlat : 0;
-      asm volatile("" : "+r"(t[slot].told));  // or a predicate would go along
-      t[slot].done = !sought(slot);
+      poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
+      floor[slot] = bound > -kInf ? c * bound : kUnbounded;
+      t[slot].done = poisoned[slot] || !b.flat[slot];
+      t[slot].rough = false, t[slot].slope = 1.f, t[slot].steps = 0;
     }
-    await(at.full_q, turn() % 2);
+    await(at.full_q, 0);
     sign_own(own, kOwnBytes, p.q_sign);
   }
 
@@ -474,7 +457,7 @@ struct Attention {
         sums[slot].add(s[1], slot, c, t[slot].tau);
         const auto m = sums[slot].join(weight[slot]);
         if (sample.is_everything()) {
-          t[slot].count_step();
+          t[slot].steps += !t[slot].done;
           advance(t[slot], m, sums[slot].least, kExactly, kExactly);
         } else if (!t[slot].done) {
           t[slot].tau = guess(t[slot].tau, m, weight[slot], caution, low[slot], high[slot]);
@@ -513,15 +496,15 @@ struct Attention {
     if constexpr (first) restart(0), restart(1);
     RowSums sums[2];
     // A warp's rows of a slot that are all found need no sums: later passes are for few rows.
-    bool summed[2];
+    bool sought[2];
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
-      summed[slot] = first || __any_sync(kAllLanes, !t[slot].done);
+      sought[slot] = first || __any_sync(kAllLanes, !t[slot].done);
     for_scores(walk, walk.count, [&](const Scores& s, int) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         if constexpr (first) raise_top(slot, s);
-        if (summed[slot]) sums[slot].add(s, slot, c, t[slot].tau);
+        if (sought[slot]) sums[slot].add(s, slot, c, t[slot].tau);
       }
     });
 #pragma unroll
@@ -532,20 +515,19 @@ struct Attention {
         t[slot].lo = fmaxf(t[slot].lo, c * top[slot] - 1.f);
         t[slot].hi = c * top[slot];
       }
-      t[slot].count_step();
+      t[slot].steps += !t[slot].done;
       const auto m = sums[slot].join(1.f);
       advance(t[slot], m, sums[slot].least, 0.5f * kTolerance, kRough);
     }
     if constexpr (first) settle_rows();
-    return !((t[0].done || t[0].is_rough()) && (t[1].done || t[1].is_rough()));
+    return !(t[0].done && t[1].done);
   }
 
   // The outputs, if thresholds are what they were taken for; whether they must be sought again.
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
     o = {};
-    if (kSaves ||
-        (kMayBeRough && any_of_warpgroup(2 + warp_id() / 4, t[0].is_rough() || t[1].is_rough())))
+    if (kSaves || (kMayBeRough && any_of_warpgroup(2 + warp_id() / 4, t[0].rough || t[1].rough)))
       sum_outputs<true>(walk, o);
     else
       sum_outputs<false>(walk, o);
@@ -554,9 +536,6 @@ struct Attention {
 
   // Outputs of probabilities that sum to one, and what a backward needs of each row.
   __device__ __forceinline__ void write(Outputs& o) {
-    if (lane_id() == 0) arrive(at.empty_q);
-    const Block again(p, number());  // there are no registers for it until here
-    const Block& b = kTogether ? again : this->b;
     bool unsafe = false;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
@@ -564,7 +543,7 @@ struct Attention {
       const int kept = sum_over<4>(o.support[slot]);
       const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
       // A row's bits are the same whether or not O2 is there for others.
-      const bool rough = t[slot].is_rough();
+      const bool rough = kMayBeRough && t[slot].rough;
       const float factor = rough ? 1.f : total > 0.f ? 1.f / total : 0.f;
       const float of_second = rough ? kProbScale * (1.f - total) * factor_u : 0.f;
 #pragma unroll
@@ -576,8 +555,8 @@ struct Attention {
           if constexpr (kMayBeRough) x = fmaf(of_second, o.second[4 * n + 2 * slot + j], x);
           if (is_poisoned(slot)) x = kNaN;
         }
-      unsafe |= t[slot].is_flat() && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
-      if (!t[slot].is_flat()) continue;
+      unsafe |= b.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
+      if (!b.flat[slot]) continue;
       if constexpr (kSaves) {
         float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
 #pragma unroll
@@ -596,18 +575,14 @@ struct Attention {
       p.row_count[at_row].survivors = is_poisoned(slot) ? kPoisoned : kept;
       p.row_start[at_row].factor = total > 0.f ? 1.f / (total - slope * (last - tau)) : 0.f;
       if (is_poisoned(slot)) poison_keys(p, b.batch, b.kv_head, b.row(slot));
-      if (p.iterations) p.iterations[at_tau] = t[slot].steps();
+      if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
     mark_output_if(unsafe, p, b.head_row, b.first_row);
-    const bool flat[2] = {t[0].is_flat(), t[1].is_flat()};
     write_rows<kHeadDimV>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row, p.length_q,
-                          1.f / kProbScale, flat);
+                          1.f / kProbScale, b.flat);
   }
 
  private:
-  __device__ __forceinline__ int turn() const { return kTogether ? share.turn[warp_id()] : 0; }
-  __device__ __forceinline__ int number() const { return share.items[turn()]; }
-
   // --- thresholds
 
   // use(scores of a tile, i) of every tile of a walk.
@@ -622,22 +597,28 @@ struct Attention {
   }
   // The scores of one tile, and its stage given back.
   __device__ __forceinline__ void scores(Scores& s, int tile) {
-    await_keys();
+    await_keys(tile);
     wgmma_fence();
-    add_dots<kDim, kTileKeys>(s, queries, keys_here());
+    add_dots<kDim, kTileKeys>(s, queries, keys_of(tile));
     wgmma_commit();
     wgmma_wait();
     fence_operands(s);
     give_back_keys();
     b.mask(s, tile * kTileKeys);
   }
-  __device__ __forceinline__ void await_keys() const { rings.keys.await_full(at.full_k); }
-  __device__ __forceinline__ u64 keys_here() const {
-    return keys + rings.keys.stage * (kKeyBytes / kDescriptorBytes);
+  __device__ __forceinline__ void await_keys(int tile) const {
+    if constexpr (kResident)
+      await(at.full_k + tile * 8, 0);
+    else
+      key_ring.await_full(at.full_k);
+  }
+  __device__ __forceinline__ u64 keys_of(int tile) const {
+    return keys + (kResident ? tile : key_ring.stage) * (kKeyBytes / kDescriptorBytes);
   }
   __device__ __forceinline__ void give_back_keys() {
-    if (lane_id() == 0) arrive(at.empty_k + rings.keys.stage * 8);
-    rings.keys.advance();
+    if constexpr (kResident) return;
+    if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
+    key_ring.advance();
   }
   __device__ __forceinline__ void raise_top(int slot, const Scores& s) {
 #pragma unroll
@@ -645,23 +626,19 @@ struct Attention {
 #pragma unroll
       for (int j = 0; j < 2; ++j) top[slot] = max_or_nan(top[slot], s[4 * n + 2 * slot + j]);
   }
-  // Whether a row of dense tiles has a threshold, for all that is known of it before.
-  __device__ __forceinline__ bool sought(int slot) const {
-    return t[slot].is_flat() && floor[slot] == floor[slot];
-  }
   // A bracket of what is proven; what the sample found is where to start in it.
   __device__ __forceinline__ void restart(int slot) {
     const float low = is_finite(top[slot]) ? fmaxf(floor[slot], c * top[slot] - 1.f) : floor[slot];
     t[slot].lo = low, t[slot].hi = kInf;
     t[slot].tau = fmaxf(t[slot].tau, t[slot].lo);
-    t[slot].done = !sought(slot);
+    t[slot].done = poisoned[slot] || !b.flat[slot];
   }
 
   // Rows without a threshold: poisoned ones, and those where no key scores above minus infinity.
   __device__ __forceinline__ void settle_rows() {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const bool dead = t[slot].is_flat() && (!sought(slot) || !(top[slot] < kInf));
+      const bool dead = poisoned[slot] || (b.flat[slot] && !(top[slot] < kInf));
       if (dead || top[slot] == -kInf) t[slot].tau = dead ? kNaN : kInf;
     }
   }
@@ -678,23 +655,24 @@ struct Attention {
       store_shared(kept(slot), t[slot].lo);
       store_shared(kept(slot) + 4, t[slot].hi);
       store_shared(kept(slot) + 8, t[slot].slope);
-      store_shared(kept(slot) + 12, t[slot].told);
+      store_shared(kept(slot) + 12, 2 * t[slot].steps + t[slot].rough);
     }
   }
   __device__ __forceinline__ void take_row(int slot) {
     t[slot].lo = load_shared(kept(slot));
     t[slot].hi = load_shared(kept(slot) + 4);
     t[slot].slope = load_shared(kept(slot) + 8);
-    t[slot].told = load_shared_int(kept(slot) + 12);
+    const int steps = load_shared_int(kept(slot) + 12);
+    t[slot].steps = steps / 2, t[slot].rough = steps % 2;
     t[slot].done = true;
   }
   __device__ __forceinline__ bool is_poisoned(int slot) const {
-    return t[slot].is_flat() && !(t[slot].tau == t[slot].tau);
+    return b.flat[slot] && !(t[slot].tau == t[slot].tau);
   }
-  __device__ __forceinline__ void start_part(PartScores& s, int part) {
-    if (part == 0) await_keys();
+  __device__ __forceinline__ void start_part(PartScores& s, int tile, int part) {
+    if (part == 0) await_keys(tile);
     wgmma_fence();
-    add_dots<kDim, kTileKeys>(s, queries, keys_here() + part * rows_at(kSteps));
+    add_dots<kDim, kTileKeys>(s, queries, keys_of(tile) + part * rows_at(kSteps));
     wgmma_commit();
   }
   __device__ __forceinline__ void finish_part(PartScores& s, int part) {
@@ -706,7 +684,7 @@ struct Attention {
   __device__ __forceinline__ void sum_outputs(const Walk& walk, Outputs& o) {
     {
       PartScores s;
-      start_part(s, 0);
+      start_part(s, walk[0], 0);
       wgmma_wait();
       finish_part(s, 0);
       weigh<second>(o, s, walk[0] * kTileKeys);
@@ -715,7 +693,7 @@ struct Attention {
     for (int i = 1; i < walk.count * kParts; ++i) {
       PartScores s;
       // While the values of the part before are summed.
-      start_part(s, i % kParts);
+      start_part(s, walk[i / kParts], i % kParts);
       start_values<second>(o, (i - 1) % kParts);
       wgmma_wait();
       finish_part(s, i % kParts);
@@ -745,7 +723,7 @@ struct Attention {
         here[slot] += prob[e];
         if constexpr (kCounts) {
           o.support[slot] += inside > 0.f;
-          live[k / 4] |= inside > 0.f && t[slot].is_flat();
+          live[k / 4] |= inside > 0.f && b.flat[slot];
         }
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
@@ -768,9 +746,9 @@ struct Attention {
   }
   template <bool second>
   __device__ __forceinline__ void start_values(Outputs& o, int part) {
-    if (part == 0) rings.values.await_full(at.full_v);
+    if (part == 0) value_ring.await_full(at.full_v);
     const u64 rows =
-        values + rings.values.stage * (kValueBytes / kDescriptorBytes) + part * rows_at(kSteps);
+        values + value_ring.stage * (kValueBytes / kDescriptorBytes) + part * rows_at(kSteps);
     wgmma_fence();
     add_weighted(o.out, o.probs, rows);
     if constexpr (second) add_weighted(o.second, o.weights, rows);
@@ -782,22 +760,22 @@ struct Attention {
     fence_operands(o.probs);
     if constexpr (second) fence_operands(o.second), fence_operands(o.weights);
     if (part < kParts - 1) return;
-    if (lane_id() == 0) arrive(at.empty_v + rings.values.stage * 8);
-    rings.values.advance();
+    if (lane_id() == 0) arrive(at.empty_v + value_ring.stage * 8);
+    value_ring.advance();
   }
   // Whether a row's probabilities sum to something else than one and a step could mend that. From
   // there on its threshold is sought again.
   __device__ __forceinline__ bool missed(Outputs& o, int slot) {
     const float total = o.mass[slot] = sum_over<4>(o.mass[slot]);
     take_row(slot);
-    if (!t[slot].is_flat() || !is_finite(t[slot].tau)) return false;
+    if (!b.flat[slot] || !is_finite(t[slot].tau)) return false;
     const float f = total - 1.f, step = f / t[slot].slope,
                 least = 4.f * kEpsilon * fabsf(t[slot].tau);
-    const float most = t[slot].is_rough() ? kMostRough : kTolerance;
+    const float most = kMayBeRough && t[slot].rough ? kMostRough : kTolerance;
     if (!(fabsf(f) > most && fabsf(step) > least && t[slot].hi - t[slot].lo > least)) return false;
     bracket(t[slot], f);
     t[slot].tau = inside(t[slot], t[slot].tau + step);
-    t[slot].done = false, t[slot].set_rough(false);
+    t[slot].done = t[slot].rough = false;
     return true;
   }
 };
@@ -810,30 +788,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
   __shared__ float rows[kBlockRows * Attention::kKept];
-  __shared__ Share share;
-  share.deal<kTogether>(query_tiles(p), [&](int item, int part, int parts) {
-    return has_flat_rows(p, item, part, parts);
-  });
-  if (share.count == 0) return;
+  const Block b(p, blockIdx.x);
+  if (!any_of_block(b.flat[0] || b.flat[1])) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const Forward at(memory, shared_address(rows), shared_address(barriers));
   if (threadIdx.x == 0) at.start();
   __syncthreads();
-  Rings rings;
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
-    share.for_items<kTogether>([&](int item, int turn) {
-      const Block b(p, item);
-      Producer producer(at, b, query_map, key_map, value_map, rings, turn);
-      for_passes(b.tiles(kTileKeys), producer);
-    });
+    Producer producer(at, b, query_map, key_map, value_map);
+    for_passes(b.tiles(kTileKeys), producer);
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-    share.for_items<kTogether>([&](int item, int) {
-      const Block b(p, item);
-      Attention attention(at, shared + (memory - start), b, rings, share);
-      for_passes(b.tiles(kTileKeys), attention);
-    });
+    Attention attention(at, shared + (memory - start), b);
+    for_passes(b.tiles(kTileKeys), attention);
   }
 }
 
