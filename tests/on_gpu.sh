@@ -43,12 +43,14 @@ part() { # name, backends that must be here, pytest arguments
 }
 
 tests() {
-  # Kernels are compiled as the tests ask for them: Triton's take most of the time, and go first.
+  # Kernels are compiled as the tests ask for them: Triton's take most of the time. The longest go
+  # first.
   local tables=(tests/test_{language,attention,entmax,edges,ops,determinism,dispatch,properties,fuzz,kvcache,compat,features}.py)
   local parts=${PARTS:-$((processes < 48 ? 16 : processes / 3))} i scan whole
   for ((i = 0; i < parts; i++)); do
     part "triton$i" triton -k triton --part "$i/$parts" "${tables[@]}"
   done
+  for ((i = 0; i < 4; i++)); do part "gpu$i" "" -m gpu --part "$i/4" tests; done
   for ((i = 0; i < parts; i++)); do
     part "cuda$i" cuda -k cuda --part "$i/$parts" "${tables[@]}"
   done
@@ -64,7 +66,6 @@ tests() {
         tests/test_language.py
     done
   done
-  for ((i = 0; i < 4; i++)); do part "gpu$i" "" -m gpu --part "$i/4" tests; done
   part configs cuda,triton tests/test_configs.py
 }
 
