@@ -493,7 +493,7 @@ def backward(
         "row_block_lists": row_block_lists,
         "row_block_counts": row_block_counts,
         **of_keys,
-        "PARTS": int(call.config["parts"]),
+        "ROW_PARTS": int(call.config["parts"]),
         "STAGES": _stages(call, "grad_key_value"),
         "key_tiles": key_tiles,
     }

@@ -892,7 +892,7 @@ def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] 
     query = padded(problem.head_dim) * itemsize
     both = query + padded(problem.head_dim_v) * itemsize
     part = block_q // int(config["parts"])
-    kept_and_staged = {
+    held_and_staged = {
         "solve": (query * block_q, query * int(config["span"]) * block_k),
         "output": (query * block_q, both * block_k),
         "grad_query": (both * block_q, both * block_k),
@@ -901,16 +901,16 @@ def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] 
     operand = problem.operand("attn_mask")
     # What threads hand on to each other: products, and entries of a mask. The products of compute
     # capability 9.0 take them from registers, and masks come as they take them.
-    handed_on = dict.fromkeys(kept_and_staged, block_q * block_k * itemsize)
+    handed_on = dict.fromkeys(held_and_staged, block_q * block_k * itemsize)
     if operand and limits.wgmma and itemsize == 2:
-        handed_on = dict.fromkeys(kept_and_staged, 0)
+        handed_on = dict.fromkeys(held_and_staged, 0)
         handed_on |= {"solve": RESERVED, "grad_key_value": part * block_k * itemsize + 2 * RESERVED}
     elif operand:
         handed_on = {
             kernel: n + block_q * block_k * MASK_ITEMSIZE for kernel, n in handed_on.items()
         }
     chosen = {}
-    for kernel, (kept, staged) in kept_and_staged.items():
+    for kernel, (held, staged) in held_and_staged.items():
         most = MAX_STAGES
         if kernel == "grad_key_value":
             # On an H200 two are 5 % faster than three, and a fifth at head_dim 128. The lists of a
@@ -923,7 +923,7 @@ def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] 
         blocks = residents(config, kernel)
         shared = {
             # A mask's tile is taken from shared memory before products begin, not by them.
-            stages: kept + stages * staged + (stages - 1) * mask + handed_on[kernel]
+            stages: held + stages * staged + (stages - 1) * mask + handed_on[kernel]
             for stages in range(MIN_STAGES, most + 1)
         }
         if shared[MIN_STAGES] > limits.shared:
