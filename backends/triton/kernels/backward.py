@@ -52,9 +52,11 @@ from adasplash2.backends.triton.kernels.work import (
     checked,
     entries_at,
     entry_of,
+    first_again,
     first_entry,
     head_of,
     in_turn,
+    is_block_marked,
     is_cut,
     is_edge,
     is_marked,
@@ -63,6 +65,7 @@ from adasplash2.backends.triton.kernels.work import (
     load_tile,
     mark_rows,
     member_and_block,
+    next_again,
     portion,
     row_block_at,
     rows_at,
@@ -278,16 +281,13 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
                SAFE: tl.constexpr):  # fmt: skip
     """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands."""
     if SAFE:
-        number = tl.program_id(0)
-        waiting = (tl.load(some) != 0) & (number < work_items)
+        number, waiting = first_again(some, work_items)
         while waiting:
-            _, _, _, at_row, inside = row_block_at(number, shape, opt)
-            if is_marked(unsafe + at_row, inside):
+            if is_block_marked(number, unsafe, shape, opt):
                 grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
                               t_in, lists, counts, grad_q, delta_out, row_grads, unsafe, some,
                               shape, scale, opt, CHUNK, WANTED, STAGES, SAFE)  # fmt: skip
-            number += tl.num_programs(0)
-            waiting = number < work_items
+            number, waiting = next_again(number, work_items)
     else:
         grad_query_of(tl.program_id(0), query, key, value, grad_out, out_u, spread_in, top_in, t_in,
                       lists, counts, grad_q, delta_out, row_grads, unsafe, some, shape, scale, opt,
@@ -617,9 +617,8 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
                    ROW_PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
                    SAFE: tl.constexpr):  # fmt: skip
     """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
-    number = tl.program_id(0)
     if SAFE:
-        waiting = (tl.load(some) != 0) & (number < key_tiles)
+        number, waiting = first_again(some, key_tiles)
         while waiting:
             at_head, first_key = tile_at(number, shape, opt)
             at_key, inside = rows_at(at_head[0], first_key, shape.length_k, opt.block_k)
@@ -628,9 +627,9 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
                                   delta_in, spread_in, row_block_lists, row_block_counts, cuts,
                                   partials, poison, grad_k, grad_v, unsafe, some, shape, scale,
                                   opt, ROW_PARTS, MOST, STAGES, SAFE)  # fmt: skip
-            number += tl.num_programs(0)
-            waiting = number < key_tiles
+            number, waiting = next_again(number, key_tiles)
     else:
+        number = tl.program_id(0)
         piece = 0
         pieces = 0
         if MOST:

@@ -32,16 +32,18 @@ from adasplash2.backends.triton.kernels.threshold import (
 from adasplash2.backends.triton.kernels.work import (
     entries_at,
     entry_of,
+    first_again,
     first_entry,
     head_of,
+    is_block_marked,
     is_cut,
     is_edge,
-    is_marked,
     keys_of,
     load_pair,
     load_thresholds,
     load_tile,
     mark_rows,
+    next_again,
     portion,
     row_block_at,
     store_tile,
@@ -237,16 +239,13 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     ``spread``: 0 where one key has it all, whose ``ds`` is zero.
     """
     if SAFE:
-        number = tl.program_id(0)
-        waiting = (tl.load(some) != 0) & (number < work_items)
+        number, waiting = first_again(some, work_items)
         while waiting:
-            _, _, _, at_row, inside = row_block_at(number, shape, opt)
-            if is_marked(unsafe + at_row, inside):
+            if is_block_marked(number, unsafe, shape, opt):
                 output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists,
                           counts, unsafe, some, support, marks, shape, opt, GRADIENT, SAFE,
                           COUNT, MARK)  # fmt: skip
-            number += tl.num_programs(0)
-            waiting = number < work_items
+            number, waiting = next_again(number, work_items)
     else:
         output_of(tl.program_id(0), query, key, value, out, out_u, spread, top_in, t_in, lists,
                   counts, unsafe, some, support, marks, shape, opt, GRADIENT, SAFE, COUNT,
