@@ -451,7 +451,7 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
 def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, counts, poison,
           taken, iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
           MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, FEW: tl.constexpr,
-          FOLDS: tl.constexpr, KEPT: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+          FOLDS: tl.constexpr, REUSES: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
     One dense pass keeps the maxima of rows and tiles. The threshold of a subset of a row's scores
@@ -592,7 +592,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             waiting = any_of(pending) & (step < MAX_STEPS)
             # The first list holds little more than the last one: where tiles are few, it serves the
             # second step too.
-            if (not FEW) or (step > KEPT) or (waiting == 0):
+            if (not FEW) or (step > REUSES) or (waiting == 0):
                 # The next step may fall back to `lo`.
                 bound = tl.where(waiting, lo, t) - slack(terms.r)
                 bound = tl.where(pending | (waiting == 0), bound, INFINITY)
