@@ -62,7 +62,7 @@ is read of keys. Of Gaussian rows (c = 1, 131,072 keys in 33 splits) 38 % are wr
 by tiles of 64 keys 73 %."""
 
 SOLVE_REGISTERS = 128
-"""Registers of a thread of ``decode_solve`` where rows are many: nothing is spilled."""
+"""Of a thread of ``decode_solve`` where rows are many: nothing is spilled."""
 
 FEW_ROWS = 256
 """For up to so many rows, eight warps find the threshold of each: all multiprocessors are busy."""
