@@ -98,12 +98,22 @@ speed() {
   check benchmarks "$python" benchmarks/all.py --output "$out/benchmarks"
 }
 
+passes() { # backend: how many of its tests have passed, in all its tables
+  sed -n "s/^backend $1: \([0-9]*\) passed.*/\1/p" "$out/$1"*[0-9].txt | awk '{ n += $1 } END { print n + 0 }'
+}
+
 for stage in ${stages[*]}; do
   declare -F "$stage" >/dev/null || { echo "no stage $stage: tests fuzz tools speed" && exit 2; }
   $stage
 done
 wait
 tail -qn 1 "$out"/*.txt
+if [[ " ${stages[*]} " == *" tests "* ]]; then
+  for backend in cuda triton; do
+    echo "$backend: $(passes $backend) tests passed"
+    (($(passes $backend))) || echo "$backend-passed-nothing" >>"$failed"
+  done
+fi
 if [[ -s $failed ]]; then
   echo "failed: $(sort "$failed" | paste -sd ' ')"
   exit 1
