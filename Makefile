@@ -30,7 +30,7 @@ JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 SYNC   := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 MAIN   := $(addprefix test-main-,0 1 2 3)
 INTERPRETED := $(addprefix test-interpreted-,0 1)
-TESTED := $(MAIN) test-oldest $(INTERPRETED) test-interpreted-tiles
+TESTED := $(MAIN) test-oldest test-oldest-triton $(INTERPRETED) test-interpreted-tiles
 # Random problems are the same ones every time here: what a change breaks should show, not what
 # chance finds. `make fuzz` draws new ones.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --fuzz-seed 1 $(TEST)
@@ -42,6 +42,10 @@ $(MAIN): test-main-%:
 test-oldest:
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures))
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs tests/test_cli.py -k "info or cache or report or help"
+
+# What a newer Triton compiles an older one may refuse, whatever it is compiled for.
+test-oldest-triton:
+	PYTHONPATH=$(VENV)/oldest-triton $(PYTEST) tests/test_triton_compile.py -k "not 80 and not 100 and not 120"
 
 $(INTERPRETED): test-interpreted-%:
 	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
@@ -131,9 +135,10 @@ $(VENV)/.wheel: requirements/wheel.txt | $(BIN)/python
 
 # The oldest packages that are allowed, which go before the newest on PYTHONPATH. Pytest would load a
 # plugin that the newest platformdirs has and the oldest has not.
-$(VENV)/.oldest: requirements/oldest.txt $(VENV)/.tested
-	rm -rf $(VENV)/oldest
+$(VENV)/.oldest: requirements/oldest.txt requirements/oldest-triton.txt $(VENV)/.tested
+	rm -rf $(VENV)/oldest $(VENV)/oldest-triton
 	$(PIP) install --no-deps --target $(VENV)/oldest -r $<
+	$(PIP) install --no-deps --target $(VENV)/oldest-triton -r requirements/oldest-triton.txt
 	@touch $@
 
 # Editable: Python edits need nothing, C++ edits come through here.

@@ -142,7 +142,7 @@ def judge(measurements: Sequence[Measurement]) -> list[Target]:
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = command_line.parser(__doc__)
-    command_line.add_targets(parser)
+    command_line.add_targets(parser, "judge the CPU targets; exit with 1 if one is missed")
     contenders.add_rivals(parser)
     add = parser.add_argument
     count = command_line.positive_int
@@ -194,12 +194,10 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         action=argparse.BooleanOptionalAction,
         help="measure it too, of a forward and backward; default on cuda alone",
     )
-    options = parser.parse_args()
-    command_line.set_defaults(options, DEFAULTS)
+    options = command_line.parsed(parser, DEFAULTS)
     options.heads_kv = options.heads_kv or options.heads
     if options.peak_memory is None:
         options.peak_memory = options.device == "cuda"
-    command_line.check_device(parser, options)
     if options.heads % options.heads_kv:
         parser.error(f"argument --heads-kv: must divide --heads {options.heads}")
     if options.peak_memory and (reason := no_peak_memory(options.device)):

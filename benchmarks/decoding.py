@@ -252,10 +252,8 @@ def judged(shape: Shape, found: Measured, options: argparse.Namespace) -> Iterat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.plain_parser(__doc__.partition("\n")[0])
     add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
     add("--backend", help="to measure; default: the dispatcher's choice")
     add("--alpha", type=command_line.above_one, default=1.5, help="default %(default)s")
     add("--keys", type=command_line.positive_int, nargs="+", help="default by device")
@@ -263,11 +261,8 @@ def main() -> None:
     add("--heads-kv", type=command_line.positive_int, nargs="+", help="default by device")
     add("--pages", type=command_line.positive_int, nargs="+", default=PAGES, help="keys of a page")
     add("--rounds", type=command_line.positive_int, default=15, help="default %(default)s")
-    add("--threads", type=command_line.positive_int, default=2, help="on the CPU; default 2")
-    add("--json", type=command_line.writable, metavar="PATH", help="write the measurements there")
-    add("--targets", action="store_true", help="exit with 1 if one is missed")
-    options = parser.parse_args()
-    command_line.check_device(parser, options)
+    command_line.add_targets(parser)
+    options = command_line.parsed(parser)
     environment = records.environment(options.device)
     print(records.describe(environment), flush=True)
     rows, records_of, targets = [], [], []

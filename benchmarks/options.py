@@ -6,7 +6,6 @@ of their medians to the ratio of the work that is left.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,19 +96,14 @@ def pairs(device: str, backend: str | None) -> Iterator[Pair]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.plain_parser(__doc__.partition("\n")[0])
     add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
     add("--backend", help="to measure; default: the dispatcher's choice")
     add("--rounds", type=command_line.positive_int, default=7, help="default %(default)s")
-    add("--threads", type=command_line.positive_int, default=2, help="on the CPU; default 2")
     add("--long", type=command_line.positive_int, help="positions; default 65,536, CPU 4,096")
     add("--window", type=command_line.positive_int, help="its keys; default 1,024, CPU 256")
-    add("--json", type=command_line.writable, metavar="PATH", help="write the measurements there")
-    add("--targets", action="store_true", help="exit with 1 if one is missed")
-    options = parser.parse_args()
-    command_line.check_device(parser, options)
+    command_line.add_targets(parser)
+    options = command_line.parsed(parser)
     if options.long:
         LONG[options.device] = options.long
     if options.window:

@@ -7,7 +7,6 @@ with a ready problem; ``call`` is the public function, which validates and decid
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
@@ -52,15 +51,9 @@ def import_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
-    count = command_line.positive_int
-    add("--threads", type=count, default=1, help="on the CPU; default %(default)s")
-    add("--json", type=command_line.writable, metavar="PATH", help="write the measurements there")
-    add("--targets", action="store_true", help="exit with 1 if one is missed")
-    options = parser.parse_args()
-    command_line.check_device(parser, options)
+    parser = command_line.plain_parser(__doc__.partition("\n")[0], device="cpu", threads=1)
+    command_line.add_targets(parser)
+    options = command_line.parsed(parser)
     device = options.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tensors = [torch.randn(1, 1, 16, 16, device=device, dtype=dtype) for _ in "qkv"]

@@ -73,9 +73,7 @@ def parse() -> argparse.Namespace:
     add("--heads", type=count, help="default 16, on the CPU 2")
     add("--head-dim", type=count, default=64, help="default %(default)s")
     add("--dtype", choices=DTYPES, help="default bfloat16, on the CPU float32")
-    options = parser.parse_args()
-    command_line.set_defaults(options, DEFAULTS)
-    command_line.check_device(parser, options)
+    options = command_line.parsed(parser, DEFAULTS)
     options.lengths = sorted(set(options.lengths))
     if options.block_sparsity is None:
         options.block_sparsity = [sparsity_at(length) for length in options.lengths]

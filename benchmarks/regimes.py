@@ -113,10 +113,8 @@ def parse() -> argparse.Namespace:
     add("--backends", action="store_true", help="each backend by itself too")
     add("--real-layers", type=int, nargs="*", default=[0, 6, 18], help="default 0 6 18")
     add("--real-length", type=count, help="default 2048, on cuda 8192")
-    add("--targets", action="store_true", help="exit with 1 if a cell passes its limit")
-    options = parser.parse_args()
-    command_line.set_defaults(options, DEFAULTS)
-    command_line.check_device(parser, options)
+    command_line.add_targets(parser, "exit with 1 if a cell passes its limit")
+    options = command_line.parsed(parser, DEFAULTS)
     return options
 
 

@@ -133,15 +133,13 @@ DEFAULTS = {
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = command_line.parser(__doc__)
-    command_line.add_targets(parser)
+    command_line.add_targets(parser, "judge the CPU targets; exit with 1 if one is missed")
     add = parser.add_argument
     count = command_line.positive_int
     add("--rows", type=count, help="default 4096, on cuda 16384")
     add("--columns", type=count, nargs="+", help="default 512 4096, on cuda 512 4096 32768")
     add("--dtype", choices=DTYPES, help="default float32")
-    options = parser.parse_args()
-    command_line.set_defaults(options, DEFAULTS)
-    command_line.check_device(parser, options)
+    options = command_line.parsed(parser, DEFAULTS)
     return parser, options
 
 

@@ -68,9 +68,7 @@ def parse() -> argparse.Namespace:
         default=4.0,
         help="of the Gaussian queries; default %(default)s",
     )
-    options = parser.parse_args()
-    command_line.set_defaults(options, DEFAULTS)
-    command_line.check_device(parser, options)
+    options = command_line.parsed(parser, DEFAULTS)
     if options.memory_lengths is None:
         options.memory_lengths = options.lengths
     if options.memory_lengths and (reason := no_peak_memory(options.device)):

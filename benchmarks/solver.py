@@ -251,9 +251,8 @@ def parse() -> argparse.Namespace:
     add("--real-layers", type=int, nargs="*", default=[0, 6, 18], help="default 0 6 18")
     add("--real-length", type=count, default=8192, help="keys of real rows; default %(default)s")
     add("--dtype", choices=("float32", "float64"), default="float64", help="default %(default)s")
-    options = parser.parse_args()
+    options = command_line.parsed(parser)
     options.device = "cpu"  # a simulation
-    command_line.check_device(parser, options)
     return options
 
 

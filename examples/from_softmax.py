@@ -46,9 +46,11 @@ class Contender(NamedTuple):
         rise: the share of the steps in which alpha rises from 1; 0 begins with it.
         start: where each head's learned factor of the scale starts; "matched": where its output is
             near to softmax's, by ``tolerance``; None leaves the scale as it is.
+        tile_value: what empty tiles are worth where factors start "matched", see ScaleMatcher.
         learned: whether the factors are learned; else the weights take them at once.
         pressure: times the mean of the factors' logarithms is taken off the loss: larger factors
-            keep fewer keys.
+            keep fewer keys. With a ``tile_value`` the mean is weighted by head: a head whose tiles
+            are all empty, or none of which is, gains nothing.
         taught: the share of the steps in which it learns what softmax says instead of the text.
         after: it starts with the weights that this contender ended with, which teaches it.
         faster: times the rate.
@@ -59,6 +61,7 @@ class Contender(NamedTuple):
     rise: float = 0.0
     start: float | Literal["matched"] | None = None
     tolerance: float = 0.0
+    tile_value: float = 0.0
     learned: bool = True
     pressure: float = 0.0
     taught: float = 0.0
@@ -85,6 +88,8 @@ CONTENDERS = {
     "taught, nearest": Contender(1.5, start="matched", taught=1.0, after="softmax", faster=2.0),
     "taught, sparser": SPARSER,
     "taught, attention only": SPARSER._replace(attention_only=True),
+    "taught, by tiles": SPARSER._replace(tolerance=0.0, tile_value=2.5, pressure=0.03),
+    "taught, by tiles 2": SPARSER._replace(tolerance=0.0, tile_value=2.0, pressure=0.03),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),
@@ -119,14 +124,14 @@ def tiny_source() -> Source:
     return Source(load, bytes_of)
 
 
-def matched(model: Any, contender: Contender, tokens: Tensor) -> list[Tensor]:
-    """Of each layer, the factors with which its heads' outputs are near to softmax's."""
-    matcher = ScaleMatcher(contender.alpha, contender.tolerance)
+def matched(model: Any, contender: Contender, tokens: Tensor) -> ScaleMatcher:
+    """Knows of each layer the factors with which its heads' outputs are near to softmax's."""
+    matcher = ScaleMatcher(contender.alpha, contender.tolerance, contender.tile_value)
     apply(model, 1.0, observer=matcher)
     with torch.no_grad(), autocast(tokens.device.type):
         model(input_ids=tokens, use_cache=False)
     restore(model)
-    return [matcher.factors(layer) for layer in range(len(model.model.layers))]
+    return matcher
 
 
 def scale_heads(
@@ -163,9 +168,14 @@ def keep_all_but_attention(model: Any) -> None:
             part.requires_grad_(True)
 
 
-def pressed(scales: Sequence[HeadScale], pressure: float) -> Tensor:
-    """What is added to the loss so that heads keep fewer keys."""
-    return -pressure * torch.cat([scale.log_factor for scale in scales]).mean()
+def pressed(scales: Sequence[HeadScale], pressure: float, empty: Tensor | None) -> Tensor:
+    """What is added to the loss so that heads keep fewer keys, the more so where some of their
+    tiles, by ``empty``, are empty and some are not."""
+    logarithms = torch.cat([scale.log_factor for scale in scales])
+    if empty is None:
+        return -pressure * logarithms.mean()
+    weights = empty * (1 - empty)
+    return -pressure * (weights * logarithms).sum() / weights.sum().clamp_min(1e-6)
 
 
 def logits_of(run: Callable[..., Any]) -> Logits:
@@ -214,15 +224,19 @@ def main(arguments: list[str] | None = None) -> int:
             run = compiled(model, options)
             return Ready(model, logits_of(run), None, monitor, kept=weights_of(program, name, rate))
         before = contender.after and weights_of(program, contender.after, rate)
-        model, schedule, scales = softmax(before), None, []
+        model, schedule, scales, empty = softmax(before), None, [], None
+        layers = range(len(model.model.layers))
         teacher = logits_of(copy.deepcopy(model)) if contender.taught else None
         if contender.start == "matched":
             unseen = corpus.draw(1, options.seed, scale.steps)  # no step's
-            starts = matched(model, contender, unseen[:, :-1].to(options.device))
+            matcher = matched(model, contender, unseen[:, :-1].to(options.device))
+            starts = [matcher.factors(layer) for layer in layers]
             scales = scale_heads(model, starts, contender.learned)
+            if contender.tile_value:
+                shares = [matcher.empty_tiles(layer) for layer in layers]
+                empty = torch.cat(shares).to(options.device, torch.float32)
         elif contender.start is not None:
-            starts = [contender.start] * len(model.model.layers)
-            scales = scale_heads(model, starts, contender.learned)
+            scales = scale_heads(model, [contender.start for _ in layers], contender.learned)
         if contender.attention_only:
             keep_all_but_attention(model)
         set_alpha = alpha_setter(model, observer=monitor, packed=False)
@@ -239,7 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
             teacher=teacher,
             taught=contender.taught,
             faster=contender.faster,
-            penalty=partial(pressed, scales, contender.pressure) if contender.pressure else None,
+            penalty=(
+                partial(pressed, scales, contender.pressure, empty) if contender.pressure else None
+            ),
         )
 
     return compete(program, corpus, ready)

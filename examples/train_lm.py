@@ -39,7 +39,10 @@ CONTENDERS = {
     "nape": Recipe(),
     "nape, half scale": Recipe(scale=0.5),
     "softmax, qk-norm": Recipe(alpha=1.0, positions="rope", qk_norm=True),
+    "nape, qk-norm": Recipe(qk_norm=True),
+    "nape, learned alpha, qk-norm": Recipe(alpha="learn", qk_norm=True),
     "softmax, nape": Recipe(alpha=1.0),
+    "softmax, nape, qk-norm": Recipe(alpha=1.0, qk_norm=True),
 }
 
 

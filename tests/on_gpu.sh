@@ -43,12 +43,14 @@ part() { # name, backends that must be here, pytest arguments
 }
 
 tests() {
-  # Kernels are compiled as the tests ask for them: Triton's take most of the time, and go first.
+  # Kernels are compiled as the tests ask for them: Triton's take most of the time. The longest go
+  # first.
   local tables=(tests/test_{language,attention,entmax,edges,ops,determinism,dispatch,properties,fuzz,kvcache,compat,features}.py)
   local parts=${PARTS:-$((processes < 48 ? 16 : processes / 3))} i scan whole
   for ((i = 0; i < parts; i++)); do
     part "triton$i" triton -k triton --part "$i/$parts" "${tables[@]}"
   done
+  for ((i = 0; i < 4; i++)); do part "gpu$i" "" -m gpu --part "$i/4" tests; done
   for ((i = 0; i < parts; i++)); do
     part "cuda$i" cuda -k cuda --part "$i/$parts" "${tables[@]}"
   done
@@ -64,7 +66,6 @@ tests() {
         tests/test_language.py
     done
   done
-  for ((i = 0; i < 4; i++)); do part "gpu$i" "" -m gpu --part "$i/4" tests; done
   part configs cuda,triton tests/test_configs.py
 }
 
@@ -97,12 +98,22 @@ speed() {
   check benchmarks "$python" benchmarks/all.py --output "$out/benchmarks"
 }
 
+passes() { # backend: how many of its tests have passed, in all its tables
+  sed -n "s/^backend $1: \([0-9]*\) passed.*/\1/p" "$out/$1"*[0-9].txt | awk '{ n += $1 } END { print n + 0 }'
+}
+
 for stage in ${stages[*]}; do
   declare -F "$stage" >/dev/null || { echo "no stage $stage: tests fuzz tools speed" && exit 2; }
   $stage
 done
 wait
 tail -qn 1 "$out"/*.txt
+if [[ " ${stages[*]} " == *" tests "* ]]; then
+  for backend in cuda triton; do
+    echo "$backend: $(passes $backend) tests passed"
+    (($(passes $backend))) || echo "$backend-passed-nothing" >>"$failed"
+  done
+fi
 if [[ -s $failed ]]; then
   echo "failed: $(sort "$failed" | paste -sd ' ')"
   exit 1

@@ -999,6 +999,48 @@ def test_matched_scales_are_those_nearest_to_softmax() -> None:
         matcher.factors()
 
 
+def test_matched_scales_pay_for_empty_tiles_where_these_can_be_had() -> None:
+    """By brute force, over calls of two sequences and of one."""
+    torch.manual_seed(5)
+    value_of_tiles, alpha = 2.0, 1.5
+    matcher, plain = ScaleMatcher(alpha, tile_value=value_of_tiles), ScaleMatcher(alpha)
+    tried = [2.0 ** (-step / 4) for step in range(21)]
+    errors, outputs, shares = 0.0, 0.0, []
+    for batch in (2, 1):
+        query, key, value = torch.randn(3, batch, 3, 320, 8)
+        query[:, 0] *= 0.05
+        place = torch.arange(320) / 40  # heads 1 and 2: scores fall with the square of the distance
+        key[:, 1:, :, :2] = torch.stack([2 * place, -place.square()], dim=-1)
+        query[:, 1:, :, :2] = torch.stack([place, torch.ones(320)], dim=-1)
+        query[:, 2] *= 3.0
+        said = {"is_causal": True, "scale": 0.5}
+        for one in (matcher, plain):
+            one(0, query, key, value, said | {"alpha": 1.0})
+        target = adasplash2.entmax_attention(query, key, value, alpha=1.0, **said)
+        outputs += target.square().sum((0, 2, 3))
+        said.pop("scale")
+        outs, empty = [], []
+        for factor in tried:
+            call = {"query": query, "key": key, "value": value, "scale": 0.5 * factor, **said}
+            outs.append(adasplash2.entmax_attention(**call, alpha=alpha))
+            empty.append(adasplash2.attention_stats(**call, alpha=alpha).empty_tiles)
+        errors += torch.stack([(out - target).square().sum((0, 2, 3)) for out in outs])
+        shares.append(torch.stack(empty))
+    share = torch.cat(shares, dim=1).mean(dim=1)
+    best = (errors / outputs - value_of_tiles * share).argmin(0)
+    torch.testing.assert_close(matcher.factors(), torch.tensor(tried)[best])
+    torch.testing.assert_close(matcher.empty_tiles(), share.gather(0, best[None])[0])
+    assert matcher.factors()[0] == plain.factors()[0], "no tile of it is ever empty"
+    assert (matcher.factors() > plain.factors()).any()
+    with pytest.raises(ValueError, match="tile_value must be above 0"):
+        plain.empty_tiles()
+    with pytest.raises(KeyError, match=r"layer 1 was not seen"):
+        matcher.empty_tiles(1)
+    lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 320]).int())
+    with pytest.raises(ValueError, match="tile_value must be 0 for packed sequences"):
+        matcher(0, *torch.randn(3, 320, 3, 8), lengths | {"alpha": 1.0})
+
+
 def test_matched_scales_of_packed_sequences_are_those_of_their_parts() -> None:
     torch.manual_seed(4)
     query, key, value = torch.randn(3, 2, 24, 3, 8).unbind(0)
@@ -1018,6 +1060,7 @@ def test_matched_scales_of_packed_sequences_are_those_of_their_parts() -> None:
     [
         *(("alpha", n) for n in (1.0, 0.5, "1.5", math.nan)),
         *(("tolerance", n) for n in (-0.1, math.inf, "0")),
+        *(("tile_value", n) for n in (-0.1, math.nan, "0")),
     ],
 )
 def test_matched_scales_refuse_nonsense(name: str, number: Any) -> None:

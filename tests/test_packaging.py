@@ -178,11 +178,11 @@ def test_extras_are_what_they_are_for() -> None:
 
 
 def test_lower_bounds_are_what_is_tested() -> None:
-    """``requirements/oldest.txt`` and the workflow of the oldest torch have the versions that
+    """``requirements/oldest*.txt`` and the workflow of the oldest torch have the versions that
     ``pyproject.toml`` calls the oldest."""
     always, optional = declared()
-    oldest = requirements("oldest")
-    for entry in [*always, *optional["transformers"]]:
+    oldest = requirements("oldest") | requirements("oldest-triton")
+    for entry in [*always, *optional["transformers"], *optional["triton"]]:
         name, _, version = entry.partition(">=")
         if name == "torch":
             workflow = (ROOT / ".github/workflows/test.yml").read_text()

@@ -22,7 +22,7 @@ from adasplash2.problem import Inputs, Problem
 logger = logging.getLogger("adasplash2")
 
 MAX_INVERSE = 1e30
-"""Of ``c``: bounds are a few times its inverse below scores, and must be finite in float32."""
+"""The largest ``1 / c``: bounds lie a few times that below scores, and must be finite numbers."""
 
 EXACT_BLOCKS = 2
 """Blocks of ``exact.cu`` for each multiprocessor: what is marked is shared among them."""

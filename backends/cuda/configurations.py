@@ -21,7 +21,7 @@ SPLIT: Config = {"scan": "split"}
 """Keys cut into parts, of few queries: ``decode.cu``."""
 
 FEWEST_DECODED = 256
-"""Keys from which they are cut where nothing else asks for it: fewer are not worth it."""
+"""The fewest keys that are cut where nothing else asks for it: fewer are not worth it."""
 
 DECODED_FEATURES = ("causal_align", "window", FEATURES["ranges"], FEATURES["block_table"])
 """What only ``decode.cu`` knows: few queries may ask it, of however few keys."""
@@ -31,7 +31,7 @@ HOPPER_SHAPES = ((3, 2), (3, 3), (2, 3))
 within 10 % of it wherever measured; fewer warpgroups or stages leave room for longer lists."""
 
 RETRY_SHAPE = (1, 2)
-"""The same of the retry of rows that their lists could not hold."""
+"""The same for the retry of rows that their lists could not hold."""
 
 SHORT_KEYS = 512
 """Keys that a row sees, on the mean, up to which it is taken to keep so many of them that the scan

@@ -125,7 +125,7 @@ ROW_THREADS = 256
 # Few queries (decode.cu)
 
 MOST_DECODED = 16
-"""Queries of a head up to which they are few."""
+"""The most queries of a head that are decoded."""
 
 DECODE_TILE = 16
 """Keys whose scores a warp has at once: M of mma.sync."""

@@ -20,35 +20,36 @@ HOPPER_RESERVED = layout.SWIZZLE_ALIGNMENT + 512
 
 
 DECODE_KEY_BYTES = 64
-"""Of a key that four lanes copy in a step."""
+"""Bytes of a key that four lanes copy in one step."""
 
 DECODE_WARPS = 4, 2, 1
-"""Of a block, the first for which there is memory."""
+"""Warps of a block: the first number for which there is memory."""
 
 DECODE_QUERY_BYTES = 16 * 1024
-"""Of the queries of a block at most: wide ones are read for in more than one block."""
+"""The most bytes of a block's queries: where they are wide, several blocks share the rows."""
 
 DECODE_MOST_TILES = 8
-"""Tiles of rows at most, whose scores take registers."""
+"""The most tiles of rows of a block: their scores take registers."""
 
 DECODE_WARP_BYTES = 12 * 1024
-"""Of keys on their way to a warp. 16 warps to a multiprocessor then keep 192 KiB coming."""
+"""Bytes of keys on their way to a warp: 16 warps of a multiprocessor then have 192 KiB coming."""
 
 DECODE_LEAST_STAGES, DECODE_MOST_STAGES = 2, 8
 
 DECODE_PART_TILES = 4
-"""Tiles of a part at least."""
+"""The fewest tiles of a part."""
 
 DECODE_WAVES = 8
-"""Blocks of rows, as parts of the blocks at work at once, from which on the last wave may be
-short, and splits are chosen so that it is not."""
+"""Where more than so many thread blocks for each block of rows are at work at once, splits fill
+these once. Else a short last wave would cost much, and of so many splits those are chosen that fill
+it best."""
 
 DECODE_REGISTERS = 128, 168
-"""Of a thread that scans: as a rule, and with most tiles of rows or in float32, whose products are
-its own sums."""
+"""Registers of a thread that scans: as a rule, and with the most tiles of rows or in float32, whose
+products each thread sums by itself."""
 
 REGISTER_FILE = 65_536
-"""Of a multiprocessor."""
+"""Registers of a multiprocessor."""
 
 
 def padded(width: int) -> int:

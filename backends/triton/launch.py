@@ -38,16 +38,17 @@ MAXIMA_CHUNK = 4096
 """Tile maxima that a program holds at a time, at most: 32 of 128 rows."""
 
 FEW_MAXIMA = 512
-"""Tile maxima for each warp whose pieces' maxima, four times as many, fit its registers."""
+"""The most tile maxima of a warp for which those of their pieces, four times as many, fit its
+registers."""
 
 FOLDS = 2
 """Tiles that share the maxima of their pieces there, where all that a row may see are as many."""
 
-KEPT = 1
-"""Steps there after which tiles are not listed anew."""
+REUSES = 1
+"""Further steps for which the first list of so few tiles serves."""
 
 FEWEST_MAXIMA = 16
-"""Of a row that a program holds at a time, however few tiles there are."""
+"""The fewest tile maxima of a row that a program holds at a time, however few tiles there are."""
 
 LIST_CHUNK = 256
 """Row blocks that the transposition looks at together."""
@@ -215,7 +216,7 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
 
 
 def forget() -> None:
-    """Plans, and the kernels that plans share: they hold for numbers as these were."""
+    """Drop all plans, and the kernels that plans share: they depend on this module's constants."""
     _plan.cache_clear()
     _of_any_length.cache_clear()
 
@@ -244,7 +245,7 @@ class Call:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def prepared(self, tensor: Tensor) -> Tensor:
-        """With unit stride in head_dim, and in a dtype that can be computed with."""
+        """``tensor`` with unit stride in head_dim, in a dtype that kernels can compute with."""
         if tensor.dtype != self.dtype:
             tensor = tensor.to(self.dtype)
         _, _, row, inner = tensor.stride()
@@ -252,7 +253,7 @@ class Call:
         return tensor if unit and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
 
     def are_compiled(self, asked: Iterable[Hashable]) -> bool:
-        """Whether these are, as :func:`launch` remembers them, and will be launched: pointers may
+        """Whether :func:`launch` remembers all of these kernels and is what runs them: pointers may
         then be numbers."""
         return self.run is launch and all(map(self.compiled.get, asked))
 
@@ -400,15 +401,15 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
         CHUNK=chunk,
         FEW=few,
         FOLDS=min(FOLDS, chunk // FEWEST_MAXIMA) if few else 1,
-        KEPT=KEPT if few else 0,
+        REUSES=REUSES if few else 0,
         SPAN=span,
         STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
     )
 
 
 def _stages(call: Call, kernel: str) -> int | None:
-    """Of a loop over tiles, where they must be said: Triton asks ahead by itself for what products
-    multiply, but not for what they add up from."""
+    """Stages of a kernel's loop over tiles, where they must be given: by itself Triton loads ahead
+    what products multiply, but not what they are added to."""
     return int(call.config[f"{kernel}_stages"]) if call.plan.opt.folded else None
 
 
@@ -493,7 +494,7 @@ def backward(
         "row_block_lists": row_block_lists,
         "row_block_counts": row_block_counts,
         **of_keys,
-        "PARTS": int(call.config["parts"]),
+        "ROW_PARTS": int(call.config["parts"]),
         "STAGES": _stages(call, "grad_key_value"),
         "key_tiles": key_tiles,
     }

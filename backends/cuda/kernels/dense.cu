@@ -57,8 +57,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) char shared[];
   const Block b(p, blockIdx.x);
   if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
-  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row,
-                                       b.first_of_block(), p.length_q);
+  b.load_queries(shared);
   cp_async_commit();
   char* stages = shared + kBytes;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
@@ -182,10 +181,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) char shared[];
   const Block b(p, blockIdx.x);
   if (!__syncthreads_or(b.flat[0] || b.flat[1])) return;
-  load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row,
-                                       b.first_of_block(), p.length_q);
-  load_tile<kRows, kHeadDimV, kThreads>(shared + kBytes, row_of(p.grad_o, b.batch, b.head, 0),
-                                        p.grad_o.row, b.first_of_block(), p.length_q);
+  b.load_queries(shared);
+  b.load_grads(shared + kBytes);
   cp_async_commit();
   char* stages = shared + kBytes + kBytesV;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
@@ -317,17 +314,10 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
       ChunkScores s, dp;
       dot_products<kChunkParts, kDim>(s, keys, queries);
       if constexpr (want_k) dot_products<kChunkParts, kDimV>(dp, values, grads);
-#pragma unroll
-      for (int n = 0; n < kChunkParts; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = chunk + n * 8 + lane_id() % 4 * 2 + i % 2;
-          const float x = rows.distance(c, s[n][i], at);
-          const bool kept = x > 0.f && is_seen(first_row + at, b.key_of_slot(i / 2), p.length_k);
-          s[n][i] = kept ? kProbScale * rows.factor[at] * probability(x, p.r) : 0.f;
-          if constexpr (want_k)
-            dp[n][i] = kept ? weight(x, p.r) * (dp[n][i] - rows.delta[at]) : 0.f;
-        }
+      b.for_scores(s, rows, c, first_row, chunk, [&](int n, int i, int at, float x, bool kept) {
+        s[n][i] = kept ? kProbScale * rows.factor[at] * probability(x, p.r) : 0.f;
+        if constexpr (want_k) dp[n][i] = kept ? weight(x, p.r) * (dp[n][i] - rows.delta[at]) : 0.f;
+      });
       if constexpr (want_v) add_weighted<kChunkParts, kDimV>(grad_v, s, grads);
       if constexpr (want_k) add_weighted<kChunkParts, kDim>(grad_k, dp, queries);
     }

@@ -164,7 +164,16 @@ struct Block : QueryBlock<kRows> {
     }
   }
   __device__ int row_of_slot(int slot) const { return first_row + slot * 8 + lane_id() / 4; }
-  __device__ int first_of_block() const { return first_row - warp_id() * 16; }
+
+  // Start to load the block's queries, and the gradients of their outputs.
+  __device__ __forceinline__ void load_queries(char* to) const {
+    load_tile<kRows, kHeadDim, kThreads>(to, row_of(p.q, batch, head, 0), p.q.row, first,
+                                         p.length_q);
+  }
+  __device__ __forceinline__ void load_grads(char* to) const {
+    load_tile<kRows, kHeadDimV, kThreads>(to, row_of(p.grad_o, batch, head, 0), p.grad_o.row, first,
+                                          p.length_q);
+  }
 
   __device__ bool allowed(int slot, int key) const {
     return is_seen(row_of_slot(slot), key, p.length_k);
@@ -243,6 +252,22 @@ struct Keys : KeyBlock<kRows> {
     load_tile<kRows, kHeadDimV, kThreads>(to + kBytes, row_of(p.v, batch, kv_head, 0), p.v.row,
                                           first, p.length_k);
     cp_async_commit();
+  }
+
+  // body(n, i, row of the tile, x, whether the row keeps the key) for each s[n][i] that
+  // dot_products() leaves of the warp's keys and a tile's rows from `chunk` on. `c` comes from
+  // before the loop over chunks: computed here, it makes kernels longer.
+  template <class Body>
+  __device__ __forceinline__ void for_scores(const ChunkScores& s, const QueryRows& rows, float c,
+                                             int first_row, int chunk, const Body& body) const {
+#pragma unroll
+    for (int n = 0; n < kChunkParts; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = chunk + n * 8 + lane_id() % 4 * 2 + i % 2;
+        const float x = rows.distance(c, s[n][i], at);
+        body(n, i, at, x, x > 0.f && is_seen(first_row + at, key_of_slot(i / 2), p.length_k));
+      }
   }
 
   // body(first query) for each tile with flat rows; queries, output gradients and `rows` stand in

@@ -162,8 +162,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Weights weights(values_at + kBytesV);
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
   for_unsafe_rows(p, p.flat, [&](const Block& b, bool wanted) {
-    load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row, b.first,
-                                         p.length_q);
+    b.load_queries(shared);
     const Rows rows(b);
     Sums<kHeadDimV> out;
     float mass[2] = {0.f, 0.f};
@@ -208,10 +207,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
   const u32 grads = shared_address(grads_at) + warp_id() * 16 * tile_stride<kDimV>;
   for_unsafe_rows(p, p.unsafe_rows, [&](const Block& b, bool wanted) {
-    load_tile<kRows, kHeadDim, kThreads>(shared, row_of(p.q, b.batch, b.head, 0), p.q.row, b.first,
-                                         p.length_q);
-    load_tile<kRows, kHeadDimV, kThreads>(grads_at, row_of(p.grad_o, b.batch, b.head, 0),
-                                          p.grad_o.row, b.first, p.length_q);
+    b.load_queries(shared);
+    b.load_grads(grads_at);
     const Rows rows(b);
     float sum_u[2] = {0.f, 0.f}, sum_udp[2] = {0.f, 0.f}, delta[2] = {0.f, 0.f};
     Sums<kHeadDim> grad_q;
@@ -293,17 +290,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                                         shared_address(queries_at) + chunk * tile_stride<kDim>);
         dot_products<kChunkParts, kDimV>(dp, values,
                                          shared_address(grads_at) + chunk * tile_stride<kDimV>);
-#pragma unroll
-        for (int n = 0; n < kChunkParts; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int at = chunk + n * 8 + lane_id() % 4 * 2 + i % 2;
-            const float x = rows.distance(c, s[n][i], at);
-            const bool kept = x > 0.f && is_seen(first_row + at, b.key_of_slot(i / 2), p.length_k);
-            const float prob = kept ? probability(x, p.r) : 0.f, u = kept ? weight(x, p.r) : 0.f;
-            const float ds = u != 0.f ? u * (dp[n][i] - rows.delta[at]) : 0.f;
-            s[n][i] = of_values ? rows.factor[at] * prob : ds;
-          }
+        b.for_scores(s, rows, c, first_row, chunk, [&](int n, int i, int at, float x, bool kept) {
+          const float prob = kept ? probability(x, p.r) : 0.f, u = kept ? weight(x, p.r) : 0.f;
+          const float ds = u != 0.f ? u * (dp[n][i] - rows.delta[at]) : 0.f;
+          s[n][i] = of_values ? rows.factor[at] * prob : ds;
+        });
         weights.put(s, chunk);
       }
       sums.add(weights, of_values ? grads_at : queries_at);

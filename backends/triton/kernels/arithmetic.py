@@ -51,13 +51,13 @@ def finite_part(tile, SAFE: tl.constexpr):
 
 
 @triton.jit
-def count_bad(bad, kept, tile):
-    """Add to ``bad`` how many entries of the tile that are kept are +inf, and how many -inf, by row
-    of ``kept`` and column of the tile; NaN is both."""
+def count_bad(bad, reached, tile):
+    """Add to ``bad`` how many entries of the tile that are ``reached`` are +inf, and how many -inf,
+    by row of ``reached`` and column of the tile; NaN is both."""
     above, below = bad
-    kept = kept.to(tile.dtype)
-    above += matmul(kept, tl.where(tile < INFINITY, 0.0, 1.0).to(tile.dtype))
-    below += matmul(kept, tl.where(tile > -INFINITY, 0.0, 1.0).to(tile.dtype))
+    reached = reached.to(tile.dtype)
+    above += matmul(reached, tl.where(tile < INFINITY, 0.0, 1.0).to(tile.dtype))
+    below += matmul(reached, tl.where(tile > -INFINITY, 0.0, 1.0).to(tile.dtype))
     return above, below
 
 

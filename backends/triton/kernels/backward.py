@@ -52,9 +52,11 @@ from adasplash2.backends.triton.kernels.work import (
     checked,
     entries_at,
     entry_of,
+    first_again,
     first_entry,
     head_of,
     in_turn,
+    is_block_marked,
     is_cut,
     is_edge,
     is_marked,
@@ -63,6 +65,7 @@ from adasplash2.backends.triton.kernels.work import (
     load_tile,
     mark_rows,
     member_and_block,
+    next_again,
     portion,
     row_block_at,
     rows_at,
@@ -278,16 +281,13 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
                SAFE: tl.constexpr):  # fmt: skip
     """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands."""
     if SAFE:
-        number = tl.program_id(0)
-        waiting = (tl.load(some) != 0) & (number < work_items)
+        number, waiting = first_again(some, work_items)
         while waiting:
-            _, _, _, at_row, inside = row_block_at(number, shape, opt)
-            if is_marked(unsafe + at_row, inside):
+            if is_block_marked(number, unsafe, shape, opt):
                 grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
                               t_in, lists, counts, grad_q, delta_out, row_grads, unsafe, some,
                               shape, scale, opt, CHUNK, WANTED, STAGES, SAFE)  # fmt: skip
-            number += tl.num_programs(0)
-            waiting = number < work_items
+            number, waiting = next_again(number, work_items)
     else:
         grad_query_of(tl.program_id(0), query, key, value, grad_out, out_u, spread_in, top_in, t_in,
                       lists, counts, grad_q, delta_out, row_grads, unsafe, some, shape, scale, opt,
@@ -362,13 +362,13 @@ def by_keys(tile, BY_KEY: tl.constexpr):
 
 @triton.jit
 def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, at_head, shape,
-                   opt: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
+                   opt: tl.constexpr, SCALE: tl.constexpr, ROW_PARTS: tl.constexpr,
                    SAFE: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds^T Q`` and ``p^T dO`` over the entries that need no mask, or the others where EDGE.
 
-    A row block is taken in PARTS: all of its rows do not fit the registers beside two sums. Tiles
-    are made with keys along the first axis, as the sums want them, but for masks: those lie in
-    memory by rows, and what threads would hand on of them is more than what they do of ``p`` and
+    A row block is taken in ROW_PARTS: all of its rows do not fit the registers beside two sums.
+    Tiles are made with keys along the first axis, as the sums want them, but for masks: those lie
+    in memory by rows, and what threads would hand on of them is more than what they do of ``p`` and
     ``ds``.
     """
     by_key: tl.constexpr = not opt.masked
@@ -378,16 +378,16 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
     g_base, g_member, g_row = grads
     top_in, t_in, delta_in, spread_in, first_head = thresholds
     numbers, start, stop = portion(entries, EDGE)
-    part: tl.constexpr = opt.block_q // PARTS
+    part: tl.constexpr = opt.block_q // ROW_PARTS
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     length = shape.length_q
     upcoming = first_entry(numbers, start, stop, EDGE)
-    for index in tl.range(start * PARTS, stop * PARTS, num_stages=STAGES):
+    for index in tl.range(start * ROW_PARTS, stop * ROW_PARTS, num_stages=STAGES):
         entry = upcoming
-        upcoming = entry_of(numbers, (index + 1) // PARTS, stop)
+        upcoming = entry_of(numbers, (index + 1) // ROW_PARTS, stop)
         head, row_block = member_and_block(entry, row_blocks, opt)
         member = head.to(tl.int64)
-        first_row = (row_block * PARTS + index % PARTS) * part
+        first_row = (row_block * ROW_PARTS + index % ROW_PARTS) * part
         q_head = (q_base + member * q_member, q_row)
         q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, not opt.even)
         g_head = (g_base + member * g_member, g_row)
@@ -412,7 +412,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
             top = of_rows(top, by_key)
         x, s = distances_of(product, top, of_rows(t, by_key), first_row, first_key, terms, shape,
                             opt, part, by_key,
-                            is_edge(index // PARTS, entries, EDGE))  # fmt: skip
+                            is_edge(index // ROW_PARTS, entries, EDGE))  # fmt: skip
         p, u = weights(x, terms.r, opt)
         if opt.dropout or opt.scales:
             rows, keys = numbers_of(first_row, first_key, opt, part, by_key)
@@ -510,12 +510,13 @@ def poison_of(at_head, first_key, poison, shape, opt: tl.constexpr):
 
 
 @triton.jit
-def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt: tl.constexpr):
+def is_poisoned(at_head, first_key, t_in, tile_poison, shape, ROWS: tl.constexpr,
+                opt: tl.constexpr):  # fmt: skip
     """Which of ROWS keys a poisoned row may see, where these are not a head's leading keys: by
     :func:`poison_of` their tile, and rows are looked at where they are."""
     kv_row, batch, kv_head = at_head
     found = tl.full((ROWS,), 0, tl.int32)
-    if poison != 0:
+    if tile_poison != 0:
         keys = (first_key + tl.arange(0, ROWS))[:, None]
         row_blocks = tl.cdiv(shape.length_q, opt.block_q)
         for entry in range(0, shape.gqa_group * row_blocks):
@@ -535,8 +536,8 @@ def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt
 
 
 @triton.jit
-def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe, some,
-               shape, scale, ROWS: tl.constexpr, opt: tl.constexpr,
+def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, tile_poison, grad_k, grad_v, unsafe,
+               some, shape, scale, ROWS: tl.constexpr, opt: tl.constexpr,
                SAFE: tl.constexpr):  # fmt: skip
     """Store ``dK`` and ``dV`` of ROWS keys from their sums, and mark what is not finite."""
     kv_row, batch, kv_head = at_head
@@ -544,9 +545,9 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad
     at_key, inside = rows_at(kv_row, first_key, shape.length_k, ROWS)
     length = shape.length_k
     if opt.scattered:
-        poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, ROWS, opt)[:, None]
+        poisoned = is_poisoned(at_head, first_key, t_in, tile_poison, shape, ROWS, opt)[:, None]
     else:
-        poisoned = (first_key + tl.arange(0, ROWS) < poison)[:, None]
+        poisoned = (first_key + tl.arange(0, ROWS) < tile_poison)[:, None]
     result_k = tl.where(poisoned, float("nan"), acc_k * scale)
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
     if opt.dropout:
@@ -566,12 +567,12 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad
 def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in, t_in, delta_in,
                       spread_in, row_block_lists, row_block_counts, cuts, partials, poison,
                       grad_k, grad_v, unsafe, some, shape, scale, opt: tl.constexpr,
-                      PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
+                      ROW_PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
                       SAFE: tl.constexpr):  # fmt: skip
     """:func:`grad_key_value` of one of the ``pieces`` of key tile ``number``; of none, of all."""
     at_head, first_key = tile_at(number, shape, opt)
     kv_row, batch, kv_head = at_head
-    poison = poison_of(at_head, first_key, poison, shape, opt)
+    tile_poison = poison_of(at_head, first_key, poison, shape, opt)
     first_head = kv_head * shape.gqa_group
     prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     length = shape.length_k
@@ -596,7 +597,7 @@ def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in
     for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
         sums = grad_key_tiles(
             sums, k, v, first_key, (q_base, query.head, q_row), (g_base, grad_out.head, g_row),
-            thresholds, entries, at_head, shape, opt, prob_scale, PARTS, SAFE, STAGES, edge,
+            thresholds, entries, at_head, shape, opt, prob_scale, ROW_PARTS, SAFE, STAGES, edge,
         )  # fmt: skip
     acc_k, acc_v, bad = sums
     if pieces > 0:
@@ -605,20 +606,19 @@ def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in
         tl.store(of_keys, acc_k)
         tl.store(of_values, acc_v)
     else:
-        store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe,
-                   some, shape, scale, opt.block_k, opt, SAFE)  # fmt: skip
+        store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, tile_poison, grad_k, grad_v,
+                   unsafe, some, shape, scale, opt.block_k, opt, SAFE)  # fmt: skip
 
 
 @triton.jit
 def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_in,
                    row_block_lists, row_block_counts, cuts, owners, partials, poison, grad_k,
                    grad_v, unsafe, some, shape, scale, key_tiles, opt: tl.constexpr,
-                   PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
+                   ROW_PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
                    SAFE: tl.constexpr):  # fmt: skip
     """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
-    number = tl.program_id(0)
     if SAFE:
-        waiting = (tl.load(some) != 0) & (number < key_tiles)
+        number, waiting = first_again(some, key_tiles)
         while waiting:
             at_head, first_key = tile_at(number, shape, opt)
             at_key, inside = rows_at(at_head[0], first_key, shape.length_k, opt.block_k)
@@ -626,10 +626,10 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
                 grad_key_value_of(number, 0, 0, query, key, value, grad_out, top_in, t_in,
                                   delta_in, spread_in, row_block_lists, row_block_counts, cuts,
                                   partials, poison, grad_k, grad_v, unsafe, some, shape, scale,
-                                  opt, PARTS, MOST, STAGES, SAFE)  # fmt: skip
-            number += tl.num_programs(0)
-            waiting = number < key_tiles
+                                  opt, ROW_PARTS, MOST, STAGES, SAFE)  # fmt: skip
+            number, waiting = next_again(number, key_tiles)
     else:
+        number = tl.program_id(0)
         piece = 0
         pieces = 0
         if MOST:
@@ -641,7 +641,7 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
             number = in_turn(number, heads_kv, tl.cdiv(shape.length_k, opt.block_k), shape, opt)
         grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in, t_in,
                           delta_in, spread_in, row_block_lists, row_block_counts, cuts, partials,
-                          poison, grad_k, grad_v, unsafe, some, shape, scale, opt, PARTS, MOST,
+                          poison, grad_k, grad_v, unsafe, some, shape, scale, opt, ROW_PARTS, MOST,
                           STAGES, SAFE)  # fmt: skip
 
 
@@ -665,9 +665,9 @@ def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, som
         acc_k += tl.load(of_keys)
         acc_v += tl.load(of_values)
     at_head, first_key = tile_at(number, shape, opt)
-    poison = poison_of(at_head, first_key, poison, shape, opt)
-    store_keys(acc_k, acc_v, None, at_head, first_key + first_row, t_in, poison, grad_k, grad_v,
-               unsafe, some, shape, scale, ROWS, opt, False)  # fmt: skip
+    tile_poison = poison_of(at_head, first_key, poison, shape, opt)
+    store_keys(acc_k, acc_v, None, at_head, first_key + first_row, t_in, tile_poison, grad_k,
+               grad_v, unsafe, some, shape, scale, ROWS, opt, False)  # fmt: skip
 
 
 @triton.jit

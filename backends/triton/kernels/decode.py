@@ -664,7 +664,7 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
         step += 1
         if LAST:
             _, s = listed_scores(own, listed, 0, count, opt, GROUPS)
-            t, step, _ = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
+            t, step, kept = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
                                        final == 0, terms, tolerance, opt, GROUPS,
                                        MAX_STEPS)  # fmt: skip
         tl.store(counts + at_row, tl.where(final, 0, count))

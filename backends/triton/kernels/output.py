@@ -32,16 +32,18 @@ from adasplash2.backends.triton.kernels.threshold import (
 from adasplash2.backends.triton.kernels.work import (
     entries_at,
     entry_of,
+    first_again,
     first_entry,
     head_of,
+    is_block_marked,
     is_cut,
     is_edge,
-    is_marked,
     keys_of,
     load_pair,
     load_thresholds,
     load_tile,
     mark_rows,
+    next_again,
     portion,
     row_block_at,
     store_tile,
@@ -69,33 +71,33 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
           MARK: tl.constexpr):  # fmt: skip
     """Add the values ``v`` of keys at distances ``x``, weighted by ``p``, and by ``u`` where
     GRADIENT."""
-    acc, acc_u, bad, mass, slope, kept = sums
+    acc, acc_u, bad, mass, slope, count = sums
     p, u = weights(x, terms.r, opt)
     mass += part_sums(p)
     if opt.dropout:
         rows, columns = numbers_of(first_row, first, opt, opt.block_q)
-        kept_ones = is_kept(rows, columns, terms, shape, opt)
-        p = tl.where(kept_ones, p, 0.0)
+        kept = is_kept(rows, columns, terms, shape, opt)
+        p = tl.where(kept, p, 0.0)
     acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
     if GRADIENT:
         u = scaled(u, u_scale, v.dtype, opt)
         slope += part_sums(u)
         if opt.dropout:
-            u = tl.where(kept_ones, u, 0.0)
+            u = tl.where(kept, u, 0.0)
         acc_u += weighted(u, finite_part(v, SAFE), opt)
     if SAFE:
         reached = is_inside(x, terms.r, opt)
         if opt.dropout:
-            reached = reached & kept_ones
+            reached = reached & kept
         bad = count_bad(bad, reached, v)
     if COUNT:
-        kept += tl.sum(is_inside(x, terms.r, opt).to(tl.int32), 1)
+        count += tl.sum(is_inside(x, terms.r, opt).to(tl.int32), 1)
         rows = first_row + tl.arange(0, opt.block_q)
         columns = first + tl.arange(0, opt.block_k)
         places = marks + (rows // MARK)[:, None] * tl.cdiv(shape.length_k, MARK)
         places += (columns // MARK)[None, :]
         tl.store(places, tl.full(x.shape, 1, tl.int8), mask=is_inside(x, terms.r, opt))
-    return acc, acc_u, bad, mass, slope, kept
+    return acc, acc_u, bad, mass, slope, count
 
 
 @triton.jit
@@ -160,7 +162,7 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
                  opt: tl.constexpr, SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                  COUNT: tl.constexpr):  # fmt: skip
     """Store the means that the sums of all keys make, and mark rows that are not finite."""
-    acc, acc_u, bad, masses, slopes, kept = sums
+    acc, acc_u, bad, masses, slopes, count = sums
     mass, slope = pair_sums(masses, slopes)
     if opt.sinks:
         p, u = weights(distance(terms.sink, top, t, terms.c, opt), terms.r, opt)
@@ -191,7 +193,7 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
             means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v
         )
     if COUNT:
-        tl.store(support + at_row, kept, mask=inside)
+        tl.store(support + at_row, count, mask=inside)
     if not SAFE:
         mark_rows(unsafe + at_row, some, result, inside)
 
@@ -237,16 +239,13 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     ``spread``: 0 where one key has it all, whose ``ds`` is zero.
     """
     if SAFE:
-        number = tl.program_id(0)
-        waiting = (tl.load(some) != 0) & (number < work_items)
+        number, waiting = first_again(some, work_items)
         while waiting:
-            _, _, _, at_row, inside = row_block_at(number, shape, opt)
-            if is_marked(unsafe + at_row, inside):
+            if is_block_marked(number, unsafe, shape, opt):
                 output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists,
                           counts, unsafe, some, support, marks, shape, opt, GRADIENT, SAFE,
                           COUNT, MARK)  # fmt: skip
-            number += tl.num_programs(0)
-            waiting = number < work_items
+            number, waiting = next_again(number, work_items)
     else:
         output_of(tl.program_id(0), query, key, value, out, out_u, spread, top_in, t_in, lists,
                   counts, unsafe, some, support, marks, shape, opt, GRADIENT, SAFE, COUNT,

@@ -105,8 +105,8 @@ def piece_maxima(s, SPAN: tl.constexpr):
     """The row maxima of PIECES of each of SPAN tiles, of keys that one thread holds of a product of
     matrices before compute capability 10: of four neighbouring pairs each has one."""
     pairs: tl.constexpr = s.shape[1] // (SPAN * PIECES * 2)
-    kept = tl.reshape(s, (s.shape[0], SPAN, pairs, PIECES, 2))
-    return largest(largest(kept, 4), 2)
+    pieces = tl.reshape(s, (s.shape[0], SPAN, pairs, PIECES, 2))
+    return largest(largest(pieces, 4), 2)
 
 
 @triton.jit
@@ -260,14 +260,14 @@ def filter_candidates(candidates, maxima, top, t, count, is_first, origin, terms
         p, u = weights(x, terms.r, opt)
         mass += tl.sum(p, 1)
         slope += tl.sum(u, 1)
-        kept = tl.max(is_inside(x, terms.r, opt).to(tl.int32), 0)
-        goal = left + tl.cumsum(kept, 0) - kept
-        moves = (kept > 0) & (goal < places)
+        alive = tl.max(is_inside(x, terms.r, opt).to(tl.int32), 0)
+        goal = left + tl.cumsum(alive, 0) - alive
+        moves = (alive > 0) & (goal < places)
         pointers = maxima + goal[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
         tl.debug_barrier()  # the chunk is read
         tl.store(pointers, highest, mask=moves[None, :])
-        tl.store(candidates + goal, numbers, mask=moves | ((kept > 0) & is_first))
-        left += tl.sum(kept, 0)
+        tl.store(candidates + goal, numbers, mask=moves | ((alive > 0) & is_first))
+        left += tl.sum(alive, 0)
     tl.debug_barrier()  # what moved is read back by other threads
     return mass, slope, left
 
@@ -451,7 +451,7 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
 def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, counts, poison,
           taken, iterations, shape, work_items, tolerance, opt: tl.constexpr, CHUNK: tl.constexpr,
           MAX_STEPS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, FEW: tl.constexpr,
-          FOLDS: tl.constexpr, KEPT: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+          FOLDS: tl.constexpr, REUSES: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
     """Thresholds of all rows, and per row block the list of the tiles that hold support.
 
     One dense pass keeps the maxima of rows and tiles. The threshold of a subset of a row's scores
@@ -592,7 +592,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             waiting = any_of(pending) & (step < MAX_STEPS)
             # The first list holds little more than the last one: where tiles are few, it serves the
             # second step too.
-            if (not FEW) or (step > KEPT) or (waiting == 0):
+            if (not FEW) or (step > REUSES) or (waiting == 0):
                 # The next step may fall back to `lo`.
                 bound = tl.where(waiting, lo, t) - slack(terms.r)
                 bound = tl.where(pending | (waiting == 0), bound, INFINITY)

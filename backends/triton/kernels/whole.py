@@ -67,7 +67,7 @@ from adasplash2.backends.triton.kernels.work import (
     row_block_of,
 )
 
-PARTS = tl.constexpr(8)
+TILE_PARTS = tl.constexpr(8)
 """Of a tile, whose maxima bound a row's threshold. With 64 keys they leave blocks of Gaussian rows
 two or three steps, one less than the maxima of whole tiles."""
 
@@ -78,12 +78,13 @@ SURE_STEPS = tl.constexpr(1)
 
 @triton.jit
 def part_maxima(s, opt: tl.constexpr, wide: tl.constexpr):
-    """The row maxima of PARTS parts of each tile, of keys that one thread holds of a product of
-    matrices before compute capability 10: pairs, four of which are neighbours over four threads."""
+    """The row maxima of TILE_PARTS parts of each tile, of keys that one thread holds of a product
+    of matrices before compute capability 10: pairs, four of which are neighbours over four threads.
+    """
     tiles: tl.constexpr = wide.block_k // opt.block_k
-    pairs: tl.constexpr = opt.block_k // PARTS
-    parts = tl.reshape(s, (opt.block_q, tiles, PARTS // 4, pairs // 2, 4, 2))
-    return tl.reshape(largest(largest(parts, 5), 3), (opt.block_q, tiles * PARTS))
+    pairs: tl.constexpr = opt.block_k // TILE_PARTS
+    parts = tl.reshape(s, (opt.block_q, tiles, TILE_PARTS // 4, pairs // 2, 4, 2))
+    return tl.reshape(largest(largest(parts, 5), 3), (opt.block_q, tiles * TILE_PARTS))
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def guess_rows(moments, top, lo, rows, terms, shape, opt: tl.constexpr):
     The largest of so many Gaussian scores is on the mean some deviations above theirs, and its own
     deviation is a part of theirs.
     """
-    keys: tl.constexpr = opt.block_k // PARTS
+    keys: tl.constexpr = opt.block_k // TILE_PARTS
     if keys >= 16:
         above: tl.constexpr = 1.76599
         part: tl.constexpr = 0.54303
@@ -236,7 +237,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
             s = tl.where(allowed(rows, columns, terms, shape, wide), s, -INFINITY)
         maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
-        highest = largest(tl.reshape(maxima, (opt.block_q, tiles, PARTS)), 2)
+        highest = largest(tl.reshape(maxima, (opt.block_q, tiles, TILE_PARTS)), 2)
         if opt.guesses:
             top, moments = top_and_moments(maxima)
         else:

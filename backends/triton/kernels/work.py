@@ -148,6 +148,21 @@ def is_marked(unsafe, inside):
 
 
 @triton.jit
+def first_again(some, items):
+    """The first of the ``items`` that a program looks at for marks, and whether it does: where
+    there are ``some``. Programs may be fewer than items."""
+    number = tl.program_id(0)
+    return number, (tl.load(some) != 0) & (number < items)
+
+
+@triton.jit
+def next_again(number, items):
+    """The item behind ``number`` that the same program looks at, and whether there is one."""
+    number += tl.num_programs(0)
+    return number, number < items
+
+
+@triton.jit
 def rows_at(head_row, first, length, BLOCK: tl.constexpr):
     """Offsets of BLOCK rows of a head in a ``(heads, length)`` array, and which of them exist."""
     rows = first + tl.arange(0, BLOCK)
@@ -184,6 +199,13 @@ def row_block_of(number, shape, opt: tl.constexpr):
     first_row = row_block * opt.block_q
     at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
     return head_row * row_blocks + row_block, at_head, first_row, at_row, inside
+
+
+@triton.jit
+def is_block_marked(number, unsafe, shape, opt: tl.constexpr):
+    """Whether a row is marked of the row block that is ``number`` in launch order."""
+    _, _, _, at_row, inside = row_block_at(number, shape, opt)
+    return is_marked(unsafe + at_row, inside)
 
 
 @triton.jit

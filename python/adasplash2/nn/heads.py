@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adasplash2.functional import entmax_attention, entmax_attention_varlen
+from adasplash2.functional import attention_stats, entmax_attention, entmax_attention_varlen
 from adasplash2.options import check_alpha, check_count, check_dtype, check_finite
 
 CANDIDATES = tuple(2.0 ** (-step / 4) for step in range(21))
@@ -107,16 +107,23 @@ class ScaleMatcher:
 
     An observer of attention, as :class:`AttentionMonitor` is: it looks at the queries, keys and
     values of a model that still attends with softmax. A few sequences of what the model is for,
-    as long as they will be, tell enough. Every call costs 21 forwards of its attention.
+    as long as they will be, tell enough. Every call costs 21 forwards of its attention, and as many
+    counts of empty tiles where they are worth something.
 
     Args:
         alpha: that the model will have.
         tolerance: by how much the squared error may be above the least one, in parts of softmax's
             squared output. SmolLM2-135M keeps 29 keys of 768 with 0, 22 with 0.03, 20 with 0.06,
             and its loss before any step is 3.23, 3.27, 3.32 (softmax 3.12).
+        tile_value: what empty tiles (64x64, without a probability above zero) are worth: of each
+            head the squared error, in parts of softmax's squared output, minus this times its share
+            of empty tiles is the least. So heads whose tiles empty soon pay for it, and those whose
+            tiles never do stay near to softmax.
 
     Raises:
-        TypeError, ValueError: ``alpha`` is no number above 1, or ``tolerance`` none of at least 0.
+        TypeError, ValueError: ``alpha`` is no number above 1, or ``tolerance`` or ``tile_value``
+            none of at least 0; when used, packed sequences with a ``tile_value``: their tiles are
+            not counted.
 
     Example:
         >>> import torch, adasplash2
@@ -136,15 +143,16 @@ class ScaleMatcher:
         2 of 2 attention layers run adasplash2-1.5
     """
 
-    def __init__(self, alpha: float = 1.5, tolerance: float = 0.0) -> None:
+    def __init__(self, alpha: float = 1.5, tolerance: float = 0.0, tile_value: float = 0.0) -> None:
         self.alpha = check_alpha(alpha)
         if self.alpha == 1.0:
             raise ValueError("alpha must be above 1: softmax is what is matched, got 1.0")
-        self.tolerance = check_finite("tolerance", tolerance)
-        if self.tolerance < 0.0:
-            raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+        self.tolerance = _check_at_least_0("tolerance", tolerance)
+        self.tile_value = _check_at_least_0("tile_value", tile_value)
         # Of each layer: squared errors (candidates, heads), and below them squared outputs.
         self._sums: dict[int, Tensor] = {}
+        # And the shares of empty tiles (candidates, heads), of each call and sequence.
+        self._empty: dict[int, list[Tensor]] = {}
 
     @torch.no_grad()
     def __call__(
@@ -156,7 +164,13 @@ class ScaleMatcher:
         arguments: dict[str, Any],
     ) -> None:
         """The observer: adds the errors of a call to those of its layer."""
-        attend = entmax_attention_varlen if "cu_seqlens_q" in arguments else entmax_attention
+        packed = "cu_seqlens_q" in arguments
+        if packed and self.tile_value:
+            raise ValueError(
+                f"tile_value must be 0 for packed sequences, whose empty tiles are not counted, "
+                f"got {self.tile_value}"
+            )
+        attend = entmax_attention_varlen if packed else entmax_attention
         said = arguments | {"dropout_p": 0.0, "alpha": 1.0}
         scale = said.pop("scale", None)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -169,6 +183,12 @@ class ScaleMatcher:
         )
         sums = torch.stack([x.square().sum(others) for x in (*differences, target)]).cpu()
         self._sums[layer or 0] = self._sums.get(layer or 0, 0.0) + sums
+        if self.tile_value:
+            shares = (
+                attention_stats(query, key, value, scale=factor * scale, **said).empty_tiles
+                for factor in CANDIDATES
+            )
+            self._empty.setdefault(layer or 0, []).append(torch.stack(list(shares), dim=1).cpu())
 
     def factors(self, layer: int = 0) -> Tensor:
         """Where each head of a layer should start: float32 ``(heads,)`` on the CPU.
@@ -176,12 +196,40 @@ class ScaleMatcher:
         Raises:
             KeyError: no call of this layer was seen.
         """
+        return torch.tensor(CANDIDATES)[self._chosen(layer)]
+
+    def empty_tiles(self, layer: int = 0) -> Tensor:
+        """The share of empty tiles that each head of a layer has with its factor: ``(heads,)``.
+
+        Raises:
+            KeyError: no call of this layer was seen.
+            ValueError: without a ``tile_value`` they are not counted.
+        """
+        if not self.tile_value:
+            raise ValueError("tile_value must be above 0: else empty tiles are not counted")
+        chosen = self._chosen(layer)
+        return self._shares(layer).gather(0, chosen[None])[0]
+
+    def _shares(self, layer: int) -> Tensor:
+        return torch.cat(self._empty[layer]).mean(dim=0)
+
+    def _chosen(self, layer: int) -> Tensor:
+        """Which candidate each head has, ``(heads,)``."""
         if layer not in self._sums:
             seen = sorted(self._sums)
             raise KeyError(f"layer {layer} was not seen by this ScaleMatcher; seen: {seen}")
         errors, outputs = self._sums[layer][:-1], self._sums[layer][-1]
+        if self.tile_value:
+            errors = errors - self.tile_value * outputs * self._shares(layer)
         good = errors <= errors.min(dim=0).values + self.tolerance * outputs
-        return torch.tensor(CANDIDATES)[good.float().argmax(dim=0)]  # the first, the largest
+        return good.float().argmax(dim=0)  # the first, the largest
+
+
+def _check_at_least_0(name: str, number: float) -> float:
+    number = check_finite(name, number)
+    if number < 0.0:
+        raise ValueError(f"{name} must be at least 0, got {number}")
+    return number
 
 
 def _check_start(start: float | Tensor, heads: int) -> float | Tensor:
