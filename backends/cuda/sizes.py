@@ -136,7 +136,7 @@ class Dense:
 
     def blocks(self, tiles: int, multiprocessors: int) -> int:
         """Blocks that work on so many tiles together; as many as tiles where they are too many to
-        be dealt out (``Share`` in ``dense90.cuh``)."""
+        be dealt out (``Share`` in ``dense90_grad.cu``)."""
         if tiles > self.threads * layout.DEALT_TILES:
             return tiles
         return min(tiles, max(multiprocessors, -(-tiles // layout.MOST_TILES)))

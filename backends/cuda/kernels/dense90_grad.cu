@@ -11,6 +11,62 @@ using GradRing = Ring<kGradStages>;
 constexpr int kOwnStages = ADASPLASH2_OWN_STAGES;
 using OwnRing = Ring<kOwnStages>;
 
+// How many tiles of queries there are, and whether one has flat rows: of which `parts` threads look
+// at one each.
+__device__ __forceinline__ int query_tiles(const Params& p) {
+  return p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
+}
+__device__ __forceinline__ bool has_flat_rows(const Params& p, int number, int part, int parts) {
+  const QueryBlock<kBlockRows> b(p, number);
+  bool any = false;
+#pragma unroll 8
+  for (int i = part; i < kBlockRows / kRowBlock; i += parts)
+    if (const int at = b.first / kRowBlock + i; at < p.row_blocks)
+      any |= p.flat[i64(b.head_row) * p.row_blocks + at] != kListed;
+  return any;
+}
+
+// The items that a block works on, one after another: while it ends with one the next one's tiles
+// are on their way. Its own one where there are as many blocks, else every gridDim.x-th of those
+// that are wanted.
+struct Share {
+  int count, items[kMostTiles], before[kThreads / 32];
+
+  // All threads come together, and ask wanted(item, part, parts): as `parts` threads for one, or
+  // each for some of its own.
+  template <class Wanted>
+  __device__ __forceinline__ void deal(int all, const Wanted& wanted) {
+    if (gridDim.x >= all) {
+      const bool mine = any_of_block(wanted(blockIdx.x, threadIdx.x, kThreads));
+      if (threadIdx.x == 0) count = mine, items[0] = blockIdx.x;
+      __syncthreads();
+      return;
+    }
+    const int each = (all + kThreads - 1) / kThreads, first = threadIdx.x * each;
+    u32 found = 0;
+    for (int i = 0; i < each && first + i < all; ++i) found |= u32(wanted(first + i, 0, 1)) << i;
+    int rank = __popc(found);  // inclusive, then exclusive
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, rank, step);
+      if (lane_id() >= step) rank += other;
+    }
+    if (lane_id() == 31) before[warp_id()] = rank;
+    __syncthreads();
+    rank -= __popc(found);
+    int total = 0;
+#pragma unroll 1
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      if (warp < warp_id()) rank += before[warp];
+      total += before[warp];
+    }
+    for (; found; found &= found - 1, ++rank)
+      if (rank % gridDim.x == blockIdx.x) items[rank / gridDim.x] = first + __ffs(found) - 1;
+    if (threadIdx.x == 0) count = int((total + gridDim.x - 1 - blockIdx.x) / gridDim.x);
+    __syncthreads();
+  }
+};
+
 template <int rows>
 struct Backward {
   static constexpr int kXBytes = tile_bytes<rows, kPanels>;

@@ -40,7 +40,17 @@ __device__ __forceinline__ void await(u32 barrier, u32 parity) {
       : "memory");
 }
 
-// Whether some thread of a warpgroup says so, by a barrier that has this number.
+// How many threads of a warpgroup say so, and whether one does, by a barrier that has this number.
+__device__ __forceinline__ int count_of_warpgroup(int number, bool mine) {
+  int count;
+  asm volatile(
+      "{.reg .pred mine; setp.ne.b32 mine, %1, 0;"
+      "barrier.cta.red.popc.u32 %0, %2, 128, mine;}"
+      : "=r"(count)
+      : "r"(int(mine)), "r"(number)
+      : "memory");
+  return count;
+}
 __device__ __forceinline__ bool any_of_warpgroup(int number, bool mine) {
   int any;
   asm volatile(
