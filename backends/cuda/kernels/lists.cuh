@@ -41,12 +41,10 @@ __device__ __forceinline__ int most_kept(int keys) {
 __device__ __forceinline__ int most_so_far(int most, int tiles, int all) {
   return most - most * min(3, __clz(tiles) - __clz(all)) * 5 / 64;
 }
-// And after the first one, for good. Of causal rows, whose near keys are still to come, it says too
-// little.
-__device__ __forceinline__ int most_at_first(int keys, int all) {
-  const int most = most_so_far(most_kept(keys), 1, all);
-  return kCausal ? most : min(most, kFirstLeast + keys / kFirstKeys);
-}
+// And by the first one, of a warp's rows together: then 64 rows of a problem that is not causal go
+// to dense tiles for good, or all stay. Half of them here and there would pay for both. Of causal
+// rows, whose near keys are still to come, that tile says too little.
+__device__ __forceinline__ int most_at_first(int keys) { return kFirstLeast + keys / kFirstKeys; }
 
 struct Survivor {
   float score;
@@ -148,10 +146,10 @@ struct Lists {
   // the row as good as any, and enough of them that few of the tile pass. Where more than most()
   // pass on the mean, lists would fill and be raised again and again: the whole tile raises the
   // bounds once, in registers, and if it is still more the warp turns flat before anything is
-  // staged. Returns whether it did.
-  template <int count, class Score, class Most>
+  // staged, as where together(how many pass) says so for several warps. Returns whether it did.
+  template <int count, class Score, class Most, class Together>
   __device__ __forceinline__ bool set_first_bounds(const Score& score, const Params& p,
-                                                   const Most& most) {
+                                                   const Most& most, const Together& together) {
     bool still = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -180,11 +178,17 @@ struct Lists {
     }
     unset = __any_sync(kAllLanes, still);
     const int limit = most();
-    if (limit == kAnyNumber || passing<count>(score) <= kSlots * 8 * limit) return false;
+    if (limit == kAnyNumber) return false;
+    const int pass = passing<count>(score);
+    if (together(pass)) {
+      turn_flat(kAnyNumber);
+      return true;
+    }
+    if (pass <= kSlots * 8 * limit) return false;
     raise_by_tile<count>(score, p);
     const int left = passing<count>(score);
     if (left <= kSlots * 8 * limit) return false;
-    turn_flat(kCausal ? left : kAnyNumber);
+    turn_flat(left);
     return true;
   }
 
@@ -528,11 +532,11 @@ struct Lists {
   // the lane's first, and score (slot, n, j) belongs to column first_column + 8 n + j. Straight
   // code but for the first tile, of whose scores no more than most() a row may be above the first
   // bounds. The maxima of a flat warp go on being kept.
-  template <int count, class Score, class Most>
+  template <int count, class Score, class Most, class Together>
   __device__ __forceinline__ void stage_tile(const Score& score, int first_column, const Params& p,
-                                             const Most& most) {
+                                             const Most& most, const Together& together) {
     static_assert(count % kMinStagingBlocks == 0, "filter_if_due() stages so many at a time anew");
-    const bool turns = unset && set_first_bounds<count>(score, p, most);
+    const bool turns = unset && set_first_bounds<count>(score, p, most, together);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) before[pair] = staging_end[pair];
     stage_blocks(score, 0, count, first_column);

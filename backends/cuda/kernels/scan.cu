@@ -200,7 +200,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
       if (edge) mask_scores(s, first_row, first_key, p.length_k);
       const auto score = [&](int slot, int n, int j) { return s[slot / 2][n][slot % 2 * 2 + j]; };
       const int column = first_key + lane_id() % 4 * 2;
-      lists.stage_tile<kChunk / kStagingKeys>(score, column, p, [] { return kAnyNumber; });
+      lists.stage_tile<kChunk / kStagingKeys>(
+          score, column, p, [] { return kAnyNumber; }, [](int) { return false; });
       lists.filter_if_due<kChunk / kStagingKeys>(
           score, column, p, [](bool due) { return __any_sync(kAllLanes, due); },
           [] { return kMostOfArena; });

@@ -236,9 +236,18 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   const auto look = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     const auto limit = [&] { return notes.most[warp_id()]; };
+    // Each warp by as many lanes as it has scores that pass: 16 where it is at the limit. All come
+    // here with their first tile.
+    const auto together = [&](int pass) {
+      if (kCausal || !kMayEnd || first_key > 0) return false;
+      const int limit = most_at_first(p.length_k);
+      const bool mine = lane_id() < (16 * pass + limit / 2) / limit;
+      return count_of_warpgroup(1 + warp / 4, mine) > 4 * 16;
+    };
     // Of a row's only tile lists hold what they can; and of what is in a retry most survives.
     lists.template stage_tile<kParts>(
-        score, column, p, [&] { return kMayEnd && item.tiles > 1 ? limit() : kAnyNumber; });
+        score, column, p, [&] { return kMayEnd && item.tiles > 1 ? limit() : kAnyNumber; },
+        together);
     return lists.template filter_if_due<kParts>(score, column, p, vote, limit);
   };
   for (int i = 0; i < item.tiles; ++i) {
@@ -251,9 +260,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
       continue;
     }
     if (lane_id() == 0)
-      notes.most[warp] = !kDense90 || kRetry ? most()
-                         : i == 0 ? most_at_first(seen_end(first_row + 15, p.length_k), item.tiles)
-                                  : most_so_far(most(), i + 1, item.tiles);
+      notes.most[warp] = kDense90 && !kRetry ? most_so_far(most(), i + 1, item.tiles) : most();
     __syncwarp();
     Scores s;
     multiply(s, q, tile);
