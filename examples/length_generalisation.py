@@ -6,13 +6,13 @@ of its own, is then trained with the other seeds. Prints a table and writes resu
 picture: means of the seeds, within their range. A run that was stopped goes on from where it was,
 and one that is done is not done again.
 
-Tasks: sort, reverse and copy digits ("distinct": sort without repeats); recall the values of keys
-("multi-token recall": keys and values of two tokens each); read the bit that was written last
-("flip-flop"); find the one thing that is marked ("needle") or is asked for ("needles"); say the
-class of the largest thing so far ("largest" of 16 levels, of 64 or 256), or of the largest of its
-kind ("largest of kind"). The size "published" has the decoder and the plan of Vasylenko et al.
-2025, whose layers differ by task: 2 for sort and copy (16 heads), 6 for reverse, 4 for multi-token
-recall (512 features, 16 heads).
+Tasks: sort, reverse and copy digits; sort without repeats ("distinct"), the same among near-equal
+numbers, of which one or some crowd ("crowd", "crowds"); recall the values of keys ("multi-token
+recall": keys and values of two tokens each); read the bit that was written last ("flip-flop"); find
+the one thing that is marked ("needle") or is asked for ("needles"); say the class of the largest
+thing so far ("largest") or the highest of its kind among near-equal ones ("maxima"). The size
+"published" has the decoder and the plan of Vasylenko et al. 2025, whose layers differ by task: 2
+for sort and copy (16 heads), 6 for reverse, 4 for multi-token recall (512 features, 16 heads).
 """
 
 from __future__ import annotations
@@ -131,6 +131,25 @@ def draw_distinct(count: int, length: int, generator: torch.Generator) -> Batch:
     place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, : PRESENT - 1]
     source = order[:, :1].repeat(1, length).scatter(1, place, order[:, 1:])
     return answers_behind(source, order.sort(dim=1).values, DIGITS)
+
+
+NUMBERS = 512
+
+
+def draw_crowds(
+    near: int, there: int, crowds: int, count: int, length: int, generator: torch.Generator
+) -> Batch:
+    """Some numbers, ``there`` of ``near`` neighbours, each at one place but ``crowds`` of them,
+    which share all other places: they are to be said in order, each once. It is "distinct" with
+    hard negatives (near-equal keys, as in the max retrieval of Velickovic et al. 2024, *softmax is
+    not enough*): often a crowd is right above what is next, and grows with the length. As the
+    neighbours may be any, scores must rise by enough from each number to the next."""
+    lowest = torch.randint(NUMBERS - near + 1, (count, 1), generator=generator)
+    chosen = lowest + torch.rand(count, near, generator=generator).argsort(dim=1)[:, :there]
+    crowd = torch.randint(crowds, (count, length), generator=generator)
+    place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, :there]
+    source = chosen.gather(1, crowd).scatter(1, place, chosen)
+    return answers_behind(source, chosen.sort(dim=1).values, NUMBERS)
 
 
 KEYS, VALUES, QUERIES = 4096, 16, 8
@@ -252,29 +271,42 @@ def draw_needles(count: int, length: int, generator: torch.Generator) -> Batch:
     return Batch(tokens, targets)
 
 
-LEVELS, CLASSES, KINDS = 16, 8, 4
+LEVELS, CLASSES = 16, 8
 
 
-def draw_largest(
-    kinds: int, levels: int, count: int, length: int, generator: torch.Generator
-) -> Batch:
-    """Things, each a kind, a level and a class in one token: behind each the class of the largest
-    of its kind so far is to be said (after Velickovic et al. 2024, *softmax is not enough*, whose
-    max retrieval asks it of the whole). A kind's largest of all stands once, and the longer the
-    sequence the more there are right below it. Things of one kind and level have one class."""
-    top = torch.randint(1, levels, (count, kinds), generator=generator)
-    kind = torch.randint(kinds, (count, length), generator=generator)
-    place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, :kinds]
-    kind.scatter_(1, place, torch.arange(kinds).expand(count, -1))
-    level = (torch.rand(count, length, generator=generator) * top.gather(1, kind)).long()
-    level.scatter_(1, place, top)
-    its = kind[:, None] == torch.arange(kinds)[:, None]
-    so_far = torch.where(its, level[:, None], 0).cummax(dim=2).values
-    largest = so_far.gather(1, kind[:, None])[:, 0]
-    classes = torch.randint(CLASSES, (count, kinds * levels), generator=generator)
-    thing = levels * kind + level
-    tokens = CLASSES * thing + classes.gather(1, thing)
-    return Batch(tokens, classes.gather(1, levels * kind + largest))
+def draw_largest(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Things, each a level and a class in one token: behind each the class of the largest so far
+    is to be said (after Velickovic et al. 2024, whose max retrieval asks it of the whole). The
+    largest of all stands once, and the longer the sequence the more there are right below it.
+    Things of one level have one class."""
+    top = torch.randint(1, LEVELS, (count, 1), generator=generator)
+    place = torch.randint(length, (count, 1), generator=generator)
+    level = (torch.rand(count, length, generator=generator) * top).long().scatter(1, place, top)
+    classes = torch.randint(CLASSES, (count, LEVELS), generator=generator)
+    tokens = CLASSES * level + classes.gather(1, level)
+    return Batch(tokens, classes.gather(1, level.cummax(dim=1).values))
+
+
+KINDS, HEIGHTS, RISES, DEPTH = 4, 256, 2, 8
+
+
+def draw_maxima(count: int, length: int, generator: torch.Generator) -> Batch:
+    """Things, each a kind and a height in one token: behind each the highest of its kind so far is
+    to be said. It is max retrieval, too, with hard negatives: a kind's maximum rises by one, at
+    ``RISES`` places, and stands only there; half of its others are one below, a quarter two and so
+    on, down to ``DEPTH``. Scores must put a kind above all heights of others and each height above
+    the next, of which there are the more the longer the sequence."""
+    low = torch.randint(DEPTH, HEIGHTS - RISES, (count, KINDS), generator=generator)
+    kind = torch.randint(KINDS, (count, length), generator=generator)
+    place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, : KINDS * RISES]
+    kind.scatter_(1, place, torch.arange(KINDS).repeat(RISES).expand(count, -1))
+    rises = torch.zeros_like(kind).scatter(1, place, 1)[:, None]
+    its = kind[:, None] == torch.arange(KINDS)[:, None]
+    below = torch.empty(count, 1, length).geometric_(0.5, generator=generator).clamp(max=DEPTH)
+    height = low[..., None] + (its * rises).cumsum(dim=2) - (1 - rises) * below.long()
+    highest = torch.where(its, height, 0).cummax(dim=2).values
+    things = (HEIGHTS * kind + of.gather(1, kind[:, None])[:, 0] for of in (height, highest))
+    return Batch(*things)
 
 
 LETTERS, FADING, FRESH = 8, 0.5, 0.1
@@ -314,15 +346,15 @@ TASKS = {
     "reverse": Task(DIGITS + 1, True, draw_reverse),
     "copy": Task(DIGITS + 1, True, draw_copy),
     "distinct": Task(DIGITS + 1, True, draw_distinct),
+    "crowd": Task(NUMBERS + 1, True, partial(draw_crowds, 32, 16, 1)),
+    "crowds": Task(NUMBERS + 1, True, partial(draw_crowds, 48, 24, 8)),
     "recall": Task(KEYS + VALUES, False, draw_recall),
     "multi-token recall": Task(ALPHABET + LETTER_COUNT + 1, True, draw_multi_token_recall),
     "flip-flop": Task(BITS + 2, False, draw_flip_flop),
     "needle": Task(COLOURS + COLOUR_COUNT + 1, False, draw_needle),
     "needles": Task(TAGS * MARKS + TAGS, False, draw_needles),
-    "largest": Task(LEVELS * CLASSES, True, partial(draw_largest, 1, LEVELS)),
-    "largest of 64": Task(64 * CLASSES, True, partial(draw_largest, 1, 64)),
-    "largest of 256": Task(256 * CLASSES, True, partial(draw_largest, 1, 256)),
-    "largest of kind": Task(KINDS * LEVELS * CLASSES, True, partial(draw_largest, KINDS, LEVELS)),
+    "largest": Task(LEVELS * CLASSES, True, draw_largest),
+    "maxima": Task(KINDS * HEIGHTS, True, draw_maxima),
     "pick and mean": Task(TAGS * MARKS + TAGS + LETTERS, False, draw_pick_and_mean),
 }
 

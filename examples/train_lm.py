@@ -33,6 +33,7 @@ CONTENDERS = {
     "alpha 1.25, half scale": Recipe(alpha=1.25, positions="rope", scale=0.5),
     "alpha from 1": Recipe(positions="rope", rise=0.5),
     "alpha from 1, half scale": Recipe(positions="rope", scale=0.5, rise=0.5),
+    "alpha from 1, qk-norm": Recipe(positions="rope", qk_norm=True, rise=0.5),
     "learned alpha": Recipe(alpha="learn", positions="rope"),
     "learned alpha, qk-norm": Recipe(alpha="learn", positions="rope", qk_norm=True),
     "qk-norm, learned scale": Recipe(positions="rope", qk_norm=True, learn_scale=True),

@@ -65,6 +65,22 @@ def test_distinct_says_what_is_there_once() -> None:
         assert tokens[40:] == [lengths.DIGITS, *there]
 
 
+@pytest.mark.parametrize(
+    ("name", "near", "there", "crowds"), [("crowd", 32, 16, 1), ("crowds", 48, 24, 8)]
+)
+def test_crowds_are_said_once_and_in_order(name: str, near: int, there: int, crowds: int) -> None:
+    batch = drawn(name, 100)
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        numbers = sorted(set(tokens[:100]))
+        counts = sorted(map(tokens[:100].count, numbers))
+        assert len(numbers) == there
+        assert counts[: there - crowds] == [1] * (there - crowds)
+        assert counts[there - crowds] > 1
+        assert numbers[-1] - numbers[0] < near
+        assert answer == [*numbers, lengths.NUMBERS]
+        assert tokens[100:] == [lengths.NUMBERS, *numbers]
+
+
 def test_recall_asks_for_keys_that_were_told() -> None:
     batch = drawn("recall")
     for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
@@ -131,27 +147,31 @@ def test_needles_are_asked_by_their_tags() -> None:
         assert len(set(things)) == lengths.NEEDLES + 1
 
 
-@pytest.mark.parametrize(
-    ("name", "kinds", "levels"),
-    [
-        ("largest", 1, 16),
-        ("largest of 64", 1, 64),
-        ("largest of 256", 1, 256),
-        ("largest of kind", 4, 16),
-    ],
-)
-def test_largest_is_said_behind_each_thing(name: str, kinds: int, levels: int) -> None:
-    batch = drawn(name)
+def test_largest_is_said_behind_each_thing() -> None:
+    batch = drawn("largest")
     for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
         things = [divmod(token, lengths.CLASSES) for token in tokens]
         assert len(dict(things)) == len(set(things)), "a level has one class"
-        largest: dict[int, tuple[int, int]] = {}
+        largest = things[0]
         for thing, said in zip(things, answer, strict=True):
-            kind = thing[0] // levels
-            largest[kind] = max(largest.get(kind, thing), thing)
-            assert said == largest[kind][1]
-        assert len(largest) == kinds
-        assert all(things.count(thing) == 1 for thing in largest.values())
+            largest = max(largest, thing)
+            assert said == largest[1]
+        assert things.count(largest) == 1
+
+
+def test_maxima_of_kinds_stand_above_what_is_near() -> None:
+    batch = drawn("maxima", 64)
+    for tokens, answer in zip(batch.tokens.tolist(), answers(batch), strict=True):
+        maxima: dict[int, int] = {}
+        for thing, said in zip(tokens, answer, strict=True):
+            kind = thing // lengths.HEIGHTS
+            maxima[kind] = max(maxima.get(kind, thing), thing)
+            assert said == maxima[kind]
+        for kind, highest in maxima.items():
+            its = [thing for thing in tokens if thing // lengths.HEIGHTS == kind]
+            assert its.count(highest) == 1, "the highest of all stands once"
+            assert min(its) >= highest - lengths.RISES - lengths.DEPTH
+        assert len(maxima) == lengths.KINDS
 
 
 def test_letters_fade_behind_needles() -> None:
