@@ -78,6 +78,11 @@ PIECES = tl.constexpr(4)
 """Of a tile, whose maxima are kept apart where all that a row block may see are few. With 17 tiles
 they leave blocks of Gaussian rows two of Newton's steps for three by those of whole tiles."""
 
+GAP = tl.constexpr(0.006)
+"""How far the threshold is above the bound by PIECES, for each of ``sum u`` that these have beside
+one. On Gaussian rows of 1,025 keys 0.0064 where they keep 20 or 40 keys, 0.0087 where four, of 301
+keys 0.0045; blocks of the first then take 2.1 steps, from the bound itself 2.3, simulated."""
+
 BOUND_SLACK = tl.constexpr(1e-6)
 """See :func:`slack`."""
 
@@ -291,13 +296,18 @@ def raised(t, mass, slope, top, terms, opt: tl.constexpr):
 
 @triton.jit
 def bound_few(highest, top, pending, terms, opt: tl.constexpr):
-    """:func:`bound_of` by ``c (s - top)`` of maxima that are at hand."""
+    """:func:`bound_of` by ``c (s - top)`` of maxima that are at hand, and where a row may have its
+    threshold."""
     t = lowest(pending, terms.r, opt)
+    slope = tl.full(t.shape, 1.0, tl.float32)
     for _ in range(BOUND_STEPS):  # unrolled, it would take too many registers
         p, u = weights(highest - t[:, None], terms.r, opt)
         mass, slope = pair_sums(p, u)
         t = raised(t, mass, slope, top, terms, opt)
-    return t - slack(terms.r)
+    start = t
+    if opt.guesses:  # not beyond zero, where flat rows have it
+        start = tl.minimum(t + GAP * tl.maximum(slope - 1.0, 0.0), 0.5 * t)
+    return t - slack(terms.r), start
 
 
 @triton.jit
@@ -547,29 +557,33 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             of_tiles = tl.load(top_out + at_row, mask=inside, other=0.0)
             t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
             pieces = terms.c * (pieces - of_tiles[:, None])
-            bound = bound_few(pieces, of_tiles, t < INFINITY, terms, opt)
+            bound, start = bound_few(pieces, of_tiles, t < INFINITY, terms, opt)
             highest = load_few(maxima, top_out + at_row, left, inside, terms, opt, CHUNK)
             found_open, found = list_few(numbers, flags, origin, left, highest, bound, open_ones,
                                          terms, opt)  # fmt: skip
             tl.debug_barrier()  # they are read
             tl.store(t_out + at_row, bound, mask=inside)
+            tl.store(tau_out + at_row, start, mask=inside)
             tl.debug_barrier()
-            t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
+            lo = tl.load(t_out + at_row, mask=inside, other=INFINITY)
+            start = tl.load(tau_out + at_row, mask=inside, other=INFINITY)
         else:
             top, poisoned, pending = kinds_of(scanned[0], inside, terms, opt)
-            t, left = bound_of(
+            lo, left = bound_of(
                 candidates, maxima, top, pending, origin, end - origin, terms, opt, CHUNK
             )
             found_open, found = list_live(
-                numbers, flags, candidates, maxima, top, t, open_ones, left, terms, opt, CHUNK
+                numbers, flags, candidates, maxima, top, lo, open_ones, left, terms, opt, CHUNK
             )
-        lo = t
+            start = lo
+        t = start
         if opt.guesses:
             rows = first_row + tl.arange(0, opt.block_q)
             keys_seen = visible(rows, terms, shape, opt)
             total, squares = pair_sums(scanned[1], scanned[2])
             mean, deviation = mean_and_deviation(total, squares, keys_seen)
-            t = guess_of(mean, deviation, keys_seen, top, lo, terms)
+            guess = guess_of(mean, deviation, keys_seen, top, lo, terms)
+            t = tl.where(guess > lo, guess, start)
         hi = tl.where(pending, HIGHEST, INFINITY)
         most = zeros + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)
