@@ -499,37 +499,43 @@ def partial_sums(partials, slot, first_row, ROWS: tl.constexpr, opt: tl.constexp
 
 
 @triton.jit
-def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt: tl.constexpr):
-    """Which of ROWS keys a poisoned row may see. The forward has marked how many of a head's
-    leading keys or, where rows see others, tiles: in these each row is asked."""
-    kv_row, batch, kv_head = at_head
+def poison_of(at_head, first_key, poison, shape, opt: tl.constexpr):
+    """What the forward has marked of a key tile or, where poisoned rows see a head's leading keys,
+    how many of these."""
+    kv_row, _, _ = at_head
     place = kv_row.to(tl.int64)
     if opt.scattered:
         place = place * tl.cdiv(shape.length_k, opt.block_k) + first_key // opt.block_k
-        found = tl.full((ROWS,), 0, tl.int32)
-        if tl.load(poison + place) != 0:
-            keys = (first_key + tl.arange(0, ROWS))[:, None]
-            row_blocks = tl.cdiv(shape.length_q, opt.block_q)
-            for entry in range(0, shape.gqa_group * row_blocks):
-                member = entry // row_blocks
-                first_row = entry % row_blocks * opt.block_q
-                head_row = kv_row * shape.gqa_group + member
-                at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
-                t = tl.load(t_in + at_row, mask=inside, other=0.0)
-                if any_of(t != t):
-                    terms = terms_of(batch, kv_head * shape.gqa_group + member, shape, opt)
-                    rows = (first_row + tl.arange(0, opt.block_q))[None, :]
-                    sees = allowed(rows, keys, terms, shape, opt) & (t != t)[None, :]
-                    if opt.masked:
-                        sees = sees & (bias_of(rows, keys, terms, shape, opt) != -INFINITY)
-                    found = tl.maximum(found, tl.max(sees.to(tl.int32), 1))
-        return found > 0
-    else:
-        return first_key + tl.arange(0, ROWS) < tl.load(poison + place)
+    return tl.load(poison + place)
 
 
 @triton.jit
-def store_keys(acc_k, acc_v, bad, at_head, first_key, poisoned, grad_k, grad_v, unsafe, some,
+def is_poisoned(at_head, first_key, t_in, poison, shape, ROWS: tl.constexpr, opt: tl.constexpr):
+    """Which of ROWS keys a poisoned row may see, where these are not a head's leading keys: by
+    :func:`poison_of` their tile, and rows are looked at where they are."""
+    kv_row, batch, kv_head = at_head
+    found = tl.full((ROWS,), 0, tl.int32)
+    if poison != 0:
+        keys = (first_key + tl.arange(0, ROWS))[:, None]
+        row_blocks = tl.cdiv(shape.length_q, opt.block_q)
+        for entry in range(0, shape.gqa_group * row_blocks):
+            member = entry // row_blocks
+            first_row = entry % row_blocks * opt.block_q
+            head_row = kv_row * shape.gqa_group + member
+            at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
+            t = tl.load(t_in + at_row, mask=inside, other=0.0)
+            if any_of(t != t):
+                terms = terms_of(batch, kv_head * shape.gqa_group + member, shape, opt)
+                rows = (first_row + tl.arange(0, opt.block_q))[None, :]
+                sees = allowed(rows, keys, terms, shape, opt) & (t != t)[None, :]
+                if opt.masked:
+                    sees = sees & (bias_of(rows, keys, terms, shape, opt) != -INFINITY)
+                found = tl.maximum(found, tl.max(sees.to(tl.int32), 1))
+    return found > 0
+
+
+@triton.jit
+def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe, some,
                shape, scale, ROWS: tl.constexpr, opt: tl.constexpr,
                SAFE: tl.constexpr):  # fmt: skip
     """Store ``dK`` and ``dV`` of ROWS keys from their sums, and mark what is not finite."""
@@ -537,8 +543,12 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, poisoned, grad_k, grad_v, 
     prob_scale: tl.constexpr = PROB_SCALE if grad_v.base.dtype.element_ty == tl.float16 else 1.0
     at_key, inside = rows_at(kv_row, first_key, shape.length_k, ROWS)
     length = shape.length_k
-    result_k = tl.where(poisoned[:, None], float("nan"), acc_k * scale)
-    result_v = tl.where(poisoned[:, None], float("nan"), acc_v * (1.0 / prob_scale))
+    if opt.scattered:
+        poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, ROWS, opt)[:, None]
+    else:
+        poisoned = (first_key + tl.arange(0, ROWS) < poison)[:, None]
+    result_k = tl.where(poisoned, float("nan"), acc_k * scale)
+    result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
     if opt.dropout:
         result_v = result_v * shape.terms.kept
     if SAFE:
@@ -561,8 +571,7 @@ def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in
     """:func:`grad_key_value` of one of the ``pieces`` of key tile ``number``; of none, of all."""
     at_head, first_key = tile_at(number, shape, opt)
     kv_row, batch, kv_head = at_head
-    # Before there are sums: beside those, a loop over rows would not fit the registers.
-    poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, opt.block_k, opt)
+    poison = poison_of(at_head, first_key, poison, shape, opt)
     first_head = kv_head * shape.gqa_group
     prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     length = shape.length_k
@@ -596,8 +605,8 @@ def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in
         tl.store(of_keys, acc_k)
         tl.store(of_values, acc_v)
     else:
-        store_keys(acc_k, acc_v, bad, at_head, first_key, poisoned, grad_k, grad_v, unsafe, some,
-                   shape, scale, opt.block_k, opt, SAFE)  # fmt: skip
+        store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, poison, grad_k, grad_v, unsafe,
+                   some, shape, scale, opt.block_k, opt, SAFE)  # fmt: skip
 
 
 @triton.jit
@@ -656,10 +665,9 @@ def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, som
         acc_k += tl.load(of_keys)
         acc_v += tl.load(of_values)
     at_head, first_key = tile_at(number, shape, opt)
-    first_key += first_row
-    poisoned = is_poisoned(at_head, first_key, t_in, poison, shape, ROWS, opt)
-    store_keys(acc_k, acc_v, None, at_head, first_key, poisoned, grad_k, grad_v, unsafe, some,
-               shape, scale, ROWS, opt, False)  # fmt: skip
+    poison = poison_of(at_head, first_key, poison, shape, opt)
+    store_keys(acc_k, acc_v, None, at_head, first_key + first_row, t_in, poison, grad_k, grad_v,
+               unsafe, some, shape, scale, ROWS, opt, False)  # fmt: skip
 
 
 @triton.jit
