@@ -387,7 +387,7 @@ def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, 
     programs = min(programs, work_items)
     chunk, few = _chunk(call)
     # A slice for each program, so that they take memory by the device, not by the length squared.
-    each = solve_kernels.PIECES.value * chunk if few else -(-call.grid.tiles // span) * span
+    each = (solve_kernels.PIECES.value + 1) * chunk if few else -(-call.grid.tiles // span) * span
     call(
         solve_kernels.solve,
         programs,

@@ -38,6 +38,13 @@ def any_of(flags):
 
 
 @triton.jit
+def handed_on(x):
+    """A vector of rows through shared memory: else the compiler hands all scores, or maxima, to the
+    threads that hold it."""
+    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
+
+
+@triton.jit
 def is_finite(x):
     return tl.abs(x) < INFINITY
 

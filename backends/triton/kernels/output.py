@@ -170,7 +170,8 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
         if GRADIENT:
             u = scaled(u[:, None], u_scale, TYPE, opt)
             slope += tl.max(u, 1)
-    result = acc / tl.where(mass > 0.0, mass * SCALE, 1.0)[:, None]
+    # A number of each row, not a division of each entry.
+    result = acc * (1.0 / tl.where(mass > 0.0, mass * SCALE, 1.0))[:, None]
     if opt.dropout:
         result = result * shape.terms.kept
     if SAFE:
@@ -179,7 +180,7 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
     outs = head_of(out, batch, head)
     store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
     if GRADIENT:
-        mean = acc_u / tl.where(slope > 0.0, slope, 1.0)[:, None]
+        mean = acc_u * (1.0 / tl.where(slope > 0.0, slope, 1.0))[:, None]
         if opt.dropout:
             mean = mean * shape.terms.kept
         if SAFE:

@@ -11,6 +11,7 @@ import triton.language as tl
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
     any_of,
+    handed_on,
     larger,
     largest,
 )
@@ -77,6 +78,11 @@ SHARPEST = tl.constexpr(1e30)
 PIECES = tl.constexpr(4)
 """Of a tile, whose maxima are kept apart where all that a row block may see are few. With 17 tiles
 they leave blocks of Gaussian rows two of Newton's steps for three by those of whole tiles."""
+
+GAP = tl.constexpr(0.006)
+"""How far the threshold is above the bound by PIECES, for each of ``sum u`` that these have beside
+one. On Gaussian rows of 1,025 keys 0.0064 where they keep 20 or 40 keys, 0.0087 where four, of 301
+keys 0.0045; blocks of the first then take 2.1 steps, from the bound itself 2.3, simulated."""
 
 BOUND_SLACK = tl.constexpr(1e-6)
 """See :func:`slack`."""
@@ -196,11 +202,13 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
                                                    terms, shape, opt)  # fmt: skip
         numbers = span * SPAN + tl.arange(0, SPAN)
         if FEW:
-            places = numbers[:, None] + tl.arange(0, PIECES)[None, :] * CHUNK
+            places = numbers[:, None] + tl.arange(1, PIECES + 1)[None, :] * CHUNK
             tl.store(maxima + places[None, :, :] * opt.block_q + rows[:, None, None], highest)
+            of_tiles = largest(highest, 2)
         else:
-            tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
-        top = larger(top, largest(highest, 1))
+            of_tiles = highest
+        tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], of_tiles)
+        top = larger(top, largest(of_tiles, 1))
     return top, total, squares
 
 
@@ -213,11 +221,11 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_pieces(maxima, count, opt: tl.constexpr, CHUNK: tl.constexpr, FOLDS: tl.constexpr):
-    """What :func:`scan_tiles` has stored where FEW of ``count`` tiles, by row, and by piece and
-    tile; of FOLDS tiles, as far apart as can be, the maxima of both."""
+    """What :func:`scan_tiles` has stored behind those of ``count`` tiles where FEW, by row, and by
+    piece and tile; of FOLDS tiles, as far apart as can be, the maxima of both."""
     width: tl.constexpr = CHUNK // FOLDS
     places = tl.arange(0, PIECES * width)
-    pieces = places // width * CHUNK
+    pieces = (1 + places // width) * CHUNK
     highest = tl.full((opt.block_q, PIECES * width), -INFINITY, tl.float32)
     for fold in tl.static_range(FOLDS):
         tiles = places % width + fold * width
@@ -226,17 +234,6 @@ def load_pieces(maxima, count, opt: tl.constexpr, CHUNK: tl.constexpr, FOLDS: tl
         more = tl.load(pointers, mask=(tiles < count)[None, :], other=-INFINITY)
         highest = tl.maximum(highest, more)
     return highest
-
-
-@triton.jit
-def load_few(maxima, top, count, inside, terms, opt: tl.constexpr, CHUNK: tl.constexpr):
-    """``c (s - top)`` of the maxima of ``count`` tiles whose pieces are stored; ``top`` lies in
-    memory."""
-    highest = load_maxima(maxima, 0, count, opt, CHUNK)
-    for piece in tl.static_range(1, PIECES):
-        more = maxima + piece * CHUNK * opt.block_q
-        highest = tl.maximum(highest, load_maxima(more, 0, count, opt, CHUNK))
-    return terms.c * (highest - tl.load(top, mask=inside, other=0.0)[:, None])
 
 
 @triton.jit
@@ -290,14 +287,18 @@ def raised(t, mass, slope, top, terms, opt: tl.constexpr):
 
 
 @triton.jit
-def bound_few(highest, top, pending, terms, opt: tl.constexpr):
-    """:func:`bound_of` by ``c (s - top)`` of maxima that are at hand."""
-    t = lowest(pending, terms.r, opt)
+def bound_few(highest, top, t, terms, opt: tl.constexpr):
+    """:func:`bound_of` by ``c (s - top)`` of maxima that are at hand, from ``t`` on; and where rows
+    may have their threshold."""
+    slope = tl.full(t.shape, 1.0, tl.float32)
     for _ in range(BOUND_STEPS):  # unrolled, it would take too many registers
         p, u = weights(highest - t[:, None], terms.r, opt)
         mass, slope = pair_sums(p, u)
         t = raised(t, mass, slope, top, terms, opt)
-    return t - slack(terms.r)
+    start = t
+    if opt.guesses:  # not beyond zero, where flat rows have it
+        start = tl.minimum(t + GAP * tl.maximum(slope - 1.0, 0.0), 0.5 * t)
+    return t - slack(terms.r), start
 
 
 @triton.jit
@@ -356,13 +357,14 @@ def list_live(lists, live, candidates, maxima, top, t, open_ones, count, terms,
 
 
 @triton.jit
-def list_few(lists, live, first, count, highest, t, open_ones, terms, opt: tl.constexpr):
-    """:func:`list_live` of ``count`` tiles from ``first`` on; ``highest``: ``c (s - top)`` of their
-    maxima."""
+def list_few(lists, live, first, maxima, top, t, open_ones, count, terms, opt: tl.constexpr,
+             CHUNK: tl.constexpr):  # fmt: skip
+    """:func:`list_live` of ``count`` tiles from ``first`` on, which are no more than CHUNK."""
     first_open, open_end = open_ones
-    places = tl.arange(0, highest.shape[1])
+    places = tl.arange(0, CHUNK)
     numbers = first + places
-    x = tl.max(highest - t[:, None], 0)
+    highest = load_maxima(maxima, 0, count, opt, CHUNK)
+    x = tl.max(terms.c * (highest - top[:, None]) - t[:, None], 0)
     alive = is_inside(x, terms.r, opt) & (places < count)
     tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
     # Both kinds are counted at once, in the halves of a word.
@@ -468,7 +470,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
     """
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     if FEW:
-        maxima += tl.program_id(0).to(tl.int64) * PIECES * CHUNK * opt.block_q
+        maxima += tl.program_id(0).to(tl.int64) * (PIECES + 1) * CHUNK * opt.block_q
         item = tl.program_id(0)
     else:
         maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
@@ -486,11 +488,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         end = seen_tiles(first_row, terms, shape, opt)
         zeros = tl.full((opt.block_q,), 0.0, tl.float32)
         parts = no_parts(opt)
-        if FEW:
-            lowest_maxima = tl.full((opt.block_q, PIECES), -INFINITY, tl.float32)
-        else:
-            lowest_maxima = zeros - INFINITY
-        scanned = lowest_maxima, parts[0], parts[1]
+        scanned = zeros - INFINITY, parts[0], parts[1]
         seen = 0, end
         first_open = 0
         origin = 0
@@ -536,40 +534,34 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         numbers = lists + at_block.to(tl.int64) * tiles
         flags = live + at_block.to(tl.int64) * tiles
         open_ones = (first_open, open_end)
+        top, poisoned, pending = kinds_of(scanned[0], inside, terms, opt)
         if FEW:
-            top, poisoned, pending = kinds_of(largest(scanned[0], 1), inside, terms, opt)
-            # Through memory: else the compiler hands maxima to the threads that hold the others.
-            tl.store(top_out + at_row, top, mask=inside)
-            tl.store(t_out + at_row, lowest(pending, terms.r, opt), mask=inside)
-            tl.debug_barrier()
             left = end - origin
+            tops = handed_on(top)
             pieces = load_pieces(maxima, left, opt, CHUNK, FOLDS)
-            of_tiles = tl.load(top_out + at_row, mask=inside, other=0.0)
-            t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
-            pieces = terms.c * (pieces - of_tiles[:, None])
-            bound = bound_few(pieces, of_tiles, t < INFINITY, terms, opt)
-            highest = load_few(maxima, top_out + at_row, left, inside, terms, opt, CHUNK)
-            found_open, found = list_few(numbers, flags, origin, left, highest, bound, open_ones,
-                                         terms, opt)  # fmt: skip
-            tl.debug_barrier()  # they are read
-            tl.store(t_out + at_row, bound, mask=inside)
-            tl.debug_barrier()
-            t = tl.load(t_out + at_row, mask=inside, other=INFINITY)
+            pieces = terms.c * (pieces - tops[:, None])
+            t = handed_on(lowest(pending, terms.r, opt))
+            bound, start = bound_few(pieces, tops, t, terms, opt)
+            found_open, found = list_few(numbers, flags, origin, maxima, tops, bound, open_ones,
+                                         left, terms, opt, CHUNK)  # fmt: skip
+            lo = handed_on(bound)
+            start = handed_on(start)
         else:
-            top, poisoned, pending = kinds_of(scanned[0], inside, terms, opt)
-            t, left = bound_of(
+            lo, left = bound_of(
                 candidates, maxima, top, pending, origin, end - origin, terms, opt, CHUNK
             )
             found_open, found = list_live(
-                numbers, flags, candidates, maxima, top, t, open_ones, left, terms, opt, CHUNK
+                numbers, flags, candidates, maxima, top, lo, open_ones, left, terms, opt, CHUNK
             )
-        lo = t
+            start = lo
+        t = start
         if opt.guesses:
             rows = first_row + tl.arange(0, opt.block_q)
             keys_seen = visible(rows, terms, shape, opt)
             total, squares = pair_sums(scanned[1], scanned[2])
             mean, deviation = mean_and_deviation(total, squares, keys_seen)
-            t = guess_of(mean, deviation, keys_seen, top, lo, terms)
+            guess = guess_of(mean, deviation, keys_seen, top, lo, terms)
+            t = tl.where(guess > lo, guess, start)
         hi = tl.where(pending, HIGHEST, INFINITY)
         most = zeros + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)
@@ -596,21 +588,18 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 # The next step may fall back to `lo`.
                 bound = tl.where(waiting, lo, t) - slack(terms.r)
                 bound = tl.where(pending | (waiting == 0), bound, INFINITY)
-                # Through memory: else the compiler hands the maxima to the threads of `bound`.
-                tl.store(t_out + at_row, bound, mask=inside)
+                bound = handed_on(bound)
                 tl.debug_barrier()  # the list is read
-                bound = tl.load(t_out + at_row, mask=inside, other=INFINITY)
                 if FEW:
-                    highest = load_few(maxima, top_out + at_row, left, inside, terms, opt, CHUNK)
                     found_open, found = list_few(
-                        numbers, flags, origin, left, highest, bound, open_ones, terms, opt
-                    )
+                        numbers, flags, origin, maxima, handed_on(top), bound, open_ones, left,
+                        terms, opt, CHUNK,
+                    )  # fmt: skip
                 else:
                     found_open, found = list_live(
                         numbers, flags, candidates, maxima, top, bound, open_ones, left, terms,
                         opt, CHUNK,
                     )  # fmt: skip
-        tl.debug_barrier()  # the bounds are read
         tl.store(counts + 2 * at_block, found_open)
         tl.store(counts + 2 * at_block + 1, found)
         store_thresholds(top_out, t_out, tau_out, top, t, poisoned, at_row, inside, terms, opt)

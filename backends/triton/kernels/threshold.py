@@ -140,13 +140,14 @@ def leap(mass, slope, count):
 
 
 @triton.jit
-def is_near(mass, slope, most, tolerance):
+def is_near(mass, slope, count, most, tolerance):
     """Whether ``sum p`` is one within ``tolerance`` as it is, or after a :func:`leap`, about ``d =
     (mass - 1) / (2 slope)`` long. It takes ``p`` of a key that enters or leaves for at most ``d^2``
-    more or less; ``most`` is how many can: the size of the support below the root, or all keys
-    where no ``t`` below it was seen."""
+    more or less. How many can: from below the root all of the support, which has ``count`` keys;
+    from above those alone that it lacks of ``most``, as many as it had below, or all keys."""
     error = mass - 1.0
-    near = error * error * most < 4.0 * tolerance * slope * slope
+    movers = tl.where(mass >= 1.0, most, most - count)
+    near = error * error * movers < 4.0 * tolerance * slope * slope
     return near | (tl.abs(error) <= tolerance)
 
 
@@ -199,12 +200,13 @@ def stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, op
         lo = tl.maximum(lo, certain)
         moved = certain
         if opt.alpha == 1.5:
-            most = tl.where(mass >= 1.0, tl.minimum(count.to(tl.float32), most), most)
-            solved = is_near(mass, slope, most, tolerance)
+            kept = count.to(tl.float32)
+            most = tl.where(mass >= 1.0, tl.minimum(kept, most), most)
+            solved = is_near(mass, slope, kept, most, tolerance)
             ahead = t + leap(mass, slope, count)
             # From above the root keys only enter on the way: that leap does not pass it.
             lo = tl.maximum(lo, tl.where(mass < 1.0, ahead, certain))
-            moved = tl.where(solved | (mass > 1.0), ahead, lo)
+            moved = tl.where(mass > 1.0, ahead, lo)
         elif opt.alphas:
             near = tl.where(lift_of(r, opt) > 0.0, SHALLOW_TOLERANCE, tolerance)
             solved = tl.abs(mass - 1.0) <= near

@@ -14,6 +14,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     INTERPRETED,
     PROB_SCALE,
     any_of,
+    handed_on,
     larger,
     largest,
 )
@@ -148,13 +149,6 @@ def guess_rows(moments, top, lo, rows, terms, shape, opt: tl.constexpr):
     deviation /= part
     mean -= above * deviation
     return guess_of(mean, deviation, visible(rows, terms, shape, opt), top, lo, terms)
-
-
-@triton.jit
-def handed_on(x):
-    """``x`` through shared memory: else the compiler hands all scores to the threads that hold
-    their maxima."""
-    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     INTERPRETED,
     any_of,
     is_finite,
+    largest,
 )
 
 
@@ -137,7 +138,7 @@ def mark_rows(unsafe, some, tile, inside):
 
     By rows and not as one number: Triton 3.7.1 compiles no scalar of a product for sm_100.
     """
-    found = tl.max(tl.where(is_finite(tile), 0, 1), 1)
+    found = tl.where(is_finite(largest(tl.abs(tile), 1)), 0, 1)
     tl.store(unsafe, found.to(tl.int8), mask=inside)
     tl.store(some + found * 0, 1, mask=inside & (found > 0))
 
