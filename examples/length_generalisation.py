@@ -62,6 +62,7 @@ CONTENDERS = {
     "softmax": Recipe(alpha=1.0),
     "entmax": Recipe(alpha=1.5),
     "entmax, length scale": Recipe(alpha=1.5, length_scale=True),
+    "softmax, length scale": Recipe(alpha=1.0, length_scale=True),
     "entmax, flat length scale": Recipe(alpha=1.5, length_scale="flat"),
     "softmax, nope": Recipe(alpha=1.0, positions="none"),
     "entmax, nope": Recipe(alpha=1.5, positions="none"),
