@@ -209,12 +209,16 @@ def main(arguments: list[str] | None = None) -> int:
         captured, with which none of the fast ones is taken."""
         model = source.load().to(options.device).train()
         if weights is not None:
-            if not weights.exists():
-                program.parser.error(f"{weights} is missing: without its .json it is trained again")
             held = torch.load(weights, map_location=options.device, weights_only=True)
             model.load_state_dict(held)
         apply(model, alpha=1.0, packed=False)
         return model
+
+    teaching = {CONTENDERS[name].after for name in options.contenders} - {None}
+    for name in teaching:
+        for rate in scale.rates:
+            if not weights_of(program, name, rate).exists():  # trained again, to be there
+                record(program, name, rate).unlink(missing_ok=True)
 
     def ready(name: str, rate: float) -> Ready:
         contender = CONTENDERS[name]
@@ -222,7 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
         if contender.alpha == 1.0:
             model = softmax(None)
             run = compiled(model, options)
-            return Ready(model, logits_of(run), None, monitor, kept=weights_of(program, name, rate))
+            kept = weights_of(program, name, rate) if name in teaching else None
+            return Ready(model, logits_of(run), None, monitor, kept=kept)
         before = contender.after and weights_of(program, contender.after, rate)
         model, schedule, scales, empty = softmax(before), None, [], None
         layers = range(len(model.model.layers))

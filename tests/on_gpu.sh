@@ -5,7 +5,8 @@
 #   tools  compute-sanitizer over one small call of each kind
 #   speed  tuning and the benchmarks, which have the machine to themselves, after all that was begun
 # PYTHON names the interpreter that has the package (default .venv/bin/python), PROCESSES how many run
-# side by side, GPUS on how many (default all), PARTS into how many parts the tables go. All of it runs,
+# side by side, GPUS on how many (default all), PARTS into how many parts the tables go,
+# BENCHMARK_SECONDS what all benchmarks together may take. All of it runs,
 # whatever fails; what has failed is told at the end, and then the exit code is 1. RESUME=1 leaves out
 # what passed in a run before that wrote to the same OUTPUT.
 set -u
@@ -95,7 +96,8 @@ speed() {
     check $program "$python" benchmarks/$program.py --device cuda --json "$out/$program.json"
     cat "$out/$program.txt"
   done
-  check benchmarks "$python" benchmarks/all.py --output "$out/benchmarks"
+  check benchmarks "$python" benchmarks/all.py --output "$out/benchmarks" \
+    ${BENCHMARK_SECONDS:+--seconds "$BENCHMARK_SECONDS"}
 }
 
 passes() { # backend: how many of its tests have passed, in all its tables
