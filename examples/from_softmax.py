@@ -168,7 +168,7 @@ def keep_all_but_attention(model: Any) -> None:
             part.requires_grad_(True)
 
 
-def pressed(scales: Sequence[HeadScale], pressure: float, empty: Tensor | None) -> Tensor:
+def pressed(scales: Sequence[HeadScale], pressure: float, empty: Tensor | None = None) -> Tensor:
     """What is added to the loss so that heads keep fewer keys, the more so where some of their
     tiles, by ``empty``, are empty and some are not."""
     logarithms = torch.cat([scale.log_factor for scale in scales])

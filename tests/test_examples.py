@@ -485,6 +485,16 @@ def test_pressure_pushes_the_factors_of_all_heads_up() -> None:
         assert scale.log_factor.grad.sum().item() == pytest.approx(-0.01)
 
 
+def test_pressure_is_on_heads_some_of_whose_tiles_are_empty() -> None:
+    pytest.importorskip("transformers")
+    import from_softmax
+
+    scale = HeadScale(4, 0.5)
+    empty = torch.tensor([0.0, 0.5, 0.9, 1.0])
+    from_softmax.pressed([scale], 0.02, empty).backward()
+    assert scale.log_factor.grad.tolist() == pytest.approx([0, -0.02 * 25 / 34, -0.02 * 9 / 34, 0])
+
+
 def test_attention_alone_learns_where_all_else_is_kept() -> None:
     pytest.importorskip("transformers")
     import from_softmax
