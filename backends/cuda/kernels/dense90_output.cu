@@ -3,7 +3,7 @@
 // Thresholds start from a sample: two tiles of scores in registers, then some that stand for all
 // others. One or two passes over all keys follow, until the thresholds of all rows of the block
 // look as if they were found, then the one that sums values. That one has sums of probabilities,
-// too: where some row's is not one, it was in vain.
+// too: where some row's misses one by more than it may, it was in vain.
 #include "dense90.cuh"
 
 namespace adasplash2 {
