@@ -415,6 +415,13 @@ def _table() -> Iterator[Case]:
     short = replace(flat, name="flat-short", length_k=130, head_dim=48, head_dim_v=41)
     yield short
     yield replace(short, name="flat-short-causal", length_q=130, is_causal=True, sharpness=0.4)
+    # Rows that keep more than lists hold, but few of their keys: on the way to a threshold many
+    # scores are passed, so that steps err, and 16-bit types end before they do not.
+    part = replace(flat, name="part", sharpness=0.3, length_k=4096, head_dim=64)
+    yield replace(part, name="part-bfloat16", dtype=BFLOAT16, length_q=130)
+    yield replace(part, name="part-float16", dtype=FLOAT16)
+    yield replace(part, name="part-causal-bfloat16", dtype=BFLOAT16, length_q=2048, length_k=2048,
+                  heads_q=1, is_causal=True)  # fmt: skip
     # About as many keys as a list holds, so that some rows are flat and others not.
     yield replace(flat, name="nearly-flat", sharpness=0.08, length_q=129, length_k=900)
 

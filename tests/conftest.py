@@ -44,8 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--expect-backends",
         metavar="NAME,...",
         default="",
-        help="backends that must be usable here, and pass tests where any are by backend: else the "
-        "run fails, whatever its tests say",
+        help="backends that must be usable here, and, but with --together, pass tests where any "
+        "are by backend: else the run fails, whatever its tests say",
     )
     parser.addoption(
         "--fuzz-seed",

@@ -48,6 +48,7 @@ tests() {
   # first.
   local tables=(tests/test_{language,attention,entmax,edges,ops,determinism,dispatch,properties,fuzz,kvcache,compat,features}.py)
   local parts=${PARTS:-$((processes < 48 ? 16 : processes / 3))} i scan whole
+  local half=$(((parts + 1) / 2))
   for ((i = 0; i < parts; i++)); do
     part "triton$i" triton -k triton --part "$i/$parts" "${tables[@]}"
   done
@@ -56,14 +57,14 @@ tests() {
     part "cuda$i" cuda -k cuda --part "$i/$parts" "${tables[@]}"
   done
   for scan in hopper portable; do
-    for ((i = 0; i < parts / 2; i++)); do
-      part "cuda-$scan$i" cuda -k cuda --part "$i/$((parts / 2))" --prefer "scan=$scan" \
+    for ((i = 0; i < half; i++)); do
+      part "cuda-$scan$i" cuda -k cuda --part "$i/$half" --prefer "scan=$scan" \
         tests/test_attention.py
     done
   done
   for whole in thresholds nothing; do
-    for ((i = 0; i < parts / 2; i++)); do
-      part "triton-$whole$i" triton -k triton --part "$i/$((parts / 2))" --prefer "whole=$whole" \
+    for ((i = 0; i < half; i++)); do
+      part "triton-$whole$i" triton -k triton --part "$i/$half" --prefer "whole=$whole" \
         tests/test_language.py
     done
   done
@@ -100,8 +101,8 @@ speed() {
     ${BENCHMARK_SECONDS:+--seconds "$BENCHMARK_SECONDS"}
 }
 
-passes() { # backend: how many of its tests have passed, in all its tables
-  sed -n "s/^backend $1: \([0-9]*\) passed.*/\1/p" "$out/$1"*[0-9].txt | awk '{ n += $1 } END { print n + 0 }'
+passes() { # what parts are called: how many tests of their backend have passed in all of them
+  sed -n "s/^backend ${1%%-*}: \([0-9]*\) passed.*/\1/p" "$out/$1"[0-9]*.txt | awk '{ n += $1 } END { print n + 0 }'
 }
 
 for stage in ${stages[*]}; do
@@ -111,9 +112,9 @@ done
 wait
 tail -qn 1 "$out"/*.txt
 if [[ " ${stages[*]} " == *" tests "* ]]; then
-  for backend in cuda triton; do
-    echo "$backend: $(passes $backend) tests passed"
-    (($(passes $backend))) || echo "$backend-passed-nothing" >>"$failed"
+  for parts in cuda cuda-{hopper,portable} triton triton-{thresholds,nothing}; do
+    echo "$parts: $(passes $parts) tests passed"
+    (($(passes $parts))) || echo "$parts-passed-nothing" >>"$failed"
   done
 fi
 if [[ -s $failed ]]; then

@@ -211,6 +211,46 @@ def test_a_key_that_all_rows_keep(heads_kv: int, cut: list[int]) -> None:
     assert_agrees(case, inputs, got)
 
 
+SHARED_OUT = [
+    dataclasses.replace(case, heads_q=6, dtype=BFLOAT16, sharpness=3.0)
+    for case in (
+        Case("apart", length_q=700, length_k=650, head_dim=64),
+        Case("groups", length_q=650, length_k=700, heads_kv=3, head_dim=64),
+        Case("wide", length_q=650, length_k=700, heads_kv=3, head_dim=128),
+        Case("causal", length_q=1100, length_k=1100, head_dim=64, is_causal=True),
+    )
+]
+
+
+@pytest.mark.gpu
+@BACKENDS
+@pytest.mark.parametrize("case", SHARED_OUT, ids=lambda case: case.name)
+def test_blocks_that_work_on_many_items(
+    case: Case, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of problems far larger than a test's do: here there is one multiprocessor to fill.
+    Every other head is flat."""
+    if name != "cuda":
+        pytest.skip("blocks of others have an item each, or take what is left")
+    from adasplash2.backends.cuda import attention
+
+    inputs = case.inputs("cuda")
+    inputs.query[:, ::2] *= 0.003
+    backend = module_of(name)
+    asked = problem_of(case, inputs)
+    config = backend.configs(asked)[0]
+    monkeypatch.setattr(attention.Plan, "_multiprocessors", 1)
+    attention._plan.cache_clear()
+    try:
+        plan = attention.plan_of(asked, config, True)
+        tiles = plan._query_tiles
+        together = plan._dense.maps and not case.is_causal
+        assert plan._dense_blocks(tiles) == (1 if together else tiles)
+        assert_agrees(case, inputs, forward_and_backward(backend, case, inputs, config))
+    finally:
+        attention._plan.cache_clear()
+
+
 @pytest.mark.gpu
 @BACKENDS
 @pytest.mark.parametrize("sharpness", [1.0, 0.01], ids=["lists", "flat"])

@@ -419,7 +419,8 @@ def _in_window(call: Call, size: int, other: int) -> int | None:
     said = call.problem.scores
     if not call.plan.opt.joined:
         return None
-    # Two more for where the first one begins, and for where its span does.
+    # Two more for where the first one begins, and for where its span does. What it takes to end
+    # with a whole span, of two tiles at most (SPANS), a power of two has room for.
     most = -(-(size + said.left + said.right) // other) + 2
     return max(FEWEST_MAXIMA, 1 << (most - 1).bit_length())
 

@@ -11,8 +11,8 @@ using GradRing = Ring<kGradStages>;
 constexpr int kOwnStages = ADASPLASH2_OWN_STAGES;
 using OwnRing = Ring<kOwnStages>;
 
-// How many tiles of queries there are, and whether one has flat rows: of which `parts` threads look
-// at one each.
+// How many tiles of queries there are, and whether one has flat rows: `parts` threads ask together,
+// and each looks at some of its row blocks.
 __device__ __forceinline__ int query_tiles(const Params& p) {
   return p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
 }

@@ -3,7 +3,7 @@
 // Thresholds start from a sample: two tiles of scores in registers, then some that stand for all
 // others. One or two passes over all keys follow, until the thresholds of all rows of the block
 // look as if they were found, then the one that sums values. That one has sums of probabilities,
-// too: where some row's is not one, it was in vain.
+// too: where some row's misses one by more than it may, it was in vain.
 #include "dense90.cuh"
 
 namespace adasplash2 {
@@ -21,19 +21,17 @@ using Scores = float[kTileKeys / 2];
 // output is then off by less than half of that, which bfloat16 and float16 hide.
 constexpr float kTolerance = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-12f : 0x1p-10f;
 constexpr float kExactly = 1e-7f;  // the same of rows that registers hold
-// By so much a row's sum may be expected to miss one if its output is corrected. Where a threshold
-// is off by d, p is by -2 d u, and their sum f by -2 d (sum u): sum p v - f O2 is off by squares of
-// f alone. O2 stays what it is, and the backward feels a part of f. Not so of alpha = 2, whose
+// By so much a row's sum may miss one if its output is corrected. Where a threshold is off by d, p
+// is by -2 d u, and their sum f by -2 d (sum u): sum p v - f O2 is off by squares of f alone, and
+// so is the threshold after its last step: by 2e-6 where f is 2^-7, by 3e-5 where it is 2^-5. O2
+// stays what it is, and the backward feels a part of f: where rows with 2^-5 may stay, few as they
+// are, dQ of the worst ones is three times as far off as by rounding. Not so of alpha = 2, whose
 // steps are exact where they pass no score; of wide values, whose sums leave no registers for the
 // choice; and of calls that count, which tell what is kept.
 constexpr bool kMayBeRough = kAlpha == AlphaKind::k15 && kPanelsV == 1 && !kCounts;
 constexpr float kRough = !kMayBeRough                             ? 0.f
                          : ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-10f
                                                                   : 0x1p-7f;
-// Found to miss by more they are done again: O2 is that of the threshold before its last step, and
-// where keys have much in common gradients of queries feel it. Simulated, those of the worst rows
-// are off by as much as with exact thresholds up to twice, by three times as much at four times.
-constexpr float kMostRough = 2.f * kRough;
 constexpr int kSampleSteps = kAlpha == AlphaKind::k15 ? 2 : 3;
 // Tiles from which on other samples follow that one: every so many tiles.
 constexpr int kStride = 4, kStridedFrom = 6 * kStride;
@@ -774,7 +772,7 @@ struct Attention {
     if (!b.flat[slot] || !is_finite(t[slot].tau)) return false;
     const float f = total - 1.f, step = f / t[slot].slope,
                 least = 4.f * kEpsilon * fabsf(t[slot].tau);
-    const float most = kMayBeRough && t[slot].rough ? kMostRough : kTolerance;
+    const float most = kMayBeRough && t[slot].rough ? kRough : kTolerance;
     if (!(fabsf(f) > most && fabsf(step) > least && t[slot].hi - t[slot].lo > least)) return false;
     bracket(t[slot], f);
     t[slot].tau = inside(t[slot], t[slot].tau + step);

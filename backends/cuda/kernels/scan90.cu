@@ -45,9 +45,10 @@ constexpr int kStageBytes = kPanels * kPanelBytes;
 constexpr int kBarriers = 2 * kStages;
 
 // How a scan ends before its last tile: all warpgroups have stopped, and one more tile is announced
-// that was not copied, the `last` one, which is -1 until then. Who reads either a moment too early
-// has one tile more copied, or goes on to the next tile: no order is needed, and both are atomic.
-// Beside it what a warp notes for Lists::filter(), which has no registers for it: hence volatile.
+// that was not copied, the `last` one, which is -1 until then. Who reads `stopped` a moment too
+// early has one tile more copied. `last` is written before its tile's barrier is arrived at, and
+// read behind it: who missed it would wait for the next tile for ever. Both are atomic.
+// Beside them what a warp notes for Lists::filter(), which has no registers for it: hence volatile.
 struct Notes {
   u32 stopped;  // bit of each warpgroup
   int last;

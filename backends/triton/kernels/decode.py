@@ -664,9 +664,10 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
         step += 1
         if LAST:
             _, s = listed_scores(own, listed, 0, count, opt, GROUPS)
+            # Not `_`, which is a tensor here: Triton 3.6 lets a branch give no name another type.
             t, step, kept = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
-                                       final == 0, terms, tolerance, opt, GROUPS,
-                                       MAX_STEPS)  # fmt: skip
+                                          final == 0, terms, tolerance, opt, GROUPS,
+                                          MAX_STEPS)  # fmt: skip
         tl.store(counts + at_row, tl.where(final, 0, count))
         tl.store(state + T, t)
         tl.store(state + LO, lo)

@@ -80,9 +80,10 @@ PIECES = tl.constexpr(4)
 they leave blocks of Gaussian rows two of Newton's steps for three by those of whole tiles."""
 
 GAP = tl.constexpr(0.006)
-"""How far the threshold is above the bound by PIECES, for each of ``sum u`` that these have beside
-one. On Gaussian rows of 1,025 keys 0.0064 where they keep 20 or 40 keys, 0.0087 where four, of 301
-keys 0.0045; blocks of the first then take 2.1 steps, from the bound itself 2.3, simulated."""
+"""How far a row's threshold is above the bound that its PIECES' maxima give, divided by their ``sum
+u - 1``. On Gaussian rows of 1,025 keys it is 0.0064 where they keep 20 or 40 keys, 0.0087 where
+four, of 301 keys 0.0045; blocks of the first then take 2.1 steps, from the bound itself 2.3,
+simulated."""
 
 BOUND_SLACK = tl.constexpr(1e-6)
 """See :func:`slack`."""
@@ -288,8 +289,8 @@ def raised(t, mass, slope, top, terms, opt: tl.constexpr):
 
 @triton.jit
 def bound_few(highest, top, t, terms, opt: tl.constexpr):
-    """:func:`bound_of` by ``c (s - top)`` of maxima that are at hand, from ``t`` on; and where rows
-    may have their threshold."""
+    """:func:`bound_of` by ``c (s - top)`` of maxima that are at hand, from ``t`` on; and where
+    Newton's steps start, which may be above the threshold."""
     slope = tl.full(t.shape, 1.0, tl.float32)
     for _ in range(BOUND_STEPS):  # unrolled, it would take too many registers
         p, u = weights(highest - t[:, None], terms.r, opt)
