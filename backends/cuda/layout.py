@@ -96,8 +96,8 @@ SCAN_WARP_ROWS = 32
 
 ELEMENT_THREADS = 256
 MOST_ITEMS, ITEM_BLOCKS = 4, 16
-"""Items (as many rows as a block of the gathers has at once, or a row block) that it takes one after
-another: at most so many, and as many as leave so many blocks a multiprocessor."""
+"""Items (as many rows as a block of the gathers has at once, or a row block) that it takes one
+after another: at most so many, and as many as leave so many blocks a multiprocessor."""
 
 PREFIX_THREADS = 1024
 SORT_THREADS = 512
