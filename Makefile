@@ -41,11 +41,11 @@ $(MAIN): test-main-%:
 
 test-oldest:
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures))
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs tests/test_cli.py -k "info or cache or report or help"
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs $(if $(TEST),,-k "info or cache or report or help") tests/test_cli.py
 
 # What a newer Triton compiles an older one may refuse, whatever it is compiled for.
 test-oldest-triton:
-	PYTHONPATH=$(VENV)/oldest-triton $(PYTEST) tests/test_triton_compile.py -k "not 80 and not 100 and not 120"
+	PYTHONPATH=$(VENV)/oldest-triton $(PYTEST) $(if $(TEST),,-k "not 80 and not 100 and not 120") tests/test_triton_compile.py
 
 $(INTERPRETED): test-interpreted-%:
 	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
