@@ -213,9 +213,14 @@ template <Zeros Z, class S, class T>
 ADASPLASH2_INLINE void add_to_panel(const T* weights, int64_t stride, HeadRef matrix, Part rows,
                                     int64_t width, T* out) {
   int64_t j = 0;
-  for (; j + kWeightedRows <= kPanelKeys<T>; j += kWeightedRows)
+  for (; j + kWeightedRows <= kPanelKeys<T>; j += kWeightedRows) {
+    // Few rows add to much memory: the next part of it comes while they add to this one.
+    const T* next = out + (j + kWeightedRows) * width;
+    for (int64_t k = 0; k < kWeightedRows * width; k += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(next + k, 1);
     add_weighted_rows<Z, kWeightedRows, S>(weights + j, 1, stride, matrix, rows, width,
                                            out + j * width, width);
+  }
   for (; j < kPanelKeys<T>; ++j)
     add_weighted_rows<Z, 1, S>(weights + j, 1, stride, matrix, rows, width, out + j * width, width);
 }
