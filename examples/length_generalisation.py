@@ -295,8 +295,8 @@ def draw_maxima(count: int, length: int, generator: torch.Generator) -> Batch:
     """Things, each a kind and a height in one token: behind each the highest of its kind so far is
     to be said. It is max retrieval, too, with hard negatives: a kind's maximum rises by one, at
     ``RISES`` places, and from then on stands only there; half of its others are one below, a
-    quarter two and so on, down to ``DEPTH``. Scores must put a kind above all heights of others and each height above
-    the next, of which there are the more the longer the sequence."""
+    quarter two and so on, down to ``DEPTH``. Scores must put a kind above all heights of others
+    and each height above the next, of which there are the more the longer the sequence."""
     low = torch.randint(DEPTH, HEIGHTS - RISES, (count, KINDS), generator=generator)
     kind = torch.randint(KINDS, (count, length), generator=generator)
     place = torch.rand(count, length, generator=generator).argsort(dim=1)[:, : KINDS * RISES]
