@@ -89,7 +89,6 @@ CONTENDERS = {
     "taught, sparser": SPARSER,
     "taught, attention only": SPARSER._replace(attention_only=True),
     "taught, by tiles": SPARSER._replace(tolerance=0.0, tile_value=2.5, pressure=0.03),
-    "taught, by tiles 2": SPARSER._replace(tolerance=0.0, tile_value=2.0, pressure=0.03),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),

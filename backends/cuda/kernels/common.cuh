@@ -207,6 +207,17 @@ __device__ __forceinline__ T sum_over(T x) {
   return x;
 }
 
+// Over the first `lanes` lanes, up to this one and with it.
+template <int lanes = 32>
+__device__ __forceinline__ int sum_upto(int x) {
+#pragma unroll
+  for (int step = 1; step < lanes; step *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, x, step);
+    if (lane_id() >= step) x += other;
+  }
+  return x;
+}
+
 template <int lanes>
 __device__ __forceinline__ float max_over(float x) {
 #pragma unroll

@@ -45,12 +45,7 @@ struct Share {
     const int each = (all + kThreads - 1) / kThreads, first = threadIdx.x * each;
     u32 found = 0;
     for (int i = 0; i < each && first + i < all; ++i) found |= u32(wanted(first + i, 0, 1)) << i;
-    int rank = __popc(found);  // inclusive, then exclusive
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, rank, step);
-      if (lane_id() >= step) rank += other;
-    }
+    int rank = sum_upto(__popc(found));
     if (lane_id() == 31) before[warp_id()] = rank;
     __syncthreads();
     rank -= __popc(found);

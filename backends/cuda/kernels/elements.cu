@@ -228,22 +228,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 template <int threads>
 __device__ __forceinline__ int preceding(int mine, int (&sums)[threads / 32], int& all) {
   constexpr int kWarps = threads / 32;
-  int before = mine;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, before, step);
-    if (lane_id() >= step) before += other;
-  }
+  const int before = sum_upto(mine);
   __syncthreads();  // sums of the call before are read
   if (lane_id() == 31) sums[warp_id()] = before;
   __syncthreads();
   const int warp = lane_id() < kWarps ? sums[lane_id()] : 0;
-  int warps = warp;
-#pragma unroll
-  for (int step = 1; step < kWarps; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, warps, step);
-    if (lane_id() >= step) warps += other;
-  }
+  const int warps = sum_upto<kWarps>(warp);
   all = __shfl_sync(kAllLanes, warps, kWarps - 1);
   return __shfl_sync(kAllLanes, warps - warp, warp_id()) + before - mine;
 }

@@ -414,12 +414,7 @@ struct Lists {
         if (!s.poisoned)
           for (u32 at = base; at < end[slot]; at += kEntryBytes)
             mine += fmaf(p.c, load_shared(at + slot * kSlotBytes) - s.top, -s.tau) > 0.f;
-        int upto = mine;  // inclusive over the warp: rows in order, lanes of a row in order
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-          const int other = __shfl_up_sync(kAllLanes, upto, step);
-          if (lane >= step) upto += other;
-        }
+        const int upto = sum_upto(mine);  // rows in order, lanes of a row in order
         before[i] = used + upto - mine;
         start[i] = __shfl_sync(kAllLanes, before[i], lane & ~3);
         count[i] = sum_over<4>(mine);
