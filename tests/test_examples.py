@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -28,7 +29,15 @@ from training import Decoder, Plan, Recipe, Size  # noqa: E402
 
 from adasplash2.nn import HeadScale  # noqa: E402
 
-README = str(ROOT / "README.md")
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file to learn from that no edit of the project's pages changes: some words in any order."""
+    words = "a few keys of each row keep all that the query needs and the others get exact zeros"
+    drawn = random.Random(0).choices(words.split(), k=2000)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(drawn))
+    return str(path)
 
 
 def answers(batch: lengths.Batch) -> list[list[int]]:
@@ -405,7 +414,7 @@ def test_learned_alphas_move_faster_and_only_matrices_decay() -> None:
 
 @pytest.mark.parametrize("program", ["train_lm", "from_softmax"])
 def test_language_models_at_their_smallest(
-    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    program: str, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if program == "from_softmax":
         pytest.importorskip("transformers")
@@ -418,7 +427,7 @@ def test_language_models_at_their_smallest(
         "--size",
         "tiny",
         "--text",
-        README,
+        text,
         "--output",
         str(tmp_path),
         "--contenders",
@@ -432,7 +441,7 @@ def test_language_models_at_their_smallest(
         (run,) = told["results"][name]
         assert len(run["losses"]) == 20
         assert run["held_out"][0]["step"] == 0
-        assert run["held_out"][-1]["loss"] < run["held_out"][0]["loss"]
+        assert run["held_out"][-1]["loss"] < run["held_out"][0]["loss"] - 0.1
         kept = text_models.kept_by_layer(run, "support")
         assert len(kept) == (0 if name == "softmax" else 2)
     assert (tmp_path / f"{program}.png").stat().st_size > 10_000
@@ -440,33 +449,33 @@ def test_language_models_at_their_smallest(
     assert "held out" in capsys.readouterr().out
 
 
-def told_by(tmp_path: Path, *contenders: str) -> dict[str, Any]:
+def told_by(tmp_path: Path, text: str, *contenders: str) -> dict[str, Any]:
     """The one run of each contender of ``from_softmax`` at its smallest, stopped once if it is not
     done."""
     import from_softmax
 
-    command = ["--size", "tiny", "--text", README, "--output", str(tmp_path), "--contenders"]
+    command = ["--size", "tiny", "--text", text, "--output", str(tmp_path), "--contenders"]
     from_softmax.main([*command, *contenders, "--minutes", "0"])
     assert from_softmax.main([*command, *contenders]) == 0
     told = json.loads((tmp_path / "results.json").read_text())["results"]
     return {name: run for name, (run,) in told.items()}
 
 
-def test_what_is_taught_goes_on_from_softmax_and_stays_with_it(tmp_path: Path) -> None:
+def test_what_is_taught_goes_on_from_softmax_and_stays_with_it(tmp_path: Path, text: str) -> None:
     pytest.importorskip("transformers")
-    softmax = told_by(tmp_path, "softmax")["softmax"]["held_out"]
-    taught = told_by(tmp_path, "softmax", "taught")["taught"]["held_out"]
+    softmax = told_by(tmp_path, text, "softmax")["softmax"]["held_out"]
+    taught = told_by(tmp_path, text, "softmax", "taught")["taught"]["held_out"]
     assert softmax[-1]["loss"] < softmax[0]["loss"] - 0.1
     assert [look["step"] for look in taught] == list(range(0, 21, 2))
     for look in taught:
         assert look["loss"] == pytest.approx(softmax[-1]["loss"], abs=0.02)
 
 
-def test_what_is_taught_first_learns_the_text_after(tmp_path: Path) -> None:
+def test_what_is_taught_first_learns_the_text_after(tmp_path: Path, text: str) -> None:
     """A random model has nothing to teach."""
     pytest.importorskip("transformers")
     losses = [
-        look["loss"] for look in told_by(tmp_path, "taught first")["taught first"]["held_out"]
+        look["loss"] for look in told_by(tmp_path, text, "taught first")["taught first"]["held_out"]
     ]
     assert losses[5] > losses[0] - 0.02
     assert losses[-1] < losses[5] - 0.05
@@ -569,13 +578,15 @@ def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--rates" in capsys.readouterr().err
 
 
-def test_steps_of_a_whole_model(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/model_step.py", "--device", "cpu", "--text", README]
+def test_steps_of_a_whole_model(tmp_path: Path, text: str) -> None:
+    command = [sys.executable, "benchmarks/model_step.py", "--device", "cpu", "--text", text]
     command += ["--shapes", "2x64", "--layers", "1", "--heads", "2", "--steps", "8", "--looks", "8"]
-    command += ["--contenders", "qk-norm", "--rival-steps", "7", "--json", str(tmp_path / "steps")]
+    command += ["--contenders", "qk-norm", "--rival-steps", "7", "--rate", "0.1"]
+    command += ["--json", str(tmp_path / "steps")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "2 x 64 tokens" in done.stdout
     (result,) = json.loads((tmp_path / "steps").read_text())["results"]
     found = {name: (len(run["ms"]), run["losses"]) for name, run in result["contenders"].items()}
     assert {name: made for name, (made, _) in found.items()} == {"qk-norm": 8, "flash": 7}
-    assert all(losses[-1] < losses[0] for _, losses in found.values()), "it trains"
+    for _, losses in found.values():
+        assert losses[-1] < losses[0] - 1.0, "it trains"
