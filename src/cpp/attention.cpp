@@ -248,60 +248,73 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
   return kept;
 }
 
-// The lists of one (batch, key head) turned round: for each key, who keeps it, ordered by query
-// head and row. Row chunks are counted and filled in parallel; their number is fixed, so the
-// order never depends on the threads.
+// Memory that is used again, and grows.
 template <class T>
-struct Columns {
-  static constexpr int64_t kChunks = 8;
-  Buffer<int64_t> offsets;         // length_k + 1 per key head, into the arrays below
-  Buffer<int32_t> rows;            // head in group * length_q + row
-  Buffer<T> weights, grad_scores;  // of dO in dV and of Q in dK
+T* room_for(Buffer<T>& buffer, int64_t n) {
+  if (!buffer.data() || buffer.size() < n) {
+    buffer = Buffer<T>();  // free before there is more
+    buffer = Buffer<T>(n);
+  }
+  return buffer.data();
+}
 
-  Columns(const AttentionProblem& p, const Saved<T>& saved, const T* of_values, const T* of_keys,
-          int threads) {
-    const int64_t heads = p.key_heads(), group_rows = p.group_rows();
-    const int64_t entries = saved.offsets[p.rows()];
-    offsets = Buffer<int64_t>(heads * (p.length_k + 1));
-    rows = Buffer<int32_t>(entries);
-    weights = Buffer<T>(entries);
-    grad_scores = Buffer<T>(entries);
-    Buffer<int64_t> cursor(heads * kChunks * p.length_k);
+// The lists of some key heads turned round: for each key, who keeps it, ordered by query head and
+// row. Row chunks are counted and filled in parallel; their number is fixed, so the order never
+// depends on the threads.
+template <class T>
+class Columns {
+ public:
+  // Of each key head, length_k + 1 offsets into the entries.
+  const int64_t* offsets(int64_t head) const { return offsets_.data() + head * stride_; }
+  const ColumnEntry<T>* entries() const { return entries_.data(); }
+
+  // From `value_weights` and `key_weights` of the entries of the lists, counted from the first.
+  void turn(const AttentionProblem& p, const Saved<T>& saved, Part heads, const T* value_weights,
+            const T* key_weights, int threads) {
+    const int64_t rows = p.group_rows(), first_row = heads.first * rows, keys = p.length_k;
+    const int64_t first = saved.offsets[first_row];
+    stride_ = keys + 1;
+    int64_t* const offsets = room_for(offsets_, heads.count * stride_);
+    int64_t* const cursors = room_for(cursors_, heads.count * kChunks * keys);
+    ColumnEntry<T>* const entries =
+        room_for(entries_, saved.offsets[first_row + heads.count * rows] - first);
 
     const auto chunk = [&](int64_t i, auto each) {
-      const int64_t first = i / kChunks * group_rows, c = i % kChunks;
-      const int64_t begin = c * group_rows / kChunks, end = (c + 1) * group_rows / kChunks;
-      int64_t* at = cursor.data() + i * p.length_k;
-      for (int64_t r = begin; r < end; ++r)
-        for (int64_t e = saved.offsets[first + r]; e < saved.offsets[first + r + 1]; ++e)
-          each(at[saved.keys[e]], r, e);
+      const int64_t head = i / kChunks, c = i % kChunks;
+      const int64_t* const of_rows = saved.offsets + first_row + head * rows;
+      int64_t* at = cursors + i * keys;
+      for (int64_t r = c * rows / kChunks; r < (c + 1) * rows / kChunks; ++r)
+        for (int64_t e = of_rows[r]; e < of_rows[r + 1]; ++e) each(at[saved.keys[e]], r, e);
     };
-    parallel_for(heads * kChunks, threads, [&](int64_t i, int) {
-      std::memset(cursor.data() + i * p.length_k, 0, size_t(p.length_k) * sizeof(int64_t));
+    parallel_for(heads.count * kChunks, threads, [&](int64_t i, int) {
+      std::memset(cursors + i * keys, 0, size_t(keys) * sizeof(int64_t));
       chunk(i, [](int64_t& count, int64_t, int64_t) { ++count; });
     });
-    parallel_for(heads, threads, [&](int64_t head, int) {
-      int64_t at = saved.offsets[head * group_rows];
-      for (int64_t key = 0; key < p.length_k; ++key) {
-        offsets[head * (p.length_k + 1) + key] = at;
+    parallel_for(heads.count, threads, [&](int64_t head, int) {
+      int64_t at = saved.offsets[first_row + head * rows] - first;
+      for (int64_t key = 0; key < keys; ++key) {
+        offsets[head * stride_ + key] = at;
         for (int64_t c = 0; c < kChunks; ++c) {
-          int64_t& slot = cursor[(head * kChunks + c) * p.length_k + key];
+          int64_t& slot = cursors[(head * kChunks + c) * keys + key];
           const int64_t count = slot;
           slot = at;
           at += count;
         }
       }
-      offsets[head * (p.length_k + 1) + p.length_k] = at;
+      offsets[head * stride_ + keys] = at;
     });
-    parallel_for(heads * kChunks, threads, [&](int64_t i, int) {
-      chunk(i, [&](int64_t& slot, int64_t row, int64_t entry) {
-        rows[slot] = int32_t(row);
-        weights[slot] = of_values[entry];
-        grad_scores[slot] = of_keys[entry];
-        ++slot;
+    parallel_for(heads.count * kChunks, threads, [&](int64_t i, int) {
+      chunk(i, [&](int64_t& slot, int64_t row, int64_t e) {
+        entries[slot++] = {int32_t(row), value_weights[e], key_weights[e]};
       });
     });
   }
+
+ private:
+  static constexpr int64_t kChunks = 8;
+  Buffer<int64_t> offsets_, cursors_;
+  Buffer<ColumnEntry<T>> entries_;
+  int64_t stride_ = 0;
 };
 
 [[noreturn]] void refuse_saved() {
@@ -348,7 +361,8 @@ bool check_lists(const Saved<T>& saved, const AttentionProblem& p, const RowBloc
   return flat;
 }
 
-// What all tasks of a backward read.
+// What all tasks of a backward read. It works on some key heads and their query heads at a time, so
+// that what is held for these alone stays in the cache and takes little memory.
 template <class T>
 struct BackwardState {
   const BackwardArguments& arguments;
@@ -359,12 +373,13 @@ struct BackwardState {
   Buffer<uint8_t> flat_blocks;  // whether a row block holds a flat row
   bool any_flat = false;
   std::unique_ptr<Panels<T>> packed_keys, packed_values;  // only where a row is flat
-  // Of each strip, head by head; null where no row is flat.
-  int64_t strip_blocks, strips_per_head;
-  std::vector<KeyGradients<T>> of_strips;
-  Buffer<T> strip_gradients;
-  Buffer<T> grad_scores;
-  Buffer<T> weights;  // of dO in dV, where dropout makes them others than the probabilities
+  int64_t strip_blocks = 1, strips_per_head = 0;
+  // Of the key heads at work:
+  Part heads = {0, 0};
+  T* grad_scores = nullptr;
+  T* weights = nullptr;  // of dO in dV, where dropout makes them others than the probabilities
+  Columns<T> columns;
+  std::vector<KeyGradients<T>> of_strips;  // head by head; null where no row is flat
 
   explicit BackwardState(const BackwardArguments& a)
       : arguments(a),
@@ -382,18 +397,59 @@ struct BackwardState {
       packed_keys = std::make_unique<Panels<T>>(kernels, p, a.key, p.head_dim, a.threads);
       packed_values = std::make_unique<Panels<T>>(kernels, p, a.value, p.head_dim_v, a.threads);
     }
-    grad_scores = Buffer<T>(saved.offsets[p.rows()]);
-    make_strips();
-    if (p.score.seeds.data) weights = Buffer<T>(saved.offsets[p.rows()]);
+    choose_strips();
   }
 
+  Part query_heads() const {
+    return {heads.first * problem.gqa_group(), heads.count * problem.gqa_group()};
+  }
   // The row blocks of a strip of a head.
   Part strip(int64_t number) const {
     const int64_t blocks = problem.row_blocks_per_head();
     return part_of(blocks, strip_blocks, number);
   }
+  // Of a query head at work.
+  KeyGradients<T>* strips_of(int64_t head) {
+    if (!any_flat) return nullptr;
+    return of_strips.data() + (head - query_heads().first) * strips_per_head;
+  }
+
+  // Goes on to the next key heads, as many as the threads need and the cache holds. False where
+  // there are none left.
+  bool next_heads() {
+    constexpr int64_t kInCache = int64_t(8) << 20, kBlocksOfThread = 8;
+    const AttentionProblem& p = problem;
+    const int64_t blocks = p.gqa_group() * p.row_blocks_per_head();
+    heads = {heads.first + heads.count, 0};
+    for (int64_t bytes = 0; heads.first + heads.count < p.key_heads(); ++heads.count) {
+      bytes += bytes_held_for(heads.first + heads.count);
+      const bool busy = heads.count * blocks >= kBlocksOfThread * arguments.threads;
+      if (heads.count > 0 && busy && bytes > kInCache) break;
+    }
+    if (heads.count == 0) return false;
+    make_strips();
+    const int64_t first = entries_before(heads.first);
+    const int64_t entries = entries_before(heads.first + heads.count) - first;
+    grad_scores = room_for(of_scores_, entries) - first;  // beside saved.probabilities
+    if (p.score.seeds.data) weights = room_for(of_weights_, entries) - first;
+    return true;
+  }
 
  private:
+  Buffer<T> of_scores_, of_weights_, strip_gradients_;
+
+  int64_t entries_before(int64_t key_head) const {
+    return saved.offsets[key_head * problem.group_rows()];
+  }
+
+  int64_t bytes_held_for(int64_t key_head) {
+    const int64_t entries = entries_before(key_head + 1) - entries_before(key_head);
+    int64_t keys = 0;
+    each_flat_strip({key_head, 1}, [&](int64_t, KeyRange seen) { keys += seen.size(); });
+    return entries * int64_t(sizeof(T) + sizeof(ColumnEntry<T>)) +
+           keys * (problem.head_dim + problem.head_dim_v) * int64_t(sizeof(T));
+  }
+
   // In whole panels.
   KeyRange seen_by_strip(int64_t head, Part blocks) const {
     const RowBlock first = row_block(problem, head * problem.row_blocks_per_head() + blocks.first);
@@ -404,11 +460,25 @@ struct BackwardState {
     return {panels.begin * size, panels.end * size};
   }
 
+  // Calls f with the number of each strip of some key heads that holds a flat row, and its keys.
+  template <class F>
+  void each_flat_strip(Part key_heads, F f) const {
+    if (!any_flat) return;
+    const int64_t blocks = problem.row_blocks_per_head(), group = problem.gqa_group();
+    for (int64_t i = 0; i < key_heads.count * group * strips_per_head; ++i) {
+      const int64_t head = key_heads.first * group + i / strips_per_head;
+      const Part of = strip(i % strips_per_head);
+      const uint8_t* first = flat_blocks.data() + head * blocks + of.first;
+      if (std::any_of(first, first + of.count, [](uint8_t is_flat) { return is_flat != 0; }))
+        f(i, seen_by_strip(head, of));
+    }
+  }
+
   // A task works on a strip of row blocks of a head. Where a row is flat each strip has gradients
   // of the keys that it sees, which must be little work beside its own, and take no more memory
   // than a few times the tensors: then there are no more strips than many threads can share, few of
   // a head, and none is short. A shared mask leaves fewer tasks than heads.
-  void make_strips() {
+  void choose_strips() {
     constexpr int64_t kTasks = 32, kTasksOfMask = 4, kMostStrips = 8, kStripBlocks = 8;
     const AttentionProblem& p = problem;
     const Operand& mask = arguments.grad_mask;
@@ -419,22 +489,17 @@ struct BackwardState {
         std::max(std::min(parts(kTasks, heads), kMostStrips), parts(kTasksOfMask, masks));
     strip_blocks = any_flat ? std::max(parts(blocks, wanted), kStripBlocks) : 1;
     strips_per_head = parts(blocks, strip_blocks);
-    of_strips.resize(size_t(any_flat ? heads * strips_per_head : 0));
+  }
+
+  void make_strips() {
     if (!any_flat) return;
-    const auto each_flat_strip = [&](auto f) {
-      for (int64_t i = 0; i < heads * strips_per_head; ++i) {
-        const Part of = strip(i % strips_per_head);
-        const uint8_t* first = flat_blocks.data() + i / strips_per_head * blocks + of.first;
-        if (std::any_of(first, first + of.count, [](uint8_t is_flat) { return is_flat != 0; }))
-          f(of_strips[size_t(i)], seen_by_strip(i / strips_per_head, of));
-      }
-    };
+    const AttentionProblem& p = problem;
+    of_strips.assign(size_t(query_heads().count * strips_per_head), {});
     int64_t keys = 0;
-    each_flat_strip([&](KeyGradients<T>&, KeyRange seen) { keys += seen.size(); });
-    strip_gradients = Buffer<T>(keys * (p.head_dim + p.head_dim_v));
-    T* at = strip_gradients.data();
-    each_flat_strip([&](KeyGradients<T>& of_strip, KeyRange seen) {
-      of_strip = {at, at + seen.size() * p.head_dim, seen};
+    each_flat_strip(heads, [&](int64_t, KeyRange seen) { keys += seen.size(); });
+    T* at = room_for(strip_gradients_, keys * (p.head_dim + p.head_dim_v));
+    each_flat_strip(heads, [&](int64_t i, KeyRange seen) {
+      of_strips[size_t(i)] = {at, at + seen.size() * p.head_dim, seen};
       at += seen.size() * (p.head_dim + p.head_dim_v);
     });
   }
@@ -460,12 +525,14 @@ struct MaskGradient {
     std::memset(partial.data(), 0, size_t(partial.size()) * sizeof(T));
   }
 
-  // Calls f with the heads that share a mask of `batches * heads`, in a fixed order.
-  template <class F>
-  void for_heads(const AttentionProblem& p, int64_t shared, F f) const {
-    const int64_t batch = shared / heads, head = shared % heads;
-    for (int64_t b = batch; b < p.batch; b += batches)
-      for (int64_t h = head; h < p.heads_q; h += heads) f(b * p.heads_q + h);
+  // Some query heads by the mask that they share, in order.
+  std::vector<std::vector<int64_t>> shared_by(const AttentionProblem& p, Part some) const {
+    std::vector<std::vector<int64_t>> found(size_t(batches * heads));
+    for (int64_t head = some.first; head < some.first + some.count; ++head)
+      found[size_t(head / p.heads_q % batches * heads + head % p.heads_q % heads)].push_back(head);
+    found.erase(std::remove_if(found.begin(), found.end(), [](auto& of) { return of.empty(); }),
+                found.end());
+    return found;
   }
 
   void hand_to(RowGradients<T>& task, const AttentionProblem& p, const RowBlock& of) {
@@ -495,13 +562,11 @@ struct MaskGradient {
 
 // The gradients of the queries, and of the scores.
 template <class T>
-void backward_rows(BackwardState<T>& state) {
+void backward_rows(BackwardState<T>& state, MaskGradient<T>& mask, Workspaces& workspaces) {
   const BackwardArguments& a = state.arguments;
   const AttentionProblem& p = state.problem;
   const Saved<T>& saved = state.saved;
   const int64_t element = p.element_size();
-  Workspaces workspaces(state.kernels.backward_rows_workspace(p, state.any_flat), a.threads);
-  MaskGradient<T> mask(p, a.grad_mask);
   const auto run = [&](const RowBlock& of, const KeyGradients<T>& of_strip, int thread) {
     const auto own = [&](const TensorRef& tensor) {
       return p.query_head(tensor, of.head_q).from(of.row_begin, element);
@@ -534,76 +599,79 @@ void backward_rows(BackwardState<T>& state) {
     task.offsets = saved.offsets + of.first_row;
     task.keys = saved.keys;
     task.probabilities = saved.probabilities;
-    task.grad_scores = state.grad_scores.data();
-    task.weights = state.weights.data();
+    task.grad_scores = state.grad_scores;
+    task.weights = state.weights;
     task.workspace = workspaces.of(thread);
     state.kernels.backward_rows(task);
   };
   // The last strips of a head first, as row_block_at says.
+  const auto tasks = mask.shared_by(p, state.query_heads());
   const int64_t strips = state.strips_per_head;
-  parallel_for(mask.batches * mask.heads * strips, a.threads, [&](int64_t turn, int thread) {
+  parallel_for(int64_t(tasks.size()) * strips, a.threads, [&](int64_t turn, int thread) {
     const int64_t number = strips - 1 - turn % strips;
     const Part blocks = state.strip(number);
-    mask.for_heads(p, turn / strips, [&](int64_t head) {
+    for (const int64_t head : tasks[size_t(turn / strips)]) {
       const KeyGradients<T> of_strip =
-          state.any_flat ? state.of_strips[size_t(head * strips + number)] : KeyGradients<T>{};
+          state.any_flat ? state.strips_of(head)[number] : KeyGradients<T>{};
       if (of_strip.keys)
         std::fill(of_strip.keys, of_strip.values + of_strip.range.size() * p.head_dim_v, T(0));
       for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b)
         run(row_block(p, head * p.row_blocks_per_head() + b), of_strip, thread);
-    });
+    }
   });
-  mask.finish();
 }
 
 // The gradients of the keys and values.
 template <class T>
-void backward_keys(BackwardState<T>& state) {
+void backward_keys(BackwardState<T>& state, Workspaces& workspaces) {
   const BackwardArguments& a = state.arguments;
   const AttentionProblem& p = state.problem;
   const Kernels<T>& k = state.kernels;
   const int64_t element = p.element_size();
-  const T* weights = p.score.seeds.data ? state.weights.data() : state.saved.probabilities;
-  const Columns<T> columns(p, state.saved, weights, state.grad_scores.data(), a.threads);
-  state.grad_scores = Buffer<T>();
-  state.weights = Buffer<T>();
-  Workspaces workspaces(k.backward_keys_workspace(p), a.threads);
+  const T* weights = p.score.seeds.data ? state.weights : state.saved.probabilities;
+  state.columns.turn(p, state.saved, state.heads, weights, state.grad_scores, a.threads);
   // The query heads of every group, side by side.
+  const Part heads_q = state.query_heads();
   std::vector<HeadRef> queries, grad_outs;
-  for (int64_t head = 0; head < p.query_heads(); ++head) {
+  for (int64_t head = heads_q.first; head < heads_q.first + heads_q.count; ++head) {
     queries.push_back(p.query_head(a.query, head));
     grad_outs.push_back(p.query_head(a.grad_out, head));
   }
-  parallel_for(
-      p.key_heads() * parts(p.length_k, k.task_keys), a.threads, [&](int64_t turn, int thread) {
-        const KeyBlock of = key_block_at(p, k.task_keys, turn);
-        BackwardKeysTask<T> task = {};
-        task.problem = &p;
-        task.queries = queries.data() + of.first_head_q;
-        task.grad_outs = grad_outs.data() + of.first_head_q;
-        task.grad_key = p.key_head(a.grad_key, of.head_kv).from(of.key_begin, element);
-        task.grad_value = p.key_head(a.grad_value, of.head_kv).from(of.key_begin, element);
-        task.first_head = of.first_head_q;
-        task.key_begin = of.key_begin;
-        task.keys = of.keys;
-        task.offsets = columns.offsets.data() + of.head_kv * (p.length_k + 1) + of.key_begin;
-        task.rows = columns.rows.data();
-        task.weights = columns.weights.data();
-        task.grad_scores = columns.grad_scores.data();
-        if (state.any_flat) {
-          task.of_strips = state.of_strips.data() + of.first_head_q * state.strips_per_head;
-          task.strips = p.gqa_group() * state.strips_per_head;
-        }
-        task.workspace = workspaces.of(thread);
-        k.backward_keys(task);
-      });
+  const int64_t blocks = parts(p.length_k, k.task_keys), first = state.heads.first * blocks;
+  parallel_for(state.heads.count * blocks, a.threads, [&](int64_t turn, int thread) {
+    const KeyBlock of = key_block_at(p, k.task_keys, first + turn);
+    BackwardKeysTask<T> task = {};
+    task.problem = &p;
+    task.queries = queries.data() + (of.first_head_q - heads_q.first);
+    task.grad_outs = grad_outs.data() + (of.first_head_q - heads_q.first);
+    task.grad_key = p.key_head(a.grad_key, of.head_kv).from(of.key_begin, element);
+    task.grad_value = p.key_head(a.grad_value, of.head_kv).from(of.key_begin, element);
+    task.first_head = of.first_head_q;
+    task.key_begin = of.key_begin;
+    task.keys = of.keys;
+    task.offsets = state.columns.offsets(of.head_kv - state.heads.first) + of.key_begin;
+    task.entries = state.columns.entries();
+    if (state.any_flat) {
+      task.of_strips = state.strips_of(of.first_head_q);
+      task.strips = p.gqa_group() * state.strips_per_head;
+    }
+    task.workspace = workspaces.of(thread);
+    k.backward_keys(task);
+  });
 }
 
 template <class T>
 void backward(const BackwardArguments& a) {
   BackwardState<T> state(a);
-  backward_rows(state);
-  backward_keys(state);
+  const AttentionProblem& p = state.problem;
+  MaskGradient<T> mask(p, a.grad_mask);
+  Workspaces of_rows(state.kernels.backward_rows_workspace(p, state.any_flat), a.threads);
+  Workspaces of_keys(state.kernels.backward_keys_workspace(p), a.threads);
+  while (state.next_heads()) {
+    backward_rows(state, mask, of_rows);
+    backward_keys(state, of_keys);
+  }
+  mask.finish();
 }
 
 }  // namespace

@@ -119,7 +119,8 @@ struct BackwardRows {
     T* ds = list;
     differentiate_list(i, begin, n, ds);
     const T unit = into_range(ds, n);
-    gather_rows<false, S>(ds, task.keys + begin, n, task.key, problem.head_dim, grad_query);
+    gather_rows<false, S>(ListEntries<T>{ds, task.keys + begin}, n, task.key, problem.head_dim,
+                          grad_query);
     write(i, grad_query, unit);
   }
 
@@ -441,27 +442,31 @@ struct BackwardKeys {
 
   ADASPLASH2_INLINE void gather_lists(int64_t j) {
     // Entries are ordered by head, then row: one gather per query head of the group.
-    int64_t at = task.offsets[j];
-    const int64_t end = task.offsets[j + 1];
+    const ColumnEntry<T>* at = task.entries + task.offsets[j];
+    const ColumnEntry<T>* const end = task.entries + task.offsets[j + 1];
     while (at < end) {
-      const int64_t head = task.rows[at] / problem.length_q;
+      const int64_t head = at->row / problem.length_q;
       const int64_t limit = problem.group_row(head + 1, 0);
-      int64_t stop = at;
-      while (stop < end && task.rows[stop] < limit) ++stop;
-      add_gathered(task.grad_scores, at, stop, head, task.queries[head], problem.head_dim,
-                   grad_keys + j * problem.head_dim);
-      add_gathered(task.weights, at, stop, head, task.grad_outs[head], problem.head_dim_v,
-                   grad_values + j * problem.head_dim_v);
-      at = stop;
+      const ColumnEntry<T>* const begin = at;
+      while (at < end && at->row < limit) ++at;
+      const auto add = [&](auto weights, HeadRef matrix, int64_t width, T* out) {
+        // Rows carry the head in front: step the base back instead of subtracting it each time.
+        const HeadRef base = matrix.from(-problem.group_row(head, 0), sizeof(S));
+        gather_rows<true, S>(weights, at - begin, base, width, out + j * width);
+      };
+      using Entry = ColumnEntry<T>;
+      add(Weights<&Entry::key_weight>{begin}, task.queries[head], problem.head_dim, grad_keys);
+      add(Weights<&Entry::value_weight>{begin}, task.grad_outs[head], problem.head_dim_v,
+          grad_values);
     }
   }
 
-  ADASPLASH2_INLINE void add_gathered(const T* weights, int64_t begin, int64_t end, int64_t head,
-                                      HeadRef matrix, int64_t width, T* out) {
-    // Rows carry the head in front: step the base back instead of subtracting it each time.
-    const HeadRef base = matrix.from(-problem.group_row(head, 0), sizeof(S));
-    gather_rows<true, S>(weights + begin, task.rows + begin, end - begin, base, width, out);
-  }
+  template <T ColumnEntry<T>::* Weight>
+  struct Weights {
+    const ColumnEntry<T>* entries;
+    ADASPLASH2_INLINE T weight(int64_t j) const { return entries[j].*Weight; }
+    ADASPLASH2_INLINE int32_t row(int64_t j) const { return entries[j].row; }
+  };
 };
 
 template <class S>

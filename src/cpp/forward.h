@@ -20,7 +20,9 @@ constexpr int64_t kRegrowth = 2;
 constexpr int64_t kShareOfList = 4;  // the part is one in this many
 constexpr int64_t kShortList = 32;
 constexpr int64_t kLongList = kListCapacity * 5 / 8;
-// One that has kept three quarters of this part of its keys is expected to.
+// Once this part of the keys is scanned, what a row will have kept of all is foretold: it grows as
+// the cube root of their number, as that of Gaussian scores does within a factor of 1.5 where lists
+// are this long.
 constexpr int64_t kShareOfScan = 16;
 
 // Rows that see no more keys than these need no scan that keeps few: all their scores are held at
@@ -320,9 +322,10 @@ struct ForwardBlock {
     count[i] = row.count;
     // A poisoned row is flat too: its NaN has to reach every gradient it touches.
     const KeyRange seen = scores.visible(task.row_begin + i);
-    const int64_t scanned = seen.end - key;
-    const bool keeps_most = scanned * kShareOfScan >= seen.size() && row.count * 4 > scanned * 3;
-    flat[i] = row.state == RowState::kPoisoned || row.count > longest[i] || keeps_most;
+    const double part = double(seen.end - key) / double(seen.size());  // that is scanned
+    const double kept = double(row.count) / double(longest[i]);
+    const bool is_long = part * kShareOfScan >= 1.0 && kept * kept * kept > part;
+    flat[i] = row.state == RowState::kPoisoned || row.count > kLongList || is_long;
     if (flat[i]) return;
     lo[i] = row.lo;
     const int64_t next = row.count * kRegrowth + kFirstTrigger / 2;
@@ -369,8 +372,8 @@ struct ForwardBlock {
 
   ADASPLASH2_INLINE void gather_row(int64_t i) {
     const Candidates<T> list = candidates(i), kept = kept_of(i, list);
-    gather_rows<false, S>(kept.values, kept.keys, kept.count, task.value, problem.head_dim_v,
-                          ws.out);
+    gather_rows<false, S>(ListEntries<T>{kept.values, kept.keys}, kept.count, task.value,
+                          problem.head_dim_v, ws.out);
     write_out(i, ws.out);
     if (task.results.tiles)
       for (int64_t j = 0; j < list.count; ++j) mark_live(list.keys[j]);

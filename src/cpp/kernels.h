@@ -117,7 +117,15 @@ struct BackwardRowsTask {
   void* workspace;
 };
 
-// Entries of the transposed lists: for key j, entries [offsets[j], offsets[j+1]).
+// An entry of a row's list as the key has it: the row, and what its dO has in dV and its Q in dK.
+// In one place, since entries come by rows and go to keys all over the memory.
+template <class T>
+struct ColumnEntry {
+  int32_t row;  // head_in_group * length_q + row
+  T value_weight, key_weight;
+};
+
+// For key j, entries [offsets[j], offsets[j+1]).
 template <class T>
 struct BackwardKeysTask {
   const AttentionProblem* problem;
@@ -127,8 +135,7 @@ struct BackwardKeysTask {
   int64_t first_head;  // of the group, among the query heads of all batches
   int64_t key_begin, keys;
   const int64_t* offsets;  // at key_begin
-  const int32_t* rows;     // head_in_group * length_q + row
-  const T *weights, *grad_scores;
+  const ColumnEntry<T>* entries;
   const KeyGradients<T>* of_strips;  // of the flat rows of the group; null where there are none
   int64_t strips;
   void* workspace;

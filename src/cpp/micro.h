@@ -225,18 +225,18 @@ ADASPLASH2_INLINE void add_to_panel(const T* weights, int64_t stride, HeadRef ma
     add_weighted_rows<Z, 1, S>(weights + j, 1, stride, matrix, rows, width, out + j * width, width);
 }
 
-// out[0..width) (+)= sum_{j < n} weights[j] * matrix[keys[j]]: a gather of few rows, of a HeadRef
-// or a CacheRef.
-template <bool Add, class S, class M, class T>
-ADASPLASH2_INLINE void gather_rows(const T* weights, const int32_t* keys, int64_t n,
-                                   const M& matrix, int64_t width, T* out) {
+// out[0..width) (+)= sum_{j < n} entries[j].weight * matrix[entries[j].row]: a gather of few rows,
+// of a HeadRef or a CacheRef. `Entries` gives weight(j) and row(j).
+template <bool Add, class S, class Entries, class M, class T>
+ADASPLASH2_INLINE void gather_rows(const Entries& entries, int64_t n, const M& matrix,
+                                   int64_t width, T* out) {
   constexpr int V = 4, L = kLanes<T>;
   int64_t at = 0;
   for (; at + V * L <= width; at += V * L) {
     Vec<T> acc[V] = {};
     for (int64_t j = 0; j < n; ++j) {
-      const S* row = row_of<const S>(matrix, keys[j]) + at;
-      const Vec<T> w = broadcast(weights[j]);
+      const S* row = row_of<const S>(matrix, entries.row(j)) + at;
+      const Vec<T> w = broadcast(entries.weight(j));
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[v] += w * load_compute(row + v * L);
     }
@@ -246,16 +246,26 @@ ADASPLASH2_INLINE void gather_rows(const T* weights, const int32_t* keys, int64_
   for (; at + L <= width; at += L) {
     Vec<T> acc = {};
     for (int64_t j = 0; j < n; ++j)
-      acc += broadcast(weights[j]) * load_compute(row_of<const S>(matrix, keys[j]) + at);
+      acc +=
+          broadcast(entries.weight(j)) * load_compute(row_of<const S>(matrix, entries.row(j)) + at);
     store(out + at, Add ? acc + load(out + at) : acc);
   }
   for (; at < width; ++at) {
     T acc = Add ? out[at] : T(0);
     for (int64_t j = 0; j < n; ++j)
-      acc += weights[j] * to_compute(row_of<const S>(matrix, keys[j])[at]);
+      acc += entries.weight(j) * to_compute(row_of<const S>(matrix, entries.row(j))[at]);
     out[at] = acc;
   }
 }
+
+// Weights and rows in arrays of their own.
+template <class T>
+struct ListEntries {
+  const T* weights;
+  const int32_t* rows;
+  ADASPLASH2_INLINE T weight(int64_t j) const { return weights[j]; }
+  ADASPLASH2_INLINE int32_t row(int64_t j) const { return rows[j]; }
+};
 
 template <class S, class T>
 ADASPLASH2_INLINE T dot(const T* a, const S* b, int64_t width) {

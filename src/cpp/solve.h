@@ -282,6 +282,16 @@ struct Candidates {
   int64_t count;
 };
 
+// From a lower bound of the threshold to a better one: f is convex, so that its tangent meets zero
+// before it does. Rounding of the sums is less than the margin.
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE T newton_step(const T* values, int64_t n, T max, T lo) {
+  const Moments<T> m = moments_at<K>(values, n, max, lo).moments;
+  const T step = excess<K>(m) / (K == AlphaKind::k2 ? m.s0 : T(2) * m.s1);
+  const T safe = step - T(16) * kEpsilon<T>;
+  return safe > T(0) ? safe : T(0);
+}
+
 // Raises the lower bound of candidates by their histogram, and drops what fell below it, in place.
 // `lo` bounds the threshold of the values, `bracket` that of y.
 template <class T>
@@ -329,7 +339,9 @@ __attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const P
   // It is rounded as numbers near one are: the right step must not seem to leave it.
   result.bracket.lo -= T(2) * kEpsilon<T>;
   result.bracket.hi += T(2) * kEpsilon<T>;
-  result.lo = below_max<K>(result.max, result.bracket.lo, power);
+  T lo = result.bracket.lo;
+  if constexpr (K != AlphaKind::kGeneral) lo += newton_step<K>(values, count, result.max, lo);
+  result.lo = below_max<K>(result.max, lo, power);
 
   int64_t kept = 0;
   for (int64_t i = 0; i < count; i += kLanes<T>) {

@@ -53,7 +53,7 @@ constexpr int64_t kBlockRows = 64;
 // Survivors a row may keep as a list; above it the row is flat and takes the dense path. At
 // float32 that bounds what a row saves for the backward to 4 KiB. A list this long costs about
 // what dense work on 2,000 keys costs.
-constexpr int64_t kListCapacity = 512;
+constexpr int64_t kListCapacity = 1024;
 
 struct Alpha {
   AlphaKind kind;
