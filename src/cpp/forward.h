@@ -15,15 +15,25 @@ constexpr int64_t kFirstTrigger = 32;
 constexpr int64_t kRegrowth = 2;
 
 // Rows are flat, and dense work is done on all their keys, where they keep more of them than lists
-// are good for: a part of those that they see, whatever their number, and no more than a list may
-// hold. Dense work is that of a tile: its rows are alike where they can be.
-constexpr int64_t kShareOfList = 4;  // the part is one in this many
+// are good for: a part of those that they see, and no more than a list may hold. Dense work is that
+// of a tile: its rows are alike where they can be.
 constexpr int64_t kShortList = 32;
 constexpr int64_t kLongList = kListCapacity * 5 / 8;
-// Once this part of the keys is scanned, what a row will have kept of all is foretold: it grows as
-// the cube root of their number, as that of Gaussian scores does within a factor of 1.5 where lists
-// are this long.
+constexpr int64_t kFullList = kListCapacity * 7 / 8;  // however few rows of its tile are
+// The part whose lists take a training step as long as dense work does. An entry takes some time
+// whatever the head_dim; of 32, 64 and 128 an eighth, a fifth and two sevenths were measured.
+ADASPLASH2_INLINE double share_of_list(const AttentionProblem& p) {
+  const double depth = double(p.head_dim + p.head_dim_v) / 2.0;
+  return depth / (192.0 + 2.0 * depth);
+}
+
+// Once this part of the keys is scanned, what a row will keep of all is foretold: a power of their
+// number, the greater the more of them it keeps so far. Gaussian scores do, within a fifth.
 constexpr int64_t kShareOfScan = 16;
+ADASPLASH2_INLINE double foretold(int64_t kept, int64_t scanned, int64_t all) {
+  const double share = double(kept) / double(scanned);
+  return double(kept) * __builtin_pow(double(all) / double(scanned), 0.12 + 0.5 * share);
+}
 
 // Rows that see no more keys than these need no scan that keeps few: all their scores are held at
 // once, and what is a list is seen from their probabilities.
@@ -158,7 +168,8 @@ struct ForwardBlock {
   const Scores<K, T, IsPlain> scores;
   T lo[kBlockRows];
   int64_t count[kBlockRows], trigger[kBlockRows], longest[kBlockRows];
-  bool flat[kBlockRows];  // has no list, or none yet
+  bool flat[kBlockRows];     // has no list, or none yet
+  bool is_long[kBlockRows];  // is expected to keep more than a list is good for
   Work work;
 
   ADASPLASH2_INLINE explicit ForwardBlock(const ForwardTask<T>& t)
@@ -197,10 +208,11 @@ struct ForwardBlock {
       if (flat[i]) return true;
     return false;
   }
-  // Whether a tile has its dense work for most of its rows: then it has it for all.
+  // Whether a tile has its dense work, or is expected to, for most of its rows: then it has it for
+  // all. A row that is expected to keep many among few such rows costs less as a long list.
   ADASPLASH2_INLINE bool is_flat(Part rows) {
     int64_t number = 0;
-    for (int64_t i = rows.first; i < rows.first + rows.count; ++i) number += flat[i];
+    for (int64_t i = rows.first; i < rows.first + rows.count; ++i) number += flat[i] || is_long[i];
     if (number * 2 <= rows.count) return false;
     for (int64_t i = rows.first; i < rows.first + rows.count; ++i) flat[i] = true;
     return true;
@@ -221,13 +233,16 @@ struct ForwardBlock {
     for (int64_t t = 0; t < row_tiles(); ++t)
       pack_transposed<S, T>(task.query, row_tile(t), kTileRows, problem.head_dim,
                             ws.query + t * kTileRows * problem.head_dim);
+    const double share = share_of_list(problem);
     for (int64_t i = 0; i < task.rows; ++i) {
       lo[i] = -kInfinity<T>;
       count[i] = 0;
       trigger[i] = kFirstTrigger;
-      const int64_t seen = scores.visible(task.row_begin + i).size(), part = seen / kShareOfList;
+      const int64_t seen = scores.visible(task.row_begin + i).size();
+      const int64_t part = int64_t(share * double(seen));
       longest[i] = part < kShortList ? kShortList : part < kLongList ? part : kLongList;
       flat[i] = seen <= kShortRow;
+      is_long[i] = false;
       if (scores.has_sink()) {
         Candidates<T> list = candidates(i);
         add_sink(list, scores.sink_value());
@@ -322,10 +337,10 @@ struct ForwardBlock {
     count[i] = row.count;
     // A poisoned row is flat too: its NaN has to reach every gradient it touches.
     const KeyRange seen = scores.visible(task.row_begin + i);
-    const double part = double(seen.end - key) / double(seen.size());  // that is scanned
-    const double kept = double(row.count) / double(longest[i]);
-    const bool is_long = part * kShareOfScan >= 1.0 && kept * kept * kept > part;
-    flat[i] = row.state == RowState::kPoisoned || row.count > kLongList || is_long;
+    const int64_t scanned = seen.end - key;
+    is_long[i] = scanned * kShareOfScan >= seen.size() &&
+                 foretold(row.count, scanned, seen.size()) > double(longest[i]);
+    flat[i] = row.state == RowState::kPoisoned || row.count > kFullList;
     if (flat[i]) return;
     lo[i] = row.lo;
     const int64_t next = row.count * kRegrowth + kFirstTrigger / 2;
@@ -466,7 +481,8 @@ struct ForwardBlock {
       if (r < tile.count && flat[i]) {
         const DenseRow<T>& row = solved[r];
         norms[r] = row.norm;
-        const bool keeps_many = row.support > kLongList || kept > kept_of_lists;
+        // The forward's dense work is done: what lists would spare is the backward's.
+        const bool keeps_many = row.support > kLongList || kept * 4 > kept_of_lists * 3;
         flat[i] =
             row.state == RowState::kPoisoned || (row.state == RowState::kSolved && keeps_many);
         record(i, row.state, row.threshold, int32_t(flat[i] ? -1 - row.support : row.support),

@@ -51,9 +51,8 @@ struct Float16 {
 constexpr int64_t kBlockRows = 64;
 
 // Survivors a row may keep as a list; above it the row is flat and takes the dense path. At
-// float32 that bounds what a row saves for the backward to 4 KiB. A list this long costs about
-// what dense work on 2,000 keys costs.
-constexpr int64_t kListCapacity = 1024;
+// float32 that bounds what a row saves for the backward to 10 KiB.
+constexpr int64_t kListCapacity = 1280;
 
 struct Alpha {
   AlphaKind kind;
