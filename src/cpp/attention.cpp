@@ -112,11 +112,39 @@ struct Saved {
   }
 };
 
-// The lists of the blocks that one thread worked on, in the order in which it did.
+// The lists of a row block, one behind another.
 template <class T>
-struct ThreadLists {
-  std::vector<T> probabilities;
-  std::vector<int32_t> keys;
+struct BlockLists {
+  T* probabilities;
+  int32_t* keys;
+  int64_t entries;
+};
+
+// Room for those of the blocks that one thread works on, in pieces that stay where they are.
+template <class T>
+class ThreadLists {
+ public:
+  BlockLists<T> room(int64_t entries) {
+    constexpr int64_t kFirst = int64_t(1) << 12, kMost = int64_t(1) << 23;
+    if (pieces_.empty() || used_ + entries > pieces_.back().keys.size()) {
+      const int64_t next = pieces_.empty() ? kFirst : 2 * pieces_.back().keys.size();
+      const int64_t size = std::max(std::min(next, kMost), entries);
+      pieces_.push_back({Buffer<T>(size), Buffer<int32_t>(size)});
+      used_ = 0;
+    }
+    Piece& piece = pieces_.back();
+    const int64_t at = used_;
+    used_ += entries;
+    return {piece.probabilities.data() + at, piece.keys.data() + at, entries};
+  }
+
+ private:
+  struct Piece {
+    Buffer<T> probabilities;
+    Buffer<int32_t> keys;
+  };
+  std::vector<Piece> pieces_;
+  int64_t used_ = 0;  // of the last piece
 };
 
 template <class T>
@@ -126,53 +154,46 @@ class KeptLists final : public Kept {
       : rows(problem.rows()),
         thresholds(rows),
         support(rows),
-        lists(size_t(threads < 1 ? 1 : threads)),
         blocks(problem.row_blocks()),
+        lists_(size_t(threads < 1 ? 1 : threads)),
         problem_(problem),
         threads_(threads) {}
 
-  struct Block {
-    int thread;
-    int64_t at, entries;
-  };
-
   // The lists that a block's forward has left in its workspace.
   void add(const RowBlock& of, int thread, const ForwardTask<T>& task) {
-    ThreadLists<T>& list = lists[size_t(thread)];
-    const int64_t at = int64_t(list.keys.size());
-    for (int64_t r = 0; r < task.rows; ++r) {
-      const int32_t n = task.results.support[r];
-      if (n <= 0) continue;
-      const T* values = task.list_values + r * task.list_stride;
-      const int32_t* keys = task.list_keys + r * task.list_stride;
-      list.probabilities.insert(list.probabilities.end(), values, values + n);
-      list.keys.insert(list.keys.end(), keys, keys + n);
-    }
-    blocks[of.number] = {thread, at, int64_t(list.keys.size()) - at};
+    int64_t entries = 0;
+    const auto each = [&](auto f) {
+      for (int64_t r = 0; r < task.rows; ++r)
+        if (task.results.support[r] > 0) f(r * task.list_stride, task.results.support[r]);
+    };
+    each([&](int64_t, int32_t n) { entries += n; });
+    BlockLists<T> at = blocks[of.number] = lists_[size_t(thread)].room(entries);
+    each([&](int64_t row, int32_t n) {
+      std::memcpy(at.probabilities, task.list_values + row, size_t(n) * sizeof(T));
+      std::memcpy(at.keys, task.list_keys + row, size_t(n) * sizeof(int32_t));
+      at.probabilities += n;
+      at.keys += n;
+    });
   }
 
-  int64_t bytes() const override {
-    int64_t entries = 0;
-    for (const auto& list : lists) entries += int64_t(list.keys.size());
-    return Saved<T>::bytes(rows, entries);
-  }
+  int64_t bytes() const override { return Saved<T>::bytes(rows, entries()); }
 
   void save(void* to) override {
-    int64_t entries = 0;
     Buffer<int64_t> begins(blocks.size());
+    int64_t before = 0;
     for (int64_t b = 0; b < blocks.size(); ++b) {
-      begins[b] = entries;
-      entries += blocks[b].entries;
+      begins[b] = before;
+      before += blocks[b].entries;
     }
-    Saved<T> saved(to, rows, entries);
-    saved.offsets[rows] = entries;
+    use_huge_pages(to, size_t(bytes()));
+    Saved<T> saved(to, rows, before);
+    saved.offsets[rows] = before;
     parallel_for(blocks.size(), threads_, [&](int64_t b, int) {
-      const Block block = blocks[b];
-      const ThreadLists<T>& list = lists[size_t(block.thread)];
-      const size_t at = size_t(block.at), n = size_t(block.entries);
+      const BlockLists<T>& lists = blocks[b];
+      const size_t n = size_t(lists.entries);
       if (n > 0) {
-        std::memcpy(saved.probabilities + begins[b], list.probabilities.data() + at, n * sizeof(T));
-        std::memcpy(saved.keys + begins[b], list.keys.data() + at, n * sizeof(int32_t));
+        std::memcpy(saved.probabilities + begins[b], lists.probabilities, n * sizeof(T));
+        std::memcpy(saved.keys + begins[b], lists.keys, n * sizeof(int32_t));
       }
       const RowBlock of = row_block(problem_, b);
       int64_t offset = begins[b];
@@ -188,10 +209,16 @@ class KeptLists final : public Kept {
   int64_t rows;
   Buffer<Threshold<T>> thresholds;
   Buffer<int32_t> support;
-  std::vector<ThreadLists<T>> lists;
-  Buffer<Block> blocks;
+  Buffer<BlockLists<T>> blocks;
 
  private:
+  int64_t entries() const {
+    int64_t total = 0;
+    for (int64_t b = 0; b < blocks.size(); ++b) total += blocks[b].entries;
+    return total;
+  }
+
+  std::vector<ThreadLists<T>> lists_;
   AttentionProblem problem_;
   int threads_;
 };

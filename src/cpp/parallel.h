@@ -52,21 +52,29 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Uninitialised memory, aligned to a cache line; pages become resident when touched. More than
-// malloc ever keeps (32 MiB in glibc) is new in each call: huge pages have it resident sooner.
+// More than malloc ever keeps (32 MiB in glibc) is new in each call: huge pages, a hint, have it
+// resident sooner.
+constexpr size_t kHugePage = size_t(2) << 20, kLarge = size_t(32) << 20;
+inline void use_huge_pages([[maybe_unused]] void* memory, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t at = uintptr_t(memory), begin = (at + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (at + bytes) / kHugePage * kHugePage;
+  if (bytes >= kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Uninitialised memory, aligned to a cache line; pages become resident when touched.
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t n) : size_(n) {
-    constexpr size_t kLine = 64, kHugePage = size_t(2) << 20, kLarge = size_t(32) << 20;
+    constexpr size_t kLine = 64;
     const size_t wanted = size_t(n) * sizeof(T), unit = wanted < kLarge ? kLine : kHugePage;
     const size_t bytes = (wanted + unit - 1) / unit * unit;
     data_.reset(static_cast<T*>(std::aligned_alloc(unit, bytes ? bytes : unit)));
     if (!data_) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (unit == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // a hint
-#endif
+    use_huge_pages(data_.get(), bytes);
   }
   T* data() { return data_.get(); }
   const T* data() const { return data_.get(); }
