@@ -372,8 +372,8 @@ struct DecodeScan {
   template <AlphaKind K>
   __attribute__((noinline)) void tighten_row(int64_t i, const Power<T>& power) {
     const int64_t at = i * ws.list_stride;
-    const Tightened<T> row =
-        tighten<K, T>({ws.list_values + at, ws.list_keys + at, task.counts[i]}, power);
+    const RaisedBound<T> row =
+        raise_bound<K, T>({ws.list_values + at, ws.list_keys + at, task.counts[i]}, lo[i], power);
     ++task.work.tightenings;
     task.counts[i] = row.state == RowState::kPoisoned ? kPoisonedPart : row.count;
     lo[i] = row.lo;

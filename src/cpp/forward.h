@@ -332,7 +332,7 @@ struct ForwardBlock {
 
   // The keys from `key` on have been scanned.
   __attribute__((noinline)) void tighten_row(int64_t i, int64_t key) {
-    const Tightened<T> row = tighten<K, T>(candidates(i), power);
+    const RaisedBound<T> row = raise_bound<K, T>(candidates(i), lo[i], power);
     ++work.tightenings;
     count[i] = row.count;
     // A poisoned row is flat too: its NaN has to reach every gradient it touches.

@@ -282,16 +282,6 @@ struct Candidates {
   int64_t count;
 };
 
-// From a lower bound of the threshold to a better one: f is convex, so that its tangent meets zero
-// before it does. Rounding of the sums is less than the margin.
-template <AlphaKind K, class T>
-ADASPLASH2_INLINE T newton_step(const T* values, int64_t n, T max, T lo) {
-  const Moments<T> m = moments_at<K>(values, n, max, lo).moments;
-  const T step = excess<K>(m) / (K == AlphaKind::k2 ? m.s0 : T(2) * m.s1);
-  const T safe = step - T(16) * kEpsilon<T>;
-  return safe > T(0) ? safe : T(0);
-}
-
 // Raises the lower bound of candidates by their histogram, and drops what fell below it, in place.
 // `lo` bounds the threshold of the values, `bracket` that of y.
 template <class T>
@@ -314,50 +304,97 @@ ADASPLASH2_INLINE T below_max(T max, T y, const Power<T>& power) {
   }
 }
 
-template <AlphaKind K, class T>
-__attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const Power<T>& power) {
-  T* const values = row.values;
-  int32_t* const keys = row.keys;
-  const int64_t count = row.count;
-  pad(values, count);
+// The largest of n padded values; infinite where one is no number.
+template <class T>
+ADASPLASH2_INLINE T max_or_poison(const T* values, int64_t n) {
   Vec<T> top = broadcast(-kInfinity<T>);
   unsigned unordered = 0;
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
     const Vec<T> v = load(values + i);
     top = vmax<T>(v, top);
     unordered |= not_below(v, v);
   }
-  Tightened<T> result = {RowState::kPoisoned, count, largest<T>(top), 0, {}};
-  if (unordered || result.max == kInfinity<T>) return result;
+  return unordered ? kInfinity<T> : largest<T>(top);
+}
+
+// Drops what is not above `lo`, in place, and pads what is left; returns how much that is.
+template <class T>
+ADASPLASH2_INLINE int64_t keep_above(Candidates<T> row, T lo) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < row.count; i += kLanes<T>) {
+    const Vec<T> v = load(row.values + i);
+    const unsigned above = not_below(v, broadcast(lo));
+    if (row.keys) {
+      Keys<T> k;
+      __builtin_memcpy(&k, row.keys + i, sizeof(k));
+      kept += compress<T>(v, k, above, row.values + kept, row.keys + kept);
+    } else {
+      kept += compress<T>(v, above, row.values + kept);
+    }
+  }
+  pad(row.values, kept);
+  return kept;
+}
+
+template <AlphaKind K, class T>
+__attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const Power<T>& power) {
+  pad(row.values, row.count);
+  Tightened<T> result = {
+      RowState::kPoisoned, row.count, max_or_poison(row.values, row.count), 0, {}};
+  if (result.max == kInfinity<T>) return result;
   result.state = RowState::kEmpty;
-  if (count == 0) return result;
+  if (row.count == 0) return result;
 
   int counts[kBins];
-  histogram<K>(values, count, result.max, power, counts);
+  histogram<K>(row.values, row.count, result.max, power, counts);
   result.state = RowState::kSolved;
   result.bracket = histogram_bracket<K>(counts, power.powers);
   // It is rounded as numbers near one are: the right step must not seem to leave it.
   result.bracket.lo -= T(2) * kEpsilon<T>;
   result.bracket.hi += T(2) * kEpsilon<T>;
-  T lo = result.bracket.lo;
-  if constexpr (K != AlphaKind::kGeneral) lo += newton_step<K>(values, count, result.max, lo);
-  result.lo = below_max<K>(result.max, lo, power);
-
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const Vec<T> v = load(values + i);
-    const unsigned above = not_below(v, broadcast(result.lo));
-    if (keys) {
-      Keys<T> k;
-      __builtin_memcpy(&k, keys + i, sizeof(k));
-      kept += compress<T>(v, k, above, values + kept, keys + kept);
-    } else {
-      kept += compress<T>(v, above, values + kept);
-    }
-  }
-  result.count = kept;
-  pad(values, kept);
+  result.lo = below_max<K>(result.max, result.bracket.lo, power);
+  result.count = keep_above(row, result.lo);
   return result;
+}
+
+// The same during a scan, which needs a good bound and no more, from the one that there is, -inf at
+// first. f is convex, so that its tangent meets zero before it does: each of Newton's steps leads
+// from a bound to a better one. Its sums are rounded once a vector, for which the margin has room.
+template <class T>
+struct RaisedBound {
+  RowState state;
+  int64_t count;
+  T lo;
+};
+template <AlphaKind K, class T>
+__attribute__((noinline)) static RaisedBound<T> raise_bound(Candidates<T> row, T lo,
+                                                            const Power<T>& power) {
+  if constexpr (K == AlphaKind::kGeneral) {
+    const Tightened<T> tightened = tighten<K, T>(row, power);
+    return {tightened.state, tightened.count, tightened.lo};
+  }
+  constexpr T kClose = T(1) / T(2 * kBins);
+  const T margin = T(row.count + 16) * kEpsilon<T>;
+  pad(row.values, row.count);
+  const T max = max_or_poison(row.values, row.count);
+  if (max == kInfinity<T>) return {RowState::kPoisoned, row.count, lo};
+  if (row.count == 0) return {RowState::kEmpty, 0, lo};
+  T y = lo > max - T(1) ? lo - max : T(-1), step;
+  do {
+    Vec<T> first = {}, second = {}, number = {};
+    for (int64_t i = 0; i < row.count; i += kLanes<T>) {
+      const Vec<T> x = vmax<T>((load(row.values + i) - max) - y, Vec<T>{});
+      first += x;
+      second += x * x;
+      if (K == AlphaKind::k2) number += x > T(0) ? broadcast(T(1)) : Vec<T>{};
+    }
+    step = K == AlphaKind::k2 ? (sum<T>(first) - T(1)) / sum<T>(number)
+                              : (sum<T>(second) - T(1)) / (T(2) * sum<T>(first));
+    step -= margin;
+    if (step > T(0)) y += step;
+  } while (step > kClose);
+  lo = below_max<K>(max, y, power);
+  return {RowState::kSolved, keep_above(row, lo), lo};
 }
 
 template <AlphaKind K, class T>
