@@ -448,7 +448,10 @@ struct BackwardKeys {
       const int64_t head = at->row / problem.length_q;
       const int64_t limit = problem.group_row(head + 1, 0);
       const ColumnEntry<T>* const begin = at;
-      while (at < end && at->row < limit) ++at;
+      if (end[-1].row < limit)
+        at = end;
+      else
+        while (at->row < limit) ++at;
       const auto add = [&](auto weights, HeadRef matrix, int64_t width, T* out) {
         // Rows carry the head in front: step the base back instead of subtracting it each time.
         const HeadRef base = matrix.from(-problem.group_row(head, 0), sizeof(S));

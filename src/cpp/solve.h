@@ -358,8 +358,10 @@ __attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const P
 }
 
 // The same during a scan, which needs a good bound and no more, from the one that there is, -inf at
-// first. f is convex, so that its tangent meets zero before it does: each of Newton's steps leads
-// from a bound to a better one. Its sums are rounded once a vector, for which the margin has room.
+// first. For alpha 1.5 the threshold is where the norm of what is above it, sqrt(sum x^2), is one;
+// for 2, where the sum is. Both are convex, so that a tangent meets one before they do: each of
+// Newton's steps leads from a bound to a better one. Sums are rounded once a vector, for which the
+// margin has room.
 template <class T>
 struct RaisedBound {
   RowState state;
@@ -373,7 +375,6 @@ __attribute__((noinline)) static RaisedBound<T> raise_bound(Candidates<T> row, T
     const Tightened<T> tightened = tighten<K, T>(row, power);
     return {tightened.state, tightened.count, tightened.lo};
   }
-  constexpr T kClose = T(1) / T(2 * kBins);
   const T margin = T(row.count + 16) * kEpsilon<T>;
   pad(row.values, row.count);
   const T max = max_or_poison(row.values, row.count);
@@ -388,11 +389,11 @@ __attribute__((noinline)) static RaisedBound<T> raise_bound(Candidates<T> row, T
       second += x * x;
       if (K == AlphaKind::k2) number += x > T(0) ? broadcast(T(1)) : Vec<T>{};
     }
-    step = K == AlphaKind::k2 ? (sum<T>(first) - T(1)) / sum<T>(number)
-                              : (sum<T>(second) - T(1)) / (T(2) * sum<T>(first));
+    const T s1 = sum<T>(first), s2 = sum<T>(second);
+    step = K == AlphaKind::k2 ? (s1 - T(1)) / sum<T>(number) : (s2 - square_root(s2)) / s1;
     step -= margin;
     if (step > T(0)) y += step;
-  } while (step > kClose);
+  } while (step > T(1) / T(kBins));
   lo = below_max<K>(max, y, power);
   return {RowState::kSolved, keep_above(row, lo), lo};
 }
