@@ -51,8 +51,8 @@ struct Float16 {
 constexpr int64_t kBlockRows = 64;
 
 // Survivors a row may keep as a list; above it the row is flat and takes the dense path. At
-// float32 that bounds what a row saves for the backward to 10 KiB.
-constexpr int64_t kListCapacity = 1280;
+// float32 that bounds what a row saves for the backward to 16 KiB.
+constexpr int64_t kListCapacity = 2048;
 
 struct Alpha {
   AlphaKind kind;
