@@ -4,6 +4,7 @@ threads."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,11 +136,24 @@ def test_keys_that_no_row_sees_are_not_read() -> None:
 
 def test_flat_rows_are_seen_early() -> None:
     """A row's list stops growing once the row is known to be flat, and equal scores are."""
-    work = work_of(Case("flat", length_q=64, length_k=4096, data="equal", heads_q=1))
+    case = Case("flat", length_q=64, length_k=4096, heads_q=1)
+    work = work_of(replace(case, data="equal"))
     assert work.flat_rows == 64
     assert work.appended <= 64 * 600
-    assert work.tiles <= 64 * 600 / 16
+    assert work.tiles <= 1.2 * work_of(case).tiles
     assert work.steps <= 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("length", "sharpness", "share"),
+    [(512, 0.1, 1), (512, 0.4, 0), (2048, 0.1, 1), (2048, 0.25, 0), (4096, 0.15, 0)],
+)
+def test_what_rows_will_keep_is_foretold(length: int, sharpness: float, share: float) -> None:
+    """Rows that will be flat are seen before much is scanned in vain, and no others are."""
+    case = Case("foretold", length_q=256, length_k=length, head_dim=64, heads_q=1)
+    work = work_of(replace(case, sharpness=sharpness))
+    assert work.flat_rows == share * 256
+    assert work.tiles <= (1.2 if share else 1.02) * work_of(case).tiles
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
