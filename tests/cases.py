@@ -403,6 +403,11 @@ def _table() -> Iterator[Case]:
     yield replace(flat, name="flat-mixed", data="mixed", sharpness=1.0, length_q=129)
     yield replace(flat, name="flat-mixed-causal", data="mixed", sharpness=1.0, length_q=1500,
                   heads_q=1, is_causal=True)  # fmt: skip
+    # Some lists get as long as they may be, beside rows that keep few.
+    full = replace(flat, data="mixed", sharpness=1.0, length_q=16, heads_q=1)
+    yield replace(full, name="flat-mixed-nearly-full", length_k=1780)
+    yield replace(full, name="flat-mixed-full", length_k=2300)
+    yield replace(full, name="flat-mixed-full-float64", length_k=2300, dtype=FLOAT64)
     yield replace(flat, name="flat-minus-infinity", data="minus_infinity")
     yield replace(flat, name="flat-minus-infinity-bfloat16", data="minus_infinity", dtype=BFLOAT16,
                   head_dim=64, is_causal=True, length_q=1500, heads_q=1)  # fmt: skip

@@ -85,8 +85,9 @@ def test_grows_with_the_length(sharpness: float) -> None:
 
 
 def test_a_compiled_step_touches_no_more() -> None:
-    """Its ``saved`` has room for 2,048 entries a row, 512 MiB of which these rows need 5 or so: more
-    than ten times what a step takes. What malloc keeps differs from run to run by a tenth and more."""
+    """Its ``saved`` has room for 2,048 entries a row, 512 MiB of which these rows need 5 or so:
+    more than ten times what a step takes. What malloc keeps differs from run to run by a tenth and
+    more."""
     eager, compiled = (
         min(
             peak_above_inputs(heads=4, length=8192, sharpness=4.0, compiled=compiled)

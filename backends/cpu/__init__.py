@@ -1,9 +1,9 @@
 """The CPU backend: the C++ core, any processor, any problem of the contract.
 
 Scan once, keep survivors: one dense ``Q K^T`` in register tiles, a running lower bound of the
-threshold from a coarse histogram, element lists, exact thresholds, sparse output and sparse
-gradients. Rows that keep more keys than lists are good for are *flat*: they take blocked dense work
-with memory linear in the length.
+threshold (Newton's, or a coarse histogram's), element lists, exact thresholds, sparse output and
+sparse gradients. Rows that keep more keys than lists are good for are *flat*: they take blocked
+dense work with memory linear in the length.
 """
 
 from __future__ import annotations

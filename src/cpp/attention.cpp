@@ -278,7 +278,7 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
 // Memory that is used again, and grows.
 template <class T>
 T* room_for(Buffer<T>& buffer, int64_t n) {
-  if (!buffer.data() || buffer.size() < n) {
+  if (buffer.size() < n) {
     buffer = Buffer<T>();  // free before there is more
     buffer = Buffer<T>(n);
   }
@@ -291,11 +291,13 @@ T* room_for(Buffer<T>& buffer, int64_t n) {
 template <class T>
 class Columns {
  public:
+  static constexpr int64_t kChunks = 8;
+
   // Of each key head, length_k + 1 offsets into the entries.
   const int64_t* offsets(int64_t head) const { return offsets_.data() + head * stride_; }
   const ColumnEntry<T>* entries() const { return entries_.data(); }
 
-  // From `value_weights` and `key_weights` of the entries of the lists, counted from the first.
+  // From the weights that the entries of these lists have in the gradients.
   void turn(const AttentionProblem& p, const Saved<T>& saved, Part heads, const T* value_weights,
             const T* key_weights, int threads) {
     const int64_t rows = p.group_rows(), first_row = heads.first * rows, keys = p.length_k;
@@ -332,13 +334,12 @@ class Columns {
     });
     parallel_for(heads.count * kChunks, threads, [&](int64_t i, int) {
       chunk(i, [&](int64_t& slot, int64_t row, int64_t e) {
-        entries[slot++] = {int32_t(row), value_weights[e], key_weights[e]};
+        entries[slot++] = {int32_t(row), value_weights[e - first], key_weights[e - first]};
       });
     });
   }
 
  private:
-  static constexpr int64_t kChunks = 8;
   Buffer<int64_t> offsets_, cursors_;
   Buffer<ColumnEntry<T>> entries_;
   int64_t stride_ = 0;
@@ -403,6 +404,7 @@ struct BackwardState {
   int64_t strip_blocks = 1, strips_per_head = 0;
   // Of the key heads at work:
   Part heads = {0, 0};
+  int64_t first_entry = 0;  // of their lists, of which those below are
   T* grad_scores = nullptr;
   T* weights = nullptr;  // of dO in dV, where dropout makes them others than the probabilities
   Columns<T> columns;
@@ -444,26 +446,26 @@ struct BackwardState {
   // Goes on to the next key heads, as many as the threads need and the cache holds. False where
   // there are none left.
   bool next_heads() {
-    constexpr int64_t kInCache = int64_t(8) << 20, kBlocksOfThread = 8;
+    constexpr int64_t kInCache = int64_t(8) << 20, kTasksOfThread = 2;
     const AttentionProblem& p = problem;
-    const int64_t blocks = p.gqa_group() * p.row_blocks_per_head();
+    const int64_t tasks = std::min(p.gqa_group() * strips_per_head, Columns<T>::kChunks);
     heads = {heads.first + heads.count, 0};
     for (int64_t bytes = 0; heads.first + heads.count < p.key_heads(); ++heads.count) {
       bytes += bytes_held_for(heads.first + heads.count);
-      const bool busy = heads.count * blocks >= kBlocksOfThread * arguments.threads;
+      const bool busy = heads.count * tasks >= kTasksOfThread * arguments.threads;
       if (heads.count > 0 && busy && bytes > kInCache) break;
     }
     if (heads.count == 0) return false;
     make_strips();
-    const int64_t first = entries_before(heads.first);
-    const int64_t entries = entries_before(heads.first + heads.count) - first;
-    grad_scores = room_for(of_scores_, entries) - first;  // beside saved.probabilities
-    if (p.score.seeds.data) weights = room_for(of_weights_, entries) - first;
+    first_entry = entries_before(heads.first);
+    const int64_t entries = entries_before(heads.first + heads.count) - first_entry;
+    grad_scores = room_for(grad_scores_, entries);
+    if (p.score.seeds.data) weights = room_for(weights_, entries);
     return true;
   }
 
  private:
-  Buffer<T> of_scores_, of_weights_, strip_gradients_;
+  Buffer<T> grad_scores_, weights_, strip_gradients_;
 
   int64_t entries_before(int64_t key_head) const {
     return saved.offsets[key_head * problem.group_rows()];
@@ -626,6 +628,7 @@ void backward_rows(BackwardState<T>& state, MaskGradient<T>& mask, Workspaces& w
     task.offsets = saved.offsets + of.first_row;
     task.keys = saved.keys;
     task.probabilities = saved.probabilities;
+    task.first_entry = state.first_entry;
     task.grad_scores = state.grad_scores;
     task.weights = state.weights;
     task.workspace = workspaces.of(thread);
@@ -655,7 +658,8 @@ void backward_keys(BackwardState<T>& state, Workspaces& workspaces) {
   const AttentionProblem& p = state.problem;
   const Kernels<T>& k = state.kernels;
   const int64_t element = p.element_size();
-  const T* weights = p.score.seeds.data ? state.weights : state.saved.probabilities;
+  const T* weights =
+      p.score.seeds.data ? state.weights : state.saved.probabilities + state.first_entry;
   state.columns.turn(p, state.saved, state.heads, weights, state.grad_scores, a.threads);
   // The query heads of every group, side by side.
   const Part heads_q = state.query_heads();
@@ -673,7 +677,6 @@ void backward_keys(BackwardState<T>& state, Workspaces& workspaces) {
     task.grad_outs = grad_outs.data() + (of.first_head_q - heads_q.first);
     task.grad_key = p.key_head(a.grad_key, of.head_kv).from(of.key_begin, element);
     task.grad_value = p.key_head(a.grad_value, of.head_kv).from(of.key_begin, element);
-    task.first_head = of.first_head_q;
     task.key_begin = of.key_begin;
     task.keys = of.keys;
     task.offsets = state.columns.offsets(of.head_kv - state.heads.first) + of.key_begin;

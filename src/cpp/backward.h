@@ -154,7 +154,7 @@ struct BackwardRows {
       };
       differentiate(i, ds, dp, n, key_at, [](int64_t) { return Ints<T>{} == Ints<T>{}; });
     }
-    __builtin_memcpy(task.grad_scores + begin, ds, size_t(n) * sizeof(T));
+    __builtin_memcpy(task.grad_scores + (begin - task.first_entry), ds, size_t(n) * sizeof(T));
   }
 
   ADASPLASH2_INLINE void apply_dropout(int64_t i, int64_t begin, int64_t n, const T* p, T* dp) {
@@ -166,7 +166,7 @@ struct BackwardRows {
       store(weights, dropout.weights(load(p + j), task.row_begin + i, keys));
       store(dp + j, dropout.applied(load(dp + j), task.row_begin + i, keys));
       for (int64_t lane = 0; lane < kLanes<T> && j + lane < n; ++lane)
-        task.weights[begin + j + lane] = weights[lane];
+        task.weights[begin - task.first_entry + j + lane] = weights[lane];
     }
   }
 

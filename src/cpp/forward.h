@@ -14,12 +14,12 @@ namespace adasplash2::ADASPLASH2_ISA {
 constexpr int64_t kFirstTrigger = 32;
 constexpr int64_t kRegrowth = 2;
 
-// Rows are flat, and dense work is done on all their keys, where they keep more of them than lists
-// are good for: a part of those that they see, and no more than a list may hold. Dense work is that
-// of a tile: its rows are alike where they can be.
+// Rows are flat, and dense work is done on all their keys, where most rows of their tile keep more
+// of them than lists are good for: a part of those that they see, and no more than a list holds
+// with room to grow. A row alone has the list, as long as there is room for a few panels.
 constexpr int64_t kShortList = 32;
 constexpr int64_t kLongList = kListCapacity * 5 / 8;
-constexpr int64_t kFullList = kListCapacity * 7 / 8;  // however few rows of its tile are
+constexpr int64_t kFullList = kListCapacity * 7 / 8;
 // The part whose lists take a training step as long as dense work does. An entry takes some time
 // whatever the head_dim; of 32, 64 and 128 an eighth, a fifth and two sevenths were measured.
 ADASPLASH2_INLINE double share_of_list(const AttentionProblem& p) {
@@ -28,7 +28,8 @@ ADASPLASH2_INLINE double share_of_list(const AttentionProblem& p) {
 }
 
 // Once this part of the keys is scanned, what a row will keep of all is foretold: a power of their
-// number, the greater the more of them it keeps so far. Gaussian scores do, within a fifth.
+// number, the greater the more of them it keeps so far. Fitted to Gaussian scores, whose mean it
+// meets within an eighth unless nearly all are kept so far, where it is too little.
 constexpr int64_t kShareOfScan = 16;
 ADASPLASH2_INLINE double foretold(int64_t kept, int64_t scanned, int64_t all) {
   const double share = double(kept) / double(scanned);

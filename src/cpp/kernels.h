@@ -110,7 +110,8 @@ struct BackwardRowsTask {
   const int64_t* offsets;  // of each row's list, at the first row of the task
   const int32_t* keys;     // all lists
   const T* probabilities;
-  T* grad_scores;            // out, beside probabilities: dL/d(q.k)
+  int64_t first_entry;       // of what is held for the gradients
+  T* grad_scores;            // out, beside probabilities from there on: dL/d(q.k)
   T* weights;                // out, likewise: of dO in dV; null where they are the probabilities
   KeyGradients<T> of_strip;  // added to by flat rows
   RowGradients<T> others;
@@ -132,7 +133,6 @@ struct BackwardKeysTask {
   const HeadRef* queries;    // one per query head of the group
   const HeadRef* grad_outs;  // likewise
   HeadRef grad_key, grad_value;
-  int64_t first_head;  // of the group, among the query heads of all batches
   int64_t key_begin, keys;
   const int64_t* offsets;  // at key_begin
   const ColumnEntry<T>* entries;

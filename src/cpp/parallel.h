@@ -55,7 +55,7 @@ struct Free {
 // More than malloc ever keeps (32 MiB in glibc) is new in each call: huge pages, a hint, have it
 // resident sooner.
 constexpr size_t kHugePage = size_t(2) << 20, kLarge = size_t(32) << 20;
-inline void use_huge_pages([[maybe_unused]] void* memory, size_t bytes) {
+inline void use_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   const uintptr_t at = uintptr_t(memory), begin = (at + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (at + bytes) / kHugePage * kHugePage;

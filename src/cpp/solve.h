@@ -358,10 +358,10 @@ __attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const P
 }
 
 // The same during a scan, which needs a good bound and no more, from the one that there is, -inf at
-// first. For alpha 1.5 the threshold is where the norm of what is above it, sqrt(sum x^2), is one;
-// for 2, where the sum is. Both are convex, so that a tangent meets one before they do: each of
-// Newton's steps leads from a bound to a better one. Sums are rounded once a vector, for which the
-// margin has room.
+// first; other alphas have no cheaper one than the histogram's. For alpha 1.5 the threshold is
+// where the norm of what is above it, sqrt(sum x^2), is one; for 2, where the sum is. Both are
+// convex, so that a tangent meets one before they do: each of Newton's steps leads from a bound to
+// a better one. Sums are rounded once a vector, for which the margin has room.
 template <class T>
 struct RaisedBound {
   RowState state;
@@ -373,7 +373,8 @@ __attribute__((noinline)) static RaisedBound<T> raise_bound(Candidates<T> row, T
                                                             const Power<T>& power) {
   if constexpr (K == AlphaKind::kGeneral) {
     const Tightened<T> tightened = tighten<K, T>(row, power);
-    return {tightened.state, tightened.count, tightened.lo};
+    const bool is_raised = tightened.state == RowState::kSolved;
+    return {tightened.state, tightened.count, is_raised ? tightened.lo : lo};
   }
   const T margin = T(row.count + 16) * kEpsilon<T>;
   pad(row.values, row.count);

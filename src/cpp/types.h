@@ -50,8 +50,9 @@ struct Float16 {
 // Query rows a task owns, and the side of the tiles that statistics count.
 constexpr int64_t kBlockRows = 64;
 
-// Survivors a row may keep as a list; above it the row is flat and takes the dense path. At
-// float32 that bounds what a row saves for the backward to 16 KiB.
+// Entries of a row's list at most, before its bound is raised. At float32 that bounds what a row
+// saves for the backward to 16 KiB. Of 8,192 keys, rows that keep 1,000 take 0.6 of dense work's
+// step so (head_dim 64; 0.5 with 128).
 constexpr int64_t kListCapacity = 2048;
 
 struct Alpha {
