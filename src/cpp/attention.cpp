@@ -176,7 +176,11 @@ class KeptLists final : public Kept {
     });
   }
 
-  int64_t bytes() const override { return Saved<T>::bytes(rows, entries()); }
+  int64_t bytes() const override {
+    int64_t entries = 0;
+    for (int64_t b = 0; b < blocks.size(); ++b) entries += blocks[b].entries;
+    return Saved<T>::bytes(rows, entries);
+  }
 
   void save(void* to) override {
     Buffer<int64_t> begins(blocks.size());
@@ -185,7 +189,7 @@ class KeptLists final : public Kept {
       begins[b] = before;
       before += blocks[b].entries;
     }
-    use_huge_pages(to, size_t(bytes()));
+    use_huge_pages(to, size_t(Saved<T>::bytes(rows, before)));
     Saved<T> saved(to, rows, before);
     saved.offsets[rows] = before;
     parallel_for(blocks.size(), threads_, [&](int64_t b, int) {
@@ -212,12 +216,6 @@ class KeptLists final : public Kept {
   Buffer<BlockLists<T>> blocks;
 
  private:
-  int64_t entries() const {
-    int64_t total = 0;
-    for (int64_t b = 0; b < blocks.size(); ++b) total += blocks[b].entries;
-    return total;
-  }
-
   std::vector<ThreadLists<T>> lists_;
   AttentionProblem problem_;
   int threads_;

@@ -512,15 +512,8 @@ template <AlphaKind K, class T>
 __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T* candidates,
                                                          const Power<T>& power) {
   pad(values, n);
-  Vec<T> top = broadcast(-kInfinity<T>);
-  unsigned unordered = 0;
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const Vec<T> v = load(values + i);
-    top = vmax<T>(v, top);
-    unordered |= not_below(v, v);
-  }
-  const T max = largest<T>(top);
-  if (unordered || max == kInfinity<T>) {
+  const T max = max_or_poison(values, n);
+  if (max == kInfinity<T>) {
     for (int64_t i = 0; i < n; i += kLanes<T>) store(values + i, broadcast(kNan<T>));
     return {RowState::kPoisoned, {kNan<T>, kNan<T>, kNan<T>}, kNan<T>, 0, 0};
   }
