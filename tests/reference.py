@@ -77,12 +77,10 @@ def _solve(x: Tensor, factor: float, alpha: float) -> tuple[Tensor, Tensor]:
     # keeps the sums free of cancellation, and of -inf.
     below = torch.where(empty | poisoned, 0.0, x - highest).clamp(min=-1.0 / factor)
     y = factor * below
-    if alpha == 1.5:
-        shifted_tau = _tau_entmax15(y)
-        p = (y - shifted_tau).clamp(min=0.0) ** 2
-    elif alpha == 2.0:
-        shifted_tau = _tau_sparsemax(y)
-        p = (y - shifted_tau).clamp(min=0.0)
+    if alpha in (1.5, 2.0):
+        lowest, tau_below = (_tau_entmax15 if alpha == 1.5 else _tau_sparsemax)(y)
+        p = (y - lowest - tau_below).clamp(min=0.0) ** (1.0 / (alpha - 1.0))
+        shifted_tau = lowest + tau_below
     elif y.dtype == torch.float64:
         p, shifted_tau = _bisect(below, factor, alpha)
     else:
@@ -101,16 +99,19 @@ def bisection(z: Tensor, alpha: float) -> Tensor:
     return p / p.sum(dim=-1, keepdim=True)
 
 
-def _tau_sparsemax(y: Tensor) -> Tensor:
+# Both give the lowest value that is kept, and how far tau is above that, which is below zero:
+# where the lowest has a small probability, the sum of both has none of its digits.
+def _tau_sparsemax(y: Tensor) -> tuple[Tensor, Tensor]:
     """Martins, Astudillo 2016, algorithm 1."""
     ordered = y.sort(dim=-1, descending=True).values
     k = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
     support = (1.0 + k * ordered > ordered.cumsum(dim=-1)).sum(dim=-1, keepdim=True)
-    kept = k <= support
-    return (torch.where(kept, ordered, 0.0).sum(dim=-1, keepdim=True) - 1.0) / support
+    lowest = ordered.gather(-1, support - 1)
+    first = torch.where(k <= support, ordered - lowest, 0.0).sum(dim=-1, keepdim=True)
+    return lowest, (first - 1.0) / support
 
 
-def _tau_entmax15(y: Tensor) -> Tensor:
+def _tau_entmax15(y: Tensor) -> tuple[Tensor, Tensor]:
     """Peters, Niculae, Martins 2019, algorithm 2."""
     ordered = y.sort(dim=-1, descending=True).values
     k = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
@@ -119,11 +120,14 @@ def _tau_entmax15(y: Tensor) -> Tensor:
     tau = mean - ((1.0 - spread) / k).clamp(min=0.0).sqrt()
     inside = (tau <= ordered) & (ordered > -1.0)  # what was moved up to -1 is outside
     support = inside.sum(dim=-1, keepdim=True)
-    # The same formula once more on the support alone, with sums that do not cancel.
-    kept = k <= support
-    mean = torch.where(kept, ordered, 0.0).sum(dim=-1, keepdim=True) / support
-    spread = torch.where(kept, (ordered - mean) ** 2, 0.0).sum(dim=-1, keepdim=True)
-    return mean - ((1.0 - spread) / support).clamp(min=0.0).sqrt()
+    # The same formula once more on the support alone, with sums that do not cancel: the lower
+    # root of k t^2 - 2 k mean t + (sum of squares - 1) from the higher one.
+    lowest = ordered.gather(-1, support - 1)
+    above = torch.where(k <= support, ordered - lowest, 0.0)
+    mean = above.sum(dim=-1, keepdim=True) / support
+    spread = torch.where(k <= support, (above - mean) ** 2, 0.0).sum(dim=-1, keepdim=True)
+    higher = mean + ((1.0 - spread) / support).clamp(min=0.0).sqrt()
+    return lowest, (above.square().sum(dim=-1, keepdim=True) - 1.0) / support / higher
 
 
 def _bisect(below: Tensor, factor: float, alpha: float) -> tuple[Tensor, Tensor]:

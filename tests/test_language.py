@@ -194,6 +194,24 @@ def test_statistics(features: tuple[str, ...], backend: str) -> None:
 
 
 @BACKENDS
+@pytest.mark.parametrize("hidden", [1, 64])
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_tiles_whose_pairs_a_mask_hides_are_not_counted(
+    left: int, hidden: int, backend: str
+) -> None:
+    """Of the second block's rows the first few see the first block's last keys, unless a mask
+    hides these: the tile has allowed pairs or none, whatever the rows below them see."""
+    device = device_of(backend)
+    query, key = torch.ones(1, 1, 80, 16, device=device), torch.zeros(1, 1, 80, 16, device=device)
+    mask = torch.ones(1, 1, 1, 80, dtype=torch.bool, device=device)
+    mask[..., 64 - hidden : 64] = False
+    said = {"attn_mask": mask, "window": (left, 80), "backend": backend}
+    with torch.no_grad():
+        stats = attend(adasplash2.attention_stats, query, key, key, **said)
+    assert stats.empty_tiles.item() == 0.0  # all that is allowed has the same score
+
+
+@BACKENDS
 @interpreted()
 @pytest.mark.parametrize("causal_align", ["top-left", "bottom-right"])
 def test_packed_sequences_are_calls_of_their_own(causal_align: str, backend: str) -> None:

@@ -367,7 +367,8 @@ struct Scores {
   __attribute__((noinline)) bool any_shown(int64_t first, int64_t rows, KeyRange keys) const {
     for (int64_t row = first; row < first + rows; ++row) {
       const KeyRange seen = visible(row).intersection(keys);
-      if (seen.size() > 0 && !score.mask) return true;
+      if (seen.size() == 0) continue;
+      if (!score.mask) return true;
       for (int64_t key = keys.begin; key < seen.end; key += kLanes<T>)
         if (not_below(shown(row, key) ? broadcast(T(1)) : Vec<T>{}, Vec<T>{})) return true;
     }
