@@ -396,6 +396,40 @@ def test_strided_output_gradient(layout: str, backend: str) -> None:
         assert torch.equal(one, other)
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """A copy that starts an element behind where an allocation does."""
+    return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view_as(tensor)
+
+
+@on_every_backend
+@interpreted(sharpness=8.0)
+@pytest.mark.parametrize("sharpness", [0.1, 8.0])
+@pytest.mark.parametrize("lie", ["forward", "backward", "gradient"])
+def test_tensors_may_lie_elsewhere_in_the_backward(
+    lie: str, sharpness: float, backend: str
+) -> None:
+    """What is saved may come back at another address (hooks, offloading), and the output's gradient
+    may lie anywhere: whichever kernels ran, the backward finds what they left. Rows that keep most
+    keys, and rows that keep few."""
+    device = device_of(backend)
+    length = 600 if device == "cuda" else 80
+    case = Case("moved", length_q=length, length_k=length, head_dim=64, dtype=BFLOAT16)
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randn(1, 2, length, 64, generator=generator) for _ in range(4))
+    query, key, value, grad = (x.to(device, BFLOAT16) for x in made)
+    inputs = Inputs(sharpness * query, key, value, grad)
+    placed = [shifted(x) if lie == "forward" else x.clone() for x in inputs[:3]]
+    leaves = [x.requires_grad_() for x in placed]
+    back = shifted if lie == "backward" else torch.clone
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, back):
+        out = attend(Inputs(*leaves, grad), case, backend)
+        found = torch.autograd.grad(out, leaves, shifted(grad) if lie == "gradient" else grad)
+    exact, dense = (evaluate(inputs, case, dtype)[0].gradients for dtype in (FLOAT64, BFLOAT16))
+    for got, wanted, rounded in zip(found, exact, dense, strict=True):
+        limit = 2.0 * reference.relative_error(rounded, wanted)
+        assert reference.relative_error(got, wanted) <= limit
+
+
 @on_every_backend
 @interpreted(dtype=FLOAT16)
 @pytest.mark.parametrize("alpha", [1.5, 2.0])

@@ -694,36 +694,30 @@ def test_a_longer_cache_compiles_nothing_new(launched: list[Any]) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_a_plan_says_which_configuration_runs(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_tma_cannot_read_is_copied() -> None:
+    """Forward and backward run the configuration that was chosen, wherever tensors lie: what one
+    kernel saves the other's backward does not find. Portable kernels read any address."""
     asked = dataclasses.replace(problem(64, 64), device=torch.device("cuda:0"))
-    caplog.set_level("DEBUG", "adasplash2")
-    for config in (*cuda.configs(asked), configurations.PORTABLE_TWO):
-        caplog.clear()
-        assert attention.plan_of(asked, config, aligned=True).config == config
-        assert not caplog.messages
-        portable = config["scan"] == "portable"
-        expected = config if portable else configurations.PORTABLE
-        assert attention.plan_of(asked, config, aligned=False).config == expected
-        told = f"{dict(expected)} runs instead of {dict(config)}"
-        assert [told in message for message in caplog.messages] == [True] * (not portable)
-
-
-@pytest.mark.usefixtures("hopper")
-def test_notes_tell_what_runs_instead() -> None:
-    """Of tensors whose rows do not start on 16 bytes; those that are copied first do."""
-    asked = dataclasses.replace(problem(64, 64), device=torch.device("cuda:0"))
-    whole = torch.zeros(1, 2, 100, 64, dtype=torch.bfloat16)
-    shifted = torch.zeros(whole.numel() + 1, dtype=torch.bfloat16)[1:].view_as(whole)
+    whole = torch.randn(1, 2, 100, 64).to(torch.bfloat16)
+    shifted = torch.cat((torch.zeros(1), whole.float().flatten())).to(torch.bfloat16)
+    shifted = shifted[1:].view_as(whole)
     strided = torch.zeros(1, 2, 100, 130, dtype=torch.bfloat16)[..., 1:129:2]
-    for config in cuda.configs(asked):
+    same_rows = whole[:, :, :1].expand_as(whole)
+    for config in (*cuda.configs(asked), configurations.PORTABLE_TWO):
         assert cuda.notes(asked, Inputs(whole, whole, strided), config) == []
-        found = cuda.notes(asked, Inputs(shifted, whole, shifted), config)
+        found = cuda.notes(asked, Inputs(shifted, whole, same_rows), config)
+        given = whole, shifted, strided, same_rows
+        kept, moved, *others = attention.placed(config, *given)
+        assert kept is whole
+        assert all(x.stride(-1) == 1 for x in (moved, *others))
+        assert all(map(torch.equal, (moved, *others), given[1:]))
         if config["scan"] == "portable":
             assert found == []
+            assert moved is shifted
         else:
-            told = f"{dict(configurations.PORTABLE)} runs instead"
             assert [note.split()[2] for note in found] == ["query", "value"]
-            assert all(told in note for note in found)
+            assert all("is copied" in note for note in found)
+            assert configurations.is_aligned(moved, *others)
 
 
 def test_the_bound_of_what_is_saved() -> None:

@@ -506,8 +506,8 @@ def test_tiles_are_asked_for_before_those_in_use_are_done_with(
         operands=operands,
     )
     backend.precompile(whole, next(sizes.configs(whole, LIMITS[90])))
-    # Beside a mask's tiles there is no room for three stages of gradients; under windows four blocks
-    # of them take turns.
+    # Beside a mask's tiles there is no room for three stages of gradients; under windows four
+    # blocks of them take turns.
     for name in ("solve", "output", "grad_query")[: 3 if asked == "causal" else 2]:
         kernel, arguments, options = next(
             one for one in launches if one[0].__name__ == name and not one[1].get("SAFE")

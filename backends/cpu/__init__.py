@@ -24,9 +24,6 @@ from adasplash2.problem import OPERANDS, TENSORS, Inputs, Problem, RowProblem
 
 name = "cpu"
 
-SAVED_ALIGNMENT = 8
-"""Bytes: what ``saved`` holds is read as 64-bit numbers."""
-
 EMPTY_TILE, LIVE_TILE = 1, 2
 """``TileState`` of the core's ``types.h``: no probability above 0, and one."""
 
@@ -126,17 +123,14 @@ def backward(
     asked = _asked(problem, inputs, config)
     if others:
         asked["gradients"] = {name: _operand(grad) for name, grad in others.items()}
-    saved = forward.saved
-    if saved.data_ptr() % SAVED_ALIGNMENT or not saved.is_contiguous():
-        saved = saved.clone(memory_format=torch.contiguous_format)
     _core.attention_backward(
         **asked,
         grad_out=_reference(grad_out),
         grad_query=_reference(grads[0]),
         grad_key=_reference(grads[1]),
         grad_value=_reference(grads[2]),
-        saved=saved.data_ptr(),
-        saved_bytes=saved.numel(),
+        saved=forward.saved.data_ptr(),
+        saved_bytes=forward.saved.numel(),
     )
     return Gradients(*grads, **others)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -18,8 +17,6 @@ from torch import Tensor
 from adasplash2.backends.cuda import configurations, driver, layout, sizes
 from adasplash2.contract import AttentionStats, Config, Forward, Gradients
 from adasplash2.problem import Inputs, Problem
-
-logger = logging.getLogger("adasplash2")
 
 MAX_INVERSE = 1e30
 """The largest ``1 / c``: bounds lie a few times that below scores, and must be finite numbers."""
@@ -56,9 +53,8 @@ class Plan:
             causal=problem.scores.is_causal,
             aligned=aligned,
         )
-        self.config = configurations.running(config, aligned)
-        self._scans_first = self.config != configurations.DENSE
-        self._scan = configurations.scan_of(problem, self.config)
+        self._scans_first = config != configurations.DENSE
+        self._scan = configurations.scan_of(problem, config)
         self._dense = configurations.dense_of(problem, self._scan)
         constants = driver.params(
             {
@@ -280,15 +276,7 @@ def plan_of(problem: Problem, config: Config, aligned: bool) -> Plan:
 
 @functools.lru_cache(CACHED_PLANS)
 def _plan(problem: Problem, config: tuple[tuple[str, int | str], ...], aligned: bool) -> Plan:
-    made = Plan(problem, dict(config), aligned)
-    if made.config != dict(config):
-        logger.debug(
-            "cuda: rows of the tensors do not all start on %d bytes, %s runs instead of %s",
-            configurations.ALIGNMENT,
-            dict(made.config),
-            dict(config),
-        )
-    return made
+    return Plan(problem, dict(config), aligned)
 
 
 def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int = -1) -> Forward:
@@ -305,11 +293,11 @@ def backward(
     wanted: Collection[str] = (),
 ) -> Gradients:
     """Gradients of query, key and value."""
-    query, key, value, grad_out = (unit_stride(x) for x in (*inputs.tensors(), grad_out))
+    query, key, value, grad_out = placed(config, *inputs.tensors(), grad_out)
     grad_query, grad_key, grad_value = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.tensors()
     )
-    plan = plan_of(problem, config, configurations.is_aligned(query, key, value, grad_out))
+    plan = plan_of(problem, config, _aligned(config, query, key, value, grad_out))
     plan.saved.check(forward.saved)
     scratch, steps = plan.scratch, plan.backward
     memory = torch.empty(scratch.total, dtype=torch.uint8, device=problem.device)
@@ -358,8 +346,8 @@ def _forward(
     support: Tensor | None = None,
     saved_bytes: int = -1,
 ) -> Forward:
-    query, key, value = (unit_stride(x) for x in inputs.tensors())
-    plan = plan_of(problem, config, configurations.is_aligned(query, key, value))
+    query, key, value = placed(config, *inputs.tensors())
+    plan = plan_of(problem, config, _aligned(config, query, key, value))
     shape = (problem.batch, problem.heads_q, problem.length_q)
     device = problem.device
     out = torch.empty((*shape, problem.head_dim_v), dtype=problem.dtype, device=device)
@@ -390,6 +378,21 @@ def _forward(
     return Forward(out, tau, saved if problem.needs_grad else saved.new_empty(0))
 
 
+def placed(config: Config, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors``, or copies of those that the kernels of ``config`` cannot read where they lie."""
+    found = tuple(unit_stride(x) for x in tensors)
+    if not configurations.needs_alignment(config):
+        return found
+    return tuple(
+        x if configurations.is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+        for x in found
+    )
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """``x``, or a copy whose head_dim has a stride of 1."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _aligned(config: Config, *tensors: Tensor) -> bool:
+    return configurations.needs_alignment(config) or configurations.is_aligned(*tensors)

@@ -86,10 +86,10 @@ def may_align(problem: Problem) -> bool:
     return all(width * problem.dtype.itemsize % ALIGNMENT == 0 for width in widths)
 
 
-def running(config: Config, aligned: bool) -> Config:
-    """``config``, or what runs instead of it for tensors whose rows do not all start on 16
-    bytes."""
-    return config if aligned or config["scan"] in (PORTABLE["scan"], SPLIT["scan"]) else PORTABLE
+def needs_alignment(config: Config) -> bool:
+    """Whether its kernels read tensors by TMA, which takes rows that start on 16 bytes. Others are
+    copied first: what runs is the configuration, in forward and backward, wherever tensors lie."""
+    return config["scan"] not in (PORTABLE["scan"], SPLIT["scan"])
 
 
 def is_aligned(*tensors: Tensor) -> bool:
@@ -110,13 +110,12 @@ def is_aligned(*tensors: Tensor) -> bool:
 
 
 def notes(inputs: Inputs, config: Config) -> list[str]:
-    """Which inputs make :func:`running` choose another configuration, a sentence each. Those whose
-    head_dim stride is not 1 are copied first, to where rows start on 16 bytes."""
-    instead = running(config, aligned=False)
-    if instead == config:
+    """Which inputs are copied first since TMA cannot read them, a sentence each. Those whose
+    head_dim stride is not 1 are copied by every configuration."""
+    if not needs_alignment(config):
         return []
     return [
-        f"rows of {name} do not all start on {ALIGNMENT} bytes: {dict(instead)} runs instead"
+        f"rows of {name} do not all start on {ALIGNMENT} bytes: it is copied first"
         for name, x in zip(TENSORS, inputs.tensors(), strict=True)
         if (x.stride(-1) == 1 or x.size(-1) == 1) and not is_aligned(x)
     ]

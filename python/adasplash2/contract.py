@@ -20,6 +20,11 @@ Config = Mapping[str, int | str]
 disk as JSON."""
 
 
+SAVED_ALIGNMENT = 16
+"""Bytes on which ``tau`` and ``saved`` of a :class:`Forward` start when a backward gets it; both
+are contiguous then."""
+
+
 class Forward(NamedTuple):
     """What an attention forward returns.
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from adasplash2.contract import AttentionStats, Forward, Gradients
+from adasplash2.contract import SAVED_ALIGNMENT, AttentionStats, Forward, Gradients
 from adasplash2.dispatch import Choice, choose, saved_bound
 from adasplash2.options import (
     FIRST,
@@ -266,7 +266,8 @@ def _run_backward(
         return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors()), **zeros)
     choice = choose(problem, options.backend or None) if decided is None else decided[1]
     chosen, config, _ = choice
-    found = chosen.backward(problem, inputs, Forward(out, tau, saved), grad_out, config, names)
+    forward = Forward(out, _as_made(tau), _as_made(saved))
+    found = chosen.backward(problem, inputs, forward, grad_out, config, names)
     if names:
         sums = {name: _summed(name, getattr(found, name), getattr(inputs, name)) for name in names}
         found = found._replace(**sums)
@@ -312,6 +313,14 @@ def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
         else query.new_empty(0)
         for name in DIFFERENTIABLE
     )
+
+
+def _as_made(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy that lies in memory as a forward made it: what is saved may come back
+    with other strides or at another address, from hooks, offloading or a compiled graph."""
+    if tensor.is_contiguous() and tensor.data_ptr() % SAVED_ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _check_backward(
