@@ -740,6 +740,32 @@ def test_what_is_returned_beside() -> None:
     assert out.requires_grad
 
 
+def test_probabilities_are_found_some_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And from the keys alone that these see."""
+    monkeypatch.setattr(adasplash2.auxiliary, "CHUNK", 500)
+    seen = []
+    of = adasplash2.AttentionAux._of
+    monkeypatch.setattr(
+        adasplash2.AttentionAux, "_of", lambda aux, *part: seen.append(part) or of(aux, *part)
+    )
+    query, key = torch.randn(2, 48, 2, 8).unbind()
+    ends = torch.tensor([0, 20, 20, 31, 48], dtype=torch.int32)
+    _, aux = adasplash2.entmax_attention_varlen(
+        query, key, key, ends, ends, 20, 20, is_causal=True, return_aux=True
+    )
+    found = aux.probabilities().to_dense().view(2, 48, 48)
+    assert len(seen) == 10  # of five queries
+    assert all(keys.stop - keys.start <= 31 for _, keys in seen)
+    for begin, end in itertools.pairwise(ends.tolist()):
+        part = slice(begin, end)
+        own = (x[part].transpose(0, 1)[None] for x in (query, key, key))
+        _, alone = adasplash2.entmax_attention(*own, is_causal=True, return_aux=True)
+        expected = alone.probabilities().to_dense().view(2, end - begin, end - begin)
+        torch.testing.assert_close(found[:, part, part], expected)
+        found[:, part, part] = 0.0
+    assert not found.any()
+
+
 def test_probabilities_near_one_are_those_of_softmax() -> None:
     query, key = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in "qk")
     _, aux = adasplash2.entmax_attention(query, key, key, alpha=1.0 + 1e-10, return_aux=True)

@@ -134,3 +134,32 @@ def test_one_query_copies_no_cache(sharpness: str) -> None:
 def test_a_long_sequence_fits() -> None:
     """32,768 positions, 8 heads, head_dim 64: 0.41 GiB. One head's scores are 4 GiB."""
     assert peak_above_inputs(heads=8, length=32768, sharpness=1.0) < 480 * MEBIBYTE
+
+
+PROBABILITIES = """
+import torch
+import adasplash2
+
+def resident(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+_, aux = adasplash2.entmax_attention(*torch.randn(3, 1, 1, 64, 32), return_aux=True)
+aux.probabilities()  # loads what loads lazily
+_, aux = adasplash2.entmax_attention(*torch.randn(3, 1, 4, 2048, 32), return_aux=True)
+before = resident("VmRSS")
+aux.probabilities()
+print(resident("VmHWM") - before)
+"""
+
+
+def test_probabilities_take_little_beside_what_is_found() -> None:
+    """17 million scores, of which 0.2 million are found, of 16 bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBABILITIES], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 128 * MEBIBYTE

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adasplash2 import dense
-from adasplash2.problem import Inputs, Problem
+from adasplash2 import dense, ops
+from adasplash2.options import Options
+from adasplash2.problem import Inputs, Problem, seen_keys, validated
 
-CHUNK = 2**24
-"""Scores that are held at a time."""
+CHUNK = 2**20
+"""Scores that are held at a time, in float64 some times over: about 64 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,23 +31,29 @@ class AttentionAux:
     """
 
     tau: Tensor
-    _problem: Problem = field(repr=False)
     _inputs: Inputs = field(repr=False)
+    _options: Options = field(repr=False)
 
     @functools.cached_property
     def support(self) -> Tensor:
-        """``(B, H, L)`` int32: keys with a probability above zero. Found when it is first asked
-        for."""
-        return self.probabilities().crow_indices().diff().to(torch.int32).view(self.tau.shape)
+        """``(B, H, L)`` int32: keys with a probability above zero, without dropout. Found when it
+        is first asked for, by a forward that counts (:func:`adasplash2.attention_stats`).
+
+        Raises:
+            TypeError: in a transform or a trace, where nothing can be counted.
+        """
+        return ops.attention_stats(self._inputs, self._options).support.view(self.tau.shape)
 
     def probabilities(self) -> Tensor:
         """The probabilities above zero, without dropout: a sparse CSR tensor
         ``(B * H * L, length_k)`` of float64, whose rows are those of ``tau.flatten()``; on a GPU to
         the digits of float32.
 
-        Found from the scores, some queries at a time: time grows by the product of the lengths,
-        memory by what is found. ``.to_dense().view(B, H, L, length_k)`` is what other attentions
-        call their weights. With sinks the rows sum to less than 1.
+        Found anew from the scores in float64, some queries at a time and the keys that these see:
+        time grows by the product of the lengths, of packed sequences by that of each; memory by
+        what is found, beside about 64 MiB. A key at the very edge of the support may be in one of
+        this and :attr:`support` alone. With sinks the rows sum to less than 1.
+        ``.to_dense().view(B, H, L, length_k)`` is what other attentions call their weights.
 
             >>> import torch, adasplash2
             >>> q = torch.randn(1, 2, 16, 8)
@@ -56,33 +63,67 @@ class AttentionAux:
             True
         """
         p = self._problem
-        counts, columns, values = [], [], []
+        count = self.tau.new_zeros((p.batch, p.heads_q, p.length_q), dtype=torch.int64)
+        place, value = _Growing(count), _Growing(count.double())
+        strides = (p.heads_q * p.length_q * p.length_k, p.length_q * p.length_k, p.length_k, 1)
         rows = max(1, CHUNK // max(1, p.batch * p.heads_q * p.length_k))
-        for first in range(0, max(p.length_q, 1), rows):  # once, also where there are none
-            found = self._of_rows(slice(first, min(first + rows, p.length_q)))
-            places = found.nonzero()
-            counts.append((found != 0).sum(dim=3))
-            columns.append(places)
-            values.append(found[tuple(places.unbind(1))])
-            places[:, 2] += first
-        count = torch.cat(counts, dim=2).flatten()
-        place, value = torch.cat(columns), torch.cat(values)
+        for first in range(0, p.length_q, rows):
+            some = slice(first, min(first + rows, p.length_q))
+            keys = self._keys_of(some)
+            found = self._of(some, keys)
+            count[:, :, some] = (found != 0).sum(dim=3)
+            parts = found.nonzero().unbind(1)
+            begins = 0, 0, first, keys.start
+            place.append(sum((n + b) * by for n, b, by in zip(parts, begins, strides, strict=True)))
+            value.append(found[parts])
         # By row: chunks hold some rows of every head.
-        row = (place[:, 0] * p.heads_q + place[:, 1]) * p.length_q + place[:, 2]
-        order = torch.argsort(row, stable=True)
+        order = torch.argsort(place.all())
+        column, count = place.all()[order] % max(1, p.length_k), count.flatten()
         crow = torch.cat([count.new_zeros(1), count.cumsum(0)])
         shape = (count.numel(), p.length_k)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that sparse CSR is in beta
             return torch.sparse_csr_tensor(
-                crow, place[order, 3], value[order], shape, check_invariants=False
+                crow, column, value.all()[order], shape, check_invariants=False
             )
 
-    def _of_rows(self, rows: slice) -> Tensor:
+    @functools.cached_property
+    def _problem(self) -> Problem:
+        return validated(self._inputs, self._options, False)
+
+    def _keys_of(self, rows: slice) -> slice:
+        """From the first to the last key that one of these queries sees."""
+        seen = seen_keys(self._problem, self._inputs, rows)
+        numbers = seen.flatten(0, -2).any(dim=0).nonzero()
+        if not len(numbers):
+            return slice(0, 0)
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+
+    def _of(self, rows: slice, keys: slice) -> Tensor:
         # Solved again: near alpha = 1, and far above it, tau has not the digits that the
         # probabilities have, which backends find from scores below the highest of their row.
         # Rows on a GPU are solved in float32 at most.
         p = self._problem
         dtype = torch.float64 if p.device.type == "cpu" else p.compute_dtype
         with torch.no_grad():
-            return dense.probabilities(p, self._inputs, dtype, rows).double()
+            return dense.probabilities(p, self._inputs, dtype, rows, keys).double()
+
+
+class _Growing:
+    """A tensor that grows at its end, by doubling. A small one kept from each chunk instead would
+    lie between the large ones of the chunks, and memory that is free could not be used again."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._all, self._count = like.new_empty(2**16), 0
+
+    def append(self, more: Tensor) -> None:
+        count = self._count + len(more)
+        if count > len(self._all):
+            larger = self._all.new_empty(max(count, 2 * len(self._all)))
+            larger[: self._count] = self.all()
+            self._all = larger
+        self._all[self._count : count] = more
+        self._count = count
+
+    def all(self) -> Tensor:
+        return self._all[: self._count]

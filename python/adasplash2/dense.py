@@ -17,18 +17,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adasplash2 import ops
-from adasplash2.problem import Inputs, Problem, places, rows_of, seen_keys
+from adasplash2.problem import Inputs, Problem, part_of, places, seen_keys
 from adasplash2.torch_fastpath import beside
+
+ALL = slice(None)
 
 
 def scores(
-    problem: Problem, inputs: Inputs, dtype: torch.dtype, rows: slice = slice(None)
+    problem: Problem, inputs: Inputs, dtype: torch.dtype, rows: slice = ALL, keys: slice = ALL
 ) -> Tensor:
-    """Scores of the queries ``rows`` in ``dtype``, ``(batch, heads_q, rows, length_k)``; -inf where
-    a key may not be seen. See :class:`adasplash2.problem.ScoreTransform`."""
+    """Scores of the queries ``rows`` and ``keys`` in ``dtype``, ``(batch, heads_q, rows, keys)``;
+    -inf where a key may not be seen. See :class:`adasplash2.problem.ScoreTransform`."""
     p, said = problem, problem.scores
     query = inputs.query[:, :, rows].to(dtype).unflatten(1, (p.heads_kv, p.group_size))
-    key = inputs.key.to(dtype).unsqueeze(2)
+    key = inputs.key[:, :, keys].to(dtype).unsqueeze(2)
     # What is not finite makes its own scores, and by zeros times it no others and no gradients.
     right_q, right_k = query.isfinite(), key.isfinite()
     s = torch.where(right_q, query, 0.0) @ torch.where(right_k, key, 0.0).mT
@@ -36,19 +38,20 @@ def scores(
     s = torch.where(right, s, query.detach() @ key.detach().mT).flatten(1, 2)
     # Before all factors: with a gradient of zero, what is not finite makes NaN of theirs.
     seen = seen_keys(p, inputs, rows)
+    seen = part_of(seen, seen.dim() - 1, keys)
     s = torch.where(seen, s, 0.0)
     if inputs.scales is None:
         s = said.scale * s
     else:
-        s = rows_of(inputs.scales, 2, rows).to(dtype).unsqueeze(3) * s
+        s = part_of(inputs.scales, 2, rows).to(dtype).unsqueeze(3) * s
     if said.softcap:
         s = said.softcap * torch.tanh(s / said.softcap)
     mask = inputs.attn_mask
     if mask is not None and mask.dtype != torch.bool:
-        s = s + rows_of(mask, 2, rows).to(dtype)
+        s = s + part_of(part_of(mask, 2, rows), 3, keys).to(dtype)
     if inputs.alibi_slopes is not None:
-        keys = beside(torch.arange(p.length_k, device=p.device), query)
-        distance = (places(p, inputs, rows).unsqueeze(-1) - keys).abs().to(dtype)
+        numbers = beside(torch.arange(p.length_k, device=p.device)[keys], query)
+        distance = (places(p, inputs, rows).unsqueeze(-1) - numbers).abs().to(dtype)
         s = s - inputs.alibi_slopes.to(dtype)[:, :, None, None] * distance
     return torch.where(seen, s, -math.inf)
 
@@ -57,13 +60,15 @@ def probabilities(
     problem: Problem,
     inputs: Inputs,
     dtype: torch.dtype,
-    rows: slice = slice(None),
+    rows: slice = ALL,
+    keys: slice = ALL,
     backend: str = "",
 ) -> Tensor:
-    """The probabilities of all keys for the queries ``rows``, shaped as :func:`scores`: dense, with
-    gradients, without dropout. ``backend`` maps the rows."""
+    """The probabilities of ``keys`` for the queries ``rows``, which see no others, shaped as
+    :func:`scores`: dense, with gradients, without dropout. ``backend`` maps the rows."""
     p = problem
-    s = scores(p, inputs, dtype, rows)
+    s = scores(p, inputs, dtype, rows, keys)
+    count = s.shape[3]
     if inputs.sinks is not None:
         sink = inputs.sinks.to(dtype)[:, :, None, None]
         s = torch.cat([s, sink.expand(*s.shape[:3], 1)], dim=3)
@@ -73,7 +78,7 @@ def probabilities(
     else:
         alphas = None if inputs.alphas is None else inputs.alphas.to(dtype)[:, :, None, None]
         found = ops.rows(s, p.alpha, -1, backend, alphas)
-    return torch.where(hidden, 0.0, found)[..., : p.length_k]  # also in rows of NaN
+    return torch.where(hidden, 0.0, found)[..., :count]  # also in rows of NaN
 
 
 def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:

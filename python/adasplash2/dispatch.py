@@ -554,7 +554,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _log_to_stderr(level: str) -> None:
-    """Show the library's log from ``level`` on; a program that sets up logging needs it not."""
+    """Show the library's log from ``level`` on; a program that sets up logging does not need it."""
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         _warn_of_setting("ADASPLASH2_LOG", "a level such as debug", level)

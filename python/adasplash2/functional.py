@@ -377,9 +377,9 @@ def _attend(call: Call, return_aux: bool) -> Any:
     if not check_flag("return_aux", return_aux):
         return shaped(ops.attention(inputs, options))
     out, tau = ops.attention_and_tau(inputs, options)
-    kept = inputs.mapped(Tensor.detach)
+    kept = inputs.mapped(Tensor.detach)._replace(dropout_seed=None)
     tau = shaped_beside(tau.detach())
-    return shaped(out), AttentionAux(tau, validated(kept, options, False), kept)
+    return shaped(out), AttentionAux(tau, kept, options._replace(dropout_p=0.0))
 
 
 def dense_weights(

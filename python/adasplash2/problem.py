@@ -285,7 +285,7 @@ def seen_keys(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
         if said.right >= 0:
             seen = seen & (distance <= said.right)
     if mask is not None:  # what is added as -inf hides a key too, whatever its score
-        mask = rows_of(mask, 2, rows)
+        mask = part_of(mask, 2, rows)
         seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
     return seen
 
@@ -319,9 +319,9 @@ def unpaged(inputs: Inputs) -> Inputs:
     return inputs._replace(key=key, value=value, block_table=None)
 
 
-def rows_of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
-    """The ``rows`` of a dimension, which may be one for all."""
-    return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (rows,)]
+def part_of(tensor: Tensor, dim: int, part: slice) -> Tensor:
+    """``part`` of a dimension, of which one may stand for all."""
+    return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (part,)]
 
 
 def unsupported(problem: Problem | RowProblem, supported: Collection[str] = ()) -> list[str]:
