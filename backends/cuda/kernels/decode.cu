@@ -365,13 +365,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
   for (int i = threadIdx.x; i < kRows; i += kThreads)
     seen[i] = i < b.rows ? Row(p, b.first + i).seen(p) : Range{0, 0};
   __syncthreads();
-  // Keys that some row sees, and those that all do.
-  Range any{p.length_k, 0}, all{0, p.length_k};
-  for (int i = 0; i < b.rows; ++i) {
-    if (seen[i].begin < seen[i].end)
-      any = {min(any.begin, seen[i].begin), max(any.end, seen[i].end)};
-    all = {max(all.begin, seen[i].begin), min(all.end, seen[i].end)};
-  }
+  SharedRange of_rows(p.length_k);
+  for (int i = 0; i < b.rows; ++i) of_rows.add(seen[i]);
+  const Range any = of_rows.any, all = of_rows.all;
   // The part of the warp, in whole tiles.
   const int first_tile = any.begin / kDecodeTile, parts = parts_of(p), part = b.part();
   const int tiles = max(0, (any.end + kDecodeTile - 1) / kDecodeTile - first_tile);
@@ -399,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
     products(s, keys_at, shared);
     if (tile + kStages < end) load_keys(keys_at, keys, first + kStages * kDecodeTile, any);
     cp_async_commit();
-    if (first < all.begin || first + kDecodeTile > all.end)
+    if (!all.holds_all(first, first + kDecodeTile))
 #pragma unroll
       for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll

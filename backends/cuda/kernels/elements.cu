@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const int kv_row = blockIdx.x / of_keys, first = blockIdx.x % of_keys * kCheckRows;
     const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
     first_head = kv_row * p.gqa_group, heads = p.gqa_group;
-    if (first == 0 && threadIdx.x == 0) p.poison[kv_row] = 0;
+    if (first == 0 && threadIdx.x == 0) poison_no_keys(p, kv_row);
     found = has_infinite<kHeadDim>(row_of(p.k, batch, kv_head, 0), p.k.row, first, p.length_k) ||
             has_infinite<kHeadDimV>(row_of(p.v, batch, kv_head, 0), p.v.row, first, p.length_k);
   } else {
@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(kPrefixThreads)
   __shared__ int sums[kPrefixThreads / 32];
   if (p.all_flat) {
     const int row_blocks = p.gqa_group * p.row_blocks;
-    bool listed = p.poison[blockIdx.x] > 0, flat = false;
+    bool listed = is_any_poisoned(p, blockIdx.x), flat = false;
     for (int i = threadIdx.x; i < row_blocks; i += kPrefixThreads) {
       const bool here = p.flat[i64(blockIdx.x) * row_blocks + i] != kListed;
       flat |= here, listed |= !here;
@@ -525,7 +525,7 @@ struct Column {
   __device__ __forceinline__ void write(const Params& p) {
     const int kv_row = number / p.length_k, column = number % p.length_k;
     const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    const bool poisoned = column < p.poison[kv_row];
+    const bool poisoned = is_poisoned(p, kv_row, column);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       grad_k[j] = poisoned ? kNaN : grad_k[j] * p.scale;

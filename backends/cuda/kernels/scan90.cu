@@ -240,7 +240,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     // Each warp by as many lanes as it has scores that pass: 16 where it is at the limit. All come
     // here with their first tile.
     const auto together = [&](int pass) {
-      if (kCausal || !kMayEnd || first_key > 0) return false;
+      if (!first_tile_tells() || !kMayEnd || first_key > 0) return false;
       const int limit = most_at_first(p.length_k);
       const bool mine = lane_id() < (16 * pass + limit / 2) / limit;
       return count_of_warpgroup(1 + warp / 4, mine) > 4 * 16;

@@ -2,7 +2,7 @@
 // are unsigned: a signed division takes registers that some kernels do not have.
 #pragma once
 
-#include "common.cuh"
+#include "score.cuh"
 
 namespace adasplash2 {
 
@@ -18,7 +18,7 @@ struct Head {
 };
 
 // Number `number` of the blocks of `rows` queries: head by head, so that the keys of one head stay
-// in the L2, and within it the longest rows of a causal problem first.
+// in the L2, and within it in the order of nth_row_block().
 template <int rows>
 struct QueryBlock : Head {
   int first;  // query
@@ -28,7 +28,7 @@ struct QueryBlock : Head {
 
  private:
   __device__ __forceinline__ QueryBlock(const Params& p, u32 number, int blocks)
-      : Head(p, number / blocks), first((blocks - 1 - number % blocks) * rows) {}
+      : Head(p, number / blocks), first(nth_row_block(number % blocks, blocks) * rows) {}
 };
 
 // Number `number` of the blocks of `rows` keys.
