@@ -32,6 +32,13 @@ __device__ __forceinline__ bool has_flat_rows(const Params& p, int number, int p
 struct Share {
   int count, items[kMostTiles], before[kThreads / 32];
 
+  // body(item) for each, in order. Whoever copies and whoever multiplies goes through here.
+  template <class Body>
+  __device__ __forceinline__ void for_items(const Body& body) const {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) body(items[i]);
+  }
+
   // All threads come together, and ask wanted(item, part, parts): as `parts` threads for one, or
   // each for some of its own.
   template <class Wanted>
@@ -150,6 +157,18 @@ constexpr int kGradKeys = ADASPLASH2_GRAD_KEYS;
 using GradRows = Backward<kGradKeys>;
 static_assert(GradRows::kSharedBytes == ADASPLASH2_SHARED_DENSE_GRAD_ROWS);
 
+// The tiles of keys of a block of rows, from the last one on: first(its first key) of that one,
+// then next(its first key) of each other. The thread that copies and the warps that multiply both
+// go through here: each side takes every tile, or the other one waits for ever.
+template <class First, class Next>
+__device__ __forceinline__ void for_key_tiles(const Block& b, const First& first,
+                                              const Next& next) {
+  const int last = b.tiles(kGradKeys) - 1;
+  first(last * kGradKeys);
+#pragma unroll 1
+  for (int tile = last - 1; tile >= 0; --tile) next(tile * kGradKeys);
+}
+
 // dQ of the block's rows, and their delta.
 __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, const Block& b,
                                               OwnRing& own_ring, GradRing& ring) {
@@ -181,7 +200,6 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
   constexpr bool kOverlap = kNarrow;
   Sums<kPanels> grad = {};
   AFragment weights[kSteps];
-  const int tiles = b.tiles(kGradKeys);
   const auto start = [&](float (&s)[kGradKeys / 2], float (&dp)[kGradKeys / 2]) {
     ring.await_full(at.full);
     at.start_dots(s, dp, own_ring.stage, ring.stage);
@@ -202,13 +220,12 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     add_weighted(grad, weights, at.x_rows(stage));
     wgmma_commit();
   };
-  {
+  const auto first = [&](int first_key) {
     float s[kGradKeys / 2], dp[kGradKeys / 2];
     start(s, dp);
-    weigh(s, dp, (tiles - 1) * kGradKeys);
-  }
-#pragma unroll 1
-  for (int tile = tiles - 2; tile >= 0; --tile) {
+    weigh(s, dp, first_key);
+  };
+  const auto next = [&](int first_key) {
     const int before = ring.stage;
     ring.advance();
     float s[kGradKeys / 2], dp[kGradKeys / 2];
@@ -217,8 +234,9 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     wgmma_wait();
     if constexpr (!kOverlap) fence_operands(grad), start(s, dp), wgmma_wait();
     at.give_back(before);
-    weigh(s, dp, tile * kGradKeys);
-  }
+    weigh(s, dp, first_key);
+  };
+  for_key_tiles(b, first, next);
   at.give_back_own(own_ring);
   add(ring.stage);
   wgmma_wait();
@@ -261,23 +279,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x != kConsumers) return;
-#pragma unroll 1
-    for (int i = 0; i < share.count; ++i, own.advance()) {
-      const Block b(p, share.items[i]);
+    share.for_items([&](int item) {
+      const Block b(p, item);
       own.await_empty(at.empty_own);
       at.copy_own(query_map, Plane(p.q, b.head, b.batch), grad_map,
                   Plane(p.grad_o, b.head, b.batch), b.first, own.stage);
+      own.advance();
       const Plane keys(p.k, b.kv_head, b.batch), values(p.v, b.kv_head, b.batch);
-      for (int tile = b.tiles(kGradKeys) - 1; tile >= 0; --tile, ring.advance()) {
+      const auto copy = [&](int first_key) {
         ring.await_empty(at.empty);
-        at.copy_pair(key_map, keys, value_map, values, tile * kGradKeys, ring.stage);
-      }
-    }
+        at.copy_pair(key_map, keys, value_map, values, first_key, ring.stage);
+        ring.advance();
+      };
+      for_key_tiles(b, copy, copy);
+    });
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-#pragma unroll 1
-    for (int i = 0; i < share.count; ++i)
-      sum_grad_rows(at, shared + (memory - start), Block(p, share.items[i]), own, ring);
+    share.for_items(
+        [&](int item) { sum_grad_rows(at, shared + (memory - start), Block(p, item), own, ring); });
   }
 }
 
@@ -579,9 +598,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     if (uniform(warp_id()) != kConsumers / 32) return;
-#pragma unroll 1
-    for (int i = 0; i < share.count; ++i) {
-      const Keys b(p, share.items[i]);
+    share.for_items([&](int item) {
+      const Keys b(p, item);
       own.await_empty(at.empty_own);
       if (lane_id() == 0)
         at.copy_own(key_map, Plane(p.k, b.kv_head, b.batch), value_map,
@@ -589,13 +607,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
       own.advance();
       copy_queries(at, queries, p, b, query_map, grad_map, ring);
-    }
+    });
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-#pragma unroll 1
-    for (int i = 0; i < share.count; ++i)
-      sum_grad_columns(at, shared + (memory - start), queries, p, Keys(p, share.items[i]), own,
-                       ring);
+    share.for_items([&](int item) {
+      sum_grad_columns(at, shared + (memory - start), queries, p, Keys(p, item), own, ring);
+    });
   }
 }
 
