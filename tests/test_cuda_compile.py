@@ -254,8 +254,12 @@ def test_a_part_counts_its_keys_in_16_bits(keys: int) -> None:
         assert -(-tiles // parts) * layout.DECODE_TILE <= layout.DECODE_PART
 
 
-@pytest.mark.parametrize("name", ["kCausal", "ADASPLASH2_CAUSAL", "p.left", "p.ranges", "p.poison"])
-def test_masks_are_named_in_one_file(name: str) -> None:
+MASKS = "kCausal", "ADASPLASH2_CAUSAL", "p.left", "p.ranges", "p.poison"
+SIGN = "p.q_sign", "0x80008000u"
+
+
+@pytest.mark.parametrize("name", MASKS + SIGN)
+def test_masks_and_the_sign_are_named_in_one_file(name: str) -> None:
     kernels = {file: text for file, text in compiler.sources().items() if file != "layout.cuh"}
     assert [file for file, text in kernels.items() if name in text] == ["score.cuh"]
 

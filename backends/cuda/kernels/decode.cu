@@ -136,7 +136,7 @@ __device__ __forceinline__ void load_queries(char* shared, const Block& b, const
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
       const bool exists = row < b.rows && column + j < kHeadDim;
-      store(to + j, exists ? p.q_sign * to_float(from[column + j]) : 0.f);
+      store(to + j, exists ? signed_value(p, to_float(from[column + j])) : 0.f);
     }
   }
 }

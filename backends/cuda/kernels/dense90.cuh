@@ -46,11 +46,11 @@ __device__ __forceinline__ void sync_consumers() {
 __device__ __forceinline__ bool any_of_block(bool mine) { return __syncthreads_or(mine); }
 
 // The sign of the scale goes to an operand that the block owns.
-__device__ __forceinline__ void sign_own(char* own, int bytes, float sign) {
-  if (sign == 1.f) return;
+__device__ __forceinline__ void sign_own(const Params& p, char* own, int bytes) {
+  if (is_sign_plus(p)) return;
   for (int at = threadIdx.x; at < bytes / 4; at += kConsumers) {
     u32& pair = reinterpret_cast<u32*>(own)[at];
-    pair = sign < 0.f ? pair ^ 0x80008000u : 0u;
+    pair = signed_pair(p, pair);
   }
   fence_async_proxy();
   sync_consumers();

@@ -131,9 +131,10 @@ struct Backward {
   // see that __syncwarp() puts the others' reads before it.
   __device__ __forceinline__ void give_back(int stage) const { arrive(empty + stage * 8); }
   // Wait for what an item owns, with the sign of the scale. `tiles` points to `own`.
-  __device__ __forceinline__ void take_own(const OwnRing& ring, char* tiles, float sign) const {
+  __device__ __forceinline__ void take_own(const Params& p, const OwnRing& ring,
+                                           char* tiles) const {
     ring.await_full(full_own);
-    sign_own(tiles + ring.stage * kOwnPairBytes, kOwnBytes, sign);
+    sign_own(p, tiles + ring.stage * kOwnPairBytes, kOwnBytes);
   }
   __device__ __forceinline__ void give_back_own(OwnRing& ring) const {
     arrive(empty_own + ring.stage * 8);
@@ -194,7 +195,7 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     if (b.flat[slot] && lane_id() % 4 == 0)
       p.delta[i64(b.head_row) * p.length_q + b.row(slot)] = delta[slot];
   }
-  at.take_own(own_ring, own, p.q_sign);
+  at.take_own(p, own_ring, own);
 
   constexpr int kSteps = kGradKeys / 16;
   constexpr bool kOverlap = kNarrow;
@@ -467,7 +468,7 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
   Sums<kPanelsV> grad_v = {};
   AFragment probs[kSteps], weights[kSteps];
   using Dots = float[kGradQueries / 2];
-  at.take_own(own_ring, own, p.q_sign);
+  at.take_own(p, own_ring, own);
 
   // Whether there is another tile; rows without a part in it must not reach the keys through
   // 0 * NaN.

@@ -413,7 +413,7 @@ struct Attention {
       t[slot].rough = false, t[slot].slope = 1.f, t[slot].steps = 0;
     }
     await(at.full_q, 0);
-    sign_own(own, kOwnBytes, p.q_sign);
+    sign_own(p, own, kOwnBytes);
   }
 
   // The sample: its threshold for the mass that it would have of the whole row.

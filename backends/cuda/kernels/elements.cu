@@ -353,7 +353,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
     load8<kHeadDimV>(row_of(p.grad_o, r.batch, r.head, r.row), at, grad_o);
     if constexpr (!kKeepsWeights) first_x = p.first_weight[r.at];
 #pragma unroll
-    for (float& x : query) x *= p.q_sign;
+    for (float& x : query) x = signed_value(p, x);
   }
   const Scalar* keys = active ? row_of(p.k, r.batch, r.kv_head, 0) : nullptr;
   const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
@@ -443,7 +443,7 @@ struct Column {
     load8<kHeadDim>(row_of(p.k, batch, kv_head, column), at, key, wanted);
     load8<kHeadDimV>(row_of(p.v, batch, kv_head, column), at, value, wanted);
 #pragma unroll
-    for (float& x : key) x *= p.q_sign;
+    for (float& x : key) x = signed_value(p, x);
   }
 
   // x of a row that keeps the key.

@@ -41,7 +41,6 @@ __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const S
                                             int first, char* tile) {
   const int lane = lane_id();
   u32 poisoned = 0;
-  const u32 flip = p.q_sign < 0.f ? 0x80008000u : 0u, mask = p.q_sign == 0.f ? 0u : ~0u;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const int row = first + slot * 8 + lane / 4;
@@ -57,14 +56,14 @@ __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const S
           const u32 raw = load_pair<kHeadDim>(from, at, inside);
           const float2 pair = Scalar::unpack(raw);
           bad |= !is_finite(pair.x) || !is_finite(pair.y);
-          q.part[slot / 2][k].r[slot % 2 + half * 2] = (raw ^ flip) & mask;
+          q.part[slot / 2][k].r[slot % 2 + half * 2] = signed_pair(p, raw);
         }
     } else {
       for (int at = lane % 4; at < kDim; at += 4) {
         const float x = inside && at < kHeadDim ? to_float(from[at]) : 0.f;
         bad |= !is_finite(x);
         reinterpret_cast<float*>(tile + (slot * 8 + lane / 4) * tile_stride<kDim>)[at] =
-            x * p.q_sign;
+            signed_value(p, x);
       }
     }
     if (__ballot_sync(kAllLanes, bad) >> (lane & ~3) & 15u) {

@@ -162,7 +162,6 @@ __device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap&
 // a mask of slots, so that they do not flood the lists.
 __device__ __forceinline__ u32 load_queries(AFragment (&q)[kDim / 16], const Params& p,
                                             const Scalar* head, int first) {
-  const u32 flip = p.q_sign < 0.f ? 0x80008000u : 0u, mask = p.q_sign == 0.f ? 0u : ~0u;
   u32 dead = 0;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -178,7 +177,7 @@ __device__ __forceinline__ u32 load_queries(AFragment (&q)[kDim / 16], const Par
         const u32 raw = inside && at < kHeadDim ? *reinterpret_cast<const u32*>(from + at) : 0u;
         const float2 pair = Scalar::unpack(raw);
         bad |= !is_finite(pair.x) || !is_finite(pair.y);
-        q[k].r[slot + half * 2] = (raw ^ flip) & mask;
+        q[k].r[slot + half * 2] = signed_pair(p, raw);
       }
     if (__ballot_sync(kAllLanes, bad) >> (lane_id() & ~3) & 15u) {
       dead |= 1u << slot;

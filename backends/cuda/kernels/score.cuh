@@ -4,8 +4,8 @@
 // A score is s = q_sign (q . k), and z = c s with c = (alpha-1) |scale| > 0: the sign of the scale
 // is in s, so that a larger score is always a larger z. Lists, their bounds, RowStart::top and
 // RowCount::bound are in units of s; thresholds tau and t, and x = z - tau, in units of z. Scans
-// and the Hopper kernels give the sign to queries or keys as they load them; dense.cuh, whose
-// products are q . k as it is, gives it to c.
+// and the Hopper kernels give the sign to queries or keys as they load them, with signed_value() or
+// signed_pair(); dense.cuh, whose products are q . k as it is, takes signed_c() instead of c.
 #pragma once
 
 #include "common.cuh"
@@ -13,6 +13,26 @@
 namespace adasplash2 {
 
 constexpr bool kCausal = ADASPLASH2_CAUSAL;
+
+// --- the sign of the scale ------------------------------------------------------------------
+
+// q . k to a score, and back; also one of its factors.
+template <class P>
+__device__ __forceinline__ float signed_value(const P& p, float x) {
+  return x * p.q_sign;
+}
+// The same of two 16-bit elements.
+template <class P>
+__device__ __forceinline__ u32 signed_pair(const P& p, u32 pair) {
+  const u32 flip = p.q_sign < 0.f ? 0x80008000u : 0u, mask = p.q_sign == 0.f ? 0u : ~0u;
+  return (pair ^ flip) & mask;
+}
+// Whether scores are q . k as it is.
+__device__ __forceinline__ bool is_sign_plus(const Params& p) { return p.q_sign == 1.f; }
+// z = signed_c() (q . k)
+__device__ __forceinline__ float signed_c(const Params& p) { return p.c * p.q_sign; }
+
+// --- which keys a query sees ----------------------------------------------------------------
 
 // Whether a query sees a key.
 __device__ __forceinline__ bool is_seen(int row, int key, int length_k) {
