@@ -117,11 +117,6 @@ __device__ __forceinline__ void store(Scalar* to, float x) {
     to->bits = x;
 }
 
-template <class T = Scalar>
-__device__ __forceinline__ T* row_of(const View& view, int batch, int head, int row) {
-  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
-}
-
 // 16 bytes that kernels do not write, or zeros. A predicate and no branch, which would wait for one
 // load before the next: so those of several rows are under way together.
 __device__ __forceinline__ uint4 load16(const void* from, bool wanted) {
@@ -460,30 +455,6 @@ __device__ __forceinline__ void cp_async_wait_but() {
 // successive rows on different banks, so ldmatrix reads them without conflict.
 template <int dim>
 constexpr int tile_stride = dim * int(sizeof(Scalar)) + 16;
-
-// Start copying rows [first, first + rows) of one head into a tile; rows from `length` on and
-// columns from `width` on become zeros. Visible after cp_async_wait() and a barrier.
-template <int rows, int width, int threads>
-__device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 row_stride, int first,
-                                          int length) {
-  constexpr int dim = padded<width>;
-  constexpr int per_chunk = 16 / int(sizeof(Scalar));
-  constexpr int chunks = dim / per_chunk;
-  for (int i = threadIdx.x; i < rows * chunks; i += threads) {
-    const int row = i / chunks, at = i % chunks * per_chunk;
-    char* to = tile + row * tile_stride<dim> + i % chunks * 16;
-    const bool inside = first + row < length;
-    const Scalar* from = head + i64(inside ? first + row : 0) * row_stride;
-    if constexpr (kAligned) {
-      const int bytes = inside && at < width ? 16 : 0;
-      cp_async16(shared_address(to), from + (at < width ? at : 0), bytes);
-    } else {
-#pragma unroll
-      for (int j = 0; j < per_chunk; ++j)
-        reinterpret_cast<Scalar*>(to)[j] = inside && at + j < width ? from[at + j] : Scalar{};
-    }
-  }
-}
 
 // A 16-row A fragment. Lane l holds rows l/4 and l/4 + 8 at columns 2 (l%4) + {0, 1, 8, 9}.
 struct AFragment {

@@ -15,7 +15,7 @@
 // Each warp keeps to its own part, bounds and lists, and sums have one order: the same call gives
 // the same bits.
 #include "bounds.cuh"
-#include "score.cuh"
+#include "work.cuh"
 
 namespace adasplash2 {
 
@@ -41,32 +41,23 @@ constexpr int kFirstRaise = 16;  // entries of a list from which its bound is ra
 
 // --- where rows, keys and values are -------------------------------------------------------
 
-// The key head of some rows, which are numbered head by head: those of a key head follow each
-// other.
-struct KeyHead {
-  int kv_row, batch, kv_head, first_row;
+// Rows are numbered head by head: those that share a key head follow each other.
+struct SharedRows : KeyHead {
+  int first_row;
 
-  __device__ __forceinline__ KeyHead(const DecodeParams& p, int kv_row)
-      : kv_row(kv_row),
-        batch(kv_row / p.heads_kv),
-        kv_head(kv_row % p.heads_kv),
-        first_row(kv_row * rows_of(p)) {}
+  __device__ __forceinline__ SharedRows(const DecodeParams& p, int kv_row)
+      : KeyHead(p, kv_row), first_row(kv_row * rows_of(p)) {}
   static __device__ __forceinline__ int rows_of(const DecodeParams& p) {
     return p.gqa_group * p.length_q;
   }
 };
 
 // A row by its number.
-struct Row {
-  int at, head_row, query, batch, head, kv_head;
+struct Row : Head {
+  int at, query;
 
   __device__ __forceinline__ Row(const DecodeParams& p, int at)
-      : at(at),
-        head_row(at / p.length_q),
-        query(at % p.length_q),
-        batch(head_row / p.heads_q),
-        head(head_row % p.heads_q),
-        kv_head(head / p.gqa_group) {}
+      : Head(p, at / p.length_q), at(at), query(at % p.length_q) {}
   __device__ __forceinline__ Range seen(const DecodeParams& p) const {
     return range_of(p, batch, query);
   }
@@ -76,7 +67,7 @@ struct Row {
 };
 
 // What a block works on: a tile of rows that share keys, and the number of a share of these.
-struct Block : KeyHead {
+struct Block : SharedRows {
   int first, rows, split;  // first row, and how many there are
 
   // Blocks of the same keys are neighbours, so that these are read from memory once.
@@ -84,7 +75,7 @@ struct Block : KeyHead {
   static __device__ __forceinline__ Block of(const DecodeParams& p) {
     const int tiles = (rows_of(p) + tile - 1) / tile;
     const int keys = blockIdx.x / tiles, number = blockIdx.x % tiles * tile;
-    Block b{KeyHead(p, keys / p.splits)};
+    Block b{SharedRows(p, keys / p.splits)};
     b.first = b.first_row + number;
     b.rows = min(tile, rows_of(p) - number);
     b.split = keys % p.splits;
@@ -93,7 +84,7 @@ struct Block : KeyHead {
   __device__ __forceinline__ int part() const { return split * kWarps + warp_id(); }
 
  private:
-  __device__ __forceinline__ explicit Block(const KeyHead& head) : KeyHead(head) {}
+  __device__ __forceinline__ explicit Block(const SharedRows& of) : SharedRows(of) {}
 };
 
 __device__ __forceinline__ int parts_of(const DecodeParams& p) { return p.splits * kWarps; }
@@ -116,9 +107,10 @@ struct Cache {
         page_size(p.page_size),
         last_page(int(p.pages) - 1) {}
   __device__ __forceinline__ const Scalar* at(int key) const {
-    if constexpr (!kPaged) return head + key * row;
+    if constexpr (!kPaged) return row_in(head, row, key);
     const u32 number = u32(key) / u32(page_size), place = u32(key) - number * u32(page_size);
-    return head + max(0, min(table[number], last_page)) * page + place * row;
+    const int held = max(0, min(table[number], last_page));
+    return row_in(row_in(head, page, held), row, place);
   }
 };
 
@@ -476,10 +468,10 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
   __shared__ float sums[kSolveWarps][kWidth];
   const Row row(p, blockIdx.x);
   const int lane = lane_id(), warp = warp_id();
-  const int number = row.at % KeyHead::rows_of(p);
+  const int number = row.at % SharedRows::rows_of(p);
   if (threadIdx.x == 0 && number % kDecodeRowTile == 0) {
-    const int tiles = (KeyHead::rows_of(p) + kDecodeRowTile - 1) / kDecodeRowTile;
-    p.arrivals[row.at / KeyHead::rows_of(p) * tiles + number / kDecodeRowTile] = 0;
+    const int tiles = (SharedRows::rows_of(p) + kDecodeRowTile - 1) / kDecodeRowTile;
+    p.arrivals[row.at / SharedRows::rows_of(p) * tiles + number / kDecodeRowTile] = 0;
   }
   OverBlock over_block{exchanged};
   LiveParts live{parts_at(p, row.at), parts_of(p), -kInf};
@@ -740,7 +732,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int tiles = (KeyHead::rows_of(p) + kTile - 1) / kTile;
+    const int tiles = (SharedRows::rows_of(p) + kTile - 1) / kTile;
     int* arrivals = p.arrivals + b.kv_row * tiles + (b.first - b.first_row) / kTile;
     is_last = atomicAdd(arrivals, 1) == p.splits - 1;
   }

@@ -31,7 +31,7 @@ __device__ __forceinline__ void write_part(const float (&out)[padded<width> / 8]
       for (int j = 0; j < 2; ++j) {
         const int at = n * 8 + lane_id() % 4 * 2 + j;
         if (at >= width) continue;
-        Scalar* to = head + i64(row) * stride + at;
+        Scalar* to = row_in(head, stride, row) + at;
         const float x = out[n][2 * slot + j] * factor;
         store(to, add ? to_float(*to) + x : x);
       }

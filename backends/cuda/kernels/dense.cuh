@@ -276,7 +276,7 @@ struct Keys : KeyBlock<kRows> {
   __device__ __forceinline__ void for_tiles(char* queries, char* grads, QueryRows& rows,
                                             const Body& body) const {
     for (int member = 0; member < p.gqa_group; ++member) {
-      const int of_head = head_row(p) + member, head = kv_head * p.gqa_group + member;
+      const int of_head = head_row(p) + member, head = first_head(p) + member;
       const u8* flat = p.flat + i64(of_head) * p.row_blocks;
       for (int first_row = start; first_row < p.length_q; first_row += kTile) {
         bool wanted = false;

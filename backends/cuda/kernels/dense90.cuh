@@ -83,7 +83,7 @@ __device__ __forceinline__ void write_rows(const float (&d)[count], Scalar* head
   for (int slot = 0; slot < 2; ++slot) {
     const int row = first + slot * 8 + lane_id() / 4;
     if (row >= length || !wanted[slot]) continue;
-    Scalar* to = head + i64(row) * stride + lane_id() % 4 * 2;
+    Scalar* to = row_in(head, stride, row) + lane_id() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < width / 8; ++n) {
       u32& pair = *reinterpret_cast<u32*>(to + n * 8);

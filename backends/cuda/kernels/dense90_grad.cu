@@ -338,7 +338,7 @@ struct Keys : KeyBlock<kBlockRows> {
     Scalar* head = row_of(grad, batch, kv_head, 0);
     for (int i = threadIdx.x; i < kBlockRows * (width / 2); i += kConsumers)
       if (const int key = first + i / (width / 2); key < p.length_k)
-        reinterpret_cast<u32*>(head + i64(key) * grad.row)[i % (width / 2)] = 0;
+        reinterpret_cast<u32*>(row_in(head, grad.row, key))[i % (width / 2)] = 0;
   }
 };
 
@@ -421,7 +421,7 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
 #pragma unroll 1
   while (more) {
     const QueryRows rows = next;
-    const int head = b.kv_head * p.gqa_group + tiles.member, here = tiles.first;
+    const int head = b.first_head(p) + tiles.member, here = tiles.first;
     more = look_ahead();
     ring.await_empty(at.empty);
     Queries& q = queries[ring.stage];

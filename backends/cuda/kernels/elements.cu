@@ -89,7 +89,7 @@ __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int
   for (int i = threadIdx.x; i < kCheckRows * kChunks; i += kThreads) {
     float x[8] = {};
     if (const int row = first + i / kChunks; row < length)
-      load8<width>(rows + row * stride, i % kChunks * 8, x);
+      load8<width>(row_in(rows, stride, row), i % kChunks * 8, x);
 #pragma unroll
     for (float value : x) found |= !is_finite(value);
   }
@@ -99,30 +99,27 @@ __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int
 extern "C" __global__ void __launch_bounds__(kThreads)
     check_finite(const __grid_constant__ Params p) {
   start_next_and_await();
-  const int of_keys = (p.length_k + kCheckRows - 1) / kCheckRows;
-  const int key_blocks = p.batch * p.heads_kv * of_keys;
+  const int key_blocks = p.batch * p.heads_kv * ((p.length_k + kCheckRows - 1) / kCheckRows);
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.unsafe_output = 0;
   int first_head, heads;  // whose scores what is looked at has a part in
   bool found;
   if (int(blockIdx.x) < key_blocks) {
-    const int kv_row = blockIdx.x / of_keys, first = blockIdx.x % of_keys * kCheckRows;
-    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    first_head = kv_row * p.gqa_group, heads = p.gqa_group;
-    if (first == 0 && threadIdx.x == 0) poison_no_keys(p, kv_row);
-    found = has_infinite<kHeadDim>(row_of(p.k, batch, kv_head, 0), p.k.row, first, p.length_k) ||
-            has_infinite<kHeadDimV>(row_of(p.v, batch, kv_head, 0), p.v.row, first, p.length_k);
+    const KeyBlock<kCheckRows> b(p, blockIdx.x);
+    first_head = b.head_row(p), heads = p.gqa_group;
+    if (b.first == 0 && threadIdx.x == 0) poison_no_keys(p, b.kv_row);
+    const Scalar *keys = row_of(p.k, b.batch, b.kv_head, 0),
+                 *values = row_of(p.v, b.batch, b.kv_head, 0);
+    found = has_infinite<kHeadDim>(keys, p.k.row, b.first, p.length_k) ||
+            has_infinite<kHeadDimV>(values, p.v.row, b.first, p.length_k);
   } else {
-    const int block = blockIdx.x - key_blocks;
-    const int of_queries = (p.length_q + kCheckRows - 1) / kCheckRows;
-    first_head = block / of_queries, heads = 1;
-    const Head of(p, first_head);
-    const Scalar* rows = row_of(p.q, of.batch, of.head, 0);
-    const int first = block % of_queries * kCheckRows, row = first + threadIdx.x;
+    const QueryBlock<kCheckRows> b(p, blockIdx.x - key_blocks);
+    first_head = b.head_row, heads = 1;
+    const int row = b.first + threadIdx.x;
     if (threadIdx.x < kCheckRows && row < p.row_blocks * kRowBlock) {
       const i64 at = i64(first_head) * p.row_blocks * kRowBlock + row;
       p.row_start[at].top = -kInf, p.row_count[at].bound = -kInf;
     }
-    found = has_infinite<kHeadDim>(rows, p.q.row, first, p.length_q);
+    found = has_infinite<kHeadDim>(row_of(p.q, b.batch, b.head, 0), p.q.row, b.first, p.length_q);
   }
   if (!__syncthreads_or(found)) return;
   u8* flat = p.flat + i64(first_head) * p.row_blocks;
@@ -154,7 +151,7 @@ __device__ __forceinline__ void output_row(const Params& p, const Row& r) {
     float value[kBatch][8];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      load8<kHeadDimV>(values + column[i] * p.v.row, at, value[i], column[i] >= 0);
+      load8<kHeadDimV>(row_in(values, p.v.row, column[i]), at, value[i], column[i] >= 0);
     if constexpr (!kKeepsWeights)
       if (first == 0 && at == 0) p.first_weight[r.at] = x[0];
 #pragma unroll
@@ -201,8 +198,7 @@ __device__ __forceinline__ void count_columns_of(const Params& p, int row_block)
   }
   const int last = row_block * kRowBlock + kRowBlock - 1;
   const int total = p.row_start[last].entry + max(p.row_count[last].survivors, 0);
-  const Head of(p, row_block / p.row_blocks);
-  const int kv_row = of.batch * p.heads_kv + of.kv_head;
+  const int kv_row = Head(p, row_block / p.row_blocks).kv_row(p);
   int* counts = p.column_count + i64(kv_row) * p.length_k;
   const i64 arena = arena_of(row_block);
   for (int first = 0; first < total; first += kThreads) {
@@ -357,7 +353,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
   }
   const Scalar* keys = active ? row_of(p.k, r.batch, r.kv_head, 0) : nullptr;
   const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
-  const int kv_row = r.batch * p.heads_kv + r.kv_head, mine = Products::slot();
+  const int kv_row = r.kv_row(p), mine = Products::slot();
   const int my_row = r.head % p.gqa_group << row_bits(p) | r.row;
   const bool puts = lane < 8 && lane % 2 == 0;  // one lane a survivor
   float first_score = 0.f, first_dp = 0.f, sum_u = 0.f, sum_udp = 0.f, mass = 0.f;
@@ -374,8 +370,8 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
     float key[kBatch][8], value[kBatch][8];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      load8<kHeadDim>(keys + column[i] * p.k.row, at, key[i], column[i] >= 0);
-      load8<kHeadDimV>(values + column[i] * p.v.row, at, value[i], column[i] >= 0);
+      load8<kHeadDim>(row_in(keys, p.k.row, column[i]), at, key[i], column[i] >= 0);
+      load8<kHeadDimV>(row_in(values, p.v.row, column[i]), at, value[i], column[i] >= 0);
     }
     if (inside && puts) place = atomicAdd(p.column_start + i64(kv_row) * p.length_k + my_column, 1);
     const Products found(query, key, grad_o, value);
@@ -435,13 +431,12 @@ struct Column {
 
   __device__ __forceinline__ Column(const Params& p, int number, int lane, bool wanted)
       : number(number), at(lane % kRowLanes * 8) {
-    const int kv_row = number / p.length_k, column = number % p.length_k;
-    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    first_row = kv_row * p.gqa_group * p.row_blocks * kRowBlock;
-    queries = row_of(p.q, batch, kv_head * p.gqa_group, 0);
-    grads = row_of(p.grad_o, batch, kv_head * p.gqa_group, 0);
-    load8<kHeadDim>(row_of(p.k, batch, kv_head, column), at, key, wanted);
-    load8<kHeadDimV>(row_of(p.v, batch, kv_head, column), at, value, wanted);
+    const Key of(p, number);
+    first_row = of.kv_row * p.gqa_group * p.row_blocks * kRowBlock;
+    queries = row_of(p.q, of.batch, of.first_head(p), 0);
+    grads = row_of(p.grad_o, of.batch, of.first_head(p), 0);
+    load8<kHeadDim>(row_of(p.k, of.batch, of.kv_head, of.key), at, key, wanted);
+    load8<kHeadDimV>(row_of(p.v, of.batch, of.kv_head, of.key), at, value, wanted);
 #pragma unroll
     for (float& x : key) x = signed_value(p, x);
   }
@@ -471,9 +466,10 @@ struct Column {
     for (int i = 0; i < kBatch; ++i) {
       const bool wanted = row[i] >= 0;
       const int member = row[i] >> bits, of_head = row[i] & ((1 << bits) - 1);
-      load8<kHeadDim>(queries + member * p.q.head + of_head * p.q.row, at, q[i], wanted);
-      load8<kHeadDimV>(grads + member * p.grad_o.head + of_head * p.grad_o.row, at, grad_o[i],
-                       wanted);
+      const Scalar* query = row_in(row_in(queries, p.q.head, member), p.q.row, of_head);
+      const Scalar* grad = row_in(row_in(grads, p.grad_o.head, member), p.grad_o.row, of_head);
+      load8<kHeadDim>(query, at, q[i], wanted);
+      load8<kHeadDimV>(grad, at, grad_o[i], wanted);
       if (i == Products::slot()) my_row = row[i];
     }
     const bool inside = my_row >= 0;
@@ -523,16 +519,15 @@ struct Column {
   }
 
   __device__ __forceinline__ void write(const Params& p) {
-    const int kv_row = number / p.length_k, column = number % p.length_k;
-    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    const bool poisoned = is_poisoned(p, kv_row, column);
+    const Key of(p, number);
+    const bool poisoned = is_poisoned(p, of.kv_row, of.key);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       grad_k[j] = poisoned ? kNaN : grad_k[j] * p.scale;
       grad_v[j] = poisoned ? kNaN : grad_v[j];
     }
-    store8<kHeadDim>(row_of(p.grad_k, batch, kv_head, column), at, grad_k);
-    store8<kHeadDimV>(row_of(p.grad_v, batch, kv_head, column), at, grad_v);
+    store8<kHeadDim>(row_of(p.grad_k, of.batch, of.kv_head, of.key), at, grad_k);
+    store8<kHeadDimV>(row_of(p.grad_v, of.batch, of.kv_head, of.key), at, grad_v);
   }
 };
 

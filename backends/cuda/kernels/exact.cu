@@ -86,7 +86,7 @@ struct Sums {
       for (int n = 0; n < kColumns; ++n) {
         const int column = lane_id() + 32 * n;
         if (first + i >= length || column >= width) continue;
-        Scalar* to = head + i64(first + i) * stride + column;
+        Scalar* to = row_in(head, stride, first + i) + column;
         const float x = of_row[i][n] * of_this;
         store(to, to_sum ? to_float(*to) + x : x);
       }

@@ -45,7 +45,7 @@ __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const S
   for (int slot = 0; slot < kSlots; ++slot) {
     const int row = first + slot * 8 + lane / 4;
     const bool inside = row < p.length_q;
-    const Scalar* from = head + i64(inside ? row : 0) * p.q.row;
+    const Scalar* from = row_in(head, p.q.row, inside ? row : 0);
     bool bad = false;
     if constexpr (kHalf) {
 #pragma unroll

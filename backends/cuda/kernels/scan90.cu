@@ -141,7 +141,7 @@ using KeyRing = Ring<kStages>;
 __device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap& map,
                                                const Item& item, KeyRing& at, u32 stages, u32 full,
                                                u32 empty, Notes& notes) {
-  const Plane plane(p.k, item.head / p.gqa_group, item.batch);
+  const Plane plane(p.k, item.kv_head, item.batch);
   for (int i = 0; i < item.tiles; ++i, at.advance()) {
     at.await_empty(empty);
     if constexpr (kMayEnd) {
@@ -167,7 +167,7 @@ __device__ __forceinline__ u32 load_queries(AFragment (&q)[kDim / 16], const Par
   for (int slot = 0; slot < kSlots; ++slot) {
     const int row = first + slot * 8 + lane_id() / 4;
     const bool inside = row < p.length_q;
-    const Scalar* from = head + i64(inside ? row : 0) * p.q.row + lane_id() % 4 * 2;
+    const Scalar* from = row_in(head, p.q.row, inside ? row : 0) + lane_id() % 4 * 2;
     bool bad = false;
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k)
