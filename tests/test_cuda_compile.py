@@ -288,7 +288,8 @@ def test_a_field_of_another_type_does_not_compile(
 
 
 STRUCTS = [
-    layout.Params, layout.RowParams, layout.DecodeParams, layout.RowStart, layout.Terms, layout.Part
+    layout.Params, layout.RowParams, layout.DecodeParams, layout.RowStart, layout.ArenaWord,
+    layout.Terms, layout.Part
 ]  # fmt: skip
 
 

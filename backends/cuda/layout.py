@@ -242,6 +242,12 @@ RowCount = _union(
     ("float", "bound"),  # before them: a lower bound of tau / c
 )
 
+ArenaWord = _union(  # see arena_of() and kept_of_flat_row() in common.cuh
+    "ArenaWord",
+    ("int", "column"),  # of a listed row block: that of a survivor
+    ("float", "kept"),  # of a flat one: what its dense kernels keep of a row
+)
+
 Terms = _struct(  # what the keys of a listed row need of it in the backward
     "Terms",
     ("float", "score", "x"),  # of its first survivor: q . k as grad_rows sums it, and z - tau
@@ -261,8 +267,7 @@ Params = _struct(
     ("RowCount*", "row_count"),
     ("unsigned char*", "flat"),  # of each row block: kListed, kToRetry, kFlat or kUnsafe
     ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
-    # The arena: survivors of listed rows. Flat rows: see Threshold in dense.cuh, O2 in dense90.cuh.
-    ("int*", "columns"),
+    ("ArenaWord*", "columns"),  # the arena, kRowBlock * kArenaStride words a row block
     # Of each survivor z - tau > 0. Where alpha has a closed form they are gone after the forward,
     # which keeps that of each row's first survivor: the backward finds the others from it.
     ("float*", "weights", "first_weight"),

@@ -395,8 +395,17 @@ __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& 
 
 // --- where rows, survivors and tiles are kept ----------------------------------------------
 
+// Where a row block's words of the arena begin. A listed one has the columns of its survivors
+// there, row after row.
 __device__ __forceinline__ i64 arena_of(int row_block) {
   return i64(row_block) * kRowBlock * kArenaStride;
+}
+// A flat row block has no survivors there: its dense kernels keep `count` numbers of each row.
+template <int count>
+__device__ __forceinline__ float* kept_of_flat_row(const Params& p, int head_row, int row) {
+  static_assert(count <= kArenaStride && sizeof(ArenaWord) == sizeof(float));
+  const i64 arena = arena_of(head_row * p.row_blocks + row / kRowBlock);
+  return &p.columns[arena + row % kRowBlock * count].kept;
 }
 
 template <class P>

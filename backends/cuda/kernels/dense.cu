@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const i64 at = i64(b.head_row) * p.length_q + row;
     if (poisoned[slot] || empty[slot]) t[slot] = poisoned[slot] ? kNaN : kInf;
     p.tau[at] = kRelative ? fmaf(c, top[slot], t[slot]) : top[slot] + t[slot];
-    if constexpr (kRelative) kept_threshold(p, b.head_row, row) = {top[slot], t[slot]};
+    if constexpr (kRelative) keep_threshold(p, b.head_row, row, {top[slot], t[slot]});
     const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + row;
     p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
     p.row_start[at_row].factor = factor;

@@ -124,16 +124,15 @@ struct Threshold {
   }
 };
 
-static_assert(sizeof(Threshold) <= kArenaStride * sizeof(int));
-__device__ __forceinline__ Threshold& kept_threshold(const Params& p, int head_row, int row) {
-  int* arena = p.columns + arena_of(head_row * p.row_blocks + row / kRowBlock);
-  return reinterpret_cast<Threshold*>(arena)[row % kRowBlock];
+__device__ __forceinline__ void keep_threshold(const Params& p, int head_row, int row,
+                                               const Threshold& tau) {
+  float* kept = kept_of_flat_row<2>(p, head_row, row);
+  kept[0] = tau.top, kept[1] = tau.t;
 }
-
 __device__ __forceinline__ Threshold threshold_of(const Params& p, int head_row, int row) {
   if constexpr (kRelative) {
-    const Threshold& kept = kept_threshold(p, head_row, row);
-    return kept;
+    const float* kept = kept_of_flat_row<2>(p, head_row, row);
+    return {kept[0], kept[1]};
   }
   return {0.f, p.tau[i64(head_row) * p.length_q + row]};
 }

@@ -112,11 +112,10 @@ __device__ __forceinline__ AFragment as_a_fragment(const Weight& w) {
           Scalar::pack(w(6), w(7))};
 }
 
-// O2 of a row lies where the arena would hold the survivors of its row block.
-static_assert(kArenaStride >= kDimV && sizeof(int) == sizeof(float));
+// O2 of a row.
+static_assert(kArenaStride >= kDimV);
 __device__ __forceinline__ float* second_output(const Params& p, int head_row, int row) {
-  return reinterpret_cast<float*>(p.columns + arena_of(head_row * p.row_blocks + row / kRowBlock) +
-                                  row % kRowBlock * kArenaStride);
+  return kept_of_flat_row<kArenaStride>(p, head_row, row);
 }
 
 // The query rows of a block, and what its lanes see of them.

@@ -63,8 +63,8 @@ __device__ __forceinline__ void for_listed_rows(const Params& p, const Body& bod
 }
 
 // The column of a saved survivor, in its range whatever became of it.
-__device__ __forceinline__ int column_of(const Params& p, const int* saved) {
-  return int(min(u32(*saved), u32(p.length_k - 1)));
+__device__ __forceinline__ int column_of(const Params& p, const ArenaWord& saved) {
+  return int(min(u32(saved.column), u32(p.length_k - 1)));
 }
 
 // The first of the rows of one (batch, key head)'s columns.
@@ -132,7 +132,7 @@ __device__ __forceinline__ void output_row(const Params& p, const Row& r) {
   if (!r.inside) return;
   const int count = p.row_count[r.at].survivors;
   const i64 first_entry = arena_of(r.at / kRowBlock) + p.row_start[r.at].entry;
-  const int* columns = p.columns + first_entry;
+  const ArenaWord* columns = p.columns + first_entry;
   const float* weights = p.weights + first_entry;
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
   const int at = threadIdx.x % kOutputLanes * 8;
@@ -145,7 +145,7 @@ __device__ __forceinline__ void output_row(const Params& p, const Row& r) {
     float x[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      column[i] = first + i < count ? columns[first + i] : -1;
+      column[i] = first + i < count ? columns[first + i].column : -1;
       x[i] = first + i < count ? weights[first + i] : 0.f;
     }
     float value[kBatch][8];
@@ -206,7 +206,7 @@ __device__ __forceinline__ void count_columns_of(const Params& p, int row_block)
     const u32 inside = __ballot_sync(kAllLanes, i < total);
     if (i >= total) break;
     // One atomic for all lanes with the same column: every row has a sink's.
-    const int column = column_of(p, p.columns + arena + i);
+    const int column = column_of(p, p.columns[arena + i]);
     const u32 peers = __match_any_sync(inside, column);
     if (lane_id() == __ffs(peers) - 1) atomicAdd(counts + column, __popc(peers));
   }
@@ -340,7 +340,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
   // The lanes of a warp stay together for the shuffles.
   const int longest = uniform(__reduce_max_sync(kAllLanes, count));
   const i64 first_entry = active ? arena_of(r.at / kRowBlock) + p.row_start[r.at].entry : 0;
-  const int* columns = p.columns + first_entry;
+  const ArenaWord* columns = p.columns + first_entry;
   const int lane = threadIdx.x % kRowLanes, at = lane * 8;
 
   float query[8] = {}, grad_o[8] = {}, first_x = 0.f;
@@ -364,7 +364,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
     int column[kBatch], my_column = 0, place = 0;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      column[i] = first + i < count ? column_of(p, columns + first + i) : -1;
+      column[i] = first + i < count ? column_of(p, columns[first + i]) : -1;
       if (i == mine) my_column = column[i];
     }
     float key[kBatch][8], value[kBatch][8];
@@ -452,7 +452,7 @@ struct Column {
       const int count = p.row_count[row_at].survivors;
 #pragma unroll 2
       for (int i = lane_id() % 2; i < count; i += 2)
-        if (column_of(p, p.columns + first + i) == column) found = p.weights[first + i];
+        if (column_of(p, p.columns[first + i]) == column) found = p.weights[first + i];
     }
     return sum_over<2>(found);
   }

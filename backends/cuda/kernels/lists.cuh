@@ -435,7 +435,7 @@ struct Lists {
             const Survivor kept = load(at + slot * kSlotBytes);
             const float x = fmaf(p.c, kept.score - s.top, -s.tau);
             if (x > 0.f) {
-              p.columns[arena + to] = kept.column;
+              p.columns[arena + to].column = kept.column;
               p.weights[arena + to++] = x;
               if (p.tiles) mark_tile(p, head_row, row, kept.column);
             }
