@@ -33,11 +33,17 @@ LISTED, TO_RETRY, FLAT, UNSAFE = range(4)
 find that they fit after all; the dense kernels serve it; they did, and what came out is not finite,
 so that ``exact.cu`` does it again. The marks of gradients are ``UNSAFE`` or zero."""
 
+COPY_BYTES = 16
+"""What a thread copies at once where rows allow it (``ALIGNED``)."""
+
 MIXED, ALL_FLAT, ALL_LISTED = range(3)
 """What ``Params.all_flat`` says of a key head."""
 
 POISONED = -1
 """The number of survivors of a row whose output is NaN."""
+
+STATS_TILE = 64
+"""Queries and keys of the tiles of which ``stats`` tells whether one has support."""
 
 CHECK_ROWS = 128
 """Rows in which a block of ``check_finite`` looks for NaN and infinities."""
@@ -265,7 +271,7 @@ Params = _struct(
     # Of each row; rows are numbered head by head, each head's padded to whole row blocks.
     ("RowStart*", "row_start"),
     ("RowCount*", "row_count"),
-    ("unsigned char*", "flat"),  # of each row block: kListed, kToRetry, kFlat or kUnsafe
+    ("unsigned char*", "flat"),  # of each row block: kListed (zero), kToRetry, kFlat or kUnsafe
     ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
     ("ArenaWord*", "columns"),  # the arena, kRowBlock * kArenaStride words a row block
     # Of each survivor z - tau > 0. Where alpha has a closed form they are gone after the forward,

@@ -27,8 +27,9 @@
 //   OWN_STAGES               stages of what a block of gradients owns there
 //   GRAD_KEYS                keys of a backward's tile there
 //   OUTPUT                   OUTPUT_PLAIN, _SAVES or _COUNTS (dense90_output.cu)
-// SHARED_ and a kernel's name is the dynamic shared memory that it is launched with.
-// No other header than threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
+// SHARED_ and a kernel's name is the dynamic shared memory that it is launched with, STATIC_ what
+// it declares beside it, where sizes.py counts on that. No other header than threshold.h is
+// included: NVRTC needs no CUDA toolkit to compile these files.
 #pragma once
 
 #include "adasplash2/threshold.h"
@@ -408,10 +409,12 @@ __device__ __forceinline__ float* kept_of_flat_row(const Params& p, int head_row
   return &p.columns[arena + row % kRowBlock * count].kept;
 }
 
+// Tell stats() of a pair in the support.
 template <class P>
 __device__ __forceinline__ void mark_tile(const P& p, int head_row, int row, int column) {
-  p.tiles[(i64(head_row) * ((p.length_q + 63) / 64) + row / 64) * ((p.length_k + 63) / 64) +
-          column / 64] = 1;
+  constexpr int side = kStatsTile;
+  const int of_rows = (p.length_q + side - 1) / side, of_keys = (p.length_k + side - 1) / side;
+  p.tiles[(i64(head_row) * of_rows + row / side) * of_keys + column / side] = 1;
 }
 
 // --- shared memory, copies and matrix fragments --------------------------------------------

@@ -353,6 +353,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
   extern __shared__ __align__(16) char shared[];
   __shared__ Range seen[kRows];
   __shared__ ListState states[kWarps][kRows];
+  static_assert(sizeof(seen) + sizeof(states) == ADASPLASH2_STATIC_DECODE_SCAN);
   const Block b = Block::of<kRows>(p);
   for (int i = threadIdx.x; i < kRows; i += kThreads)
     seen[i] = i < b.rows ? Row(p, b.first + i).seen(p) : Range{0, 0};

@@ -11,6 +11,7 @@ namespace adasplash2 {
 
 constexpr int kRows = ADASPLASH2_BLOCK_ROWS;  // of a block, 16 a warp
 constexpr int kTile = kRows;                  // rows of the tiles it walks over
+static_assert(kStatsTile % kTile == 0);       // mark_tile() of a tile's first key tells of all
 constexpr int kWarps = kRows / 16;
 constexpr int kThreads = kWarps * 32;
 

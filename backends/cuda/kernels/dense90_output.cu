@@ -710,7 +710,10 @@ struct Attention {
   __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
     b.mask(s, first_key);
     float here[2] = {0.f, 0.f}, here_u[2] = {0.f, 0.f};
-    bool live[2] = {false, false};  // 64 keys each
+    // Of each kStatsTile keys whether some are in the support.
+    constexpr int kStats = kPartKeys / kStatsTile;
+    static_assert(kPartKeys % kStatsTile == 0);
+    bool live[kStats] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       float prob[8], u[8];
@@ -724,7 +727,7 @@ struct Attention {
         here[slot] += prob[e];
         if constexpr (kCounts) {
           o.support[slot] += inside > 0.f;
-          live[k / 4] |= inside > 0.f && b.flat[slot];
+          live[k / (kStatsTile / 16)] |= inside > 0.f && b.flat[slot];
         }
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
@@ -742,8 +745,8 @@ struct Attention {
     for (int slot = 0; slot < 2; ++slot) o.mass[slot] += here[slot], o.sum_u[slot] += here_u[slot];
     if constexpr (kCounts)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (live[half]) mark_tile(p, b.head_row, b.first_row, first_key + half * 64);
+      for (int i = 0; i < kStats; ++i)
+        if (live[i]) mark_tile(p, b.head_row, b.first_row, first_key + i * kStatsTile);
   }
   template <bool second>
   __device__ __forceinline__ void start_values(Outputs& o, int part) {

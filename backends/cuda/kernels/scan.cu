@@ -10,7 +10,8 @@
 namespace adasplash2 {
 
 constexpr int kWarpRows = kScanWarpRows;
-constexpr int kSlots = kWarpRows / 8;  // rows that a lane shares
+constexpr int kSlots = kWarpRows / 8;       // rows that a lane shares
+constexpr int kFragments = kWarpRows / 16;  // of 16 rows
 // Float32 queries stand in shared memory; wide ones leave room for two warps only.
 constexpr int kBlockRows = ADASPLASH2_BLOCK_ROWS;
 constexpr int kWarps = kBlockRows / kWarpRows;
@@ -18,13 +19,14 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kTileKeys = ADASPLASH2_TILE_KEYS;  // that are copied to shared memory at a time
 constexpr int kStages = kScanStages;
 constexpr int kChunk = 32;  // keys whose scores a warp holds at a time
+static_assert(kTileKeys % kChunk == 0 && kChunk % kStagingKeys == 0);
 
-constexpr int kQuarters = kChunk / 8;   // n8 fragments of a chunk
-using Scores = float[2][kQuarters][4];  // [m16 fragment][n8 fragment][accumulator]
+constexpr int kQuarters = kChunk / 8;            // n8 fragments of a chunk
+using Scores = float[kFragments][kQuarters][4];  // [m16 fragment][n8 fragment][accumulator]
 
 // The queries of a warp as A fragments; float32 reads them from shared memory instead.
 struct Queries {
-  AFragment part[kHalf ? 2 : 1][kHalf ? kDim / 16 : 1];
+  AFragment part[kHalf ? kFragments : 1][kHalf ? kDim / 16 : 1];
   u32 shared;  // float32: address of the warp's rows
 };
 
@@ -83,11 +85,11 @@ __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const S
   return poisoned;
 }
 
-// q k^T for 32 rows and one chunk of keys.
+// q k^T for a warp's rows and one chunk of keys.
 __device__ __forceinline__ void products(Scores& s, const Queries& q, u32 keys) {
   const int lane = lane_id();
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kFragments; ++m)
 #pragma unroll
     for (int n = 0; n < kQuarters; ++n)
 #pragma unroll
@@ -101,7 +103,7 @@ __device__ __forceinline__ void products(Scores& s, const Queries& q, u32 keys) 
         u32 b[4];
         ldmatrix(b, from + n * 8 * tile_stride<kDim> + k * 32);
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < kFragments; ++m)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float (&d)[4] = s[m][n + i];

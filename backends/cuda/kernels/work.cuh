@@ -118,6 +118,9 @@ __device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 ro
 
 // --- what dense tiles leave -----------------------------------------------------------------
 
+// The marks in Params::flat are read as bool: whether rows are not listed.
+static_assert(kListed == 0 && kToRetry && kFlat && kUnsafe);
+
 // Whether dense tiles write the gradients of a key head's keys, and no list has a part in them.
 __device__ __forceinline__ bool is_all_flat(const Params& p, int kv_row) {
   return p.all_flat && p.all_flat[kv_row] == kAllFlat;
