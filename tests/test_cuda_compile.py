@@ -189,12 +189,12 @@ def test_the_hopper_tiles_spill_nothing(
 
 
 @pytest.mark.parametrize("tiles", [1, 131, 132, 133, 2048, 8448, 8449, 12_288, 12_289, 100_000])
-def test_tiles_are_dealt_out(tiles: int) -> None:
+def test_tiles_are_distributed(tiles: int) -> None:
     dense = sizes.hopper_dense(64, 64, 1024)
     blocks = dense.blocks(tiles, multiprocessors=132)
     assert min(tiles, 132) <= blocks <= tiles
     if blocks < tiles:  # a thread has a bit for each that it looks at, a block a list of its own
-        assert -(-tiles // dense.threads) <= layout.DEALT_TILES <= 32
+        assert -(-tiles // dense.threads) <= layout.DISTRIBUTED_TILES <= 32
         assert -(-tiles // blocks) <= layout.MOST_TILES
 
 

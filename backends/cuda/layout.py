@@ -89,8 +89,13 @@ _PAIR_ENTRY_BYTES = 2 * LIST_ENTRY_BYTES
 MIN_CAPACITY = -(-MIN_STAGING_BLOCKS * STAGING_LANE_BYTES // _PAIR_ENTRY_BYTES) + 2 * STAGING_APPEND
 """The least room for staging, and in the lists for twice what is added at once."""
 
-MAX_CAPACITY = MAX_LIST + 28
-"""Full lists, and beside them memory to stage scores 12 times: a tile of 128 keys needs 8."""
+MOST_STAGING_BLOCKS = 12
+"""How often it may beside full lists: a tile of 128 keys takes 8. Not tuned."""
+
+MAX_CAPACITY = MAX_LIST + STAGING_APPEND * -(
+    -MOST_STAGING_BLOCKS * STAGING_LANE_BYTES // (_PAIR_ENTRY_BYTES * STAGING_APPEND)
+)
+"""Full lists and these blocks, rounded up to what a block may add to a list."""
 
 SCAN_STAGES = 2
 """Tiles of keys in shared memory in ``scan.cu``."""
@@ -184,7 +189,7 @@ STAYING_TILES = 8
 MOST_TILES = 64
 """Tiles of rows or keys that a block of ``dense90_grad.cu`` works on at most, one after another."""
 
-DEALT_TILES = 32
+DISTRIBUTED_TILES = 32
 """Of how many a thread finds out whether there is something to do: a bit each."""
 
 DENSE_VALUE_STAGES = 2

@@ -137,8 +137,8 @@ class Dense:
 
     def blocks(self, tiles: int, multiprocessors: int) -> int:
         """Blocks that work on so many tiles together; as many as tiles where they are too many to
-        be dealt out (``Share`` in ``dense90_grad.cu``)."""
-        if tiles > self.threads * layout.DEALT_TILES:
+        be distributed (``Share`` in ``dense90_grad.cu``)."""
+        if tiles > self.threads * layout.DISTRIBUTED_TILES:
             return tiles
         return min(tiles, max(multiprocessors, -(-tiles // layout.MOST_TILES)))
 
@@ -335,7 +335,7 @@ def decode(rows: int, head_dim: int, itemsize: int, memory: SharedMemory) -> Dec
     stages = min(DECODE_MOST_STAGES, max(DECODE_LEAST_STAGES, DECODE_WARP_BYTES // tile))
     queries = row_tiles * layout.DECODE_ROW_TILE * key
     for warps in DECODE_WARPS:
-        # Of each row which keys it sees, and of each warp's list of it the largest score and length.
+        # Which keys each row sees; the largest score and the length of each warp's list of it.
         static = 8 * (1 + warps) * row_tiles * layout.DECODE_ROW_TILE
         shared = queries + warps * stages * tile
         if shared + static <= memory.per_block:

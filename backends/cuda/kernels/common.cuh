@@ -195,7 +195,8 @@ __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
 // Tells the compiler that all lanes of the warp hold the same.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 
-// Over groups of `lanes` lanes that are neighbours or, where `apart` is not 1, stand so far apart.
+// Over each lane group: `lanes` lanes that are neighbours or, where `apart` is not 1, so far from
+// each other.
 template <int lanes, int apart = 1, class T>
 __device__ __forceinline__ T sum_over(T x) {
 #pragma unroll
@@ -457,10 +458,10 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// Until no more than the last `groups` that were committed are under way.
-template <int groups>
+// Until no more than the last `pending` of the commits are under way.
+template <int pending>
 __device__ __forceinline__ void cp_async_wait_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
 // Bytes from one row of a tile in shared memory to the next. The 16 bytes of padding put eight

@@ -36,8 +36,9 @@ constexpr int kStageBytes = kSteps * 2 * 32 * 16;  // a tile of keys
 constexpr int kQueryBytes = kSteps * kRows * 4 * 16;
 static_assert(kQueryBytes + kWarps * kStages * kStageBytes == ADASPLASH2_SHARED_DECODE_SCAN);
 
+// Neither is tuned; whatever they are, bounds stay below thresholds.
 constexpr int kRaiseSteps = 2;   // Newton's steps of a bound on a list
-constexpr int kFirstRaise = 16;  // entries of a list from which its bound is raised
+constexpr int kFirstRaise = 16;  // entries of a list from which its bound is raised; 2 at least
 
 // --- where rows, keys and values are -------------------------------------------------------
 
@@ -404,9 +405,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
 // --- thresholds, and the output of rows that are not flat ----------------------------------
 
 constexpr int kSolveWarps = kSolveThreads / 32;
-constexpr int kLanes = ADASPLASH2_OUTPUT_LANES, kGroups = 32 / kLanes;  // that share a value's row
+constexpr int kLanes = ADASPLASH2_OUTPUT_LANES,
+              kLaneGroups = 32 / kLanes;  // that share a value's row
 constexpr int kWidth = kLanes * 8;
-constexpr int kBatch = 4;  // gathers in flight per lane
+constexpr int kBatch = 4;  // rows of values that a lane loads at once; not tuned
 
 // Over the block, in a fixed order; every thread gets the result. One barrier: memory is used in
 // turns.
@@ -591,13 +593,13 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
   if (flat) return;
 
   const Cache values(p, p.v, row.batch, row.kv_head);
-  const int group = lane / kLanes, column = lane % kLanes * 8;
+  const int lane_group = lane / kLanes, column = lane % kLanes * 8;
   float out[8] = {}, mass = 0.f;
-  for (int first = group; first < count; first += kGroups * kBatch) {
+  for (int first = lane_group; first < count; first += kLaneGroups * kBatch) {
     float prob[kBatch], value[kBatch][8] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = first + i * kGroups;
+      const int at = first + i * kLaneGroups;
       const float x = at < count ? distance(kept.score[at]) : 0.f;
       prob[i] = x > 0.f ? probability(x, p.r) : 0.f;
       if (prob[i] != 0.f) load8<kHeadDimV>(values.at(kept.key[at]), column, value[i]);
@@ -611,8 +613,8 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
     }
   }
 #pragma unroll
-  for (float& x : out) x = sum_over<kGroups, kLanes>(x);
-  if (group == 0)
+  for (float& x : out) x = sum_over<kLaneGroups, kLanes>(x);
+  if (lane_group == 0)
 #pragma unroll
     for (int j = 0; j < 8; ++j) sums[warp][column + j] = out[j];
   const float whole = over_block({column == 0 ? mass : 0.f, 0.f, 0.f, 0.f}, add).x;
@@ -626,9 +628,13 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
 
 // --- the output of flat rows ---------------------------------------------------------------
 
+// Blocks of decode_weigh that a multiprocessor has room for at least: of four warps, 168 registers
+// a thread, with which it spills nothing.
+constexpr int kWeighResidents = 3;
+
 // A warp goes along the lists of its part, for eight rows at once: those keys that one of them
 // keeps are read once. The block that comes last adds up what all splits have.
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
+extern "C" __global__ void __launch_bounds__(kThreads, kWeighResidents)
     decode_weigh(const __grid_constant__ DecodeParams p) {
   await_kernels_before();
   constexpr int kTile = kDecodeRowTile;
@@ -651,7 +657,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
     if (fmaf(p.c, part.top - solved.top, -solved.t) > 0.f) count = part.count;
   }
   const Cache values(p, p.v, b.batch, b.kv_head);
-  const int group = lane / kLanes, column = lane % kLanes * 8;
+  const int lane_group = lane / kLanes, column = lane % kLanes * 8;
   float (&weights)[kWeighedKeys][kTile] = all_weights[warp];
   float out[kTile][8] = {}, mass[kTile] = {};
   for (;;) {
@@ -687,17 +693,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
     weighed = __reduce_or_sync(kAllLanes, weighed);
     __syncwarp();
 #pragma unroll 1
-    for (int of_batch = group; of_batch < kWeighedKeys; of_batch += kGroups * kBatch) {
+    for (int of_batch = lane_group; of_batch < kWeighedKeys; of_batch += kLaneGroups * kBatch) {
       float value[kBatch][8] = {};
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int key = of_batch + i * kGroups;
+        const int key = of_batch + i * kLaneGroups;
         if (weighed >> key & 1u)
           load8<kHeadDimV>(values.at(first_key + first + key), column, value[i]);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const float4* of_key = reinterpret_cast<const float4*>(weights[of_batch + i * kGroups]);
+        const float4* of_key = reinterpret_cast<const float4*>(weights[of_batch + i * kLaneGroups]);
         const float4 low = of_key[0], high = of_key[1];
         const float w[kTile] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
@@ -712,8 +718,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
   for (int row = 0; row < kTile; ++row) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float total = sum_over<kGroups, kLanes>(out[row][j]);
-      if (group == 0) sums[warp][row][column + j] = total;
+      const float total = sum_over<kLaneGroups, kLanes>(out[row][j]);
+      if (lane_group == 0) sums[warp][row][column + j] = total;
     }
     const float total = sum_over<32>(mass[row]);
     if (lane == 0) masses[warp][row] = total;

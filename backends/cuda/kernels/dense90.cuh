@@ -22,6 +22,8 @@ static_assert(kAlpha != AlphaKind::kGeneral);
 constexpr int kWarpgroups = kDenseWarpgroups;
 constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
 constexpr int kThreads = kConsumers + kWarpgroupThreads;
+// By eights, and enough for the walks through passes and pairs of tiles: the compiler would spill
+// else. It leaves 232 to a thread that multiplies; 24, the fewest, would leave 240. Not tuned.
 constexpr int kProducerRegisters = 40;
 constexpr int kRows = kWarpgroupRows;
 constexpr int kBlockRows = kWarpgroups * kRows;

@@ -42,7 +42,7 @@ struct Share {
   // All threads come together, and ask wanted(item, part, parts): as `parts` threads for one, or
   // each for some of its own.
   template <class Wanted>
-  __device__ __forceinline__ void deal(int all, const Wanted& wanted) {
+  __device__ __forceinline__ void distribute(int all, const Wanted& wanted) {
     if (gridDim.x >= all) {
       const bool mine = any_of_block(wanted(blockIdx.x, threadIdx.x, kThreads));
       if (threadIdx.x == 0) count = mine, items[0] = blockIdx.x;
@@ -268,8 +268,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[GradRows::kBarriers];
   __shared__ Share share;
-  share.deal(query_tiles(p),
-             [&](int item, int part, int parts) { return has_flat_rows(p, item, part, parts); });
+  share.distribute(query_tiles(p), [&](int item, int part, int parts) {
+    return has_flat_rows(p, item, part, parts);
+  });
   if (share.count == 0) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradRows at(memory, shared_address(barriers));
@@ -345,7 +346,7 @@ struct Keys : KeyBlock<kBlockRows> {
 // The tiles of queries with flat rows, in order. The lanes of that warp look at 32 tiles at once:
 // those without are passed without a wait for memory.
 struct FlatTiles {
-  int member = 0, first;  // of the group's query heads, and the first query
+  int member = 0, first;  // of the query heads that share the keys, and the first query
 
   __device__ __forceinline__ explicit FlatTiles(const Keys& b) : ahead(b.start) {}
 
@@ -586,7 +587,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(16) Queries queries[kGradStages];
   __shared__ Share share;
   const int tiles = p.batch * p.heads_kv * ((p.length_k + kBlockRows - 1) / kBlockRows);
-  share.deal(tiles, [&](int item, int part, int parts) {
+  share.distribute(tiles, [&](int item, int part, int parts) {
     return Keys(p, item).are_wanted(p, part, parts);
   });
   if (share.count == 0) return;

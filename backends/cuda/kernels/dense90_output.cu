@@ -20,7 +20,14 @@ using Scores = float[kTileKeys / 2];
 // The sum of probabilities may miss one by so much, since they are divided by it in the end: the
 // output is then off by less than half of that, which bfloat16 and float16 hide.
 constexpr float kTolerance = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-12f : 0x1p-10f;
-constexpr float kExactly = 1e-7f;  // the same of rows that registers hold
+// The same of rows whose scores all stay in registers, where a step costs no pass over keys: less
+// than an ulp of one.
+constexpr float kExactly = 1e-7f;
+static_assert(kExactly < kEpsilon);
+// A sum that misses one by this part of the tolerance is left as it is.
+constexpr float kWellWithin = 0.1f;
+// The part of the scores which a step passes that step_of_power() does not foresee.
+constexpr float kUnforeseen = 0.1f;
 // By so much a row's sum may miss one if its output is corrected. Where a threshold is off by d, p
 // is by -2 d u, and their sum f by -2 d (sum u): sum p v - f O2 is off by squares of f alone, and
 // so is the threshold after its last step: by 2e-6 where f is 2^-7, by 3e-5 where it is 2^-5. O2
@@ -153,12 +160,13 @@ __device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u
   bracket(t, f);
   const float step = step_of(m, 1.f), next = t.tau + step;
   const bool inside = next >= t.lo && next <= t.hi;
-  bool exact = fabsf(f) <= 0.1f * tolerance, enough = exact;
+  bool exact = fabsf(f) <= kWellWithin * tolerance, enough = exact;
   if constexpr (kAlpha == AlphaKind::k15) {
-    // What is left is of the scores that the step passes: about so many. A tenth of them was not
-    // foreseen, and about the root of their number by chance.
+    // What is left comes from the scores that the step passes, about so many. kUnforeseen of them
+    // are not foreseen, and by chance about the root of their number.
     const float passed = __fdividef(m.s0 * m.s0 * fabsf(step), 2.f * m.s1);
-    const float left = step * step * (0.1f * passed + passed * rsqrtf(fmaxf(passed, kEpsilon)));
+    const float left =
+        step * step * (kUnforeseen * passed + passed * rsqrtf(fmaxf(passed, kEpsilon)));
     exact |= left <= tolerance;
     enough = exact || left <= rough;
     t.slope = 2.f * fmaxf(m.s1 - m.s0 * step, 0.5f * m.s1);

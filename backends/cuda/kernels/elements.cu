@@ -13,7 +13,9 @@
 namespace adasplash2 {
 
 constexpr int kThreads = kElementThreads;
-constexpr int kBatch = 4;  // gathers in flight per lane
+// Survivors whose rows a lane loads at once. Their products are 2 * kBatch sums, as many as a row
+// has lanes at least: each lane ends with one.
+constexpr int kBatch = 4;
 constexpr bool kKeepsWeights = ADASPLASH2_KEEPS_WEIGHTS;
 
 // A row in the order of the arena: row blocks, head by head.
@@ -29,10 +31,9 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
   return r;
 }
 
-// body(item) of what a block has to do, of `items` dealt out evenly. Mostly nothing is wanted of
-// any: a lane asks for each, all at once, since blocks that came and asked for one took longer than
-// all else.
-// (Of float32, whose rows leave no registers for it, a block has one.)
+// body(item) of what a block has to do, of `items` that are distributed evenly. Mostly nothing is
+// wanted of any: a lane asks for each, all at once, since blocks that came and asked for one took
+// longer than all else. (Of float32, whose rows leave no registers for it, a block has one.)
 template <class Wanted, class Body>
 __device__ __forceinline__ void for_items(int items, const Wanted& wanted, const Body& body) {
   if constexpr (!kHalf) {
@@ -622,7 +623,10 @@ struct LongColumn {
 
 // Sorts the rows of long columns: a bit for each row, and the number of bits before it. Of more
 // rows than there are bits for, those before the bits go first, and the others behind them.
+// The most words, by powers of two, that fit the shared memory twice.
 constexpr int kSortWords = 4096;
+static_assert(2 * 4 * kSortWords + kSortThreads / 32 * 4 <= kStaticShared &&
+              2 * 4 * 2 * kSortWords > kStaticShared);
 extern "C" __global__ void __launch_bounds__(kSortThreads)
     sort_long_columns(const __grid_constant__ Params p) {
   start_next_and_await();
@@ -674,8 +678,9 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
 // dK and dV of long columns. Each is split over several blocks by its sorted rows, and the
 // last block to finish adds the parts in order.
 constexpr int kLongTeams = kLongThreads / kRowLanes;  // rows that a block gathers side by side
-constexpr int kLongLeast = 256;                       // rows of a part, but for the last one
-using LongSum = float[2][8][kRowLanes];               // of dK and dV
+// Rows of a part, but for the last one: each part costs its block one exchange of sums. Not tuned.
+constexpr int kLongLeast = 256;
+using LongSum = float[2][8][kRowLanes];  // of dK and dV
 constexpr int kLongValues = sizeof(LongSum) / sizeof(float);
 static_assert(sizeof(LongSum) <= kLongPartBytes);
 

@@ -10,8 +10,9 @@
 namespace adasplash2 {
 
 constexpr int kWarpRows = kScanWarpRows;
-constexpr int kSlots = kWarpRows / 8;       // rows that a lane shares
-constexpr int kFragments = kWarpRows / 16;  // of 16 rows
+constexpr int kSlots = kWarpRows / 8;                             // rows that a lane shares
+constexpr int kFragments = kWarpRows / 16;                        // of 16 rows
+constexpr u32 kAllRowBlocks = (1u << kWarpRows / kRowBlock) - 1;  // a bit for each of the warp
 // Float32 queries stand in shared memory; wide ones leave room for two warps only.
 constexpr int kBlockRows = ADASPLASH2_BLOCK_ROWS;
 constexpr int kWarps = kBlockRows / kWarpRows;
@@ -210,12 +211,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   }
   if (outside) return;
   lists.finish(p);
-  const u32 overfull = lists.flat ? 3u : lists.write(p, block.head_row, row_block, first_row);
-  if (overfull) lists.hand_over(p, row_block, first_row, overfull);
+  const u32 overflow =
+      lists.flat ? kAllRowBlocks : lists.write(p, block.head_row, row_block, first_row);
+  if (overflow) lists.hand_over(p, row_block, first_row, overflow);
 #pragma unroll
   for (int part = 0; part < kSlots / 2; ++part)
     if (lane_id() == 0 && first_row + part * kRowBlock < p.length_q)
-      p.flat[row_block + part] = overfull >> part & 1u ? kFlat : kListed;
+      p.flat[row_block + part] = overflow >> part & 1u ? kFlat : kListed;
 }
 
 }  // namespace adasplash2

@@ -26,6 +26,7 @@ constexpr int kStages = ADASPLASH2_STAGES;
 constexpr bool kRetry = ADASPLASH2_RETRY;
 constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
 constexpr int kThreads = kConsumers + kWarpgroupThreads;
+// The fewest that setmaxnreg knows; one thread that asks for tiles needs no more.
 constexpr int kProducerRegisters = 24;
 constexpr int kRows = kWarpgroupRows;
 constexpr int kBlockRows = kWarpgroups * kRows;
@@ -233,7 +234,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     if (kMayEnd && threadIdx.x % kWarpgroupThreads == 0) notes.stop(warp / 4);
   };
   if (first_of_warpgroup >= p.length_q) stop();
-  const auto look = [&](const auto& score, int first_key) {
+  const auto stage_and_filter = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     const auto limit = [&] { return notes.most[warp_id()]; };
     // Each warp by as many lanes as it has scores that pass: 16 where it is at the limit. All come
@@ -272,8 +273,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
         const int row = first_row + i / 2 % 2 * 8 + lane_id() / 4;
         if (!is_seen(row, key, p.length_k)) s[i] = -kInf;
       }
-    const bool filtered =
-        look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
+    const bool filtered = stage_and_filter(
+        [&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
     if (kMayStop && filtered && vote(lists.flat)) {
       if (vote(hopeless()))
         lists.give_up(), stop();
@@ -283,10 +284,10 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   }
   if (!wanted) return;
   lists.finish(p);
-  const u32 overfull = lists.flat ? 1u : lists.write(p, item.head_row, row_block, first_row);
-  if (overfull) lists.hand_over(p, row_block, first_row, overfull);
-  const bool again = lists.flat && !hopeless();
-  if (lane_id() == 0) p.flat[row_block] = !overfull ? kListed : again ? kToRetry : kFlat;
+  const u32 overflow = lists.flat ? 1u : lists.write(p, item.head_row, row_block, first_row);
+  if (overflow) lists.hand_over(p, row_block, first_row, overflow);
+  const bool may_fit = lists.flat && !hopeless();
+  if (lane_id() == 0) p.flat[row_block] = !overflow ? kListed : may_fit ? kToRetry : kFlat;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
