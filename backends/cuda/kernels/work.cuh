@@ -88,8 +88,7 @@ __device__ __forceinline__ T* row_in(T* first, i64 stride, i64 row) {
 }
 template <class T = Scalar>
 __device__ __forceinline__ T* row_of(const View& view, int batch, int head, int row) {
-  T* of_batch = row_in(static_cast<T*>(view.data), view.batch, batch);
-  return row_in(row_in(of_batch, view.head, head), view.row, row);
+  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
 }
 
 // Start copying rows [first, first + rows) of one head into a tile; rows from `length` on and
