@@ -118,8 +118,9 @@ __device__ __forceinline__ void store(Scalar* to, float x) {
     to->bits = x;
 }
 
-// 16 bytes that kernels do not write, or zeros. A predicate and no branch, which would wait for one
-// load before the next: so those of several rows are under way together.
+// Load 16 bytes that no running kernel writes; zeros where they are not wanted. This takes a
+// predicate instead of a branch, after which each load would be waited for: so those of several
+// rows are under way together.
 __device__ __forceinline__ uint4 load16(const void* from, bool wanted) {
   uint4 x = {0, 0, 0, 0};
   asm("{.reg .pred wanted; setp.ne.b32 wanted, %5, 0;"
@@ -178,8 +179,9 @@ __device__ __forceinline__ void await_kernels_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// For all but a call's last kernel, what comes after whose end is not ours: the next one may start
-// where this one's blocks leave room, since it waits in the same way.
+// The same for every kernel but the last one of a call: the next one may start where this one's
+// blocks leave room, since it waits in the same way. What follows the last one is not of this
+// library and may not wait.
 __device__ __forceinline__ void start_next_and_await() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -22,8 +22,8 @@ static_assert(kAlpha != AlphaKind::kGeneral);
 constexpr int kWarpgroups = kDenseWarpgroups;
 constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
 constexpr int kThreads = kConsumers + kWarpgroupThreads;
-// By eights, and enough for the walks through passes and pairs of tiles: the compiler would spill
-// else. It leaves 232 to a thread that multiplies; 24, the fewest, would leave 240. Not tuned.
+// Of setmaxnreg's steps of eight the last one that leaves 232 to each thread that multiplies. With
+// 24, which would leave 240, kernels spill.
 constexpr int kProducerRegisters = 40;
 constexpr int kRows = kWarpgroupRows;
 constexpr int kBlockRows = kWarpgroups * kRows;

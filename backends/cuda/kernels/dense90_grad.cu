@@ -1,7 +1,8 @@
 // Backward of rows in dense tiles on Hopper.
 //
-// Both kernels walk over pairs of tiles, x (keys or queries) and y (values or their gradients),
-// beside the pair that the block owns (the other way round).
+// Both kernels walk over pairs of tiles, x and y. A block of dense_grad_rows owns queries and
+// gradients of outputs, and walks over keys (x) and values (y); one of dense_grad_columns owns keys
+// and values, and walks over queries (x) and gradients of outputs (y).
 #include "dense90.cuh"
 
 namespace adasplash2 {
@@ -127,8 +128,8 @@ struct Backward {
   __device__ __forceinline__ u64 y_rows(int stage) const {
     return descriptor(stages + stage * kStageBytes + kXBytes, rows * kLineBytes);
   }
-  // Each thread for itself: one lane could for its warp, but compute-sanitizer's racecheck does not
-  // see that __syncwarp() puts the others' reads before it.
+  // Each thread arrives for itself. One lane could do so for its warp, but compute-sanitizer's
+  // racecheck does not see that __syncwarp() puts the others' reads before it.
   __device__ __forceinline__ void give_back(int stage) const { arrive(empty + stage * 8); }
   // Wait for what an item owns, with the sign of the scale. `tiles` points to `own`.
   __device__ __forceinline__ void take_own(const Params& p, const OwnRing& ring,
@@ -316,7 +317,7 @@ struct alignas(16) Queries {
 // The keys of a block.
 struct Keys : KeyBlock<kBlockRows> {
   int start;   // the first query that may see them
-  bool alone;  // whether lists have no part in their gradients, so that nothing is there
+  bool alone;  // whether lists have no part in their gradients: these are written, not added to
 
   __device__ __forceinline__ Keys(const Params& p, int number)
       : KeyBlock(p, number), start(first_row_of(first)), alone(is_all_flat(p, kv_row)) {}
@@ -325,7 +326,7 @@ struct Keys : KeyBlock<kBlockRows> {
   __device__ __forceinline__ bool are_wanted(const Params& p, int part, int parts) const {
     const int kind = p.all_flat[kv_row];
     if (kind != kMixed) return kind == kAllFlat;
-    if (parts == 1) return true;  // who copies will know
+    if (parts == 1) return true;  // the warp that copies will find out
     bool any = false;
     for (int i = part; i < p.gqa_group * p.row_blocks; i += parts)
       any |= i % p.row_blocks * kRowBlock + kRowBlock > start &&
@@ -343,8 +344,8 @@ struct Keys : KeyBlock<kBlockRows> {
   }
 };
 
-// The tiles of queries with flat rows, in order. The lanes of that warp look at 32 tiles at once:
-// those without are passed without a wait for memory.
+// The tiles of queries with flat rows, in order, for the warp that copies. Its lanes check 32 tiles
+// at once: those without flat rows are skipped without a wait for memory.
 struct FlatTiles {
   int member = 0, first;  // of the query heads that share the keys, and the first query
 
@@ -375,9 +376,8 @@ struct FlatTiles {
   int start, ahead;  // where the next 32 begin
 };
 
-// What the lanes of that warp know of a tile: of 32 queries at a time one each. All is asked for at
-// once, and before there is room for the tile: else memory's answers would hold up the tensor
-// cores.
+// What its lanes know of a tile, each of one in 32 queries. All of it is loaded at once, and before
+// there is room for the tile: else the tensor cores would wait for memory.
 struct QueryRows {
   static constexpr int kEach = kGradQueries / 32;
   float tau[kEach], delta[kEach];

@@ -1,9 +1,10 @@
 // Forward of rows in dense tiles on Hopper: thresholds and outputs.
 //
-// Thresholds start from a sample: two tiles of scores in registers, then some that stand for all
-// others. One or two passes over all keys follow, until the thresholds of all rows of the block
-// look as if they were found, then the one that sums values. That one has sums of probabilities,
-// too: where some row's misses one by more than it may, it was in vain.
+// Thresholds start from a sample: two tiles of scores in registers, then, of many keys, some tiles
+// that stand for all others. One or two passes over all keys follow, until the error that is
+// expected of each row's threshold is within the tolerance. Then comes the pass that sums values.
+// It sums probabilities, too: where the sum of some row misses one by more than it may, that pass
+// is thrown away, and thresholds are sought further.
 #include "dense90.cuh"
 
 namespace adasplash2 {
@@ -48,7 +49,7 @@ constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
 // keys or more err by less.
 constexpr float kSampleCaution = 2.f, kLargeSampleCaution = 0.5f, kStridedCaution = 1.f;
 
-// Of a power so high that it is an exponential function, for all that float32 tells.
+// Where the inverse of the power is less, float32 cannot tell it from an exponential function.
 constexpr float kLeastInverse = 0x1p-10f;
 
 // Where nothing is known of a threshold from below: less than any, but finite, so that sums and
@@ -335,7 +336,7 @@ struct Producer {
         push_keys(walk[i < walk.count ? i : i - walk.count]);
     ahead = next;
     __syncwarp();
-    return false;  // it only listens
+    return false;  // it takes part in the vote, but needs no pass
   }
   struct Outputs {};
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs&) {
@@ -371,8 +372,9 @@ struct Producer {
   }
 };
 
-// Sums of both outputs leave registers for half a tile. Without the second one, too: the bits of an
-// output do not depend on whether there will be a backward.
+// Where values are wide, the sums of both outputs leave registers for half a tile of scores. It is
+// half a tile without a second output, too: the bits of an output must not depend on whether there
+// will be a backward.
 constexpr int kParts = kPanelsV, kPartKeys = kTileKeys / kParts;
 constexpr int kSteps = kPartKeys / 16;
 using PartScores = float[kPartKeys / 2];
@@ -532,7 +534,7 @@ struct Attention {
     return !(t[0].done && t[1].done);
   }
 
-  // The outputs, if thresholds are what they were taken for; whether they must be sought again.
+  // The outputs by the thresholds as they are; whether some of these must be sought further.
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
     o = {};
@@ -740,7 +742,8 @@ struct Attention {
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
       if constexpr (second) {
-        // Divided by the sum of what is multiplied, O2 of equal values is that value.
+        // The weights are summed as they are multiplied, rounded: O2 of equal values is then that
+        // value.
         o.weights[k] = as_a_fragment([&](int e) { return u[e]; });
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

@@ -31,9 +31,10 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
   return r;
 }
 
-// body(item) of what a block has to do, of `items` that are distributed evenly. Mostly nothing is
-// wanted of any: a lane asks for each, all at once, since blocks that came and asked for one took
-// longer than all else. (Of float32, whose rows leave no registers for it, a block has one.)
+// body(item) for each of a block's items that is wanted; all `items` are distributed evenly over
+// blocks. Mostly none is wanted. So one lane asks for each, all at once: a block for each item,
+// which only asks and ends, took longer than all else. (Float32 leaves no registers for this: there
+// a block has one item.)
 template <class Wanted, class Body>
 __device__ __forceinline__ void for_items(int items, const Wanted& wanted, const Body& body) {
   if constexpr (!kHalf) {
@@ -48,8 +49,8 @@ __device__ __forceinline__ void for_items(int items, const Wanted& wanted, const
   for (; left; left &= left - 1) body(first + __ffs(left) - 1);
 }
 
-// The same of items of a row for each team of `lanes`, whether or not there is a row for the last
-// ones. A warp's rows are all of one row block: those of flat ones are passed.
+// body(row) for each listed row: an item has one for each team of `lanes` lanes, and the last item
+// may have fewer. A warp's rows are all of one row block; flat ones are skipped.
 template <int lanes, class Body>
 __device__ __forceinline__ void for_listed_rows(const Params& p, const Body& body) {
   constexpr int kRows = kThreads / lanes;
@@ -73,8 +74,8 @@ __device__ __forceinline__ i64 rows_of(const Params& p, int kv_row) {
   return i64(kv_row) * p.gqa_group * p.row_blocks * (kRowBlock * kArenaRow);
 }
 
-// The number of a query row among those that share keys: its head's among theirs, and below it, in
-// so many bits, its own.
+// Query rows that share keys are numbered: the number of the head among those of the key head, then
+// in the lowest row_bits() bits the row. See row_numbers() in sizes.py.
 __device__ __forceinline__ int row_bits(const Params& p) { return 32 - __clz(p.length_q - 1); }
 
 // Where no scan comes first all row blocks start as flat ones, of which nothing is known. Heads
@@ -282,9 +283,9 @@ constexpr int kRowLanes = ADASPLASH2_GRAD_LANES;
 // a time take more.
 constexpr int kGradBlocks = kAligned ? 2 : 1;
 
-// The products of a batch of survivors with what a row or a column brings to all of its own: score
-// = q . k and dp = dO . v. Of survivor i those of lane l are right where slot() is i, the same to
-// the last bit whoever brings what: so x, found from them twice, is one x.
+// The products of a batch of survivors with the vectors of their row or column: score = q . k and
+// dp = dO . v. Lanes whose slot() is i have those of survivor i. They are summed in the same order
+// for a row as for a column, so that both find the same bits, and from these the same x.
 struct Products {
   float score, dp;
 
@@ -407,7 +408,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
   if (!active) return;
   if (count && lane == 0)
     reinterpret_cast<float4*>(p.terms)[r.at] = {first_score, first_x, delta, factor};
-  // Of infinite values, too, a row that feels them has no gradient.
+  // A row that keeps an infinite value has no gradient either.
   const float rest = kept < 0 || !is_finite(delta) ? kNaN : delta - first_dp;
 #pragma unroll
   for (int j = 0; j < 8; ++j)
@@ -553,7 +554,8 @@ __device__ __forceinline__ void sum_column(const Params& p, int column_at, int c
   const int* unsorted = count > 0 ? rows_of_column(p, column_at, count) : nullptr;
 
   const int rounded = (count + 3) / 4 * 4;
-  // A row is there once, but where what was saved is written over: no place stays without a row.
+  // Rows differ, unless what was saved was written over. Ranks may be equal then: `sorted` is set
+  // first, so that each place has a row.
   for (int i = lane; i < rounded; i += kLanes)
     rows[i] = sorted[i] = i < count ? unsorted[i] : 0x7fffffff;
   __syncwarp();
@@ -621,12 +623,14 @@ struct LongColumn {
         rows(rows_of_column(p, at, count)) {}
 };
 
-// Sorts the rows of long columns: a bit for each row, and the number of bits before it. Of more
-// rows than there are bits for, those before the bits go first, and the others behind them.
 // The most words, by powers of two, that fit the shared memory twice.
 constexpr int kSortWords = 4096;
 static_assert(2 * 4 * kSortWords + kSortThreads / 32 * 4 <= kStaticShared &&
               2 * 4 * 2 * kSortWords > kStaticShared);
+
+// Sorts the rows of long columns: a bit for each row, and the number of bits before it. Where there
+// are more rows than bits, it takes turns: the rows that have bits in this turn are put in order
+// behind those of the turns before, and the others are moved to the end.
 extern "C" __global__ void __launch_bounds__(kSortThreads)
     sort_long_columns(const __grid_constant__ Params p) {
   start_next_and_await();

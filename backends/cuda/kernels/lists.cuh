@@ -32,17 +32,18 @@ constexpr int kLastResorts = 4;  // raises before a full list sends its rows to 
 
 constexpr int kAnyNumber = 0x7fffffff;  // of survivors
 
-// With how many survivors a row, on the mean of a warp, its rows turn flat before the scan ends.
-// So many of part of the keys will hardly find room in the arena, though bounds lag a little ...
+// With how many survivors a row, on the mean of a warp, its rows turn flat before the scan ends: a
+// little more than the arena holds, since bounds lag, and lists hold scores that will not survive.
 constexpr int kMostOfArena = kArenaRow + kArenaRow / 8;
-// ... and so many, of rows that see so many keys, be slower than dense tiles on Hopper.
+// The same where dense90_output.cu serves flat rows, which see so many keys: where rows keep more,
+// it is faster than lists.
 __device__ __forceinline__ int most_kept(int keys) {
   return min(kKeptMost, kKeptLeast + keys / kKeptKeys);
 }
 // The same after some of the tiles. Rows keep more of more keys: Gaussian ones that keep 65 of
-// 16,384 keep 59 of a half of them, 40 of the first 1,024. So few of the keys tell that lists are
-// in vain. Rows of near keys keep what they will early, and bounds lag at first: the limit is lower
-// by 5/64 only for each half, and for no more than three.
+// 16,384 keep 59 of a half of them, 40 of the first 1,024. So the limit is lower while few keys are
+// scanned. But rows that keep near keys find most of them early, and bounds lag at first: it is
+// lower by only 5/64 for each halving of the keys, and for no more than three halvings.
 __device__ __forceinline__ int most_so_far(int most, int tiles, int all) {
   return most - most * min(3, __clz(tiles) - __clz(all)) * 5 / 64;
 }
@@ -93,8 +94,8 @@ struct Lists {
   float top[kSlots];  // largest score this lane has met
   u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
   bool unset;         // some row of the warp has no bound yet
-  bool flat;          // they keep more, or a row more than its lists hold: they go to dense tiles
-  int kept;           // how many they kept then
+  bool flat;  // its rows go to dense tiles: they keep too many, or one more than its lists hold
+  int kept;   // how many they kept when they turned flat
   u32 first_staging;  // the lane's, of pair 0; the next one is below
   u32 last_staging;   // below it there is no room
   // Next free block, without the pair's own offset; below last_staging by more than one where
@@ -147,11 +148,12 @@ struct Lists {
   // From a lane's staging block to its column.
   static __device__ __forceinline__ u32 to_column() { return kStagingParts * 512 - lane_id() * 12; }
 
-  // The first bounds of rows, from the largest scores of parts of their first tile: some scores of
-  // the row as good as any, and enough of them that few of the tile pass. Where more than most()
-  // pass on the mean, lists would fill and be raised again and again: the whole tile raises the
-  // bounds once, in registers, and if it is still more the warp turns flat before anything is
-  // staged, as where together(how many pass) says so for several warps. Returns whether it did.
+  // The first bounds of rows, from the largest scores of parts of their first tile. Any scores of a
+  // row prove a bound; these prove one that few others of the tile pass. Where more than most() a
+  // row pass on the mean, lists would fill, and bounds be raised again and again. So the whole tile
+  // raises the bounds once, in registers; if more than most() still pass, the warp turns flat
+  // before anything is staged. It also turns flat where together(how many pass), which several
+  // warps ask at once, says so. Returns whether it turned flat.
   template <int count, class Score, class Most, class Together>
   __device__ __forceinline__ bool set_first_bounds(const Score& score, const Params& p,
                                                    const Most& most, const Together& together) {
@@ -290,7 +292,7 @@ struct Lists {
     raise_at = base + (longest + kRaiseGrow - 1) * kEntryBytes;
   }
 
-  // Survivors of all rows of the warp, and what is not dropped yet.
+  // Entries of all lists of the warp: survivors, and scores that are not dropped yet.
   __device__ __forceinline__ int survivors() const {
     u32 bytes = 0;
 #pragma unroll
@@ -334,7 +336,7 @@ struct Lists {
     rebalance_at = longest_now + kRebalanceGrow * kEntryBytes;
   }
 
-  // Whether every list has room for one more staging block beside `blocks` of them.
+  // Whether every list has room for what a staging block may add, while `blocks` of these are kept.
   __device__ __forceinline__ bool has_room(int blocks) const {
     const u32 room = min(kBytes - blocks * kStagingBytes, kMaxList * kEntryBytes);
     return !past(base + room - kAppendBytes);
@@ -530,9 +532,9 @@ struct Lists {
   }
 
   // Stage the scores of a tile of `count` staging blocks that may be survivors: `first_column` is
-  // the lane's first, and score (slot, n, j) belongs to column first_column + 8 n + j. Straight
-  // code but for the first tile, of whose scores no more than most() a row may be above the first
-  // bounds. The maxima of a flat warp go on being kept.
+  // the lane's first, and score (slot, n, j) belongs to column first_column + 8 n + j. There is
+  // a branch for the first tile only, of whose scores no more than most() a row may be above the
+  // first bounds. A flat warp still keeps its rows' largest scores.
   template <int count, class Score, class Most, class Together>
   __device__ __forceinline__ void stage_tile(const Score& score, int first_column, const Params& p,
                                              const Most& most, const Together& together) {
@@ -541,7 +543,7 @@ struct Lists {
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) before[pair] = staging_end[pair];
     stage_blocks(score, 0, count, first_column);
-    // As soon as another tile like this one would find no room, or all may be in vain.
+    // Due as soon as another tile like this one would find no room, and when the warp turns flat.
     due = turns;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair)
@@ -602,7 +604,7 @@ struct Lists {
     clear_staging(entries());
   }
 
-  // The same after the last tile. With the whole scan done, lists serve all rows that they hold.
+  // filter() after the last tile: with the scan done, lists serve all rows that they hold.
   __device__ __forceinline__ void finish(const Params& p) {
     filter(p, [] { return kAnyNumber; });
     __syncwarp();

@@ -38,8 +38,8 @@ __device__ __forceinline__ u32 load_pair(const Scalar* row, int at, bool inside)
   return low | high << 16;
 }
 
-// Load a warp's queries; rows with NaN or infinity become zeros and are returned as a mask of
-// slots, so that they do not flood the lists.
+// Load a warp's queries. One with NaN or infinity is loaded as zeros, and the bit of its slot is
+// set in what is returned: lists must keep none of its scores.
 __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const Scalar* head,
                                             int first, char* tile) {
   const int lane = lane_id();
