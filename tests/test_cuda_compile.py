@@ -189,12 +189,12 @@ def test_the_hopper_tiles_spill_nothing(
 
 
 @pytest.mark.parametrize("tiles", [1, 131, 132, 133, 2048, 8448, 8449, 12_288, 12_289, 100_000])
-def test_tiles_are_dealt_out(tiles: int) -> None:
+def test_tiles_are_distributed(tiles: int) -> None:
     dense = sizes.hopper_dense(64, 64, 1024)
     blocks = dense.blocks(tiles, multiprocessors=132)
     assert min(tiles, 132) <= blocks <= tiles
     if blocks < tiles:  # a thread has a bit for each that it looks at, a block a list of its own
-        assert -(-tiles // dense.threads) <= layout.DEALT_TILES <= 32
+        assert -(-tiles // dense.threads) <= layout.DISTRIBUTED_TILES <= 32
         assert -(-tiles // blocks) <= layout.MOST_TILES
 
 
@@ -219,8 +219,9 @@ def test_decoding_spills_nothing(
     print(f"\ndecode.cu {defines}: {found}")
     assert set(found) == {"decode_scan", "decode_solve", "decode_weigh"}
     assert {k: u.spilled for k, u in found.items() if u.spilled} == {}
-    registers = block.residents * block.threads * found["decode_scan"].registers
-    assert registers <= sizes.REGISTER_FILE
+    registers = found["decode_scan"].registers
+    assert registers <= max(sizes.DECODE_REGISTERS)
+    assert registers * block.residents * block.threads <= sizes.REGISTER_FILE
 
 
 def test_every_block_of_few_queries_fits() -> None:
@@ -254,6 +255,16 @@ def test_a_part_counts_its_keys_in_16_bits(keys: int) -> None:
         assert -(-tiles // parts) * layout.DECODE_TILE <= layout.DECODE_PART
 
 
+MASKS = "kCausal", "ADASPLASH2_CAUSAL", "p.left", "p.ranges", "p.poison"
+SIGN = "p.q_sign", "0x80008000u"
+
+
+@pytest.mark.parametrize("name", MASKS + SIGN)
+def test_masks_and_the_sign_are_named_in_one_file(name: str) -> None:
+    kernels = {file: text for file, text in compiler.sources().items() if file != "layout.cuh"}
+    assert [file for file, text in kernels.items() if name in text] == ["score.cuh"]
+
+
 FIELDS = [
     ("int row_blocks;", "long long row_blocks;"),  # the size, and what follows
     ("float* tau;", "float tau;"),
@@ -278,7 +289,8 @@ def test_a_field_of_another_type_does_not_compile(
 
 
 STRUCTS = [
-    layout.Params, layout.RowParams, layout.DecodeParams, layout.RowStart, layout.Terms, layout.Part
+    layout.Params, layout.RowParams, layout.DecodeParams, layout.RowStart, layout.ArenaWord,
+    layout.Terms, layout.Part
 ]  # fmt: skip
 
 

@@ -38,8 +38,8 @@ SHORT_KEYS = 512
 does not pay. On an H100 a step with Gaussian q, k, v took 0.6x of the time (0.5x with 256 keys);
 with queries times 4, where a row keeps four keys, it takes 1.5x."""
 
-ALIGNMENT = 16
-"""Bytes of the copies that kernels make at once."""
+ALIGNMENT = layout.COPY_BYTES
+"""On so many bytes rows start that kernels may copy so; a power of two."""
 
 
 def is_decoding(problem: Problem) -> bool:
@@ -95,16 +95,17 @@ def needs_alignment(config: Config) -> bool:
 def is_aligned(*tensors: Tensor) -> bool:
     """Whether every row of the tensors starts on 16 bytes and is a multiple of them long. Rows
     that are all the same one do not count: TMA takes no such stride."""
+    rest = ALIGNMENT - 1
     for tensor in tensors:
         itemsize, strides = tensor.element_size(), tensor.stride()
         batch, head, row, _ = strides
         fixed = tensor.data_ptr() | tensor.size(3) * itemsize
-        if row and (fixed | (batch | head | row) * itemsize) & 15 == 0:
+        if row and (fixed | (batch | head | row) * itemsize) & rest == 0:
             continue
-        if fixed & 15 or (row == 0 and tensor.size(2) != 1):
+        if fixed & rest or (row == 0 and tensor.size(2) != 1):
             return False
         for stride, size in zip(strides[:3], tensor.shape, strict=False):
-            if stride * itemsize & 15 and size > 1:
+            if stride * itemsize & rest and size > 1:
                 return False
     return True
 

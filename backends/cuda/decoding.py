@@ -15,9 +15,6 @@ from adasplash2.problem import Inputs, Problem, allowed_tiles
 
 CACHED_PLANS = 1024
 
-STATS_TILE = 64
-"""Queries and keys of the tiles that ``stats`` counts."""
-
 
 class Plan:
     """One kind of call on one device: constants, kernels, and where its memory goes.
@@ -153,14 +150,17 @@ def forward(problem: Problem, inputs: Inputs, counted: dict[str, Tensor] | None 
 def stats(problem: Problem, inputs: Inputs) -> AttentionStats:
     """A forward that counts what it did."""
     shape = (problem.batch, problem.heads_q, problem.length_q)
-    tiles = (*shape[:2], *(-(-n // STATS_TILE) for n in (problem.length_q, problem.length_k)))
+    tiles = (
+        *shape[:2],
+        *(-(-n // layout.STATS_TILE) for n in (problem.length_q, problem.length_k)),
+    )
     counted = {
         "iterations": torch.zeros(shape, dtype=torch.int32, device=problem.device),
         "support": torch.zeros(shape, dtype=torch.int32, device=problem.device),
         "tiles": torch.zeros(tiles, dtype=torch.uint8, device=problem.device),
     }
     tau = forward(problem, inputs, counted).tau
-    allowed = allowed_tiles(problem, inputs, STATS_TILE).to(torch.float64)
+    allowed = allowed_tiles(problem, inputs, layout.STATS_TILE).to(torch.float64)
     live = counted["tiles"].sum((2, 3), dtype=torch.float64)
     empty = (allowed - live) / allowed.clamp(min=1.0)
     return AttentionStats(tau, counted["support"], counted["iterations"], empty, backend="cuda")

@@ -33,11 +33,17 @@ LISTED, TO_RETRY, FLAT, UNSAFE = range(4)
 find that they fit after all; the dense kernels serve it; they did, and what came out is not finite,
 so that ``exact.cu`` does it again. The marks of gradients are ``UNSAFE`` or zero."""
 
+COPY_BYTES = 16
+"""What a thread copies at once where rows allow it (``ALIGNED``)."""
+
 MIXED, ALL_FLAT, ALL_LISTED = range(3)
 """What ``Params.all_flat`` says of a key head."""
 
 POISONED = -1
 """The number of survivors of a row whose output is NaN."""
+
+STATS_TILE = 64
+"""Queries and keys of the tiles of which ``stats`` tells whether one has support."""
 
 CHECK_ROWS = 128
 """Rows in which a block of ``check_finite`` looks for NaN and infinities."""
@@ -83,8 +89,13 @@ _PAIR_ENTRY_BYTES = 2 * LIST_ENTRY_BYTES
 MIN_CAPACITY = -(-MIN_STAGING_BLOCKS * STAGING_LANE_BYTES // _PAIR_ENTRY_BYTES) + 2 * STAGING_APPEND
 """The least room for staging, and in the lists for twice what is added at once."""
 
-MAX_CAPACITY = MAX_LIST + 28
-"""Full lists, and beside them memory to stage scores 12 times: a tile of 128 keys needs 8."""
+MOST_STAGING_BLOCKS = 12
+"""How often it may beside full lists: a tile of 128 keys takes 8. Not tuned."""
+
+MAX_CAPACITY = MAX_LIST + STAGING_APPEND * -(
+    -MOST_STAGING_BLOCKS * STAGING_LANE_BYTES // (_PAIR_ENTRY_BYTES * STAGING_APPEND)
+)
+"""Full lists and these blocks, rounded up to what a block may add to a list."""
 
 SCAN_STAGES = 2
 """Tiles of keys in shared memory in ``scan.cu``."""
@@ -178,7 +189,7 @@ STAYING_TILES = 8
 MOST_TILES = 64
 """Tiles of rows or keys that a block of ``dense90_grad.cu`` works on at most, one after another."""
 
-DEALT_TILES = 32
+DISTRIBUTED_TILES = 32
 """Of how many a thread finds out whether there is something to do: a bit each."""
 
 DENSE_VALUE_STAGES = 2
@@ -242,6 +253,12 @@ RowCount = _union(
     ("float", "bound"),  # before them: a lower bound of tau / c
 )
 
+ArenaWord = _union(  # see arena_of() and kept_of_flat_row() in common.cuh
+    "ArenaWord",
+    ("int", "column"),  # of a listed row block: that of a survivor
+    ("float", "kept"),  # of a flat one: what its dense kernels keep of a row
+)
+
 Terms = _struct(  # what the keys of a listed row need of it in the backward
     "Terms",
     ("float", "score", "x"),  # of its first survivor: q . k as grad_rows sums it, and z - tau
@@ -259,10 +276,9 @@ Params = _struct(
     # Of each row; rows are numbered head by head, each head's padded to whole row blocks.
     ("RowStart*", "row_start"),
     ("RowCount*", "row_count"),
-    ("unsigned char*", "flat"),  # of each row block: kListed, kToRetry, kFlat or kUnsafe
+    ("unsigned char*", "flat"),  # of each row block: kListed (zero), kToRetry, kFlat or kUnsafe
     ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
-    # The arena: survivors of listed rows. Flat rows: see Threshold in dense.cuh, O2 in dense90.cuh.
-    ("int*", "columns"),
+    ("ArenaWord*", "columns"),  # the arena, kRowBlock * kArenaStride words a row block
     # Of each survivor z - tau > 0. Where alpha has a closed form they are gone after the forward,
     # which keeps that of each row's first survivor: the backward finds the others from it.
     ("float*", "weights", "first_weight"),

@@ -46,7 +46,8 @@ it best."""
 
 DECODE_REGISTERS = 128, 168
 """Registers of a thread that scans: as a rule, and with the most tiles of rows or in float32, whose
-products each thread sums by itself."""
+products each thread sums by itself. ``RESIDENTS`` follows from it, to which the launch bounds of
+``decode_scan`` hold the compiler."""
 
 REGISTER_FILE = 65_536
 """Registers of a multiprocessor."""
@@ -136,8 +137,8 @@ class Dense:
 
     def blocks(self, tiles: int, multiprocessors: int) -> int:
         """Blocks that work on so many tiles together; as many as tiles where they are too many to
-        be dealt out (``Share`` in ``dense90_grad.cu``)."""
-        if tiles > self.threads * layout.DEALT_TILES:
+        be distributed (``Share`` in ``dense90_grad.cu``)."""
+        if tiles > self.threads * layout.DISTRIBUTED_TILES:
             return tiles
         return min(tiles, max(multiprocessors, -(-tiles // layout.MOST_TILES)))
 
@@ -275,13 +276,15 @@ class Decode(NamedTuple):
     """A block of ``decode_scan``, and of ``decode_weigh``, whose warps have the same parts.
 
     ``row_tiles``: tiles of rows whose keys it reads at once. ``stages``: tiles of keys that are on
-    their way to each of its ``warps``. ``residents``: blocks that a multiprocessor has room for.
+    their way to each of its ``warps``. ``shared``: dynamic shared memory; ``static``: what the
+    kernel declares beside it. ``residents``: blocks that a multiprocessor has room for.
     """
 
     row_tiles: int
     warps: int
     stages: int
     shared: int
+    static: int
     residents: int
 
     @property
@@ -301,6 +304,7 @@ class Decode(NamedTuple):
             "STAGES": self.stages,
             "RESIDENTS": self.residents,
             "SHARED_DECODE_SCAN": self.shared,
+            "STATIC_DECODE_SCAN": self.static,
         }
 
     def splits(self, blocks: int, keys: int, multiprocessors: int) -> int:
@@ -331,7 +335,7 @@ def decode(rows: int, head_dim: int, itemsize: int, memory: SharedMemory) -> Dec
     stages = min(DECODE_MOST_STAGES, max(DECODE_LEAST_STAGES, DECODE_WARP_BYTES // tile))
     queries = row_tiles * layout.DECODE_ROW_TILE * key
     for warps in DECODE_WARPS:
-        # Which keys each row sees, and what is known of its lists.
+        # Which keys each row sees; the largest score and the length of each warp's list of it.
         static = 8 * (1 + warps) * row_tiles * layout.DECODE_ROW_TILE
         shared = queries + warps * stages * tile
         if shared + static <= memory.per_block:
@@ -340,7 +344,7 @@ def decode(rows: int, head_dim: int, itemsize: int, memory: SharedMemory) -> Dec
                 memory.per_multiprocessor // (shared + RESERVED_SHARED + static),
                 REGISTER_FILE // (registers * 32 * warps),
             )
-            return Decode(row_tiles, warps, stages, shared, max(1, residents))
+            return Decode(row_tiles, warps, stages, shared, static, max(1, residents))
     return None
 
 

@@ -27,8 +27,9 @@
 //   OWN_STAGES               stages of what a block of gradients owns there
 //   GRAD_KEYS                keys of a backward's tile there
 //   OUTPUT                   OUTPUT_PLAIN, _SAVES or _COUNTS (dense90_output.cu)
-// SHARED_ and a kernel's name is the dynamic shared memory that it is launched with.
-// No other header than threshold.h is included: NVRTC needs no CUDA toolkit to compile these files.
+// SHARED_ and a kernel's name is the dynamic shared memory that it is launched with, STATIC_ what
+// it declares beside it, where sizes.py counts on that. No other header than threshold.h is
+// included: NVRTC needs no CUDA toolkit to compile these files.
 #pragma once
 
 #include "adasplash2/threshold.h"
@@ -117,13 +118,9 @@ __device__ __forceinline__ void store(Scalar* to, float x) {
     to->bits = x;
 }
 
-template <class T = Scalar>
-__device__ __forceinline__ T* row_of(const View& view, int batch, int head, int row) {
-  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
-}
-
-// 16 bytes that kernels do not write, or zeros. A predicate and no branch, which would wait for one
-// load before the next: so those of several rows are under way together.
+// Load 16 bytes that no running kernel writes; zeros where they are not wanted. This takes a
+// predicate instead of a branch, after which each load would be waited for: so those of several
+// rows are under way together.
 __device__ __forceinline__ uint4 load16(const void* from, bool wanted) {
   uint4 x = {0, 0, 0, 0};
   asm("{.reg .pred wanted; setp.ne.b32 wanted, %5, 0;"
@@ -182,8 +179,9 @@ __device__ __forceinline__ void await_kernels_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// For all but a call's last kernel, what comes after whose end is not ours: the next one may start
-// where this one's blocks leave room, since it waits in the same way.
+// The same for every kernel but the last one of a call: the next one may start where this one's
+// blocks leave room, since it waits in the same way. What follows the last one is not of this
+// library and may not wait.
 __device__ __forceinline__ void start_next_and_await() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -199,7 +197,8 @@ __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
 // Tells the compiler that all lanes of the warp hold the same.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 
-// Over groups of `lanes` lanes that are neighbours or, where `apart` is not 1, stand so far apart.
+// Over each lane group: `lanes` lanes that are neighbours or, where `apart` is not 1, so far from
+// each other.
 template <int lanes, int apart = 1, class T>
 __device__ __forceinline__ T sum_over(T x) {
 #pragma unroll
@@ -400,14 +399,25 @@ __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& 
 
 // --- where rows, survivors and tiles are kept ----------------------------------------------
 
+// Where a row block's words of the arena begin. A listed one has the columns of its survivors
+// there, row after row.
 __device__ __forceinline__ i64 arena_of(int row_block) {
   return i64(row_block) * kRowBlock * kArenaStride;
 }
+// A flat row block has no survivors there: its dense kernels keep `count` numbers of each row.
+template <int count>
+__device__ __forceinline__ float* kept_of_flat_row(const Params& p, int head_row, int row) {
+  static_assert(count <= kArenaStride && sizeof(ArenaWord) == sizeof(float));
+  const i64 arena = arena_of(head_row * p.row_blocks + row / kRowBlock);
+  return &p.columns[arena + row % kRowBlock * count].kept;
+}
 
+// Tell stats() of a pair in the support.
 template <class P>
 __device__ __forceinline__ void mark_tile(const P& p, int head_row, int row, int column) {
-  p.tiles[(i64(head_row) * ((p.length_q + 63) / 64) + row / 64) * ((p.length_k + 63) / 64) +
-          column / 64] = 1;
+  constexpr int side = kStatsTile;
+  const int of_rows = (p.length_q + side - 1) / side, of_keys = (p.length_k + side - 1) / side;
+  p.tiles[(i64(head_row) * of_rows + row / side) * of_keys + column / side] = 1;
 }
 
 // --- shared memory, copies and matrix fragments --------------------------------------------
@@ -450,40 +460,16 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// Until no more than the last `groups` that were committed are under way.
-template <int groups>
+// Until no more than the last `pending` of the commits are under way.
+template <int pending>
 __device__ __forceinline__ void cp_async_wait_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
 // Bytes from one row of a tile in shared memory to the next. The 16 bytes of padding put eight
 // successive rows on different banks, so ldmatrix reads them without conflict.
 template <int dim>
 constexpr int tile_stride = dim * int(sizeof(Scalar)) + 16;
-
-// Start copying rows [first, first + rows) of one head into a tile; rows from `length` on and
-// columns from `width` on become zeros. Visible after cp_async_wait() and a barrier.
-template <int rows, int width, int threads>
-__device__ __forceinline__ void load_tile(char* tile, const Scalar* head, i64 row_stride, int first,
-                                          int length) {
-  constexpr int dim = padded<width>;
-  constexpr int per_chunk = 16 / int(sizeof(Scalar));
-  constexpr int chunks = dim / per_chunk;
-  for (int i = threadIdx.x; i < rows * chunks; i += threads) {
-    const int row = i / chunks, at = i % chunks * per_chunk;
-    char* to = tile + row * tile_stride<dim> + i % chunks * 16;
-    const bool inside = first + row < length;
-    const Scalar* from = head + i64(inside ? first + row : 0) * row_stride;
-    if constexpr (kAligned) {
-      const int bytes = inside && at < width ? 16 : 0;
-      cp_async16(shared_address(to), from + (at < width ? at : 0), bytes);
-    } else {
-#pragma unroll
-      for (int j = 0; j < per_chunk; ++j)
-        reinterpret_cast<Scalar*>(to)[j] = inside && at + j < width ? from[at + j] : Scalar{};
-    }
-  }
-}
 
 // A 16-row A fragment. Lane l holds rows l/4 and l/4 + 8 at columns 2 (l%4) + {0, 1, 8, 9}.
 struct AFragment {

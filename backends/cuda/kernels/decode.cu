@@ -15,7 +15,7 @@
 // Each warp keeps to its own part, bounds and lists, and sums have one order: the same call gives
 // the same bits.
 #include "bounds.cuh"
-#include "score.cuh"
+#include "work.cuh"
 
 namespace adasplash2 {
 
@@ -36,37 +36,29 @@ constexpr int kStageBytes = kSteps * 2 * 32 * 16;  // a tile of keys
 constexpr int kQueryBytes = kSteps * kRows * 4 * 16;
 static_assert(kQueryBytes + kWarps * kStages * kStageBytes == ADASPLASH2_SHARED_DECODE_SCAN);
 
+// Neither is tuned; whatever they are, bounds stay below thresholds.
 constexpr int kRaiseSteps = 2;   // Newton's steps of a bound on a list
-constexpr int kFirstRaise = 16;  // entries of a list from which its bound is raised
+constexpr int kFirstRaise = 16;  // entries of a list from which its bound is raised; 2 at least
 
 // --- where rows, keys and values are -------------------------------------------------------
 
-// The key head of some rows, which are numbered head by head: those of a key head follow each
-// other.
-struct KeyHead {
-  int kv_row, batch, kv_head, first_row;
+// Rows are numbered head by head: those that share a key head follow each other.
+struct SharedRows : KeyHead {
+  int first_row;
 
-  __device__ __forceinline__ KeyHead(const DecodeParams& p, int kv_row)
-      : kv_row(kv_row),
-        batch(kv_row / p.heads_kv),
-        kv_head(kv_row % p.heads_kv),
-        first_row(kv_row * rows_of(p)) {}
+  __device__ __forceinline__ SharedRows(const DecodeParams& p, int kv_row)
+      : KeyHead(p, kv_row), first_row(kv_row * rows_of(p)) {}
   static __device__ __forceinline__ int rows_of(const DecodeParams& p) {
     return p.gqa_group * p.length_q;
   }
 };
 
 // A row by its number.
-struct Row {
-  int at, head_row, query, batch, head, kv_head;
+struct Row : Head {
+  int at, query;
 
   __device__ __forceinline__ Row(const DecodeParams& p, int at)
-      : at(at),
-        head_row(at / p.length_q),
-        query(at % p.length_q),
-        batch(head_row / p.heads_q),
-        head(head_row % p.heads_q),
-        kv_head(head / p.gqa_group) {}
+      : Head(p, at / p.length_q), at(at), query(at % p.length_q) {}
   __device__ __forceinline__ Range seen(const DecodeParams& p) const {
     return range_of(p, batch, query);
   }
@@ -76,7 +68,7 @@ struct Row {
 };
 
 // What a block works on: a tile of rows that share keys, and the number of a share of these.
-struct Block : KeyHead {
+struct Block : SharedRows {
   int first, rows, split;  // first row, and how many there are
 
   // Blocks of the same keys are neighbours, so that these are read from memory once.
@@ -84,7 +76,7 @@ struct Block : KeyHead {
   static __device__ __forceinline__ Block of(const DecodeParams& p) {
     const int tiles = (rows_of(p) + tile - 1) / tile;
     const int keys = blockIdx.x / tiles, number = blockIdx.x % tiles * tile;
-    Block b{KeyHead(p, keys / p.splits)};
+    Block b{SharedRows(p, keys / p.splits)};
     b.first = b.first_row + number;
     b.rows = min(tile, rows_of(p) - number);
     b.split = keys % p.splits;
@@ -93,7 +85,7 @@ struct Block : KeyHead {
   __device__ __forceinline__ int part() const { return split * kWarps + warp_id(); }
 
  private:
-  __device__ __forceinline__ explicit Block(const KeyHead& head) : KeyHead(head) {}
+  __device__ __forceinline__ explicit Block(const SharedRows& of) : SharedRows(of) {}
 };
 
 __device__ __forceinline__ int parts_of(const DecodeParams& p) { return p.splits * kWarps; }
@@ -116,9 +108,10 @@ struct Cache {
         page_size(p.page_size),
         last_page(int(p.pages) - 1) {}
   __device__ __forceinline__ const Scalar* at(int key) const {
-    if constexpr (!kPaged) return head + key * row;
+    if constexpr (!kPaged) return row_in(head, row, key);
     const u32 number = u32(key) / u32(page_size), place = u32(key) - number * u32(page_size);
-    return head + max(0, min(table[number], last_page)) * page + place * row;
+    const int held = max(0, min(table[number], last_page));
+    return row_in(row_in(head, page, held), row, place);
   }
 };
 
@@ -136,7 +129,7 @@ __device__ __forceinline__ void load_queries(char* shared, const Block& b, const
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
       const bool exists = row < b.rows && column + j < kHeadDim;
-      store(to + j, exists ? p.q_sign * to_float(from[column + j]) : 0.f);
+      store(to + j, exists ? signed_value(p, to_float(from[column + j])) : 0.f);
     }
   }
 }
@@ -361,17 +354,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
   extern __shared__ __align__(16) char shared[];
   __shared__ Range seen[kRows];
   __shared__ ListState states[kWarps][kRows];
+  static_assert(sizeof(seen) + sizeof(states) == ADASPLASH2_STATIC_DECODE_SCAN);
   const Block b = Block::of<kRows>(p);
   for (int i = threadIdx.x; i < kRows; i += kThreads)
     seen[i] = i < b.rows ? Row(p, b.first + i).seen(p) : Range{0, 0};
   __syncthreads();
-  // Keys that some row sees, and those that all do.
-  Range any{p.length_k, 0}, all{0, p.length_k};
-  for (int i = 0; i < b.rows; ++i) {
-    if (seen[i].begin < seen[i].end)
-      any = {min(any.begin, seen[i].begin), max(any.end, seen[i].end)};
-    all = {max(all.begin, seen[i].begin), min(all.end, seen[i].end)};
-  }
+  SharedRange of_rows(p.length_k);
+  for (int i = 0; i < b.rows; ++i) of_rows.add(seen[i]);
+  const Range any = of_rows.any, all = of_rows.all;
   // The part of the warp, in whole tiles.
   const int first_tile = any.begin / kDecodeTile, parts = parts_of(p), part = b.part();
   const int tiles = max(0, (any.end + kDecodeTile - 1) / kDecodeTile - first_tile);
@@ -399,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
     products(s, keys_at, shared);
     if (tile + kStages < end) load_keys(keys_at, keys, first + kStages * kDecodeTile, any);
     cp_async_commit();
-    if (first < all.begin || first + kDecodeTile > all.end)
+    if (!all.holds_all(first, first + kDecodeTile))
 #pragma unroll
       for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
@@ -415,9 +405,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
 // --- thresholds, and the output of rows that are not flat ----------------------------------
 
 constexpr int kSolveWarps = kSolveThreads / 32;
-constexpr int kLanes = ADASPLASH2_OUTPUT_LANES, kGroups = 32 / kLanes;  // that share a value's row
+constexpr int kLanes = ADASPLASH2_OUTPUT_LANES,
+              kLaneGroups = 32 / kLanes;  // that share a value's row
 constexpr int kWidth = kLanes * 8;
-constexpr int kBatch = 4;  // gathers in flight per lane
+constexpr int kBatch = 4;  // rows of values that a lane loads at once; not tuned
 
 // Over the block, in a fixed order; every thread gets the result. One barrier: memory is used in
 // turns.
@@ -480,10 +471,10 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
   __shared__ float sums[kSolveWarps][kWidth];
   const Row row(p, blockIdx.x);
   const int lane = lane_id(), warp = warp_id();
-  const int number = row.at % KeyHead::rows_of(p);
+  const int number = row.at % SharedRows::rows_of(p);
   if (threadIdx.x == 0 && number % kDecodeRowTile == 0) {
-    const int tiles = (KeyHead::rows_of(p) + kDecodeRowTile - 1) / kDecodeRowTile;
-    p.arrivals[row.at / KeyHead::rows_of(p) * tiles + number / kDecodeRowTile] = 0;
+    const int tiles = (SharedRows::rows_of(p) + kDecodeRowTile - 1) / kDecodeRowTile;
+    p.arrivals[row.at / SharedRows::rows_of(p) * tiles + number / kDecodeRowTile] = 0;
   }
   OverBlock over_block{exchanged};
   LiveParts live{parts_at(p, row.at), parts_of(p), -kInf};
@@ -602,13 +593,13 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
   if (flat) return;
 
   const Cache values(p, p.v, row.batch, row.kv_head);
-  const int group = lane / kLanes, column = lane % kLanes * 8;
+  const int lane_group = lane / kLanes, column = lane % kLanes * 8;
   float out[8] = {}, mass = 0.f;
-  for (int first = group; first < count; first += kGroups * kBatch) {
+  for (int first = lane_group; first < count; first += kLaneGroups * kBatch) {
     float prob[kBatch], value[kBatch][8] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = first + i * kGroups;
+      const int at = first + i * kLaneGroups;
       const float x = at < count ? distance(kept.score[at]) : 0.f;
       prob[i] = x > 0.f ? probability(x, p.r) : 0.f;
       if (prob[i] != 0.f) load8<kHeadDimV>(values.at(kept.key[at]), column, value[i]);
@@ -622,8 +613,8 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
     }
   }
 #pragma unroll
-  for (float& x : out) x = sum_over<kGroups, kLanes>(x);
-  if (group == 0)
+  for (float& x : out) x = sum_over<kLaneGroups, kLanes>(x);
+  if (lane_group == 0)
 #pragma unroll
     for (int j = 0; j < 8; ++j) sums[warp][column + j] = out[j];
   const float whole = over_block({column == 0 ? mass : 0.f, 0.f, 0.f, 0.f}, add).x;
@@ -637,9 +628,13 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
 
 // --- the output of flat rows ---------------------------------------------------------------
 
+// Blocks of decode_weigh that a multiprocessor has room for at least: of four warps, 168 registers
+// a thread, with which it spills nothing.
+constexpr int kWeighResidents = 3;
+
 // A warp goes along the lists of its part, for eight rows at once: those keys that one of them
 // keeps are read once. The block that comes last adds up what all splits have.
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
+extern "C" __global__ void __launch_bounds__(kThreads, kWeighResidents)
     decode_weigh(const __grid_constant__ DecodeParams p) {
   await_kernels_before();
   constexpr int kTile = kDecodeRowTile;
@@ -662,7 +657,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
     if (fmaf(p.c, part.top - solved.top, -solved.t) > 0.f) count = part.count;
   }
   const Cache values(p, p.v, b.batch, b.kv_head);
-  const int group = lane / kLanes, column = lane % kLanes * 8;
+  const int lane_group = lane / kLanes, column = lane % kLanes * 8;
   float (&weights)[kWeighedKeys][kTile] = all_weights[warp];
   float out[kTile][8] = {}, mass[kTile] = {};
   for (;;) {
@@ -698,17 +693,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
     weighed = __reduce_or_sync(kAllLanes, weighed);
     __syncwarp();
 #pragma unroll 1
-    for (int of_batch = group; of_batch < kWeighedKeys; of_batch += kGroups * kBatch) {
+    for (int of_batch = lane_group; of_batch < kWeighedKeys; of_batch += kLaneGroups * kBatch) {
       float value[kBatch][8] = {};
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int key = of_batch + i * kGroups;
+        const int key = of_batch + i * kLaneGroups;
         if (weighed >> key & 1u)
           load8<kHeadDimV>(values.at(first_key + first + key), column, value[i]);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const float4* of_key = reinterpret_cast<const float4*>(weights[of_batch + i * kGroups]);
+        const float4* of_key = reinterpret_cast<const float4*>(weights[of_batch + i * kLaneGroups]);
         const float4 low = of_key[0], high = of_key[1];
         const float w[kTile] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
@@ -723,8 +718,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
   for (int row = 0; row < kTile; ++row) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float total = sum_over<kGroups, kLanes>(out[row][j]);
-      if (group == 0) sums[warp][row][column + j] = total;
+      const float total = sum_over<kLaneGroups, kLanes>(out[row][j]);
+      if (lane_group == 0) sums[warp][row][column + j] = total;
     }
     const float total = sum_over<32>(mass[row]);
     if (lane == 0) masses[warp][row] = total;
@@ -744,7 +739,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int tiles = (KeyHead::rows_of(p) + kTile - 1) / kTile;
+    const int tiles = (SharedRows::rows_of(p) + kTile - 1) / kTile;
     int* arrivals = p.arrivals + b.kv_row * tiles + (b.first - b.first_row) / kTile;
     is_last = atomicAdd(arrivals, 1) == p.splits - 1;
   }

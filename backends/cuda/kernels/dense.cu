@@ -31,7 +31,7 @@ __device__ __forceinline__ void write_part(const float (&out)[padded<width> / 8]
       for (int j = 0; j < 2; ++j) {
         const int at = n * 8 + lane_id() % 4 * 2 + j;
         if (at >= width) continue;
-        Scalar* to = head + i64(row) * stride + at;
+        Scalar* to = row_in(head, stride, row) + at;
         const float x = out[n][2 * slot + j] * factor;
         store(to, add ? to_float(*to) + x : x);
       }
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   cp_async_commit();
   char* stages = shared + kBytes;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
-  const float c = p.c * p.q_sign;
+  const float c = signed_c(p);
 
   // The scan left each row's largest score and a lower bound of its threshold.
   float top[2], lo[2], hi[2] = {kHighest, kHighest}, t[2];
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     poisoned[slot] = !(seen < kInf);
     empty[slot] = seen == -kInf;  // no key scores above minus infinity
     done[slot] = poisoned[slot] || empty[slot];
-    top[slot] = done[slot] ? 0.f : (kRelative ? p.q_sign : p.c) * seen;
+    top[slot] = done[slot] ? 0.f : kRelative ? signed_value(p, seen) : p.c * seen;
     t[slot] = done[slot] ? -1.f : fmaxf(-1.f, p.c * (bound - seen));
     // The scan rounds its scores otherwise, perhaps by more than a window above alpha = 2.
     lo[slot] = kRelative ? -1.f : t[slot];
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const i64 at = i64(b.head_row) * p.length_q + row;
     if (poisoned[slot] || empty[slot]) t[slot] = poisoned[slot] ? kNaN : kInf;
     p.tau[at] = kRelative ? fmaf(c, top[slot], t[slot]) : top[slot] + t[slot];
-    if constexpr (kRelative) kept_threshold(p, b.head_row, row) = {top[slot], t[slot]};
+    if constexpr (kRelative) keep_threshold(p, b.head_row, row, {top[slot], t[slot]});
     const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + row;
     p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
     p.row_start[at_row].factor = factor;
@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   char* stages = shared + kBytes + kBytesV;
   const u32 queries = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
   const u32 grads = shared_address(shared + kBytes) + warp_id() * 16 * tile_stride<kDimV>;
-  const float c = p.c * p.q_sign;
+  const float c = signed_c(p);
   Threshold tau[2];
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot)
@@ -293,7 +293,7 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
   char* grads_at = queries_at + kBytes;
   const u32 keys = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
   const u32 values = shared_address(shared + kBytes) + warp_id() * 16 * tile_stride<kDimV>;
-  const float c = p.c * p.q_sign;
+  const float c = signed_c(p);
   float grad_k[want_k ? kDim / 8 : 1][4] = {};
   float grad_v[want_v ? kDimV / 8 : 1][4] = {};
 

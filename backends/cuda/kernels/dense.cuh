@@ -11,6 +11,7 @@ namespace adasplash2 {
 
 constexpr int kRows = ADASPLASH2_BLOCK_ROWS;  // of a block, 16 a warp
 constexpr int kTile = kRows;                  // rows of the tiles it walks over
+static_assert(kStatsTile % kTile == 0);       // mark_tile() of a tile's first key tells of all
 constexpr int kWarps = kRows / 16;
 constexpr int kThreads = kWarps * 32;
 
@@ -124,16 +125,15 @@ struct Threshold {
   }
 };
 
-static_assert(sizeof(Threshold) <= kArenaStride * sizeof(int));
-__device__ __forceinline__ Threshold& kept_threshold(const Params& p, int head_row, int row) {
-  int* arena = p.columns + arena_of(head_row * p.row_blocks + row / kRowBlock);
-  return reinterpret_cast<Threshold*>(arena)[row % kRowBlock];
+__device__ __forceinline__ void keep_threshold(const Params& p, int head_row, int row,
+                                               const Threshold& tau) {
+  float* kept = kept_of_flat_row<2>(p, head_row, row);
+  kept[0] = tau.top, kept[1] = tau.t;
 }
-
 __device__ __forceinline__ Threshold threshold_of(const Params& p, int head_row, int row) {
   if constexpr (kRelative) {
-    const Threshold& kept = kept_threshold(p, head_row, row);
-    return kept;
+    const float* kept = kept_of_flat_row<2>(p, head_row, row);
+    return {kept[0], kept[1]};
   }
   return {0.f, p.tau[i64(head_row) * p.length_q + row]};
 }
@@ -276,7 +276,7 @@ struct Keys : KeyBlock<kRows> {
   __device__ __forceinline__ void for_tiles(char* queries, char* grads, QueryRows& rows,
                                             const Body& body) const {
     for (int member = 0; member < p.gqa_group; ++member) {
-      const int of_head = head_row(p) + member, head = kv_head * p.gqa_group + member;
+      const int of_head = head_row(p) + member, head = first_head(p) + member;
       const u8* flat = p.flat + i64(of_head) * p.row_blocks;
       for (int first_row = start; first_row < p.length_q; first_row += kTile) {
         bool wanted = false;

@@ -22,6 +22,8 @@ static_assert(kAlpha != AlphaKind::kGeneral);
 constexpr int kWarpgroups = kDenseWarpgroups;
 constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
 constexpr int kThreads = kConsumers + kWarpgroupThreads;
+// Of setmaxnreg's steps of eight the last one that leaves 232 to each thread that multiplies. With
+// 24, which would leave 240, kernels spill.
 constexpr int kProducerRegisters = 40;
 constexpr int kRows = kWarpgroupRows;
 constexpr int kBlockRows = kWarpgroups * kRows;
@@ -46,11 +48,11 @@ __device__ __forceinline__ void sync_consumers() {
 __device__ __forceinline__ bool any_of_block(bool mine) { return __syncthreads_or(mine); }
 
 // The sign of the scale goes to an operand that the block owns.
-__device__ __forceinline__ void sign_own(char* own, int bytes, float sign) {
-  if (sign == 1.f) return;
+__device__ __forceinline__ void sign_own(const Params& p, char* own, int bytes) {
+  if (is_sign_plus(p)) return;
   for (int at = threadIdx.x; at < bytes / 4; at += kConsumers) {
     u32& pair = reinterpret_cast<u32*>(own)[at];
-    pair = sign < 0.f ? pair ^ 0x80008000u : 0u;
+    pair = signed_pair(p, pair);
   }
   fence_async_proxy();
   sync_consumers();
@@ -83,7 +85,7 @@ __device__ __forceinline__ void write_rows(const float (&d)[count], Scalar* head
   for (int slot = 0; slot < 2; ++slot) {
     const int row = first + slot * 8 + lane_id() / 4;
     if (row >= length || !wanted[slot]) continue;
-    Scalar* to = head + i64(row) * stride + lane_id() % 4 * 2;
+    Scalar* to = row_in(head, stride, row) + lane_id() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < width / 8; ++n) {
       u32& pair = *reinterpret_cast<u32*>(to + n * 8);
@@ -112,11 +114,10 @@ __device__ __forceinline__ AFragment as_a_fragment(const Weight& w) {
           Scalar::pack(w(6), w(7))};
 }
 
-// O2 of a row lies where the arena would hold the survivors of its row block.
-static_assert(kArenaStride >= kDimV && sizeof(int) == sizeof(float));
+// O2 of a row.
+static_assert(kArenaStride >= kDimV);
 __device__ __forceinline__ float* second_output(const Params& p, int head_row, int row) {
-  return reinterpret_cast<float*>(p.columns + arena_of(head_row * p.row_blocks + row / kRowBlock) +
-                                  row % kRowBlock * kArenaStride);
+  return kept_of_flat_row<kArenaStride>(p, head_row, row);
 }
 
 // The query rows of a block, and what its lanes see of them.

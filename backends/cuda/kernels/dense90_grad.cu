@@ -1,7 +1,8 @@
 // Backward of rows in dense tiles on Hopper.
 //
-// Both kernels walk over pairs of tiles, x (keys or queries) and y (values or their gradients),
-// beside the pair that the block owns (the other way round).
+// Both kernels walk over pairs of tiles, x and y. A block of dense_grad_rows owns queries and
+// gradients of outputs, and walks over keys (x) and values (y); one of dense_grad_columns owns keys
+// and values, and walks over queries (x) and gradients of outputs (y).
 #include "dense90.cuh"
 
 namespace adasplash2 {
@@ -32,10 +33,17 @@ __device__ __forceinline__ bool has_flat_rows(const Params& p, int number, int p
 struct Share {
   int count, items[kMostTiles], before[kThreads / 32];
 
+  // body(item) for each, in order. Whoever copies and whoever multiplies goes through here.
+  template <class Body>
+  __device__ __forceinline__ void for_items(const Body& body) const {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) body(items[i]);
+  }
+
   // All threads come together, and ask wanted(item, part, parts): as `parts` threads for one, or
   // each for some of its own.
   template <class Wanted>
-  __device__ __forceinline__ void deal(int all, const Wanted& wanted) {
+  __device__ __forceinline__ void distribute(int all, const Wanted& wanted) {
     if (gridDim.x >= all) {
       const bool mine = any_of_block(wanted(blockIdx.x, threadIdx.x, kThreads));
       if (threadIdx.x == 0) count = mine, items[0] = blockIdx.x;
@@ -120,13 +128,14 @@ struct Backward {
   __device__ __forceinline__ u64 y_rows(int stage) const {
     return descriptor(stages + stage * kStageBytes + kXBytes, rows * kLineBytes);
   }
-  // Each thread for itself: one lane could for its warp, but compute-sanitizer's racecheck does not
-  // see that __syncwarp() puts the others' reads before it.
+  // Each thread arrives for itself. One lane could do so for its warp, but compute-sanitizer's
+  // racecheck does not see that __syncwarp() puts the others' reads before it.
   __device__ __forceinline__ void give_back(int stage) const { arrive(empty + stage * 8); }
   // Wait for what an item owns, with the sign of the scale. `tiles` points to `own`.
-  __device__ __forceinline__ void take_own(const OwnRing& ring, char* tiles, float sign) const {
+  __device__ __forceinline__ void take_own(const Params& p, const OwnRing& ring,
+                                           char* tiles) const {
     ring.await_full(full_own);
-    sign_own(tiles + ring.stage * kOwnPairBytes, kOwnBytes, sign);
+    sign_own(p, tiles + ring.stage * kOwnPairBytes, kOwnBytes);
   }
   __device__ __forceinline__ void give_back_own(OwnRing& ring) const {
     arrive(empty_own + ring.stage * 8);
@@ -149,6 +158,18 @@ __device__ __forceinline__ float score_gradient(float inside, float dp, float de
 constexpr int kGradKeys = ADASPLASH2_GRAD_KEYS;
 using GradRows = Backward<kGradKeys>;
 static_assert(GradRows::kSharedBytes == ADASPLASH2_SHARED_DENSE_GRAD_ROWS);
+
+// The tiles of keys of a block of rows, from the last one on: first(its first key) of that one,
+// then next(its first key) of each other. The thread that copies and the warps that multiply both
+// go through here: each side takes every tile, or the other one waits for ever.
+template <class First, class Next>
+__device__ __forceinline__ void for_key_tiles(const Block& b, const First& first,
+                                              const Next& next) {
+  const int last = b.tiles(kGradKeys) - 1;
+  first(last * kGradKeys);
+#pragma unroll 1
+  for (int tile = last - 1; tile >= 0; --tile) next(tile * kGradKeys);
+}
 
 // dQ of the block's rows, and their delta.
 __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, const Block& b,
@@ -175,13 +196,12 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     if (b.flat[slot] && lane_id() % 4 == 0)
       p.delta[i64(b.head_row) * p.length_q + b.row(slot)] = delta[slot];
   }
-  at.take_own(own_ring, own, p.q_sign);
+  at.take_own(p, own_ring, own);
 
   constexpr int kSteps = kGradKeys / 16;
   constexpr bool kOverlap = kNarrow;
   Sums<kPanels> grad = {};
   AFragment weights[kSteps];
-  const int tiles = b.tiles(kGradKeys);
   const auto start = [&](float (&s)[kGradKeys / 2], float (&dp)[kGradKeys / 2]) {
     ring.await_full(at.full);
     at.start_dots(s, dp, own_ring.stage, ring.stage);
@@ -202,13 +222,12 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     add_weighted(grad, weights, at.x_rows(stage));
     wgmma_commit();
   };
-  {
+  const auto first = [&](int first_key) {
     float s[kGradKeys / 2], dp[kGradKeys / 2];
     start(s, dp);
-    weigh(s, dp, (tiles - 1) * kGradKeys);
-  }
-#pragma unroll 1
-  for (int tile = tiles - 2; tile >= 0; --tile) {
+    weigh(s, dp, first_key);
+  };
+  const auto next = [&](int first_key) {
     const int before = ring.stage;
     ring.advance();
     float s[kGradKeys / 2], dp[kGradKeys / 2];
@@ -217,8 +236,9 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     wgmma_wait();
     if constexpr (!kOverlap) fence_operands(grad), start(s, dp), wgmma_wait();
     at.give_back(before);
-    weigh(s, dp, tile * kGradKeys);
-  }
+    weigh(s, dp, first_key);
+  };
+  for_key_tiles(b, first, next);
   at.give_back_own(own_ring);
   add(ring.stage);
   wgmma_wait();
@@ -249,8 +269,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[GradRows::kBarriers];
   __shared__ Share share;
-  share.deal(query_tiles(p),
-             [&](int item, int part, int parts) { return has_flat_rows(p, item, part, parts); });
+  share.distribute(query_tiles(p), [&](int item, int part, int parts) {
+    return has_flat_rows(p, item, part, parts);
+  });
   if (share.count == 0) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const GradRows at(memory, shared_address(barriers));
@@ -261,23 +282,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x != kConsumers) return;
-#pragma unroll 1
-    for (int i = 0; i < share.count; ++i, own.advance()) {
-      const Block b(p, share.items[i]);
+    share.for_items([&](int item) {
+      const Block b(p, item);
       own.await_empty(at.empty_own);
       at.copy_own(query_map, Plane(p.q, b.head, b.batch), grad_map,
                   Plane(p.grad_o, b.head, b.batch), b.first, own.stage);
+      own.advance();
       const Plane keys(p.k, b.kv_head, b.batch), values(p.v, b.kv_head, b.batch);
-      for (int tile = b.tiles(kGradKeys) - 1; tile >= 0; --tile, ring.advance()) {
+      const auto copy = [&](int first_key) {
         ring.await_empty(at.empty);
-        at.copy_pair(key_map, keys, value_map, values, tile * kGradKeys, ring.stage);
-      }
-    }
+        at.copy_pair(key_map, keys, value_map, values, first_key, ring.stage);
+        ring.advance();
+      };
+      for_key_tiles(b, copy, copy);
+    });
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-#pragma unroll 1
-    for (int i = 0; i < share.count; ++i)
-      sum_grad_rows(at, shared + (memory - start), Block(p, share.items[i]), own, ring);
+    share.for_items(
+        [&](int item) { sum_grad_rows(at, shared + (memory - start), Block(p, item), own, ring); });
   }
 }
 
@@ -295,7 +317,7 @@ struct alignas(16) Queries {
 // The keys of a block.
 struct Keys : KeyBlock<kBlockRows> {
   int start;   // the first query that may see them
-  bool alone;  // whether lists have no part in their gradients, so that nothing is there
+  bool alone;  // whether lists have no part in their gradients: these are written, not added to
 
   __device__ __forceinline__ Keys(const Params& p, int number)
       : KeyBlock(p, number), start(first_row_of(first)), alone(is_all_flat(p, kv_row)) {}
@@ -304,7 +326,7 @@ struct Keys : KeyBlock<kBlockRows> {
   __device__ __forceinline__ bool are_wanted(const Params& p, int part, int parts) const {
     const int kind = p.all_flat[kv_row];
     if (kind != kMixed) return kind == kAllFlat;
-    if (parts == 1) return true;  // who copies will know
+    if (parts == 1) return true;  // the warp that copies will find out
     bool any = false;
     for (int i = part; i < p.gqa_group * p.row_blocks; i += parts)
       any |= i % p.row_blocks * kRowBlock + kRowBlock > start &&
@@ -318,14 +340,14 @@ struct Keys : KeyBlock<kBlockRows> {
     Scalar* head = row_of(grad, batch, kv_head, 0);
     for (int i = threadIdx.x; i < kBlockRows * (width / 2); i += kConsumers)
       if (const int key = first + i / (width / 2); key < p.length_k)
-        reinterpret_cast<u32*>(head + i64(key) * grad.row)[i % (width / 2)] = 0;
+        reinterpret_cast<u32*>(row_in(head, grad.row, key))[i % (width / 2)] = 0;
   }
 };
 
-// The tiles of queries with flat rows, in order. The lanes of that warp look at 32 tiles at once:
-// those without are passed without a wait for memory.
+// The tiles of queries with flat rows, in order, for the warp that copies. Its lanes check 32 tiles
+// at once: those without flat rows are skipped without a wait for memory.
 struct FlatTiles {
-  int member = 0, first;  // of the group's query heads, and the first query
+  int member = 0, first;  // of the query heads that share the keys, and the first query
 
   __device__ __forceinline__ explicit FlatTiles(const Keys& b) : ahead(b.start) {}
 
@@ -354,9 +376,8 @@ struct FlatTiles {
   int start, ahead;  // where the next 32 begin
 };
 
-// What the lanes of that warp know of a tile: of 32 queries at a time one each. All is asked for at
-// once, and before there is room for the tile: else memory's answers would hold up the tensor
-// cores.
+// What its lanes know of a tile, each of one in 32 queries. All of it is loaded at once, and before
+// there is room for the tile: else the tensor cores would wait for memory.
 struct QueryRows {
   static constexpr int kEach = kGradQueries / 32;
   float tau[kEach], delta[kEach];
@@ -401,7 +422,7 @@ __device__ __forceinline__ void copy_queries(const GradColumns& at, Queries* que
 #pragma unroll 1
   while (more) {
     const QueryRows rows = next;
-    const int head = b.kv_head * p.gqa_group + tiles.member, here = tiles.first;
+    const int head = b.first_head(p) + tiles.member, here = tiles.first;
     more = look_ahead();
     ring.await_empty(at.empty);
     Queries& q = queries[ring.stage];
@@ -448,7 +469,7 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
   Sums<kPanelsV> grad_v = {};
   AFragment probs[kSteps], weights[kSteps];
   using Dots = float[kGradQueries / 2];
-  at.take_own(own_ring, own, p.q_sign);
+  at.take_own(p, own_ring, own);
 
   // Whether there is another tile; rows without a part in it must not reach the keys through
   // 0 * NaN.
@@ -566,7 +587,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(16) Queries queries[kGradStages];
   __shared__ Share share;
   const int tiles = p.batch * p.heads_kv * ((p.length_k + kBlockRows - 1) / kBlockRows);
-  share.deal(tiles, [&](int item, int part, int parts) {
+  share.distribute(tiles, [&](int item, int part, int parts) {
     return Keys(p, item).are_wanted(p, part, parts);
   });
   if (share.count == 0) return;
@@ -579,9 +600,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     if (uniform(warp_id()) != kConsumers / 32) return;
-#pragma unroll 1
-    for (int i = 0; i < share.count; ++i) {
-      const Keys b(p, share.items[i]);
+    share.for_items([&](int item) {
+      const Keys b(p, item);
       own.await_empty(at.empty_own);
       if (lane_id() == 0)
         at.copy_own(key_map, Plane(p.k, b.kv_head, b.batch), value_map,
@@ -589,13 +609,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
       own.advance();
       copy_queries(at, queries, p, b, query_map, grad_map, ring);
-    }
+    });
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-#pragma unroll 1
-    for (int i = 0; i < share.count; ++i)
-      sum_grad_columns(at, shared + (memory - start), queries, p, Keys(p, share.items[i]), own,
-                       ring);
+    share.for_items([&](int item) {
+      sum_grad_columns(at, shared + (memory - start), queries, p, Keys(p, item), own, ring);
+    });
   }
 }
 

@@ -1,9 +1,10 @@
 // Forward of rows in dense tiles on Hopper: thresholds and outputs.
 //
-// Thresholds start from a sample: two tiles of scores in registers, then some that stand for all
-// others. One or two passes over all keys follow, until the thresholds of all rows of the block
-// look as if they were found, then the one that sums values. That one has sums of probabilities,
-// too: where some row's misses one by more than it may, it was in vain.
+// Thresholds start from a sample: two tiles of scores in registers, then, of many keys, some tiles
+// that stand for all others. One or two passes over all keys follow, until the error that is
+// expected of each row's threshold is within the tolerance. Then comes the pass that sums values.
+// It sums probabilities, too: where the sum of some row misses one by more than it may, that pass
+// is thrown away, and thresholds are sought further.
 #include "dense90.cuh"
 
 namespace adasplash2 {
@@ -20,7 +21,14 @@ using Scores = float[kTileKeys / 2];
 // The sum of probabilities may miss one by so much, since they are divided by it in the end: the
 // output is then off by less than half of that, which bfloat16 and float16 hide.
 constexpr float kTolerance = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-12f : 0x1p-10f;
-constexpr float kExactly = 1e-7f;  // the same of rows that registers hold
+// The same of rows whose scores all stay in registers, where a step costs no pass over keys: less
+// than an ulp of one.
+constexpr float kExactly = 1e-7f;
+static_assert(kExactly < kEpsilon);
+// A sum that misses one by this part of the tolerance is left as it is.
+constexpr float kWellWithin = 0.1f;
+// The part of the scores which a step passes that step_of_power() does not foresee.
+constexpr float kUnforeseen = 0.1f;
 // By so much a row's sum may miss one if its output is corrected. Where a threshold is off by d, p
 // is by -2 d u, and their sum f by -2 d (sum u): sum p v - f O2 is off by squares of f alone, and
 // so is the threshold after its last step: by 2e-6 where f is 2^-7, by 3e-5 where it is 2^-5. O2
@@ -41,7 +49,7 @@ constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
 // keys or more err by less.
 constexpr float kSampleCaution = 2.f, kLargeSampleCaution = 0.5f, kStridedCaution = 1.f;
 
-// Of a power so high that it is an exponential function, for all that float32 tells.
+// Where the inverse of the power is less, float32 cannot tell it from an exponential function.
 constexpr float kLeastInverse = 0x1p-10f;
 
 // Where nothing is known of a threshold from below: less than any, but finite, so that sums and
@@ -153,12 +161,13 @@ __device__ __forceinline__ void advance(Threshold& t, const Moments<float>& m, u
   bracket(t, f);
   const float step = step_of(m, 1.f), next = t.tau + step;
   const bool inside = next >= t.lo && next <= t.hi;
-  bool exact = fabsf(f) <= 0.1f * tolerance, enough = exact;
+  bool exact = fabsf(f) <= kWellWithin * tolerance, enough = exact;
   if constexpr (kAlpha == AlphaKind::k15) {
-    // What is left is of the scores that the step passes: about so many. A tenth of them was not
-    // foreseen, and about the root of their number by chance.
+    // What is left comes from the scores that the step passes, about so many. kUnforeseen of them
+    // are not foreseen, and by chance about the root of their number.
     const float passed = __fdividef(m.s0 * m.s0 * fabsf(step), 2.f * m.s1);
-    const float left = step * step * (0.1f * passed + passed * rsqrtf(fmaxf(passed, kEpsilon)));
+    const float left =
+        step * step * (kUnforeseen * passed + passed * rsqrtf(fmaxf(passed, kEpsilon)));
     exact |= left <= tolerance;
     enough = exact || left <= rough;
     t.slope = 2.f * fmaxf(m.s1 - m.s0 * step, 0.5f * m.s1);
@@ -327,7 +336,7 @@ struct Producer {
         push_keys(walk[i < walk.count ? i : i - walk.count]);
     ahead = next;
     __syncwarp();
-    return false;  // it only listens
+    return false;  // it takes part in the vote, but needs no pass
   }
   struct Outputs {};
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs&) {
@@ -363,8 +372,9 @@ struct Producer {
   }
 };
 
-// Sums of both outputs leave registers for half a tile. Without the second one, too: the bits of an
-// output do not depend on whether there will be a backward.
+// Where values are wide, the sums of both outputs leave registers for half a tile of scores. It is
+// half a tile without a second output, too: the bits of an output must not depend on whether there
+// will be a backward.
 constexpr int kParts = kPanelsV, kPartKeys = kTileKeys / kParts;
 constexpr int kSteps = kPartKeys / 16;
 using PartScores = float[kPartKeys / 2];
@@ -413,7 +423,7 @@ struct Attention {
       t[slot].rough = false, t[slot].slope = 1.f, t[slot].steps = 0;
     }
     await(at.full_q, 0);
-    sign_own(own, kOwnBytes, p.q_sign);
+    sign_own(p, own, kOwnBytes);
   }
 
   // The sample: its threshold for the mass that it would have of the whole row.
@@ -524,7 +534,7 @@ struct Attention {
     return !(t[0].done && t[1].done);
   }
 
-  // The outputs, if thresholds are what they were taken for; whether they must be sought again.
+  // The outputs by the thresholds as they are; whether some of these must be sought further.
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
     o = {};
@@ -710,7 +720,10 @@ struct Attention {
   __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
     b.mask(s, first_key);
     float here[2] = {0.f, 0.f}, here_u[2] = {0.f, 0.f};
-    bool live[2] = {false, false};  // 64 keys each
+    // Of each kStatsTile keys whether some are in the support.
+    constexpr int kStats = kPartKeys / kStatsTile;
+    static_assert(kPartKeys % kStatsTile == 0);
+    bool live[kStats] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       float prob[8], u[8];
@@ -724,12 +737,13 @@ struct Attention {
         here[slot] += prob[e];
         if constexpr (kCounts) {
           o.support[slot] += inside > 0.f;
-          live[k / 4] |= inside > 0.f && b.flat[slot];
+          live[k / (kStatsTile / 16)] |= inside > 0.f && b.flat[slot];
         }
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
       if constexpr (second) {
-        // Divided by the sum of what is multiplied, O2 of equal values is that value.
+        // The weights are summed as they are multiplied, rounded: O2 of equal values is then that
+        // value.
         o.weights[k] = as_a_fragment([&](int e) { return u[e]; });
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -742,8 +756,8 @@ struct Attention {
     for (int slot = 0; slot < 2; ++slot) o.mass[slot] += here[slot], o.sum_u[slot] += here_u[slot];
     if constexpr (kCounts)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (live[half]) mark_tile(p, b.head_row, b.first_row, first_key + half * 64);
+      for (int i = 0; i < kStats; ++i)
+        if (live[i]) mark_tile(p, b.head_row, b.first_row, first_key + i * kStatsTile);
   }
   template <bool second>
   __device__ __forceinline__ void start_values(Outputs& o, int part) {

@@ -13,7 +13,9 @@
 namespace adasplash2 {
 
 constexpr int kThreads = kElementThreads;
-constexpr int kBatch = 4;  // gathers in flight per lane
+// Survivors whose rows a lane loads at once. Their products are 2 * kBatch sums, as many as a row
+// has lanes at least: each lane ends with one.
+constexpr int kBatch = 4;
 constexpr bool kKeepsWeights = ADASPLASH2_KEEPS_WEIGHTS;
 
 // A row in the order of the arena: row blocks, head by head.
@@ -29,10 +31,10 @@ __device__ __forceinline__ Row row_at(const Params& p, int at) {
   return r;
 }
 
-// body(item) of what a block has to do, of `items` dealt out evenly. Mostly nothing is wanted of
-// any: a lane asks for each, all at once, since blocks that came and asked for one took longer than
-// all else.
-// (Of float32, whose rows leave no registers for it, a block has one.)
+// body(item) for each of a block's items that is wanted; all `items` are distributed evenly over
+// blocks. Mostly none is wanted. So one lane asks for each, all at once: a block for each item,
+// which only asks and ends, took longer than all else. (Float32 leaves no registers for this: there
+// a block has one item.)
 template <class Wanted, class Body>
 __device__ __forceinline__ void for_items(int items, const Wanted& wanted, const Body& body) {
   if constexpr (!kHalf) {
@@ -47,8 +49,8 @@ __device__ __forceinline__ void for_items(int items, const Wanted& wanted, const
   for (; left; left &= left - 1) body(first + __ffs(left) - 1);
 }
 
-// The same of items of a row for each team of `lanes`, whether or not there is a row for the last
-// ones. A warp's rows are all of one row block: those of flat ones are passed.
+// body(row) for each listed row: an item has one for each team of `lanes` lanes, and the last item
+// may have fewer. A warp's rows are all of one row block; flat ones are skipped.
 template <int lanes, class Body>
 __device__ __forceinline__ void for_listed_rows(const Params& p, const Body& body) {
   constexpr int kRows = kThreads / lanes;
@@ -63,8 +65,8 @@ __device__ __forceinline__ void for_listed_rows(const Params& p, const Body& bod
 }
 
 // The column of a saved survivor, in its range whatever became of it.
-__device__ __forceinline__ int column_of(const Params& p, const int* saved) {
-  return int(min(u32(*saved), u32(p.length_k - 1)));
+__device__ __forceinline__ int column_of(const Params& p, const ArenaWord& saved) {
+  return int(min(u32(saved.column), u32(p.length_k - 1)));
 }
 
 // The first of the rows of one (batch, key head)'s columns.
@@ -72,8 +74,8 @@ __device__ __forceinline__ i64 rows_of(const Params& p, int kv_row) {
   return i64(kv_row) * p.gqa_group * p.row_blocks * (kRowBlock * kArenaRow);
 }
 
-// The number of a query row among those that share keys: its head's among theirs, and below it, in
-// so many bits, its own.
+// Query rows that share keys are numbered: the number of the head among those of the key head, then
+// in the lowest row_bits() bits the row. See row_numbers() in sizes.py.
 __device__ __forceinline__ int row_bits(const Params& p) { return 32 - __clz(p.length_q - 1); }
 
 // Where no scan comes first all row blocks start as flat ones, of which nothing is known. Heads
@@ -89,7 +91,7 @@ __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int
   for (int i = threadIdx.x; i < kCheckRows * kChunks; i += kThreads) {
     float x[8] = {};
     if (const int row = first + i / kChunks; row < length)
-      load8<width>(rows + row * stride, i % kChunks * 8, x);
+      load8<width>(row_in(rows, stride, row), i % kChunks * 8, x);
 #pragma unroll
     for (float value : x) found |= !is_finite(value);
   }
@@ -99,30 +101,27 @@ __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int
 extern "C" __global__ void __launch_bounds__(kThreads)
     check_finite(const __grid_constant__ Params p) {
   start_next_and_await();
-  const int of_keys = (p.length_k + kCheckRows - 1) / kCheckRows;
-  const int key_blocks = p.batch * p.heads_kv * of_keys;
+  const int key_blocks = p.batch * p.heads_kv * ((p.length_k + kCheckRows - 1) / kCheckRows);
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.unsafe_output = 0;
   int first_head, heads;  // whose scores what is looked at has a part in
   bool found;
   if (int(blockIdx.x) < key_blocks) {
-    const int kv_row = blockIdx.x / of_keys, first = blockIdx.x % of_keys * kCheckRows;
-    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    first_head = kv_row * p.gqa_group, heads = p.gqa_group;
-    if (first == 0 && threadIdx.x == 0) p.poison[kv_row] = 0;
-    found = has_infinite<kHeadDim>(row_of(p.k, batch, kv_head, 0), p.k.row, first, p.length_k) ||
-            has_infinite<kHeadDimV>(row_of(p.v, batch, kv_head, 0), p.v.row, first, p.length_k);
+    const KeyBlock<kCheckRows> b(p, blockIdx.x);
+    first_head = b.head_row(p), heads = p.gqa_group;
+    if (b.first == 0 && threadIdx.x == 0) poison_no_keys(p, b.kv_row);
+    const Scalar *keys = row_of(p.k, b.batch, b.kv_head, 0),
+                 *values = row_of(p.v, b.batch, b.kv_head, 0);
+    found = has_infinite<kHeadDim>(keys, p.k.row, b.first, p.length_k) ||
+            has_infinite<kHeadDimV>(values, p.v.row, b.first, p.length_k);
   } else {
-    const int block = blockIdx.x - key_blocks;
-    const int of_queries = (p.length_q + kCheckRows - 1) / kCheckRows;
-    first_head = block / of_queries, heads = 1;
-    const Head of(p, first_head);
-    const Scalar* rows = row_of(p.q, of.batch, of.head, 0);
-    const int first = block % of_queries * kCheckRows, row = first + threadIdx.x;
+    const QueryBlock<kCheckRows> b(p, blockIdx.x - key_blocks);
+    first_head = b.head_row, heads = 1;
+    const int row = b.first + threadIdx.x;
     if (threadIdx.x < kCheckRows && row < p.row_blocks * kRowBlock) {
       const i64 at = i64(first_head) * p.row_blocks * kRowBlock + row;
       p.row_start[at].top = -kInf, p.row_count[at].bound = -kInf;
     }
-    found = has_infinite<kHeadDim>(rows, p.q.row, first, p.length_q);
+    found = has_infinite<kHeadDim>(row_of(p.q, b.batch, b.head, 0), p.q.row, b.first, p.length_q);
   }
   if (!__syncthreads_or(found)) return;
   u8* flat = p.flat + i64(first_head) * p.row_blocks;
@@ -135,7 +134,7 @@ __device__ __forceinline__ void output_row(const Params& p, const Row& r) {
   if (!r.inside) return;
   const int count = p.row_count[r.at].survivors;
   const i64 first_entry = arena_of(r.at / kRowBlock) + p.row_start[r.at].entry;
-  const int* columns = p.columns + first_entry;
+  const ArenaWord* columns = p.columns + first_entry;
   const float* weights = p.weights + first_entry;
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
   const int at = threadIdx.x % kOutputLanes * 8;
@@ -148,13 +147,13 @@ __device__ __forceinline__ void output_row(const Params& p, const Row& r) {
     float x[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      column[i] = first + i < count ? columns[first + i] : -1;
+      column[i] = first + i < count ? columns[first + i].column : -1;
       x[i] = first + i < count ? weights[first + i] : 0.f;
     }
     float value[kBatch][8];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      load8<kHeadDimV>(values + column[i] * p.v.row, at, value[i], column[i] >= 0);
+      load8<kHeadDimV>(row_in(values, p.v.row, column[i]), at, value[i], column[i] >= 0);
     if constexpr (!kKeepsWeights)
       if (first == 0 && at == 0) p.first_weight[r.at] = x[0];
 #pragma unroll
@@ -201,8 +200,7 @@ __device__ __forceinline__ void count_columns_of(const Params& p, int row_block)
   }
   const int last = row_block * kRowBlock + kRowBlock - 1;
   const int total = p.row_start[last].entry + max(p.row_count[last].survivors, 0);
-  const Head of(p, row_block / p.row_blocks);
-  const int kv_row = of.batch * p.heads_kv + of.kv_head;
+  const int kv_row = Head(p, row_block / p.row_blocks).kv_row(p);
   int* counts = p.column_count + i64(kv_row) * p.length_k;
   const i64 arena = arena_of(row_block);
   for (int first = 0; first < total; first += kThreads) {
@@ -210,7 +208,7 @@ __device__ __forceinline__ void count_columns_of(const Params& p, int row_block)
     const u32 inside = __ballot_sync(kAllLanes, i < total);
     if (i >= total) break;
     // One atomic for all lanes with the same column: every row has a sink's.
-    const int column = column_of(p, p.columns + arena + i);
+    const int column = column_of(p, p.columns[arena + i]);
     const u32 peers = __match_any_sync(inside, column);
     if (lane_id() == __ffs(peers) - 1) atomicAdd(counts + column, __popc(peers));
   }
@@ -246,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(kPrefixThreads)
   __shared__ int sums[kPrefixThreads / 32];
   if (p.all_flat) {
     const int row_blocks = p.gqa_group * p.row_blocks;
-    bool listed = p.poison[blockIdx.x] > 0, flat = false;
+    bool listed = is_any_poisoned(p, blockIdx.x), flat = false;
     for (int i = threadIdx.x; i < row_blocks; i += kPrefixThreads) {
       const bool here = p.flat[i64(blockIdx.x) * row_blocks + i] != kListed;
       flat |= here, listed |= !here;
@@ -285,9 +283,9 @@ constexpr int kRowLanes = ADASPLASH2_GRAD_LANES;
 // a time take more.
 constexpr int kGradBlocks = kAligned ? 2 : 1;
 
-// The products of a batch of survivors with what a row or a column brings to all of its own: score
-// = q . k and dp = dO . v. Of survivor i those of lane l are right where slot() is i, the same to
-// the last bit whoever brings what: so x, found from them twice, is one x.
+// The products of a batch of survivors with the vectors of their row or column: score = q . k and
+// dp = dO . v. Lanes whose slot() is i have those of survivor i. They are summed in the same order
+// for a row as for a column, so that both find the same bits, and from these the same x.
 struct Products {
   float score, dp;
 
@@ -344,7 +342,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
   // The lanes of a warp stay together for the shuffles.
   const int longest = uniform(__reduce_max_sync(kAllLanes, count));
   const i64 first_entry = active ? arena_of(r.at / kRowBlock) + p.row_start[r.at].entry : 0;
-  const int* columns = p.columns + first_entry;
+  const ArenaWord* columns = p.columns + first_entry;
   const int lane = threadIdx.x % kRowLanes, at = lane * 8;
 
   float query[8] = {}, grad_o[8] = {}, first_x = 0.f;
@@ -353,11 +351,11 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
     load8<kHeadDimV>(row_of(p.grad_o, r.batch, r.head, r.row), at, grad_o);
     if constexpr (!kKeepsWeights) first_x = p.first_weight[r.at];
 #pragma unroll
-    for (float& x : query) x *= p.q_sign;
+    for (float& x : query) x = signed_value(p, x);
   }
   const Scalar* keys = active ? row_of(p.k, r.batch, r.kv_head, 0) : nullptr;
   const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
-  const int kv_row = r.batch * p.heads_kv + r.kv_head, mine = Products::slot();
+  const int kv_row = r.kv_row(p), mine = Products::slot();
   const int my_row = r.head % p.gqa_group << row_bits(p) | r.row;
   const bool puts = lane < 8 && lane % 2 == 0;  // one lane a survivor
   float first_score = 0.f, first_dp = 0.f, sum_u = 0.f, sum_udp = 0.f, mass = 0.f;
@@ -368,14 +366,14 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
     int column[kBatch], my_column = 0, place = 0;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      column[i] = first + i < count ? column_of(p, columns + first + i) : -1;
+      column[i] = first + i < count ? column_of(p, columns[first + i]) : -1;
       if (i == mine) my_column = column[i];
     }
     float key[kBatch][8], value[kBatch][8];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      load8<kHeadDim>(keys + column[i] * p.k.row, at, key[i], column[i] >= 0);
-      load8<kHeadDimV>(values + column[i] * p.v.row, at, value[i], column[i] >= 0);
+      load8<kHeadDim>(row_in(keys, p.k.row, column[i]), at, key[i], column[i] >= 0);
+      load8<kHeadDimV>(row_in(values, p.v.row, column[i]), at, value[i], column[i] >= 0);
     }
     if (inside && puts) place = atomicAdd(p.column_start + i64(kv_row) * p.length_k + my_column, 1);
     const Products found(query, key, grad_o, value);
@@ -410,7 +408,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
   if (!active) return;
   if (count && lane == 0)
     reinterpret_cast<float4*>(p.terms)[r.at] = {first_score, first_x, delta, factor};
-  // Of infinite values, too, a row that feels them has no gradient.
+  // A row that keeps an infinite value has no gradient either.
   const float rest = kept < 0 || !is_finite(delta) ? kNaN : delta - first_dp;
 #pragma unroll
   for (int j = 0; j < 8; ++j)
@@ -435,15 +433,14 @@ struct Column {
 
   __device__ __forceinline__ Column(const Params& p, int number, int lane, bool wanted)
       : number(number), at(lane % kRowLanes * 8) {
-    const int kv_row = number / p.length_k, column = number % p.length_k;
-    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    first_row = kv_row * p.gqa_group * p.row_blocks * kRowBlock;
-    queries = row_of(p.q, batch, kv_head * p.gqa_group, 0);
-    grads = row_of(p.grad_o, batch, kv_head * p.gqa_group, 0);
-    load8<kHeadDim>(row_of(p.k, batch, kv_head, column), at, key, wanted);
-    load8<kHeadDimV>(row_of(p.v, batch, kv_head, column), at, value, wanted);
+    const Key of(p, number);
+    first_row = of.kv_row * p.gqa_group * p.row_blocks * kRowBlock;
+    queries = row_of(p.q, of.batch, of.first_head(p), 0);
+    grads = row_of(p.grad_o, of.batch, of.first_head(p), 0);
+    load8<kHeadDim>(row_of(p.k, of.batch, of.kv_head, of.key), at, key, wanted);
+    load8<kHeadDimV>(row_of(p.v, of.batch, of.kv_head, of.key), at, value, wanted);
 #pragma unroll
-    for (float& x : key) x *= p.q_sign;
+    for (float& x : key) x = signed_value(p, x);
   }
 
   // x of a row that keeps the key.
@@ -457,7 +454,7 @@ struct Column {
       const int count = p.row_count[row_at].survivors;
 #pragma unroll 2
       for (int i = lane_id() % 2; i < count; i += 2)
-        if (column_of(p, p.columns + first + i) == column) found = p.weights[first + i];
+        if (column_of(p, p.columns[first + i]) == column) found = p.weights[first + i];
     }
     return sum_over<2>(found);
   }
@@ -471,9 +468,10 @@ struct Column {
     for (int i = 0; i < kBatch; ++i) {
       const bool wanted = row[i] >= 0;
       const int member = row[i] >> bits, of_head = row[i] & ((1 << bits) - 1);
-      load8<kHeadDim>(queries + member * p.q.head + of_head * p.q.row, at, q[i], wanted);
-      load8<kHeadDimV>(grads + member * p.grad_o.head + of_head * p.grad_o.row, at, grad_o[i],
-                       wanted);
+      const Scalar* query = row_in(row_in(queries, p.q.head, member), p.q.row, of_head);
+      const Scalar* grad = row_in(row_in(grads, p.grad_o.head, member), p.grad_o.row, of_head);
+      load8<kHeadDim>(query, at, q[i], wanted);
+      load8<kHeadDimV>(grad, at, grad_o[i], wanted);
       if (i == Products::slot()) my_row = row[i];
     }
     const bool inside = my_row >= 0;
@@ -523,16 +521,15 @@ struct Column {
   }
 
   __device__ __forceinline__ void write(const Params& p) {
-    const int kv_row = number / p.length_k, column = number % p.length_k;
-    const int batch = kv_row / p.heads_kv, kv_head = kv_row % p.heads_kv;
-    const bool poisoned = column < p.poison[kv_row];
+    const Key of(p, number);
+    const bool poisoned = is_poisoned(p, of.kv_row, of.key);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       grad_k[j] = poisoned ? kNaN : grad_k[j] * p.scale;
       grad_v[j] = poisoned ? kNaN : grad_v[j];
     }
-    store8<kHeadDim>(row_of(p.grad_k, batch, kv_head, column), at, grad_k);
-    store8<kHeadDimV>(row_of(p.grad_v, batch, kv_head, column), at, grad_v);
+    store8<kHeadDim>(row_of(p.grad_k, of.batch, of.kv_head, of.key), at, grad_k);
+    store8<kHeadDimV>(row_of(p.grad_v, of.batch, of.kv_head, of.key), at, grad_v);
   }
 };
 
@@ -557,7 +554,8 @@ __device__ __forceinline__ void sum_column(const Params& p, int column_at, int c
   const int* unsorted = count > 0 ? rows_of_column(p, column_at, count) : nullptr;
 
   const int rounded = (count + 3) / 4 * 4;
-  // A row is there once, but where what was saved is written over: no place stays without a row.
+  // Rows differ, unless what was saved was written over. Ranks may be equal then: `sorted` is set
+  // first, so that each place has a row.
   for (int i = lane; i < rounded; i += kLanes)
     rows[i] = sorted[i] = i < count ? unsorted[i] : 0x7fffffff;
   __syncwarp();
@@ -625,9 +623,14 @@ struct LongColumn {
         rows(rows_of_column(p, at, count)) {}
 };
 
-// Sorts the rows of long columns: a bit for each row, and the number of bits before it. Of more
-// rows than there are bits for, those before the bits go first, and the others behind them.
+// The most words, by powers of two, that fit the shared memory twice.
 constexpr int kSortWords = 4096;
+static_assert(2 * 4 * kSortWords + kSortThreads / 32 * 4 <= kStaticShared &&
+              2 * 4 * 2 * kSortWords > kStaticShared);
+
+// Sorts the rows of long columns: a bit for each row, and the number of bits before it. Where there
+// are more rows than bits, it takes turns: the rows that have bits in this turn are put in order
+// behind those of the turns before, and the others are moved to the end.
 extern "C" __global__ void __launch_bounds__(kSortThreads)
     sort_long_columns(const __grid_constant__ Params p) {
   start_next_and_await();
@@ -679,8 +682,9 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
 // dK and dV of long columns. Each is split over several blocks by its sorted rows, and the
 // last block to finish adds the parts in order.
 constexpr int kLongTeams = kLongThreads / kRowLanes;  // rows that a block gathers side by side
-constexpr int kLongLeast = 256;                       // rows of a part, but for the last one
-using LongSum = float[2][8][kRowLanes];               // of dK and dV
+// Rows of a part, but for the last one: each part costs its block one exchange of sums. Not tuned.
+constexpr int kLongLeast = 256;
+using LongSum = float[2][8][kRowLanes];  // of dK and dV
 constexpr int kLongValues = sizeof(LongSum) / sizeof(float);
 static_assert(sizeof(LongSum) <= kLongPartBytes);
 

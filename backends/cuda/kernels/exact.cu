@@ -86,7 +86,7 @@ struct Sums {
       for (int n = 0; n < kColumns; ++n) {
         const int column = lane_id() + 32 * n;
         if (first + i >= length || column >= width) continue;
-        Scalar* to = head + i64(first + i) * stride + column;
+        Scalar* to = row_in(head, stride, first + i) + column;
         const float x = of_row[i][n] * of_this;
         store(to, to_sum ? to_float(*to) + x : x);
       }
@@ -115,7 +115,7 @@ struct Rows {
   const float c;
   Threshold tau[2];
 
-  __device__ __forceinline__ explicit Rows(const Block& b) : b(b), c(b.p.c * b.p.q_sign) {
+  __device__ __forceinline__ explicit Rows(const Block& b) : b(b), c(signed_c(b.p)) {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
       tau[slot] = b.flat[slot] ? threshold_of(b.p, b.head_row, b.row_of_slot(slot)) : kNoSupport;
@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Weights weights(grads_at + kBytesV);
   const u32 keys = shared_address(shared) + warp_id() * 16 * tile_stride<kDim>;
   const u32 values = shared_address(values_at) + warp_id() * 16 * tile_stride<kDimV>;
-  const float c = p.c * p.q_sign;
+  const float c = signed_c(p);
   const bool of_values = blockIdx.y;
   const u32 blocks = u32(p.batch * p.heads_kv) * u32((p.length_k + kRows - 1) / kRows);
   for (u32 number = blockIdx.x; number < blocks; number += gridDim.x) {

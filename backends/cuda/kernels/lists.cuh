@@ -18,32 +18,38 @@
 namespace adasplash2 {
 
 constexpr int kCapacity = ADASPLASH2_CAPACITY;
-// Bounds are raised, and lists rebalanced, when a list has grown by so many entries since.
+// How often the lists are worked on. Survivors are the same whatever these numbers are (1 or more);
+// how many other scores pass, and how many rows go to dense tiles, are not. None is tuned.
+//
+// Bounds are raised when the longest list has grown by so many entries since. Where it has to grow
+// by half instead, Gaussian rows of 8,192 keys (c = 0.5) raise 9 times instead of 56, and 298
+// scores of a row pass instead of 270 (simulated).
 constexpr int kRaiseGrow = 1;
-constexpr int kRebalanceGrow = 3;
-constexpr int kSpare = 2;        // entries by which lists may grow before staging has to make way
-constexpr int kFirstSteps = 3;   // raises to the first bounds
+constexpr int kRebalanceGrow = 3;  // the same for rebalance()
+constexpr int kSpare = 2;          // entries by which lists may grow before staging has to make way
+constexpr int kFirstSteps = 3;  // Newton's steps from what the largest score proves to first bounds
 constexpr int kLastResorts = 4;  // raises before a full list sends its rows to dense tiles
 
 constexpr int kAnyNumber = 0x7fffffff;  // of survivors
 
-// With how many survivors a row, on the mean of a warp, its rows turn flat before the scan ends.
-// So many of part of the keys will hardly find room in the arena, though bounds lag a little ...
+// With how many survivors a row, on the mean of a warp, its rows turn flat before the scan ends: a
+// little more than the arena holds, since bounds lag, and lists hold scores that will not survive.
 constexpr int kMostOfArena = kArenaRow + kArenaRow / 8;
-// ... and so many, of rows that see so many keys, be slower than dense tiles on Hopper.
+// The same where dense90_output.cu serves flat rows, which see so many keys: where rows keep more,
+// it is faster than lists.
 __device__ __forceinline__ int most_kept(int keys) {
   return min(kKeptMost, kKeptLeast + keys / kKeptKeys);
 }
 // The same after some of the tiles. Rows keep more of more keys: Gaussian ones that keep 65 of
-// 16,384 keep 59 of a half of them, 40 of the first 1,024. So few of the keys tell that lists are
-// in vain. Rows of near keys keep what they will early, and bounds lag at first: the limit is lower
-// by 5/64 only for each half, and for no more than three.
+// 16,384 keep 59 of a half of them, 40 of the first 1,024. So the limit is lower while few keys are
+// scanned. But rows that keep near keys find most of them early, and bounds lag at first: it is
+// lower by only 5/64 for each halving of the keys, and for no more than three halvings.
 __device__ __forceinline__ int most_so_far(int most, int tiles, int all) {
   return most - most * min(3, __clz(tiles) - __clz(all)) * 5 / 64;
 }
-// And by the first one, of a warp's rows together: then 64 rows of a problem that is not causal go
-// to dense tiles for good, or all stay. Half of them here and there would pay for both. Of causal
-// rows, whose near keys are still to come, that tile says too little.
+// The same after the first tile, of a warp's rows together. Where first_tile_tells(), 64 rows go to
+// dense tiles for good, or all of them stay: with half of them here and half there, a block would
+// pay for both.
 __device__ __forceinline__ int most_at_first(int keys) { return kFirstLeast + keys / kFirstKeys; }
 
 struct Survivor {
@@ -88,8 +94,8 @@ struct Lists {
   float top[kSlots];  // largest score this lane has met
   u32 poisoned;       // a bit a slot: rows that are NaN, or do not exist
   bool unset;         // some row of the warp has no bound yet
-  bool flat;          // they keep more, or a row more than its lists hold: they go to dense tiles
-  int kept;           // how many they kept then
+  bool flat;  // its rows go to dense tiles: they keep too many, or one more than its lists hold
+  int kept;   // how many they kept when they turned flat
   u32 first_staging;  // the lane's, of pair 0; the next one is below
   u32 last_staging;   // below it there is no room
   // Next free block, without the pair's own offset; below last_staging by more than one where
@@ -142,11 +148,12 @@ struct Lists {
   // From a lane's staging block to its column.
   static __device__ __forceinline__ u32 to_column() { return kStagingParts * 512 - lane_id() * 12; }
 
-  // The first bounds of rows, from the largest scores of parts of their first tile: some scores of
-  // the row as good as any, and enough of them that few of the tile pass. Where more than most()
-  // pass on the mean, lists would fill and be raised again and again: the whole tile raises the
-  // bounds once, in registers, and if it is still more the warp turns flat before anything is
-  // staged, as where together(how many pass) says so for several warps. Returns whether it did.
+  // The first bounds of rows, from the largest scores of parts of their first tile. Any scores of a
+  // row prove a bound; these prove one that few others of the tile pass. Where more than most() a
+  // row pass on the mean, lists would fill, and bounds be raised again and again. So the whole tile
+  // raises the bounds once, in registers; if more than most() still pass, the warp turns flat
+  // before anything is staged. It also turns flat where together(how many pass), which several
+  // warps ask at once, says so. Returns whether it turned flat.
   template <int count, class Score, class Most, class Together>
   __device__ __forceinline__ bool set_first_bounds(const Score& score, const Params& p,
                                                    const Most& most, const Together& together) {
@@ -285,7 +292,7 @@ struct Lists {
     raise_at = base + (longest + kRaiseGrow - 1) * kEntryBytes;
   }
 
-  // Survivors of all rows of the warp, and what is not dropped yet.
+  // Entries of all lists of the warp: survivors, and scores that are not dropped yet.
   __device__ __forceinline__ int survivors() const {
     u32 bytes = 0;
 #pragma unroll
@@ -329,7 +336,7 @@ struct Lists {
     rebalance_at = longest_now + kRebalanceGrow * kEntryBytes;
   }
 
-  // Whether every list has room for one more staging block beside `blocks` of them.
+  // Whether every list has room for what a staging block may add, while `blocks` of these are kept.
   __device__ __forceinline__ bool has_room(int blocks) const {
     const u32 room = min(kBytes - blocks * kStagingBytes, kMaxList * kEntryBytes);
     return !past(base + room - kAppendBytes);
@@ -393,13 +400,14 @@ struct Lists {
   }
 
   // Solve every row of the warp and write its survivors to the arena of its row blocks. These are
-  // two slots each, from `row_block` on; returns a bit for each one that the arena cannot hold.
+  // two slots each, from `row_block` on; returns the overflow: a bit for each that the arena cannot
+  // hold.
   __device__ __forceinline__ u32 write(const Params& p, int head_row, int row_block,
                                        int first_row) const {
     const int lane = lane_id();
     Solution found[kSlots];
     solve(found, p.c, p.r);
-    u32 overfull = 0;
+    u32 overflow = 0;
 #pragma unroll
     for (int part = 0; part < kSlots / 2; ++part) {
       if (first_row + part * kRowBlock >= p.length_q)
@@ -421,7 +429,7 @@ struct Lists {
         used += __shfl_sync(kAllLanes, upto, 31);
       }
       if (used > kRowBlock * kArenaRow) {
-        overfull |= 1u << part;
+        overflow |= 1u << part;
         continue;
       }
 #pragma unroll
@@ -435,7 +443,7 @@ struct Lists {
             const Survivor kept = load(at + slot * kSlotBytes);
             const float x = fmaf(p.c, kept.score - s.top, -s.tau);
             if (x > 0.f) {
-              p.columns[arena + to] = kept.column;
+              p.columns[arena + to].column = kept.column;
               p.weights[arena + to++] = x;
               if (p.tiles) mark_tile(p, head_row, row, kept.column);
             }
@@ -456,17 +464,17 @@ struct Lists {
         }
       }
     }
-    return overfull;
+    return overflow;
   }
 
   // What the dense kernels start from: a row's largest score and its bound.
   __device__ __forceinline__ void hand_over(const Params& p, int row_block, int first_row,
-                                            u32 overfull) const {
+                                            u32 overflow) const {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       if (first_row + slot / 2 * kRowBlock >= p.length_q) break;
       const float seen = max_or_nan_over<4>(top[slot]);
-      if (lane_id() % 4 == 0 && (overfull >> slot / 2 & 1u)) {
+      if (lane_id() % 4 == 0 && (overflow >> slot / 2 & 1u)) {
         const int at = (row_block + slot / 2) * kRowBlock + slot % 2 * 8 + lane_id() / 4;
         p.row_start[at].top = poisoned >> slot & 1u ? kNaN : seen;
         const float proven = flat ? load_shared(base + slot * kSlotBytes) : bound[slot];
@@ -524,9 +532,9 @@ struct Lists {
   }
 
   // Stage the scores of a tile of `count` staging blocks that may be survivors: `first_column` is
-  // the lane's first, and score (slot, n, j) belongs to column first_column + 8 n + j. Straight
-  // code but for the first tile, of whose scores no more than most() a row may be above the first
-  // bounds. The maxima of a flat warp go on being kept.
+  // the lane's first, and score (slot, n, j) belongs to column first_column + 8 n + j. There is
+  // a branch for the first tile only, of whose scores no more than most() a row may be above the
+  // first bounds. A flat warp still keeps its rows' largest scores.
   template <int count, class Score, class Most, class Together>
   __device__ __forceinline__ void stage_tile(const Score& score, int first_column, const Params& p,
                                              const Most& most, const Together& together) {
@@ -535,7 +543,7 @@ struct Lists {
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) before[pair] = staging_end[pair];
     stage_blocks(score, 0, count, first_column);
-    // As soon as another tile like this one would find no room, or all may be in vain.
+    // Due as soon as another tile like this one would find no room, and when the warp turns flat.
     due = turns;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair)
@@ -596,7 +604,7 @@ struct Lists {
     clear_staging(entries());
   }
 
-  // The same after the last tile. With the whole scan done, lists serve all rows that they hold.
+  // filter() after the last tile: with the scan done, lists serve all rows that they hold.
   __device__ __forceinline__ void finish(const Params& p) {
     filter(p, [] { return kAnyNumber; });
     __syncwarp();

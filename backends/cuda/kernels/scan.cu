@@ -10,7 +10,9 @@
 namespace adasplash2 {
 
 constexpr int kWarpRows = kScanWarpRows;
-constexpr int kSlots = kWarpRows / 8;  // rows that a lane shares
+constexpr int kSlots = kWarpRows / 8;                             // rows that a lane shares
+constexpr int kFragments = kWarpRows / 16;                        // of 16 rows
+constexpr u32 kAllRowBlocks = (1u << kWarpRows / kRowBlock) - 1;  // a bit for each of the warp
 // Float32 queries stand in shared memory; wide ones leave room for two warps only.
 constexpr int kBlockRows = ADASPLASH2_BLOCK_ROWS;
 constexpr int kWarps = kBlockRows / kWarpRows;
@@ -18,13 +20,14 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kTileKeys = ADASPLASH2_TILE_KEYS;  // that are copied to shared memory at a time
 constexpr int kStages = kScanStages;
 constexpr int kChunk = 32;  // keys whose scores a warp holds at a time
+static_assert(kTileKeys % kChunk == 0 && kChunk % kStagingKeys == 0);
 
-constexpr int kQuarters = kChunk / 8;   // n8 fragments of a chunk
-using Scores = float[2][kQuarters][4];  // [m16 fragment][n8 fragment][accumulator]
+constexpr int kQuarters = kChunk / 8;            // n8 fragments of a chunk
+using Scores = float[kFragments][kQuarters][4];  // [m16 fragment][n8 fragment][accumulator]
 
 // The queries of a warp as A fragments; float32 reads them from shared memory instead.
 struct Queries {
-  AFragment part[kHalf ? 2 : 1][kHalf ? kDim / 16 : 1];
+  AFragment part[kHalf ? kFragments : 1][kHalf ? kDim / 16 : 1];
   u32 shared;  // float32: address of the warp's rows
 };
 
@@ -35,18 +38,17 @@ __device__ __forceinline__ u32 load_pair(const Scalar* row, int at, bool inside)
   return low | high << 16;
 }
 
-// Load a warp's queries; rows with NaN or infinity become zeros and are returned as a mask of
-// slots, so that they do not flood the lists.
+// Load a warp's queries. One with NaN or infinity is loaded as zeros, and the bit of its slot is
+// set in what is returned: lists must keep none of its scores.
 __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const Scalar* head,
                                             int first, char* tile) {
   const int lane = lane_id();
   u32 poisoned = 0;
-  const u32 flip = p.q_sign < 0.f ? 0x80008000u : 0u, mask = p.q_sign == 0.f ? 0u : ~0u;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const int row = first + slot * 8 + lane / 4;
     const bool inside = row < p.length_q;
-    const Scalar* from = head + i64(inside ? row : 0) * p.q.row;
+    const Scalar* from = row_in(head, p.q.row, inside ? row : 0);
     bool bad = false;
     if constexpr (kHalf) {
 #pragma unroll
@@ -57,14 +59,14 @@ __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const S
           const u32 raw = load_pair<kHeadDim>(from, at, inside);
           const float2 pair = Scalar::unpack(raw);
           bad |= !is_finite(pair.x) || !is_finite(pair.y);
-          q.part[slot / 2][k].r[slot % 2 + half * 2] = (raw ^ flip) & mask;
+          q.part[slot / 2][k].r[slot % 2 + half * 2] = signed_pair(p, raw);
         }
     } else {
       for (int at = lane % 4; at < kDim; at += 4) {
         const float x = inside && at < kHeadDim ? to_float(from[at]) : 0.f;
         bad |= !is_finite(x);
         reinterpret_cast<float*>(tile + (slot * 8 + lane / 4) * tile_stride<kDim>)[at] =
-            x * p.q_sign;
+            signed_value(p, x);
       }
     }
     if (__ballot_sync(kAllLanes, bad) >> (lane & ~3) & 15u) {
@@ -84,11 +86,11 @@ __device__ __forceinline__ u32 load_queries(Queries& q, const Params& p, const S
   return poisoned;
 }
 
-// q k^T for 32 rows and one chunk of keys.
+// q k^T for a warp's rows and one chunk of keys.
 __device__ __forceinline__ void products(Scores& s, const Queries& q, u32 keys) {
   const int lane = lane_id();
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kFragments; ++m)
 #pragma unroll
     for (int n = 0; n < kQuarters; ++n)
 #pragma unroll
@@ -102,7 +104,7 @@ __device__ __forceinline__ void products(Scores& s, const Queries& q, u32 keys) 
         u32 b[4];
         ldmatrix(b, from + n * 8 * tile_stride<kDim> + k * 32);
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < kFragments; ++m)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float (&d)[4] = s[m][n + i];
@@ -209,12 +211,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   }
   if (outside) return;
   lists.finish(p);
-  const u32 overfull = lists.flat ? 3u : lists.write(p, block.head_row, row_block, first_row);
-  if (overfull) lists.hand_over(p, row_block, first_row, overfull);
+  const u32 overflow =
+      lists.flat ? kAllRowBlocks : lists.write(p, block.head_row, row_block, first_row);
+  if (overflow) lists.hand_over(p, row_block, first_row, overflow);
 #pragma unroll
   for (int part = 0; part < kSlots / 2; ++part)
     if (lane_id() == 0 && first_row + part * kRowBlock < p.length_q)
-      p.flat[row_block + part] = overfull >> part & 1u ? kFlat : kListed;
+      p.flat[row_block + part] = overflow >> part & 1u ? kFlat : kListed;
 }
 
 }  // namespace adasplash2

@@ -26,6 +26,7 @@ constexpr int kStages = ADASPLASH2_STAGES;
 constexpr bool kRetry = ADASPLASH2_RETRY;
 constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
 constexpr int kThreads = kConsumers + kWarpgroupThreads;
+// The fewest that setmaxnreg knows; one thread that asks for tiles needs no more.
 constexpr int kProducerRegisters = 24;
 constexpr int kRows = kWarpgroupRows;
 constexpr int kBlockRows = kWarpgroups * kRows;
@@ -37,18 +38,21 @@ constexpr bool kDense90 = kAlpha != AlphaKind::kGeneral && kDimV <= kHopperMaxHe
 // Whether a warpgroup whose rows are all flat may stop: dense90_output.cu finds the largest
 // scores itself, dense.cu relies on the first scan.
 constexpr bool kMayStop = kRetry || kDense90;
-// And whether the copies may end with the last of them: a retry has more items.
+// Whether copies end when all warpgroups have stopped. Not those of a retry, which has more items.
 constexpr bool kMayEnd = kMayStop && !kRetry;
 
 constexpr int kPanelBytes = kTileKeys * kLineBytes;
 constexpr int kStageBytes = kPanels * kPanelBytes;
 constexpr int kBarriers = 2 * kStages;
 
-// How a scan ends before its last tile: all warpgroups have stopped, and one more tile is announced
-// that was not copied, the `last` one, which is -1 until then. Who reads `stopped` a moment too
-// early has one tile more copied. `last` is written before its tile's barrier is arrived at, and
-// read behind it: who missed it would wait for the next tile for ever. Both are atomic.
-// Beside them what a warp notes for Lists::filter(), which has no registers for it: hence volatile.
+// How a scan ends before its last tile. A warpgroup that needs no more tiles sets its bit in
+// `stopped`. When the thread that copies sees all bits set, it copies no more: it writes the number
+// of the next tile to `last`, which is -1 until then, and arrives at the barrier of that tile
+// itself. Warps that wait there go on, see that the tile is the `last` one and end. If the thread
+// reads `stopped` just before the last bit is set, it copies one tile too many, and announces the
+// one after it. `last` is written before the arrival and read after the wait: a warp that missed it
+// would wait for the next tile for ever. Both are accessed atomically. `most` is what a warp notes
+// for Lists::filter(), which has no registers for it: hence volatile.
 struct Notes {
   u32 stopped;  // bit of each warpgroup
   int last;
@@ -64,7 +68,7 @@ struct Notes {
     return __shfl_sync(kAllLanes, lane_id() == 0 && atomicOr(&last, 0) == tile, 0);
   }
 };
-// What a retry's threads have looked at, see Share.
+// Of how many items a retry notes whether they are worth it: one a thread, see Share.
 constexpr int kNoted = kRetry ? kThreads : 1;
 // The barriers and these are static shared memory: what is launched with has room for all.
 static_assert(kSwizzleAlignment + kStages * kStageBytes + kWarpgroups * 4 * Lists<kSlots>::kBytes +
@@ -107,9 +111,9 @@ struct Item : QueryBlock<kBlockRows> {
   }
 };
 
-// The items among which a retry looks for rows: every gridDim.x-th one. Of the first ones each
-// thread looks at one: mostly none is worth it, and one look after another would take longer than
-// all else.
+// The items in which a block of a retry looks for rows: every gridDim.x-th one. Each thread checks
+// one of the first items: mostly none is worth it, and to check one after another would take longer
+// than all else.
 struct Share {
   const Params& p;
   const int items;
@@ -137,11 +141,11 @@ __device__ __forceinline__ void for_items(const Params& p, const bool* worth_it,
 
 using KeyRing = Ring<kStages>;
 
-// One thread has the tiles copied, until no warpgroup takes one any more.
+// One thread has the tiles copied, until all warpgroups have stopped.
 __device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap& map,
                                                const Item& item, KeyRing& at, u32 stages, u32 full,
                                                u32 empty, Notes& notes) {
-  const Plane plane(p.k, item.head / p.gqa_group, item.batch);
+  const Plane plane(p.k, item.kv_head, item.batch);
   for (int i = 0; i < item.tiles; ++i, at.advance()) {
     at.await_empty(empty);
     if constexpr (kMayEnd) {
@@ -158,17 +162,16 @@ __device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap&
   }
 }
 
-// A warp's queries as A fragments; those with NaN or infinity become zeros and are returned as
-// a mask of slots, so that they do not flood the lists.
+// A warp's queries as A fragments. One with NaN or infinity is loaded as zeros, and the bit of its
+// slot is set in what is returned: lists must keep none of its scores.
 __device__ __forceinline__ u32 load_queries(AFragment (&q)[kDim / 16], const Params& p,
                                             const Scalar* head, int first) {
-  const u32 flip = p.q_sign < 0.f ? 0x80008000u : 0u, mask = p.q_sign == 0.f ? 0u : ~0u;
   u32 dead = 0;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const int row = first + slot * 8 + lane_id() / 4;
     const bool inside = row < p.length_q;
-    const Scalar* from = head + i64(inside ? row : 0) * p.q.row + lane_id() % 4 * 2;
+    const Scalar* from = row_in(head, p.q.row, inside ? row : 0) + lane_id() % 4 * 2;
     bool bad = false;
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k)
@@ -178,7 +181,7 @@ __device__ __forceinline__ u32 load_queries(AFragment (&q)[kDim / 16], const Par
         const u32 raw = inside && at < kHeadDim ? *reinterpret_cast<const u32*>(from + at) : 0u;
         const float2 pair = Scalar::unpack(raw);
         bad |= !is_finite(pair.x) || !is_finite(pair.y);
-        q[k].r[slot + half * 2] = (raw ^ flip) & mask;
+        q[k].r[slot + half * 2] = signed_pair(p, raw);
       }
     if (__ballot_sync(kAllLanes, bad) >> (lane_id() & ~3) & 15u) {
       dead |= 1u << slot;
@@ -213,7 +216,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     at.await_full(full);
     return first_tile + at.stage * (kStageBytes / kDescriptorBytes);
   };
-  // All warps of a warpgroup filter together: each would hold up the others when its turn comes.
+  // All warps of a warpgroup filter together: while one filters, the others cannot multiply.
   const auto vote = [warp](bool due) { return any_of_warpgroup(1 + warp / 4, due); };
   const auto give_back = [&] {
     if (lane_id() == 0) arrive(empty + at.stage * 8);
@@ -222,30 +225,32 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   const auto most = [&] {
     return kDense90 ? most_kept(seen_end(first_row + 15, p.length_k)) : kMostOfArena;
   };
-  // Whether flat rows keep so many that the lists of a retry would be in vain: more than the arena
-  // holds or, on the way there already, half of what is too many.
+  // Whether a flat warp keeps so many that a retry would not help: more than the arena holds or,
+  // where dense90_output.cu serves flat rows, more than half of what is too many for lists.
   const auto hopeless = [&] {
     return lists.flat && lists.kept > kRowBlock * (kDense90 ? most() / 2 : kArenaRow);
   };
-  // Keys beyond these are seen by none of the warpgroup's rows; none at all by one without rows.
+  // The last key that the warpgroup needs: that some of its rows sees, or -1 where it needs no
+  // more.
   int last_seen = seen_end(first_of_warpgroup + kRows - 1, p.length_k) - 1;
   const auto stop = [&] {
     last_seen = -1;
     if (kMayEnd && threadIdx.x % kWarpgroupThreads == 0) notes.stop(warp / 4);
   };
   if (first_of_warpgroup >= p.length_q) stop();
-  const auto look = [&](const auto& score, int first_key) {
+  const auto stage_and_filter = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     const auto limit = [&] { return notes.most[warp_id()]; };
-    // Each warp by as many lanes as it has scores that pass: 16 where it is at the limit. All come
-    // here with their first tile.
+    // The warpgroup's mean: a warp at the limit says so with 16 of its lanes, others with more or
+    // fewer in proportion to the scores that pass. All four warps come here with their first tile.
     const auto together = [&](int pass) {
-      if (kCausal || !kMayEnd || first_key > 0) return false;
+      if (!first_tile_tells() || !kMayEnd || first_key > 0) return false;
       const int limit = most_at_first(p.length_k);
       const bool mine = lane_id() < (16 * pass + limit / 2) / limit;
       return count_of_warpgroup(1 + warp / 4, mine) > 4 * 16;
     };
-    // Of a row's only tile lists hold what they can; and of what is in a retry most survives.
+    // No limit where there is one tile only, of which lists hold what they can, and none in a
+    // retry, where most scores that pass survive.
     lists.template stage_tile<kParts>(
         score, column, p, [&] { return kMayEnd && item.tiles > 1 ? limit() : kAnyNumber; },
         together);
@@ -273,8 +278,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
         const int row = first_row + i / 2 % 2 * 8 + lane_id() / 4;
         if (!is_seen(row, key, p.length_k)) s[i] = -kInf;
       }
-    const bool filtered =
-        look([&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
+    const bool filtered = stage_and_filter(
+        [&](int slot, int n, int j) { return s[n * 4 + slot * 2 + j]; }, first_key);
     if (kMayStop && filtered && vote(lists.flat)) {
       if (vote(hopeless()))
         lists.give_up(), stop();
@@ -284,10 +289,10 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   }
   if (!wanted) return;
   lists.finish(p);
-  const u32 overfull = lists.flat ? 1u : lists.write(p, item.head_row, row_block, first_row);
-  if (overfull) lists.hand_over(p, row_block, first_row, overfull);
-  const bool again = lists.flat && !hopeless();
-  if (lane_id() == 0) p.flat[row_block] = !overfull ? kListed : again ? kToRetry : kFlat;
+  const u32 overflow = lists.flat ? 1u : lists.write(p, item.head_row, row_block, first_row);
+  if (overflow) lists.hand_over(p, row_block, first_row, overflow);
+  const bool may_fit = lists.flat && !hopeless();
+  if (lane_id() == 0) p.flat[row_block] = !overflow ? kListed : may_fit ? kToRetry : kFlat;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)

@@ -1,10 +1,11 @@
-// Scores, and which keys a query may see. Masks are named here and nowhere else.
+// Scores, and which keys a query may see. Masks are named here and nowhere else: a kernel asks
+// these functions, and none asks which mask there is.
 //
 // A score is s = q_sign (q . k), and z = c s with c = (alpha-1) |scale| > 0: the sign of the scale
 // is in s, so that a larger score is always a larger z. Lists, their bounds, RowStart::top and
 // RowCount::bound are in units of s; thresholds tau and t, and x = z - tau, in units of z. Scans
-// and the Hopper kernels give the sign to queries or keys as they load them; dense.cuh, whose
-// products are q . k as it is, gives it to c.
+// and the Hopper kernels give the sign to queries or keys as they load them, with signed_value() or
+// signed_pair(); dense.cuh, whose products are q . k as it is, takes signed_c() instead of c.
 #pragma once
 
 #include "common.cuh"
@@ -12,6 +13,26 @@
 namespace adasplash2 {
 
 constexpr bool kCausal = ADASPLASH2_CAUSAL;
+
+// --- the sign of the scale ------------------------------------------------------------------
+
+// q . k to a score, and back; also one of its factors.
+template <class P>
+__device__ __forceinline__ float signed_value(const P& p, float x) {
+  return x * p.q_sign;
+}
+// The same of two 16-bit elements.
+template <class P>
+__device__ __forceinline__ u32 signed_pair(const P& p, u32 pair) {
+  const u32 flip = p.q_sign < 0.f ? 0x80008000u : 0u, mask = p.q_sign == 0.f ? 0u : ~0u;
+  return (pair ^ flip) & mask;
+}
+// Whether scores are q . k as it is.
+__device__ __forceinline__ bool is_sign_plus(const Params& p) { return p.q_sign == 1.f; }
+// z = signed_c() (q . k)
+__device__ __forceinline__ float signed_c(const Params& p) { return p.c * p.q_sign; }
+
+// --- which keys a query sees ----------------------------------------------------------------
 
 // Whether a query sees a key.
 __device__ __forceinline__ bool is_seen(int row, int key, int length_k) {
@@ -40,11 +61,35 @@ __device__ __forceinline__ int first_row_of(int key) { return kCausal ? key : 0;
 // then from the nearest on. Both have high scores, which make high bounds.
 __device__ __forceinline__ int nth_tile(int i, int tiles) { return i == 0 ? 0 : tiles - i; }
 
+// The order in which blocks of a head's queries are taken: from the last one on. Where rows see
+// different numbers of keys it sees the most, and no long block is left for the end.
+__device__ __forceinline__ u32 nth_row_block(u32 i, int blocks) { return blocks - 1 - i; }
+
+// Whether the first tile of a scan tells how many keys a row will keep of all. Not so of causal
+// rows, whose nearest keys come after it.
+__device__ __forceinline__ constexpr bool first_tile_tells() { return !kCausal; }
+
 // The keys that a query sees where few queries are decoded: those from `begin` on, before `end`.
 struct Range {
   int begin, end;
 
   __device__ __forceinline__ bool holds(int key) const { return key >= begin && key < end; }
+  __device__ __forceinline__ bool holds_all(int first, int last) const {  // [first, last)
+    return first >= begin && last <= end;
+  }
+};
+
+// Of the rows of a block: from the first key that some row sees to the last one, and the keys that
+// all rows see.
+struct SharedRange {
+  Range any, all;
+
+  __device__ __forceinline__ explicit SharedRange(int length_k)
+      : any{length_k, 0}, all{0, length_k} {}
+  __device__ __forceinline__ void add(const Range& row) {
+    if (row.begin < row.end) any = {min(any.begin, row.begin), max(any.end, row.end)};
+    all = {max(all.begin, row.begin), min(all.end, row.end)};
+  }
 };
 
 __device__ __forceinline__ Range range_of(const DecodeParams& p, int batch, int query) {
@@ -61,9 +106,19 @@ __device__ __forceinline__ Range range_of(const DecodeParams& p, int batch, int 
   return {begin, max(begin, end)};
 }
 
-// The rows that a poisoned row's NaN reaches: every key it may see.
+// A poisoned row's NaN reaches every key that it may see: Params::poison is where the last of them
+// ends.
 __device__ __forceinline__ void poison_keys(const Params& p, int batch, int kv_head, int row) {
   atomicMax(p.poison + batch * p.heads_kv + kv_head, seen_end(row, p.length_k));
+}
+__device__ __forceinline__ void poison_no_keys(const Params& p, int kv_row) {
+  p.poison[kv_row] = 0;
+}
+__device__ __forceinline__ bool is_any_poisoned(const Params& p, int kv_row) {
+  return p.poison[kv_row] > 0;
+}
+__device__ __forceinline__ bool is_poisoned(const Params& p, int kv_row, int key) {
+  return key < p.poison[kv_row];
 }
 
 }  // namespace adasplash2
