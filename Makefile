@@ -40,12 +40,11 @@ $(MAIN): test-main-%:
 	$(PYTEST) --expect-backends cpu --part $*/4
 
 test-oldest:
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures))
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs $(if $(TEST),,-k "info or cache or report or help") tests/test_cli.py
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) -p no:platformdirs $(addprefix tests/test_,$(addsuffix .py,transformers transformers_generation architectures cli))
 
 # What a newer Triton compiles an older one may refuse, whatever it is compiled for.
 test-oldest-triton:
-	PYTHONPATH=$(VENV)/oldest-triton $(PYTEST) $(if $(TEST),,-k "not 80 and not 100 and not 120") tests/test_triton_compile.py
+	PYTHONPATH=$(VENV)/oldest-triton $(PYTEST) --without capability=80,100,120 tests/test_triton_compile.py
 
 $(INTERPRETED): test-interpreted-%:
 	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))

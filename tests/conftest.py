@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,32 @@ os.environ["ADASPLASH2_AUTOTUNE"] = "off"
 torch.set_float32_matmul_precision("highest")
 
 
+NO_BACKEND = "none"
+"""Of tests that are of no backend by their parameters."""
+
+SKIPS = (
+    # A backend refuses, and each of its reasons is a sentence of these, which no problem of its own
+    # kind can meet: not that tensors lie elsewhere, or that its kernels failed before.
+    r"backend '\w+' cannot run .*(\n  \w+: .*"
+    r"(is computed by other backends only|is computed here without gradients only"
+    r"|which these kernels do not compute|alpha must be at (most|least) "
+    r"|needs more shared memory than ).*)+\Z",
+    # What a test of all backends asks of some.
+    r"there are \d+ configurations",
+    r"blocks of others have an item each",
+    r"a graph holds kernels of the GPU",
+    r"is causal, with alpha 1\.5",
+    # What is about machines without a GPU.
+    r"words for a machine without a GPU",
+    r"a device that is here",
+    r"the cuda backend does not refuse",
+    # What the installed transformers is too old for.
+    r"transformers [\w.]+ has no ",
+)
+"""Reasons, from their beginnings, for which ``--judge-skips`` lets a test be skipped. That
+something is missing, a device, a backend or a package, is none."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--part",
@@ -46,6 +73,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="",
         help="backends that must be usable here, and, but with --together, pass tests where any "
         "are by backend: else the run fails, whatever its tests say",
+    )
+    parser.addoption(
+        "--only-backend",
+        metavar="NAME",
+        choices=[*REGISTRY, NO_BACKEND],
+        help="only tests that are of this backend by their parameters, whatever they are called; "
+        f"'{NO_BACKEND}': those that are of no backend",
+    )
+    parser.addoption(
+        "--without",
+        metavar="NAME=VALUE,...",
+        help="no tests of which a parameter has one of these values",
+    )
+    parser.addoption(
+        "--judge-skips",
+        action="store_true",
+        help="a test or a file that is skipped fails, but for reasons that tests/conftest.py names",
+    )
+    parser.addoption(
+        "--may-skip",
+        metavar="REGEX",
+        action="append",
+        default=[],
+        help="a further reason for --judge-skips to allow",
     )
     parser.addoption(
         "--fuzz-seed",
@@ -81,18 +132,38 @@ OUTCOMES = pytest.StashKey[dict[str, Counter[str]]]()
 
 def backend_of(item: pytest.Item) -> str | None:
     """The backend that a test is about, by its parameters."""
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    parameters = parameters_of(item)
     found = parameters.get("backend", parameters.get("name"))
     return found if found in REGISTRY else None
 
 
+def judge_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
+    """Makes a failure of what is skipped for a reason that is not allowed."""
+    judged = config.getoption("--judge-skips") and report.outcome == "skipped"
+    if not judged or hasattr(report, "wasxfail"):
+        return
+    path, line, said = report.longrepr  # type: ignore[misc]
+    reason = said.removeprefix("Skipped: ")
+    if not any(re.match(allowed, reason) for allowed in (*SKIPS, *config.getoption("--may-skip"))):
+        report.outcome = "failed"
+        report.longrepr = f"{path}:{line}: skipped, which is not allowed here: {reason}"
+
+
 @pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    report = yield
+    judge_skip(report, collector.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of what makes skips
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     report = yield
-    name = backend_of(item)
-    if name and (report.when == "call" or report.outcome != "passed"):
-        outcomes = item.config.stash.setdefault(OUTCOMES, {})
-        outcomes.setdefault(name, Counter())[report.outcome] += report.when != "teardown"
+    judge_skip(report, item.config)
+    if report.when == "call" or report.outcome != "passed":
+        counts = item.config.stash.setdefault(OUTCOMES, {})
+        counts = counts.setdefault(backend_of(item) or NO_BACKEND, Counter())
+        counts[report.outcome] += report.when != "teardown"
     return report
 
 
@@ -103,7 +174,7 @@ def idle_backends(config: pytest.Config) -> list[str]:
     if config.getoption("--together"):
         return []
     outcomes = config.stash.get(OUTCOMES, {})
-    expected = expected_backends(config) if outcomes else []
+    expected = expected_backends(config) if outcomes.keys() - {NO_BACKEND} else []
     return [name for name in expected if not outcomes.get(name, Counter())["passed"]]
 
 
@@ -160,9 +231,14 @@ def _preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     dispatch.forget()
 
 
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    """What a test is run with."""
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
 def is_chosen(item: pytest.Item, marker: pytest.Mark) -> bool:
     """Whether a mark ``interpreted(...)`` is of the values that a test is run with."""
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    parameters = parameters_of(item)
     return all(
         parameters[name] in (values if isinstance(values, tuple) else (values,))
         for name, values in marker.kwargs.items()
@@ -176,12 +252,23 @@ def is_interpreted(item: pytest.Item) -> bool:
     return any(is_chosen(item, marker) for marker in item.iter_markers("interpreted"))
 
 
+def choose(config: pytest.Config, items: list[pytest.Item], chosen: list[pytest.Item]) -> None:
+    """Leaves ``chosen`` of the items."""
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
+
+
 @pytest.hookimpl(trylast=True)  # parts of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if INTERPRETED:
-        chosen = [item for item in items if is_interpreted(item)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+        choose(config, items, [item for item in items if is_interpreted(item)])
+    if name := config.getoption("--only-backend"):
+        choose(config, items, [i for i in items if (backend_of(i) or NO_BACKEND) == name])
+    if without := config.getoption("--without"):
+        name, _, values = without.partition("=")
+        left_out = values.split(",")
+        choose(config, items, [i for i in items if str(parameters_of(i).get(name)) not in left_out])
     if part := config.getoption("--part"):
         which, parts = map(int, part.split("/"))
         if config.getoption("--together"):

@@ -58,9 +58,6 @@ OVERFLOW = 1e38
 """Gradients above alpha = 2 may leave float32. They stop near its end, or are infinite in narrower
 dtypes: from here on only their sign is compared."""
 
-STEPS = 200
-"""Solver steps that no row may need more of; half precision of a bisection alone is 64."""
-
 LARGEST = 300
 """Length of most problems at most; one in twenty is ten times as long."""
 
@@ -410,6 +407,15 @@ class Bounds:
         return reference.Gradients(of_query, of_key, of_value + self.least)
 
 
+def most_steps(alpha: float, backend: str) -> int:
+    """Steps that a row's threshold may take: one and a half times the most that many thousand
+    problems took, 16 up to alpha = 2 and 26 above it on the CPU; there 39 in the GPUs' arithmetic,
+    from the window's lower end on. Loops end later, so that a row that circles shows."""
+    if alpha <= 2.0:
+        return 24
+    return 40 if backend == "cpu" else 58
+
+
 def check_stats(
     judge: Judge,
     stats: adasplash2.AttentionStats,
@@ -433,7 +439,8 @@ def check_stats(
     sound = exact.tau.isfinite() & judged
     judge.holds("support too small", support >= certain.sum(dim=-1), sound)
     judge.holds("support too large", support <= near.sum(dim=-1), sound)
-    judge.holds("iterations", (steps >= 0) & (steps <= STEPS), judged)
+    most = most_steps(alpha, judge.backend)
+    judge.holds("iterations", (steps >= 0) & (steps <= most), judged)
     tiles = stats.empty_tiles.cpu()
     if sound.all() and exact.z.numel():
         least, most = (
@@ -448,6 +455,8 @@ def check_stats(
 
 KINDS = "plain", "language"
 """Rows and plain attention in turn; all that a call may say."""
+
+FAMILIES = "rows", "attention", "language"
 
 
 def check(
@@ -476,6 +485,11 @@ class Report:
     @property
     def failed(self) -> int:
         return self.counts["failed"]
+
+    @property
+    def judged(self) -> int:
+        """Problems that the backend did not refuse."""
+        return sum(self.counts[family] for family in FAMILIES)
 
 
 def run(
@@ -552,8 +566,8 @@ def main() -> int:
     for kind, (share, number) in sorted(report.shares.items()):
         print(f"{kind}: {share:.2f} of the bound at most (problem {number})")
     print(", ".join(f"{kind} {count}" for kind, count in report.counts.most_common()))
-    print(f"{report.failed} of {len(numbers)} failed, seed {seed}")
-    return 1 if report.failed else 0
+    print(f"{report.failed} of {report.judged} failed, seed {seed}")
+    return 1 if report.failed or not report.judged else 0
 
 
 if __name__ == "__main__":

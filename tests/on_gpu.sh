@@ -6,29 +6,56 @@
 #   speed  tuning and the benchmarks, which have the machine to themselves, after all that was begun
 # PYTHON names the interpreter that has the package (default .venv/bin/python), PROCESSES how many run
 # side by side, GPUS on how many (default all), PARTS into how many parts the tables go,
-# BENCHMARK_SECONDS what all benchmarks together may take. All of it runs,
-# whatever fails; what has failed is told at the end, and then the exit code is 1. RESUME=1 leaves out
-# what passed in a run before that wrote to the same OUTPUT.
+# BENCHMARK_SECONDS what all benchmarks together may take, MAY_SKIP for which further reason tests may
+# be skipped (tests/conftest.py has those that are always allowed). All of it runs, whatever fails;
+# what has failed is told at the end, and then the exit code is 1; it is 2 where nothing could begin.
+# RESUME=1 leaves out what passed in a run before that wrote to the same OUTPUT.
 set -u
 cd "$(dirname "$0")/.."
+stop() {
+  echo "$1" >&2
+  exit 2
+}
 out=$(realpath -m "${1:?where to write}")
 shift
-stages=("${@:-tests fuzz tools speed}")
+known="tests fuzz tools speed"
+set -- ${*:-$known}
+for stage in "$@"; do
+  [[ " $known " == *" $stage "* ]] || stop "no stage $stage: $known"
+done
+gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')}
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || stop "no GPU: nvidia-smi -L lists none, and GPUS does not say how many there are"
 python=${PYTHON:-.venv/bin/python} processes=${PROCESSES:-$(nproc)} seconds=${FUZZ_SECONDS:-300}
+parts=${PARTS:-$((processes < 48 ? 16 : processes / 3))} started=0
+[[ $parts =~ ^[1-9][0-9]*$ ]] || stop "PARTS must be a number above 0, got $parts"
 mkdir -p "$out"
 export ADASPLASH2_CACHE_DIR="$out/cache" TRITON_CACHE_DIR="$out/triton" PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=2
-gpus=${GPUS:-$(nvidia-smi -L | wc -l)} started=0
-failed="$out/failed" passed="$out/passed"
+begun="$out/begun" failed="$out/failed" passed="$out/passed"
+: >"$begun"
 : >"$failed"
-[[ -n ${RESUME-} ]] || : >"$passed"
+[[ -n ${RESUME-} ]] || rm -f "$passed"
+# A part that has passed is that part again only where there are as many.
+[[ ! -s $passed || $(cat "$out/parts" 2>/dev/null) == "$parts" ]] ||
+  stop "RESUME: what has passed is of a run with other PARTS"
+echo "$parts" >"$out/parts"
 touch "$passed"
 
-check() { # name, command: what it says goes to OUTPUT/name.txt
-  local name=$1
-  shift
-  ! grep -qx "$name" "$passed" || return 0
-  if "$@" >"$out/$name.txt" 2>&1; then
+# The tables of tests: files with tests that each backend has to pass.
+tables=(tests/test_{language,attention,entmax,edges,ops,determinism,dispatch,properties,fuzz,kvcache,decoding,compat,features,judge}.py)
+
+# Every check that is begun has its name in `begun` first, and must end in `passed` or `failed`: one
+# that dies without a word is found at the end. It passes where its exit code is 0 and what it says,
+# which goes to OUTPUT/name.txt, has these words: a program that does nothing passes nothing.
+check() { # name, words, command
+  echo "$1" >>"$begun"
+  concluded "$@"
+}
+concluded() {
+  local name=$1 words=$2
+  shift 2
+  ! grep -qFx "$name" "$passed" || return 0
+  if "$@" >"$out/$name.txt" 2>&1 && grep -Eq "$words" "$out/$name.txt"; then
     echo "$name" >>"$passed"
   else
     echo "$name" >>"$failed"
@@ -36,87 +63,109 @@ check() { # name, command: what it says goes to OUTPUT/name.txt
 }
 beside() { # the same, beside others, when a core is free
   while (($(jobs -rp | wc -l) >= processes)); do wait -n; done
-  CUDA_VISIBLE_DEVICES=$((started++ % gpus)) check "$@" &
+  echo "$1" >>"$begun"
+  local gpu=$((started++ % gpus)) # not in what follows, which a process of its own evaluates
+  CUDA_VISIBLE_DEVICES=$gpu concluded "$@" &
 }
-part() { # name, backends that must be here, pytest arguments
-  beside "$1" "$python" -m pytest -q --tb=short -p no:cacheprovider --together --expect-backends \
-    "${@:2}"
+part() { # name, pytest arguments
+  beside "$1" '[0-9]+ (passed|skipped).* in [0-9.]+s' "$python" -m pytest -q --tb=short \
+    -p no:cacheprovider --together --expect-backends cuda,triton --judge-skips \
+    ${MAY_SKIP:+--may-skip "$MAY_SKIP"} "${@:2}"
 }
 
 tests() {
   # Kernels are compiled as the tests ask for them: Triton's take most of the time. The longest go
-  # first.
-  local tables=(tests/test_{language,attention,entmax,edges,ops,determinism,dispatch,properties,fuzz,kvcache,compat,features}.py)
-  local parts=${PARTS:-$((processes < 48 ? 16 : processes / 3))} i scan whole
-  local half=$(((parts + 1) / 2))
+  # first. Tests that are of no backend are parts of their own, those that are marked `gpu` others,
+  # with all of their kind from files that are no table.
+  local i scan whole half=$(((parts + 1) / 2))
   for ((i = 0; i < parts; i++)); do
-    part "triton$i" triton -k triton --part "$i/$parts" "${tables[@]}"
+    part "triton$i" --only-backend triton --part "$i/$parts" "${tables[@]}"
   done
-  for ((i = 0; i < 4; i++)); do part "gpu$i" "" -m gpu --part "$i/4" tests; done
+  for ((i = 0; i < 4; i++)); do part "gpu$i" -m gpu --part "$i/4" tests; done
   for ((i = 0; i < parts; i++)); do
-    part "cuda$i" cuda -k cuda --part "$i/$parts" "${tables[@]}"
+    part "cuda$i" --only-backend cuda --part "$i/$parts" "${tables[@]}"
   done
   for scan in hopper portable; do
     for ((i = 0; i < half; i++)); do
-      part "cuda-$scan$i" cuda -k cuda --part "$i/$half" --prefer "scan=$scan" \
+      part "cuda-$scan$i" --only-backend cuda --part "$i/$half" --prefer "scan=$scan" \
         tests/test_attention.py
     done
   done
   for whole in thresholds nothing; do
     for ((i = 0; i < half; i++)); do
-      part "triton-$whole$i" triton -k triton --part "$i/$half" --prefer "whole=$whole" \
+      part "triton-$whole$i" --only-backend triton --part "$i/$half" --prefer "whole=$whole" \
         tests/test_language.py
     done
   done
-  part configs cuda,triton tests/test_configs.py
+  for ((i = 0; i < 4; i++)); do
+    part "rest$i" --only-backend none -m "not gpu" --part "$i/4" "${tables[@]}"
+  done
+  part configs tests/test_configs.py
 }
 
 fuzz() {
   local backend kind
   for backend in cuda triton; do
     for kind in plain language; do
-      beside "fuzz-$backend-$kind" "$python" tests/fuzz.py --backend $backend --kind $kind \
-        --problems 20000 --seconds "$seconds"
+      beside "fuzz-$backend-$kind" '^0 of [1-9][0-9]* failed' \
+        "$python" tests/fuzz.py --backend $backend --kind $kind --problems 20000 --seconds "$seconds"
     done
   done
 }
 
 tools() {
-  local tool
-  for tool in memcheck racecheck; do
-    beside $tool timeout 300 compute-sanitizer --tool $tool --error-exitcode 1 \
-      "$python" tests/small_calls.py
+  local tool backend
+  for backend in cuda triton; do
+    for tool in memcheck racecheck; do
+      beside "$tool-$backend" 'SUMMARY: ' timeout 300 compute-sanitizer --tool $tool \
+        --error-exitcode 1 "$python" tests/small_calls.py $backend
+    done
   done
+}
+
+tune() {
+  "$python" -m adasplash2 tune --quick --json >"$out/tune.json" && wc -c "$out/tune.json"
 }
 
 speed() {
   wait
-  "$python" -m adasplash2 tune --quick --json >"$out/tune.json" || echo tune >>"$failed"
+  check tune '^[1-9][0-9]* ' tune
   local program
   for program in first_call overhead; do
-    check $program "$python" benchmarks/$program.py --device cuda --json "$out/$program.json"
+    check $program . "$python" benchmarks/$program.py --device cuda --json "$out/$program.json"
     cat "$out/$program.txt"
   done
-  check benchmarks "$python" benchmarks/all.py --output "$out/benchmarks" \
+  check benchmarks . "$python" benchmarks/all.py --output "$out/benchmarks" \
     ${BENCHMARK_SECONDS:+--seconds "$BENCHMARK_SECONDS"}
 }
 
-passes() { # what parts are called: how many tests of their backend have passed in all of them
-  sed -n "s/^backend ${1%%-*}: \([0-9]*\) passed.*/\1/p" "$out/$1"[0-9]*.txt | awk '{ n += $1 } END { print n + 0 }'
+texts() { # what parts are called: the files of those that were begun
+  grep -Ex "$1[0-9]*" "$begun" | sort -u | sed "s|.*|$out/&.txt|"
+}
+counted() { # what parts are called, backend, outcome: of how many of its tests in all of them
+  texts "$1" | xargs -r -d '\n' sed -nE "s/^backend $2: (.* )?([0-9]+) $3.*/\2/p" 2>/dev/null |
+    awk '{ n += $1 } END { print n + 0 }'
+}
+told() { # what parts are called, backend: its tests; it fails where none has passed
+  local name=$1
+  [[ $1 == "$2" || $1 == "$2"-* || $2 == none ]] || name="$1 $2"
+  echo "$name: $(counted "$1" "$2" passed) tests passed, $(counted "$1" "$2" skipped) skipped"
+  (($(counted "$1" "$2" passed))) || echo "${name// /-}-passed-nothing" >>"$failed"
 }
 
-for stage in ${stages[*]}; do
-  declare -F "$stage" >/dev/null || { echo "no stage $stage: tests fuzz tools speed" && exit 2; }
-  $stage
-done
+for stage in "$@"; do $stage; done
 wait
-tail -qn 1 "$out"/*.txt
-if [[ " ${stages[*]} " == *" tests "* ]]; then
-  for parts in cuda cuda-{hopper,portable} triton triton-{thresholds,nothing}; do
-    echo "$parts: $(passes $parts) tests passed"
-    (($(passes $parts))) || echo "$parts-passed-nothing" >>"$failed"
+texts '.*' | xargs -r -d '\n' tail -qn 1 2>/dev/null
+if [[ " $* " == *" tests "* ]]; then
+  for backend in cuda triton; do
+    case $backend in cuda) kinds=(hopper portable) ;; *) kinds=(thresholds nothing) ;; esac
+    for name in $backend "${kinds[@]/#/$backend-}" gpu configs; do told "$name" "$backend"; done
   done
+  told rest none
 fi
+sort -u "$begun" | grep -Fxv -f "$passed" -f "$failed" | sed 's/$/-ended-without-a-word/' >"$out/lost"
+cat "$out/lost" >>"$failed"
+[[ -s $begun ]] || echo "nothing-was-begun" >>"$failed"
 if [[ -s $failed ]]; then
   echo "failed: $(sort "$failed" | paste -sd ' ')"
   exit 1

@@ -33,5 +33,5 @@ from adasplash2 import _core
 print("sanitized core:", _core.__file__)
 assert hasattr(ctypes.CDLL(_core.__file__), "__asan_version_mismatch_check_v8"), "not sanitized"
 PROGRAM
-exec "$python" -m pytest -q -p no:cacheprovider -k cpu \
+exec "$python" -m pytest -q -p no:cacheprovider --only-backend cpu --expect-backends cpu \
   tests/test_attention.py tests/test_entmax.py tests/test_edges.py tests/test_language.py "$@"
