@@ -238,9 +238,8 @@ def _fixed(
 ) -> dict[str, dict[str, Any]]:
     """``Plan.fixed``."""
     row_blocks, key_tiles = grid.heads * grid.row_blocks, grid.heads_kv * grid.tiles
-    chunk, few = _chunk(problem, config, grid)
-    seen = _in_window(problem, opt.block_q, opt.block_k)
-    seeing = _in_window(problem, opt.block_k, opt.block_q)
+    seen = _few(problem, config, opt.block_q, opt.block_k)
+    seeing = _few(problem, config, opt.block_k, opt.block_q)
     thresholds = {"tolerance": tolerance(problem), "opt": opt, "MAX_STEPS": MAX_STEPS}
     means = {"GRADIENT": problem.needs_grad, "MARK": STATS_TILE}
     scores = {"opt": opt, "scale": problem.scores.scale}
@@ -258,10 +257,10 @@ def _fixed(
         "solve": {
             **thresholds,
             "work_items": row_blocks,
-            "CHUNK": chunk,
-            "FEW": few,
-            "FOLDS": min(FOLDS, chunk // FEWEST_MAXIMA) if few else 1,
-            "REUSES": REUSES if few else 0,
+            "CHUNK": seen or _chunk(config, grid),
+            "FEW": seen is not None,
+            "FOLDS": min(FOLDS, seen // FEWEST_MAXIMA) if seen else 1,
+            "REUSES": REUSES if seen else 0,
             "SPAN": int(config["span"]),
             "STAGES": stages["solve"],
         },
@@ -277,9 +276,10 @@ def _fixed(
             **scores,
             "work_items": row_blocks,
             "CHUNK": seen or LIST_CHUNK,
+            "FEW": seen is not None,
             "STAGES": stages["grad_query"],
         },
-        "transpose_lists": {"opt": opt, "CHUNK": min(LIST_CHUNK, seeing or LIST_CHUNK)},
+        "transpose_lists": {"opt": opt, "CHUNK": seeing or LIST_CHUNK},
         "cut_lists": {
             "key_tiles": key_tiles,
             "MOST": pieces,
@@ -298,27 +298,30 @@ def _fixed(
     }
 
 
-def _in_window(problem: Problem, size: int, other: int) -> int | None:
+def _few(problem: Problem, config: Config, size: int, other: int) -> int | None:
     """How many blocks of ``other`` a block of ``size`` rows or keys meets at most, as a power of
-    two, where a window ends on both sides."""
+    two, where a window ends on both sides and leaves few; else None.
+
+    Kernels are compiled for this number: they hold what belongs to so many tiles in registers. So
+    all widths of a window share a few kernels: with blocks of 64 rows in 16 bits those of 16 and of
+    32 tiles, and a third where there are more; in float32, of smaller blocks, those of up to 256.
+    """
     if not sizes.is_windowed(problem):
         return None
     said = problem.scores
     # Two more for where the first one begins, and for where its span does. What it takes to end
     # with a whole span, of two tiles at most (SPANS), a power of two has room for.
     most = -(-(size + said.left + said.right) // other) + 2
-    return max(FEWEST_MAXIMA, 1 << (most - 1).bit_length())
+    number = max(FEWEST_MAXIMA, 1 << (most - 1).bit_length())
+    registers = FEW_MAXIMA * int(config["solve_warps"])
+    return number if number * int(config["block_q"]) <= registers else None
 
 
-def _chunk(problem: Problem, config: Config, grid: sizes.Grid) -> tuple[int, bool]:
-    """Tile maxima of a row that a program holds at a time: all that the row may see, or the most
-    that fit; and whether a window leaves so few that the maxima of their pieces fit."""
-    block_q, block_k = int(config["block_q"]), int(config["block_k"])
+def _chunk(config: Config, grid: sizes.Grid) -> int:
+    """Tile maxima of a row that a program holds at a time, where no window leaves few: all that the
+    row may see, or the most that fit."""
     every = max(FEWEST_MAXIMA, 1 << (grid.tiles - 1).bit_length())
-    windowed = _in_window(problem, block_q, block_k)
-    if windowed and windowed * block_q <= FEW_MAXIMA * int(config["solve_warps"]):
-        return windowed, True
-    return min(every, windowed or every, MAXIMA_CHUNK // block_q), False
+    return min(every, MAXIMA_CHUNK // int(config["block_q"]))
 
 
 def forget() -> None:
