@@ -490,6 +490,41 @@ def test_a_new_width_or_softcap_compiles_nothing_new() -> None:
     assert len(made) == 1
 
 
+def windowed(width: int, right: int, dtype: torch.dtype = torch.bfloat16) -> Problem:
+    plain = problem(64, dtype, 1.5, False)
+    scores = dataclasses.replace(plain.scores, window=(width, right))
+    return dataclasses.replace(plain, length_q=65_536, length_k=65_536, scores=scores)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.bfloat16, 3), (torch.float32, 5)], ids=["bfloat16", "float32"]
+)
+def test_all_widths_of_a_window_share_a_few_kernels(
+    dtype: torch.dtype, most: int, launches: list[Launch]
+) -> None:
+    """As many as ``launch._few`` says, by what it makes of every width, and by what kernels are
+    compiled for."""
+    plain = windowed(1, 0, dtype)
+    config = next(sizes.configs(plain, LIMITS[90]))
+    block_q, block_k = int(config["block_q"]), int(config["block_k"])
+    numbers = set()
+    for width in range(1, 65_537):
+        scores = dataclasses.replace(plain.scores, window=(width, 0))
+        asked = dataclasses.replace(plain, scores=scores)
+        numbers.add(launch._few(asked, config, block_q, block_k))
+    assert len(numbers) == most
+    compiled: dict[str, set[str]] = {}
+    for width in (1, 2, 13, 14, 16, 30, 126, 600, 1023, 1024, 2046, 5000, 16_382, 65_536):
+        for right in (0, 14, 100):
+            launches.clear()
+            backend.precompile(windowed(width, right, dtype), config)
+            for kernel, arguments, options in launches:
+                kind = f"{kernel.__name__} {arguments.get('SAFE')} {right > 0}"
+                source = repr((specialised(kernel, arguments), options))
+                compiled.setdefault(kind, set()).add(source)
+    assert max(map(len, compiled.values())) == most
+
+
 @pytest.mark.parametrize(("asked", "loops"), [("causal", 4), ("added", 4), ("window", 2)])
 def test_tiles_are_asked_for_before_those_in_use_are_done_with(
     asked: str, loops: int, launches: list[Launch]
@@ -742,7 +777,8 @@ def test_strides_beyond_32_bits_are_copied(stride: int) -> None:
 def test_kernels_are_kept_by_layout_of_the_tensors() -> None:
     p = problem(64, torch.bfloat16, 1.5, True)
     config = next(sizes.configs(p, LIMITS[90]))
-    plan = launch._plan(p, tuple(config.items()))
+    with mock.patch.object(launch, "multiprocessors", return_value=132):
+        plan = launch._plan(p, tuple(config.items()))
     whole = torch.zeros(1, 4, 1000, 72, dtype=torch.bfloat16)
     views = [whole[..., :64], whole[..., 1:65], whole[..., 8:], whole[:, :, ::2, :64]]
     found = [plan.compiled_for([view]) for view in views]

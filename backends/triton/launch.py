@@ -133,7 +133,8 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 class Plan(NamedTuple):
     """What follows from a problem and a configuration. ``whole``: the launches of ``whole_rows``,
     each with how it is compiled for its tile, its row blocks of a head, from which on and how many,
-    and those of a program. ``grows``: kernels are those of all lengths of a cache. ``kept``: what
+    and those of a program. ``solving``: programs of ``solve``. ``fixed``: by kernel, the arguments
+    that no call changes. ``grows``: kernels are those of all lengths of a cache. ``kept``: what
     ``decoding.py`` makes of it, once."""
 
     features: tuple[str, ...]
@@ -142,6 +143,8 @@ class Plan(NamedTuple):
     shape: sizes.Shape
     opt: sizes.Options
     whole: tuple[tuple[sizes.Options, int, int, int], ...]
+    solving: int
+    fixed: dict[str, dict[str, Any]]
     options: dict[str, dict[str, int]]
     compiled: dict[Any, Compiled]
     grows: bool
@@ -187,6 +190,7 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     whole: list[tuple[sizes.Options, int, int, int]] = []
     shape, opt = sizes.Shape.of(problem), sizes.Options.of(problem, config)
     compiled: dict[Any, Compiled] = {}
+    solving, fixed = 0, {}
     # What a call may ask beyond brings numbers of its own, and HIP compiles for sizes of memory.
     grows = sizes.is_decoding(problem) and not problem.features and torch.version.hip is None
     if sizes.is_decoding(problem):
@@ -199,6 +203,9 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         if grows:
             compiled = _of_any_length(dataclasses.replace(problem, length_k=0), opt, items)
     else:
+        solving = sizes.residents(config, "solve") * multiprocessors(problem.device)
+        solving = min(solving, grid.heads * grid.row_blocks)
+        fixed = _fixed(problem, config, grid, opt)
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
         if opt.joined:  # whose lists are hardly longer than a warp
             options["transpose_lists"] = {"num_warps": 1}
@@ -211,8 +218,110 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
                 whole.append((wide._replace(block_k=width), begin, row_blocks, each))
                 begin += row_blocks
     return Plan(
-        problem.features, grid, layout, shape, opt, tuple(whole), options, compiled, grows, {}
+        features=problem.features,
+        grid=grid,
+        layout=layout,
+        shape=shape,
+        opt=opt,
+        whole=tuple(whole),
+        solving=solving,
+        fixed=fixed,
+        options=options,
+        compiled=compiled,
+        grows=grows,
+        kept={},
     )
+
+
+def _fixed(
+    problem: Problem, config: Config, grid: sizes.Grid, opt: sizes.Options
+) -> dict[str, dict[str, Any]]:
+    """``Plan.fixed``."""
+    row_blocks, key_tiles = grid.heads * grid.row_blocks, grid.heads_kv * grid.tiles
+    seen = _few(problem, config, opt.block_q, opt.block_k)
+    seeing = _few(problem, config, opt.block_k, opt.block_q)
+    thresholds = {"tolerance": tolerance(problem), "opt": opt, "MAX_STEPS": MAX_STEPS}
+    means = {"GRADIENT": problem.needs_grad, "MARK": STATS_TILE}
+    scores = {"opt": opt, "scale": problem.scores.scale}
+    pieces = sizes.most_pieces(grid, multiprocessors(problem.device))
+    # By itself Triton loads ahead what products multiply, but not what they are added to.
+    stages = {
+        kernel: int(config[f"{kernel}_stages"]) if asked else None
+        for kernel, asked in (
+            ("solve", opt.masked),
+            ("grad_query", opt.folded),
+            ("grad_key_value", opt.folded),
+        )
+    }
+    return {
+        "solve": {
+            **thresholds,
+            "work_items": row_blocks,
+            "CHUNK": seen or _chunk(config, grid),
+            "FEW": seen is not None,
+            "FOLDS": min(FOLDS, seen // FEWEST_MAXIMA) if seen else 1,
+            "REUSES": REUSES if seen else 0,
+            "SPAN": int(config["span"]),
+            "STAGES": stages["solve"],
+        },
+        "whole_rows": {**thresholds, **means, "OUTPUT": config["whole"] == "outputs"},
+        "output": {
+            **means,
+            "work_items": row_blocks,
+            # Beside two sums, no registers are left for a product that adds up from something: the
+            # assembler would wait for each.
+            "opt": opt._replace(folded=False),
+        },
+        "grad_query": {
+            **scores,
+            "work_items": row_blocks,
+            "CHUNK": seen or LIST_CHUNK,
+            "FEW": seen is not None,
+            "STAGES": stages["grad_query"],
+        },
+        "transpose_lists": {"opt": opt, "CHUNK": seeing or LIST_CHUNK},
+        "cut_lists": {
+            "key_tiles": key_tiles,
+            "MOST": pieces,
+            "SHORTEST": sizes.SHORTEST_PIECE,
+            "TILES": TILES_CHUNK,
+        },
+        "grad_key_value": {
+            **scores,
+            "key_tiles": key_tiles,
+            "MOST": pieces,
+            "ROW_PARTS": int(config["parts"]),
+            "STAGES": stages["grad_key_value"],
+        },
+        "add_pieces": {**scores, "MOST": pieces, "ROWS": ADDED_ROWS},
+        "grad_mask": {"opt": opt},
+    }
+
+
+def _few(problem: Problem, config: Config, size: int, other: int) -> int | None:
+    """How many blocks of ``other`` a block of ``size`` rows or keys meets at most, as a power of
+    two, where a window ends on both sides and leaves few; else None.
+
+    Kernels are compiled for this number: they hold what belongs to so many tiles in registers. So
+    all widths of a window share a few kernels: with blocks of 64 rows in 16 bits those of 16 and of
+    32 tiles, and a third where there are more; in float32, of smaller blocks, those of up to 256.
+    """
+    if not sizes.is_windowed(problem):
+        return None
+    said = problem.scores
+    # Two more for where the first one begins, and for where its span does. What it takes to end
+    # with a whole span, of two tiles at most (SPANS), a power of two has room for.
+    most = -(-(size + said.left + said.right) // other) + 2
+    number = max(FEWEST_MAXIMA, 1 << (most - 1).bit_length())
+    registers = FEW_MAXIMA * int(config["solve_warps"])
+    return number if number * int(config["block_q"]) <= registers else None
+
+
+def _chunk(config: Config, grid: sizes.Grid) -> int:
+    """Tile maxima of a row that a program holds at a time, where no window leaves few: all that the
+    row may see, or the most that fit."""
+    every = max(FEWEST_MAXIMA, 1 << (grid.tiles - 1).bit_length())
+    return min(every, MAXIMA_CHUNK // int(config["block_q"]))
 
 
 def forget() -> None:
@@ -260,11 +369,12 @@ class Call:
     def __call__(
         self, kernel: Any, grid: int, flags: Mapping[str, Hashable], **arguments: Any
     ) -> None:
-        """Launch ``kernel`` with ``arguments`` and ``flags``: what it is compiled for that differs
-        between calls of one plan."""
-        options = self.plan.options[kernel.__name__]
+        """Launch ``kernel`` with ``arguments``, those of ``Plan.fixed``, and ``flags``: what it is
+        compiled for that differs between calls of one plan."""
+        plan, name = self.plan, kernel.__name__
+        arguments = {**plan.fixed[name], **arguments, **flags}
         variant = tuple(flags.values())
-        self.run(Launch(kernel, grid, {**arguments, **flags}, options, self.compiled, variant))
+        self.run(Launch(kernel, grid, arguments, plan.options[name], self.compiled, variant))
 
     def again(
         self, kernel: Any, items: int, flags: Mapping[str, Hashable], **arguments: Any
@@ -299,141 +409,152 @@ class Call:
         return t if self.plan.opt.relative else tau
 
 
+class Found(NamedTuple):
+    """What the kernels of a forward write: outputs, thresholds and the parts of ``sizes.Saved``, of
+    which ``out_u`` are the means; marks of rows that are not finite, and whether there are
+    ``some``; and what is counted, None where nothing is."""
+
+    out: sizes.Heads
+    out_u: sizes.Heads
+    tau: Tensor
+    saved: dict[str, Tensor]
+    unsafe: Tensor
+    some: Tensor
+    counted: Mapping[str, Tensor | None]
+
+
 def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: int = -1) -> Forward:
     """Output, thresholds and saved parts, in ``saved_bytes`` if that is positive; ``counted``
     receives ``iterations``, ``support`` and ``marks`` of tiles with support."""
-    problem = call.problem
+    problem, plan, grid = call.problem, call.plan, call.grid
     shape = (problem.batch, problem.heads_q, problem.length_q)
-    out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
-    tau = call.empty(*shape, dtype=torch.float32)
-    layout = call.plan.layout
+    layout = plan.layout
     length = saved_bytes if saved_bytes > 0 else layout.total
+    out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
     saved = call.empty(length, dtype=torch.uint8)
     parts = layout.split(saved)
+    found = Found(
+        out=sizes.Heads.of(out),
+        out_u=call.means(parts["out_u"]),
+        tau=call.empty(*shape, dtype=torch.float32),
+        saved=parts,
+        unsafe=call.empty(grid.rows, dtype=torch.int8),
+        some=call.some(parts, "output"),
+        counted=counted or dict.fromkeys(("iterations", "support", "marks")),
+    )
     saved[layout.cleared : layout.total].zero_()
-    count = counted is not None
-    counters = counted or dict.fromkeys(("iterations", "support", "marks"))
-    found_output = call.config["whole"] == "outputs"
-    solved = {
-        "query": call.query,
-        "key": call.key,
-        "top_out": parts["top"],
-        "t_out": parts["t"],
-        "tau_out": tau,
-        "live": parts["live"],
-        "lists": parts["lists"],
-        "counts": parts["counts"],
-        "poison": parts["poison"],
-        "iterations": counters["iterations"],
-        "tolerance": tolerance(problem),
-        "opt": call.plan.opt,
-        "MAX_STEPS": MAX_STEPS,
-    }
-    weighed = {
-        "value": call.value,
-        "out": sizes.Heads.of(out),
-        "out_u": call.means(parts["out_u"]),
-        "spread": parts["spread"],
-        "unsafe": call.empty(call.grid.rows, dtype=torch.int8),
-        "some": call.some(parts, "output"),
-        "support": counters["support"],
-        "marks": counters["marks"],
-        "shape": call.shape,
-        "GRADIENT": problem.needs_grad,
-        "MARK": STATS_TILE,
-    }
+    flags = {"COUNT": counted is not None}
+    row_blocks = grid.heads * grid.row_blocks
     with on_device(problem.device):
-        if not call.plan.whole:
-            _solve(call, {"COUNT": count}, parts["taken"], solved)
-        for wide, begin, row_blocks, each in call.plan.whole:
-            call(
-                whole_kernels.whole_rows,
-                call.grid.heads * -(-row_blocks // each),
-                {"COUNT": count, "wide": wide},
-                **solved,
-                **weighed,
-                begin=begin,
-                row_blocks=row_blocks,
-                each=each,
-                OUTPUT=found_output,
-            )
-        row_blocks = call.grid.heads * call.grid.row_blocks
-        weighed |= {
-            "query": call.query,
-            "key": call.key,
-            "top_in": parts["top"],
-            "t_in": call.threshold(parts["t"], tau),
-            "lists": parts["lists"],
-            "counts": parts["counts"],
-            "work_items": row_blocks,
-            # Beside two sums, no registers are left for a product that adds up from something: the
-            # assembler would wait for each.
-            "opt": call.plan.opt._replace(folded=False),
-        }
-        if not found_output:
-            flags = {"COUNT": count, "SAFE": False}
-            call(output_kernels.output, row_blocks, flags, **weighed)
-        call.again(output_kernels.output, row_blocks, {"COUNT": count}, **weighed)
+        if plan.whole:
+            rows = _of_whole_rows(call, found)
+            for wide, begin, number, each in plan.whole:
+                call(
+                    whole_kernels.whole_rows,
+                    grid.heads * -(-number // each),
+                    {**flags, "wide": wide},
+                    **rows,
+                    begin=begin,
+                    row_blocks=number,
+                    each=each,
+                )
+        else:
+            call(solve_kernels.solve, plan.solving, flags, **_of_solve(call, found))
+        output = _of_output(call, found)
+        if call.config["whole"] != "outputs":
+            call(output_kernels.output, row_blocks, {**flags, "SAFE": False}, **output)
+        call.again(output_kernels.output, row_blocks, flags, **output)
     if not problem.needs_grad:
         saved = saved.new_empty(0)
-    return Forward(out.to(problem.dtype), tau, saved)
+    return Forward(out.to(problem.dtype), found.tau, saved)
 
 
-def _solve(call: Call, flags: dict[str, bool], taken: Tensor, solved: dict[str, Any]) -> None:
-    """Thresholds of rows of any length."""
-    block_q, span = int(call.config["block_q"]), int(call.config["span"])
-    work_items = call.grid.heads * call.grid.row_blocks
-    programs = sizes.residents(call.config, "solve") * multiprocessors(call.problem.device)
-    programs = min(programs, work_items)
-    chunk, few = _chunk(call)
+# What calls give a kernel, beside ``Plan.fixed`` and flags; or what several kernels take alike
+
+
+def _of_thresholds(call: Call, found: Found) -> dict[str, Any]:
+    """What ``solve`` and ``whole_rows`` find thresholds from, and write."""
+    saved = found.saved
+    return {
+        "query": call.query,
+        "key": call.key,
+        "top_out": saved["top"],
+        "t_out": saved["t"],
+        "tau_out": found.tau,
+        "live": saved["live"],
+        "lists": saved["lists"],
+        "counts": saved["counts"],
+        "poison": saved["poison"],
+        "iterations": found.counted["iterations"],
+    }
+
+
+def _of_means(call: Call, found: Found) -> dict[str, Any]:
+    """What ``output`` and ``whole_rows`` make outputs from beside thresholds, and write."""
+    return {
+        "value": call.value,
+        "out": found.out,
+        "out_u": found.out_u,
+        "spread": found.saved["spread"],
+        "unsafe": found.unsafe,
+        "some": found.some,
+        "support": found.counted["support"],
+        "marks": found.counted["marks"],
+        "shape": call.shape,
+    }
+
+
+def _of_solve(call: Call, found: Found) -> dict[str, Any]:
+    plan = call.plan
+    block_q, programs, fixed = plan.opt.block_q, plan.solving, plan.fixed["solve"]
+    few, chunk, span = fixed["FEW"], fixed["CHUNK"], fixed["SPAN"]
     # A slice for each program, so that they take memory by the device, not by the length squared.
     each = (solve_kernels.PIECES.value + 1) * chunk if few else -(-call.grid.tiles // span) * span
-    call(
-        solve_kernels.solve,
-        programs,
-        flags,
-        **solved,
-        maxima=call.empty(programs * each * block_q, dtype=torch.float32),
-        candidates=call.empty(0 if few else programs * call.grid.tiles, dtype=torch.int32),
-        taken=taken,
-        shape=call.longest(),
-        work_items=work_items,
-        CHUNK=chunk,
-        FEW=few,
-        FOLDS=min(FOLDS, chunk // FEWEST_MAXIMA) if few else 1,
-        REUSES=REUSES if few else 0,
-        SPAN=span,
-        STAGES=int(call.config["solve_stages"]) if call.plan.opt.masked else None,
-    )
+    return {
+        **_of_thresholds(call, found),
+        "maxima": call.empty(programs * each * block_q, dtype=torch.float32),
+        "candidates": call.empty(0 if few else programs * call.grid.tiles, dtype=torch.int32),
+        "taken": found.saved["taken"],
+        "shape": call.longest(),
+    }
 
 
-def _stages(call: Call, kernel: str) -> int | None:
-    """Stages of a kernel's loop over tiles, where they must be given: by itself Triton loads ahead
-    what products multiply, but not what they are added to."""
-    return int(call.config[f"{kernel}_stages"]) if call.plan.opt.folded else None
+def _of_whole_rows(call: Call, found: Found) -> dict[str, Any]:
+    """But for the rows, which each launch has of its own."""
+    return _of_thresholds(call, found) | _of_means(call, found)
 
 
-def _in_window(call: Call, size: int, other: int) -> int | None:
-    """How many blocks of ``other`` a block of ``size`` rows or keys meets at most, as a power of
-    two, where a window ends on both sides."""
-    said = call.problem.scores
-    if not call.plan.opt.joined:
-        return None
-    # Two more for where the first one begins, and for where its span does. What it takes to end
-    # with a whole span, of two tiles at most (SPANS), a power of two has room for.
-    most = -(-(size + said.left + said.right) // other) + 2
-    return max(FEWEST_MAXIMA, 1 << (most - 1).bit_length())
+def _of_output(call: Call, found: Found) -> dict[str, Any]:
+    saved = found.saved
+    return {
+        **_of_means(call, found),
+        "query": call.query,
+        "key": call.key,
+        "top_in": saved["top"],
+        "t_in": call.threshold(saved["t"], found.tau),
+        "lists": saved["lists"],
+        "counts": saved["counts"],
+    }
 
 
-def _chunk(call: Call) -> tuple[int, bool]:
-    """Tile maxima of a row that a program holds at a time: all that the row may see, or the most
-    that fit; and whether a window leaves so few that the maxima of their pieces fit."""
-    block_q, block_k = int(call.config["block_q"]), int(call.config["block_k"])
-    every = max(FEWEST_MAXIMA, 1 << (call.grid.tiles - 1).bit_length())
-    windowed = _in_window(call, block_q, block_k)
-    if windowed and windowed * block_q <= FEW_MAXIMA * int(call.config["solve_warps"]):
-        return windowed, True
-    return min(every, windowed or every, MAXIMA_CHUNK // block_q), False
+class Felt(NamedTuple):
+    """What the kernels of a backward share beside the inputs: what they read of a forward and of
+    the gradient of its output, and what they hand on to each other or write."""
+
+    saved: dict[str, Tensor]
+    t_in: Tensor
+    grad_out: sizes.Heads
+    grad_q: sizes.Heads
+    grad_k: sizes.Heads
+    grad_v: sizes.Heads
+    delta: Tensor
+    unsafe: Tensor
+    row_block_lists: Tensor
+    row_block_counts: Tensor
+    pieces: int
+    cuts: Tensor
+    owners: Tensor
+    partials: Tensor
 
 
 def backward(
@@ -448,123 +569,135 @@ def backward(
         for name in sizes.ROW_GRADIENTS
         if name in wanted
     }
-    grad_q, grad_k, grad_v = map(sizes.Heads.of, grads)
-    grad_out_heads = sizes.Heads.of(call.prepared(grad_out))
-    parts = plan.layout.split(forward.saved)
-    thresholds = {"top_in": parts["top"], "t_in": call.threshold(parts["t"], forward.tau)}
-    spread, scale = parts["spread"], problem.scores.scale
-    delta = call.empty(grid.rows, dtype=torch.float32)
-    most = max(grid.rows, grid.heads_kv * problem.length_k)
-    unsafe = call.empty(most, dtype=torch.int8)
-    key_tiles = grid.heads_kv * grid.tiles
-    seen = _in_window(call, int(call.config["block_k"]), int(call.config["block_q"]))
-    capacity = grid.gqa_group * grid.row_blocks
-    row_block_lists = call.empty(key_tiles * capacity, dtype=torch.int32)
-    row_block_counts = call.empty(key_tiles * 2, dtype=torch.int32)
-    pieces = sizes.most_pieces(grid, multiprocessors(problem.device))
-    block_k = int(call.config["block_k"])
-    across = sizes.padded(problem.head_dim) + sizes.padded(problem.head_dim_v)
-    cuts = call.empty(key_tiles + 1, dtype=torch.int32)
-    owners = call.empty(pieces + 1, dtype=torch.int32)
-    # What both kernels take that store gradients of keys.
-    of_keys = {
-        "cuts": cuts,
-        "owners": owners,
-        "partials": call.empty(pieces * block_k * across, dtype=torch.float32),
-        "poison": parts["poison"],
-        "grad_k": grad_k,
-        "grad_v": grad_v,
-        "unsafe": unsafe,
-        "some": call.some(parts, "grad_key_value"),
-        "shape": call.shape,
-        "scale": scale,
-        "opt": plan.opt,
-        "MOST": pieces,
-    }
-    every_head = {
-        "query": call.query,
-        "key": call.key,
-        "value": call.value,
-        "grad_out": grad_out_heads,
-        **thresholds,
-        "delta_in": delta,
-        "spread_in": spread,
-    }
-    by_key = {
-        **every_head,
-        "row_block_lists": row_block_lists,
-        "row_block_counts": row_block_counts,
-        **of_keys,
-        "ROW_PARTS": int(call.config["parts"]),
-        "STAGES": _stages(call, "grad_key_value"),
-        "key_tiles": key_tiles,
-    }
-    by_query = {
-        "query": call.query,
-        "key": call.key,
-        "value": call.value,
-        "grad_out": grad_out_heads,
-        "out_u": call.means(parts["out_u"]),
-        "spread_in": spread,
-        **thresholds,
-        "lists": parts["lists"],
-        "counts": parts["counts"],
-        "grad_q": grad_q,
-        "delta_out": delta,
-        "row_grads": sizes.Wanted.parts(of_rows),
-        "unsafe": unsafe,
-        "some": call.some(parts, "grad_query"),
-        "shape": call.shape,
-        "scale": scale,
-        "work_items": grid.heads * grid.row_blocks,
-        "opt": plan.opt,
-        "CHUNK": _in_window(call, int(call.config["block_q"]), block_k) or LIST_CHUNK,
-        "STAGES": _stages(call, "grad_query"),
-    }
+    felt = _felt(call, forward, call.prepared(grad_out), grads)
+    row_blocks, key_tiles = grid.heads * grid.row_blocks, grid.heads_kv * grid.tiles
+    flags = {"WANTED": sizes.Wanted.of(wanted)}
+    of_mask = None
     with on_device(problem.device):
-        kernel, items = backward_kernels.grad_query, by_query["work_items"]
-        flags = {"WANTED": sizes.Wanted.of(wanted)}
-        call(kernel, items, {**flags, "SAFE": False}, **by_query)
-        call.again(kernel, items, flags, **by_query)
-        call(
-            backward_kernels.transpose_lists,
-            key_tiles,
-            {},
-            live=parts["live"],
-            row_block_lists=row_block_lists,
-            row_block_counts=row_block_counts,
-            shape=call.shape,
-            opt=plan.opt,
-            CHUNK=min(LIST_CHUNK, seen or LIST_CHUNK),
-        )
-        if pieces:
-            call(
-                backward_kernels.cut_lists,
-                1,
-                {},
-                row_block_counts=row_block_counts,
-                cuts=cuts,
-                owners=owners,
-                key_tiles=key_tiles,
-                MOST=pieces,
-                SHORTEST=sizes.SHORTEST_PIECE,
-                TILES=TILES_CHUNK,
-            )
-        call(backward_kernels.grad_key_value, pieces + key_tiles, {"SAFE": False}, **by_key)
-        if pieces:
-            added = pieces * (block_k // ADDED_ROWS)
-            t_in = thresholds["t_in"] if plan.opt.scattered else None
-            call(backward_kernels.add_pieces, added, {}, t_in=t_in, **of_keys, ROWS=ADDED_ROWS)
-        call.again(backward_kernels.grad_key_value, key_tiles, {}, **by_key)
-        of_mask = None
+        query = _of_grad_query(call, felt, of_rows)
+        call(backward_kernels.grad_query, row_blocks, {**flags, "SAFE": False}, **query)
+        call.again(backward_kernels.grad_query, row_blocks, flags, **query)
+        call(backward_kernels.transpose_lists, key_tiles, {}, **_of_transpose_lists(call, felt))
+        if felt.pieces:
+            call(backward_kernels.cut_lists, 1, {}, **_of_cut_lists(felt))
+        key = _of_grad_key_value(call, felt)
+        programs = felt.pieces + key_tiles
+        call(backward_kernels.grad_key_value, programs, {"SAFE": False}, **key)
+        if felt.pieces:
+            programs = felt.pieces * (plan.opt.block_k // ADDED_ROWS)
+            call(backward_kernels.add_pieces, programs, {}, **_of_add_pieces(call, felt))
+        call.again(backward_kernels.grad_key_value, key_tiles, {}, **key)
         if "attn_mask" in wanted:
-            of_mask = _grad_mask(call, every_head, parts)
-    query, key, value = (grad.to(problem.dtype) for grad in grads)
-    return Gradients(query, key, value, of_mask, **of_rows)
+            of_mask, programs, mask = _of_grad_mask(call, felt)
+            call(backward_kernels.grad_mask, programs, {}, **mask)
+    of_query, of_key, of_value = (grad.to(problem.dtype) for grad in grads)
+    return Gradients(of_query, of_key, of_value, of_mask, **of_rows)
 
 
-def _grad_mask(call: Call, every_head: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
-    """The gradient of an additive mask."""
+def _felt(call: Call, forward: Forward, grad_out: Tensor, grads: Sequence[Tensor]) -> Felt:
+    """With memory for what the kernels hand on to each other."""
+    problem, plan, grid = call.problem, call.plan, call.grid
+    saved = plan.layout.split(forward.saved)
+    grad_q, grad_k, grad_v = map(sizes.Heads.of, grads)
+    key_tiles = grid.heads_kv * grid.tiles
+    capacity = grid.gqa_group * grid.row_blocks
+    pieces = plan.fixed["grad_key_value"]["MOST"]
+    sums = plan.opt.block_k * (plan.opt.padded + plan.opt.padded_v)
+    return Felt(
+        saved=saved,
+        t_in=call.threshold(saved["t"], forward.tau),
+        grad_out=sizes.Heads.of(grad_out),
+        grad_q=grad_q,
+        grad_k=grad_k,
+        grad_v=grad_v,
+        delta=call.empty(grid.rows, dtype=torch.float32),
+        unsafe=call.empty(max(grid.rows, grid.heads_kv * problem.length_k), dtype=torch.int8),
+        row_block_lists=call.empty(key_tiles * capacity, dtype=torch.int32),
+        row_block_counts=call.empty(key_tiles * 2, dtype=torch.int32),
+        pieces=pieces,
+        cuts=call.empty(key_tiles + 1, dtype=torch.int32),
+        owners=call.empty(pieces + 1, dtype=torch.int32),
+        partials=call.empty(pieces * sums, dtype=torch.float32),
+    )
+
+
+def _of_scores(call: Call, felt: Felt) -> dict[str, Any]:
+    """What ``grad_query``, ``grad_key_value`` and ``grad_mask`` make ``ds`` from, but ``delta``."""
+    return {
+        "query": call.query,
+        "key": call.key,
+        "value": call.value,
+        "grad_out": felt.grad_out,
+        "top_in": felt.saved["top"],
+        "t_in": felt.t_in,
+        "spread_in": felt.saved["spread"],
+        "shape": call.shape,
+    }
+
+
+def _of_keys(call: Call, felt: Felt) -> dict[str, Any]:
+    """What ``grad_key_value`` and ``add_pieces`` store gradients of keys by."""
+    return {
+        "cuts": felt.cuts,
+        "owners": felt.owners,
+        "partials": felt.partials,
+        "poison": felt.saved["poison"],
+        "grad_k": felt.grad_k,
+        "grad_v": felt.grad_v,
+        "unsafe": felt.unsafe,
+        "some": call.some(felt.saved, "grad_key_value"),
+    }
+
+
+def _of_grad_query(call: Call, felt: Felt, of_rows: Mapping[str, Tensor]) -> dict[str, Any]:
+    saved = felt.saved
+    return {
+        **_of_scores(call, felt),
+        "out_u": call.means(saved["out_u"]),
+        "lists": saved["lists"],
+        "counts": saved["counts"],
+        "grad_q": felt.grad_q,
+        "delta_out": felt.delta,
+        "row_grads": sizes.Wanted.parts(of_rows),
+        "unsafe": felt.unsafe,
+        "some": call.some(saved, "grad_query"),
+    }
+
+
+def _of_transpose_lists(call: Call, felt: Felt) -> dict[str, Any]:
+    return {
+        "live": felt.saved["live"],
+        "row_block_lists": felt.row_block_lists,
+        "row_block_counts": felt.row_block_counts,
+        "shape": call.shape,
+    }
+
+
+def _of_cut_lists(felt: Felt) -> dict[str, Any]:
+    return {
+        "row_block_counts": felt.row_block_counts,
+        "cuts": felt.cuts,
+        "owners": felt.owners,
+    }
+
+
+def _of_grad_key_value(call: Call, felt: Felt) -> dict[str, Any]:
+    return {
+        **_of_scores(call, felt),
+        **_of_keys(call, felt),
+        "delta_in": felt.delta,
+        "row_block_lists": felt.row_block_lists,
+        "row_block_counts": felt.row_block_counts,
+    }
+
+
+def _of_add_pieces(call: Call, felt: Felt) -> dict[str, Any]:
+    t_in = felt.t_in if call.plan.opt.scattered else None
+    return {**_of_keys(call, felt), "t_in": t_in, "shape": call.shape}
+
+
+def _of_grad_mask(call: Call, felt: Felt) -> tuple[Tensor, int, dict[str, Any]]:
+    """The gradient of an additive mask, how many programs make it, and from what."""
     problem, grid = call.problem, call.grid
     mask = problem.operand("attn_mask")
     assert mask is not None
@@ -573,21 +706,17 @@ def _grad_mask(call: Call, every_head: dict[str, Any], parts: dict[str, Tensor])
     grad = call.empty(*shape, dtype=torch.float32)
     batch, heads, by_row, by_key = shape[0], shape[1], mask.spread[2], mask.spread[3]
     programs = batch * heads * (grid.row_blocks if by_row else 1) * (grid.tiles if by_key else 1)
-    call(
-        backward_kernels.grad_mask,
-        programs,
-        {},
-        **every_head,
-        live=parts["live"],
-        poison=parts["poison"],
-        grad=sizes.Spread.of(grad),
-        sharers=(heads, problem.batch // batch, problem.heads_q // heads),
-        shape=call.shape,
-        opt=call.plan.opt,
-        BY_ROW=by_row,
-        BY_KEY=by_key,
-    )
-    return grad
+    arguments = {
+        **_of_scores(call, felt),
+        "delta_in": felt.delta,
+        "live": felt.saved["live"],
+        "poison": felt.saved["poison"],
+        "grad": sizes.Spread.of(grad),
+        "sharers": (heads, problem.batch // batch, problem.heads_q // heads),
+        "BY_ROW": by_row,
+        "BY_KEY": by_key,
+    }
+    return grad, programs, arguments
 
 
 def tolerance(problem: Problem) -> float:

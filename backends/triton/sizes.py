@@ -242,19 +242,21 @@ class Pages(NamedTuple):
         return cls(table, batch, column, number)
 
 
-AWAY = 2
-"""Added to numbers of a tuple in a tuple that may be 1: Triton before 3.7 takes that for a
-constant, and in loops may forget its value."""
+def shared_number(number: int) -> int:
+    """A number of a tuple in a tuple, as ``own_number`` in ``kernels/score.py`` takes it: odd and
+    above 1. Triton compiles a kernel of its own for multiples of 16, and one for 1, whose value it
+    may forget in loops before 3.7."""
+    return 2 * number + 3
 
 
 class Terms(NamedTuple):
     """What a call asks beyond plain and causal attention, as kernels take it; None where it is not
     asked.
 
-    ``left`` and ``right``: of windows, and AWAY more. ``scale`` and ``softcap``: of the problem.
-    ``dropped``: words below it are dropped, less 2^31; ``kept``: what the others are multiplied by.
-    ``longest``: of each key head the longest key's norm. ``sharers``: sequences that share a mask.
-    The others are operands.
+    ``left`` and ``right``: of windows, by :func:`shared_number`. ``scale`` and ``softcap``: of the
+    problem. ``dropped``: words below it are dropped, less 2^31; ``kept``: what the others are
+    multiplied by. ``longest``: of each key head the longest key's norm. ``sharers``: sequences that
+    share a mask. The others are operands.
     """
 
     left: int | None = None
@@ -282,8 +284,10 @@ class Terms(NamedTuple):
             return None
         farthest = problem.length_q + problem.length_k  # more would leave 32 bits
         return cls(
-            left=AWAY + min(said.left, farthest) if said.left >= 0 else None,
-            right=None if said.is_causal or said.right < 0 else AWAY + min(said.right, farthest),
+            left=None if said.left < 0 else shared_number(min(said.left, farthest)),
+            right=None
+            if said.is_causal or said.right < 0
+            else shared_number(min(said.right, farthest)),
             scale=said.scale if is_scored(problem) else None,
             softcap=said.softcap or None,
             dropped=int(said.dropout_p * 2**32) - 2**31 if said.dropout_p else None,

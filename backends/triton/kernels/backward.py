@@ -221,7 +221,7 @@ def store_row_gradients(parts, grads, top, t, delta, at_row, inside, right, term
 @triton.jit
 def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists,
                   counts, grad_q, delta_out, row_grads, unsafe, some, shape, scale,
-                  opt: tl.constexpr, CHUNK: tl.constexpr, WANTED: tl.constexpr,
+                  opt: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, WANTED: tl.constexpr,
                   STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """:func:`grad_query` of the row block that is ``number`` in launch order."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
@@ -242,7 +242,7 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
         delta = tl.where(tl.max(tl.abs(mean), 1) == 0.0, 0.0, delta)
     keys = head_of(key, batch, kv_head)
     values = head_of(value, batch, kv_head)
-    entries, right = checked(entries_at(lists, counts, at_block, tiles), shape, opt, CHUNK)
+    entries, right = checked(entries_at(lists, counts, at_block, tiles), shape, opt, CHUNK, FEW)
     top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
     row_block = (q, top, t, first_row)
     acc = tl.full((opt.block_q, opt.padded), 0.0, tl.float32)
@@ -277,21 +277,22 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
 @triton.jit
 def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, lists, counts, grad_q,
                delta_out, row_grads, unsafe, some, shape, scale, work_items, opt: tl.constexpr,
-               CHUNK: tl.constexpr, WANTED: tl.constexpr, STAGES: tl.constexpr,
+               CHUNK: tl.constexpr, FEW: tl.constexpr, WANTED: tl.constexpr, STAGES: tl.constexpr,
                SAFE: tl.constexpr):  # fmt: skip
-    """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands."""
+    """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands. Where
+    FEW, its list has no more than CHUNK entries."""
     if SAFE:
         number, waiting = first_again(some, work_items)
         while waiting:
             if is_block_marked(number, unsafe, shape, opt):
                 grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
                               t_in, lists, counts, grad_q, delta_out, row_grads, unsafe, some,
-                              shape, scale, opt, CHUNK, WANTED, STAGES, SAFE)  # fmt: skip
+                              shape, scale, opt, CHUNK, FEW, WANTED, STAGES, SAFE)  # fmt: skip
             number, waiting = next_again(number, work_items)
     else:
         grad_query_of(tl.program_id(0), query, key, value, grad_out, out_u, spread_in, top_in, t_in,
                       lists, counts, grad_q, delta_out, row_grads, unsafe, some, shape, scale, opt,
-                      CHUNK, WANTED, STAGES, SAFE)  # fmt: skip
+                      CHUNK, FEW, WANTED, STAGES, SAFE)  # fmt: skip
 
 
 @triton.jit

@@ -19,15 +19,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
     added_product,
     matmul,
     tanh,
 )
-
-AWAY = tl.constexpr(sizes.AWAY)
 
 FARTHEST = tl.constexpr(2.0**30)
 """A place behind all keys, in float32 and in 32 bits."""
@@ -97,6 +94,12 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def own_number(number):
+    """What ``sizes.shared_number`` was made of."""
+    return (number >> 1).to(tl.int32) - 1
+
+
+@triton.jit
 def load_range(rows, part: tl.constexpr, terms, shape):
     """First key, end or place of ``rows``, by ``part``; zero for rows that do not exist."""
     ranges = shape.terms.ranges
@@ -121,7 +124,7 @@ def begin_of(rows, terms, shape, opt: tl.constexpr):
     if opt.ranges:
         begin = load_range(rows, 0, terms, shape)
     else:
-        begin = place_of(rows, terms, shape, opt) - shape.terms.left + AWAY
+        begin = place_of(rows, terms, shape, opt) - own_number(shape.terms.left)
     return tl.minimum(tl.maximum(begin, 0), shape.length_k)
 
 
@@ -134,7 +137,7 @@ def end_of(rows, terms, shape, opt: tl.constexpr):
     else:
         end = place_of(rows, terms, shape, opt) + 1
         if opt.right:
-            end += shape.terms.right - AWAY
+            end += own_number(shape.terms.right)
     if opt.ranges or opt.shifted:
         end = tl.maximum(end, 0)
     return end
@@ -194,8 +197,8 @@ def seeing_rows(first_key, shape, opt: tl.constexpr):
     shift = shape.length_k - shape.length_q if opt.shifted else 0
     begin = first_key - shift
     if opt.right:
-        begin -= shape.terms.right - AWAY
-    end = first_key + opt.block_k + shape.terms.left - AWAY - shift
+        begin -= own_number(shape.terms.right)
+    end = first_key + opt.block_k + own_number(shape.terms.left) - shift
     begin = tl.minimum(tl.maximum(begin, 0), shape.length_q - 1)
     return begin, tl.maximum(tl.minimum(end, shape.length_q), begin + 1)
 
@@ -267,10 +270,10 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
         place = place_of(rows, terms, shape, opt)
         last = tl.where(rows >= 0, tl.minimum(place, shape.length_k - 1), -1)
         if opt.left:  # and of windows too: what is before the first is large without a sign
-            begin = place - shape.terms.left + AWAY
+            begin = place - own_number(shape.terms.left)
             seen = tl.maximum(last + 1 - begin, 0)
             if opt.even:  # of keys that exist, all rows see as many
-                seen = shape.terms.left - (AWAY - 1)
+                seen = own_number(shape.terms.left) + 1
             mask = (keys - begin).to(tl.uint32, bitcast=True) < seen.to(tl.uint32, bitcast=True)
         else:
             mask = keys <= last
@@ -282,9 +285,9 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
     else:
         place = place_of(rows, terms, shape, opt)
         if opt.right:
-            mask = mask & (keys <= place + shape.terms.right - AWAY)
+            mask = mask & (keys <= place + own_number(shape.terms.right))
         if opt.left and not opt.causal:
-            mask = mask & (keys >= place - shape.terms.left + AWAY)
+            mask = mask & (keys >= place - own_number(shape.terms.left))
     return mask
 
 

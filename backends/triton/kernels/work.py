@@ -235,19 +235,19 @@ def entries_at(lists, counts, number, capacity):
 
 
 @triton.jit
-def checked(entries, shape, opt: tl.constexpr, CHUNK: tl.constexpr):
+def checked(entries, shape, opt: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr):
     """The entries of a saved list of key tiles, and whether they are some: what was saved may have
     been written over since. If so there are none, so that nothing else is read.
 
     Entries are looked at before the loop over tiles: a limit inside it would keep Triton from
-    asking for tiles ahead. Where a window ends on both sides CHUNK is as long as a list can be, and
-    entries are asked for beside their counts.
+    asking for tiles ahead. Where FEW, CHUNK is as long as a list can be, and entries are asked for
+    beside their counts.
     """
     numbers, open_end, end = entries
     whole = shape.length_k // opt.block_k
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     right = (open_end >= 0) & (open_end <= end) & (end <= tiles)
-    if opt.joined:
+    if FEW:
         places = tl.arange(0, CHUNK)
         found = tl.load(numbers + places, mask=places < tiles, other=0)
         limit = tl.where(places < open_end, whole, tiles)
