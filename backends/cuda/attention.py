@@ -324,7 +324,8 @@ def backward(
 def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     """A forward that counts what it did."""
     shape = (problem.batch, problem.heads_q, problem.length_q)
-    tiles_q, tiles_k = -(-problem.length_q // 64), -(-problem.length_k // 64)
+    side = layout.STATS_TILE
+    tiles_q, tiles_k = -(-problem.length_q // side), -(-problem.length_k // side)
     device = problem.device
     iterations = torch.zeros(shape, dtype=torch.int32, device=device)
     tiles = torch.zeros((*shape[:2], tiles_q, tiles_k), dtype=torch.uint8, device=device)
@@ -332,7 +333,7 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
     result = _forward(
         problem, inputs, config, {"iterations": iterations, "tiles": tiles}, support=support
     )
-    empty = 1.0 - tiles.sum((-1, -2), dtype=torch.float64) / problem.allowed_tiles(64)
+    empty = 1.0 - tiles.sum((-1, -2), dtype=torch.float64) / problem.allowed_tiles(side)
     return AttentionStats(
         tau=result.tau, support=support, iterations=iterations, empty_tiles=empty, backend="cuda"
     )
