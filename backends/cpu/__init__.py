@@ -20,9 +20,15 @@ from torch import Tensor
 
 from adasplash2 import _core
 from adasplash2.contract import AttentionStats, Config, Forward, Gradients
-from adasplash2.problem import OPERANDS, TENSORS, Inputs, Problem, RowProblem
+from adasplash2.problem import OPERANDS, TENSORS, Inputs, Problem, RowProblem, unsupported
 
 name = "cpu"
+
+SUPPORTED = (
+    *("window", "causal_align", "softcap", "dropout_p", "attn_mask", "alibi_slopes", "sinks"),
+    *("scale as a tensor", "alpha as a tensor", "lengths or packed sequences", "block_table"),
+)
+"""What the core computes: it takes no notice of what it does not know."""
 
 SAVED_ALIGNMENT = 8
 """Bytes: what ``saved`` holds is read as 64-bit numbers."""
@@ -49,8 +55,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 
 def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
-    """None: all that passes validation is computed."""
-    return []
+    """See :meth:`adasplash2.contract.Backend.refusals_anywhere`."""
+    return unsupported(problem, SUPPORTED)
 
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:
