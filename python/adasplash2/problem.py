@@ -271,13 +271,15 @@ FEATURES = {
 
 def _features_of(said: ScoreTransform | RowProblem) -> list[str]:
     """Fields that are not what they are by default."""
-    asked = _may_be_asked(type(said))
-    return [shown_as(name) for name, default in asked if getattr(said, name) != default]
+    kind = type(said)
+    defaults = _defaults.get(kind)
+    if defaults is None:
+        named = {one.name: one.default for one in fields(said) if one.name not in PLAIN}
+        defaults = _defaults[kind] = tuple(named.items())
+    return [shown_as(name) for name, default in defaults if getattr(said, name) != default]
 
 
-@functools.cache
-def _may_be_asked(kind: Any) -> list[tuple[str, Any]]:
-    return [(one.name, one.default) for one in fields(kind) if one.name not in PLAIN]
+_defaults: dict[type, tuple[tuple[str, Any], ...]] = {}  # no lru_cache, which compilers warn of
 
 
 def places(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
@@ -425,13 +427,14 @@ def validated(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
         try:
             tensors = _described(query), _described(key), _described(value)
             operands = _described_operands(inputs) if inputs.has_operands() else ()
-            return _looked_up(*tensors, operands, needs_grad, *options)
+            types = tuple(map(type, options))
+            return _looked_up(*tensors, operands, needs_grad, options, types)
         except (AttributeError, RuntimeError, TypeError):
             pass  # no strided tensors, sizes that are symbols, or an error that comes again below
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
     q, k, v = map(_described, inputs.tensors())
-    return _validate(q, k, v, _described_operands(inputs), needs_grad, *options)
+    return _validate(q, k, v, _described_operands(inputs), needs_grad, options)
 
 
 _Described = tuple[torch.Size, torch.dtype, torch.device, bool]
@@ -468,10 +471,11 @@ def _validate(
     value: _Described,
     operands: tuple[_DescribedOperand, ...],
     needs_grad: bool,
-    *said: Any,
+    options: Options,
+    types: tuple[type, ...] = (),
 ) -> Problem:
-    """:func:`validated` without the data; ``said`` are the :class:`Options`."""
-    options = Options._make(said)
+    """:func:`validated` without the data. ``types``, those of the options, are for looking it up:
+    True equals 1.0 and is no number here."""
     shapes = {name: t[0] for name, t in zip(TENSORS, (query, key, value), strict=True)}
     _check_dtype("query", query[1])
     for name, shape in shapes.items():
@@ -638,8 +642,7 @@ def _check_operand(
     return Operand(name, its_dtype, tuple(n != 1 for n in shape))
 
 
-# Types count: True equals 1.0 and is no number here.
-_looked_up = functools.lru_cache(maxsize=1024, typed=True)(_validate)
+_looked_up = functools.lru_cache(maxsize=1024)(_validate)
 
 
 def row_problem(
