@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,18 @@ from click.testing import CliRunner
 
 import adasplash2
 from adasplash2 import cli, features
+from adasplash2 import problem as problem_module
 from adasplash2.backends import REGISTRY
 from adasplash2.features import Call
-from adasplash2.problem import DTYPES, FEATURES, TENSORS
+from adasplash2.problem import (
+    DTYPES,
+    FEATURES,
+    TENSORS,
+    Operand,
+    Problem,
+    RowProblem,
+    ScoreTransform,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/features.md"
 CALLS = [call for calls in features.ROWS.values() for call in calls]
@@ -44,12 +54,60 @@ def test_all_that_may_be_asked_is_in_it() -> None:
     said = {name for call in CALLS for name in call.said}
     assert said == arguments - {*TENSORS, "enable_gqa", "return_aux", "backend"}
     problems = [call.problem(needs_grad=True) for call in CALLS]
-    assert {feature for p in problems for feature in p.features} > set(FEATURES.values())
+    assert {feature for p in problems for feature in p.features} == set(FEATURES.values())
     assert {p.dtype for p in problems} == set(DTYPES)
     plain = Call({}).problem(needs_grad=True).scores
     for number in dataclasses.fields(plain):
         values = {getattr(p.scores, number.name) for p in problems}
         assert values != {getattr(plain, number.name)}, number.name
+
+
+def with_number(problem: Problem) -> Problem:
+    """With a number that no backend has heard of."""
+    fields = [("bonus", float, 0.0)]
+    kind = dataclasses.make_dataclass("Planted", fields, bases=(ScoreTransform,), frozen=True)
+    return dataclasses.replace(
+        problem, scores=kind(**dataclasses.asdict(problem.scores), bonus=1.0)
+    )
+
+
+def with_operand(problem: Problem) -> Problem:
+    """With a tensor that no backend has heard of."""
+    operand = Operand("bonus", torch.float32, (True, True))
+    return dataclasses.replace(problem, operands=(*problem.operands, operand))
+
+
+@pytest.mark.parametrize("plant", [with_number, with_operand])
+@pytest.mark.parametrize("call", [Call({}), Call({"softcap": 3.0}), Call({}, paged=True)])
+@pytest.mark.parametrize("backend", REGISTRY)
+def test_what_a_backend_has_not_heard_of_it_refuses(
+    plant: Callable[[Problem], Problem], call: Call, backend: str
+) -> None:
+    """By name, wherever its tensors are, so that a new option cannot be ignored."""
+    module = importlib.import_module(REGISTRY[backend])
+    problem = call.problem(needs_grad=False)
+    planted = plant(problem)
+    assert {*planted.features} == {*problem.features, "bonus"}
+    reason = "bonus is computed by other backends only"
+    assert reason in module.refusals_anywhere(planted)
+    here = dataclasses.replace(planted, device=torch.device(device_of(backend)))
+    assert backend == "cuda" or reason in module.refusals(here)
+
+
+def test_rows_too() -> None:
+    kind = dataclasses.make_dataclass(
+        "Planted", [("bonus", bool, False)], bases=(RowProblem,), frozen=True
+    )
+    rows = kind(3, 4, torch.float32, torch.device("cpu"), 1.5, False, bonus=True)
+    for module in REGISTRY.values():
+        refusals = importlib.import_module(module).refusals_anywhere(rows)
+        assert refusals == ["bonus is computed by other backends only"]
+
+
+def test_an_option_without_a_field_of_scores_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "_OF_SCORES", (*problem_module._OF_SCORES, "backend"))
+    with pytest.raises(TypeError, match="backend"):
+        Call({"softcap": 29.0}).problem(needs_grad=False)
 
 
 @interpreted()

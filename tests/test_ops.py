@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import math
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -30,6 +32,7 @@ from torch.func import grad, vmap
 import adasplash2
 from adasplash2 import backends, dispatch, ops
 from adasplash2.contract import Forward
+from adasplash2.options import MAY_BE_NONE, NUMBERS, Options
 from adasplash2.problem import Inputs, Problem, attention_problem
 
 DEVICES = [
@@ -1087,6 +1090,41 @@ def test_heads_and_flags_may_be_symbols(heads_kv: int, alpha: float) -> None:
 def test_vmap_runs_each_slice() -> None:
     x = torch.randn(3, 4, 5)
     assert_equal([torch.func.vmap(adasplash2.entmax15)(x)], [adasplash2.entmax15(x)])
+
+
+# Numbers of a graph
+
+
+@pytest.mark.parametrize("count", range(2, len(NUMBERS) + 1))
+def test_graphs_of_older_releases_are_read(count: int) -> None:
+    """They have fewer numbers: options that came later are what the graph says beside them."""
+    tensors = inputs(requires_grad=False)
+    said = {"alpha": 1.25, "scale": math.nan, "softcap": 3.0}
+    numbers = torch.tensor([said.get(name, 0.0) for name in NUMBERS], dtype=torch.float64)
+    out, *rest = ops.attention_forward(*tensors, *OPTIONS, ops.AS_NEEDED, numbers[:count])
+    softcap = 3.0 if "softcap" in NUMBERS[:count] else 0.0
+    assert_equal([out], [attend(*tensors, alpha=1.25, softcap=softcap)])
+    arguments = torch.ones_like(out), *tensors, out, *rest, *OPTIONS
+    numbered = ops.attention_backward(*arguments, numbers[:count])
+    later = {"softcap": softcap} if softcap else {}
+    plain = ops.attention_backward(*arguments[:7], 1.25, *OPTIONS[1:], **later)
+    assert_equal(list(numbered), list(plain))
+
+
+@pytest.mark.parametrize("shape", [(1,), (len(NUMBERS) + 1,), (1, 2), (2, 2), ()])
+def test_numbers_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    numbers = torch.ones(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match="numbers must have the shape"):
+        ops.attention_forward(*inputs(requires_grad=False), *OPTIONS, ops.AS_NEEDED, numbers)
+
+
+def test_every_float_of_the_options_is_one_of_the_numbers() -> None:
+    """Else a compiler makes a constant of it, and compiles anew for each."""
+    schema = str(ops.attention_forward._schema)
+    assert [name for name in Options._fields if f" {name}" in schema] == list(Options._fields)
+    scalars = re.findall(r"Scalar\??? (\w+)", schema)
+    assert scalars == list(NUMBERS)
+    assert frozenset(re.findall(r"Scalar\? (\w+)", schema)) == MAY_BE_NONE
 
 
 # Calls that skip torch's dispatcher

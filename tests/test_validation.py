@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,9 +16,10 @@ import torch
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import adasplash2
-from adasplash2 import ops, options
-from adasplash2.options import Options
-from adasplash2.problem import Inputs
+from adasplash2 import functional, ops, options
+from adasplash2.lowering import lowered
+from adasplash2.options import Options, Said
+from adasplash2.problem import TENSORS, Inputs
 
 NAN, INF = float("nan"), float("inf")
 
@@ -501,6 +502,89 @@ def test_every_function_of_a_call_takes_its_arguments() -> None:
             function(*list(GOOD.values())[:2])
 
 
+def cu(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+NOT_TAKEN = {
+    "entmax_attention_varlen": {
+        *("attn_mask", "q_lengths", "kv_lengths", "kv_starts"),  # each sequence has its own
+    },
+    "entmax_attention_with_kvcache": {
+        *("attn_mask", "dropout_p"),  # of training
+        *("causal_align", "enable_gqa"),  # said by what it is
+        *("q_lengths", "kv_lengths"),  # cache_lengths
+    },
+}
+"""Options of a call that other functions leave out: these alone."""
+
+
+def test_the_list_of_options_is_one() -> None:
+    """:class:`Said` and the signatures that are written out: names, defaults, types."""
+
+    def parameters(function: Callable[..., object]) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(function).parameters)
+
+    taken = parameters(adasplash2.entmax_attention)
+    said = {name: taken[name] for name in taken if name not in (*TENSORS, "return_aux")}
+    assert {name: p.default for name, p in said.items()} == Said._field_defaults
+    types = get_type_hints(Said)
+    assert {name: get_type_hints(adasplash2.entmax_attention)[name] for name in said} == types
+    for function, without in NOT_TAKEN.items():
+        its, hints = (of(getattr(adasplash2, function)) for of in (parameters, get_type_hints))
+        assert said.keys() - its.keys() == without
+        for name in said.keys() & its.keys():
+            assert its[name].default == said[name].default
+            assert its[name].kind == said[name].kind or name in ("is_causal", "scale")
+            assert hints[name] == types[name]
+
+
+EXAMPLES: dict[str, Any] = {
+    **{"dropout_p": 0.5, "is_causal": True, "scale": 0.5, "enable_gqa": True, "alpha": 2.0},
+    **{"causal_align": "bottom-right", "window": (3, 1), "softcap": 2.0, "backend": "cpu"},
+    "attn_mask": torch.ones(1, 1, 1, 6, dtype=torch.bool),
+    **{"alibi_slopes": torch.ones(4), "sinks": torch.ones(4)},
+    **dict.fromkeys(("q_lengths", "kv_lengths", "kv_starts"), cu(1, 2)),
+}
+"""Of each option, what is not its default."""
+
+
+@pytest.mark.parametrize("name", Said._fields)
+def test_nothing_that_is_said_is_lost(name: str) -> None:
+    """Each option alone changes what is asked of backends."""
+    tensors = tensor(2, 4, 5, 8), tensor(2, 4, 6, 8), tensor(2, 4, 6, 8)
+    inputs, options, *_ = lowered(*tensors, Said())
+    changed, told, *_ = lowered(*tensors, Said(**{name: EXAMPLES[name]}))
+    is_given = [operand is not None for operand in changed.operands()]
+    assert told != options or is_given != [operand is not None for operand in inputs.operands()]
+
+
+@pytest.mark.parametrize(("function", "name"), [
+    (function, name)
+    for function in ("entmax_attention", *NOT_TAKEN)
+    for name in Said._fields
+    if name not in NOT_TAKEN.get(function, ())
+])  # fmt: skip
+def test_functions_pass_on_what_is_said(
+    monkeypatch: pytest.MonkeyPatch, function: str, name: str
+) -> None:
+    heard: list[Said] = []
+
+    def hear(*args: Any) -> None:
+        heard.append(args[-1])
+        raise InterruptedError
+
+    for one in ("lowered", "lowered_packed", "lowered_cached"):
+        monkeypatch.setattr(functional, one, hear)
+    call = getattr(adasplash2, function)
+    with torch.no_grad(), pytest.raises(InterruptedError):
+        call(*(None,) * (5 if "varlen" in function else 3), **{name: EXAMPLES[name]})
+    with torch.no_grad(), pytest.raises(InterruptedError):
+        call(*(None,) * (5 if "varlen" in function else 3))
+    assert getattr(heard[0], name) is EXAMPLES[name]
+    assert heard[0]._replace(**{name: getattr(heard[1], name)}) == heard[1]
+
+
 PACKED: dict[str, Any] = {
     "query": tensor(9, 4, 8),
     "key": tensor(11, 2, 8),
@@ -509,10 +593,6 @@ PACKED: dict[str, Any] = {
     "cu_seqlens_k": torch.tensor([0, 6, 7, 11], dtype=torch.int32),
     "enable_gqa": True,
 }
-
-
-def cu(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 BAD_PACKED = [

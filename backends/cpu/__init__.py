@@ -20,9 +20,15 @@ from torch import Tensor
 
 from adasplash2 import _core
 from adasplash2.contract import AttentionStats, Config, Forward, Gradients
-from adasplash2.problem import OPERANDS, TENSORS, Inputs, Problem, RowProblem
+from adasplash2.problem import OPERANDS, TENSORS, Inputs, Problem, RowProblem, unsupported
 
 name = "cpu"
+
+SUPPORTED = (
+    *("window", "causal_align", "softcap", "dropout_p", "attn_mask", "alibi_slopes", "sinks"),
+    *("scale as a tensor", "alpha as a tensor", "lengths or packed sequences", "block_table"),
+)
+"""What the core computes: it takes no notice of what it does not know."""
 
 EMPTY_TILE, LIVE_TILE = 1, 2
 """``TileState`` of the core's ``types.h``: no probability above 0, and one."""
@@ -46,8 +52,8 @@ def refusals(problem: Problem | RowProblem) -> list[str]:
 
 
 def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
-    """None: all that passes validation is computed."""
-    return []
+    """See :meth:`adasplash2.contract.Backend.refusals_anywhere`."""
+    return unsupported(problem, SUPPORTED)
 
 
 def configs(problem: Problem | RowProblem) -> Sequence[Config]:

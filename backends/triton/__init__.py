@@ -39,6 +39,7 @@ from adasplash2.problem import (
     RowProblem,
     allowed_tiles,
     float32_refusals,
+    unsupported,
 )
 
 name = "triton"
@@ -47,6 +48,12 @@ MIN_CAPABILITY = (8, 0)
 """Tensor cores for bfloat16, and what Triton itself is made for."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+SUPPORTED = (
+    *("attn_mask", "alibi_slopes", "sinks", "scale as a tensor", "alpha as a tensor", "softcap"),
+    *("window", "causal_align", "lengths or packed sequences", "dropout_p", "block_table"),
+)
+"""What kernels compute: they take no notice of what they do not know."""
 
 INTERPRETER_SHARED = 232_448
 """Bytes of shared memory to assume where there is no device: those of compute capability 9.0."""
@@ -97,7 +104,7 @@ def refusals_anywhere(problem: Problem | RowProblem) -> list[str]:
         reasons.append("alpha = 1 is softmax, which these kernels do not compute")
     if reasons:
         return reasons
-    reasons = float32_refusals(problem)
+    reasons = unsupported(problem, SUPPORTED) + float32_refusals(problem)
     limit = 2**31 - 1
     if isinstance(problem, RowProblem):
         if max(problem.rows, problem.length) > limit:

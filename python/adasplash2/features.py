@@ -6,7 +6,6 @@ Needs none of their devices: it asks for what holds on every one.
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,8 +13,8 @@ import torch
 
 from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend
-from adasplash2.functional import entmax_attention, entmax_attention_with_kvcache
 from adasplash2.lowering import lowered, lowered_cached
+from adasplash2.options import Said
 from adasplash2.problem import DTYPES, Problem, validated
 
 BEGIN = "<!-- written by `adasplash2 features --markdown` -->"
@@ -41,19 +40,14 @@ class Call(NamedTuple):
             pages = torch.empty((8, 16, HEADS_KV, HEAD_DIM), **meta)
             table = _tensor(BATCH, 4, dtype=torch.int32)
             query = torch.empty((BATCH, HEADS_Q, 1, HEAD_DIM), **meta)
-            bound = inspect.signature(entmax_attention_with_kvcache).bind(
-                query, pages, pages, block_table=table, cache_lengths=_LENGTHS
+            said = Said(**self.said, enable_gqa=True, causal_align="bottom-right")
+            (inputs, options, *_), _ = lowered_cached(
+                query, pages, pages, None, None, _LENGTHS, table, said
             )
-            bound.apply_defaults()
-            (inputs, options, *_), _ = lowered_cached(**bound.arguments)
             return validated(inputs, options, False)
         key = torch.empty((BATCH, HEADS_KV, LENGTH_K, HEAD_DIM), **meta)
         query = torch.empty((BATCH, HEADS_Q, self.length_q, HEAD_DIM), **meta)
-        bound = inspect.signature(entmax_attention).bind(query, key, key, **self.said)
-        bound.apply_defaults()
-        del bound.arguments["return_aux"]
-        bound.arguments["enable_gqa"] = True
-        inputs, options, *_ = lowered(**bound.arguments)
+        inputs, options, *_ = lowered(query, key, key, Said(**self.said, enable_gqa=True))
         return validated(inputs, options, needs_grad)
 
 

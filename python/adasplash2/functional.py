@@ -26,7 +26,9 @@ from adasplash2.lowering import (
     lowered_packed,
 )
 from adasplash2.options import (
+    NOTHING,
     Options,
+    Said,
     check_alpha,
     check_alpha_above_one,
     check_backend,
@@ -45,10 +47,6 @@ from adasplash2.problem import (
     validated,
 )
 from adasplash2.torch_fastpath import is_autocast_on, is_transformed
-
-NOTHING = 0
-"""Default of numbers that are of no effect: not 0.0, since compilers make symbols of floats, where
-graphs are dynamic, and begin anew when they find them compared."""
 
 HALVES = torch.bfloat16, torch.float16
 
@@ -190,11 +188,13 @@ def entmax_attention(
         Correia, Niculae, Martins 2019, *Adaptively Sparse Transformers* (its gradients);
         Goncalves et al. 2026, *AdaSplash-2* (finding the threshold from a histogram).
     """
-    call = lowered(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, alpha, causal_align,
-        window, alibi_slopes, softcap, sinks, q_lengths, kv_lengths, kv_starts, backend,
+    said = Said(
+        attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        enable_gqa=enable_gqa, alpha=alpha, causal_align=causal_align, window=window,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, q_lengths=q_lengths,
+        kv_lengths=kv_lengths, kv_starts=kv_starts, backend=backend,
     )  # fmt: skip
-    return _attend(call, return_aux)
+    return _attend(lowered(query, key, value, said), return_aux)
 
 
 def entmax_attention_varlen(
@@ -254,11 +254,14 @@ def entmax_attention_varlen(
         >>> adasplash2.entmax_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 32, 32).shape
         torch.Size([48, 4, 16])
     """
-    call = lowered_packed(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        is_causal, scale, enable_gqa, alpha, causal_align, window, alibi_slopes, softcap, sinks,
-        backend,
+    said = Said(
+        dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, alpha=alpha,
+        causal_align=causal_align, window=window, alibi_slopes=alibi_slopes, softcap=softcap,
+        sinks=sinks, backend=backend,
     )  # fmt: skip
+    call = lowered_packed(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, said
+    )
     return _attend(call, return_aux)
 
 
@@ -334,11 +337,15 @@ def entmax_attention_with_kvcache(
         >>> out.shape, int((keys != 0).any(dim=3).sum())  # 3 keys of 4 heads
         (torch.Size([1, 4, 1, 32]), 12)
     """
+    said = Said(
+        is_causal=is_causal, scale=scale, alpha=alpha, window=window, alibi_slopes=alibi_slopes,
+        softcap=softcap, sinks=sinks, kv_starts=kv_starts, backend=backend, enable_gqa=True,
+        causal_align="bottom-right",
+    )  # fmt: skip
     if torch.is_grad_enabled():
         for name, tensor in {
             **{"query": query, "key_cache": key_cache, "value_cache": value_cache},
-            **{"key": key, "value": value, "scale": scale, "alpha": alpha},
-            **{"alibi_slopes": alibi_slopes, "sinks": sinks},
+            **{"key": key, "value": value, **said._asdict()},
         }.items():
             if getattr(tensor, "requires_grad", False):
                 raise RuntimeError(
@@ -351,9 +358,8 @@ def entmax_attention_with_kvcache(
         key = key if key is None else key.to(key_cache.dtype)
         value = value if value is None else value.to(key_cache.dtype)
     (inputs, options, shaped, _), append = lowered_cached(
-        query, key_cache, value_cache, key, value, cache_lengths, block_table, is_causal, scale,
-        alpha, window, alibi_slopes, softcap, sinks, kv_starts, backend,
-    )  # fmt: skip
+        query, key_cache, value_cache, key, value, cache_lengths, block_table, said
+    )
     if options.alpha != 1.0:
         return shaped(ops.attention(inputs, options, append))
     problem = _problem(inputs, options)
@@ -382,26 +388,11 @@ def _attend(call: Call, return_aux: bool) -> Any:
     return shaped(out), AttentionAux(tau, kept, options._replace(dropout_p=0.0))
 
 
-def dense_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = NOTHING,
-    is_causal: bool = False,
-    scale: float | Tensor | None = None,
-    *,
-    alpha: float | Tensor = 1.5,
-    alibi_slopes: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
+def dense_weights(query: Tensor, key: Tensor, value: Tensor, said: Said) -> Tensor:
     """The weights of the values in :func:`entmax_attention`, ``(batch, heads, length_q, length_k)``
     in the dtype of the queries: dense, with gradients, as dropout leaves them. For modules that
     return them."""
-    inputs, options, *_ = lowered(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, False, alpha, "top-left", None,
-        alibi_slopes, NOTHING, None, None, None, None, backend,
-    )  # fmt: skip
+    inputs, options, *_ = lowered(query, key, value, said)
     inputs = _cast(inputs)
     found = weights(_problem(inputs, options), inputs, options.backend)
     return found.to(inputs.query.dtype)
@@ -427,7 +418,8 @@ def _takes_what(
                 )
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            call = lowered(**bound.arguments)
+            query, key, value = (bound.arguments.pop(name) for name in TENSORS)
+            call = lowered(query, key, value, Said(**bound.arguments))
             return body(call._replace(inputs=_cast(call.inputs)))
 
         returns = inspect.signature(body).return_annotation

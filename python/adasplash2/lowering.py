@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adasplash2.options import Options, check_count, check_options, shown
+from adasplash2.options import Options, Said, check_count, check_options, shown
 from adasplash2.problem import (
     MAX_HEAD_DIM,
     TENSORS,
@@ -52,26 +52,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def lowered(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | Tensor | None,
-    enable_gqa: bool,
-    alpha: float | Tensor,
-    causal_align: str,
-    window: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    sinks: Tensor | None,
-    q_lengths: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_starts: Tensor | None,
-    backend: str | None,
-) -> Call:
+def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said) -> Call:
     """Arguments as for :func:`adasplash2.entmax_attention`.
 
     Raises:
@@ -79,17 +60,10 @@ def lowered(
             the other tensors' sizes, which :func:`adasplash2.problem.validated` compares.
     """
     if getattr(query, "is_nested", False):
-        others = attn_mask, q_lengths, kv_lengths, kv_starts
-        packed, sequences, as_query = _from_nested(query, key, value, others)
-        call = lowered(
-            *_as_one_entry(*packed), None, dropout_p, is_causal, scale, enable_gqa, alpha,
-            causal_align, window, alibi_slopes, softcap, sinks, None, None, None, backend,
-        )  # fmt: skip
-        call = _of_packed(call, sequences)
+        packed, sequences, as_query = _from_nested(query, key, value, said)
+        call = _of_packed(lowered(*_as_one_entry(*packed), said), sequences)
         return call._replace(shaped=lambda result: as_query(call.shaped(result)))
-    options, alphas, scales = check_options(
-        alpha, scale, is_causal, enable_gqa, backend, causal_align, window, softcap, dropout_p
-    )
+    options, alphas, scales = check_options(said)
     tensors, lead = (query, key, value), None
     shaped: Callable[[Tensor], Tensor] = _as_it_is
     if not _is_common(query, key, value):
@@ -98,34 +72,25 @@ def lowered(
         tensors, lead, shared, shaped = _four_dimensional(*tensors, options.enable_gqa)
         options = options._replace(enable_gqa=options.enable_gqa or shared)
     inputs = Inputs(*tensors)
-    operands = attn_mask, alphas, scales, alibi_slopes, sinks, q_lengths, kv_lengths, kv_starts
-    if not options.dropout_p and _are_none(operands):
+    if not (options.dropout_p or said.has_tensors()) and alphas is None and scales is None:
         return Call(inputs, options, shaped, shaped)
     if lead is None:
         lead = [inputs.query.shape[0]]
-    if _is_causal_bias(attn_mask):
-        options = _with_causal_bias(options, attn_mask, inputs)
-        attn_mask = None
-    if attn_mask is not None:
-        inputs = inputs._replace(attn_mask=_four_dimensional_mask(attn_mask, inputs, lead))
-    inputs = _with_numbers(inputs, lead, alphas, scales, alibi_slopes, sinks)
-    if not (q_lengths is None and kv_lengths is None and kv_starts is None):
+    if _is_causal_bias(said.attn_mask):
+        options = _with_causal_bias(options, said.attn_mask, inputs)
+    elif said.attn_mask is not None:
+        inputs = inputs._replace(attn_mask=_four_dimensional_mask(said.attn_mask, inputs, lead))
+    inputs = _with_numbers(inputs, lead, alphas, scales, said)
+    if not (said.q_lengths is None and said.kv_lengths is None and said.kv_starts is None):
         length_q, length_k = inputs.query.shape[2], inputs.key.shape[2]
-        q_lengths = _of_sequences("q_lengths", q_lengths, inputs.query, lead, length_q)
-        kv_lengths = _of_sequences("kv_lengths", kv_lengths, inputs.query, lead, length_k)
-        kv_starts = _of_sequences("kv_starts", kv_starts, inputs.query, lead, length_k)
+        q_lengths = _of_sequences("q_lengths", said.q_lengths, inputs.query, lead, length_q)
+        kv_lengths = _of_sequences("kv_lengths", said.kv_lengths, inputs.query, lead, length_k)
+        kv_starts = _of_sequences("kv_starts", said.kv_starts, inputs.query, lead, length_k)
         options, ranges = _ranges(options, inputs.query, length_k, q_lengths, kv_lengths, kv_starts)
         inputs = inputs._replace(ranges=ranges)
     if options.dropout_p:
         inputs = inputs._replace(dropout_seed=new_seed(inputs.query.device))
     return Call(inputs, options, shaped, shaped)
-
-
-def _are_none(operands: tuple[object, ...]) -> bool:
-    for operand in operands:  # noqa: SIM110 (all() takes three times as long)
-        if operand is not None:
-            return False
-    return True
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -216,12 +181,7 @@ def _check_numbers(name: str, tensor: object) -> Tensor:
 
 
 def _with_numbers(
-    inputs: Inputs,
-    lead: list[int],
-    alphas: Tensor | None,
-    scales: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
+    inputs: Inputs, lead: list[int], alphas: Tensor | None, scales: Tensor | None, said: Said
 ) -> Inputs:
     """With the operands that are numbers of heads or rows."""
     compute = compute_dtype(inputs.query.dtype)
@@ -231,8 +191,8 @@ def _with_numbers(
         return None if tensor is None else _of_heads(name, tensor, compute, (batch, heads), lead)
 
     return inputs._replace(
-        alibi_slopes=of_heads("alibi_slopes", alibi_slopes),
-        sinks=of_heads("sinks", sinks),
+        alibi_slopes=of_heads("alibi_slopes", said.alibi_slopes),
+        sinks=of_heads("sinks", said.sinks),
         scales=None
         if scales is None
         else _of_rows(scales, (batch, heads, length_q), lead).to(compute),
@@ -422,17 +382,7 @@ def lowered_packed(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | Tensor | None,
-    enable_gqa: bool,
-    alpha: float | Tensor,
-    causal_align: str,
-    window: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    sinks: Tensor | None,
-    backend: str | None,
+    said: Said,
 ) -> Call:
     """Arguments as for :func:`adasplash2.entmax_attention_varlen`: one batch entry, in which each
     query sees the keys of its own sequence.
@@ -459,11 +409,7 @@ def lowered_packed(
             f"{tuple(cu_seqlens_k.shape)}"
         )
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k[:-1], cu_seqlens_k[1:])
-    call = lowered(
-        *_as_one_entry(query, key, value), None, dropout_p, is_causal, scale, enable_gqa, alpha,
-        causal_align, window, alibi_slopes, softcap, sinks, None, None, None, backend,
-    )  # fmt: skip
-    return _of_packed(call, sequences)
+    return _of_packed(lowered(*_as_one_entry(query, key, value), said), sequences)
 
 
 class Sequences(NamedTuple):
@@ -540,27 +486,17 @@ def lowered_cached(
     value: Tensor | None,
     cache_lengths: Tensor | int | None,
     block_table: Tensor | None,
-    is_causal: bool,
-    scale: float | Tensor | None,
-    alpha: float | Tensor,
-    window: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    sinks: Tensor | None,
-    kv_starts: Tensor | None,
-    backend: str | None,
+    said: Said,
 ) -> tuple[Call, Callable[[], None]]:
-    """Arguments as for :func:`adasplash2.entmax_attention_with_kvcache`. With the call comes what
-    writes new keys into the cache, for when nothing can be refused any more.
+    """Arguments as for :func:`adasplash2.entmax_attention_with_kvcache`, which aligns at the bottom
+    right and lets heads share. With the call comes what writes new keys into the cache, for when
+    nothing can be refused any more.
 
     Raises:
         TypeError, ValueError: as :func:`lowered`.
     """
     cache = _check_cache(query, key_cache, value_cache, block_table)
-    no_dropout = 0  # not 0.0, of which a compiler makes a symbol
-    options, alphas, scales = check_options(
-        alpha, scale, is_causal, True, backend, "bottom-right", window, softcap, no_dropout
-    )
+    options, alphas, scales = check_options(said)
     new = _check_new(cache, query, key, value)
     if new and cache_lengths is None:
         raise ValueError("cache_lengths must be given with key: it is written behind them")
@@ -568,13 +504,13 @@ def lowered_cached(
         _check_written(cache, key, value)
         query, key, value = (_apart(t, cache) for t in (query, key, value))
     lengths = _cache_lengths(cache, query, cache_lengths, new)
+    kv_starts = said.kv_starts
     _check_lengths("kv_starts", kv_starts, query, cache.capacity())
-    lead = [query.shape[0]]
-    inputs = _with_numbers(cache.inputs(query), lead, alphas, scales, alibi_slopes, sinks)
+    inputs = _with_numbers(cache.inputs(query), [query.shape[0]], alphas, scales, said)
     if lengths is not None or kv_starts is not None:
         ranges = None
         if lengths is not None and kv_starts is None:
-            ranges = _few_ranges(options, query, lengths, new, alibi_slopes is not None)
+            ranges = _few_ranges(options, query, lengths, new, said.alibi_slopes is not None)
         if ranges is not None:
             options = _said_by_ranges(options)
         else:
@@ -810,19 +746,18 @@ def _with_holes(sequences: Tensor, holes: Tensor) -> Tensor:
 
 
 def _from_nested(
-    query: Any, key: Any, value: Any, others: tuple[Any, ...]
+    query: Any, key: Any, value: Any, said: Said
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Sequences, Callable[[Tensor], Tensor]]:
     """Packed query, key and value of jagged ``(batch, heads, length, head_dim)``, their sequences,
     and what gives a packed result the structure of the query. Holes of queries are sequences
     without a key, those of keys are in no sequence: both have zeros as gradients.
 
     Raises:
-        TypeError, ValueError: not all are jagged and have four dimensions, or ``others`` are given.
+        TypeError, ValueError: not all are jagged and have four dimensions, or masks or lengths are
+            given beside them.
     """
-    for other, given in zip(
-        ("attn_mask", "q_lengths", "kv_lengths", "kv_starts"), others, strict=True
-    ):
-        if given is not None:
+    for other in ("attn_mask", "q_lengths", "kv_lengths", "kv_starts"):
+        if (given := getattr(said, other)) is not None:
             raise ValueError(
                 f"{other} must be None for nested tensors, whose lengths are their own, got a "
                 f"{type(given).__name__}"

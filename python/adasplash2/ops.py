@@ -31,6 +31,8 @@ from adasplash2.dispatch import Choice, choose, saved_bound
 from adasplash2.options import (
     FIRST,
     LATER_SCHEMA,
+    MAY_BE_NONE,
+    NUMBERS,
     SCHEMA,
     Options,
     check_alpha_above_one,
@@ -138,8 +140,14 @@ class _Arguments(NamedTuple):
 
 _DEFAULTS = None, *Options()[FIRST:], *_Arguments(Options()).operands
 
-NUMBERS = "alpha", "scale", "softcap", "dropout_p"
-"""Options that stand in ``numbers``, of which older graphs have the first two."""
+_UNSAID: dict[str, Any] = {name: None if name in MAY_BE_NONE else 0.0 for name in NUMBERS}
+"""What a graph is given in the place of options that stand in ``numbers``."""
+
+_EXAMPLE: dict[str, Any] = {name: getattr(Options(), name) for name in NUMBERS}
+"""Of numbers that are not known yet."""
+
+_FEWEST_NUMBERS = 2
+"""That ``numbers`` have ever had."""
 
 
 def _symbols(options: Options) -> Tensor | None:
@@ -162,17 +170,20 @@ def _read(options: Options, numbers: Tensor | None) -> Options:
             "of one that had another value before: call torch._dynamo.reset() between models, or "
             "set torch._dynamo.config.specialize_float = True"
         )
-    shape = (2,) if numbers.shape == (2,) else (len(NUMBERS),)
-    check_like("numbers", numbers, shape, torch.float64, _CPU)
-    found = dict(zip(NUMBERS, numbers.tolist(), strict=False))
-    found["scale"] = None if math.isnan(found["scale"]) else found["scale"]
+    # Graphs of older releases have fewer: what came later they do not ask for.
+    count = numbers.numel()
+    fits = _FEWEST_NUMBERS <= count <= len(NUMBERS)
+    check_like("numbers", numbers, (count if fits else len(NUMBERS),), torch.float64, _CPU)
+    found: dict[str, Any] = dict(zip(NUMBERS, numbers.tolist(), strict=False))
+    for name in MAY_BE_NONE & found.keys():
+        found[name] = None if math.isnan(found[name]) else found[name]
     return options._replace(**found)
 
 
 def _set_aside(options: Options, numbers: Tensor | None) -> tuple[Options, Tensor | None]:
     """Options for a graph: symbols go to ``numbers``, and none stays."""
     if numbers is None and (numbers := _symbols(options)) is not None:
-        options = options._replace(alpha=0.0, scale=None, softcap=0.0, dropout_p=0.0)
+        options = options._replace(**_UNSAID)
     return options, numbers
 
 
@@ -567,8 +578,9 @@ def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
 def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> Problem:
     """What a fake asks: numbers that are not known yet are stood in for."""
     if numbers is not None or _symbols(options) is not None:
-        dropout_p = 0.0 if inputs.dropout_seed is None else 0.5
-        options = options._replace(alpha=1.5, scale=None, softcap=0.0, dropout_p=dropout_p)
+        options = options._replace(**_EXAMPLE)
+        if inputs.dropout_seed is not None:
+            options = options._replace(dropout_p=0.5)
     return _problem(inputs, options, inputs.block_table is None)  # pages have no gradient
 
 

@@ -1,9 +1,10 @@
 """The options: what a caller may say beside the tensors, once for every function and operator.
 
-A new option is one more field of :class:`Options`. It then has its place in the operators' schema,
-in what is validated and remembered, and in what backward is told; the public signature in
-:mod:`adasplash2.functional` and its docstring name it for users. What is a tensor is a field of
-:class:`adasplash2.problem.Inputs` instead.
+:class:`Said` has what users say, by the names of arguments; :class:`Options` what is left of it
+once it is checked, in Python's own types. A new option is one more field of both. It then has its
+place in the operators' schema, in what is validated and remembered, and in what backward is told;
+the public signatures in :mod:`adasplash2.functional` name it for users. What is a tensor is a field
+of :class:`Said` and of :class:`adasplash2.problem.Inputs`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,41 @@ from torch import Tensor
 
 from adasplash2 import backends as registry
 from adasplash2.torch_fastpath import is_mapped
+
+NOTHING = 0
+"""Default of numbers that are of no effect: not 0.0, since compilers make symbols of floats, where
+graphs are dynamic, and begin anew when they find them compared."""
+
+
+class Said(NamedTuple):
+    """What a caller says beside query, key and value: the arguments of
+    :func:`adasplash2.entmax_attention`, as they came. Tensors stand last."""
+
+    dropout_p: float = NOTHING
+    is_causal: bool = False
+    scale: float | Tensor | None = None
+    enable_gqa: bool = False
+    alpha: float | Tensor = 1.5
+    causal_align: str = "top-left"
+    window: tuple[int, int] | None = None
+    softcap: float = NOTHING
+    backend: str | None = None
+    attn_mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    q_lengths: Tensor | None = None
+    kv_lengths: Tensor | None = None
+    kv_starts: Tensor | None = None
+
+    def has_tensors(self) -> bool:
+        """Whether one of those that are nothing but tensors is given."""
+        for tensor in self[_FIRST_TENSOR:]:  # noqa: SIM110 (any() takes three times as long)
+            if tensor is not None:
+                return True
+        return False
+
+
+_FIRST_TENSOR = Said._fields.index("attn_mask")
 
 
 class Options(NamedTuple):
@@ -61,8 +97,17 @@ _SCHEMA_TYPES = {
 }
 
 
+_TYPES = get_type_hints(Options)
+
+NUMBERS = tuple(name for name, kind in _TYPES.items() if kind in (float, float | None))
+"""Options that compilers make symbols of, see :mod:`adasplash2.ops`."""
+
+MAY_BE_NONE = frozenset(name for name in NUMBERS if _TYPES[name] is not float)
+"""Those of them that need not be said."""
+
+
 def _schema() -> tuple[str, str]:
-    parts = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Options).items()]
+    parts = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in _TYPES.items()]
     defaults = Options()[FIRST:]
     shown = [f'"{value}"' if isinstance(value, str) else f"{value}" for value in defaults]
     later = [f"{part}={value}" for part, value in zip(parts[FIRST:], shown, strict=True)]
@@ -75,17 +120,7 @@ SCHEMA, LATER_SCHEMA = _schema()
 ALIGNMENTS = "top-left", "bottom-right"
 
 
-def check_options(
-    alpha: float | Tensor,
-    scale: float | Tensor | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    backend: str | None,
-    causal_align: str,
-    window: tuple[int, int] | None,
-    softcap: float,
-    dropout_p: float,
-) -> tuple[Options, Tensor | None, Tensor | None]:
+def check_options(said: Said) -> tuple[Options, Tensor | None, Tensor | None]:
     """What a caller said, as Python's own types: an operator's schema would refuse the rest in the
     dispatcher's words rather than ours. With the options come ``alpha`` and ``scale``, where they
     are tensors as :func:`tensor_or_number` has it.
@@ -94,21 +129,22 @@ def check_options(
         TypeError: an option is not of its type.
         ValueError: an option is out of range, or there is no backend of that name.
     """
-    alphas, number_alpha = tensor_or_number(alpha, 1.5)
-    scales, number_scale = tensor_or_number(scale, None)
+    alphas, number_alpha = tensor_or_number(said.alpha, 1.5)
+    scales, number_scale = tensor_or_number(said.scale, None)
     options = Options(
         alpha=check_alpha(number_alpha),
         scale=None if number_scale is None else check_scale(number_scale, head_dim=1),
-        is_causal=check_flag("is_causal", is_causal),
-        enable_gqa=check_flag("enable_gqa", enable_gqa),
-        backend=check_backend(backend),
+        is_causal=check_flag("is_causal", said.is_causal),
+        enable_gqa=check_flag("enable_gqa", said.enable_gqa),
+        backend=check_backend(said.backend),
         # Said here, though they are the defaults: compilers make symbols of defaults.
         softcap=0.0,
         dropout_p=0.0,
     )
+    softcap, dropout_p = said.softcap, said.dropout_p
     if (  # as most calls are
-        causal_align == "top-left"
-        and window is None
+        said.causal_align == "top-left"
+        and said.window is None
         and not isinstance(softcap, bool)
         and not isinstance(dropout_p, bool)
         and isinstance(softcap, (int, float))
@@ -117,9 +153,9 @@ def check_options(
         and dropout_p == 0.0
     ):
         return options, alphas, scales
-    left, right = check_window(window)
+    left, right = check_window(said.window)
     options = options._replace(
-        causal_align=check_alignment(causal_align),
+        causal_align=check_alignment(said.causal_align),
         window_left=left,
         window_right=right,
         softcap=check_softcap(softcap),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -198,17 +198,8 @@ class Problem:
     @property
     def features(self) -> tuple[str, ...]:
         """What the call asks beyond plain and causal attention: public names of arguments."""
-        s = self.scores
-        numbers = {
-            "window": s.window != (-1, -1),
-            "causal_align": s.bottom_right,
-            "softcap": s.softcap != 0.0,
-            "dropout_p": s.dropout_p != 0.0,
-        }
-        asked = [name for name, holds in numbers.items() if holds]
-        return *asked, *(
-            FEATURES[operand.name] for operand in self.operands if operand.name in FEATURES
-        )
+        given = (shown_as(o.name) for o in self.operands if o.name not in PLAIN)
+        return *_features_of(self.scores), *given
 
     @property
     def is_empty(self) -> bool:
@@ -249,16 +240,46 @@ class Problem:
         return found
 
 
-FEATURES = {
-    "attn_mask": "attn_mask",
-    "alibi_slopes": "alibi_slopes",
-    "sinks": "sinks",
+PLAIN = {
+    *("scale", "is_causal"),  # every backend's
+    "dropout_seed",  # comes with dropout_p
+    *("rows", "length", "dtype", "device", "alpha", "needs_grad"),  # of rows
+}
+"""Fields and operands that are no features. All others are, by their names: what no backend has
+heard of is refused by all, see :func:`unsupported`."""
+
+_SHOWN = {
+    "bottom_right": "causal_align",
     "scales": "scale as a tensor",
     "alphas": "alpha as a tensor",
     "ranges": "lengths or packed sequences",
-    "block_table": "block_table",
 }
-"""What users call an operand; a ``dropout_seed`` comes with ``dropout_p``."""
+
+
+def shown_as(name: str) -> str:
+    """What users call a field of :class:`ScoreTransform` or an operand."""
+    return _SHOWN.get(name, name)
+
+
+FEATURES = {
+    name: shown_as(name)
+    for name in (*(number.name for number in fields(ScoreTransform)), *OPERANDS)
+    if name not in PLAIN
+}
+"""All that :attr:`Problem.features` may have, by the names of fields and operands."""
+
+
+def _features_of(said: ScoreTransform | RowProblem) -> list[str]:
+    """Fields that are not what they are by default."""
+    kind = type(said)
+    defaults = _defaults.get(kind)
+    if defaults is None:
+        named = {one.name: one.default for one in fields(said) if one.name not in PLAIN}
+        defaults = _defaults[kind] = tuple(named.items())
+    return [shown_as(name) for name, default in defaults if getattr(said, name) != default]
+
+
+_defaults: dict[type, tuple[tuple[str, Any], ...]] = {}  # no lru_cache, which compilers warn of
 
 
 def places(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
@@ -325,7 +346,8 @@ def part_of(tensor: Tensor, dim: int, part: slice) -> Tensor:
 
 
 def unsupported(problem: Problem | RowProblem, supported: Collection[str] = ()) -> list[str]:
-    """Reasons of a backend that has only some of the problem's ``features``."""
+    """Reasons of a backend that computes the features ``supported``, by their public names, which
+    it lists itself."""
     asked = problem.features
     return [f"{name} is computed by other backends only" for name in asked if name not in supported]
 
@@ -361,7 +383,7 @@ class RowProblem:
     @property
     def features(self) -> tuple[str, ...]:
         """See :attr:`Problem.features`."""
-        return (FEATURES["alphas"],) if self.alphas else ()
+        return tuple(_features_of(self))
 
 
 def float32_refusals(problem: Problem | RowProblem) -> list[str]:
@@ -405,13 +427,14 @@ def validated(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
         try:
             tensors = _described(query), _described(key), _described(value)
             operands = _described_operands(inputs) if inputs.has_operands() else ()
-            return _looked_up(*tensors, operands, needs_grad, *options)
+            types = tuple(map(type, options))
+            return _looked_up(*tensors, operands, needs_grad, options, types)
         except (AttributeError, RuntimeError, TypeError):
             pass  # no strided tensors, sizes that are symbols, or an error that comes again below
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
     q, k, v = map(_described, inputs.tensors())
-    return _validate(q, k, v, _described_operands(inputs), needs_grad, *options)
+    return _validate(q, k, v, _described_operands(inputs), needs_grad, options)
 
 
 _Described = tuple[torch.Size, torch.dtype, torch.device, bool]
@@ -433,16 +456,26 @@ def _described_operands(inputs: Inputs) -> tuple[_DescribedOperand, ...]:
     )
 
 
+_TOLD_OTHERWISE = {
+    *("alpha", "scale", "is_causal", "enable_gqa", "backend"),
+    *("causal_align", "window_left", "window_right"),
+}
+_OF_SCORES = tuple(name for name in Options._fields if name not in _TOLD_OTHERWISE)
+"""Options that are fields of :class:`ScoreTransform` as they are: one that has no such field is an
+error of every call."""
+
+
 def _validate(
     query: _Described,
     key: _Described,
     value: _Described,
     operands: tuple[_DescribedOperand, ...],
     needs_grad: bool,
-    *said: Any,
+    options: Options,
+    types: tuple[type, ...] = (),
 ) -> Problem:
-    """:func:`validated` without the data; ``said`` are the :class:`Options`."""
-    options = Options._make(said)
+    """:func:`validated` without the data. ``types``, those of the options, are for looking it up:
+    True equals 1.0 and is no number here."""
     shapes = {name: t[0] for name, t in zip(TENSORS, (query, key, value), strict=True)}
     _check_dtype("query", query[1])
     for name, shape in shapes.items():
@@ -516,8 +549,7 @@ def _validate(
         and placed
         and not has_ranges
         and length_q != length_k,
-        softcap=options.softcap,
-        dropout_p=options.dropout_p,
+        **{name: getattr(options, name) for name in _OF_SCORES},
     )
     return Problem(
         batch=batch,
@@ -610,8 +642,7 @@ def _check_operand(
     return Operand(name, its_dtype, tuple(n != 1 for n in shape))
 
 
-# Types count: True equals 1.0 and is no number here.
-_looked_up = functools.lru_cache(maxsize=1024, typed=True)(_validate)
+_looked_up = functools.lru_cache(maxsize=1024)(_validate)
 
 
 def row_problem(

@@ -16,6 +16,7 @@ from adasplash2.nn.alpha import LearnedAlpha
 from adasplash2.nn.length import LengthScale
 from adasplash2.nn.monitor import Observer
 from adasplash2.options import (
+    Said,
     check_alpha,
     check_backend,
     check_count,
@@ -277,7 +278,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             out, aux = entmax_attention(q, k, v, return_aux=True, **arguments)
             weights = aux.probabilities()
         elif need_weights:
-            weights = dense_weights(q, k, v, **arguments)
+            weights = dense_weights(q, k, v, Said(**arguments))
             out = attended(weights, v)
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights[0]
