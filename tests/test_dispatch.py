@@ -533,6 +533,9 @@ def test_explain_of_a_call(register: Register) -> None:
     assert "with gradient" in told.problem
     with torch.no_grad():
         assert "without gradient" in adasplash2.explain(q, q, q).problem
+    told = adasplash2.explain(q, q, q, alpha=torch.full((4,), 1.9))
+    assert "alpha as a tensor" in told.problem
+    assert "alpha=" not in told.problem
 
 
 def test_explain_of_softmax_asks_nobody(register: Register) -> None:
@@ -541,6 +544,8 @@ def test_explain_of_softmax_asks_nobody(register: Register) -> None:
     told = adasplash2.explain(q, q, q, alpha=1)
     assert told.chosen == "torch.nn.functional.scaled_dot_product_attention"
     assert "softmax" in str(told)
+    told = adasplash2.explain(q, q, q, alpha=1, sinks=torch.zeros(2))  # which SDPA does not know
+    assert told.chosen == "torch's dense operators"
     assert not first.asked
 
 

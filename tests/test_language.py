@@ -726,6 +726,32 @@ def test_the_reference_is_right() -> None:
     assert torch.autograd.gradcheck(language.Entmax.apply, (scores, alpha), eps=1e-7, atol=1e-5)
 
 
+@BACKENDS
+def test_slopes_below_zero_that_none_could_refuse_are_nan(backend: str) -> None:
+    """Inside a transform or a compiled graph values are not looked at; nor are those on a GPU."""
+    query = torch.randn(1, 3, 20, 16, device=device_of(backend))
+
+    def of(slopes: Tensor) -> Tensor:
+        return attend(
+            adasplash2.entmax_attention, query, query, query, alibi_slopes=slopes, backend=backend
+        )
+
+    slopes = torch.tensor([0.5, -1e-3, 0.0], device=query.device)
+    found = torch.func.vmap(of)(slopes[None])[0, 0]
+    assert found.isnan().flatten(1).all(dim=1).tolist() == [False, True, False]
+    assert not found[[0, 2]].isnan().any()
+
+
+def test_questions_leave_the_generator_as_it_is() -> None:
+    query = torch.randn(1, 2, 5, 8)
+    before = torch.get_rng_state()
+    adasplash2.explain(query, query, query, dropout_p=0.5)
+    adasplash2.attention_stats(query, query, query, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+    adasplash2.entmax_attention(query, query, query, dropout_p=0.5)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_is_returned_beside() -> None:
     call = Call(("causal", "sinks", "added mask", "alphas"))
     tensors, _, said = leaves_of(call, "cpu")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adasplash2 import ops
-from adasplash2.problem import Inputs, Problem, part_of, places, seen_keys
+from adasplash2.problem import Inputs, Problem, is_known_to_sdpa, part_of, places, seen_keys
 from adasplash2.torch_fastpath import beside
 
 ALL = slice(None)
@@ -117,15 +117,12 @@ def without_cudnn() -> contextlib.AbstractContextManager[None]:
 def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:
     """Attention at alpha = 1: torch's SDPA where it knows all that is asked, else dense, with
     memory that grows by the product of the lengths. ``scale`` as the caller gave it."""
-    said, names = problem.scores, {operand.name for operand in problem.operands}
-    window = said.left >= 0 or (said.right >= 0 and not said.is_causal) or said.bottom_right
-    masked = "attn_mask" in names
-    known = names <= {"attn_mask", "dropout_seed"} and not (window or said.softcap)
-    if known and not (masked and said.is_causal):
+    said = problem.scores
+    if is_known_to_sdpa(problem):
         mask = inputs.attn_mask
         # By a branch: of symbols of a trace a comparison is no bool.
         grouped: dict[str, Any] = {"enable_gqa": True} if problem.group_size > 1 else {}
-        risky = masked and problem.needs_grad and problem.device.type == "cuda"
+        risky = mask is not None and problem.needs_grad and problem.device.type == "cuda"
         with without_cudnn() if risky else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
                 *inputs.tensors(),

@@ -30,7 +30,7 @@ from adasplash2 import cache
 from adasplash2.contract import Backend, Config
 from adasplash2.failures import may_pass
 from adasplash2.options import check_backend
-from adasplash2.problem import Inputs, Problem, RowProblem
+from adasplash2.problem import Inputs, Problem, RowProblem, is_known_to_sdpa
 from adasplash2.records import Record, Store, problem_class
 
 logger = logging.getLogger("adasplash2")
@@ -230,7 +230,7 @@ def explain(
     if problem.alpha == 1.0:
         return Explanation(
             problem=describe(problem),
-            chosen="torch.nn.functional.scaled_dot_product_attention",
+            chosen=_softmax_by(problem),
             config={},
             notes=("alpha = 1 is softmax: no backend is asked",),
         )
@@ -259,6 +259,15 @@ def explain(
     return Explanation(describe(problem), chosen, config, tuple(others), notes, why)
 
 
+def _softmax_by(problem: Problem | RowProblem) -> str:
+    """What of torch runs a problem whose alpha is 1."""
+    if isinstance(problem, RowProblem):
+        return "torch.softmax"
+    if is_known_to_sdpa(problem):
+        return "torch.nn.functional.scaled_dot_product_attention"
+    return "torch's dense operators"
+
+
 def available_backends() -> list[BackendStatus]:
     """Every backend there is, in the order in which they are asked, usable here or not.
 
@@ -278,7 +287,9 @@ def describe(problem: Problem | RowProblem) -> str:
     """``problem`` in a line."""
     kind = f"{str(problem.dtype).removeprefix('torch.')} on {problem.device}"
     gradient = "with" if problem.needs_grad else "without"
-    tail = f"{kind}, alpha={problem.alpha:g}, {gradient} gradient"
+    # Where it is a tensor, the features say so.
+    alpha = "" if "alpha as a tensor" in problem.features else f", alpha={problem.alpha:g}"
+    tail = f"{kind}{alpha}, {gradient} gradient"
     asked = "".join(f", {feature}" for feature in problem.features)
     if isinstance(problem, RowProblem):
         return f"entmax of {problem.rows} rows of {problem.length}{asked}, {tail}"

@@ -419,7 +419,7 @@ def _takes_what(
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             query, key, value = (bound.arguments.pop(name) for name in TENSORS)
-            call = lowered(query, key, value, Said(**bound.arguments))
+            call = lowered(query, key, value, Said(**bound.arguments), draws=False)
             return body(call._replace(inputs=_cast(call.inputs)))
 
         returns = inspect.signature(body).return_annotation

@@ -52,8 +52,9 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said) -> Call:
-    """Arguments as for :func:`adasplash2.entmax_attention`.
+def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: bool = True) -> Call:
+    """Arguments as for :func:`adasplash2.entmax_attention`. ``draws``: whether dropout takes a seed
+    from torch's generator; a call that is only looked at leaves that as it is, and has any.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be, as far as that does not need
@@ -61,7 +62,7 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said) -> Call:
     """
     if getattr(query, "is_nested", False):
         packed, sequences, as_query = _from_nested(query, key, value, said)
-        call = _of_packed(lowered(*_as_one_entry(*packed), said), sequences)
+        call = _of_packed(lowered(*_as_one_entry(*packed), said, draws=draws), sequences)
         return call._replace(shaped=lambda result: as_query(call.shaped(result)))
     options, alphas, scales = check_options(said)
     tensors, lead = (query, key, value), None
@@ -89,7 +90,9 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said) -> Call:
         options, ranges = _ranges(options, inputs.query, length_k, q_lengths, kv_lengths, kv_starts)
         inputs = inputs._replace(ranges=ranges)
     if options.dropout_p:
-        inputs = inputs._replace(dropout_seed=new_seed(inputs.query.device))
+        device = inputs.query.device
+        seed = new_seed(device) if draws else torch.zeros(1, dtype=torch.int64, device=device)
+        inputs = inputs._replace(dropout_seed=seed)
     return Call(inputs, options, shaped, shaped)
 
 

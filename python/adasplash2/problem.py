@@ -345,6 +345,15 @@ def part_of(tensor: Tensor, dim: int, part: slice) -> Tensor:
     return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (part,)]
 
 
+def is_known_to_sdpa(problem: Problem) -> bool:
+    """Whether torch's SDPA computes all that is asked, where alpha is 1."""
+    said, names = problem.scores, {operand.name for operand in problem.operands}
+    window = said.left >= 0 or (said.right >= 0 and not said.is_causal) or said.bottom_right
+    if window or said.softcap or not names <= {"attn_mask", "dropout_seed"}:
+        return False
+    return not ("attn_mask" in names and said.is_causal)
+
+
 def unsupported(problem: Problem | RowProblem, supported: Collection[str] = ()) -> list[str]:
     """Reasons of a backend that computes the features ``supported``, by their public names, which
     it lists itself."""

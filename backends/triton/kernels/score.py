@@ -76,6 +76,7 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
         r = 1.0 / tl.where(right, excess, 1.0)
     if opt.alibi:
         slope = tl.load(base_of(asked.slopes, batch, head))
+        slope = tl.where(slope >= 0.0, slope, float("nan"))  # the host does not look at values
     if opt.sinks:
         sink = tl.load(base_of(asked.sinks, batch, head))
     if opt.masked:
