@@ -18,6 +18,7 @@ import torch
 import adasplash2
 from adasplash2 import backends, dispatch
 from adasplash2.backends import cuda
+from adasplash2.backends.triton import sizes as triton_sizes
 from adasplash2.problem import Inputs, attention_problem
 
 pytest_plugins = "pytester"
@@ -147,7 +148,7 @@ def test_a_stage_that_is_not_there_is_told_first(on_gpu: OnGpu, stage: str) -> N
 )
 def test_parts_that_do_not_pass_fail_a_gpu_run(on_gpu: OnGpu, python: str, failed: str) -> None:
     on_gpu.python(python)
-    code, said = on_gpu("tests")
+    code, said = on_gpu("tests", PARTS="2" if failed == "triton1" else "1")
     assert code == 1
     assert failed in said.splitlines()[-1].removeprefix("failed: ").split()
 
@@ -195,6 +196,25 @@ def test_every_table_of_tests_runs_on_gpus() -> None:
     assert {"test_attention.py", "test_compat.py", "test_configs.py"} <= by_backend
     assert by_backend - {"test_configs.py"} <= listed
     assert "part configs tests/test_configs.py" in SCRIPT.read_text()
+
+
+def test_what_a_gpu_run_prefers_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H100: else the tests would run again with what they ran with before."""
+    for name, room in (("shared_memory", cuda.sizes.SharedMemory(232_448, 233_472)),
+                       ("_has_wgmma", True)):  # fmt: skip
+        monkeypatch.setattr(cuda.configurations, name, lambda _, room=room: room)
+    x = torch.empty(1, 2, 300, 64, dtype=torch.bfloat16, device="meta")
+    said = {"scale": None, "is_causal": False, "enable_gqa": False, "needs_grad": True}
+    asked = attention_problem(Inputs(x, x, x), alpha=1.5, **said)
+    limits = triton_sizes.Limits(232_448, True, True)
+    offered = {
+        "scan": {config["scan"] for config in cuda.configurations.offered(asked)},
+        "whole": {config["whole"] for config in triton_sizes.configs(asked, limits)},
+    }
+    for key, values in offered.items():
+        loop = re.search(rf"for {key} in (.+); do", SCRIPT.read_text())
+        assert loop
+        assert set(loop[1].split()) <= values
 
 
 # The options of conftest.py
