@@ -408,9 +408,9 @@ class Bounds:
 
 
 def most_steps(alpha: float, backend: str) -> int:
-    """Steps that a row's threshold may take: one and a half times the most that many thousand
-    problems took, 16 up to alpha = 2 and 26 above it on the CPU; there 39 in the GPUs' arithmetic,
-    from the window's lower end on. Loops end later, so that a row that circles shows."""
+    """Steps that a row's threshold may take: one and a half times the most of 20,000 problems on
+    the CPU, 16 up to alpha = 2 and 26 above it. There the steps of GPUs, emulated from the lower
+    end of the window on, are 39, and once 50. Loops end later, so that a row that circles shows."""
     if alpha <= 2.0:
         return 24
     return 40 if backend == "cpu" else 58

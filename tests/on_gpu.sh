@@ -147,10 +147,11 @@ counted() { # what parts are called, backend, outcome: of how many of its tests 
     awk '{ n += $1 } END { print n + 0 }'
 }
 told() { # what parts are called, backend: its tests; it fails where none has passed
-  local name=$1
+  local name=$1 count
   [[ $1 == "$2" || $1 == "$2"-* || $2 == none ]] || name="$1 $2"
-  echo "$name: $(counted "$1" "$2" passed) tests passed, $(counted "$1" "$2" skipped) skipped"
-  (($(counted "$1" "$2" passed))) || echo "${name// /-}-passed-nothing" >>"$failed"
+  count=$(counted "$1" "$2" passed)
+  echo "$name: $count tests passed, $(counted "$1" "$2" skipped) skipped"
+  ((count)) || echo "${name// /-}-passed-nothing" >>"$failed"
 }
 
 for stage in "$@"; do $stage; done

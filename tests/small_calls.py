@@ -38,16 +38,20 @@ def train(
     sharpness: float,
     is_causal: bool = False,
     dtype: torch.dtype = BFLOAT16,
+    heads: int = 2,
     **said: Any,
 ) -> None:
-    query, key, value = (normal(backend, 1, 2, length, head_dim, dtype=dtype) for _ in range(3))
+    query, key, value = (
+        normal(backend, 1, count, length, head_dim, dtype=dtype) for count in (heads, 2, 2)
+    )
     if sharpness == 4.0:  # the first key is a sink
         query[..., 0], key[:, :, 0, 0] = 4.0, 16.0
     if sharpness == 0.05:  # what dense tiles make of it is done again
         value[:, 0, length // 2, 3], key[:, 1, 5, 0] = torch.nan, -torch.inf
     inputs = [x.requires_grad_() for x in (query * sharpness, key, value)]
     learned = [x for x in said.values() if isinstance(x, Tensor) and x.requires_grad]
-    out = adasplash2.entmax_attention(*inputs, is_causal=is_causal, backend=backend, **said)
+    said |= {"is_causal": is_causal, "enable_gqa": heads > 2, "backend": backend}
+    out = adasplash2.entmax_attention(*inputs, **said)
     torch.autograd.grad(out, [*inputs, *learned], torch.randn_like(out))
 
 
@@ -120,7 +124,7 @@ def of_cuda(backend: str) -> None:
 def of_triton(backend: str) -> None:
     train(backend, 100, 32, 1.0, True)
     train(backend, 300, 32, 0.05)
-    train(backend, 700, 32, 4.0, True)
+    train(backend, 600, 32, 4.0, True, heads=8)
     train(backend, 130, 24, 1.0, False, FLOAT32, alpha=1.25, window=(40, 3))
     train(backend, 600, 16, 1.0, True, FLOAT16, alpha=2.0, softcap=5.0)
     mask = normal(backend, 130, 130).requires_grad_()
