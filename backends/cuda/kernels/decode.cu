@@ -1,7 +1,7 @@
 // Few queries without gradients against long caches.
 //
-// The rows of all query heads that share a key head are read for together, so that each key is read
-// once. Keys are cut into parts, one for each warp of a scan, so that few heads occupy a whole GPU.
+// One block takes rows of all query heads that share a key head, so that each key is read once for
+// them. Keys are cut into parts, one for each warp of a scan, so that few heads occupy a whole GPU.
 //
 // 1. decode_scan reads the keys. Of each row a part has a list of the scores above a bound that
 //    rises as they come. The threshold of some of a row's scores is at most that of all: whatever
@@ -67,11 +67,12 @@ struct Row : Head {
   }
 };
 
-// What a block works on: a tile of rows that share keys, and the number of a share of these.
+// What a block works on: a tile of rows that share keys, and one of the splits of these keys.
 struct Block : SharedRows {
   int first, rows, split;  // first row, and how many there are
 
-  // Blocks of the same keys are neighbours, so that these are read from memory once.
+  // Blocks that read the same keys have neighbouring numbers: the keys come from memory once, then
+  // from the L2.
   template <int tile>
   static __device__ __forceinline__ Block of(const DecodeParams& p) {
     const int tiles = (rows_of(p) + tile - 1) / tile;
@@ -119,7 +120,7 @@ struct Cache {
 
 using Scores = float[kRowTiles][4];  // of the lane's two rows of a tile: key l/4, then l/4 + 8
 
-// The queries of a block as all its warps read them: chunks of columns, of each those of all rows.
+// The queries of a block, for all of its warps: for each chunk of columns, that chunk of every row.
 __device__ __forceinline__ void load_queries(char* shared, const Block& b, const DecodeParams& p) {
   for (int i = threadIdx.x; i < kSteps * kRows * 4; i += kThreads) {
     const int row = i / 4 % kRows, column = (i / (4 * kRows) * 4 + i % 4) * kChunk;
@@ -160,8 +161,8 @@ __device__ __forceinline__ void load_keys(char* stage, const Cache& keys, int fi
   }
 }
 
-// Products of one key's columns with eight rows, summed over the four lanes that have them: a lane
-// gets those of its two rows.
+// Each of four lanes has products of its part of a key's columns with eight rows. They are summed
+// over the lanes, and each lane gets the sums of its two rows.
 __device__ __forceinline__ void sum_rows(const float (&partial)[kDecodeRowTile], float& first,
                                          float& second) {
   const bool high = lane_id() & 2, odd = lane_id() & 1;
@@ -237,7 +238,7 @@ __device__ __forceinline__ void products(Scores& s, const char* stage, const cha
   }
 }
 
-// When a list's bound is raised: as often as the list has grown by a third or half.
+// A list's bound is raised when this grows: each time the list is longer by a third or a half.
 __device__ __forceinline__ int raise_level(int count) {
   if (count < kFirstRaise) return 0;
   const int highest = 31 - __clz(count);
@@ -321,7 +322,7 @@ struct PartLists {
     if (__any_sync(kAllLanes, due)) raise(list, count, bound[n][j]);
   }
 
-  // What the list proves, which the lanes of a row wrote together.
+  // Raise `above` to what the list proves. The lanes of its row wrote it together.
   __device__ __forceinline__ void raise(i64 list, int entries, float& above) const {
     __syncwarp();
 #pragma unroll 1
@@ -410,8 +411,8 @@ constexpr int kLanes = ADASPLASH2_OUTPUT_LANES,
 constexpr int kWidth = kLanes * 8;
 constexpr int kBatch = 4;  // rows of values that a lane loads at once; not tuned
 
-// Over the block, in a fixed order; every thread gets the result. One barrier: memory is used in
-// turns.
+// Combines over the block, in a fixed order; every thread gets the result. One barrier is enough,
+// since two calls that follow each other use different memory.
 struct OverBlock {
   float4 (&shared)[2][kSolveWarps];
   int turn = 0;
@@ -447,7 +448,7 @@ struct Kept {
   int key[kSolveKept];
 };
 
-// The parts of a row that have scores above its bound. Each warp has its own, in order.
+// The parts of a row that have scores above its bound. Each warp takes some of them, in order.
 struct LiveParts {
   const Part* parts;
   int count;
@@ -510,7 +511,7 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
     live.bound = raised<1>(live.bound, total.x, total.y, p.inv_c, p.r);
   }
 
-  // What is above the bound comes into shared memory.
+  // What is above the bound is copied to shared memory.
   const i64 list = i64(row.at) * p.list_length;
   Kept& kept = all_kept[warp];
   int count = 0;
@@ -531,7 +532,8 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
   const bool flat = __syncthreads_or(count > kSolveKept);
   __syncwarp();
 
-  // body(score) for all that the warp has of the row, in shared memory or of a flat row in lists.
+  // body(score) for the warp's share of the row's scores: in shared memory, or in the lists where
+  // the row is flat.
   const auto for_scores = [&](const auto& body) {
     if (!flat) {
       for (int i = lane; i < count; i += 32) body(kept.score[i]);
@@ -632,8 +634,8 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
 // a thread, with which it spills nothing.
 constexpr int kWeighResidents = 3;
 
-// A warp goes along the lists of its part, for eight rows at once: those keys that one of them
-// keeps are read once. The block that comes last adds up what all splits have.
+// A warp goes along the lists of its part, for eight rows at once: a key that several of them keep
+// is read once. The block that ends last adds up the sums of all splits.
 extern "C" __global__ void __launch_bounds__(kThreads, kWeighResidents)
     decode_weigh(const __grid_constant__ DecodeParams p) {
   await_kernels_before();

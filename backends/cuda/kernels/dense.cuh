@@ -151,12 +151,13 @@ using ChunkScores = float[kChunkParts][4];
 // The rows of a block and the keys they walk over.
 struct Block : QueryBlock<kRows> {
   const Params& p;
-  int first_row, tiles;  // the warp's
-  bool flat[2];          // of the lane's two rows
+  KeyTiles<kTile> tiles;
+  int first_row;  // the warp's
+  bool flat[2];   // of the lane's two rows
 
-  __device__ Block(const Params& params, u32 number) : QueryBlock(params, number), p(params) {
+  __device__ Block(const Params& params, u32 number)
+      : QueryBlock(params, number), p(params), tiles(first + kRows - 1, p.length_k) {
     first_row = first + warp_id() * 16;
-    tiles = (seen_end(first + kRows - 1, p.length_k) + kTile - 1) / kTile;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const int row = row_of_slot(slot);
@@ -197,12 +198,12 @@ struct Block : QueryBlock<kRows> {
       cp_async_commit();
     };
     __syncthreads();  // the stages are free
-    start(tiles - 1, 0);
-    for (int tile = tiles - 1; tile >= 0; --tile) {
-      const int stage = (tiles - 1 - tile) % 2;
+    start(tiles.end - 1, 0);
+    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+      const int stage = (tiles.end - 1 - tile) % 2;
       cp_async_wait();
       __syncthreads();
-      if (tile > 0) start(tile - 1, 1 - stage);
+      if (tile > tiles.begin) start(tile - 1, 1 - stage);
       const u32 here = shared_address(at + stage * (kBytes + kBytesV));
       body(tile, here, here + kBytes);
     }

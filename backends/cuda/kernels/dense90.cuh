@@ -137,9 +137,10 @@ struct Block : QueryBlock<kBlockRows> {
   __device__ __forceinline__ int row(int slot) const {
     return first_row + slot * 8 + lane_id() / 4;
   }
-  // How many tiles of so many keys the block sees.
-  __device__ __forceinline__ int tiles(int keys) const {
-    return (seen_end(first + kBlockRows - 1, p.length_k) + keys - 1) / keys;
+  // The tiles of so many keys that the block sees.
+  template <int keys>
+  __device__ __forceinline__ KeyTiles<keys> tiles() const {
+    return {first + kBlockRows - 1, p.length_k};
   }
   __device__ __forceinline__ int seen(int slot) const {  // keys
     return seen_end(row(slot), p.length_k);

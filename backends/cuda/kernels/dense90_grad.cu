@@ -165,10 +165,11 @@ static_assert(GradRows::kSharedBytes == ADASPLASH2_SHARED_DENSE_GRAD_ROWS);
 template <class First, class Next>
 __device__ __forceinline__ void for_key_tiles(const Block& b, const First& first,
                                               const Next& next) {
-  const int last = b.tiles(kGradKeys) - 1;
+  const auto tiles = b.tiles<kGradKeys>();
+  const int last = tiles.end - 1;
   first(last * kGradKeys);
 #pragma unroll 1
-  for (int tile = last - 1; tile >= 0; --tile) next(tile * kGradKeys);
+  for (int tile = last - 1; tile >= tiles.begin; --tile) next(tile * kGradKeys);
 }
 
 // dQ of the block's rows, and their delta.

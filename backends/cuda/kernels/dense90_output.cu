@@ -16,6 +16,7 @@ constexpr bool kCounts = ADASPLASH2_OUTPUT == kOutputCounts;
 // --- thresholds ----------------------------------------------------------------------------
 
 constexpr int kTileKeys = kHopperKeys;
+using Tiles = KeyTiles<kTileKeys>;
 using Scores = float[kTileKeys / 2];
 
 // The sum of probabilities may miss one by so much, since they are divided by it in the end: the
@@ -233,10 +234,11 @@ struct Walk {
 struct Strided : Walk {
   static constexpr int kOwn = 2;  // that stand for themselves alone
   int others;
-  __device__ __forceinline__ Strided(int tiles, int stride)
-      : Walk(1, tiles - 1 - stride / kStride, stride), others(tiles - kOwn) {}
+  __device__ __forceinline__ Strided(const Tiles& tiles, int stride)
+      : Walk(tiles.begin + 1, tiles.end - 1 - stride / kStride, stride),
+        others(tiles.count() - kOwn) {}
   __device__ __forceinline__ int operator[](int i) const {
-    return i == 0 ? 0 : i == 1 ? others + 1 : Walk::operator[](i - kOwn);
+    return i == 0 ? Tiles::begin : i == 1 ? Tiles::begin + others + 1 : Walk::operator[](i - kOwn);
   }
   __device__ __forceinline__ int all() const { return kOwn + count; }
   __device__ __forceinline__ float weight() const { return float(others) / float(count); }
@@ -245,12 +247,13 @@ struct Strided : Walk {
 // The tiles of the sample: two, or all there are where there are no more.
 struct Sample {
   static constexpr int kTiles = 2;
-  int tiles;
-  __device__ __forceinline__ int count() const { return min(tiles, kTiles); }
-  __device__ __forceinline__ bool is_everything() const { return tiles <= kTiles; }
-  __device__ __forceinline__ bool is_large() const { return tiles <= 4 * kTiles; }
+  Tiles tiles;
+  __device__ __forceinline__ int count() const { return min(tiles.count(), kTiles); }
+  __device__ __forceinline__ bool is_everything() const { return tiles.count() <= kTiles; }
+  __device__ __forceinline__ bool is_large() const { return tiles.count() <= 4 * kTiles; }
   __device__ __forceinline__ int operator[](int i) const {
-    return tiles <= kTiles ? i : (tiles + 2 * tiles * i) / 4;
+    const int all = tiles.count();
+    return tiles.begin + (all <= kTiles ? i : (all + 2 * all * i) / 4);
   }
   __device__ __forceinline__ bool has(int tile) const {
     static_assert(kTiles == 2);
@@ -262,15 +265,15 @@ struct Sample {
 // through here: each side takes every tile of every pass that it is given, or the other one waits
 // forever. full_pass() and output_pass() tell whether the side needs another full one.
 template <class Side>
-__device__ __forceinline__ void for_passes(int tiles, Side& side) {
+__device__ __forceinline__ void for_passes(const Tiles& tiles, Side& side) {
   const Sample sample{tiles};
   side.sample_pass(sample);
-  if (!kResident && tiles >= kStridedFrom)
+  if (!kResident && tiles.count() >= kStridedFrom)
 #pragma unroll 1  // one copy of it
-    for (int stride = tiles < kFirstStridedFrom ? kStride : kFirstStride; stride >= kStride;
+    for (int stride = tiles.count() < kFirstStridedFrom ? kStride : kFirstStride; stride >= kStride;
          stride -= kFirstStride - kStride)
       side.strided_pass(Strided(tiles, stride));
-  const Walk all(0, tiles - 1, 1);
+  const Walk all(tiles.begin, tiles.end - 1, 1);
   int left = kSolveSteps;
   bool solving = false;
   if (sample.is_everything())
@@ -317,7 +320,7 @@ struct Producer {
     for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
     if constexpr (kResident)
 #pragma unroll 1
-      for (int tile = sample.tiles - 1; tile >= 0; --tile)
+      for (int tile = sample.tiles.end - 1; tile >= sample.tiles.begin; --tile)
         if (!sample.has(tile)) push_keys(tile);
   }
   __device__ __forceinline__ void strided_pass(const Strided& walk) {
@@ -432,7 +435,7 @@ struct Attention {
     int allowed[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < Sample::kTiles; ++i) {
-      if (i >= sample.tiles) {
+      if (i >= sample.tiles.count()) {
 #pragma unroll
         for (float& x : s[i]) x = -kInf;
         continue;
@@ -597,12 +600,12 @@ struct Attention {
   // --- thresholds
 
   // use(scores of a tile, i) of every tile of a walk.
-  template <class Tiles, class Use>
-  __device__ __forceinline__ void for_scores(const Tiles& tiles, int count, const Use& use) {
+  template <class Walked, class Use>
+  __device__ __forceinline__ void for_scores(const Walked& walk, int count, const Use& use) {
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       Scores s;
-      scores(s, tiles[i]);
+      scores(s, walk[i]);
       use(s, i);
     }
   }
@@ -812,11 +815,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     Producer producer(at, b, query_map, key_map, value_map);
-    for_passes(b.tiles(kTileKeys), producer);
+    for_passes(b.tiles<kTileKeys>(), producer);
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
     Attention attention(at, shared + (memory - start), b);
-    for_passes(b.tiles(kTileKeys), attention);
+    for_passes(b.tiles<kTileKeys>(), attention);
   }
 }
 

@@ -139,7 +139,7 @@ struct Rows {
   template <class Body>
   __device__ __forceinline__ void for_tiles(char* keys, char* values, const Body& body) const {
     const Params& p = b.p;
-    for (int tile = b.tiles - 1; tile >= 0; --tile) {
+    for (int tile = b.tiles.end - 1; tile >= b.tiles.begin; --tile) {
       __syncthreads();  // the tile before is read
       load_tile<kTile, kHeadDim, kThreads>(keys, row_of(p.k, b.batch, b.kv_head, 0), p.k.row,
                                            tile * kTile, p.length_k);

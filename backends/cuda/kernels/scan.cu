@@ -178,19 +178,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   lists.start(shared_address(shared) + kStages * kStageBytes + warp * Lists<kSlots>::kBytes, dead);
 
   const bool outside = first_row >= p.length_q;
-  const int seen = seen_end(block.first + kBlockRows - 1, p.length_k);
-  const int tiles = (seen + kTileKeys - 1) / kTileKeys;
+  const KeyTiles<kTileKeys> tiles(block.first + kBlockRows - 1, p.length_k);
   const auto load = [&](int i) {
     load_tile<kTileKeys, kHeadDim, kThreads>(shared + i % kStages * kStageBytes, keys, p.k.row,
-                                             nth_tile(i, tiles) * kTileKeys, p.length_k);
+                                             tiles.nth(i) * kTileKeys, p.length_k);
     cp_async_commit();
   };
   load(0);
-  for (int i = 0; i < tiles; ++i) {
-    const int tile = nth_tile(i, tiles), stage = i % kStages;
+  for (int i = 0; i < tiles.count(); ++i) {
+    const int tile = tiles.nth(i), stage = i % kStages;
     cp_async_wait();
     __syncthreads();
-    if (i + 1 < tiles) load(i + 1);
+    if (i + 1 < tiles.count()) load(i + 1);
     const u32 stage_at = shared_address(shared + stage * kStageBytes);
 #pragma unroll 1
     for (int part = kTileKeys / kChunk - 1; part >= 0; --part) {

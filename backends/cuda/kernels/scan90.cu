@@ -95,13 +95,12 @@ __device__ __forceinline__ void multiply(Scores& s, const AFragment (&q)[kDim / 
 
 // --- loads ---------------------------------------------------------------------------------
 
-// A block of queries: where it is, and how many tiles of keys it may see.
+// A block of queries: where it is, and the tiles of keys that it may see.
 struct Item : QueryBlock<kBlockRows> {
-  int tiles;
+  KeyTiles<kTileKeys> tiles;
 
-  __device__ __forceinline__ Item(const Params& p, int number) : QueryBlock(p, number) {
-    tiles = (seen_end(first + kBlockRows - 1, p.length_k) + kTileKeys - 1) / kTileKeys;
-  }
+  __device__ __forceinline__ Item(const Params& p, int number)
+      : QueryBlock(p, number), tiles(first + kBlockRows - 1, p.length_k) {}
   __device__ __forceinline__ bool is_worth_it(const Params& p) const {
     const int row_block = first / kRowBlock;
     bool any = false;
@@ -146,7 +145,7 @@ __device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap&
                                                const Item& item, KeyRing& at, u32 stages, u32 full,
                                                u32 empty, Notes& notes) {
   const Plane plane(p.k, item.kv_head, item.batch);
-  for (int i = 0; i < item.tiles; ++i, at.advance()) {
+  for (int i = 0; i < item.tiles.count(); ++i, at.advance()) {
     at.await_empty(empty);
     if constexpr (kMayEnd) {
       if (notes.all_stopped()) {
@@ -157,7 +156,7 @@ __device__ __forceinline__ void tma_load_tiles(const Params& p, const TensorMap&
     }
     arrive_expect_tx(full + at.stage * 8, kStageBytes);
     tma_load_tile<kTileKeys, kPanels, kTileKeys>(stages + at.stage * kStageBytes, map,
-                                                 nth_tile(i, item.tiles) * kTileKeys, plane,
+                                                 item.tiles.nth(i) * kTileKeys, plane,
                                                  full + at.stage * 8);
   }
 }
@@ -244,7 +243,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     // The warpgroup's mean: a warp at the limit says so with 16 of its lanes, others with more or
     // fewer in proportion to the scores that pass. All four warps come here with their first tile.
     const auto together = [&](int pass) {
-      if (!first_tile_tells() || !kMayEnd || first_key > 0) return false;
+      if (!first_tile_tells() || !kMayEnd || first_key > item.tiles.begin * kTileKeys) return false;
       const int limit = most_at_first(p.length_k);
       const bool mine = lane_id() < (16 * pass + limit / 2) / limit;
       return count_of_warpgroup(1 + warp / 4, mine) > 4 * 16;
@@ -252,12 +251,12 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
     // No limit where there is one tile only, of which lists hold what they can, and none in a
     // retry, where most scores that pass survive.
     lists.template stage_tile<kParts>(
-        score, column, p, [&] { return kMayEnd && item.tiles > 1 ? limit() : kAnyNumber; },
+        score, column, p, [&] { return kMayEnd && item.tiles.count() > 1 ? limit() : kAnyNumber; },
         together);
     return lists.template filter_if_due<kParts>(score, column, p, vote, limit);
   };
-  for (int i = 0; i < item.tiles; ++i) {
-    const int first_key = nth_tile(i, item.tiles) * kTileKeys;
+  for (int i = 0; i < item.tiles.count(); ++i) {
+    const int first_key = item.tiles.nth(i) * kTileKeys;
     const u64 tile = take();
     if (first_key > last_seen) {
       const bool ended = kMayEnd && notes.is_last(i);
@@ -266,7 +265,8 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
       continue;
     }
     if (lane_id() == 0)
-      notes.most[warp] = kDense90 && !kRetry ? most_so_far(most(), i + 1, item.tiles) : most();
+      notes.most[warp] =
+          kDense90 && !kRetry ? most_so_far(most(), i + 1, item.tiles.count()) : most();
     __syncwarp();
     Scores s;
     multiply(s, q, tile);

@@ -57,9 +57,20 @@ __device__ __forceinline__ bool any_seen(int last_row, int first_key, int length
 // The first query that may see a key.
 __device__ __forceinline__ int first_row_of(int key) { return kCausal ? key : 0; }
 
-// The order in which a scan takes tiles: the first one, where models keep their attention sinks,
-// then from the nearest on. Both have high scores, which make high bounds.
-__device__ __forceinline__ int nth_tile(int i, int tiles) { return i == 0 ? 0 : tiles - i; }
+// The tiles of `keys` keys that some row of a block sees: from `begin` on, before `end`. Kernels
+// ask for both; no mask of theirs hides the first keys, so that `begin` costs nothing.
+template <int keys>
+struct KeyTiles {
+  static constexpr int begin = 0;
+  int end;
+
+  __device__ __forceinline__ KeyTiles(int last_row, int length_k)
+      : end((seen_end(last_row, length_k) + keys - 1) / keys) {}
+  __device__ __forceinline__ int count() const { return end - begin; }
+  // The order in which a scan takes them: the first one, where models keep their attention sinks,
+  // then from the nearest on. Both have high scores, which make high bounds.
+  __device__ __forceinline__ int nth(int i) const { return i == 0 ? begin : end - i; }
+};
 
 // The order in which blocks of a head's queries are taken: from the last one on. Where rows see
 // different numbers of keys it sees the most, and no long block is left for the end.
