@@ -42,10 +42,11 @@ FEW_MAXIMA = 512
 registers."""
 
 FOLDS = 2
-"""Tiles that share the maxima of their pieces there, where all that a row may see are as many."""
+"""Of a window's few tiles, how many share a place for the maxima of their pieces, which then holds
+the larger ones; one tile alone where they are no more than FEWEST_MAXIMA."""
 
 REUSES = 1
-"""Further steps for which the first list of so few tiles serves."""
+"""Newton's steps after the first for which the first list of a window's few tiles serves."""
 
 FEWEST_MAXIMA = 16
 """The fewest tile maxima of a row that a program holds at a time, however few tiles there are."""
@@ -60,6 +61,7 @@ ADDED_ROWS = 16
 """Keys for which a program adds the sums of pieces."""
 
 CACHED_PLANS = 1024
+"""Plans that are kept: far more than a model has kinds of calls. What is dropped is made again."""
 
 CACHED_LAYOUTS = 64
 """Kinds of strides that a plan remembers kernels for."""
@@ -131,11 +133,11 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 class Plan(NamedTuple):
-    """What follows from a problem and a configuration. ``whole``: the launches of ``whole_rows``,
-    each with how it is compiled for its tile, its row blocks of a head, from which on and how many,
-    and those of a program. ``solving``: programs of ``solve``. ``fixed``: by kernel, the arguments
-    that no call changes. ``grows``: kernels are those of all lengths of a cache. ``kept``: what
-    ``decoding.py`` makes of it, once."""
+    """What follows from a problem and a configuration. ``whole``: of each launch of ``whole_rows``
+    the options for the width of its tile, the first of its row blocks of a head, how many these
+    are, and how many of them a program takes. ``solving``: programs of ``solve``. ``fixed``: by
+    kernel, the arguments that no call changes. ``grows``: kernels are those of all lengths of a
+    cache. ``kept``: what ``decoding.py`` makes of it, once."""
 
     features: tuple[str, ...]
     grid: sizes.Grid
@@ -171,8 +173,8 @@ def _kind(stride: int) -> tuple[bool, bool, bool]:
 def _of_any_length(
     problem: Problem, opt: sizes.Options, items: tuple[tuple[str, int | str], ...]
 ) -> dict[Any, Compiled]:
-    """What plans share whose problems differ from this one in the length of the cache alone: else
-    Triton would describe all arguments anew with every token that a cache grows by."""
+    """The compiled kernels of all plans whose problems differ in the length of the cache alone:
+    else Triton would describe all arguments anew with every token that a cache grows by."""
     return {}
 
 
@@ -358,8 +360,8 @@ class Call:
         if tensor.dtype != self.dtype:
             tensor = tensor.to(self.dtype)
         _, _, row, inner = tensor.stride()
-        unit = inner == 1 or tensor.shape[3] == 1
-        return tensor if unit and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
+        is_dense = inner == 1 or tensor.shape[3] == 1
+        return tensor if is_dense and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
 
     def are_compiled(self, asked: Iterable[Hashable]) -> bool:
         """Whether :func:`launch` remembers all of these kernels and is what runs them: pointers may

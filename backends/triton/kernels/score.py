@@ -1,6 +1,8 @@
 """Where a score is made: which keys a query may see, and what becomes of ``q . k``.
 
-Masks, windows, caps, slopes, scales and dropout are named here and nowhere else.
+What masks, windows, caps, slopes, scales and dropout do is said here and nowhere else. Other files
+learn from ``opt`` whether a call asks for one, to leave out what it takes, and ask here for what it
+does.
 
 Notation: a *product* is ``q . k``, times the sign of the scale where not ``opt.scored``; ``s`` is
 the product or, where ``opt.scored``, the score; ``top`` the largest ``s`` of a row, ``c = (alpha -
@@ -22,6 +24,7 @@ import triton.language as tl
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
     added_product,
+    any_of,
     matmul,
     tanh,
 )
@@ -291,6 +294,21 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
     return mask
 
 
+@triton.jit
+def shown(rows, keys, terms, shape, opt: tl.constexpr):
+    """Which of ``keys`` each of ``rows`` may see, masks and all."""
+    mask = allowed(rows, keys, terms, shape, opt)
+    if opt.masked:
+        mask = mask & (bias_of(rows, keys, terms, shape, opt) != -INFINITY)
+    return mask
+
+
+@triton.jit
+def any_shown(bias):
+    """Whether a mask of booleans, of which ``bias`` is what it adds, shows a pair of a tile."""
+    return any_of(tl.max((bias != -INFINITY).to(tl.int32), 1))
+
+
 # What becomes of a product
 
 
@@ -480,6 +498,22 @@ def is_inside(x, r, opt: tl.constexpr):
         return x > (-1.0 if opt.shallow else 0.0)
 
 
+@triton.jit
+def on_support(values, x, r, opt: tl.constexpr, SAFE: tl.constexpr):
+    """The values, exactly zero off the support where SAFE."""
+    if SAFE:
+        values = tl.where(is_inside(x, r, opt), values, 0.0)
+    return values
+
+
+@triton.jit
+def product_gradient(ds, s, x, r, shape, opt: tl.constexpr, SAFE: tl.constexpr):
+    """The gradient of a scaled product, see :func:`on_support`."""
+    if opt.softcap:
+        ds = on_support(through_cap(ds, s, shape, opt), x, r, opt, SAFE)
+    return ds
+
+
 # Dropout
 
 
@@ -496,3 +530,11 @@ def is_kept(rows, keys, terms, shape, opt: tl.constexpr):
 def through_dropout(values, kept, shape):
     """What dropout makes of values, which may be gradients; ``kept`` by :func:`is_kept`."""
     return tl.where(kept, values * shape.terms.kept, 0.0)
+
+
+@triton.jit
+def with_kept_factor(values, shape, opt: tl.constexpr):
+    """Sums of what dropout has left, with the factor that makes up for what it has dropped."""
+    if opt.dropout:
+        values = values * shape.terms.kept
+    return values
