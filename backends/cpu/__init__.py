@@ -24,12 +24,6 @@ from adasplash2.problem import OPERANDS, TENSORS, Inputs, Problem, RowProblem
 
 name = "cpu"
 
-SAVED_ALIGNMENT = 8
-"""Bytes: what ``saved`` holds is read as 64-bit numbers."""
-
-EMPTY_TILE, LIVE_TILE = 1, 2
-"""``TileState`` of the core's ``types.h``: no probability above 0, and one."""
-
 
 def unavailable() -> str | None:
     """None, unless ``ADASPLASH2_ISA`` asks for what is not here: the core is compiled with the
@@ -127,7 +121,7 @@ def backward(
     if others:
         asked["gradients"] = {name: _operand(grad) for name, grad in others.items()}
     saved = forward.saved
-    if saved.data_ptr() % SAVED_ALIGNMENT or not saved.is_contiguous():
+    if saved.data_ptr() % _core.SAVED_ALIGNMENT or not saved.is_contiguous():
         saved = saved.clone(memory_format=torch.contiguous_format)
     _core.attention_backward(
         **asked,
@@ -159,7 +153,8 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         iterations=iterations.data_ptr(),
         tiles=tiles.data_ptr(),
     )
-    live, seen = ((tiles >= state).sum(dim=(2, 3)) for state in (LIVE_TILE, EMPTY_TILE))
+    states = _core.LIVE_TILE, _core.EMPTY_TILE  # an empty one is seen, and a live one too
+    live, seen = ((tiles >= state).sum(dim=(2, 3)) for state in states)
     empty = (seen - live).double() / seen.clamp(min=1)  # 0 where no query sees any key
     return AttentionStats(tau, support, iterations, empty, backend=name)
 
