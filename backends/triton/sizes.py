@@ -177,7 +177,7 @@ MOST_DEGREE = 10
 is as fast."""
 
 
-WHOLE = 1e-6
+NEARLY_WHOLE = 1e-6
 """How far an exponent may be from a whole number that is taken for it: more than alphas such as 1.1
 leave to rounding, 1e-14. It moves ``p = x^r`` by ``1e-6 |log x|`` of it at most."""
 
@@ -251,8 +251,8 @@ class Pages(NamedTuple):
         return cls(table, batch, column, number)
 
 
-def shared_number(number: int) -> int:
-    """A number of a tuple in a tuple, as ``own_number`` in ``kernels/score.py`` takes it: odd and
+def as_odd(number: int) -> int:
+    """A number of a tuple in a tuple, as ``from_odd`` in ``kernels/score.py`` takes it: odd and
     above 1. Triton compiles a kernel of its own for multiples of 16, and one for 1, whose value it
     may forget in loops before 3.7."""
     return 2 * number + 3
@@ -262,7 +262,7 @@ class Terms(NamedTuple):
     """What a call asks beyond plain and causal attention, as kernels take it; None where it is not
     asked.
 
-    ``left`` and ``right``: of windows, by :func:`shared_number`. ``scale`` and ``softcap``: of the
+    ``left`` and ``right``: of windows, by :func:`as_odd`. ``scale`` and ``softcap``: of the
     problem. ``dropped``: words below it are dropped, less 2^31; ``kept``: what the others are
     multiplied by. ``longest``: of each key head the longest key's norm. ``sharers``: sequences that
     share a mask. The others are operands.
@@ -293,10 +293,8 @@ class Terms(NamedTuple):
             return None
         farthest = problem.length_q + problem.length_k  # more would leave 32 bits
         return cls(
-            left=None if said.left < 0 else shared_number(min(said.left, farthest)),
-            right=None
-            if said.is_causal or said.right < 0
-            else shared_number(min(said.right, farthest)),
+            left=None if said.left < 0 else as_odd(min(said.left, farthest)),
+            right=None if said.is_causal or said.right < 0 else as_odd(min(said.right, farthest)),
             scale=said.scale if is_scored(problem) else None,
             softcap=said.softcap or None,
             dropped=int(said.dropout_p * 2**32) - 2**31 if said.dropout_p else None,
@@ -566,7 +564,7 @@ def degree_of(alpha: float) -> int:
     exponent = 1.0 / (alpha - 1.0)
     whole = round(exponent)
     few = is_shallow(alpha) and whole <= MOST_DEGREE
-    return whole if few and abs(exponent - whole) < WHOLE else 0
+    return whole if few and abs(exponent - whole) < NEARLY_WHOLE else 0
 
 
 def is_halved(problem: Problem) -> bool:

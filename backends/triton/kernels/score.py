@@ -97,8 +97,8 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
 
 
 @triton.jit
-def own_number(number):
-    """What ``sizes.shared_number`` was made of."""
+def from_odd(number):
+    """What ``sizes.as_odd`` was made of."""
     return (number >> 1).to(tl.int32) - 1
 
 
@@ -127,7 +127,7 @@ def begin_of(rows, terms, shape, opt: tl.constexpr):
     if opt.ranges:
         begin = load_range(rows, 0, terms, shape)
     else:
-        begin = place_of(rows, terms, shape, opt) - own_number(shape.terms.left)
+        begin = place_of(rows, terms, shape, opt) - from_odd(shape.terms.left)
     return tl.minimum(tl.maximum(begin, 0), shape.length_k)
 
 
@@ -140,7 +140,7 @@ def end_of(rows, terms, shape, opt: tl.constexpr):
     else:
         end = place_of(rows, terms, shape, opt) + 1
         if opt.right:
-            end += own_number(shape.terms.right)
+            end += from_odd(shape.terms.right)
     if opt.ranges or opt.shifted:
         end = tl.maximum(end, 0)
     return end
@@ -200,8 +200,8 @@ def seeing_rows(first_key, shape, opt: tl.constexpr):
     shift = shape.length_k - shape.length_q if opt.shifted else 0
     begin = first_key - shift
     if opt.right:
-        begin -= own_number(shape.terms.right)
-    end = first_key + opt.block_k + own_number(shape.terms.left) - shift
+        begin -= from_odd(shape.terms.right)
+    end = first_key + opt.block_k + from_odd(shape.terms.left) - shift
     begin = tl.minimum(tl.maximum(begin, 0), shape.length_q - 1)
     return begin, tl.maximum(tl.minimum(end, shape.length_q), begin + 1)
 
@@ -273,10 +273,10 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
         place = place_of(rows, terms, shape, opt)
         last = tl.where(rows >= 0, tl.minimum(place, shape.length_k - 1), -1)
         if opt.left:  # and of windows too: what is before the first is large without a sign
-            begin = place - own_number(shape.terms.left)
+            begin = place - from_odd(shape.terms.left)
             seen = tl.maximum(last + 1 - begin, 0)
             if opt.even:  # of keys that exist, all rows see as many
-                seen = own_number(shape.terms.left) + 1
+                seen = from_odd(shape.terms.left) + 1
             mask = (keys - begin).to(tl.uint32, bitcast=True) < seen.to(tl.uint32, bitcast=True)
         else:
             mask = keys <= last
@@ -288,9 +288,9 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
     else:
         place = place_of(rows, terms, shape, opt)
         if opt.right:
-            mask = mask & (keys <= place + own_number(shape.terms.right))
+            mask = mask & (keys <= place + from_odd(shape.terms.right))
         if opt.left and not opt.causal:
-            mask = mask & (keys >= place - own_number(shape.terms.left))
+            mask = mask & (keys >= place - from_odd(shape.terms.left))
     return mask
 
 
