@@ -69,9 +69,14 @@ def test_attention_for_any_number_of_threads(case: Case) -> None:
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.1}, {"attn_mask": True}], ids=str)
 @pytest.mark.parametrize("sharpness", [0.25, 0.02], ids=["lists", "flat"])
 def test_heads_whose_gradients_are_made_in_turn(
-    sharpness: float, options: dict[str, object]
+    sharpness: float, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is held for the gradients of all these heads, 24 MiB, is more than is held at a time."""
+    turns = []
+    backward = _core.attention_backward
+    monkeypatch.setattr(
+        _core, "attention_backward", lambda **asked: turns.append(backward(**asked))
+    )
     generator = torch.Generator().manual_seed(0)
     query = sharpness * torch.randn(1, 12, 1024, 64, generator=generator)
     key = torch.randn(1, 6, 1024, 64, generator=generator)
@@ -93,9 +98,12 @@ def test_heads_whose_gradients_are_made_in_turn(
     for threads in (2, 5):
         torch.set_num_threads(threads)
         assert_same_bits(gradients(slice(None), slice(None)), expected)
+    assert len(turns) == 3
+    assert min(turns[:2]) > 1  # more threads may ask for more heads at a time
     if "dropout_p" in options:  # heads alone drop others
         return
     alone = [gradients(slice(2 * i, 2 * i + 2), slice(i, i + 1)) for i in range(6)]
+    assert turns[3:] == [1] * 6
     for found, together in zip(map(sum, zip(*alone, strict=True)), expected, strict=True):
         torch.testing.assert_close(found, together, rtol=1e-4, atol=1e-6)
 

@@ -20,7 +20,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile with")
 
+from adasplash2 import dispatch
 from adasplash2.backends import triton as backend
+from adasplash2.backends.cuda import configurations, layout
 from adasplash2.backends.triton import sizes
 from adasplash2.problem import (
     DIFFERENTIABLE,
@@ -420,6 +422,12 @@ def test_what_is_decoded() -> None:
     for more in ({"needs_grad": True}, {"length_q": 17}, {"length_k": 255}):
         assert not sizes.is_decoding(dataclasses.replace(plain, **more))
     assert sizes.is_decoding(dataclasses.replace(plain, page_size=16, operands=PAGED))
+
+
+def test_what_is_decoded_is_the_same_everywhere() -> None:
+    """Where backends are chosen, and in both that have kernels of their own for it."""
+    assert sizes.MOST_DECODED == layout.MOST_DECODED == dispatch.FEW
+    assert sizes.FEWEST_DECODED == configurations.FEWEST_DECODED
 
 
 def test_every_decoding_configuration_fits() -> None:

@@ -30,9 +30,6 @@ SUPPORTED = (
 )
 """What the core computes: it takes no notice of what it does not know."""
 
-EMPTY_TILE, LIVE_TILE = 1, 2
-"""``TileState`` of the core's ``types.h``: no probability above 0, and one."""
-
 
 def unavailable() -> str | None:
     """None, unless ``ADASPLASH2_ISA`` asks for what is not here: the core is compiled with the
@@ -159,7 +156,8 @@ def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         iterations=iterations.data_ptr(),
         tiles=tiles.data_ptr(),
     )
-    live, seen = ((tiles >= state).sum(dim=(2, 3)) for state in (LIVE_TILE, EMPTY_TILE))
+    states = _core.LIVE_TILE, _core.EMPTY_TILE  # an empty one is seen, and a live one too
+    live, seen = ((tiles >= state).sum(dim=(2, 3)) for state in states)
     empty = (seen - live).double() / seen.clamp(min=1)  # 0 where no query sees any key
     return AttentionStats(tau, support, iterations, empty, backend=name)
 

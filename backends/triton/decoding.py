@@ -143,12 +143,12 @@ class Steps(NamedTuple):
         problem, grid, opt, options = call.problem, call.grid, call.plan.opt, call.plan.options
         cut = Cut.of(problem, call.config, grid)
         rows, scores = grid.rows, grid.tiles * opt.block_k
-        groups = scores // opt.group
+        segments = scores // opt.segment
         real, whole = torch.float32, torch.int32
         pieces = Pieces.of(
             {
                 "scores": (real, rows * scores),
-                "maxima": (real, rows * groups),
+                "maxima": (real, rows * segments),
                 "tops": (real, rows * cut.splits),
                 "floors": (real, rows * cut.splits),
                 "totals": (real, rows * cut.splits),
@@ -158,7 +158,7 @@ class Steps(NamedTuple):
                 "partials": (real, rows * cut.weighed * opt.padded_v),
                 "masses": (real, rows * cut.weighed),
                 "entry_weights": (real, rows * kernels.MOST_LISTED.value),
-                "lists": (whole, rows * groups),
+                "lists": (whole, rows * segments),
                 "counts": (whole, rows),
                 "arrivals": (whole, rows),
                 "kept": (whole, rows * cut.weighed),
@@ -197,8 +197,8 @@ class Steps(NamedTuple):
             splits=cut.splits,
             SPLITS=TOPS_CHUNK,
             CHUNK=SOLVE_CHUNK * warps,
-            GROUPS=(SCORES_CHUNK if warps > 2 else SCORES_CHUNK // 2) * warps // opt.group,
-            SERIAL=SERIAL // opt.group,
+            SEGMENTS=(SCORES_CHUNK if warps > 2 else SCORES_CHUNK // 2) * warps // opt.segment,
+            SERIAL=SERIAL // opt.segment,
             ENTRIES=ENTRIES_CHUNK * warps,
         )
         narrow = (
@@ -207,7 +207,7 @@ class Steps(NamedTuple):
                 rows * cut.parts,
                 {"LAST": number == cut.narrowed - 1},
                 parts=cut.parts,
-                GROUPS=SCORES_CHUNK * narrowing // opt.group,
+                SEGMENTS=SCORES_CHUNK * narrowing // opt.segment,
                 PARTS=MOST_PARTS,
             )
             for number in range(cut.narrowed)

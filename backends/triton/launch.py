@@ -42,10 +42,11 @@ FEW_MAXIMA = 512
 registers."""
 
 FOLDS = 2
-"""Tiles that share the maxima of their pieces there, where all that a row may see are as many."""
+"""Of a window's few tiles, how many share a place for the maxima of their pieces, which then holds
+the larger ones; one tile alone where they are no more than FEWEST_MAXIMA."""
 
 REUSES = 1
-"""Further steps for which the first list of so few tiles serves."""
+"""Newton's steps after the first for which the first list of a window's few tiles serves."""
 
 FEWEST_MAXIMA = 16
 """The fewest tile maxima of a row that a program holds at a time, however few tiles there are."""
@@ -60,6 +61,7 @@ ADDED_ROWS = 16
 """Keys for which a program adds the sums of pieces."""
 
 CACHED_PLANS = 1024
+"""Plans that are kept: far more than a model has kinds of calls. What is dropped is made again."""
 
 CACHED_LAYOUTS = 64
 """Kinds of strides that a plan remembers kernels for."""
@@ -131,11 +133,11 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 class Plan(NamedTuple):
-    """What follows from a problem and a configuration. ``whole``: the launches of ``whole_rows``,
-    each with how it is compiled for its tile, its row blocks of a head, from which on and how many,
-    and those of a program. ``solving``: programs of ``solve``. ``fixed``: by kernel, the arguments
-    that no call changes. ``grows``: kernels are those of all lengths of a cache. ``kept``: what
-    ``decoding.py`` makes of it, once."""
+    """What follows from a problem and a configuration. ``whole``: of each launch of ``whole_rows``
+    the options for the width of its tile, the first of its row blocks of a head, how many these
+    are, and how many of them a program takes. ``solving``: programs of ``solve``. ``fixed``: by
+    kernel, the arguments that no call changes. ``grows``: kernels are those of all lengths of a
+    cache. ``kept``: what ``decoding.py`` makes of it, once."""
 
     features: tuple[str, ...]
     grid: sizes.Grid
@@ -171,8 +173,8 @@ def _kind(stride: int) -> tuple[bool, bool, bool]:
 def _of_any_length(
     problem: Problem, opt: sizes.Options, items: tuple[tuple[str, int | str], ...]
 ) -> dict[Any, Compiled]:
-    """What plans share whose problems differ from this one in the length of the cache alone: else
-    Triton would describe all arguments anew with every token that a cache grows by."""
+    """The compiled kernels of all plans whose problems differ in the length of the cache alone:
+    else Triton would describe all arguments anew with every token that a cache grows by."""
     return {}
 
 
@@ -358,8 +360,8 @@ class Call:
         if tensor.dtype != self.dtype:
             tensor = tensor.to(self.dtype)
         _, _, row, inner = tensor.stride()
-        unit = inner == 1 or tensor.shape[3] == 1
-        return tensor if unit and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
+        is_dense = inner == 1 or tensor.shape[3] == 1
+        return tensor if is_dense and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
 
     def are_compiled(self, asked: Iterable[Hashable]) -> bool:
         """Whether :func:`launch` remembers all of these kernels and is what runs them: pointers may
@@ -409,7 +411,7 @@ class Call:
         return t if self.plan.opt.relative else tau
 
 
-class Found(NamedTuple):
+class ForwardState(NamedTuple):
     """What the kernels of a forward write: outputs, thresholds and the parts of ``sizes.Saved``, of
     which ``out_u`` are the means; marks of rows that are not finite, and whether there are
     ``some``; and what is counted, None where nothing is."""
@@ -433,7 +435,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
     saved = call.empty(length, dtype=torch.uint8)
     parts = layout.split(saved)
-    found = Found(
+    state = ForwardState(
         out=sizes.Heads.of(out),
         out_u=call.means(parts["out_u"]),
         tau=call.empty(*shape, dtype=torch.float32),
@@ -447,7 +449,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
     row_blocks = grid.heads * grid.row_blocks
     with on_device(problem.device):
         if plan.whole:
-            rows = _of_whole_rows(call, found)
+            rows = _of_whole_rows(call, state)
             for wide, begin, number, each in plan.whole:
                 call(
                     whole_kernels.whole_rows,
@@ -459,85 +461,85 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
                     each=each,
                 )
         else:
-            call(solve_kernels.solve, plan.solving, flags, **_of_solve(call, found))
-        output = _of_output(call, found)
+            call(solve_kernels.solve, plan.solving, flags, **_of_solve(call, state))
+        output = _of_output(call, state)
         if call.config["whole"] != "outputs":
             call(output_kernels.output, row_blocks, {**flags, "SAFE": False}, **output)
         call.again(output_kernels.output, row_blocks, flags, **output)
     if not problem.needs_grad:
         saved = saved.new_empty(0)
-    return Forward(out.to(problem.dtype), found.tau, saved)
+    return Forward(out.to(problem.dtype), state.tau, saved)
 
 
 # What calls give a kernel, beside ``Plan.fixed`` and flags; or what several kernels take alike
 
 
-def _of_thresholds(call: Call, found: Found) -> dict[str, Any]:
+def _of_thresholds(call: Call, state: ForwardState) -> dict[str, Any]:
     """What ``solve`` and ``whole_rows`` find thresholds from, and write."""
-    saved = found.saved
+    saved = state.saved
     return {
         "query": call.query,
         "key": call.key,
         "top_out": saved["top"],
         "t_out": saved["t"],
-        "tau_out": found.tau,
+        "tau_out": state.tau,
         "live": saved["live"],
         "lists": saved["lists"],
         "counts": saved["counts"],
         "poison": saved["poison"],
-        "iterations": found.counted["iterations"],
+        "iterations": state.counted["iterations"],
     }
 
 
-def _of_means(call: Call, found: Found) -> dict[str, Any]:
+def _of_means(call: Call, state: ForwardState) -> dict[str, Any]:
     """What ``output`` and ``whole_rows`` make outputs from beside thresholds, and write."""
     return {
         "value": call.value,
-        "out": found.out,
-        "out_u": found.out_u,
-        "spread": found.saved["spread"],
-        "unsafe": found.unsafe,
-        "some": found.some,
-        "support": found.counted["support"],
-        "marks": found.counted["marks"],
+        "out": state.out,
+        "out_u": state.out_u,
+        "spread": state.saved["spread"],
+        "unsafe": state.unsafe,
+        "some": state.some,
+        "support": state.counted["support"],
+        "marks": state.counted["marks"],
         "shape": call.shape,
     }
 
 
-def _of_solve(call: Call, found: Found) -> dict[str, Any]:
+def _of_solve(call: Call, state: ForwardState) -> dict[str, Any]:
     plan = call.plan
     block_q, programs, fixed = plan.opt.block_q, plan.solving, plan.fixed["solve"]
     few, chunk, span = fixed["FEW"], fixed["CHUNK"], fixed["SPAN"]
     # A slice for each program, so that they take memory by the device, not by the length squared.
     each = (solve_kernels.PIECES.value + 1) * chunk if few else -(-call.grid.tiles // span) * span
     return {
-        **_of_thresholds(call, found),
+        **_of_thresholds(call, state),
         "maxima": call.empty(programs * each * block_q, dtype=torch.float32),
         "candidates": call.empty(0 if few else programs * call.grid.tiles, dtype=torch.int32),
-        "taken": found.saved["taken"],
+        "taken": state.saved["taken"],
         "shape": call.longest(),
     }
 
 
-def _of_whole_rows(call: Call, found: Found) -> dict[str, Any]:
+def _of_whole_rows(call: Call, state: ForwardState) -> dict[str, Any]:
     """But for the rows, which each launch has of its own."""
-    return _of_thresholds(call, found) | _of_means(call, found)
+    return _of_thresholds(call, state) | _of_means(call, state)
 
 
-def _of_output(call: Call, found: Found) -> dict[str, Any]:
-    saved = found.saved
+def _of_output(call: Call, state: ForwardState) -> dict[str, Any]:
+    saved = state.saved
     return {
-        **_of_means(call, found),
+        **_of_means(call, state),
         "query": call.query,
         "key": call.key,
         "top_in": saved["top"],
-        "t_in": call.threshold(saved["t"], found.tau),
+        "t_in": call.threshold(saved["t"], state.tau),
         "lists": saved["lists"],
         "counts": saved["counts"],
     }
 
 
-class Felt(NamedTuple):
+class BackwardState(NamedTuple):
     """What the kernels of a backward share beside the inputs: what they read of a forward and of
     the gradient of its output, and what they hand on to each other or write."""
 
@@ -569,32 +571,34 @@ def backward(
         for name in sizes.ROW_GRADIENTS
         if name in wanted
     }
-    felt = _felt(call, forward, call.prepared(grad_out), grads)
+    state = _backward_state(call, forward, call.prepared(grad_out), grads)
     row_blocks, key_tiles = grid.heads * grid.row_blocks, grid.heads_kv * grid.tiles
     flags = {"WANTED": sizes.Wanted.of(wanted)}
     of_mask = None
     with on_device(problem.device):
-        query = _of_grad_query(call, felt, of_rows)
+        query = _of_grad_query(call, state, of_rows)
         call(backward_kernels.grad_query, row_blocks, {**flags, "SAFE": False}, **query)
         call.again(backward_kernels.grad_query, row_blocks, flags, **query)
-        call(backward_kernels.transpose_lists, key_tiles, {}, **_of_transpose_lists(call, felt))
-        if felt.pieces:
-            call(backward_kernels.cut_lists, 1, {}, **_of_cut_lists(felt))
-        key = _of_grad_key_value(call, felt)
-        programs = felt.pieces + key_tiles
+        call(backward_kernels.transpose_lists, key_tiles, {}, **_of_transpose_lists(call, state))
+        if state.pieces:
+            call(backward_kernels.cut_lists, 1, {}, **_of_cut_lists(state))
+        key = _of_grad_key_value(call, state)
+        programs = state.pieces + key_tiles
         call(backward_kernels.grad_key_value, programs, {"SAFE": False}, **key)
-        if felt.pieces:
-            programs = felt.pieces * (plan.opt.block_k // ADDED_ROWS)
-            call(backward_kernels.add_pieces, programs, {}, **_of_add_pieces(call, felt))
+        if state.pieces:
+            programs = state.pieces * (plan.opt.block_k // ADDED_ROWS)
+            call(backward_kernels.add_pieces, programs, {}, **_of_add_pieces(call, state))
         call.again(backward_kernels.grad_key_value, key_tiles, {}, **key)
         if "attn_mask" in wanted:
-            of_mask, programs, mask = _of_grad_mask(call, felt)
+            of_mask, programs, mask = _of_grad_mask(call, state)
             call(backward_kernels.grad_mask, programs, {}, **mask)
     of_query, of_key, of_value = (grad.to(problem.dtype) for grad in grads)
     return Gradients(of_query, of_key, of_value, of_mask, **of_rows)
 
 
-def _felt(call: Call, forward: Forward, grad_out: Tensor, grads: Sequence[Tensor]) -> Felt:
+def _backward_state(
+    call: Call, forward: Forward, grad_out: Tensor, grads: Sequence[Tensor]
+) -> BackwardState:
     """With memory for what the kernels hand on to each other."""
     problem, plan, grid = call.problem, call.plan, call.grid
     saved = plan.layout.split(forward.saved)
@@ -603,7 +607,7 @@ def _felt(call: Call, forward: Forward, grad_out: Tensor, grads: Sequence[Tensor
     capacity = grid.gqa_group * grid.row_blocks
     pieces = plan.fixed["grad_key_value"]["MOST"]
     sums = plan.opt.block_k * (plan.opt.padded + plan.opt.padded_v)
-    return Felt(
+    return BackwardState(
         saved=saved,
         t_in=call.threshold(saved["t"], forward.tau),
         grad_out=sizes.Heads.of(grad_out),
@@ -621,82 +625,84 @@ def _felt(call: Call, forward: Forward, grad_out: Tensor, grads: Sequence[Tensor
     )
 
 
-def _of_scores(call: Call, felt: Felt) -> dict[str, Any]:
+def _of_scores(call: Call, state: BackwardState) -> dict[str, Any]:
     """What ``grad_query``, ``grad_key_value`` and ``grad_mask`` make ``ds`` from, but ``delta``."""
     return {
         "query": call.query,
         "key": call.key,
         "value": call.value,
-        "grad_out": felt.grad_out,
-        "top_in": felt.saved["top"],
-        "t_in": felt.t_in,
-        "spread_in": felt.saved["spread"],
+        "grad_out": state.grad_out,
+        "top_in": state.saved["top"],
+        "t_in": state.t_in,
+        "spread_in": state.saved["spread"],
         "shape": call.shape,
     }
 
 
-def _of_keys(call: Call, felt: Felt) -> dict[str, Any]:
+def _of_keys(call: Call, state: BackwardState) -> dict[str, Any]:
     """What ``grad_key_value`` and ``add_pieces`` store gradients of keys by."""
     return {
-        "cuts": felt.cuts,
-        "owners": felt.owners,
-        "partials": felt.partials,
-        "poison": felt.saved["poison"],
-        "grad_k": felt.grad_k,
-        "grad_v": felt.grad_v,
-        "unsafe": felt.unsafe,
-        "some": call.some(felt.saved, "grad_key_value"),
+        "cuts": state.cuts,
+        "owners": state.owners,
+        "partials": state.partials,
+        "poison": state.saved["poison"],
+        "grad_k": state.grad_k,
+        "grad_v": state.grad_v,
+        "unsafe": state.unsafe,
+        "some": call.some(state.saved, "grad_key_value"),
     }
 
 
-def _of_grad_query(call: Call, felt: Felt, of_rows: Mapping[str, Tensor]) -> dict[str, Any]:
-    saved = felt.saved
+def _of_grad_query(
+    call: Call, state: BackwardState, of_rows: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    saved = state.saved
     return {
-        **_of_scores(call, felt),
+        **_of_scores(call, state),
         "out_u": call.means(saved["out_u"]),
         "lists": saved["lists"],
         "counts": saved["counts"],
-        "grad_q": felt.grad_q,
-        "delta_out": felt.delta,
+        "grad_q": state.grad_q,
+        "delta_out": state.delta,
         "row_grads": sizes.Wanted.parts(of_rows),
-        "unsafe": felt.unsafe,
+        "unsafe": state.unsafe,
         "some": call.some(saved, "grad_query"),
     }
 
 
-def _of_transpose_lists(call: Call, felt: Felt) -> dict[str, Any]:
+def _of_transpose_lists(call: Call, state: BackwardState) -> dict[str, Any]:
     return {
-        "live": felt.saved["live"],
-        "row_block_lists": felt.row_block_lists,
-        "row_block_counts": felt.row_block_counts,
+        "live": state.saved["live"],
+        "row_block_lists": state.row_block_lists,
+        "row_block_counts": state.row_block_counts,
         "shape": call.shape,
     }
 
 
-def _of_cut_lists(felt: Felt) -> dict[str, Any]:
+def _of_cut_lists(state: BackwardState) -> dict[str, Any]:
     return {
-        "row_block_counts": felt.row_block_counts,
-        "cuts": felt.cuts,
-        "owners": felt.owners,
+        "row_block_counts": state.row_block_counts,
+        "cuts": state.cuts,
+        "owners": state.owners,
     }
 
 
-def _of_grad_key_value(call: Call, felt: Felt) -> dict[str, Any]:
+def _of_grad_key_value(call: Call, state: BackwardState) -> dict[str, Any]:
     return {
-        **_of_scores(call, felt),
-        **_of_keys(call, felt),
-        "delta_in": felt.delta,
-        "row_block_lists": felt.row_block_lists,
-        "row_block_counts": felt.row_block_counts,
+        **_of_scores(call, state),
+        **_of_keys(call, state),
+        "delta_in": state.delta,
+        "row_block_lists": state.row_block_lists,
+        "row_block_counts": state.row_block_counts,
     }
 
 
-def _of_add_pieces(call: Call, felt: Felt) -> dict[str, Any]:
-    t_in = felt.t_in if call.plan.opt.scattered else None
-    return {**_of_keys(call, felt), "t_in": t_in, "shape": call.shape}
+def _of_add_pieces(call: Call, state: BackwardState) -> dict[str, Any]:
+    t_in = state.t_in if call.plan.opt.scattered else None
+    return {**_of_keys(call, state), "t_in": t_in, "shape": call.shape}
 
 
-def _of_grad_mask(call: Call, felt: Felt) -> tuple[Tensor, int, dict[str, Any]]:
+def _of_grad_mask(call: Call, state: BackwardState) -> tuple[Tensor, int, dict[str, Any]]:
     """The gradient of an additive mask, how many programs make it, and from what."""
     problem, grid = call.problem, call.grid
     mask = problem.operand("attn_mask")
@@ -707,10 +713,10 @@ def _of_grad_mask(call: Call, felt: Felt) -> tuple[Tensor, int, dict[str, Any]]:
     batch, heads, by_row, by_key = shape[0], shape[1], mask.spread[2], mask.spread[3]
     programs = batch * heads * (grid.row_blocks if by_row else 1) * (grid.tiles if by_key else 1)
     arguments = {
-        **_of_scores(call, felt),
-        "delta_in": felt.delta,
-        "live": felt.saved["live"],
-        "poison": felt.saved["poison"],
+        **_of_scores(call, state),
+        "delta_in": state.delta,
+        "live": state.saved["live"],
+        "poison": state.saved["poison"],
         "grad": sizes.Spread.of(grad),
         "sharers": (heads, problem.batch // batch, problem.heads_q // heads),
         "BY_ROW": by_row,

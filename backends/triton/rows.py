@@ -1,4 +1,4 @@
-"""The launches of ``entmax`` of dense rows. Importing this imports Triton."""
+"""The launches of ``entmax_rows``, entmax of dense rows. Importing this imports Triton."""
 
 from __future__ import annotations
 

@@ -37,10 +37,12 @@ DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh",
 """Names of the kernels that run instead where :func:`is_decoding`, in ``kernels/decode.py``."""
 
 MOST_DECODED = 16
-"""The most queries of a head for :func:`is_decoding`."""
+"""The most queries of a head for :func:`is_decoding`: as many as ``dispatch.FEW``, and as the CUDA
+backend's."""
 
 FEWEST_DECODED = 256
-"""The fewest keys for :func:`is_decoding`: fewer are not worth the launches."""
+"""The fewest keys for :func:`is_decoding`, as in the CUDA backend: fewer are not worth the
+launches."""
 
 DECODED_ROWS = 64
 """The most rows that share keys for which a program reads each key once."""
@@ -55,11 +57,11 @@ DECODED_REGISTERS = 128
 """Registers of a thread of ``decode_scan``, as a limit: without one, nobody knows before it is
 compiled how many programs run at a time. Products in float32 take twice as many."""
 
-DECODED_GROUP = 16
-"""Keys of a tile whose scores of a row are kept, or left, together, where more than FULL_WIDTH rows
-share keys; where they are fewer, all of a tile: what 64 rows write of scores may be as much as what
-is read of keys. Of Gaussian rows (c = 1, 131,072 keys in 33 splits) 38 % are written so, simulated,
-by tiles of 64 keys 73 %."""
+DECODED_SEGMENT = 16
+"""Keys of a tile whose scores of a row are written, or left out, together, where more than
+FULL_WIDTH rows share keys; where they are fewer, all of a tile: what 64 rows write of scores may be
+as much as what is read of keys. Of Gaussian rows (c = 1, 131,072 keys in 33 splits) 38 % are
+written so, simulated, by tiles of 64 keys 73 %."""
 
 SOLVE_REGISTERS = 128
 """Of a thread of ``decode_solve`` where rows are many: nothing is spilled."""
@@ -91,8 +93,9 @@ four warps then fit a multiprocessor, not two, with next to nothing spilled. On 
 takes 7 to 12 % less time. The sums of ``grad_key_value`` do not fit."""
 
 WINDOW_REGISTERS = 128
-"""Those of ``grad_query`` there under windows, whose lists are short: four blocks that take turns
-hide more than tiles that each asks for ahead. On an H200 0.38 ms for 0.40, of 1,024 in 65,536."""
+"""Registers of a thread of ``grad_query`` there under windows, whose lists are short: four blocks
+of a multiprocessor, which take turns, hide more waiting than tiles do that three ask for further
+ahead. On an H200 0.38 ms for 0.40, of 1,024 in 65,536."""
 
 SHORTEST_PIECE = 8
 """The fewest row blocks of a piece of a key tile's list: its sums are stored and read again."""
@@ -103,7 +106,8 @@ over a real layer whose rows keep the first key takes 0.35 ms, without pieces 0.
 k, v of 16 heads and 4,096 positions it takes 0.755 and 0.747."""
 
 MANY_LISTS = 16
-"""With so many lists of key tiles to a multiprocessor, a long one does not outlast all others."""
+"""Lists of key tiles to a multiprocessor from which on a long one is not cut: the others take as
+long as it does."""
 
 REGISTER_FILE = 65536
 """Registers of a multiprocessor."""
@@ -131,9 +135,9 @@ compute capability 9.0 with head_dim 64, none of them are spilled; with 32 rows 
 registers are."""
 
 LONGEST_WHOLE_OUTPUT = 128
-"""The same where outputs are found beside them. On an H100 a forward of 128 keys takes 0.12 ms so
-and 0.14 with thresholds alone, one of 256 keys 0.19 and 0.17: the warps of a product that another
-follows get rows each, not keys, and 64 rows are enough for four."""
+"""The most keys of whole rows where the same kernel finds outputs. On an H100 a forward of 128 keys
+takes 0.12 ms so and 0.14 with thresholds alone, one of 256 keys 0.19 and 0.17: the warps of a
+product that another follows get rows each, not keys, and 64 rows are enough for four."""
 
 NARROWED = 512
 """From so many keys on, row blocks of whole rows that see no key of the second half are launched
@@ -171,6 +175,11 @@ what the tests allow at head_dim 1, 1.5 times at 3 and 1.0 at 8, but 0.8 at 16 a
 MOST_DEGREE = 10
 """The highest power that is made of products: above, their rounding would show, and a general power
 is as fast."""
+
+
+NEARLY_WHOLE = 1e-6
+"""How far an exponent may be from a whole number that is taken for it: more than alphas such as 1.1
+leave to rounding, 1e-14. It moves ``p = x^r`` by ``1e-6 |log x|`` of it at most."""
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -242,8 +251,8 @@ class Pages(NamedTuple):
         return cls(table, batch, column, number)
 
 
-def shared_number(number: int) -> int:
-    """A number of a tuple in a tuple, as ``own_number`` in ``kernels/score.py`` takes it: odd and
+def as_odd(number: int) -> int:
+    """A number of a tuple in a tuple, as ``from_odd`` in ``kernels/score.py`` takes it: odd and
     above 1. Triton compiles a kernel of its own for multiples of 16, and one for 1, whose value it
     may forget in loops before 3.7."""
     return 2 * number + 3
@@ -253,7 +262,7 @@ class Terms(NamedTuple):
     """What a call asks beyond plain and causal attention, as kernels take it; None where it is not
     asked.
 
-    ``left`` and ``right``: of windows, by :func:`shared_number`. ``scale`` and ``softcap``: of the
+    ``left`` and ``right``: of windows, by :func:`as_odd`. ``scale`` and ``softcap``: of the
     problem. ``dropped``: words below it are dropped, less 2^31; ``kept``: what the others are
     multiplied by. ``longest``: of each key head the longest key's norm. ``sharers``: sequences that
     share a mask. The others are operands.
@@ -284,10 +293,8 @@ class Terms(NamedTuple):
             return None
         farthest = problem.length_q + problem.length_k  # more would leave 32 bits
         return cls(
-            left=None if said.left < 0 else shared_number(min(said.left, farthest)),
-            right=None
-            if said.is_causal or said.right < 0
-            else shared_number(min(said.right, farthest)),
+            left=None if said.left < 0 else as_odd(min(said.left, farthest)),
+            right=None if said.is_causal or said.right < 0 else as_odd(min(said.right, farthest)),
             scale=said.scale if is_scored(problem) else None,
             softcap=said.softcap or None,
             dropped=int(said.dropout_p * 2**32) - 2**31 if said.dropout_p else None,
@@ -375,7 +382,7 @@ class Options(NamedTuple):
     keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do not lie in
     such; ``guesses``: the first step is from where Gaussian rows of the same mean and deviation
     have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth of the time);
-    ``overlaps``: see :class:`Limits`; ``group``: see DECODED_GROUP."""
+    ``overlaps``: see :class:`Limits`; ``segment``: see DECODED_SEGMENT."""
 
     block_q: int
     block_k: int
@@ -419,7 +426,7 @@ class Options(NamedTuple):
     page_size: int
     guesses: bool
     overlaps: bool
-    group: int
+    segment: int
 
     @classmethod
     def of(cls, problem: Problem, config: Config, whole: bool = False) -> Options:
@@ -480,7 +487,7 @@ class Options(NamedTuple):
             page_size=problem.page_size,
             guesses=alpha == 1.5 and mask is None and not alibi,
             overlaps=bool(config.get("overlaps")),
-            group=int(config.get("group", block_k)),
+            segment=int(config.get("segment", block_k)),
         )
 
 
@@ -557,7 +564,7 @@ def degree_of(alpha: float) -> int:
     exponent = 1.0 / (alpha - 1.0)
     whole = round(exponent)
     few = is_shallow(alpha) and whole <= MOST_DEGREE
-    return whole if few and abs(exponent - whole) < 1e-6 else 0
+    return whole if few and abs(exponent - whole) < NEARLY_WHOLE else 0
 
 
 def is_halved(problem: Problem) -> bool:
@@ -810,7 +817,7 @@ def decoding_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
             "residents": max(1, residents),
             "solve_warps": 8 if all_rows <= FEW_ROWS else 4 if all_rows < MANY_ROWS else 2,
             "overlaps": int(limits.overlaps),
-            "group": min(block_k, DECODED_GROUP if block_q > FULL_WIDTH else block_k),
+            "segment": min(block_k, DECODED_SEGMENT if block_q > FULL_WIDTH else block_k),
         }
         found += 1
         if found == DECODED_ALTERNATIVES:

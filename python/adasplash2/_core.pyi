@@ -6,8 +6,11 @@ _Tensor = tuple[int, int, int, int]
 _Operand = tuple[int, str, tuple[int, int, int, int]]
 """Address, dtype and strides (batch, head, query, key), 0 where one entry holds for all."""
 
+EMPTY_TILE: int
+LIVE_TILE: int
 LIST_CAPACITY: int
 OPENMP: bool
+SAVED_ALIGNMENT: int
 TILE_ROWS: int
 
 def usable_isas() -> list[str]: ...
@@ -91,7 +94,9 @@ def attention_backward(
     dropout_p: float = 0.0,
     operands: dict[str, _Operand] = {},
     gradients: dict[str, _Operand] = {},
-) -> None: ...
+) -> int:
+    """In how many turns, of some key heads each, it was done."""
+
 def entmax_forward(
     rows: int,
     length: int,

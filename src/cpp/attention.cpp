@@ -56,7 +56,7 @@ template <class T>
 Buffer<KeyRange> reaches(const Kernels<T>& k, const AttentionProblem& p, const TensorRef& query,
                          const TensorRef& key, int threads) {
   bool any = false;
-  for (int64_t head = 0; p.score.slopes.data && head < p.query_heads(); ++head)
+  for (int64_t head = 0; p.score.has_slopes() && head < p.query_heads(); ++head)
     any |= p.score_of(head).has_reach();
   if (!any) return {};
   Buffer<double> longest(p.key_heads());  // NaN where a key has one
@@ -399,14 +399,14 @@ struct BackwardState {
   Buffer<uint8_t> flat_blocks;  // whether a row block holds a flat row
   bool any_flat = false;
   std::unique_ptr<Panels<T>> packed_keys, packed_values;  // only where a row is flat
-  int64_t strip_blocks = 1, strips_per_head = 0;
+  int64_t band_blocks = 1, bands_per_head = 0;
   // Of the key heads at work:
   Part heads = {0, 0};
   int64_t first_entry = 0;  // of their lists, of which those below are
   T* grad_scores = nullptr;
   T* weights = nullptr;  // of dO in dV, where dropout makes them others than the probabilities
   Columns<T> columns;
-  std::vector<KeyGradients<T>> of_strips;  // head by head; null where no row is flat
+  std::vector<KeyGradients<T>> of_bands;  // head by head; null where no row is flat
 
   explicit BackwardState(const BackwardArguments& a)
       : arguments(a),
@@ -424,29 +424,31 @@ struct BackwardState {
       packed_keys = std::make_unique<Panels<T>>(kernels, p, a.key, p.head_dim, a.threads);
       packed_values = std::make_unique<Panels<T>>(kernels, p, a.value, p.head_dim_v, a.threads);
     }
-    choose_strips();
+    choose_bands();
   }
 
   Part query_heads() const {
     return {heads.first * problem.gqa_group(), heads.count * problem.gqa_group()};
   }
-  // The row blocks of a strip of a head.
-  Part strip(int64_t number) const {
+  // The row blocks of a band of a head.
+  Part band(int64_t number) const {
     const int64_t blocks = problem.row_blocks_per_head();
-    return part_of(blocks, strip_blocks, number);
+    return part_of(blocks, band_blocks, number);
   }
   // Of a query head at work.
-  KeyGradients<T>* strips_of(int64_t head) {
+  KeyGradients<T>* bands_of(int64_t head) {
     if (!any_flat) return nullptr;
-    return of_strips.data() + (head - query_heads().first) * strips_per_head;
+    return of_bands.data() + (head - query_heads().first) * bands_per_head;
   }
 
   // Goes on to the next key heads, as many as the threads need and the cache holds. False where
   // there are none left.
   bool next_heads() {
+    // Bytes that the last cache is expected to keep from when they are written to when they are
+    // read, and tasks that leave no thread waiting for long. Neither was tuned.
     constexpr int64_t kInCache = int64_t(8) << 20, kTasksOfThread = 2;
     const AttentionProblem& p = problem;
-    const int64_t tasks = std::min(p.gqa_group() * strips_per_head, Columns<T>::kChunks);
+    const int64_t tasks = std::min(p.gqa_group() * bands_per_head, Columns<T>::kChunks);
     heads = {heads.first + heads.count, 0};
     for (int64_t bytes = 0; heads.first + heads.count < p.key_heads(); ++heads.count) {
       bytes += bytes_held_for(heads.first + heads.count);
@@ -454,16 +456,16 @@ struct BackwardState {
       if (heads.count > 0 && busy && bytes > kInCache) break;
     }
     if (heads.count == 0) return false;
-    make_strips();
+    make_bands();
     first_entry = entries_before(heads.first);
     const int64_t entries = entries_before(heads.first + heads.count) - first_entry;
     grad_scores = room_for(grad_scores_, entries);
-    if (p.score.seeds.data) weights = room_for(weights_, entries);
+    if (p.score.has_dropout()) weights = room_for(weights_, entries);
     return true;
   }
 
  private:
-  Buffer<T> grad_scores_, weights_, strip_gradients_;
+  Buffer<T> grad_scores_, weights_, band_gradients_;
 
   int64_t entries_before(int64_t key_head) const {
     return saved.offsets[key_head * problem.group_rows()];
@@ -472,13 +474,13 @@ struct BackwardState {
   int64_t bytes_held_for(int64_t key_head) {
     const int64_t entries = entries_before(key_head + 1) - entries_before(key_head);
     int64_t keys = 0;
-    each_flat_strip({key_head, 1}, [&](int64_t, KeyRange seen) { keys += seen.size(); });
+    each_flat_band({key_head, 1}, [&](int64_t, KeyRange seen) { keys += seen.size(); });
     return entries * int64_t(sizeof(T) + sizeof(ColumnEntry<T>)) +
            keys * (problem.head_dim + problem.head_dim_v) * int64_t(sizeof(T));
   }
 
   // In whole panels.
-  KeyRange seen_by_strip(int64_t head, Part blocks) const {
+  KeyRange seen_by_band(int64_t head, Part blocks) const {
     const RowBlock first = row_block(problem, head * problem.row_blocks_per_head() + blocks.first);
     const int64_t rows = std::min(blocks.count * kBlockRows, problem.length_q - first.row_begin);
     const int64_t size = kernels.panel_keys;
@@ -487,53 +489,57 @@ struct BackwardState {
     return {panels.begin * size, panels.end * size};
   }
 
-  // Calls f with the number of each strip of some key heads that holds a flat row, and its keys.
+  // Calls f with the number of each band of some key heads that holds a flat row, and its keys.
   template <class F>
-  void each_flat_strip(Part key_heads, F f) const {
+  void each_flat_band(Part key_heads, F f) const {
     if (!any_flat) return;
     const int64_t blocks = problem.row_blocks_per_head(), group = problem.gqa_group();
-    for (int64_t i = 0; i < key_heads.count * group * strips_per_head; ++i) {
-      const int64_t head = key_heads.first * group + i / strips_per_head;
-      const Part of = strip(i % strips_per_head);
+    for (int64_t i = 0; i < key_heads.count * group * bands_per_head; ++i) {
+      const int64_t head = key_heads.first * group + i / bands_per_head;
+      const Part of = band(i % bands_per_head);
       const uint8_t* first = flat_blocks.data() + head * blocks + of.first;
       if (std::any_of(first, first + of.count, [](uint8_t is_flat) { return is_flat != 0; }))
-        f(i, seen_by_strip(head, of));
+        f(i, seen_by_band(head, of));
     }
   }
 
-  // A task works on a strip of row blocks of a head. Where a row is flat each strip has gradients
+  // A task works on a band of row blocks of a head. Where a row is flat each band has gradients
   // of the keys that it sees, which must be little work beside its own, and take no more memory
-  // than a few times the tensors: then there are no more strips than many threads can share, few of
+  // than a few times the tensors: then there are no more bands than many threads can share, few of
   // a head, and none is short. A shared mask leaves fewer tasks than heads.
-  void choose_strips() {
-    constexpr int64_t kTasks = 32, kTasksOfMask = 4, kMostStrips = 8, kStripBlocks = 8;
+  void choose_bands() {
+    // By the problem alone, since the order of sums follows from it. kTasks are enough for 16
+    // threads, kTasksOfMask for a few; a band of kBandBlocks adds up 512 rows before keys add its
+    // sums. None of these was tuned. Without kMostBands the sums took twice the memory of the
+    // lists.
+    constexpr int64_t kTasks = 32, kTasksOfMask = 4, kMostBands = 8, kBandBlocks = 8;
     const AttentionProblem& p = problem;
     const Operand& mask = arguments.grad_mask;
     const int64_t heads = p.query_heads(), blocks = p.row_blocks_per_head();
     const int64_t masks =
         !mask.data ? heads : (mask.stride_batch ? p.batch : 1) * (mask.stride_head ? p.heads_q : 1);
     const int64_t wanted =
-        std::max(std::min(parts(kTasks, heads), kMostStrips), parts(kTasksOfMask, masks));
-    strip_blocks = any_flat ? std::max(parts(blocks, wanted), kStripBlocks) : 1;
-    strips_per_head = parts(blocks, strip_blocks);
+        std::max(std::min(parts(kTasks, heads), kMostBands), parts(kTasksOfMask, masks));
+    band_blocks = any_flat ? std::max(parts(blocks, wanted), kBandBlocks) : 1;
+    bands_per_head = parts(blocks, band_blocks);
   }
 
-  void make_strips() {
+  void make_bands() {
     if (!any_flat) return;
     const AttentionProblem& p = problem;
-    of_strips.assign(size_t(query_heads().count * strips_per_head), {});
+    of_bands.assign(size_t(query_heads().count * bands_per_head), {});
     int64_t keys = 0;
-    each_flat_strip(heads, [&](int64_t, KeyRange seen) { keys += seen.size(); });
-    T* at = room_for(strip_gradients_, keys * (p.head_dim + p.head_dim_v));
-    each_flat_strip(heads, [&](int64_t i, KeyRange seen) {
-      of_strips[size_t(i)] = {at, at + seen.size() * p.head_dim, seen};
+    each_flat_band(heads, [&](int64_t, KeyRange seen) { keys += seen.size(); });
+    T* at = room_for(band_gradients_, keys * (p.head_dim + p.head_dim_v));
+    each_flat_band(heads, [&](int64_t i, KeyRange seen) {
+      of_bands[size_t(i)] = {at, at + seen.size() * p.head_dim, seen};
       at += seen.size() * (p.head_dim + p.head_dim_v);
     });
   }
 };
 
 // The gradient of a mask, to which all rows that share one of its rows add. One task adds for all
-// heads and batches that share a strip of it, one after another, so that the order of
+// heads and batches that share rows of it, one after another, so that the order of
 // summation is fixed. Where all rows of a head share one, each block has a row of its own first.
 template <class T>
 struct MaskGradient {
@@ -594,7 +600,7 @@ void backward_rows(BackwardState<T>& state, MaskGradient<T>& mask, Workspaces& w
   const AttentionProblem& p = state.problem;
   const Saved<T>& saved = state.saved;
   const int64_t element = p.element_size();
-  const auto run = [&](const RowBlock& of, const KeyGradients<T>& of_strip, int thread) {
+  const auto run = [&](const RowBlock& of, const KeyGradients<T>& of_band, int thread) {
     const auto own = [&](const TensorRef& tensor) {
       return p.query_head(tensor, of.head_q).from(of.row_begin, element);
     };
@@ -608,7 +614,7 @@ void backward_rows(BackwardState<T>& state, MaskGradient<T>& mask, Workspaces& w
     if (state.any_flat) {
       task.packed_keys = state.packed_keys->head(of.head_kv);
       task.packed_values = state.packed_values->head(of.head_kv);
-      task.of_strip = of_strip;
+      task.of_band = of_band;
     }
     const auto of_rows = [&](void* grad) {
       return grad ? static_cast<T*>(grad) + of.first_row : nullptr;
@@ -632,19 +638,19 @@ void backward_rows(BackwardState<T>& state, MaskGradient<T>& mask, Workspaces& w
     task.workspace = workspaces.of(thread);
     state.kernels.backward_rows(task);
   };
-  // The last strips of a head first, as row_block_at says.
+  // The last bands of a head first, as row_block_at says.
   const auto tasks = mask.shared_by(p, state.query_heads());
-  const int64_t strips = state.strips_per_head;
-  parallel_for(int64_t(tasks.size()) * strips, a.threads, [&](int64_t turn, int thread) {
-    const int64_t number = strips - 1 - turn % strips;
-    const Part blocks = state.strip(number);
-    for (const int64_t head : tasks[size_t(turn / strips)]) {
-      const KeyGradients<T> of_strip =
-          state.any_flat ? state.strips_of(head)[number] : KeyGradients<T>{};
-      if (of_strip.keys)
-        std::fill(of_strip.keys, of_strip.values + of_strip.range.size() * p.head_dim_v, T(0));
+  const int64_t bands = state.bands_per_head;
+  parallel_for(int64_t(tasks.size()) * bands, a.threads, [&](int64_t turn, int thread) {
+    const int64_t number = bands - 1 - turn % bands;
+    const Part blocks = state.band(number);
+    for (const int64_t head : tasks[size_t(turn / bands)]) {
+      const KeyGradients<T> of_band =
+          state.any_flat ? state.bands_of(head)[number] : KeyGradients<T>{};
+      if (of_band.keys)
+        std::fill(of_band.keys, of_band.values + of_band.range.size() * p.head_dim_v, T(0));
       for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b)
-        run(row_block(p, head * p.row_blocks_per_head() + b), of_strip, thread);
+        run(row_block(p, head * p.row_blocks_per_head() + b), of_band, thread);
     }
   });
 }
@@ -657,7 +663,7 @@ void backward_keys(BackwardState<T>& state, Workspaces& workspaces) {
   const Kernels<T>& k = state.kernels;
   const int64_t element = p.element_size();
   const T* weights =
-      p.score.seeds.data ? state.weights : state.saved.probabilities + state.first_entry;
+      p.score.has_dropout() ? state.weights : state.saved.probabilities + state.first_entry;
   state.columns.turn(p, state.saved, state.heads, weights, state.grad_scores, a.threads);
   // The query heads of every group, side by side.
   const Part heads_q = state.query_heads();
@@ -680,8 +686,8 @@ void backward_keys(BackwardState<T>& state, Workspaces& workspaces) {
     task.offsets = state.columns.offsets(of.head_kv - state.heads.first) + of.key_begin;
     task.entries = state.columns.entries();
     if (state.any_flat) {
-      task.of_strips = state.strips_of(of.first_head_q);
-      task.strips = p.gqa_group() * state.strips_per_head;
+      task.of_bands = state.bands_of(of.first_head_q);
+      task.bands = p.gqa_group() * state.bands_per_head;
     }
     task.workspace = workspaces.of(thread);
     k.backward_keys(task);
@@ -689,17 +695,19 @@ void backward_keys(BackwardState<T>& state, Workspaces& workspaces) {
 }
 
 template <class T>
-void backward(const BackwardArguments& a) {
+int64_t backward(const BackwardArguments& a) {
   BackwardState<T> state(a);
   const AttentionProblem& p = state.problem;
   MaskGradient<T> mask(p, a.grad_mask);
   Workspaces of_rows(state.kernels.backward_rows_workspace(p, state.any_flat), a.threads);
   Workspaces of_keys(state.kernels.backward_keys_workspace(p), a.threads);
-  while (state.next_heads()) {
+  int64_t turns = 0;
+  for (; state.next_heads(); ++turns) {
     backward_rows(state, mask, of_rows);
     backward_keys(state, of_keys);
   }
   mask.finish();
+  return turns;
 }
 
 }  // namespace
@@ -718,9 +726,9 @@ std::unique_ptr<Kept> attention_forward(const ForwardArguments& arguments) {
                                                     : forward<float>(arguments);
 }
 
-void attention_backward(const BackwardArguments& arguments) {
-  arguments.problem.dtype == Dtype::kFloat64 ? backward<double>(arguments)
-                                             : backward<float>(arguments);
+int64_t attention_backward(const BackwardArguments& arguments) {
+  return arguments.problem.dtype == Dtype::kFloat64 ? backward<double>(arguments)
+                                                    : backward<float>(arguments);
 }
 
 }  // namespace adasplash2

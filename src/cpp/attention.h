@@ -30,6 +30,8 @@ class Kept {
   virtual void save(void* to) = 0;
 };
 
+// Of the address of what is kept: it begins with 64-bit numbers.
+constexpr int64_t kSavedAlignment = sizeof(int64_t);
 // Bytes of what is kept of `rows` rows whose lists hold `entries` together: linear in both. No list
 // is longer than kListCapacity.
 int64_t saved_bytes(Dtype dtype, int64_t rows, int64_t entries);
@@ -44,12 +46,13 @@ struct BackwardArguments {
   // Compute dtype, null where not wanted. Of each row, (batch, heads_q, length_q):
   void *grad_slopes, *grad_sinks, *grad_scales, *grad_alphas;
   Operand grad_mask;    // zeroed, in the shape of the mask
-  const void* saved;    // on 8 bytes
+  const void* saved;    // on kSavedAlignment bytes
   int64_t saved_bytes;  // may be more than were saved
   int threads;
 };
 
-// Throws std::invalid_argument where `saved` is not what a forward of this problem kept.
-void attention_backward(const BackwardArguments& arguments);
+// In how many turns, of some key heads each, it was done. Throws std::invalid_argument where
+// `saved` is not what a forward of this problem kept.
+int64_t attention_backward(const BackwardArguments& arguments);
 
 }  // namespace adasplash2

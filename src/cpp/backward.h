@@ -4,7 +4,7 @@
 // (Correia, Niculae, Martins 2019). Rows own dQ, keys own dK and dV, so nothing is shared and
 // the order of summation is fixed. Rows differentiate first; then rows and keys gather what lists
 // hold. Flat rows recompute their scores, and their probabilities from their thresholds, once: a
-// strip of row blocks adds up their dK and dV, and keys add up those of the strips. A sink is one
+// band of row blocks adds up their dK and dV, and keys add up those of the bands. A sink is one
 // more entry of its row, with a dp of 0. Dropout multiplies dp_j, and p_ij in dV, by what it
 // multiplies p_ij by.
 #pragma once
@@ -73,27 +73,27 @@ struct BackwardRows {
         power(power_of<T>(alpha)),
         scores(p.score_of(t.head), alpha),
         dropout(scores.score) {
-    Arena arena{static_cast<char*>(t.workspace)};
+    Allocator memory{static_cast<char*>(t.workspace)};
     score_stride = score_stride_of<T>(p);
     together = rows_together<T>(p, 2);
     const int64_t longest =
         any_flat && score_stride > kListStride<T> ? score_stride : kListStride<T>;
-    grad_out = arena.take<T>(p.head_dim_v);
-    grad_query = arena.take<T>((any_flat ? together : 1) * p.head_dim);
-    list = arena.take<T>(2 * kListStride<T>);
-    row_probabilities = arena.take<T>(longest);  // of a row, whose places ds takes
+    grad_out = memory.take<T>(p.head_dim_v);
+    grad_query = memory.take<T>((any_flat ? together : 1) * p.head_dim);
+    list = memory.take<T>(2 * kListStride<T>);
+    row_probabilities = memory.take<T>(longest);  // of a row, whose places ds takes
     if (any_flat) {
-      query_packed = arena.take<T>(together * p.head_dim);
-      grad_out_packed = arena.take<T>(together * p.head_dim_v);
-      grad_scores = arena.take<T>(together * score_stride);
-      grad_probabilities = arena.take<T>(together * score_stride);
+      query_packed = memory.take<T>(together * p.head_dim);
+      grad_out_packed = memory.take<T>(together * p.head_dim_v);
+      grad_scores = memory.take<T>(together * score_stride);
+      grad_probabilities = memory.take<T>(together * score_stride);
     }
     if (!p.score.is_plain) {
-      query = arena.take<T>(p.head_dim);
-      row_dots = arena.take<T>(longest);  // q . k, likewise
-      list_keys = arena.take<int32_t>(kListStride<T>);
+      query = memory.take<T>(p.head_dim);
+      row_dots = memory.take<T>(longest);  // q . k, likewise
+      list_keys = memory.take<int32_t>(kListStride<T>);
     }
-    bytes = arena.used;
+    bytes = memory.used;
   }
 
   ADASPLASH2_INLINE void run() {
@@ -118,10 +118,10 @@ struct BackwardRows {
     const int64_t begin = task.offsets[i], n = task.offsets[i + 1] - begin;
     T* ds = list;
     differentiate_list(i, begin, n, ds);
-    const T unit = into_range(ds, n);
+    const T divisor = into_range(ds, n);
     gather_rows<false, S>(ListEntries<T>{ds, task.keys + begin}, n, task.key, problem.head_dim,
                           grad_query);
-    write(i, grad_query, unit);
+    write(i, grad_query, divisor);
   }
 
   ADASPLASH2_INLINE void differentiate_list(int64_t i, int64_t begin, int64_t n, T* ds) {
@@ -170,9 +170,7 @@ struct BackwardRows {
     }
   }
 
-  ADASPLASH2_INLINE bool needs_dots() const {
-    return scores.score.softcap != 0.0 || task.others.scales;
-  }
+  ADASPLASH2_INLINE bool needs_dots() const { return scores.is_capped() || task.others.scales; }
 
   // p of n keys of row i, zeros behind them to the end of a vector -> ds in place, the gradient of
   // q . k, and the row's other gradients. `dp` is likewise, and so is `row_dots` where that is
@@ -217,20 +215,21 @@ struct BackwardRows {
   }
 
   // Steep ds may be so large that their products with keys overflow with both signs, whose sum is
-  // NaN: such a row is divided by the unit that is returned.
+  // NaN: such a row is divided by what is returned. It is the root of T's range, which products of
+  // what was divided with keys smaller than it do not leave.
   ADASPLASH2_INLINE T into_range(T* ds, int64_t n) const {
-    const T unit = sizeof(T) == 4 ? T(0x1p64) : T(0x1p512);
+    const T divisor = sizeof(T) == 4 ? T(0x1p64) : T(0x1p512);
     if (!is_steep<K>(power)) return T(1);
     T most = 0;
     for (int64_t j = 0; j < n; ++j) most = magnitude(ds[j]) > most ? magnitude(ds[j]) : most;
-    if (!(most > unit)) return T(1);
-    for (int64_t j = 0; j < n; ++j) ds[j] /= unit;
-    return unit;
+    if (!(most > divisor)) return T(1);
+    for (int64_t j = 0; j < n; ++j) ds[j] /= divisor;
+    return divisor;
   }
 
-  ADASPLASH2_INLINE void write(int64_t i, T* row, T unit) {
-    if (unit != T(1))
-      for (int64_t k = 0; k < problem.head_dim; ++k) row[k] *= unit;
+  ADASPLASH2_INLINE void write(int64_t i, T* row, T divisor) {
+    if (divisor != T(1))
+      for (int64_t k = 0; k < problem.head_dim; ++k) row[k] *= divisor;
     store_storage(row_of<S>(task.grad_query, i), row, problem.head_dim);
   }
 
@@ -246,14 +245,14 @@ struct BackwardRows {
       else
         clear(r, 0, panels.size() * kKeys);
     add_to_keys(rows, panels);
-    T units[kBlockRows];
+    T divisors[kBlockRows];
     for (int64_t r = 0; r < rows.count; ++r)
-      units[r] = into_range(grad_scores + r * score_stride, panels.size() * kKeys);
+      divisors[r] = into_range(grad_scores + r * score_stride, panels.size() * kKeys);
     weighted_sums<S>(grad_scores, score_stride, padded, task.key, {first_key, keys.end - first_key},
                      problem.head_dim, grad_query);
     for (int64_t r = 0; r < rows.count; ++r)
       if (is_flat(rows.first + r))
-        write(rows.first + r, grad_query + r * problem.head_dim, units[r]);
+        write(rows.first + r, grad_query + r * problem.head_dim, divisors[r]);
   }
 
   ADASPLASH2_INLINE KeyRange needed_by_any(Part rows) const {
@@ -348,9 +347,9 @@ struct BackwardRows {
 
   // What the rows give to the keys of some panels.
   ADASPLASH2_INLINE void add_to_keys(Part rows, KeyRange panels) {
-    add_to_keys(grad_scores, rows, panels, task.query, problem.head_dim, task.of_strip.keys);
+    add_to_keys(grad_scores, rows, panels, task.query, problem.head_dim, task.of_band.keys);
     add_to_keys(grad_probabilities, rows, panels, task.grad_out, problem.head_dim_v,
-                task.of_strip.values);
+                task.of_band.values);
   }
   __attribute__((noinline)) void add_to_keys(const T* weights, Part rows, KeyRange panels,
                                              HeadRef matrix, int64_t width, T* out) {
@@ -367,7 +366,7 @@ struct BackwardRows {
       if (begin == end) continue;
       if (end > rows.count) end = rows.count;
       const Part some = {rows.first + begin, end - begin};
-      T* to = out + (panel * kKeys - task.of_strip.range.begin) * width;
+      T* to = out + (panel * kKeys - task.of_band.range.begin) * width;
       if (finite)
         add_to_panel<Zeros::kMultiply, S>(of_panel + begin * score_stride, score_stride, matrix,
                                           some, width, to);
@@ -407,20 +406,20 @@ struct BackwardKeys {
 
   ADASPLASH2_INLINE BackwardKeys(const BackwardKeysTask<T>& t, const AttentionProblem& p)
       : task(t), problem(p) {
-    Arena arena{static_cast<char*>(t.workspace)};
-    grad_keys = arena.take<T>(kTaskKeys<T> * p.head_dim);
-    grad_values = arena.take<T>(kTaskKeys<T> * p.head_dim_v);
-    bytes = arena.used;
+    Allocator memory{static_cast<char*>(t.workspace)};
+    grad_keys = memory.take<T>(kTaskKeys<T> * p.head_dim);
+    grad_values = memory.take<T>(kTaskKeys<T> * p.head_dim_v);
+    bytes = memory.used;
   }
 
   ADASPLASH2_INLINE void run() {
     for (int64_t k = 0; k < task.keys * problem.head_dim; ++k) grad_keys[k] = T(0);
     for (int64_t k = 0; k < task.keys * problem.head_dim_v; ++k) grad_values[k] = T(0);
     for (int64_t j = 0; j < task.keys; ++j) gather_lists(j);
-    for (int64_t s = 0; s < task.strips; ++s) {
-      const KeyGradients<T>& strip = task.of_strips[s];
-      add_strip(strip.keys, strip.range, problem.head_dim, grad_keys);
-      add_strip(strip.values, strip.range, problem.head_dim_v, grad_values);
+    for (int64_t s = 0; s < task.bands; ++s) {
+      const KeyGradients<T>& band = task.of_bands[s];
+      add_band(band.keys, band.range, problem.head_dim, grad_keys);
+      add_band(band.values, band.range, problem.head_dim_v, grad_values);
     }
     for (int64_t j = 0; j < task.keys; ++j) {
       store_storage(row_of<S>(task.grad_key, j), grad_keys + j * problem.head_dim,
@@ -430,14 +429,14 @@ struct BackwardKeys {
     }
   }
 
-  // What the flat rows of a strip, if it has any, give to the keys in `range`.
-  ADASPLASH2_INLINE void add_strip(const T* of_strip, KeyRange range, int64_t width, T* out) {
-    if (!of_strip) return;
+  // What the flat rows of a band, if it has any, give to the keys in `range`.
+  ADASPLASH2_INLINE void add_band(const T* of_band, KeyRange range, int64_t width, T* out) {
+    if (!of_band) return;
     const KeyRange some = range.intersection({task.key_begin, task.key_begin + task.keys});
     if (some.size() <= 0) return;
-    of_strip += (some.begin - range.begin) * width;
+    of_band += (some.begin - range.begin) * width;
     out += (some.begin - task.key_begin) * width;
-    for (int64_t k = 0; k < some.size() * width; ++k) out[k] += of_strip[k];
+    for (int64_t k = 0; k < some.size() * width; ++k) out[k] += of_band[k];
   }
 
   ADASPLASH2_INLINE void gather_lists(int64_t j) {

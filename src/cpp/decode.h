@@ -11,8 +11,8 @@ namespace adasplash2::ADASPLASH2_ISA {
 
 // Keys whose products with all rows of a task are made at once.
 constexpr int64_t kChunkKeys = 64;
-// A key is asked for when the one so many before it is read; fewer where these, of all heads that
-// are read together, would be more bytes.
+// A key is prefetched when the key so many before it is read; when the one kProducts before it is,
+// where so many keys of all heads that are read together would be more than kBytesAhead.
 constexpr int64_t kKeysAhead = 64, kBytesAhead = int64_t(128) << 10;
 constexpr int64_t kShortRowBytes = 128;
 
@@ -144,18 +144,18 @@ struct DecodeWorkspace {
   // For `rows` query rows and `keys` keys at most.
   ADASPLASH2_INLINE DecodeWorkspace(const AttentionProblem& p, int64_t rows, int64_t keys,
                                     void* base) {
-    Arena arena{static_cast<char*>(base)};
+    Allocator memory{static_cast<char*>(base)};
     depth = round_up(p.head_dim, kLanes<T>);
     // Whatever a chunk may add, and a vector; the odd one as in kListStride.
     list_stride = round_up(keys, kChunkKeys) + kChunkKeys + 3 * kLanes<T>;
-    query = arena.take<T>((rows + 1) * depth);  // see multiply
-    chunk = arena.take<ChunkRow<T>>(rows + 1);
-    heads = arena.take<DecodedHead<T>>(rows);
-    key_heads = arena.take<DecodedKeys>(rows);
-    chunk_keys = arena.take<const void*>(kChunkKeys + kKeysAhead);
-    list_values = arena.take<T>(rows * list_stride);
-    list_keys = arena.take<int32_t>(rows * list_stride);
-    bytes = arena.used;
+    query = memory.take<T>((rows + 1) * depth);  // see multiply
+    chunk = memory.take<ChunkRow<T>>(rows + 1);
+    heads = memory.take<DecodedHead<T>>(rows);
+    key_heads = memory.take<DecodedKeys>(rows);
+    chunk_keys = memory.take<const void*>(kChunkKeys + kKeysAhead);
+    list_values = memory.take<T>(rows * list_stride);
+    list_keys = memory.take<int32_t>(rows * list_stride);
+    bytes = memory.used;
   }
 };
 
@@ -240,7 +240,7 @@ struct DecodeScan {
   }
   ADASPLASH2_INLINE bool any_allowed(const DecodedHead<T>& head, KeyRange keys) const {
     if (!keys.overlaps(head.seen_by_any)) return false;
-    if (!head.score.mask) return true;
+    if (!head.score.is_masked()) return true;
     // Any kind: which keys are seen does not depend on it.
     const Scores<AlphaKind::k15, T, false> scores(head.score, problem.alpha_of(head.number));
     return scores.any_allowed(head.row_begin, head.rows.count, keys);
@@ -394,14 +394,14 @@ struct DecodeRowWorkspace {
 
   // For a list of `entries` at most.
   ADASPLASH2_INLINE DecodeRowWorkspace(const AttentionProblem& p, int64_t entries, void* base) {
-    Arena arena{static_cast<char*>(base)};
+    Allocator memory{static_cast<char*>(base)};
     const int64_t room = entries + 1 + 2 * kLanes<T>;  // a sink, and slack
-    values = arena.take<T>(room);
-    keys = arena.take<int32_t>(room);
-    kept_values = arena.take<T>(p.score.seeds.data ? room : 0);
-    kept_keys = arena.take<int32_t>(p.score.seeds.data ? room : 0);
-    out = arena.take<T>(p.head_dim_v);
-    bytes = arena.used;
+    values = memory.take<T>(room);
+    keys = memory.take<int32_t>(room);
+    kept_values = memory.take<T>(p.score.has_dropout() ? room : 0);
+    kept_keys = memory.take<int32_t>(p.score.has_dropout() ? room : 0);
+    out = memory.take<T>(p.head_dim_v);
+    bytes = memory.used;
   }
 };
 

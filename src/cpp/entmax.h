@@ -11,10 +11,10 @@ struct EntmaxWorkspace {
   int64_t bytes;
 
   ADASPLASH2_INLINE EntmaxWorkspace(int64_t length, void* base) {
-    Arena arena{static_cast<char*>(base)};
-    values = arena.take<T>(length + 2 * kLanes<T>);
-    candidates = arena.take<T>(length + 2 * kLanes<T>);
-    bytes = arena.used;
+    Allocator memory{static_cast<char*>(base)};
+    values = memory.take<T>(length + 2 * kLanes<T>);
+    candidates = memory.take<T>(length + 2 * kLanes<T>);
+    bytes = memory.used;
   }
 };
 

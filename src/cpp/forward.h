@@ -10,21 +10,29 @@
 namespace adasplash2::ADASPLASH2_ISA {
 
 // A list is tightened when it passes its trigger, which then moves to kRegrowth times what is
-// left: often enough to keep the bound sharp, seldom enough not to count.
+// left: often enough to keep the bound sharp, seldom enough not to count (WORK in
+// tests/test_core.py says how often that is).
 constexpr int64_t kFirstTrigger = 32;
 constexpr int64_t kRegrowth = 2;
 
 // Rows are flat, and dense work is done on all their keys, where most rows of their tile keep more
 // of them than lists are good for: a part of those that they see, and no more than a list holds
-// with room to grow. A row alone has the list, as long as there is room for a few panels.
-constexpr int64_t kShortList = 32;
+// with room to grow. A row that is the only one keeps its list as long as that has room for a few
+// more panels.
+//
+// Lists of up to kShortList are good for any row: no shorter one is ever tightened.
+constexpr int64_t kShortList = kFirstTrigger;
+// What a row may keep at the end, and what its list may hold after its bound was raised: beside
+// that there is room for a few panels, so that it is not raised after each. Neither part was tuned.
 constexpr int64_t kLongList = kListCapacity * 5 / 8;
 constexpr int64_t kFullList = kListCapacity * 7 / 8;
 // The part whose lists take a training step as long as dense work does. An entry takes some time
-// whatever the head_dim; of 32, 64 and 128 an eighth, a fifth and two sevenths were measured.
+// whatever the head_dim; of 32, 64 and 128 an eighth, a fifth and two sevenths were measured, which
+// is what these two numbers give.
 ADASPLASH2_INLINE double share_of_list(const AttentionProblem& p) {
+  constexpr double kOfEntry = 192.0, kOfDepth = 2.0;
   const double depth = double(p.head_dim + p.head_dim_v) / 2.0;
-  return depth / (192.0 + 2.0 * depth);
+  return depth / (kOfEntry + kOfDepth * depth);
 }
 
 // Once this part of the keys is scanned, what a row will keep of all is foretold: a power of their
@@ -37,13 +45,14 @@ ADASPLASH2_INLINE double foretold(int64_t kept, int64_t scanned, int64_t all) {
 }
 
 // Rows that see no more keys than these need no scan that keeps few: all their scores are held at
-// once, and what is a list is seen from their probabilities.
+// once, and what is a list is seen from their probabilities. A few panels of any instruction set;
+// no measurement of other limits is kept.
 constexpr int64_t kShortRow = 192;
 
 ADASPLASH2_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Bump allocation from a workspace; with a null base it only measures.
-struct Arena {
+struct Allocator {
   char* base;
   int64_t used = 0;
   template <class U>
@@ -100,14 +109,16 @@ ADASPLASH2_INLINE Candidates<T> after_dropout(const Dropout<T>& dropout, int64_t
 // sink.
 template <class T>
 ADASPLASH2_INLINE int64_t score_stride_of(const AttentionProblem& p) {
-  const int64_t sink = p.score.sinks.data ? kLanes<T> : 0;
+  const int64_t sink = p.score.has_sinks() ? kLanes<T> : 0;
   return round_up(p.length_k, kPanelKeys<T>) + sink + kLanes<T>;
 }
 
 // How many rows, whole tiles of them, have their dense work done together, where that holds
 // `arrays` numbers for each of their keys: more rows read keys and values, and add to their
-// gradients, less often, as long as what is held stays in the cache; some are worth leaving the
-// nearest cache for. Results do not depend on it.
+// gradients, less often, as long as what is held stays in the cache: kNear bytes, which most second
+// caches hold beside what comes by. kWorthIt rows are worth leaving that for the next one, up to
+// kFar bytes: of 8,192 keys (head_dim 128) a step with 16 rows took 1,818 ms, with eight 2,187.
+// Results do not depend on it.
 template <class T>
 ADASPLASH2_INLINE int64_t rows_together(const AttentionProblem& p, int64_t arrays) {
   constexpr int64_t kNear = int64_t(1) << 19, kFar = int64_t(1) << 21, kWorthIt = 16;
@@ -139,20 +150,20 @@ struct ForwardWorkspace {
   int64_t score_stride, together, bytes;
 
   ADASPLASH2_INLINE ForwardWorkspace(const AttentionProblem& p, void* base) {
-    Arena arena{static_cast<char*>(base)};
+    Allocator memory{static_cast<char*>(base)};
     score_stride = score_stride_of<T>(p);
-    query = arena.take<T>(kBlockRows * p.head_dim);
-    list_values = arena.take<T>(kBlockRows * kListStride<T>);
-    list_keys = arena.take<int32_t>(kBlockRows * kListStride<T>);
+    query = memory.take<T>(kBlockRows * p.head_dim);
+    list_values = memory.take<T>(kBlockRows * kListStride<T>);
+    list_keys = memory.take<int32_t>(kBlockRows * kListStride<T>);
     together = rows_together<T>(p, 1);
-    out = arena.take<T>(together * p.head_dim_v);
+    out = memory.take<T>(together * p.head_dim_v);
     // What dropout leaves of a list.
-    kept_values = arena.take<T>(p.score.seeds.data ? kListStride<T> : 0);
-    kept_keys = arena.take<int32_t>(p.score.seeds.data ? kListStride<T> : 0);
+    kept_values = memory.take<T>(p.score.has_dropout() ? kListStride<T> : 0);
+    kept_keys = memory.take<int32_t>(p.score.has_dropout() ? kListStride<T> : 0);
     // Flat rows only; not touched, so not resident, without them.
-    scores = arena.take<T>(together * score_stride);
-    candidates = arena.take<T>(score_stride);
-    bytes = arena.used;
+    scores = memory.take<T>(together * score_stride);
+    candidates = memory.take<T>(score_stride);
+    bytes = memory.used;
   }
 };
 
@@ -366,11 +377,11 @@ struct ForwardBlock {
       count[i] = list.count;
     }
     work.solved += row.examined;
-    record(i, row.state, row.threshold, int32_t(count[i]), row.steps);
+    store_results(i, row.state, row.threshold, int32_t(count[i]), row.steps);
   }
 
-  ADASPLASH2_INLINE void record(int64_t i, RowState state, const Threshold<T>& threshold,
-                                int32_t support, int32_t steps) {
+  ADASPLASH2_INLINE void store_results(int64_t i, RowState state, const Threshold<T>& threshold,
+                                       int32_t support, int32_t steps) {
     work.steps += steps;
     work.flat_rows += flat[i];
     task.results.thresholds[i] = threshold;
@@ -486,8 +497,8 @@ struct ForwardBlock {
         const bool keeps_many = row.support > kLongList || kept * 4 > kept_of_lists * 3;
         flat[i] =
             row.state == RowState::kPoisoned || (row.state == RowState::kSolved && keeps_many);
-        record(i, row.state, row.threshold, int32_t(flat[i] ? -1 - row.support : row.support),
-               row.steps);
+        store_results(i, row.state, row.threshold,
+                      int32_t(flat[i] ? -1 - row.support : row.support), row.steps);
         T* p = x + (own.begin - stored.begin);
         if (flat[i]) {
           finish_flat_row(i, p, own, row.state);

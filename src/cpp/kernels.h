@@ -110,10 +110,10 @@ struct BackwardRowsTask {
   const int64_t* offsets;  // of each row's list, at the first row of the task
   const int32_t* keys;     // all lists
   const T* probabilities;
-  int64_t first_entry;       // of what is held for the gradients
-  T* grad_scores;            // out, beside probabilities from there on: dL/d(q.k)
-  T* weights;                // out, likewise: of dO in dV; null where they are the probabilities
-  KeyGradients<T> of_strip;  // added to by flat rows
+  int64_t first_entry;      // of what is held for the gradients
+  T* grad_scores;           // out, beside probabilities from there on: dL/d(q.k)
+  T* weights;               // out, likewise: of dO in dV; null where they are the probabilities
+  KeyGradients<T> of_band;  // added to by flat rows
   RowGradients<T> others;
   void* workspace;
 };
@@ -136,8 +136,8 @@ struct BackwardKeysTask {
   int64_t key_begin, keys;
   const int64_t* offsets;  // at key_begin
   const ColumnEntry<T>* entries;
-  const KeyGradients<T>* of_strips;  // of the flat rows of the group; null where there are none
-  int64_t strips;
+  const KeyGradients<T>* of_bands;  // of the flat rows of the group; null where there are none
+  int64_t bands;
   void* workspace;
 };
 

@@ -145,7 +145,10 @@ struct Asked {
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "C++ core of adasplash2.";
+  m.attr("EMPTY_TILE") = int(kEmptyTile);
+  m.attr("LIVE_TILE") = int(kLiveTile);
   m.attr("LIST_CAPACITY") = kListCapacity;
+  m.attr("SAVED_ALIGNMENT") = kSavedAlignment;
 #if defined(_OPENMP)
   m.attr("OPENMP") = true;
 #else
@@ -262,7 +265,7 @@ PYBIND11_MODULE(_core, m) {
         a.saved_bytes = saved_bytes;
         a.threads = threads;
         const py::gil_scoped_release release;
-        attention_backward(a);
+        return attention_backward(a);
       },
       py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
       py::arg("query"), py::arg("key"), py::arg("value"), py::arg("grad_out"),

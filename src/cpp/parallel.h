@@ -70,9 +70,9 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t n) : size_(n) {
     constexpr size_t kLine = 64;
-    const size_t wanted = size_t(n) * sizeof(T), unit = wanted < kLarge ? kLine : kHugePage;
-    const size_t bytes = (wanted + unit - 1) / unit * unit;
-    data_.reset(static_cast<T*>(std::aligned_alloc(unit, bytes ? bytes : unit)));
+    const size_t wanted = size_t(n) * sizeof(T), alignment = wanted < kLarge ? kLine : kHugePage;
+    const size_t bytes = (wanted + alignment - 1) / alignment * alignment;
+    data_.reset(static_cast<T*>(std::aligned_alloc(alignment, bytes ? bytes : alignment)));
     if (!data_) throw std::bad_alloc();
     use_huge_pages(data_.get(), bytes);
   }

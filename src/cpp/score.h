@@ -1,5 +1,6 @@
 // Where a score is made: which keys a row may see, what becomes of q . k, and the derivative of
-// that. Nothing else knows of masks, windows, caps, slopes or scales.
+// that. What reads masks, windows, caps, slopes and scales is here; others ask whether there are
+// any (is_masked and the like), hand over what was given (module.cpp), or store gradients of it.
 #pragma once
 
 #include "types.h"
@@ -52,6 +53,15 @@ ADASPLASH2_INLINE double number_at(const void* data, Dtype dtype, int64_t at) {
 
 constexpr double kNoSink = -__builtin_inf();
 
+// Bounds of |q . k| and |s| below which no float32 overflows on the way to a score: 3e38 is its
+// largest, and sums of products are rounded by far less than what lies between.
+constexpr double kMostProduct = 1e30;
+// A reach is longer by one part in so many, for the rounding of scores: sums of 256 products in
+// float32 are off by less than one part in 30,000 of |q| |k|.
+constexpr double kReachParts = 1000.0;
+// A distance behind all keys, which are numbered in 32 bits, that int64 holds.
+constexpr double kFarthest = 0x1p40;
+
 // In the order in which it is made: s = scale * (q . k), softcap * tanh(s / softcap), + mask,
 // - slope * |place - key|. Here for the rows of one query head, the same for every instruction set.
 struct HeadScore {
@@ -86,6 +96,10 @@ struct HeadScore {
     return scales ? number_at(scales, compute_dtype, row * scales_stride) : scale;
   }
 
+  // Whether a mask may hide some of what `visible` says.
+  ADASPLASH2_INLINE bool is_masked() const { return mask != nullptr; }
+  ADASPLASH2_INLINE bool is_capped() const { return softcap != 0.0; }
+
   // Whether far keys may be left out for their distance alone.
   ADASPLASH2_INLINE bool has_reach() const {
     return slope > 0.0 && sink < __builtin_inf() && !(mask && mask_dtype != Dtype::kBool);
@@ -99,19 +113,19 @@ struct HeadScore {
   // s <= m - slope d. The threshold of s is at least max s - width, for at it the maximum alone
   // has a probability of 1. So none has a probability where
   //     m - slope d <= -m - slope d0 - width,  which is  d >= d0 + (2 m + width) / slope.
-  // A sink only raises the threshold. One part in 1000 and one key more are for rounding; a row
-  // that may overflow, or has a NaN, reaches all keys: it may be poisoned.
+  // A sink only raises the threshold. What kReachParts adds, and one key more, are for rounding; a
+  // row that may overflow, or has a NaN, reaches all keys: it may be poisoned.
   ADASPLASH2_INLINE KeyRange reach_of(int64_t row, double product, double width) const {
     const KeyRange seen = visible(row);
     const double factor = scale_of(row), size = factor < 0.0 ? -factor : factor;
     double m = size * product;
-    if (!(product < 1e30 && m < 1e30)) return seen;
+    if (!(product < kMostProduct && m < kMostProduct)) return seen;
     if (softcap > 0.0 && softcap < m) m = softcap;
     const int64_t nearest = nearest_seen(row);
     if (nearest < 0) return {seen.begin, seen.begin};
     const double exact = double(nearest) + (2.0 * m + width) / slope;
-    const double far = exact + exact / 1000.0 + 1.0;
-    if (!(far < 0x1p40)) return seen;
+    const double far = exact + exact / kReachParts + 1.0;
+    if (!(far < kFarthest)) return seen;
     const int64_t at = place(row);
     return seen.intersection({at - int64_t(far), at + int64_t(far) + 1});
   }
@@ -159,6 +173,10 @@ struct Score {
   const KeyRange* reach;  // of the row blocks of all heads, or null
   int64_t blocks_per_head;
   bool is_plain;  // a scale and top-left causal masks at most
+
+  ADASPLASH2_INLINE bool has_slopes() const { return slopes.data != nullptr; }
+  ADASPLASH2_INLINE bool has_sinks() const { return sinks.data != nullptr; }
+  ADASPLASH2_INLINE bool has_dropout() const { return seeds.data != nullptr; }
 
   // Of a head of a batch, which has `number` among those of all batches.
   ADASPLASH2_INLINE HeadScore of_head(int64_t batch, int64_t head, int64_t number) const {
@@ -235,15 +253,15 @@ ADASPLASH2_INLINE Vec<T> load_strided(const M* p, int64_t stride, int64_t count)
 template <AlphaKind K, class T, bool IsPlain>
 struct Scores {
   const HeadScore score;
-  const T value_of_one;   // of q . k = 1, where that is all that a score is made of
-  const T value_of_unit;  // of s = 1
-  const bool is_scaled;   // whether it is: ranges of keys hide some, but change none
+  const T value_of_dot;    // of q . k = 1, where that is all that a score is made of
+  const T value_of_score;  // of s = 1
+  const bool is_scaled;    // whether it is: ranges of keys hide some, but change none
 
   ADASPLASH2_INLINE Scores(const HeadScore& s, const Alpha& alpha)
       : score(s),
-        value_of_one(T(value_factor<K>(alpha) * s.scale)),
-        value_of_unit(T(value_factor<K>(alpha))),
-        is_scaled(IsPlain || !(s.mask || s.scales || s.softcap != 0.0 || s.slope != 0.0)) {}
+        value_of_dot(T(value_factor<K>(alpha) * s.scale)),
+        value_of_score(T(value_factor<K>(alpha))),
+        is_scaled(IsPlain || !(s.is_masked() || s.scales || s.is_capped() || s.slope != 0.0)) {}
 
   ADASPLASH2_INLINE KeyRange visible(int64_t row) const {
     if constexpr (!IsPlain) return score.visible(row);
@@ -257,7 +275,7 @@ struct Scores {
   }
 
   // Where they are scaled alone, of keys that are seen.
-  ADASPLASH2_INLINE Vec<T> values(Vec<T> dots) const { return dots * value_of_one; }
+  ADASPLASH2_INLINE Vec<T> values(Vec<T> dots) const { return dots * value_of_dot; }
 
   // The values of the keys first_key, first_key + 1, ...; -inf where `row` may not see them.
   ADASPLASH2_INLINE Vec<T> values(Vec<T> dots, int64_t row, int64_t first_key) const {
@@ -295,8 +313,10 @@ struct Scores {
   }
   // Whether one of rows [first, first + rows) may see one of `keys`, a panel.
   ADASPLASH2_INLINE bool any_allowed(int64_t first, int64_t rows, KeyRange keys) const {
-    return IsPlain || (!score.mask && !score.begins) || any_shown(first, rows, keys);
+    return IsPlain || (!score.is_masked() && !score.begins) || any_shown(first, rows, keys);
   }
+
+  ADASPLASH2_INLINE bool is_capped() const { return !IsPlain && score.is_capped(); }
 
   // ds / d(q . k): one number where s is linear in it and has no more parts, else 1, and
   // through() does the rest.
@@ -304,7 +324,7 @@ struct Scores {
 
   // Gradients of s -> those of scale * (q . k), a row's `factor` apart.
   ADASPLASH2_INLINE Vec<T> through_cap(Vec<T> ds, Vec<T> dots, int64_t row) const {
-    return IsPlain || score.softcap == 0.0 ? ds : uncapped(ds, dots, row);
+    return !is_capped() ? ds : uncapped(ds, dots, row);
   }
   ADASPLASH2_INLINE Vec<T> through_scale(Vec<T> ds, int64_t row, const Power<T>& power) const {
     if (IsPlain) return ds;
@@ -314,7 +334,7 @@ struct Scores {
   }
 
   ADASPLASH2_INLINE bool has_sink() const { return !IsPlain && score.sink != kNoSink; }
-  ADASPLASH2_INLINE T sink_value() const { return T(score.sink) * value_of_unit; }
+  ADASPLASH2_INLINE T sink_value() const { return T(score.sink) * value_of_score; }
 
   // |place - key|: exact as long as T holds the difference.
   ADASPLASH2_INLINE Vec<T> distances(int64_t row, Keys<T> keys) const {
@@ -346,14 +366,14 @@ struct Scores {
     Ints<T> seen = in_range(range, first_key);
     if (is_scaled) return seen ? values(dots) : broadcast(-kInfinity<T>);
     Vec<T> s = dots * T(score.scale_of(row));
-    if (score.softcap != 0.0) s = tanh_of<T>(s / T(score.softcap)).value * T(score.softcap);
+    if (score.is_capped()) s = tanh_of<T>(s / T(score.softcap)).value * T(score.softcap);
     if (score.mask) {
       const Vec<T> mask = mask_at(row, first_key);
       seen &= shows(mask);
       if (score.mask_dtype != Dtype::kBool) s += mask;
     }
     if (score.slope != 0.0) s -= T(score.slope) * distances(row, keys_from(first_key));
-    return seen ? s * value_of_unit : broadcast(-kInfinity<T>);
+    return seen ? s * value_of_score : broadcast(-kInfinity<T>);
   }
   __attribute__((noinline)) Vec<T> uncapped(Vec<T> ds, Vec<T> dots, int64_t row) const {
     const T factor = T(score.scale_of(row));

@@ -143,25 +143,25 @@ ADASPLASH2_INLINE bool steep_gradients(T* p, const T* dp, int64_t width, T least
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T slope,
                                     const Power<T>& power) {
-  // Only ratios of the u count in delta: with the largest as their unit none overflows.
+  // Only ratios of the u count in delta: relative to the largest, of the least p, none overflows.
   const bool steep = is_steep<K>(power);
-  T unit = T(1);
+  T least_p = T(1);
   if (steep) {
     Vec<T> least = broadcast(T(1));
     for (int64_t j = 0; j < width; j += kLanes<T>) {
       const Vec<T> one = load(p + j);
       least = one > T(0) ? vmin<T>(one, least) : least;
     }
-    unit = smallest<T>(least);
+    least_p = smallest<T>(least);
   }
   const auto sums = sums_of<T, 2>(width, [&](int64_t j) {
     const Vec<T> one = load(p + j);
-    const Vec<T> u = sensitivity<K>(steep ? one / unit : one, power);
+    const Vec<T> u = sensitivity<K>(steep ? one / least_p : one, power);
     if (!steep) store(p + j, u);
     return Terms<T, 2>{u, u == T(0) ? u : u * load(dp + j)};
   });
   const T mass = sums.of[0], delta = mass == T(0) ? T(0) : sums.of[1] / mass;
-  if (steep && mass > T(0) && steep_gradients<K>(p, dp, width, unit, mass, slope, power))
+  if (steep && mass > T(0) && steep_gradients<K>(p, dp, width, least_p, mass, slope, power))
     return delta;
   for (int64_t j = 0; j < width; j += kLanes<T>) {
     const Vec<T> kept = load(p + j);  // p where steep, else u
@@ -375,28 +375,29 @@ __attribute__((noinline)) static RaisedBound<T> raise_bound(Candidates<T> row, T
     const Tightened<T> tightened = tighten<K, T>(row, power);
     const bool is_raised = tightened.state == RowState::kSolved;
     return {tightened.state, tightened.count, is_raised ? tightened.lo : lo};
+  } else {
+    const T margin = T(row.count + 16) * kEpsilon<T>;
+    pad(row.values, row.count);
+    const T max = max_or_poison(row.values, row.count);
+    if (max == kInfinity<T>) return {RowState::kPoisoned, row.count, lo};
+    if (row.count == 0) return {RowState::kEmpty, 0, lo};
+    T y = lo > max - T(1) ? lo - max : T(-1), step;
+    do {
+      Vec<T> first = {}, second = {}, number = {};
+      for (int64_t i = 0; i < row.count; i += kLanes<T>) {
+        const Vec<T> x = vmax<T>((load(row.values + i) - max) - y, Vec<T>{});
+        first += x;
+        second += x * x;
+        if (K == AlphaKind::k2) number += x > T(0) ? broadcast(T(1)) : Vec<T>{};
+      }
+      const T s1 = sum<T>(first), s2 = sum<T>(second);
+      step = K == AlphaKind::k2 ? (s1 - T(1)) / sum<T>(number) : (s2 - square_root(s2)) / s1;
+      step -= margin;
+      if (step > T(0)) y += step;
+    } while (step > T(1) / T(kBins));
+    lo = below_max<K>(max, y, power);
+    return {RowState::kSolved, keep_above(row, lo), lo};
   }
-  const T margin = T(row.count + 16) * kEpsilon<T>;
-  pad(row.values, row.count);
-  const T max = max_or_poison(row.values, row.count);
-  if (max == kInfinity<T>) return {RowState::kPoisoned, row.count, lo};
-  if (row.count == 0) return {RowState::kEmpty, 0, lo};
-  T y = lo > max - T(1) ? lo - max : T(-1), step;
-  do {
-    Vec<T> first = {}, second = {}, number = {};
-    for (int64_t i = 0; i < row.count; i += kLanes<T>) {
-      const Vec<T> x = vmax<T>((load(row.values + i) - max) - y, Vec<T>{});
-      first += x;
-      second += x * x;
-      if (K == AlphaKind::k2) number += x > T(0) ? broadcast(T(1)) : Vec<T>{};
-    }
-    const T s1 = sum<T>(first), s2 = sum<T>(second);
-    step = K == AlphaKind::k2 ? (s1 - T(1)) / sum<T>(number) : (s2 - square_root(s2)) / s1;
-    step -= margin;
-    if (step > T(0)) y += step;
-  } while (step > T(1) / T(kBins));
-  lo = below_max<K>(max, y, power);
-  return {RowState::kSolved, keep_above(row, lo), lo};
 }
 
 template <AlphaKind K, class T>

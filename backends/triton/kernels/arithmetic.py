@@ -14,6 +14,11 @@ INTERPRETED = tl.constexpr(sizes.INTERPRETED)
 PROB_SCALE = tl.constexpr(1024.0)
 """Factor of probabilities that are rounded to float16, whose smallest normal number is 6e-5."""
 
+LEAST_DIVISOR = tl.constexpr(1e-30)
+"""Of a row of ``ds`` by its largest. It is far above float32's smallest normal number, 1.2e-38, so
+that what it divides keeps its digits, and far below all that counts: rows of less are multiplied as
+they are, of which float16 makes zeros."""
+
 
 @triton.jit
 def larger(a, b):
@@ -135,7 +140,7 @@ def gradient_product(ds, tile, opt: tl.constexpr, SAFE: tl.constexpr, SCALED: tl
     is not finite. SCALED: ``ds`` holds scales already, which may be small."""
     if (SAFE or opt.steep or SCALED) and tile.dtype == tl.float16:
         most = tl.max(tl.abs(ds), 1)[:, None]
-        most = tl.where((most > 1e-30) & is_finite(most), most, 1.0)
+        most = tl.where((most > LEAST_DIVISOR) & is_finite(most), most, 1.0)
         return most * weighted(ds / most, tile, opt)
     else:
         return weighted(ds, tile, opt)

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from adasplash2.backends.triton.kernels.arithmetic import (
-    INFINITY,
     PROB_SCALE,
     any_of,
     count_bad,
@@ -22,9 +21,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     with_bad,
 )
 from adasplash2.backends.triton.kernels.score import (
-    allowed,
     base_of,
-    bias_of,
     distance,
     distance_of,
     distances,
@@ -34,14 +31,17 @@ from adasplash2.backends.triton.kernels.score import (
     is_inside,
     is_kept,
     numbers_of,
+    on_support,
     open_begin,
     open_tiles,
+    product_gradient,
     products,
     scale_of,
     seeing_rows,
+    shown,
     terms_of,
-    through_cap,
     through_dropout,
+    with_kept_factor,
 )
 from adasplash2.backends.triton.kernels.threshold import (
     alpha_gradient,
@@ -55,15 +55,17 @@ from adasplash2.backends.triton.kernels.work import (
     first_again,
     first_entry,
     head_of,
-    in_turn,
     is_block_marked,
     is_cut,
     is_edge,
     is_marked,
+    key_head_at,
+    key_head_number,
     load_pair,
     load_thresholds,
     load_tile,
     mark_rows,
+    mask_tile_at,
     member_and_block,
     next_again,
     portion,
@@ -71,12 +73,13 @@ from adasplash2.backends.triton.kernels.work import (
     rows_at,
     store_tile,
     tile_at,
+    tile_in_turn,
 )
 
 
 @triton.jit
 def load_spread(spread, at_row, inside, opt: tl.constexpr):
-    """0 for rows in which one key has it all; 1 else."""
+    """0 for rows in which one key has all of the probability; 1 for others."""
     if opt.exact:
         return tl.load(spread + at_row, mask=inside, other=0.0)
     else:
@@ -84,17 +87,9 @@ def load_spread(spread, at_row, inside, opt: tl.constexpr):
 
 
 @triton.jit
-def on_support(values, x, r, opt: tl.constexpr, SAFE: tl.constexpr):
-    """The values, exactly zero off the support where SAFE."""
-    if SAFE:
-        values = tl.where(is_inside(x, r, opt), values, 0.0)
-    return values
-
-
-@triton.jit
 def distance_to_delta(u, dp, delta, spread, opt: tl.constexpr):
-    """``dp - delta``: nothing but rounding for the key that has it all, where one has. What is not
-    finite there stays NaN."""
+    """``dp - delta``. For a key that has all of its row's probability it would be nothing but
+    rounding, and is zero; what is not finite stays NaN."""
     distance = dp - delta
     if opt.exact:
         distance = tl.where((spread == 0.0) & (u > 0.5), 0.0 * distance, distance)
@@ -105,14 +100,6 @@ def distance_to_delta(u, dp, delta, spread, opt: tl.constexpr):
 def score_gradient(x, u, dp, delta, spread, r, opt: tl.constexpr, SAFE: tl.constexpr):
     """``ds``, see :func:`on_support`."""
     return on_support(u * distance_to_delta(u, dp, delta, spread, opt), x, r, opt, SAFE)
-
-
-@triton.jit
-def product_gradient(ds, s, x, r, shape, opt: tl.constexpr, SAFE: tl.constexpr):
-    """The gradient of a scaled product, see :func:`on_support`."""
-    if opt.softcap:
-        ds = on_support(through_cap(ds, s, shape, opt), x, r, opt, SAFE)
-    return ds
 
 
 @triton.jit
@@ -316,10 +303,9 @@ def transpose_lists(
         begin, end = seeing_rows(tile * opt.block_k, shape, opt)
         begin = begin // opt.block_q
         count = tl.cdiv(end, opt.block_q) - begin
-    kv_row = number // tiles
-    heads_kv = shape.heads_q // shape.gqa_group
+    kv_row, batch, kv_head = key_head_at(number // tiles, shape)
     # What is seen is the same for all heads of a sequence.
-    terms = terms_of(kv_row // heads_kv, kv_row % heads_kv * shape.gqa_group, shape, opt)
+    terms = terms_of(batch, kv_head * shape.gqa_group, shape, opt)
     # Query heads of one key head are neighbours, also across the batch.
     first_block = kv_row.to(tl.int64) * capacity
     numbers = row_block_lists + number.to(tl.int64) * capacity
@@ -529,9 +515,7 @@ def is_poisoned(at_head, first_key, t_in, tile_poison, shape, ROWS: tl.constexpr
             if any_of(t != t):
                 terms = terms_of(batch, kv_head * shape.gqa_group + member, shape, opt)
                 rows = (first_row + tl.arange(0, opt.block_q))[None, :]
-                sees = allowed(rows, keys, terms, shape, opt) & (t != t)[None, :]
-                if opt.masked:
-                    sees = sees & (bias_of(rows, keys, terms, shape, opt) != -INFINITY)
+                sees = shown(rows, keys, terms, shape, opt) & (t != t)[None, :]
                 found = tl.maximum(found, tl.max(sees.to(tl.int32), 1))
     return found > 0
 
@@ -551,8 +535,7 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, tile_poison, grad_k,
         poisoned = (first_key + tl.arange(0, ROWS) < tile_poison)[:, None]
     result_k = tl.where(poisoned, float("nan"), acc_k * scale)
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
-    if opt.dropout:
-        result_v = result_v * shape.terms.kept
+    result_v = with_kept_factor(result_v, shape, opt)
     if SAFE:
         result_v = with_bad(result_v, bad)
     head = head_of(grad_k, batch, kv_head)
@@ -560,7 +543,8 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, tile_poison, grad_k,
     head = head_of(grad_v, batch, kv_head)
     store_tile(head, first_key, length, result_v, ROWS, opt.head_dim_v, opt.padded_v)
     if not SAFE:
-        # One mark for both: a sum that overflows costs time alone.
+        # One mark for both: their sum may overflow where neither is infinite, which costs time
+        # alone.
         mark_rows(unsafe + at_key, some, result_k + tl.sum(result_v, 1)[:, None], inside)
 
 
@@ -638,8 +622,7 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
             if number < 0:
                 return
         else:
-            heads_kv = shape.heads_q // shape.gqa_group
-            number = in_turn(number, heads_kv, tl.cdiv(shape.length_k, opt.block_k), shape, opt)
+            number = tile_in_turn(number, shape, opt)
         grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in, t_in,
                           delta_in, spread_in, row_block_lists, row_block_counts, cuts, partials,
                           poison, grad_k, grad_v, unsafe, some, shape, scale, opt, ROW_PARTS, MOST,
@@ -696,8 +679,7 @@ def mask_piece(acc, row_block, tile, query, key, value, grad_out, thresholds, at
     _, _, _, _, _, _, ds = tile_gradient((q, top, t, first_row), grad, delta, spread, k, v, first,
                                          terms, shape, opt, True, True)  # fmt: skip
     rows, columns = numbers_of(first_row, first, opt, opt.block_q)
-    sees = allowed(rows, columns, terms, shape, opt) & inside[:, None] & (t != t)[:, None]
-    sees = sees & (bias_of(rows, columns, terms, shape, opt) != -INFINITY)
+    sees = shown(rows, columns, terms, shape, opt) & inside[:, None] & (t != t)[:, None]
     return acc + tl.where(sees, float("nan"), ds)
 
 
@@ -713,26 +695,18 @@ def grad_mask(query, key, value, grad_out, top_in, t_in, delta_in, spread_in, li
     """
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     row_blocks = tl.cdiv(shape.length_q, opt.block_q)
-    number = tl.program_id(0)
-    row_block = 0
-    tile = 0
-    if BY_KEY:
-        tile = number % tiles
-        number = number // tiles
-    if BY_ROW:
-        row_block = number % row_blocks
-        number = number // row_blocks
     heads, batches_each, heads_each = sharers
-    its_batch = number // heads
-    its_head = number % heads
-    heads_kv = shape.heads_q // shape.gqa_group
+    its_batch, its_head, row_block, tile = mask_tile_at(
+        tl.program_id(0), heads, row_blocks, tiles, BY_ROW, BY_KEY
+    )
     thresholds = (top_in, t_in, delta_in, spread_in)
     acc = tl.full((opt.block_q, opt.block_k), 0.0, tl.float32)
     for sharer in range(0, batches_each * heads_each):
         batch = its_batch * batches_each + sharer // heads_each
         head = its_head * heads_each + sharer % heads_each
         first_flag = (batch * shape.heads_q + head).to(tl.int64) * row_blocks * tiles
-        marks = poison + (batch * heads_kv + head // shape.gqa_group).to(tl.int64) * tiles
+        kv_row = key_head_number(batch, head // shape.gqa_group, shape)
+        marks = poison + kv_row.to(tl.int64) * tiles
         for row in range(row_block, row_block + 1 if BY_ROW else row_blocks):
             for column in range(tile, tile + 1 if BY_KEY else tiles):
                 has_part = tl.load(live + first_flag + row * tiles + column) != 0

@@ -2,14 +2,14 @@
 
 The rows of all query heads that share a key head are read together, so that each key is read once,
 and keys are cut into ``splits``, so that few heads occupy a whole GPU. A *block* is ``opt.block_q``
-of these rows, a *tile* ``opt.block_k`` keys, a *group* ``opt.group`` of these. In this order:
+of these rows, a *tile* ``opt.block_k`` keys, a *segment* ``opt.segment`` of these. In this order:
 
-1. ``decode_scan``, a program for each block and split: scores, and their row maxima by group. The
-   threshold of some of a row's scores is at most that of all: scores of a row and a group are kept
-   only where one is not below the bound that the split's own scores set so far.
+1. ``decode_scan``, a program for each block and split: scores, and their row maxima by segment.
+   The threshold of some of a row's scores is at most that of all: scores of a row and a segment are
+   kept only where one is not below the bound that the split's own scores set so far.
 2. ``decode_solve``, a program for each row: a bound from the maxima of all splits, the list of the
-   groups that reach it, and the threshold, where these are not too many for one program. Then also
-   the list of the keys of the support and, if they are few, the output.
+   segments that reach it, and the threshold, where these are not too many for one program. Then
+   also the list of the keys of the support and, if they are few, the output.
 3. ``decode_narrow``, for rows of more, in parts: a step of their thresholds, from the sums of the
    parts. The last one of a few launches leaves no row without its threshold.
 4. ``decode_weigh``, a program for each block and split: the sums of its values, for rows whose
@@ -40,6 +40,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     with_bad,
 )
 from adasplash2.backends.triton.kernels.score import (
+    any_shown,
     begin_of,
     bias_of,
     biased,
@@ -52,6 +53,7 @@ from adasplash2.backends.triton.kernels.score import (
     products,
     terms_of,
     visible,
+    with_kept_factor,
 )
 from adasplash2.backends.triton.kernels.solve import (
     BOUND_STEPS,
@@ -71,11 +73,15 @@ from adasplash2.backends.triton.kernels.threshold import (
     weights,
 )
 from adasplash2.backends.triton.kernels.work import (
+    block_and_split,
     head_of,
     keys_of,
     load_keys_in,
     pages_at,
     pages_of,
+    row_at,
+    rows_in,
+    share_of,
 )
 from adasplash2.backends.triton.sizes import Shape
 
@@ -138,37 +144,6 @@ def with_length(shape, length_k):
 
 
 @triton.jit
-def block_and_split(shape, splits, opt: tl.constexpr):
-    """``(kv_row, batch, kv_head)``, block and split of a program. Blocks of the same keys are
-    neighbours, so that these are read from memory once."""
-    blocks = tl.cdiv(shape.gqa_group * shape.length_q, opt.block_q)
-    number = tl.program_id(0)
-    heads_kv = shape.heads_q // shape.gqa_group
-    kv_row = number // blocks // splits
-    at_head = (kv_row, kv_row // heads_kv, kv_row % heads_kv)
-    return at_head, number % blocks, number // blocks % splits
-
-
-@triton.jit
-def rows_in(block, at_head, shape, opt: tl.constexpr):
-    """The rows of a block: numbers among those of all, query heads, rows of these, and which exist;
-    behind the last it stands again."""
-    kv_row, _, kv_head = at_head
-    count = shape.gqa_group * shape.length_q
-    places = block * opt.block_q + tl.arange(0, opt.block_q)
-    number = tl.minimum(places, count - 1)
-    head = kv_head * shape.gqa_group + number // shape.length_q
-    return kv_row * count + number, head, number % shape.length_q, places < count
-
-
-@triton.jit
-def row_at(number, shape):
-    """Batch, head and row of the row ``number``."""
-    head = number // shape.length_q
-    return head // shape.heads_q, head % shape.heads_q, number % shape.length_q
-
-
-@triton.jit
 def seen_by(rows, terms, shape, opt: tl.constexpr):
     """The first tile that one of ``rows`` sees, and the end of those."""
     first = 0
@@ -181,18 +156,9 @@ def seen_by(rows, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
-def share_of(first, end, number, parts):
-    """Where part ``number`` of what lies from ``first`` up to ``end`` begins and ends."""
-    each = (end - first) // parts
-    longer = (end - first) % parts
-    begin = first + number * each + tl.minimum(number, longer)
-    return begin, begin + each + (number < longer).to(tl.int32)
-
-
-@triton.jit
-def groups_in(tile, opt: tl.constexpr):
-    """Where the groups of a tile begin."""
-    return tile * (opt.block_k // opt.group)
+def segments_in(tile, opt: tl.constexpr):
+    """Where the segments of a tile begin."""
+    return tile * (opt.block_k // opt.segment)
 
 
 @triton.jit
@@ -204,36 +170,36 @@ def scores_at(scores, at_row, shape, opt: tl.constexpr):
 @triton.jit
 def maxima_at(maxima, at_row, shape, opt: tl.constexpr):
     """Where the maxima of rows, or their lists, begin."""
-    groups = groups_in(tl.cdiv(shape.length_k, opt.block_k), opt)
-    return maxima + at_row.to(tl.int64) * groups
+    segments = segments_in(tl.cdiv(shape.length_k, opt.block_k), opt)
+    return maxima + at_row.to(tl.int64) * segments
 
 
 @triton.jit
 def store_scores(scores, first, s, kept, opt: tl.constexpr):
-    """Store those of a tile's groups that are ``kept``; ``scores`` is where those of rows begin.
+    """Store those of a tile's segments that are ``kept``; ``scores`` is where those of rows begin.
 
-    By rows, groups and keys of these: a mask that was reshaped hides from the compiler that
+    By rows, segments and keys of these: a mask that was reshaped hides from the compiler that
     neighbours are stored together, and it stores scores one by one.
     """
-    groups: tl.constexpr = opt.block_k // opt.group
-    if groups == 1:
+    segments: tl.constexpr = opt.block_k // opt.segment
+    if segments == 1:
         columns = tl.arange(0, opt.block_k)[None, :]
         tl.store(scores + first + columns, s, mask=kept & (columns >= 0))
     else:
-        columns = tl.arange(0, groups)[None, :, None] * opt.group
-        columns += tl.arange(0, opt.group)[None, None, :]
-        grouped = tl.reshape(s, (opt.block_q, groups, opt.group))
-        tl.store(scores[:, :, None] + first + columns, grouped, mask=kept[:, :, None])
+        columns = tl.arange(0, segments)[None, :, None] * opt.segment
+        columns += tl.arange(0, opt.segment)[None, None, :]
+        by_segment = tl.reshape(s, (opt.block_q, segments, opt.segment))
+        tl.store(scores[:, :, None] + first + columns, by_segment, mask=kept[:, :, None])
 
 
 @triton.jit
 def by_key(flags, opt: tl.constexpr):
-    """What holds of the groups of a tile, for each key."""
-    groups: tl.constexpr = opt.block_k // opt.group
-    if groups == 1:
+    """What holds of the segments of a tile, for each key."""
+    segments: tl.constexpr = opt.block_k // opt.segment
+    if segments == 1:
         return flags
     else:
-        wide = tl.broadcast_to(flags[:, :, None], (opt.block_q, groups, opt.group))
+        wide = tl.broadcast_to(flags[:, :, None], (opt.block_q, segments, opt.segment))
         return tl.reshape(wide, (opt.block_q, opt.block_k))
 
 
@@ -250,7 +216,7 @@ def floor_of(top, t, terms, opt: tl.constexpr):
 @triton.jit
 def bound_of_maxima(pointers, begin, end, top, terms, opt: tl.constexpr, ROWS: tl.constexpr,
                     CHUNK: tl.constexpr):  # fmt: skip
-    """A lower bound of ``t`` of ROWS rows: certain rises on maxima of groups ``begin`` up to
+    """A lower bound of ``t`` of ROWS rows: certain rises on maxima of segments ``begin`` up to
     ``end``, from ``tau >= max z - 1``. ``pointers`` and ``top`` are columns."""
     t = tl.full((ROWS, 1), 0.0, tl.float32) + (lift_of(terms.r, opt) - 1.0)
     for _ in tl.static_range(BOUND_STEPS):
@@ -290,7 +256,7 @@ def scores_of(q, number, keys, first, bias, rows, seen, terms, shape, opt: tl.co
 def decode_scan(query, key, maxima, scores, tops, floors, totals, squares, arrivals, shape,
                 length_k, splits, opt: tl.constexpr, CHUNK: tl.constexpr,
                 STAGES: tl.constexpr):  # fmt: skip
-    """Maxima of each row and group and, where they are not below a bound, all scores of the two;
+    """Maxima of each row and segment and, where they are not below a bound, all scores of the two;
     the maxima of a split and, at its end, the bound; where ``opt.guesses``, the sums of its scores
     and of their squares."""
     after_the_last(opt)
@@ -314,8 +280,8 @@ def decode_scan(query, key, maxima, scores, tops, floors, totals, squares, arriv
     seen = lowest, visible(rows, terms, shape, opt).to(tl.uint32, bitcast=True)
     pointers = maxima_at(maxima, at_row[:, None], shape, opt)
     own_scores = scores_at(scores, at_row[:, None], shape, opt)
-    each: tl.constexpr = opt.block_k // opt.group
-    groups = tl.arange(0, each)[None, :]
+    each: tl.constexpr = opt.block_k // opt.segment
+    segments = tl.arange(0, each)[None, :]
     columns = tl.arange(0, opt.block_k)[None, :]
     top = tl.full((opt.block_q, 1), -INFINITY, tl.float32)
     if opt.sinks:
@@ -339,15 +305,15 @@ def decode_scan(query, key, maxima, scores, tops, floors, totals, squares, arriv
                 bias = bias_of(rows, first + columns, terms, shape, opt)
             if opt.hides:  # as in `scan_tiles`
                 s = tl.full((opt.block_q, opt.block_k), -INFINITY, tl.float32)
-                if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
+                if any_shown(bias):
                     s = scores_of(q, here, keys, first, bias, rows, seen, terms, shape, opt)
             else:
                 s = scores_of(q, here, keys, first, bias, rows, seen, terms, shape, opt)
-            highest = largest(tl.reshape(s, (opt.block_q, each, opt.group)), 2)
+            highest = largest(tl.reshape(s, (opt.block_q, each, opt.segment)), 2)
             top = larger(top, largest(highest, 1)[:, None])
             floor = tl.maximum(floor, floor_of(top, lift_of(terms.r, opt) - 1.0, terms, opt))
             kept = inside[:, None] & (highest >= floor) & (highest > -INFINITY)
-            tl.store(pointers + tile * each + groups, highest, mask=inside[:, None])
+            tl.store(pointers + tile * each + segments, highest, mask=inside[:, None])
             store_scores(own_scores, first, s, kept, opt)
             if opt.guesses:
                 s = tl.where(s > -INFINITY, s, 0.0)
@@ -374,27 +340,27 @@ def decode_scan(query, key, maxima, scores, tops, floors, totals, squares, arriv
 
 
 @triton.jit
-def listed_scores(scores, listed, first, stop, opt: tl.constexpr, GROUPS: tl.constexpr):
-    """The keys of GROUPS groups of a row's list from ``first`` on, and their scores; none from
+def listed_scores(scores, listed, first, stop, opt: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The keys of SEGMENTS segments of a row's list from ``first`` on, and their scores; none from
     ``stop`` on."""
-    places = first + tl.arange(0, GROUPS)
-    group = tl.load(listed + places, mask=places < stop, other=0)[:, None]
-    keys = group * opt.group + tl.arange(0, opt.group)[None, :]
+    places = first + tl.arange(0, SEGMENTS)
+    segment = tl.load(listed + places, mask=places < stop, other=0)[:, None]
+    keys = segment * opt.segment + tl.arange(0, opt.segment)[None, :]
     return keys, tl.load(scores + keys, mask=(places < stop)[:, None], other=-INFINITY)
 
 
 @triton.jit
 def sums_over(s, scores, listed, start, stop, top, t, terms, opt: tl.constexpr,
-              GROUPS: tl.constexpr):  # fmt: skip
-    """``sum p``, ``sum u`` and the size of the support over entries of a row's list of groups, of
-    which ``s`` are the scores of the first GROUPS."""
+              SEGMENTS: tl.constexpr):  # fmt: skip
+    """``sum p``, ``sum u`` and the size of the support over entries of a row's list of segments, of
+    which ``s`` are the scores of the first SEGMENTS."""
     x = distance(s, top, t, terms.c, opt)
     mass, slope = weights(x, terms.r, opt)
     count = is_inside(x, terms.r, opt).to(tl.float32)
-    _, ahead = listed_scores(scores, listed, start + GROUPS, stop, opt, GROUPS)
-    for first in range(start + GROUPS, stop, GROUPS):
+    _, ahead = listed_scores(scores, listed, start + SEGMENTS, stop, opt, SEGMENTS)
+    for first in range(start + SEGMENTS, stop, SEGMENTS):
         more = ahead
-        _, ahead = listed_scores(scores, listed, first + GROUPS, stop, opt, GROUPS)
+        _, ahead = listed_scores(scores, listed, first + SEGMENTS, stop, opt, SEGMENTS)
         x = distance(more, top, t, terms.c, opt)
         p, u = weights(x, terms.r, opt)
         mass += p
@@ -415,12 +381,12 @@ def step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt: tl.conste
 
 @triton.jit
 def rest_of_steps(s, scores, listed, count, top, t, lo, hi, most, step, pending, terms, tolerance,
-                  opt: tl.constexpr, GROUPS: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
+                  opt: tl.constexpr, SEGMENTS: tl.constexpr, MAX_STEPS: tl.constexpr):  # fmt: skip
     """Steps up to the root, by this program alone, and how many keys were in the support before the
     last one; ``s`` as in :func:`sums_over`."""
     kept = 0.0
     while pending & (step < MAX_STEPS):
-        sums = sums_over(s, scores, listed, 0, count, top, t, terms, opt, GROUPS)
+        sums = sums_over(s, scores, listed, 0, count, top, t, terms, opt, SEGMENTS)
         t, lo, hi, most, final = step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt)
         step += 1
         pending = final == 0
@@ -430,28 +396,28 @@ def rest_of_steps(s, scores, listed, count, top, t, lo, hi, most, step, pending,
 
 @triton.jit
 def list_keys(keys, s, found, top, t, entry_keys, entry_weights, terms, opt: tl.constexpr):
-    """Write which of ``keys``, by groups, are in the support and their ``p`` behind ``found``
+    """Write which of ``keys``, by segments, are in the support and their ``p`` behind ``found``
     others, in order and as far as MOST_LISTED; return how many there are then."""
     x = distance(s, top, t, terms.c, opt)
     p, _ = weights(x, terms.r, opt)
     some = is_inside(x, terms.r, opt).to(tl.int32)
-    of_group = tl.sum(some, 1)
-    before = found + tl.cumsum(of_group, 0) - of_group
+    of_segment = tl.sum(some, 1)
+    before = found + tl.cumsum(of_segment, 0) - of_segment
     goal = before[:, None] + tl.cumsum(some, 1) - some
     put = (some > 0) & (goal < MOST_LISTED)
     tl.store(entry_keys + goal, keys, mask=put)
     tl.store(entry_weights + goal, p, mask=put)
-    return found + tl.sum(of_group, 0)
+    return found + tl.sum(of_segment, 0)
 
 
 @triton.jit
 def list_support(keys, s, scores, listed, count, top, t, entry_keys, entry_weights, terms,
-                 opt: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+                 opt: tl.constexpr, SEGMENTS: tl.constexpr):  # fmt: skip
     """Write the keys of a row's support and their ``p``, in order, and return how many they are, if
-    no more than MOST_LISTED; else -1. ``keys`` and ``s`` are of the first GROUPS of the list."""
+    no more than MOST_LISTED; else -1. ``keys`` and ``s`` are of the first SEGMENTS of the list."""
     found = list_keys(keys, s, 0, top, t, entry_keys, entry_weights, terms, opt)
-    for first in range(GROUPS, count, GROUPS):
-        more, s_more = listed_scores(scores, listed, first, count, opt, GROUPS)
+    for first in range(SEGMENTS, count, SEGMENTS):
+        more, s_more = listed_scores(scores, listed, first, count, opt, SEGMENTS)
         found = list_keys(more, s_more, found, top, t, entry_keys, entry_weights, terms, opt)
     return tl.where(found <= MOST_LISTED, found, -1)
 
@@ -511,8 +477,7 @@ def store_output(out, total, mass, top, t, at_head, row, wide, wanted, terms, sh
         mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
     scale: tl.constexpr = PROB_SCALE if out.base.dtype.element_ty == tl.float16 else 1.0
     result = total / tl.where(mass > 0.0, mass * scale, 1.0)
-    if opt.dropout:
-        result = result * shape.terms.kept
+    result = with_kept_factor(result, shape, opt)
     result = tl.where(t != t, float("nan"), result)
     base, stride = head_of(out, batch, head)
     pointers = base + row.to(tl.int64) * stride + wide
@@ -524,9 +489,9 @@ def store_output(out, total, mass, top, t, at_head, row, wide, wanted, terms, sh
 def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, counts, states,
                  entry_keys, entry_weights, tau, out, support, marks, shape, length_k, splits,
                  tolerance, opt: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-                 GROUPS: tl.constexpr, SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr,
+                 SEGMENTS: tl.constexpr, SERIAL: tl.constexpr, MAX_STEPS: tl.constexpr,
                  ENTRIES: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
-    """A row's threshold or, where more than SERIAL groups reach its bound, a lower bound of it.
+    """A row's threshold or, where more than SERIAL segments reach its bound, a lower bound of it.
     Then ``counts`` has their number, else 0. Where the support is listed, also the output."""
     after_the_last(opt)
     shape = with_length(shape, length_k)
@@ -567,8 +532,8 @@ def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, co
         seen, end = seen_by(rows, terms, shape, opt)
         ones = maxima_at(maxima, at_row, shape, opt)
         column = ones + tl.full((1, 1), 0, tl.int32)
-        seen = groups_in(seen, opt)
-        end = groups_in(end, opt)
+        seen = segments_in(seen, opt)
+        end = segments_in(end, opt)
         bound = bound_of_maxima(column, seen, end, top, terms, opt, 1, CHUNK)
         t = tl.max(tl.max(bound, 1), 0)
         lo = t
@@ -579,21 +544,21 @@ def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, co
             t = guess_of(mean, deviation, keys_seen, top, lo, terms)
         for first in range(seen, end, CHUNK):
             places = first + tl.arange(0, CHUNK)
-            of_groups = tl.load(ones + places, mask=places < end, other=-INFINITY)
-            alive = ((of_groups >= floor) & (places < end)).to(tl.int32)
+            of_segments = tl.load(ones + places, mask=places < end, other=-INFINITY)
+            alive = ((of_segments >= floor) & (places < end)).to(tl.int32)
             tl.store(listed + count + tl.cumsum(alive, 0) - alive, places, mask=alive > 0)
             count += tl.sum(alive, 0)
         if count <= SERIAL:
             tl.debug_barrier()  # the list is written
             own = scores_at(scores, at_row, shape, opt)
-            keys, s = listed_scores(own, listed, 0, count, opt, GROUPS)
+            keys, s = listed_scores(own, listed, 0, count, opt, SEGMENTS)
             t, step, kept = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
-                                          pending, terms, tolerance, opt, GROUPS,
+                                          pending, terms, tolerance, opt, SEGMENTS,
                                           MAX_STEPS)  # fmt: skip
             found = -1
             if kept <= FEW_LISTED:
                 found = list_support(keys, s, own, listed, count, top, t, entry_keys,
-                                     entry_weights, terms, opt, GROUPS)  # fmt: skip
+                                     entry_weights, terms, opt, SEGMENTS)  # fmt: skip
             count = 0
         else:
             found = -1
@@ -622,7 +587,7 @@ def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, co
 
 @triton.jit(do_not_specialize=["length_k", "parts"])
 def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, length_k, parts,
-                  tolerance, opt: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
+                  tolerance, opt: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr,
                   MAX_STEPS: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """One step of a row that ``decode_solve`` left over, or all that it takes where LAST. The
     program that comes last adds the sums of all parts, always in the same order."""
@@ -641,8 +606,8 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
     listed = maxima_at(lists, at_row, shape, opt)
     own = scores_at(scores, at_row, shape, opt)
     begin, end = share_of(0, count, part, parts)
-    _, s = listed_scores(own, listed, begin, end, opt, GROUPS)
-    mass, slope, kept = sums_over(s, own, listed, begin, end, top, t, terms, opt, GROUPS)
+    _, s = listed_scores(own, listed, begin, end, opt, SEGMENTS)
+    mass, slope, kept = sums_over(s, own, listed, begin, end, top, t, terms, opt, SEGMENTS)
     own_sums = sums + (at_row * parts + part) * SUMS
     tl.store(own_sums, mass)
     tl.store(own_sums + 1, slope)
@@ -663,10 +628,10 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
         t, lo, hi, most, final = step_from(whole, top, t, lo, hi, most, step, terms, tolerance, opt)
         step += 1
         if LAST:
-            _, s = listed_scores(own, listed, 0, count, opt, GROUPS)
+            _, s = listed_scores(own, listed, 0, count, opt, SEGMENTS)
             # Not `_`, which is a tensor here: Triton 3.6 lets a branch give no name another type.
             t, step, kept = rest_of_steps(s, own, listed, count, top, t, lo, hi, most, step,
-                                          final == 0, terms, tolerance, opt, GROUPS,
+                                          final == 0, terms, tolerance, opt, SEGMENTS,
                                           MAX_STEPS)  # fmt: skip
         tl.store(counts + at_row, tl.where(final, 0, count))
         tl.store(state + T, t)
@@ -697,11 +662,11 @@ def weighted_values(p, reached, v, opt: tl.constexpr, SCALE: tl.constexpr):
 @triton.jit
 def alive_tiles(maxima, start, end, least, opt: tl.constexpr, CHUNK: tl.constexpr):
     """Of CHUNK tiles from ``start`` on, which reach ``least`` with one of the rows: 1, else 0."""
-    each: tl.constexpr = opt.block_k // opt.group
+    each: tl.constexpr = opt.block_k // opt.segment
     tiles = start + tl.arange(0, CHUNK)[None, :]
     reaches = tl.full((opt.block_q, CHUNK), 0, tl.int32)
-    for group in tl.static_range(each):
-        highest = tl.load(maxima + tiles * each + group, mask=tiles < end, other=-INFINITY)
+    for segment in tl.static_range(each):
+        highest = tl.load(maxima + tiles * each + segment, mask=tiles < end, other=-INFINITY)
         reaches = reaches | ((highest >= least) & (tiles < end)).to(tl.int32)
     return tl.max(reaches, 0)
 
@@ -718,9 +683,9 @@ def dense_sums(values, maxima, scores, begin, end, top, t, least, terms, shape,
     mass = tl.full((opt.block_q, opt.block_k), 0.0, tl.float32)
     count = tl.full((opt.block_q, opt.block_k), 0, tl.int32)
     number = pages_at(values, begin * opt.block_k, shape, opt.block_k, opt)
-    each: tl.constexpr = opt.block_k // opt.group
-    groups = tl.arange(0, each)[None, :]
-    highest = tl.load(maxima + begin * each + groups)
+    each: tl.constexpr = opt.block_k // opt.segment
+    segments = tl.arange(0, each)[None, :]
+    highest = tl.load(maxima + begin * each + segments)
     for tile in range(begin, end):
         first = tile * opt.block_k
         s = tl.load(scores + first + columns)
@@ -729,7 +694,7 @@ def dense_sums(values, maxima, scores, begin, end, top, t, least, terms, shape,
         s = tl.where(by_key(highest >= least, opt), s, -INFINITY)  # others were not written
         # Of the next one, since a tile that hangs on a load of its own is not asked for ahead.
         number = pages_at(values, first + opt.block_k, shape, opt.block_k, opt)
-        highest = tl.load(maxima + tl.minimum(tile + 1, end - 1) * each + groups)
+        highest = tl.load(maxima + tl.minimum(tile + 1, end - 1) * each + segments)
         x = distance(s, top, t, terms.c, opt)
         p, _ = weights(x, terms.r, opt)
         mass += p
@@ -787,8 +752,8 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals
     count = tl.full((opt.block_q,), 0, tl.int32)
     columns = tl.arange(0, opt.block_k)[None, :]
     places = tl.arange(0, CHUNK)
-    each: tl.constexpr = opt.block_k // opt.group
-    groups = tl.arange(0, each)[None, :]
+    each: tl.constexpr = opt.block_k // opt.segment
+    segments = tl.arange(0, each)[None, :]
     pending = begin < end
     if not (COUNT or opt.dropout):
         several = 0
@@ -813,7 +778,7 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals
             place = -1
             for _ in range(0, tl.sum(alive, 0)):
                 place = tl.min(tl.where((alive > 0) & (places > place), places, CHUNK), 0)
-                highest = tl.load(highest_at + (start + place) * each + groups)
+                highest = tl.load(highest_at + (start + place) * each + segments)
                 here = by_key(highest >= least, opt) & (columns >= 0)
                 first = (start + place) * opt.block_k
                 s = tl.load(own_scores + first + columns, mask=here, other=-INFINITY)

@@ -22,6 +22,7 @@ from adasplash2.backends.triton.kernels.score import (
     is_kept,
     numbers_of,
     terms_of,
+    with_kept_factor,
 )
 from adasplash2.backends.triton.kernels.threshold import (
     PARTS,
@@ -149,9 +150,9 @@ def scale_of_u(t, r, SCALE: tl.constexpr, opt: tl.constexpr):
     if opt.exact:
         _, top_u = weights(-t, r, opt)
     if opt.steep:
-        # Other keys have up to 2^23 times as much, as far as `t` resolves them: in float16 too. One
-        # may outweigh all others, and its `dp - delta` be their part: so `slope` sums what is
-        # multiplied.
+        # Other keys have up to 2^23 times as much, as far as `t` resolves them, which float16 must
+        # hold. Where one outweighs all others, its `dp - delta` is what these add to `delta`: so
+        # `slope` sums the very weights that values are multiplied by.
         u_scale = (1.0 / 256.0 / tl.where(top_u > 0.0, top_u, 1.0))[:, None]
     return u_scale, top_u
 
@@ -172,8 +173,7 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
             slope += tl.max(u, 1)
     # A number of each row, not a division of each entry.
     result = acc * (1.0 / tl.where(mass > 0.0, mass * SCALE, 1.0))[:, None]
-    if opt.dropout:
-        result = result * shape.terms.kept
+    result = with_kept_factor(result, shape, opt)
     if SAFE:
         result = with_bad(result, bad)
     result = tl.where((t != t)[:, None], float("nan"), result)
@@ -181,8 +181,7 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
     store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
     if GRADIENT:
         mean = acc_u * (1.0 / tl.where(slope > 0.0, slope, 1.0))[:, None]
-        if opt.dropout:
-            mean = mean * shape.terms.kept
+        mean = with_kept_factor(mean, shape, opt)
         if SAFE:
             mean = with_bad(mean, bad)
         if opt.exact:
@@ -237,7 +236,7 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     Launched twice: rows whose result is not finite are marked ``unsafe``, and only their blocks
     are done again where SAFE, by a loop in which values that are not finite reach the rows alone
     whose support holds them. There are few programs then, since hardly ever there are ``some``.
-    ``spread``: 0 where one key has it all, whose ``ds`` is zero.
+    ``spread``: 0 where one key has all of the probability, whose ``ds`` is zero.
     """
     if SAFE:
         number, waiting = first_again(some, work_items)

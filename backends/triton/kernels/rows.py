@@ -1,4 +1,5 @@
-"""Entmax of dense rows, and its gradient: a program owns a row and reads it in chunks."""
+"""``entmax_rows``, entmax of dense rows, and its gradient: a program has a row, which it reads in
+chunks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Where a score is made: which keys a query may see, and what becomes of ``q . k``.
 
-Masks, windows, caps, slopes, scales and dropout are named here and nowhere else.
+What masks, windows, caps, slopes, scales and dropout do is said here and nowhere else. Other files
+learn from ``opt`` whether a call asks for one, to leave out what it takes, and ask here for what it
+does.
 
 Notation: a *product* is ``q . k``, times the sign of the scale where not ``opt.scored``; ``s`` is
 the product or, where ``opt.scored``, the score; ``top`` the largest ``s`` of a row, ``c = (alpha -
@@ -22,6 +24,7 @@ import triton.language as tl
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
     added_product,
+    any_of,
     matmul,
     tanh,
 )
@@ -95,8 +98,8 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
 
 
 @triton.jit
-def own_number(number):
-    """What ``sizes.shared_number`` was made of."""
+def from_odd(number):
+    """What ``sizes.as_odd`` was made of."""
     return (number >> 1).to(tl.int32) - 1
 
 
@@ -125,7 +128,7 @@ def begin_of(rows, terms, shape, opt: tl.constexpr):
     if opt.ranges:
         begin = load_range(rows, 0, terms, shape)
     else:
-        begin = place_of(rows, terms, shape, opt) - own_number(shape.terms.left)
+        begin = place_of(rows, terms, shape, opt) - from_odd(shape.terms.left)
     return tl.minimum(tl.maximum(begin, 0), shape.length_k)
 
 
@@ -138,7 +141,7 @@ def end_of(rows, terms, shape, opt: tl.constexpr):
     else:
         end = place_of(rows, terms, shape, opt) + 1
         if opt.right:
-            end += own_number(shape.terms.right)
+            end += from_odd(shape.terms.right)
     if opt.ranges or opt.shifted:
         end = tl.maximum(end, 0)
     return end
@@ -198,8 +201,8 @@ def seeing_rows(first_key, shape, opt: tl.constexpr):
     shift = shape.length_k - shape.length_q if opt.shifted else 0
     begin = first_key - shift
     if opt.right:
-        begin -= own_number(shape.terms.right)
-    end = first_key + opt.block_k + own_number(shape.terms.left) - shift
+        begin -= from_odd(shape.terms.right)
+    end = first_key + opt.block_k + from_odd(shape.terms.left) - shift
     begin = tl.minimum(tl.maximum(begin, 0), shape.length_q - 1)
     return begin, tl.maximum(tl.minimum(end, shape.length_q), begin + 1)
 
@@ -271,10 +274,10 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
         place = place_of(rows, terms, shape, opt)
         last = tl.where(rows >= 0, tl.minimum(place, shape.length_k - 1), -1)
         if opt.left:  # and of windows too: what is before the first is large without a sign
-            begin = place - own_number(shape.terms.left)
+            begin = place - from_odd(shape.terms.left)
             seen = tl.maximum(last + 1 - begin, 0)
             if opt.even:  # of keys that exist, all rows see as many
-                seen = own_number(shape.terms.left) + 1
+                seen = from_odd(shape.terms.left) + 1
             mask = (keys - begin).to(tl.uint32, bitcast=True) < seen.to(tl.uint32, bitcast=True)
         else:
             mask = keys <= last
@@ -286,10 +289,25 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
     else:
         place = place_of(rows, terms, shape, opt)
         if opt.right:
-            mask = mask & (keys <= place + own_number(shape.terms.right))
+            mask = mask & (keys <= place + from_odd(shape.terms.right))
         if opt.left and not opt.causal:
-            mask = mask & (keys >= place - own_number(shape.terms.left))
+            mask = mask & (keys >= place - from_odd(shape.terms.left))
     return mask
+
+
+@triton.jit
+def shown(rows, keys, terms, shape, opt: tl.constexpr):
+    """Which of ``keys`` each of ``rows`` may see, masks and all."""
+    mask = allowed(rows, keys, terms, shape, opt)
+    if opt.masked:
+        mask = mask & (bias_of(rows, keys, terms, shape, opt) != -INFINITY)
+    return mask
+
+
+@triton.jit
+def any_shown(bias):
+    """Whether a mask of booleans, of which ``bias`` is what it adds, shows a pair of a tile."""
+    return any_of(tl.max((bias != -INFINITY).to(tl.int32), 1))
 
 
 # What becomes of a product
@@ -481,6 +499,22 @@ def is_inside(x, r, opt: tl.constexpr):
         return x > (-1.0 if opt.shallow else 0.0)
 
 
+@triton.jit
+def on_support(values, x, r, opt: tl.constexpr, SAFE: tl.constexpr):
+    """The values, exactly zero off the support where SAFE."""
+    if SAFE:
+        values = tl.where(is_inside(x, r, opt), values, 0.0)
+    return values
+
+
+@triton.jit
+def product_gradient(ds, s, x, r, shape, opt: tl.constexpr, SAFE: tl.constexpr):
+    """The gradient of a scaled product, see :func:`on_support`."""
+    if opt.softcap:
+        ds = on_support(through_cap(ds, s, shape, opt), x, r, opt, SAFE)
+    return ds
+
+
 # Dropout
 
 
@@ -497,3 +531,11 @@ def is_kept(rows, keys, terms, shape, opt: tl.constexpr):
 def through_dropout(values, kept, shape):
     """What dropout makes of values, which may be gradients; ``kept`` by :func:`is_kept`."""
     return tl.where(kept, values * shape.terms.kept, 0.0)
+
+
+@triton.jit
+def with_kept_factor(values, shape, opt: tl.constexpr):
+    """Sums of what dropout has left, with the factor that makes up for what it has dropped."""
+    if opt.dropout:
+        values = values * shape.terms.kept
+    return values

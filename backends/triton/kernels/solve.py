@@ -17,6 +17,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
 )
 from adasplash2.backends.triton.kernels.score import (
     allowed,
+    any_shown,
     begin_of,
     bias_of,
     biased,
@@ -57,6 +58,7 @@ from adasplash2.backends.triton.kernels.work import (
     head_of,
     is_cut,
     is_edge,
+    key_head_number,
     keys_of,
     load_keys,
     load_tile,
@@ -77,7 +79,8 @@ SHARPEST = tl.constexpr(1e30)
 
 PIECES = tl.constexpr(4)
 """Of a tile, whose maxima are kept apart where all that a row block may see are few. With 17 tiles
-they leave blocks of Gaussian rows two of Newton's steps for three by those of whole tiles."""
+they leave blocks of Gaussian rows two of Newton's steps, where maxima of whole tiles leave
+three."""
 
 GAP = tl.constexpr(0.006)
 """How far a row's threshold is above the bound that its PIECES' maxima give, divided by their ``sum
@@ -183,7 +186,7 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
                 highest = tl.full((opt.block_q, SPAN, PIECES), -INFINITY, tl.float32)
             else:
                 highest = tl.full((opt.block_q, SPAN), -INFINITY, tl.float32)
-            if any_of(tl.max((bias != -INFINITY).to(tl.int32), 1)):
+            if any_shown(bias):
                 highest, _ = span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt,
                                          SPAN, EDGE, FEW)  # fmt: skip
         else:
@@ -439,13 +442,13 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
     block may, from a first one up to an end."""
     if opt.scattered:
         tiles = tl.cdiv(shape.length_k, opt.block_k)
-        kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
+        kv_row = key_head_number(batch, kv_head, shape)
         if any_of(poisoned):
             for tile in range(seen[0], seen[1]):
                 tl.atomic_max(poison + kv_row.to(tl.int64) * tiles + tile, 1)
     else:
         leading = reach(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
-        kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
+        kv_row = key_head_number(batch, kv_head, shape)
         # Row by row, of which hardly ever one does: to find the most of all takes all warps.
         tl.atomic_max(poison + kv_row + leading * 0, leading, mask=poisoned & (leading > 0))
 
@@ -497,7 +500,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             begin = tl.minimum(seen_begin(first_row, terms, shape, opt), end)
             seen = begin, end
             if opt.local:
-                kv_row = batch * (shape.heads_q // shape.gqa_group) + kv_head
+                kv_row = key_head_number(batch, kv_head, shape)
                 begin, end = near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt)
             first_open, open_end = open_between(first_row, begin, end, open_end, terms, shape, opt)
             # A program's maxima begin with those of the first span that some row sees.

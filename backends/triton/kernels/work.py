@@ -27,8 +27,8 @@ def head_of(tensor, batch, head):
 
 @triton.jit
 def keys_of(tensor, batch, head, shape, opt: tl.constexpr):
-    """A head of keys or values as :func:`load_keys` takes it: behind the row stride, where pages
-    are not the same as sequences, those of the sequence and the stride from page to page."""
+    """A head of keys or values as :func:`load_keys` takes it: where keys lie in pages, the numbers
+    of the sequence's pages and the stride from page to page follow the row stride."""
     if opt.page_size > 0:
         pages = shape.terms.pages
         base = tensor.base + head.to(tl.int64) * tensor.head
@@ -210,12 +210,83 @@ def is_block_marked(number, unsafe, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def key_head_at(kv_row, shape):
+    """``(kv_row, batch, kv_head)`` of a key head by its number among those of all sequences."""
+    heads_kv = shape.heads_q // shape.gqa_group
+    return kv_row, kv_row // heads_kv, kv_row % heads_kv
+
+
+@triton.jit
+def key_head_number(batch, kv_head, shape):
+    """The number that :func:`key_head_at` takes."""
+    return batch * (shape.heads_q // shape.gqa_group) + kv_head
+
+
+@triton.jit
 def tile_at(number, shape, opt: tl.constexpr):
     """``(kv_row, batch, kv_head)`` and the first key of a key tile."""
     tiles = tl.cdiv(shape.length_k, opt.block_k)
+    return key_head_at(number // tiles, shape), number % tiles * opt.block_k
+
+
+@triton.jit
+def tile_in_turn(number, shape, opt: tl.constexpr):
+    """The key tile that is ``number`` in launch order, see :func:`in_turn`."""
     heads_kv = shape.heads_q // shape.gqa_group
-    kv_row = number // tiles
-    return (kv_row, kv_row // heads_kv, kv_row % heads_kv), number % tiles * opt.block_k
+    return in_turn(number, heads_kv, tl.cdiv(shape.length_k, opt.block_k), shape, opt)
+
+
+@triton.jit
+def mask_tile_at(number, heads, row_blocks, tiles, BY_ROW: tl.constexpr, BY_KEY: tl.constexpr):
+    """Batch and head of a mask of so many ``heads``, row block and key tile of tile ``number`` of
+    it; zero where it has one row, or one key, for all."""
+    row_block = 0
+    tile = 0
+    if BY_KEY:
+        tile = number % tiles
+        number = number // tiles
+    if BY_ROW:
+        row_block = number % row_blocks
+        number = number // row_blocks
+    return number // heads, number % heads, row_block, tile
+
+
+@triton.jit
+def block_and_split(shape, splits, opt: tl.constexpr):
+    """``(kv_row, batch, kv_head)``, block and split of a program. Blocks of the same keys are
+    neighbours, so that these are read from memory once."""
+    blocks = tl.cdiv(shape.gqa_group * shape.length_q, opt.block_q)
+    number = tl.program_id(0)
+    at_head = key_head_at(number // blocks // splits, shape)
+    return at_head, number % blocks, number // blocks % splits
+
+
+@triton.jit
+def rows_in(block, at_head, shape, opt: tl.constexpr):
+    """The rows of a block: numbers among those of all, query heads, rows of these, and which exist.
+    Places behind the last row hold the last row again."""
+    kv_row, _, kv_head = at_head
+    count = shape.gqa_group * shape.length_q
+    places = block * opt.block_q + tl.arange(0, opt.block_q)
+    number = tl.minimum(places, count - 1)
+    head = kv_head * shape.gqa_group + number // shape.length_q
+    return kv_row * count + number, head, number % shape.length_q, places < count
+
+
+@triton.jit
+def row_at(number, shape):
+    """Batch, head and row of the row ``number``."""
+    head = number // shape.length_q
+    return head // shape.heads_q, head % shape.heads_q, number % shape.length_q
+
+
+@triton.jit
+def share_of(first, end, number, parts):
+    """Where part ``number`` of what lies from ``first`` up to ``end`` begins and ends."""
+    each = (end - first) // parts
+    longer = (end - first) % parts
+    begin = first + number * each + tl.minimum(number, longer)
+    return begin, begin + each + (number < longer).to(tl.int32)
 
 
 @triton.jit
