@@ -17,8 +17,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adasplash2 import ops
-from adasplash2.problem import Inputs, Problem, places, rows_of, seen_keys
+from adasplash2.problem import Inputs, Problem, places, rows_of, seen_keys, unsupported
 from adasplash2.torch_fastpath import beside
+
+SDPA = frozenset(("attn_mask", "dropout_p"))
+"""Features that SDPA knows, each alone or with the other."""
+
+SUPPORTED = SDPA | {
+    *("window", "causal_align", "softcap", "alibi_slopes", "sinks", "scale as a tensor"),
+    *("alpha as a tensor", "lengths or packed sequences"),
+}
+"""Features of what is here."""
 
 
 def scores(
@@ -26,6 +35,8 @@ def scores(
 ) -> Tensor:
     """Scores of the queries ``rows`` in ``dtype``, ``(batch, heads_q, rows, length_k)``; -inf where
     a key may not be seen. See :class:`adasplash2.problem.ScoreTransform`."""
+    if reasons := unsupported(problem, SUPPORTED):
+        raise NotImplementedError("; ".join(reasons))
     p, said = problem, problem.scores
     query = inputs.query[:, :, rows].to(dtype).unflatten(1, (p.heads_kv, p.group_size))
     key = inputs.key.to(dtype).unsqueeze(2)
@@ -112,11 +123,8 @@ def without_cudnn() -> contextlib.AbstractContextManager[None]:
 def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:
     """Attention at alpha = 1: torch's SDPA where it knows all that is asked, else dense, with
     memory that grows by the product of the lengths. ``scale`` as the caller gave it."""
-    said, names = problem.scores, {operand.name for operand in problem.operands}
-    window = said.left >= 0 or (said.right >= 0 and not said.is_causal) or said.bottom_right
-    masked = "attn_mask" in names
-    known = names <= {"attn_mask", "dropout_seed"} and not (window or said.softcap)
-    if known and not (masked and said.is_causal):
+    said, masked = problem.scores, problem.operand("attn_mask") is not None
+    if not unsupported(problem, SDPA) and not (masked and said.is_causal):
         mask = inputs.attn_mask
         # By a branch: of symbols of a trace a comparison is no bool.
         grouped: dict[str, Any] = {"enable_gqa": True} if problem.group_size > 1 else {}

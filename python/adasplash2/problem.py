@@ -271,15 +271,12 @@ FEATURES = {
 
 def _features_of(said: ScoreTransform | RowProblem) -> list[str]:
     """Fields that are not what they are by default."""
-    kind = type(said)
-    defaults = _defaults.get(kind)
-    if defaults is None:
-        named = {one.name: one.default for one in fields(said) if one.name not in PLAIN}
-        defaults = _defaults[kind] = tuple(named.items())
-    return [shown_as(name) for name, default in defaults if getattr(said, name) != default]
+    named = _DEFAULTS.get(type(said)) or _defaults(type(said))
+    return [shown_as(name) for name, default in named if getattr(said, name) != default]
 
 
-_defaults: dict[type, tuple[tuple[str, Any], ...]] = {}  # no lru_cache, which compilers warn of
+def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((one.name, one.default) for one in fields(kind) if one.name not in PLAIN)
 
 
 def places(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
@@ -384,6 +381,11 @@ class RowProblem:
     def features(self) -> tuple[str, ...]:
         """See :attr:`Problem.features`."""
         return tuple(_features_of(self))
+
+
+_DEFAULTS: dict[type, tuple[tuple[str, Any], ...]] = {
+    kind: _defaults(kind) for kind in (ScoreTransform, RowProblem)
+}
 
 
 def float32_refusals(problem: Problem | RowProblem) -> list[str]:
