@@ -12,7 +12,7 @@ import torch
 from cases import Case, Inputs
 
 import adasplash2
-from adasplash2 import _core, problem
+from adasplash2 import _core, contract, problem
 from adasplash2.backends import cpu
 
 
@@ -163,3 +163,7 @@ def test_an_error_in_a_worker_thread_is_raised(threads: int) -> None:
         with pytest.raises(RuntimeError, match=f"^task {failing} failed$"):
             _core.fail_in_parallel(100, threads, failing)
     assert _core.fail_in_parallel(100, threads, -1) == 100
+
+
+def test_what_is_saved_lies_where_the_core_reads_it() -> None:
+    assert contract.SAVED_ALIGNMENT % _core.SAVED_ALIGNMENT == 0

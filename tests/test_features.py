@@ -22,15 +22,19 @@ import adasplash2
 from adasplash2 import cli, features
 from adasplash2 import problem as problem_module
 from adasplash2.backends import REGISTRY
+from adasplash2.dense import softmax_attention, weights
 from adasplash2.features import Call
+from adasplash2.options import Options
 from adasplash2.problem import (
     DTYPES,
     FEATURES,
     TENSORS,
+    Inputs,
     Operand,
     Problem,
     RowProblem,
     ScoreTransform,
+    validated,
 )
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/features.md"
@@ -92,6 +96,17 @@ def test_what_a_backend_has_not_heard_of_it_refuses(
     assert reason in module.refusals_anywhere(planted)
     here = dataclasses.replace(planted, device=torch.device(device_of(backend)))
     assert backend == "cuda" or reason in module.refusals(here)
+
+
+@pytest.mark.parametrize("plant", [with_number, with_operand])
+def test_softmax_and_what_is_shown_refuse_it_too(plant: Callable[[Problem], Problem]) -> None:
+    query = torch.randn(1, 2, 4, 8)
+    inputs = Inputs(query, query, query)
+    planted = plant(validated(inputs, Options(alpha=1.0), False))
+    with pytest.raises(NotImplementedError, match="bonus"):
+        softmax_attention(planted, inputs, None)
+    with pytest.raises(NotImplementedError, match="bonus"):
+        weights(planted, inputs)
 
 
 def test_rows_too() -> None:

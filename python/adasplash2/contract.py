@@ -1,8 +1,9 @@
 """What a backend is: the functions that every package under ``adasplash2.backends`` has.
 
 A backend is a module (its package's ``__init__``) with these functions at its top level. It
-imports :mod:`adasplash2.problem` and this module, never the dispatcher and never another
-backend. Adding one touches its own folder and one line of the registry.
+imports :mod:`adasplash2.problem`, :mod:`adasplash2.cache`, this module and what stands before them:
+never what asks it, as the dispatcher does, and no other backend while it is loaded. Adding one
+touches its own folder and one line of the registry.
 """
 
 from __future__ import annotations

@@ -17,10 +17,24 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adasplash2 import ops
-from adasplash2.problem import Inputs, Problem, is_known_to_sdpa, part_of, places, seen_keys
+from adasplash2.problem import (
+    Inputs,
+    Problem,
+    is_known_to_sdpa,
+    part_of,
+    places,
+    seen_keys,
+    unsupported,
+)
 from adasplash2.torch_fastpath import beside
 
 ALL = slice(None)
+
+SUPPORTED = (
+    *("attn_mask", "dropout_p", "window", "causal_align", "softcap", "alibi_slopes", "sinks"),
+    *("scale as a tensor", "alpha as a tensor", "lengths or packed sequences"),
+)
+"""Features of what is here."""
 
 
 def scores(
@@ -28,6 +42,8 @@ def scores(
 ) -> Tensor:
     """Scores of the queries ``rows`` and ``keys`` in ``dtype``, ``(batch, heads_q, rows, keys)``;
     -inf where a key may not be seen. See :class:`adasplash2.problem.ScoreTransform`."""
+    if reasons := unsupported(problem, SUPPORTED):
+        raise NotImplementedError("; ".join(reasons))
     p, said = problem, problem.scores
     query = inputs.query[:, :, rows].to(dtype).unflatten(1, (p.heads_kv, p.group_size))
     key = inputs.key[:, :, keys].to(dtype).unsqueeze(2)

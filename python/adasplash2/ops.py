@@ -605,33 +605,51 @@ def _nothing_forward(problem: Problem, inputs: Inputs, saved_bytes: int) -> Forw
 # the dimensions of x, sizes that broadcast to it, and 1 along `dim`.
 
 
-def _entmax_forward(
-    x: Tensor,
-    alpha: float,
-    dim: int,
-    backend: str,
-    needs_grad: bool,
-    numbers: Tensor | None = None,
-    alphas: Tensor | None = None,
-) -> Tensor:
-    x, problem, alphas = _row_call(x, alpha, dim, needs_grad, numbers, alphas)
+class _RowArguments(NamedTuple):
+    """What follows the tensors in :data:`entmax_backward`."""
+
+    alpha: float
+    dim: int
+    backend: str
+    numbers: Tensor | None = None
+    alphas: Tensor | None = None
+
+    @staticmethod
+    def of_forward(args: tuple[Any, ...]) -> tuple[_RowArguments, bool]:
+        """From what follows in :data:`entmax_forward`, and whether there is a gradient."""
+        alpha, dim, backend, needs_grad, *later = args
+        return _RowArguments(alpha, dim, backend, *later), needs_grad
+
+    def flat_forward(self, needs_grad: bool) -> tuple[Any, ...]:
+        """As :data:`entmax_forward` takes them."""
+        return *self[:3], needs_grad, *self[3:]
+
+    def read(self) -> float:
+        """``alpha``, from ``numbers`` where these are given."""
+        if self.numbers is None:
+            return self.alpha
+        return _read(Options(self.alpha), self.numbers).alpha
+
+    def mapped(self, in_dims: tuple[int | None, ...], n: int, x: Tensor) -> _RowArguments:
+        """For ``x`` of :func:`_more_rows`; the last of ``in_dims`` is that of ``alphas``."""
+        alphas = None if self.alphas is None else _more_rows(self.alphas, in_dims[-1], n)
+        return self._replace(dim=check_dim(self.dim, x.dim() - 1), alphas=alphas)
+
+
+def _entmax_forward(x: Tensor, *args: Any) -> Tensor:
+    asked, needs_grad = _RowArguments.of_forward(args)
+    dim = asked.dim
+    x, problem, alphas = _row_call(x, asked.read(), dim, needs_grad, asked.alphas)
     if not problem.rows * problem.length:
         return _unlast(x.new_zeros(x.shape), x.shape, dim)
-    chosen, config, _ = choose(problem, backend or None)
+    chosen, config, _ = choose(problem, asked.backend or None)
     return _unlast(chosen.rows_forward(problem, _rows(problem, x), config, alphas), x.shape, dim)
 
 
 def _row_call(
-    x: Tensor,
-    alpha: float,
-    dim: int,
-    needs_grad: bool,
-    numbers: Tensor | None,
-    alphas: Tensor | None,
+    x: Tensor, alpha: float, dim: int, needs_grad: bool, alphas: Tensor | None
 ) -> tuple[Tensor, RowProblem, Tensor | None]:
     """``x`` with ``dim`` last, what is asked, and the alphas ``(rows,)`` where there are some."""
-    if numbers is not None:
-        alpha = _read(Options(alpha), numbers).alpha
     alpha = check_alpha_above_one(alpha)
     x = _last(x, dim)
     if alphas is None:
@@ -641,90 +659,49 @@ def _row_call(
     return x, problem, alphas.expand(*x.shape[:-1], 1).reshape(problem.rows).contiguous()
 
 
-def _entmax_forward_fake(
-    x: Tensor,
-    alpha: float,
-    dim: int,
-    backend: str,
-    needs_grad: bool,
-    numbers: Tensor | None = None,
-    alphas: Tensor | None = None,
-) -> Tensor:
-    x = _row_call(x, 1.5, dim, needs_grad, None, alphas)[0]
-    return _unlast(x.new_empty(x.shape), x.shape, dim)
+def _entmax_forward_fake(x: Tensor, *args: Any) -> Tensor:
+    asked, needs_grad = _RowArguments.of_forward(args)
+    x = _row_call(x, 1.5, asked.dim, needs_grad, asked.alphas)[0]
+    return _unlast(x.new_empty(x.shape), x.shape, asked.dim)
 
 
-def _entmax_backward(
-    grad_y: Tensor,
-    y: Tensor,
-    alpha: float,
-    dim: int,
-    backend: str,
-    numbers: Tensor | None = None,
-    alphas: Tensor | None = None,
-) -> Tensor:
-    y_last, problem, alphas = _row_call(y, alpha, dim, True, numbers, alphas)
+def _entmax_backward(grad_y: Tensor, y: Tensor, *args: Any) -> Tensor:
+    asked = _RowArguments(*args)
+    dim = asked.dim
+    y_last, problem, alphas = _row_call(y, asked.read(), dim, True, asked.alphas)
     check_like("grad_y", grad_y, y.shape, y.dtype, y.device)
     shape = y_last.shape
     if not problem.rows * problem.length:
         return _unlast(y.new_zeros(shape), shape, dim)
-    chosen, config, _ = choose(problem, backend or None)
+    chosen, config, _ = choose(problem, asked.backend or None)
     y_rows, grad_rows = _rows(problem, y_last), _rows(problem, _last(grad_y, dim))
     found = chosen.rows_backward(problem, y_rows, grad_rows, config, alphas)
     return _unlast(found, shape, dim)
 
 
-def _entmax_backward_fake(
-    grad_y: Tensor,
-    y: Tensor,
-    alpha: float,
-    dim: int,
-    backend: str,
-    numbers: Tensor | None = None,
-    alphas: Tensor | None = None,
-) -> Tensor:
+def _entmax_backward_fake(grad_y: Tensor, y: Tensor, *args: Any) -> Tensor:
+    asked = _RowArguments(*args)
     check_like("grad_y", grad_y, y.shape, y.dtype, y.device)
-    shape = _row_call(y, 1.5, dim, True, None, alphas)[0].shape
-    return _unlast(y.new_empty(shape), shape, dim)
+    shape = _row_call(y, 1.5, asked.dim, True, asked.alphas)[0].shape
+    return _unlast(y.new_empty(shape), shape, asked.dim)
 
 
 def _entmax_forward_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    x: Tensor,
-    alpha: float,
-    dim: int,
-    backend: str,
-    needs_grad: bool,
-    numbers: Tensor | None = None,
-    alphas: Tensor | None = None,
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, *args: Any
 ) -> tuple[Any, Any]:
     """More rows."""
-    rows = _more_rows(x, in_dims[0], info.batch_size)
-    if alphas is not None:
-        alphas = _more_rows(alphas, in_dims[6], info.batch_size)
-    dim = check_dim(dim, rows.dim() - 1)
-    return entmax_forward(rows, alpha, dim, backend, needs_grad, numbers, alphas), 0
+    x = _more_rows(x, in_dims[0], info.batch_size)
+    asked, needs_grad = _RowArguments.of_forward(args)
+    asked = asked.mapped(in_dims, info.batch_size, x)
+    return entmax_forward(x, *asked.flat_forward(needs_grad)), 0
 
 
 def _entmax_backward_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    grad_y: Tensor,
-    y: Tensor,
-    alpha: float,
-    dim: int,
-    backend: str,
-    numbers: Tensor | None = None,
-    alphas: Tensor | None = None,
+    info: Any, in_dims: tuple[int | None, ...], grad_y: Tensor, y: Tensor, *args: Any
 ) -> tuple[Any, Any]:
-    grad_y, y = (
-        _more_rows(t, d, info.batch_size) for t, d in zip((grad_y, y), in_dims, strict=False)
-    )
-    if alphas is not None:
-        alphas = _more_rows(alphas, in_dims[6], info.batch_size)
-    dim = check_dim(dim, y.dim() - 1)
-    return entmax_backward(grad_y, y, alpha, dim, backend, numbers, alphas), 0
+    n = info.batch_size
+    grad_y, y = (_more_rows(t, d, n) for t, d in zip((grad_y, y), in_dims, strict=False))
+    return entmax_backward(grad_y, y, *_RowArguments(*args).mapped(in_dims, n, y)), 0
 
 
 def _more_rows(tensor: Tensor, dim: int | None, n: int) -> Tensor:
@@ -733,21 +710,15 @@ def _more_rows(tensor: Tensor, dim: int | None, n: int) -> Tensor:
 
 
 class _Entmax(_ReverseMode):
+    """``asked`` without ``alphas``, which torch must see, is one argument."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        alpha: float,
-        dim: int,
-        backend: str,
-        numbers: Tensor | None = None,
-        alphas: Tensor | None = None,
-    ) -> Any:
-        args = x, alpha, dim, backend, True, numbers, alphas
+    def forward(ctx: Any, x: Tensor, asked: _RowArguments, alphas: Tensor | None = None) -> Any:
         given = (x,) if alphas is None else (x, alphas)
-        y = _entmax_forward(*args) if is_plain(*given) else beneath(entmax_forward, *args)
+        flat = asked._replace(alphas=alphas).flat_forward(True)
+        y = _entmax_forward(x, *flat) if is_plain(*given) else beneath(entmax_forward, x, *flat)
         ctx.save_for_backward(y, *given[1:])
-        ctx.options = alpha, dim, backend, numbers
+        ctx.asked = asked
         return y
 
     @staticmethod
@@ -756,11 +727,12 @@ class _Entmax(_ReverseMode):
         grad_y, y, *alphas = tensors
         body = _entmax_backward if _is_final(*tensors) else entmax_backward
         if not alphas:
-            return body(grad_y, y, *ctx.options), None, None, None, None, None
-        of_x, of_alphas = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        grad_x = body(grad_y, y, *ctx.options, *alphas) if of_x else None
-        grad_alphas = _alpha_gradient(grad_y, y, alphas[0], ctx.options[1]) if of_alphas else None
-        return grad_x, None, None, None, None, grad_alphas
+            return body(grad_y, y, *ctx.asked), None
+        asked = ctx.asked._replace(alphas=alphas[0])
+        of_x, _, of_alphas = ctx.needs_input_grad
+        grad_x = body(grad_y, y, *asked) if of_x else None
+        grad_alphas = _alpha_gradient(grad_y, y, alphas[0], asked.dim) if of_alphas else None
+        return grad_x, None, grad_alphas
 
 
 def _alpha_gradient(grad_y: Tensor, y: Tensor, alphas: Tensor, dim: int) -> Tensor:
@@ -795,21 +767,15 @@ def _alpha_gradient(grad_y: Tensor, y: Tensor, alphas: Tensor, dim: int) -> Tens
     return rows.to(torch.float64).sum_to_size(alphas.shape).to(alphas.dtype)
 
 
-def _entmax_autograd(
-    x: Tensor,
-    alpha: float,
-    dim: int,
-    backend: str,
-    needs_grad: bool,
-    numbers: Tensor | None = None,
-    alphas: Tensor | None = None,
-) -> Any:
-    options, numbers = _set_aside(Options(alpha), numbers)
-    given = (x,) if alphas is None else (x, alphas)
+def _entmax_autograd(x: Tensor, *args: Any) -> Any:
+    asked, needs_grad = _RowArguments.of_forward(args)
+    options, numbers = _set_aside(Options(asked.alpha), asked.numbers)
+    asked = asked._replace(alpha=options.alpha, numbers=numbers)
+    given = (x,) if asked.alphas is None else (x, asked.alphas)
     if _differentiated(*given):
-        return in_kernel(_Entmax, x, options.alpha, dim, backend, numbers, alphas)
+        return in_kernel(_Entmax, x, asked._replace(alphas=None), *given[1:])
     with below_autograd():
-        return entmax_forward(x, options.alpha, dim, backend, needs_grad, numbers, alphas)
+        return entmax_forward(x, *asked.flat_forward(needs_grad))
 
 
 def _last(x: Tensor, dim: int) -> Tensor:
@@ -870,12 +836,12 @@ def attention_and_tau(
 
 def rows(x: Tensor, alpha: float, dim: int, backend: str, alphas: Tensor | None = None) -> Tensor:
     """Output of :data:`entmax_forward`."""
-    given, more = ((x,), ()) if alphas is None else ((x, alphas), (None, alphas))
-    if not is_plain(*given):
-        return cast(Tensor, entmax_forward(x, alpha, dim, backend, False, *more))
-    if _differentiated(*given):
-        return cast(Tensor, apply_plain(_Entmax, x, alpha, dim, backend, *more))
-    return _entmax_forward(x, alpha, dim, backend, False, *more)
+    given = (x,) if alphas is None else (x, alphas)
+    plain = is_plain(*given)
+    if plain and _differentiated(*given):
+        return cast(Tensor, apply_plain(_Entmax, x, _RowArguments(alpha, dim, backend), *given[1:]))
+    body = _entmax_forward if plain else entmax_forward
+    return cast(Tensor, body(x, alpha, dim, backend, False, None, alphas))
 
 
 def _is_final(*tensors: Tensor) -> bool:

@@ -271,15 +271,12 @@ FEATURES = {
 
 def _features_of(said: ScoreTransform | RowProblem) -> list[str]:
     """Fields that are not what they are by default."""
-    kind = type(said)
-    defaults = _defaults.get(kind)
-    if defaults is None:
-        named = {one.name: one.default for one in fields(said) if one.name not in PLAIN}
-        defaults = _defaults[kind] = tuple(named.items())
-    return [shown_as(name) for name, default in defaults if getattr(said, name) != default]
+    named = _DEFAULTS.get(type(said)) or _defaults(type(said))
+    return [shown_as(name) for name, default in named if getattr(said, name) != default]
 
 
-_defaults: dict[type, tuple[tuple[str, Any], ...]] = {}  # no lru_cache, which compilers warn of
+def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((one.name, one.default) for one in fields(kind) if one.name not in PLAIN)
 
 
 def places(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
@@ -345,13 +342,14 @@ def part_of(tensor: Tensor, dim: int, part: slice) -> Tensor:
     return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (part,)]
 
 
+SDPA = frozenset(("attn_mask", "dropout_p"))
+"""Features that torch's SDPA knows, each alone or with the other."""
+
+
 def is_known_to_sdpa(problem: Problem) -> bool:
     """Whether torch's SDPA computes all that is asked, where alpha is 1."""
-    said, names = problem.scores, {operand.name for operand in problem.operands}
-    window = said.left >= 0 or (said.right >= 0 and not said.is_causal) or said.bottom_right
-    if window or said.softcap or not names <= {"attn_mask", "dropout_seed"}:
-        return False
-    return not ("attn_mask" in names and said.is_causal)
+    masked = problem.operand("attn_mask") is not None
+    return not unsupported(problem, SDPA) and not (masked and problem.scores.is_causal)
 
 
 def unsupported(problem: Problem | RowProblem, supported: Collection[str] = ()) -> list[str]:
@@ -393,6 +391,11 @@ class RowProblem:
     def features(self) -> tuple[str, ...]:
         """See :attr:`Problem.features`."""
         return tuple(_features_of(self))
+
+
+_DEFAULTS: dict[type, tuple[tuple[str, Any], ...]] = {
+    kind: _defaults(kind) for kind in (ScoreTransform, RowProblem)
+}
 
 
 def float32_refusals(problem: Problem | RowProblem) -> list[str]:
