@@ -60,6 +60,7 @@ from adasplash2.torch_fastpath import (
     is_in_memory,
     is_plain,
     is_without_data,
+    new_dynamic_size,
 )
 
 _LIBRARY = torch.library.Library("adasplash2", "DEF")
@@ -238,12 +239,9 @@ def _attention_forward_fake(
 
 
 def _length_by_data(shapes: Problem, options: Options) -> Any:
-    """The length of ``saved`` in a trace: a symbol; where there are none, as where DTensor asks how
-    outputs are sharded, the most that it can be."""
-    try:
-        return torch.library.get_ctx().new_dynamic_size()
-    except torch._subclasses.fake_tensor.DynamicOutputShapeException:
-        return saved_bound(shapes, options.backend or None)
+    """The length of ``saved`` in a trace: a symbol, or the most that it can be."""
+    size = new_dynamic_size()
+    return saved_bound(shapes, options.backend or None) if size is None else size
 
 
 _BACKWARD_TENSORS = 7
@@ -557,8 +555,7 @@ def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -
                 saved_bytes = saved_bound(problem, options.backend or None)
         return _differentiable_call(in_kernel, inputs, options, saved_bytes, numbers)
     asked = asked._replace(options=options, numbers=numbers)
-    with below_autograd():
-        return attention_forward(query, key, value, *asked.flat())
+    return below_autograd(attention_forward, query, key, value, *asked.flat())
 
 
 def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
@@ -765,8 +762,7 @@ def _entmax_autograd(x: Tensor, *args: Any) -> Any:
     given = (x,) if asked.alphas is None else (x, asked.alphas)
     if _differentiated(*given):
         return in_kernel(_Entmax, x, asked._replace(alphas=None), *given[1:])
-    with below_autograd():
-        return entmax_forward(x, *asked.flat_forward(needs_grad))
+    return below_autograd(entmax_forward, x, *asked.flat_forward(needs_grad))
 
 
 def _last(x: Tensor, dim: int) -> Tensor:
