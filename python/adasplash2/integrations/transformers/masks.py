@@ -190,7 +190,7 @@ def read(mask: Tensor) -> Statement:
 
 def is_tracing(like: Tensor | None = None) -> bool:
     """Whether numbers cannot be read: a compiler, an export, a CUDA graph, no data at all."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     if like is not None and (like.is_meta or is_without_data(like)):
         return True
