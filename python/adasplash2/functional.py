@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adasplash2 import dispatch, ops
 from adasplash2.auxiliary import AttentionAux
+from adasplash2.closed_form import nothing_forward
 from adasplash2.contract import AttentionStats
 from adasplash2.dense import softmax_attention, weights
 from adasplash2.lowering import (
@@ -46,7 +47,13 @@ from adasplash2.problem import (
     unpaged,
     validated,
 )
-from adasplash2.torch_fastpath import is_autocast_on, is_transformed
+from adasplash2.torch_fastpath import (
+    is_autocast_on,
+    is_in_a_transform,
+    is_in_memory,
+    is_transformed,
+    is_without_data,
+)
 
 HALVES = torch.bfloat16, torch.float16
 
@@ -453,7 +460,7 @@ def attention_stats(call: Call) -> AttentionStats:
         (torch.Size([2, 4, 128]), torch.Size([2, 4]))
     """
     check_alpha_above_one(call.options.alpha)
-    found = ops.attention_stats(call.inputs, call.options)
+    found = _stats(call.inputs, call.options)
     shaped = call.shaped_beside
     return replace(
         found,
@@ -462,6 +469,36 @@ def attention_stats(call: Call) -> AttentionStats:
         iterations=shaped(found.iterations),
         empty_tiles=shaped(found.empty_tiles),
     )
+
+
+def _stats(inputs: Inputs, options: Options) -> AttentionStats:
+    """Run one attention forward that records what it did; no operator, no gradient."""
+    problem = validated(inputs, options, False)
+    named = zip(Inputs._fields, inputs, strict=True)
+    inputs = Inputs._make(t if t is None else _in_memory(name, t) for name, t in named)
+    if problem.is_empty:
+        tau = nothing_forward(problem, inputs, 0).tau
+        counts = torch.zeros_like(tau, dtype=torch.int32)
+        empty_tiles = tau.new_zeros(tau.shape[:2], dtype=torch.float64)
+        return AttentionStats(tau, counts, counts.clone(), empty_tiles, backend="none")
+    chosen, config, _ = dispatch.choose(problem, options.backend or None)
+    with torch.no_grad():
+        return chosen.stats(problem, inputs, config)
+
+
+def _in_memory(name: str, tensor: Tensor) -> Tensor:
+    """What a kernel reads that no dispatcher prepares: neither negated lazily nor left out."""
+    if is_in_memory(tensor):
+        return tensor
+    if is_in_a_transform(tensor) or is_without_data(tensor):
+        raise TypeError(
+            f"{name} must be a tensor with data, got one inside a transform or a trace: "
+            "attention_stats works in neither"
+        )
+    if tensor.device.type == "meta":
+        return tensor  # which every backend refuses
+    tensor = tensor.detach()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @_takes_what(entmax_attention)
