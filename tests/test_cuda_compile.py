@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("cupy", reason="CuPy is not installed: nothing to compile with")
 
+from adasplash2 import torch_fastpath
 from adasplash2.backends import cuda
 from adasplash2.backends.cuda import attention, configurations, decoding, driver, layout, sizes
 from adasplash2.backends.cuda import compile as compiler
@@ -421,9 +422,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
     found = Driver()
     monkeypatch.setattr(driver, "driver", lambda: found)
     monkeypatch.setattr(driver, "context", lambda device: 100 + device)
-    monkeypatch.setattr(
-        torch._C, "_cuda_getCurrentRawStream", lambda device: 200 + device, raising=False
-    )
+    monkeypatch.setattr(torch_fastpath, "_raw_stream", lambda device: 200 + device)
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adasplash2.backends.cuda import compile as compiler
 from adasplash2.backends.cuda import layout
+from adasplash2.torch_fastpath import raw_stream
 
 
 def params(
@@ -93,7 +94,7 @@ class Call:
         self._viewed: dict[str, Tensor] = {}
         self._context = context(device)
         self.follows = False
-        self.stream = torch._C._cuda_getCurrentRawStream(device)
+        self.stream = raw_stream(device)
 
     def put_view(self, name: str, tensor: Tensor) -> None:
         """``View`` of a 4-dimensional tensor with unit inner stride."""

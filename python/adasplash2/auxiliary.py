@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adasplash2 import dense, ops
+from adasplash2 import dense, dispatch
+from adasplash2.closed_form import nothing_forward
+from adasplash2.contract import AttentionStats
 from adasplash2.options import Options
 from adasplash2.problem import Inputs, Problem, seen_keys, validated
+from adasplash2.torch_fastpath import is_in_a_transform, is_in_memory, is_without_data
 
 CHUNK = 2**20
 """Scores that are held at a time, in float64 some times over: about 64 MiB."""
@@ -42,7 +45,7 @@ class AttentionAux:
         Raises:
             TypeError: in a transform or a trace, where nothing can be counted.
         """
-        return ops.attention_stats(self._inputs, self._options).support.view(self.tau.shape)
+        return counted(self._inputs, self._options).support.view(self.tau.shape)
 
     def probabilities(self) -> Tensor:
         """The probabilities above zero, without dropout: a sparse CSR tensor
@@ -107,6 +110,36 @@ class AttentionAux:
         dtype = torch.float64 if p.device.type == "cpu" else p.compute_dtype
         with torch.no_grad():
             return dense.probabilities(p, self._inputs, dtype, rows, keys).double()
+
+
+def counted(inputs: Inputs, options: Options) -> AttentionStats:
+    """Run one attention forward that records what it did; no operator, no gradient."""
+    problem = validated(inputs, options, False)
+    named = zip(Inputs._fields, inputs, strict=True)
+    inputs = Inputs._make(t if t is None else _in_memory(name, t) for name, t in named)
+    if problem.is_empty:
+        tau = nothing_forward(problem, inputs, 0).tau
+        counts = torch.zeros_like(tau, dtype=torch.int32)
+        empty_tiles = tau.new_zeros(tau.shape[:2], dtype=torch.float64)
+        return AttentionStats(tau, counts, counts.clone(), empty_tiles, backend="none")
+    chosen, config, _ = dispatch.choose(problem, options.backend or None)
+    with torch.no_grad():
+        return chosen.stats(problem, inputs, config)
+
+
+def _in_memory(name: str, tensor: Tensor) -> Tensor:
+    """What a kernel reads that no dispatcher prepares: neither negated lazily nor left out."""
+    if is_in_memory(tensor):
+        return tensor
+    if is_in_a_transform(tensor) or is_without_data(tensor):
+        raise TypeError(
+            f"{name} must be a tensor with data, got one inside a transform or a trace: "
+            "attention_stats works in neither"
+        )
+    if tensor.device.type == "meta":
+        return tensor  # which every backend refuses
+    tensor = tensor.detach()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 class _Growing:

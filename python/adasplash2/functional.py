@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adasplash2 import dispatch, ops
-from adasplash2.auxiliary import AttentionAux
+from adasplash2.auxiliary import AttentionAux, counted
 from adasplash2.contract import AttentionStats
 from adasplash2.dense import softmax_attention, weights
 from adasplash2.lowering import (
@@ -46,7 +46,10 @@ from adasplash2.problem import (
     unpaged,
     validated,
 )
-from adasplash2.torch_fastpath import is_autocast_on, is_transformed
+from adasplash2.torch_fastpath import (
+    is_autocast_on,
+    is_transformed,
+)
 
 HALVES = torch.bfloat16, torch.float16
 
@@ -453,7 +456,7 @@ def attention_stats(call: Call) -> AttentionStats:
         (torch.Size([2, 4, 128]), torch.Size([2, 4]))
     """
     check_alpha_above_one(call.options.alpha)
-    found = ops.attention_stats(call.inputs, call.options)
+    found = counted(call.inputs, call.options)
     shaped = call.shaped_beside
     return replace(
         found,

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from adasplash2.contract import SAVED_ALIGNMENT, AttentionStats, Forward, Gradients
+from adasplash2.closed_form import alpha_gradient, nothing_forward
+from adasplash2.contract import SAVED_ALIGNMENT, Forward, Gradients
 from adasplash2.dispatch import Choice, choose, saved_bound
 from adasplash2.options import (
     FIRST,
@@ -56,46 +57,15 @@ from adasplash2.torch_fastpath import (
     beneath,
     in_kernel,
     is_forward_mode,
-    is_in_a_transform,
-    is_in_memory,
     is_plain,
     is_without_data,
+    new_dynamic_size,
 )
 
 _LIBRARY = torch.library.Library("adasplash2", "DEF")
 
 AS_NEEDED = -1
 """``saved_bytes`` of a call whose ``saved`` may have the length that its data asks for."""
-
-
-def attention_stats(inputs: Inputs, options: Options) -> AttentionStats:
-    """Run one attention forward that records what it did; no operator, no gradient."""
-    problem = _problem(inputs, options, False)
-    named = zip(Inputs._fields, inputs, strict=True)
-    inputs = Inputs._make(t if t is None else _in_memory(name, t) for name, t in named)
-    if problem.is_empty:
-        tau = _nothing_forward(problem, inputs, 0).tau
-        counts = torch.zeros_like(tau, dtype=torch.int32)
-        empty_tiles = tau.new_zeros(tau.shape[:2], dtype=torch.float64)
-        return AttentionStats(tau, counts, counts.clone(), empty_tiles, backend="none")
-    chosen, config, _ = choose(problem, options.backend or None)
-    with torch.no_grad():
-        return chosen.stats(problem, inputs, config)
-
-
-def _in_memory(name: str, tensor: Tensor) -> Tensor:
-    """What a kernel reads that no dispatcher prepares: neither negated lazily nor left out."""
-    if is_in_memory(tensor):
-        return tensor
-    if is_in_a_transform(tensor) or is_without_data(tensor):
-        raise TypeError(
-            f"{name} must be a tensor with data, got one inside a transform or a trace: "
-            "attention_stats works in neither"
-        )
-    if tensor.device.type == "meta":
-        return tensor  # which every backend refuses
-    tensor = tensor.detach()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 class _ReverseMode(torch.autograd.Function):
@@ -216,7 +186,7 @@ def _run(
     if prepare is not None:
         prepare()
     if choice is None:
-        return _nothing_forward(problem, inputs, saved_bytes), None
+        return nothing_forward(problem, inputs, saved_bytes), None
     return choice.backend.forward(problem, inputs, choice.config, saved_bytes), (problem, choice)
 
 
@@ -238,12 +208,9 @@ def _attention_forward_fake(
 
 
 def _length_by_data(shapes: Problem, options: Options) -> Any:
-    """The length of ``saved`` in a trace: a symbol; where there are none, as where DTensor asks how
-    outputs are sharded, the most that it can be."""
-    try:
-        return torch.library.get_ctx().new_dynamic_size()
-    except torch._subclasses.fake_tensor.DynamicOutputShapeException:
-        return saved_bound(shapes, options.backend or None)
+    """The length of ``saved`` in a trace: a symbol, or the most that it can be."""
+    size = new_dynamic_size()
+    return saved_bound(shapes, options.backend or None) if size is None else size
 
 
 _BACKWARD_TENSORS = 7
@@ -566,8 +533,7 @@ def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -
                 saved_bytes = saved_bound(problem, options.backend or None)
         return _differentiable_call(in_kernel, inputs, options, saved_bytes, numbers)
     asked = asked._replace(options=options, numbers=numbers)
-    with below_autograd():
-        return attention_forward(query, key, value, *asked.flat())
+    return below_autograd(attention_forward, query, key, value, *asked.flat())
 
 
 def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
@@ -582,23 +548,6 @@ def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> 
         if inputs.dropout_seed is not None:
             options = options._replace(dropout_p=0.5)
     return _problem(inputs, options, inputs.block_table is None)  # pages have no gradient
-
-
-def _nothing_forward(problem: Problem, inputs: Inputs, saved_bytes: int) -> Forward:
-    """No query may see any key: zeros, and thresholds above every score, or where a sink has all
-    of the probability."""
-    rows = (problem.batch, problem.heads_q, problem.length_q)
-    query, sinks = inputs.query, inputs.sinks
-    tau = query.new_full(rows, math.inf, dtype=problem.compute_dtype)
-    if sinks is not None:
-        alphas = problem.alpha if inputs.alphas is None else inputs.alphas
-        with_sinks = ((alphas - 1.0) * sinks.detach() - 1.0).unsqueeze(-1)
-        tau = torch.where(sinks.unsqueeze(-1) == -math.inf, tau, with_sinks)
-    return Forward(
-        out=query.new_zeros((*rows, problem.head_dim_v)),
-        tau=tau,
-        saved=query.new_empty(max(saved_bytes, 0), dtype=torch.uint8),
-    )
 
 
 # Entmax of rows: of the options, it has alpha and a backend. `alphas`, in the place of alpha, have
@@ -731,40 +680,8 @@ class _Entmax(_ReverseMode):
         asked = ctx.asked._replace(alphas=alphas[0])
         of_x, _, of_alphas = ctx.needs_input_grad
         grad_x = body(grad_y, y, *asked) if of_x else None
-        grad_alphas = _alpha_gradient(grad_y, y, alphas[0], asked.dim) if of_alphas else None
+        grad_alphas = alpha_gradient(grad_y, y, alphas[0], asked.dim) if of_alphas else None
         return grad_x, None, grad_alphas
-
-
-def _alpha_gradient(grad_y: Tensor, y: Tensor, alphas: Tensor, dim: int) -> Tensor:
-    """Gradient of ``alphas`` from the output and its gradient, by torch's own operators.
-
-    With ``e = alpha - 1``, ``L = -log p``, ``u = p^(2 - alpha)`` and ``w = u / sum u`` a row's is
-    ``sum_j dy_j dp_j/dalpha``, ``dp/dalpha = (p - w) / e^2 + p L / e - w sum_k p_k L_k / e``
-    (Correia, Niculae, Martins 2019), whose terms cancel where ``e`` is small. With ``E = (exp(e L)
-    - 1) / e`` and ``M = sum p E`` it is ``u = p (1 + e E)`` and ``sum u = 1 + e M``, and because
-    ``sum w (dy - delta) = 0`` the sum of ``p (M L - Q + M (M - E) / sum u) (dy - delta) / sum u``,
-    ``Q = (E - L) / e``, where nothing grows.
-    """
-    p, dy = y.to(alphas.dtype), grad_y.to(alphas.dtype)
-    e = alphas - 1.0
-    outside = p <= 0.0  # not where NaN
-    log = -torch.where(outside, 1.0, p).log()
-    x = e * log
-    excess = torch.expm1(x) / e
-    u = p * (1.0 + e * excess)
-    mean = (p * excess).sum(dim, keepdim=True)
-    mass = 1.0 + e * mean
-    delta = torch.where(outside, 0.0, u * dy).sum(dim, keepdim=True) / mass
-    # Q / L^2 = (exp(x) - 1 - x) / x^2, by its series where that cancels.
-    series = torch.zeros_like(x)
-    for k in range(16 if x.dtype == torch.float64 else 9, 1, -1):
-        series = (series * x + 1.0) / k
-    far = (torch.expm1(x) - x) / torch.where(x < 0.5, 1.0, x * x)
-    q = log * log * torch.where(x < 0.5, series, far)
-    weight = mean * log - q + mean * (mean - excess) / mass
-    terms = torch.where(outside, 0.0, p * weight * (dy - delta))
-    rows = terms.sum(dim, keepdim=True) / mass
-    return rows.to(torch.float64).sum_to_size(alphas.shape).to(alphas.dtype)
 
 
 def _entmax_autograd(x: Tensor, *args: Any) -> Any:
@@ -774,8 +691,7 @@ def _entmax_autograd(x: Tensor, *args: Any) -> Any:
     given = (x,) if asked.alphas is None else (x, asked.alphas)
     if _differentiated(*given):
         return in_kernel(_Entmax, x, asked._replace(alphas=None), *given[1:])
-    with below_autograd():
-        return entmax_forward(x, *asked.flat_forward(needs_grad))
+    return below_autograd(entmax_forward, x, *asked.flat_forward(needs_grad))
 
 
 def _last(x: Tensor, dim: int) -> Tensor:

@@ -1,23 +1,26 @@
 """What we take from torch that torch does not promise: everything private stands here.
 
-Three kinds. *Saving time*: a pass through torch's dispatcher costs 15 microseconds, so a call that
+Four kinds. *Saving time*: a pass through torch's dispatcher costs 15 microseconds, so a call that
 nothing but autograd would look at goes around it (:func:`is_plain`). Where torch has lost a name
 that this needs, no call is plain, and all take the public way. *Asking*: what a tensor or a thread
 is in, for which there is no public question; each has an answer that is safe where torch has lost
 it. *Autograd kernels of operators*: :func:`below_autograd` and :func:`in_kernel`, which
-``torch.library`` uses itself.
+``torch.library`` uses itself. *Checking* on a device, which is left out where torch cannot.
+
+Every private name is looked up by :func:`private`; ``tests/test_fastpath.py`` takes each away.
 """
 
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
+import importlib
+from contextlib import nullcontext
 from operator import or_
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 
@@ -25,6 +28,11 @@ def private(path: str) -> Any:
     """What ``torch`` has under a dotted path; None where it has nothing."""
     found: Any = torch
     for name in path.split("."):
+        if isinstance(found, ModuleType) and not hasattr(found, name):
+            try:
+                importlib.import_module(f"{found.__name__}.{name}")
+            except ImportError:
+                return None
         found = getattr(found, name, None)
     return found
 
@@ -63,6 +71,14 @@ def apply_plain(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def raw_stream(device: int) -> int:
+    """The handle of a CUDA device's stream."""
+    if _raw_stream is not None:
+        return int(_raw_stream(device))
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+_raw_stream = private("_C._cuda_getCurrentRawStream")
 _is_compiling = torch.compiler.is_compiling
 _keys = private("_C._dispatch_keys")
 _len_torch_dispatch_stack = private("_C._len_torch_dispatch_stack")
@@ -115,9 +131,21 @@ def is_without_data(*tensors: Tensor) -> bool:
     """Whether any of ``tensors`` is of a trace: a shape without numbers."""
     if _detect_fake_mode is not None:
         return _detect_fake_mode(tensors) is not None
-    from torch._subclasses.fake_tensor import FakeTensor
+    return any(type(tensor).__name__ == "FakeTensor" for tensor in tensors)
 
-    return any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+def new_dynamic_size() -> Any:
+    """In the fake of an operator, a length that only data tells: a symbol; None where there are
+    none, as where DTensor asks how outputs are sharded."""
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except _NoDynamicSize:
+        return None
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often ``tensor`` has been changed in place; None where torch cannot say."""
+    return getattr(tensor, "_version", None)
 
 
 def is_memory_known() -> bool:
@@ -165,10 +193,9 @@ _is_wrapped = private("_C._functorch.is_functorch_wrapped_tensor")
 _is_batched = private("_C._functorch.is_batchedtensor")
 _unwrapped = private("_C._functorch.get_unwrapped")
 
-try:
-    from torch._guards import detect_fake_mode as _detect_fake_mode
-except ImportError:
-    _detect_fake_mode = None  # type: ignore[assignment]
+_detect_fake_mode = private("_guards.detect_fake_mode")
+_NoDynamicSize: Any = private("_subclasses.fake_tensor.DynamicOutputShapeException")
+_NoDynamicSize = _NoDynamicSize or RuntimeError  # of which it is one
 
 
 def beside(tensor: Tensor, *others: Tensor | None) -> Tensor:
@@ -187,31 +214,41 @@ def beside(tensor: Tensor, *others: Tensor | None) -> Tensor:
 # Autograd kernels of operators
 
 
-def below_autograd() -> AbstractContextManager[None]:
-    """Operators that are called here skip autograd's kernels."""
-    context: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
-    return context
+def below_autograd(operator: Any, *args: Any) -> Any:
+    """``operator`` without autograd's kernels. Inference mode skips them too, but what it makes is
+    of no use to autograd: hence copies."""
+    if _BelowAutograd is not None:
+        with _BelowAutograd():
+            return operator(*args)
+    with torch.inference_mode():
+        found = operator(*args)
+    return found.clone() if isinstance(found, Tensor) else tuple(one.clone() for one in found)
 
 
 def beneath(operator: Any, *args: Any) -> Any:
     """``operator`` below the autograd whose function calls this. It has turned derivatives off,
     which the transforms around this one, if there are any, still have to see."""
     if _peek_interpreter_stack is not None and not is_transformed():
-        with below_autograd():
-            return operator(*args)
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
-        return operator(*args)
+        return below_autograd(operator, *args)
+    if _forward_enabled is None and is_forward_mode():
+        raise RuntimeError("adasplash2 has no forward-mode derivatives (jvp), only reverse mode")
+    forward = nullcontext() if _forward_enabled is None else _forward_enabled(True)
+    with torch.enable_grad(), forward:
+        return below_autograd(operator, *args)
 
 
 def in_kernel(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` in an autograd kernel, where one transform at most is to be served, and
-    torch sees to the others beneath."""
-    with enable_single_level_autograd_function():
+    torch sees to the others beneath. Where torch cannot be told so, it refuses transforms."""
+    with _one_level():
         if _SingleLevelFunction is None:
             return apply_plain(function, *args)
         return _single_level(function).apply(*args)  # type: ignore[attr-defined]
 
 
+_BelowAutograd = private("_C._AutoDispatchBelowAutograd")
+_forward_enabled = private("autograd.forward_ad._set_fwd_grad_enabled")
+_one_level: Any = private("_functorch.utils.enable_single_level_autograd_function") or nullcontext
 _SingleLevelFunction = private("autograd.function._SingleLevelFunction")
 
 

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adasplash2.torch_fastpath import is_without_data, version_of
+
 HIDDEN = -1e4
 """Biases up to here hide a key: exp of them is 0, and no score is as large. Older models write
 -1e4 or -1e9, newer ones the lowest number of the dtype."""
@@ -87,8 +89,8 @@ class StatedMask(Tensor):
             index = args[0] if isinstance(args[0], tuple) else (args[0],)
             if not all(isinstance(i, slice) or i is Ellipsis for i in index):
                 return None
-            with torch._C.DisableTorchFunctionSubclass():
-                return self if Tensor.__getitem__(self, index).shape == self.shape else None
+            found = super().__torch_function__(func, (StatedMask,), (self, index))
+            return self if found.shape == self.shape else None
         scalar = torch.zeros((), dtype=self.dtype, device=self.device).to(*args, **kwargs)
         if not scalar.is_floating_point():
             return None
@@ -100,17 +102,24 @@ class StatedMask(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _ABOUT:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+            return super().__torch_function__(func, types, args, kwargs)
         kwargs = kwargs or {}
         if func in _SAME:
             same = args[0]._same(func, args[1:], kwargs)
             if same is not None:
                 return same
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            StatedMask, lambda mask: mask.numbers, (args, kwargs)
-        )
-        return func(*args, **kwargs)
+        return func(*_numbers_in(args), **_numbers_in(kwargs))
+
+
+def _numbers_in(value: Any) -> Any:
+    """The argument of a function of torch, or several, with the numbers of masks."""
+    if isinstance(value, StatedMask):
+        return value.numbers
+    if isinstance(value, dict):
+        return {name: _numbers_in(one) for name, one in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(_numbers_in, value))
+    return value
 
 
 _ABOUT = {
@@ -141,9 +150,9 @@ def statement_of(mask: Tensor) -> Statement:
     if is_tracing(mask) or mask.requires_grad or mask.is_inference():
         return read(mask)
     version, statement = getattr(mask, "_adasplash2_read", (None, None))
-    if version != mask._version or statement is None:
+    if version is None or version != version_of(mask) or statement is None:
         statement = read(mask)
-        mask._adasplash2_read = mask._version, statement  # type: ignore[attr-defined]
+        mask._adasplash2_read = version_of(mask), statement  # type: ignore[attr-defined]
     return statement
 
 
@@ -181,9 +190,9 @@ def read(mask: Tensor) -> Statement:
 
 def is_tracing(like: Tensor | None = None) -> bool:
     """Whether numbers cannot be read: a compiler, an export, a CUDA graph, no data at all."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
-    if like is not None and (like.is_meta or isinstance(like, torch._subclasses.FakeTensor)):
+    if like is not None and (like.is_meta or is_without_data(like)):
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -287,7 +296,7 @@ def mask_function(packed: bool = True) -> Callable[..., Tensor]:
             # One token against a static cache. generate gives this mask to a compiled model, which
             # takes plain tensors and reads what they hold, not what was said of this one.
             made = numbers(visible())
-            made._adasplash2_read = made._version, known or read(made)  # type: ignore[attr-defined]
+            made._adasplash2_read = version_of(made), known or read(made)  # type: ignore[attr-defined]
             return made
         pattern = _named(mask_function, theirs)
         # Of what has no size only packing is joined; functions that callers join ask for vmap.
