@@ -213,52 +213,52 @@ def test_tiles_whose_pairs_a_mask_hides_are_not_counted(
 
 @BACKENDS
 @interpreted()
+@pytest.mark.parametrize("masked", ["", "bool", "added"])
 @pytest.mark.parametrize("causal_align", ["top-left", "bottom-right"])
-def test_packed_sequences_are_calls_of_their_own(causal_align: str, backend: str) -> None:
+def test_packed_sequences_are_calls_of_their_own(
+    causal_align: str, masked: str, backend: str
+) -> None:
     device = device_of(backend)
     lengths_q, lengths_k = (5, 0, 37, 70), (9, 3, 37, 20)
-    said = {"is_causal": True, "causal_align": causal_align, "softcap": 3.0, "enable_gqa": True}
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
     slopes = torch.tensor([0.0, 0.1, 0.2, 1.0], device=device)
+    said = {"is_causal": True, "causal_align": causal_align, "softcap": 3.0, "enable_gqa": True}
+    said |= {"alibi_slopes": slopes, "backend": backend}
     tensors = [normal(sum(lengths_q), 4, 16), normal(sum(lengths_k), 2, 16)]
-    tensors = [t.requires_grad_() for t in (*tensors, normal(sum(lengths_k), 2, 8))]
+    tensors = [*tensors, normal(sum(lengths_k), 2, 8)]
+    mask = normal(4, sum(lengths_q), sum(lengths_k)) if masked else None
+    if masked == "bool":
+        mask = mask > -0.5
+    leaves = [t.requires_grad_() for t in (*tensors, *([mask] if masked == "added" else []))]
     cumulative = [
         torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
         for n in (lengths_q, lengths_k)
     ]
-    out = attend(
-        adasplash2.entmax_attention_varlen,
-        *tensors,
-        *cumulative,
-        *(70, 37),
-        **said,
-        alibi_slopes=slopes,
-        backend=backend,
-    )
+    packed = adasplash2.entmax_attention_varlen
+    out = attend(packed, *tensors, *cumulative, *(70, 37), **said, attn_mask=mask)
     assert out.is_contiguous()
     grad = normal(*out.shape)
-    gradients = torch.autograd.grad(out, tensors, grad)
-    pieces = zip(
-        *(t.split(n) for t, n in zip(tensors, (lengths_q, lengths_k, lengths_k), strict=True)),
-        strict=True,
-    )
+    gradients = torch.autograd.grad(out, leaves, grad)
+    own = [
+        [slice(end - n, end) for n, end in zip(each, itertools.accumulate(each), strict=True)]
+        for each in (lengths_q, lengths_k)
+    ]
     outs = [
         attend(
             adasplash2.entmax_attention,
-            *(t.transpose(0, 1) for t in piece),
+            *(t[part].transpose(0, 1) for t, part in zip(tensors, (q, k, k), strict=True)),
             **said,
-            alibi_slopes=slopes,
-            backend=backend,
+            attn_mask=None if mask is None else mask[:, q, k],
         ).transpose(0, 1)
-        for piece in pieces
+        for q, k in zip(*own, strict=True)
     ]
     apart = torch.cat(outs)
     assert_near("out", out, apart.detach().cpu(), 1e-5)
-    for got, exact in zip(gradients, torch.autograd.grad(apart, tensors, grad), strict=True):
+    for got, exact in zip(gradients, torch.autograd.grad(apart, leaves, grad), strict=True):
         assert_near("gradient", got, exact.cpu(), 1e-4)
 
 

@@ -213,6 +213,7 @@ def entmax_attention_varlen(
     scale: float | Tensor | None = None,
     enable_gqa: bool = False,
     *,
+    attn_mask: Tensor | None = None,
     alpha: float | Tensor = 1.5,
     causal_align: str = "top-left",
     window: tuple[int, int] | None = None,
@@ -242,6 +243,8 @@ def entmax_attention_varlen(
         causal_align: within each sequence. flash-attn's is ``"bottom-right"``; they are the same
             where queries and keys are equally many.
         alibi_slopes: ``(heads_q,)``.
+        attn_mask: as there, broadcasts to ``(1, heads_q, total_q, total_k)``; what it says of keys
+            of other sequences is not looked at. No causal mask object of torch: ``is_causal``.
         return_aux: as there; rows are ``(1, heads_q, total_q)``.
 
     Returns:
@@ -258,9 +261,9 @@ def entmax_attention_varlen(
         torch.Size([48, 4, 16])
     """
     said = Said(
-        dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, alpha=alpha,
-        causal_align=causal_align, window=window, alibi_slopes=alibi_slopes, softcap=softcap,
-        sinks=sinks, backend=backend,
+        attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        enable_gqa=enable_gqa, alpha=alpha, causal_align=causal_align, window=window,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, backend=backend,
     )  # fmt: skip
     call = lowered_packed(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, said

@@ -400,6 +400,11 @@ def lowered_packed(
                 f"{name} must have 3 dimensions (total, heads, head_dim), got {tensor.dim()} with "
                 f"shape {tuple(tensor.shape)}"
             )
+    if _is_causal_bias(said.attn_mask):
+        raise TypeError(
+            "attn_mask must be a torch.Tensor or None for packed sequences, got a causal mask of "
+            "torch: pass is_causal=True and causal_align"
+        )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is not None:
             check_count(name, longest)
