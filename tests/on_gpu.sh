@@ -114,12 +114,12 @@ fuzz() {
 }
 
 tools() {
-  local tool backend
-  for backend in cuda triton; do
-    for tool in memcheck racecheck; do
-      beside "$tool-$backend" 'SUMMARY: ' timeout 300 compute-sanitizer --tool $tool \
-        --error-exitcode 1 "$python" tests/small_calls.py $backend
-    done
+  # Not racecheck of Triton: where a row's number lies in several threads its compiler lets each of
+  # them write it to the same place, which racecheck takes for a race (Triton 3.6, four such places).
+  local of
+  for of in memcheck-cuda racecheck-cuda memcheck-triton; do
+    beside "$of" 'SUMMARY: ' timeout 300 compute-sanitizer --tool "${of%-*}" \
+      --error-exitcode 1 "$python" tests/small_calls.py "${of#*-}"
   done
 }
 

@@ -844,16 +844,34 @@ def test_available_backends_print_a_sentence(register: Register) -> None:
     ]
 
 
+def functions_entered(call: Callable[[], object]) -> int:
+    """How many functions, of Python and of C, ``call`` calls."""
+    call()  # what is made once
+    entered = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal entered
+        entered += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
 def test_a_call_costs_little_above_its_backends() -> None:
-    """20 microseconds on a quiet machine (benchmarks/overhead.py); tests share theirs."""
+    """14 microseconds on a quiet machine (benchmarks/overhead.py), which no busy one can tell: how
+    much is done, any can."""
     tensors = Inputs(*torch.randn(3, 1, 1, 4, 8))
     asked = attention_problem(
         tensors, alpha=1.5, scale=None, is_causal=False, enable_gqa=False, needs_grad=False
     )
     chosen, config, _ = dispatch.choose(asked, "cpu")
-    direct = microseconds(lambda: chosen.forward(asked, tensors, config), 300)
-    call = microseconds(lambda: adasplash2.entmax_attention(*tensors[:3], backend="cpu"), 300)
-    assert call - direct < 40
+    direct = functions_entered(lambda: chosen.forward(asked, tensors, config))
+    call = functions_entered(lambda: adasplash2.entmax_attention(*tensors[:3], backend="cpu"))
+    assert call - direct <= 90  # 78
 
 
 def test_the_environment_says_what_measurements_are_for(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_gpu_run_passes_where_all_is_well(on_gpu: OnGpu) -> None:
     assert "cuda: 6 tests passed, 4 skipped\n" in said  # of two parts
     assert "gpu triton: 12 tests passed, 8 skipped\n" in said
     asked = on_gpu.asked
-    assert len(asked) == 25
+    assert len(asked) == 24
     assert {line.split()[0] for line in asked} == {"0", "1"}, "all GPUs are used"
     assert all("--expect-backends cuda,triton --judge-skips" in x for x in asked if "pytest" in x)
 
@@ -159,7 +159,7 @@ def test_parts_that_do_not_pass_fail_a_gpu_run(on_gpu: OnGpu, python: str, faile
         ("fuzz", "exit 0", "fuzz-cuda-plain"),
         ("fuzz", "echo 0 of 0 failed", "fuzz-cuda-plain"),
         ("fuzz", "kill -9 $PPID", "fuzz-triton-language-ended-without-a-word"),
-        ("tools", "exit 1", "racecheck-triton"),
+        ("tools", "exit 1", "racecheck-cuda"),
         ("speed", "exit 0", "tune"),
         ("speed", "exit 0", "benchmarks"),
     ],

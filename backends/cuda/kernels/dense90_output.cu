@@ -41,6 +41,9 @@ constexpr bool kMayBeRough = kAlpha == AlphaKind::k15 && kPanelsV == 1 && !kCoun
 constexpr float kRough = !kMayBeRough                             ? 0.f
                          : ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x1p-10f
                                                                   : 0x1p-7f;
+// A row is left so where a part of that is foreseen: one that misses more after all is sought from
+// its output on, which takes far longer than a pass before it.
+constexpr float kForeseenRough = 0.25f * kRough;
 constexpr int kSampleSteps = kAlpha == AlphaKind::k15 ? 2 : 3;
 // Tiles from which on other samples follow that one: every so many tiles.
 constexpr int kStride = 4, kStridedFrom = 6 * kStride;
@@ -531,7 +534,7 @@ struct Attention {
       }
       t[slot].steps += !t[slot].done;
       const auto m = sums[slot].join(1.f);
-      advance(t[slot], m, sums[slot].least, 0.5f * kTolerance, kRough);
+      advance(t[slot], m, sums[slot].least, 0.5f * kTolerance, kForeseenRough);
     }
     if constexpr (first) settle_rows();
     return !(t[0].done && t[1].done);
