@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -54,6 +55,9 @@ NO_TENSORS: dict[str, tuple[Any, str]] = {
     "float8": (tensor(2, 4, 5, 8).to(torch.float8_e4m3fn), "float32"),
 }
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # that nested tensors are a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(3), torch.ones(4)])
 ONES = torch.ones(5, 6)
 
 BAD_ATTENTION = [
@@ -166,6 +170,14 @@ BAD_ATTENTION = [
     ("mask int", {"attn_mask": ONES.int()}, TypeError, "attn_mask", "torch.bool", "int32"),
     ("mask double", {"attn_mask": ONES.double()}, TypeError, "attn_mask", "float32", "float64"),
     ("mask sparse", {"attn_mask": ONES.to_sparse()}, TypeError, "attn_mask", "strided"),
+    *(
+        (f"{name} sparse", {name: torch.ones(4).to_sparse()}, TypeError, name, "strided", "sparse")
+        for name in ("alibi_slopes", "sinks", "scale", "alpha")
+    ),
+    *(
+        (f"{name} nested", {name: NESTED}, TypeError, name, "one shape", "nested")
+        for name in ("attn_mask", "kv_lengths")
+    ),
     ("mask shape", {"attn_mask": ONES[:, :4]}, ValueError, "(2, 4, 5, 6)", "got (5, 4)"),
     ("mask rank", {"attn_mask": ONES[None, None, None]}, ValueError, "attn_mask", "broadcast"),
     ("mask meta", {"attn_mask": ONES.to("meta")}, ValueError, "attn_mask", "cpu", "meta"),

@@ -21,6 +21,7 @@ from adasplash2.problem import (
     TENSORS,
     Inputs,
     check_like,
+    check_strided,
     check_tensor,
     compute_dtype,
 )
@@ -180,6 +181,7 @@ def _check_numbers(name: str, tensor: object) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    check_strided(name, tensor)
     return tensor
 
 
@@ -301,8 +303,7 @@ def _four_dimensional_mask(attn_mask: object, inputs: Inputs, lead: list[int]) -
     """``attn_mask`` in four dimensions, of which the first stands for those of ``lead``."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(attn_mask).__name__}")
-    if attn_mask.layout != torch.strided:
-        raise TypeError(f"attn_mask must be a strided tensor, got layout {attn_mask.layout}")
+    check_strided("attn_mask", attn_mask)
     batch, heads, length_q = inputs.query.shape[:3]
     sizes = *(lead if len(lead) > 1 else [batch]), heads, length_q, inputs.key.shape[2]
     merged = _merged(attn_mask, sizes, 3)
@@ -939,13 +940,15 @@ def _of_sequences(
     name: str, lengths: Tensor | None, query: Tensor, lead: list[int], limit: int
 ) -> Tensor | None:
     """``(batch,)``, also from the dimensions ``lead`` that became the batch."""
-    if isinstance(lengths, Tensor) and len(lead) != 1:
-        if lengths.shape not in (query.shape[:1], tuple(lead)):
-            raise ValueError(
-                f"{name} must have the shape {tuple(lead)} or {tuple(query.shape[:1])}, got "
-                f"{tuple(lengths.shape)}"
-            )
-        lengths = lengths.reshape(-1)
+    if isinstance(lengths, Tensor):
+        check_strided(name, lengths)
+        if len(lead) != 1:
+            if lengths.shape not in (query.shape[:1], tuple(lead)):
+                raise ValueError(
+                    f"{name} must have the shape {tuple(lead)} or {tuple(query.shape[:1])}, got "
+                    f"{tuple(lengths.shape)}"
+                )
+            lengths = lengths.reshape(-1)
     _check_lengths(name, lengths, query, limit)
     return lengths
 

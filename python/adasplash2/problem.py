@@ -716,6 +716,15 @@ def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     _check_dtype(name, tensor.dtype)
+    check_strided(name, tensor)
+
+
+def check_strided(name: str, tensor: Tensor) -> None:
+    """Refuse what is sparse, and sequences of several lengths.
+
+    Raises:
+        TypeError: ``tensor`` is.
+    """
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
     if tensor.is_nested:
