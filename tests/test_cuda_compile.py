@@ -729,6 +729,9 @@ def test_what_tma_cannot_read_is_copied() -> None:
             assert [note.split()[2] for note in found] == ["query", "value"]
             assert all("is copied" in note for note in found)
             assert configurations.is_aligned(moved, *others)
+            (one,) = attention.placed(config, shifted[:, :1].expand_as(whole))
+            assert configurations.is_aligned(one)
+            assert one.stride(1) == 0  # heads that are all the same one
 
 
 def test_the_bound_of_what_is_saved() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import pickle
@@ -862,16 +863,17 @@ def functions_entered(call: Callable[[], object]) -> int:
 
 
 def test_a_call_costs_little_above_its_backends() -> None:
-    """14 microseconds on a quiet machine (benchmarks/overhead.py), which no busy one can tell: how
-    much is done, any can."""
+    """14 microseconds on a quiet machine (benchmarks/overhead.py), which no busy one can tell. How
+    many functions are called any can, but not how long one takes: of that only the worst shows."""
     tensors = Inputs(*torch.randn(3, 1, 1, 4, 8))
     asked = attention_problem(
         tensors, alpha=1.5, scale=None, is_causal=False, enable_gqa=False, needs_grad=False
     )
     chosen, config, _ = dispatch.choose(asked, "cpu")
-    direct = functions_entered(lambda: chosen.forward(asked, tensors, config))
-    call = functions_entered(lambda: adasplash2.entmax_attention(*tensors[:3], backend="cpu"))
-    assert call - direct <= 90  # 78
+    direct = functools.partial(chosen.forward, asked, tensors, config)
+    call = functools.partial(adasplash2.entmax_attention, *tensors[:3], backend="cpu")
+    assert functions_entered(call) - functions_entered(direct) <= 90  # 76 with Python 3.11
+    assert microseconds(call, 300) - microseconds(direct, 300) < 200
 
 
 def test_the_environment_says_what_measurements_are_for(tmp_path: Path) -> None:

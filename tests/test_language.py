@@ -727,14 +727,15 @@ def test_the_reference_is_right() -> None:
 
 
 @BACKENDS
-def test_slopes_below_zero_that_none_could_refuse_are_nan(backend: str) -> None:
+@interpreted()
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_slopes_below_zero_that_none_could_refuse_are_nan(alpha: float, backend: str) -> None:
     """Inside a transform or a compiled graph values are not looked at; nor are those on a GPU."""
     query = torch.randn(1, 3, 20, 16, device=device_of(backend))
 
     def of(slopes: Tensor) -> Tensor:
-        return attend(
-            adasplash2.entmax_attention, query, query, query, alibi_slopes=slopes, backend=backend
-        )
+        said = {"alpha": alpha, "alibi_slopes": slopes, "backend": backend}
+        return attend(adasplash2.entmax_attention, query, query, query, **said)
 
     slopes = torch.tensor([0.5, -1e-3, 0.0], device=query.device)
     found = torch.func.vmap(of)(slopes[None])[0, 0]
@@ -780,8 +781,8 @@ def test_probabilities_are_found_some_queries_at_a_time(monkeypatch: pytest.Monk
         query, key, key, ends, ends, 20, 20, is_causal=True, return_aux=True
     )
     found = aux.probabilities().to_dense().view(2, 48, 48)
-    assert len(seen) == 10  # of five queries
-    assert all(keys.stop - keys.start <= 31 for _, keys in seen)
+    assert len(seen) == 10  # of ten queries of a head
+    assert all(keys.stop - keys.start <= 31 for *_, keys in seen)
     for begin, end in itertools.pairwise(ends.tolist()):
         part = slice(begin, end)
         own = (x[part].transpose(0, 1)[None] for x in (query, key, key))

@@ -520,7 +520,7 @@ def cu(*values: int) -> torch.Tensor:
 
 NOT_TAKEN = {
     "entmax_attention_varlen": {
-        *("attn_mask", "q_lengths", "kv_lengths", "kv_starts"),  # each sequence has its own
+        *("q_lengths", "kv_lengths", "kv_starts"),  # each sequence has its own
     },
     "entmax_attention_with_kvcache": {
         *("attn_mask", "dropout_p"),  # of training
@@ -547,7 +547,7 @@ def test_the_list_of_options_is_one() -> None:
         assert said.keys() - its.keys() == without
         for name in said.keys() & its.keys():
             assert its[name].default == said[name].default
-            assert its[name].kind == said[name].kind or name in ("is_causal", "scale")
+            assert its[name].kind == said[name].kind or name in ("is_causal", "scale", "attn_mask")
             assert hints[name] == types[name]
 
 

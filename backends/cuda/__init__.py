@@ -152,7 +152,7 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
 
 
 def notes(problem: Problem | RowProblem, inputs: Inputs, config: Config) -> list[str]:
-    """What of these tensors makes another configuration run than ``config``, a sentence each."""
+    """What is done to these tensors before ``config`` runs, a sentence each."""
     return [] if isinstance(problem, RowProblem) else configurations.notes(inputs, config)
 
 

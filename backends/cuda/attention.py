@@ -384,10 +384,14 @@ def placed(config: Config, *tensors: Tensor) -> tuple[Tensor, ...]:
     found = tuple(unit_stride(x) for x in tensors)
     if not configurations.needs_alignment(config):
         return found
-    return tuple(
-        x if configurations.is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
-        for x in found
-    )
+    return tuple(x if configurations.is_aligned(x) else _copied(x) for x in found)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """``x`` where an allocation begins. What entries of the batch or heads share stays shared; rows
+    that are all the same one become rows, since TMA takes no such stride."""
+    shared = (slice(None, 1) if stride == 0 else slice(None) for stride in x.stride()[:2])
+    return x[tuple(shared)].clone(memory_format=torch.contiguous_format).expand(x.shape)
 
 
 def unit_stride(x: Tensor) -> Tensor:

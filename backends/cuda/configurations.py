@@ -39,7 +39,7 @@ does not pay. On an H100 a step with Gaussian q, k, v took 0.6x of the time (0.5
 with queries times 4, where a row keeps four keys, it takes 1.5x."""
 
 ALIGNMENT = layout.COPY_BYTES
-"""On so many bytes rows start that kernels may copy so; a power of two."""
+"""Rows that kernels copy by ``COPY_BYTES`` start on a multiple of this; a power of two."""
 
 
 def is_decoding(problem: Problem) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
 import warnings
 from dataclasses import dataclass, field
 
@@ -13,11 +15,11 @@ from adasplash2 import dense, dispatch
 from adasplash2.closed_form import nothing_forward
 from adasplash2.contract import AttentionStats
 from adasplash2.options import Options
-from adasplash2.problem import Inputs, Problem, seen_keys, validated
+from adasplash2.problem import Inputs, Problem, part_of, seen_keys, validated
 from adasplash2.torch_fastpath import is_in_a_transform, is_in_memory, is_without_data
 
 CHUNK = 2**20
-"""Scores that are held at a time, in float64 some times over: about 64 MiB."""
+"""Scores that are held at a time, in float64 some times over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +41,12 @@ class AttentionAux:
 
     @functools.cached_property
     def support(self) -> Tensor:
-        """``(B, H, L)`` int32: keys with a probability above zero, without dropout. Found when it
-        is first asked for, by a forward that counts (:func:`adasplash2.attention_stats`).
+        """``(B, H, L)`` int32: keys with a probability above zero, without dropout; none of a row
+        with NaN. Found when it is first asked for, by a forward that counts, of whichever backend a
+        call without gradients takes (:func:`adasplash2.attention_stats`).
 
         Raises:
-            TypeError: in a transform or a trace, where nothing can be counted.
+            TypeError: in a transform or a trace, or of DTensors, where nothing can be counted.
         """
         return counted(self._inputs, self._options).support.view(self.tau.shape)
 
@@ -52,10 +55,11 @@ class AttentionAux:
         ``(B * H * L, length_k)`` of float64, whose rows are those of ``tau.flatten()``; on a GPU to
         the digits of float32.
 
-        Found anew from the scores in float64, some queries at a time and the keys that these see:
-        time grows by the product of the lengths, of packed sequences by that of each; memory by
-        what is found, beside about 64 MiB. A key at the very edge of the support may be in one of
-        this and :attr:`support` alone. With sinks the rows sum to less than 1.
+        Found anew from the scores in float64, of some queries of a key head at a time and the keys
+        between the first and the last that these see. Time grows by the product of the lengths,
+        memory by what is found, beside about 100 MiB and a key head in float64. A key at the very
+        edge of the support may be in one of this and :attr:`support` alone; a row with NaN has all
+        keys that it sees. With sinks the rows sum to less than 1.
         ``.to_dense().view(B, H, L, length_k)`` is what other attentions call their weights.
 
             >>> import torch, adasplash2
@@ -69,17 +73,20 @@ class AttentionAux:
         count = self.tau.new_zeros((p.batch, p.heads_q, p.length_q), dtype=torch.int64)
         place, value = _Growing(count), _Growing(count.double())
         strides = (p.heads_q * p.length_q * p.length_k, p.length_q * p.length_k, p.length_k, 1)
-        rows = max(1, CHUNK // max(1, p.batch * p.heads_q * p.length_k))
-        for first in range(0, p.length_q, rows):
+        rows = max(1, CHUNK // max(1, p.group_size * p.length_k))
+        firsts = range(0, p.length_q, rows)
+        for b, h, first in itertools.product(range(p.batch), range(p.heads_kv), firsts):
+            heads = slice(h * p.group_size, (h + 1) * p.group_size)
             some = slice(first, min(first + rows, p.length_q))
-            keys = self._keys_of(some)
-            found = self._of(some, keys)
-            count[:, :, some] = (found != 0).sum(dim=3)
+            inputs = self._of_key_head(b, h, heads)
+            keys = self._keys_of(inputs, some)
+            found = self._of(inputs, some, keys)
+            count[b : b + 1, heads, some] = (found != 0).sum(dim=3)
             parts = found.nonzero().unbind(1)
-            begins = 0, 0, first, keys.start
-            place.append(sum((n + b) * by for n, b, by in zip(parts, begins, strides, strict=True)))
+            begins = b, heads.start, first, keys.start
+            place.append(sum((n + o) * by for n, o, by in zip(parts, begins, strides, strict=True)))
             value.append(found[parts])
-        # By row: chunks hold some rows of every head.
+        # By row: chunks hold some rows of some heads.
         order = torch.argsort(place.all())
         column, count = place.all()[order] % max(1, p.length_k), count.flatten()
         crow = torch.cat([count.new_zeros(1), count.cumsum(0)])
@@ -94,22 +101,39 @@ class AttentionAux:
     def _problem(self) -> Problem:
         return validated(self._inputs, self._options, False)
 
-    def _keys_of(self, rows: slice) -> slice:
-        """From the first to the last key that one of these queries sees."""
-        seen = seen_keys(self._problem, self._inputs, rows)
+    def _of_key_head(self, batch: int, head: int, heads: slice) -> Inputs:
+        """A batch entry's key head, and its query heads."""
+        entry, one = slice(batch, batch + 1), slice(head, head + 1)
+        of = {"key": one, "value": one}
+        parts: dict[str, Tensor] = {}
+        for name, tensor in zip(Inputs._fields, self._inputs, strict=True):
+            if tensor is None:
+                continue
+            if name == "ranges":
+                parts[name] = tensor[:, entry]
+            else:
+                parts[name] = part_of(part_of(tensor, 0, entry), 1, of.get(name, heads))
+        return self._inputs._replace(**parts)
+
+    def _keys_of(self, inputs: Inputs, rows: slice) -> slice:
+        """From the first to the last key that one of these queries sees, or more."""
+        if inputs.ranges is not None:
+            begin, end = inputs.ranges[0, 0, rows].min(), inputs.ranges[1, 0, rows].max()
+            return slice(int(begin), max(int(begin), int(end)))
+        seen = seen_keys(self._problem, inputs, rows)
         numbers = seen.flatten(0, -2).any(dim=0).nonzero()
         if not len(numbers):
             return slice(0, 0)
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
 
-    def _of(self, rows: slice, keys: slice) -> Tensor:
+    def _of(self, inputs: Inputs, rows: slice, keys: slice) -> Tensor:
         # Solved again: near alpha = 1, and far above it, tau has not the digits that the
         # probabilities have, which backends find from scores below the highest of their row.
         # Rows on a GPU are solved in float32 at most.
-        p = self._problem
-        dtype = torch.float64 if p.device.type == "cpu" else p.compute_dtype
+        problem = validated(inputs, self._options, False)
+        dtype = torch.float64 if problem.device.type == "cpu" else problem.compute_dtype
         with torch.no_grad():
-            return dense.probabilities(p, self._inputs, dtype, rows, keys).double()
+            return dense.probabilities(problem, inputs, dtype, rows, keys).double()
 
 
 def counted(inputs: Inputs, options: Options) -> AttentionStats:
@@ -134,8 +158,11 @@ def _in_memory(name: str, tensor: Tensor) -> Tensor:
     if is_in_a_transform(tensor) or is_without_data(tensor):
         raise TypeError(
             f"{name} must be a tensor with data, got one inside a transform or a trace: "
-            "attention_stats works in neither"
+            "nothing can be counted in either"
         )
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        raise TypeError(f"{name} must lie on one device to be counted, got a DTensor")
     if tensor.device.type == "meta":
         return tensor  # which every backend refuses
     tensor = tensor.detach()

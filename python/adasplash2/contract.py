@@ -120,7 +120,7 @@ class Backend(Protocol):
         """Configurations to choose from; the first is the default without tuning."""
 
     def notes(self, problem: Problem | RowProblem, inputs: Inputs, config: Config) -> Sequence[str]:
-        """What of these tensors makes something else run than ``config``, a sentence each."""
+        """What is done to these tensors before ``config`` runs, a sentence each."""
 
     def precompile(self, problem: Problem | RowProblem, config: Config) -> None:
         """Compile into a disk cache what a forward of ``problem`` needs, and a backward where it

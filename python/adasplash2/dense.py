@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adasplash2 import ops
 from adasplash2.problem import (
+    ALL,
     Inputs,
     Problem,
     is_known_to_sdpa,
@@ -27,8 +28,6 @@ from adasplash2.problem import (
     unsupported,
 )
 from adasplash2.torch_fastpath import beside
-
-ALL = slice(None)
 
 SUPPORTED = (
     *("attn_mask", "dropout_p", "window", "causal_align", "softcap", "alibi_slopes", "sinks"),
@@ -53,8 +52,7 @@ def scores(
     right = right_q.all(-1, keepdim=True) & right_k.all(-1, keepdim=True).mT
     s = torch.where(right, s, query.detach() @ key.detach().mT).flatten(1, 2)
     # Before all factors: with a gradient of zero, what is not finite makes NaN of theirs.
-    seen = seen_keys(p, inputs, rows)
-    seen = part_of(seen, seen.dim() - 1, keys)
+    seen = seen_keys(p, inputs, rows, keys)
     s = torch.where(seen, s, 0.0)
     if inputs.scales is None:
         s = said.scale * s
@@ -68,7 +66,9 @@ def scores(
     if inputs.alibi_slopes is not None:
         numbers = beside(torch.arange(p.length_k, device=p.device)[keys], query)
         distance = (places(p, inputs, rows).unsqueeze(-1) - numbers).abs().to(dtype)
-        s = s - inputs.alibi_slopes.to(dtype)[:, :, None, None] * distance
+        slopes = inputs.alibi_slopes.to(dtype)
+        slopes = torch.where(slopes >= 0.0, slopes, math.nan)  # nobody may have looked at them
+        s = s - slopes[:, :, None, None] * distance
     return torch.where(seen, s, -math.inf)
 
 

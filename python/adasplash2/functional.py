@@ -46,10 +46,7 @@ from adasplash2.problem import (
     unpaged,
     validated,
 )
-from adasplash2.torch_fastpath import (
-    is_autocast_on,
-    is_transformed,
-)
+from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 
 HALVES = torch.bfloat16, torch.float16
 
@@ -157,7 +154,7 @@ def entmax_attention(
             read: scores without the slope lie within ``+-m``, ``m = |scale| |q_i| max_j |k_j|``, so
             that a key further than ``(2 m + 1 / (alpha - 1)) / slope`` behind the nearest one is
             outside the support. Values are looked at only where they are on a CPU, outside of
-            traces and transforms.
+            traces and transforms; elsewhere one that is wrong makes its head NaN.
         softcap: scores become ``softcap * tanh(s / softcap)``; 0 for none.
         sinks: ``(heads_q,)``: one more score for each row of a head, not scaled, which takes
             probability and has no value; with gradient. Values are not looked at: -inf is no sink,

@@ -2,7 +2,7 @@
 
 Every operator has a body for real tensors (validate, choose a backend, run it), a fake for
 shapes, an autograd kernel and a rule for ``vmap``. Calls without a single allowed (query, key)
-pair are answered here, so that no backend meets an empty tensor.
+pair are answered by :mod:`adasplash2.closed_form`, so that no backend meets an empty tensor.
 
 Two things are known only when a graph runs, and are kept out of what it is compiled for:
 

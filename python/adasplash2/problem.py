@@ -279,6 +279,9 @@ def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((one.name, one.default) for one in fields(kind) if one.name not in PLAIN)
 
 
+ALL = slice(None)
+
+
 def places(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
     """``i'`` of the queries ``rows``; broadcasts to ``(batch, heads_q, rows)``."""
     if inputs.ranges is not None:
@@ -287,11 +290,11 @@ def places(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
     return beside(queries, inputs.query)
 
 
-def seen_keys(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
-    """Which keys the queries ``rows`` may see: bool, broadcasts to ``(batch, heads_q, rows,
-    length_k)``. For what is looked at: kernels know it by themselves."""
+def seen_keys(problem: Problem, inputs: Inputs, rows: slice, part: slice = ALL) -> Tensor:
+    """Which keys of a ``part`` the queries ``rows`` may see: bool, broadcasts to ``(batch, heads_q,
+    rows, keys)``. For what is looked at: kernels know it by themselves."""
     said, mask = problem.scores, inputs.attn_mask
-    keys = beside(torch.arange(problem.length_k, device=problem.device), inputs.query)
+    keys = beside(torch.arange(problem.length_k, device=problem.device)[part], inputs.query)
     distance = keys - places(problem, inputs, rows)[..., None]
     seen = torch.ones_like(distance, dtype=torch.bool)
     if inputs.ranges is not None:
@@ -303,7 +306,7 @@ def seen_keys(problem: Problem, inputs: Inputs, rows: slice) -> Tensor:
         if said.right >= 0:
             seen = seen & (distance <= said.right)
     if mask is not None:  # what is added as -inf hides a key too, whatever its score
-        mask = part_of(mask, 2, rows)
+        mask = part_of(part_of(mask, 2, rows), 3, part)
         seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
     return seen
 

@@ -7,7 +7,8 @@ is in, for which there is no public question; each has an answer that is safe wh
 it. *Autograd kernels of operators*: :func:`below_autograd` and :func:`in_kernel`, which
 ``torch.library`` uses itself. *Checking* on a device, which is left out where torch cannot.
 
-Every private name is looked up by :func:`private`; ``tests/test_fastpath.py`` takes each away.
+Private functions are looked up by :func:`private`; ``tests/test_fastpath.py`` takes each away. Read
+as they are: attributes of tensors and of ``forward_ad``, and names that come with a function.
 """
 
 from __future__ import annotations
@@ -106,9 +107,15 @@ def _plain_keys() -> set[int]:
 
 
 _has_level = private("autograd.forward_ad._current_level") is not None
-_is_known = _has_level and None not in (
-    *(_keys, _len_torch_dispatch_stack, _len_torch_function_stack, _peek_interpreter_stack),
-    *(_get_tracing_state, _profiler_enabled, private("_C.DispatchKeySet")),
+_has_keys = None not in (private("_C.DispatchKey"), private("_C.DispatchKeySet"))
+_is_known = (
+    _has_level
+    and _has_keys
+    and None
+    not in (
+        *(_keys, _len_torch_dispatch_stack, _len_torch_function_stack, _peek_interpreter_stack),
+        *(_get_tracing_state, _profiler_enabled, private("_C.DispatchKeySet")),
+    )
 )
 _PLAIN_KEYS = _plain_keys() if _is_known else set()
 
@@ -239,7 +246,7 @@ def beneath(operator: Any, *args: Any) -> Any:
 
 def in_kernel(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` in an autograd kernel, where one transform at most is to be served, and
-    torch sees to the others beneath. Where torch cannot be told so, it refuses transforms."""
+    torch sees to the others beneath. Where torch cannot be told so, torch refuses transforms."""
     with _one_level():
         if _SingleLevelFunction is None:
             return apply_plain(function, *args)

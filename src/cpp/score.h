@@ -195,7 +195,7 @@ struct Score {
       return operand.data ? number_at(operand.at(batch, head), operand.dtype, 0) : otherwise;
     };
     s.slope = one(slopes, 0.0);
-    if (s.slope < 0.0) s.slope = __builtin_nan("");  // of a trace, where none could be refused
+    if (s.slope < 0.0) s.slope = __builtin_nan("");  // where no value could be looked at
     s.sink = one(sinks, kNoSink);
     if (begins.data) {
       s.begins = static_cast<const int32_t*>(begins.at(batch, head));
