@@ -154,7 +154,8 @@ struct BackwardRows {
       };
       differentiate(i, ds, dp, n, key_at, [](int64_t) { return Ints<T>{} == Ints<T>{}; });
     }
-    __builtin_memcpy(task.grad_scores + (begin - task.first_entry), ds, size_t(n) * sizeof(T));
+    if (n > 0)  // where there are no entries at all there is no place for them either
+      __builtin_memcpy(task.grad_scores + (begin - task.first_entry), ds, size_t(n) * sizeof(T));
   }
 
   ADASPLASH2_INLINE void apply_dropout(int64_t i, int64_t begin, int64_t n, const T* p, T* dp) {
