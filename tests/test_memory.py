@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 MEBIBYTE = 2**20
 
-PROGRAM = """
+PRELUDE = """
 import sys
 import torch
 import adasplash2
@@ -27,10 +27,22 @@ def resident(field):
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
 
-heads, length, sharpness, alpha, compiled = (float(argument) for argument in sys.argv[1:])
-shape = (1, int(heads), int(length), 64)
 torch.set_num_threads(2)
 torch.manual_seed(0)
+"""
+
+
+def bytes_told_by(program: str, *arguments: str) -> int:
+    """What a process of its own prints that runs :data:`PRELUDE` and ``program``."""
+    command = [sys.executable, "-c", PRELUDE + program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+PROGRAM = """
+heads, length, sharpness, alpha, compiled = (float(argument) for argument in sys.argv[1:])
+shape = (1, int(heads), int(length), 64)
 
 def forward_and_backward(tensors):
     leaves = [t.requires_grad_() for t in tensors[:3]]
@@ -56,12 +68,7 @@ def peak_above_inputs(
 ) -> int:
     """Bytes at the peak of a forward and backward above query, key, value and the output's
     gradient; output and gradients count."""
-    arguments = [str(number) for number in (heads, length, sharpness, alpha, int(compiled))]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return bytes_told_by(PROGRAM, *map(str, (heads, length, sharpness, alpha, int(compiled))))
 
 
 @pytest.mark.parametrize(
@@ -99,17 +106,6 @@ def test_a_compiled_step_touches_no_more() -> None:
 
 
 DECODING = """
-import sys
-import torch
-import adasplash2
-
-def resident(field):
-    for line in open("/proc/self/status"):
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-
-torch.set_num_threads(2)
-torch.manual_seed(0)
 keys = torch.randn(1, 1, 2**20, 64)
 query = torch.randn(1, 1, 1, 64) * float(sys.argv[1])
 adasplash2.entmax_attention(query, keys[:, :, :64], keys[:, :, :64], backend="cpu")
@@ -123,11 +119,7 @@ print(resident("VmHWM") - before)
 @pytest.mark.parametrize("sharpness", ["1.0", "0.01"], ids=["sparse", "flat"])
 def test_one_query_copies_no_cache(sharpness: str) -> None:
     """A million keys of it are 256 MiB."""
-    done = subprocess.run(
-        [sys.executable, "-c", DECODING, sharpness], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 64 * MEBIBYTE
+    assert bytes_told_by(DECODING, sharpness) < 64 * MEBIBYTE
 
 
 @pytest.mark.slow
@@ -137,16 +129,6 @@ def test_a_long_sequence_fits() -> None:
 
 
 PROBABILITIES = """
-import torch
-import adasplash2
-
-def resident(field):
-    for line in open("/proc/self/status"):
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-
-torch.set_num_threads(2)
-torch.manual_seed(0)
 _, aux = adasplash2.entmax_attention(*torch.randn(3, 1, 1, 64, 32), return_aux=True)
 aux.probabilities()  # loads what loads lazily
 _, aux = adasplash2.entmax_attention(*torch.randn(3, 1, 4, 2048, 32), return_aux=True)
@@ -158,8 +140,4 @@ print(resident("VmHWM") - before)
 
 def test_probabilities_take_little_beside_what_is_found() -> None:
     """17 million scores, of which 0.2 million are found, of 16 bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBABILITIES], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 128 * MEBIBYTE
+    assert bytes_told_by(PROBABILITIES) <= 128 * MEBIBYTE

@@ -74,18 +74,19 @@ class AttentionAux:
         place, value = _Growing(count), _Growing(count.double())
         strides = (p.heads_q * p.length_q * p.length_k, p.length_q * p.length_k, p.length_k, 1)
         rows = max(1, CHUNK // max(1, p.group_size * p.length_k))
-        firsts = range(0, p.length_q, rows)
-        for b, h, first in itertools.product(range(p.batch), range(p.heads_kv), firsts):
+        for b, h in itertools.product(range(p.batch), range(p.heads_kv)):
             heads = slice(h * p.group_size, (h + 1) * p.group_size)
-            some = slice(first, min(first + rows, p.length_q))
             inputs = self._of_key_head(b, h, heads)
-            keys = self._keys_of(inputs, some)
-            found = self._of(inputs, some, keys)
-            count[b : b + 1, heads, some] = (found != 0).sum(dim=3)
-            parts = found.nonzero().unbind(1)
-            begins = b, heads.start, first, keys.start
-            place.append(sum((n + o) * by for n, o, by in zip(parts, begins, strides, strict=True)))
-            value.append(found[parts])
+            for first in range(0, p.length_q, rows):
+                some = slice(first, min(first + rows, p.length_q))
+                keys = self._keys_of(inputs, some)
+                found = self._of(inputs, some, keys)
+                kept = found != 0
+                count[b : b + 1, heads, some] = kept.sum(dim=3)
+                begins = b, heads.start, first, keys.start
+                parts = zip(kept.nonzero().unbind(1), begins, strides, strict=True)
+                place.append(sum((n + begin) * stride for n, begin, stride in parts))
+                value.append(found[kept])
         # By row: chunks hold some rows of some heads.
         order = torch.argsort(place.all())
         column, count = place.all()[order] % max(1, p.length_k), count.flatten()
