@@ -52,6 +52,7 @@ from adasplash2.problem import (
     validated,
 )
 from adasplash2.torch_fastpath import (
+    NO_FORWARD_MODE,
     apply_plain,
     below_autograd,
     beneath,
@@ -71,7 +72,7 @@ AS_NEEDED = -1
 class _ReverseMode(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError("adasplash2 has no forward-mode derivatives (jvp), only reverse mode")
+        raise RuntimeError(NO_FORWARD_MODE)
 
 
 # Arguments of the operators of attention: tensors, the first options, arguments of its own, then

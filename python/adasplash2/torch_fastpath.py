@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+NO_FORWARD_MODE = "adasplash2 has no forward-mode derivatives (jvp), only reverse mode"
+
 
 def private(path: str) -> Any:
     """What ``torch`` has under a dotted path; None where it has nothing."""
@@ -107,15 +109,10 @@ def _plain_keys() -> set[int]:
 
 
 _has_level = private("autograd.forward_ad._current_level") is not None
-_has_keys = None not in (private("_C.DispatchKey"), private("_C.DispatchKeySet"))
-_is_known = (
-    _has_level
-    and _has_keys
-    and None
-    not in (
-        *(_keys, _len_torch_dispatch_stack, _len_torch_function_stack, _peek_interpreter_stack),
-        *(_get_tracing_state, _profiler_enabled, private("_C.DispatchKeySet")),
-    )
+_is_known = _has_level and None not in (
+    *(_keys, _len_torch_dispatch_stack, _len_torch_function_stack, _peek_interpreter_stack),
+    *(_get_tracing_state, _profiler_enabled),
+    *(private("_C.DispatchKey"), private("_C.DispatchKeySet")),
 )
 _PLAIN_KEYS = _plain_keys() if _is_known else set()
 
@@ -238,7 +235,7 @@ def beneath(operator: Any, *args: Any) -> Any:
     if _peek_interpreter_stack is not None and not is_transformed():
         return below_autograd(operator, *args)
     if _forward_enabled is None and is_forward_mode():
-        raise RuntimeError("adasplash2 has no forward-mode derivatives (jvp), only reverse mode")
+        raise RuntimeError(NO_FORWARD_MODE)
     forward = nullcontext() if _forward_enabled is None else _forward_enabled(True)
     with torch.enable_grad(), forward:
         return below_autograd(operator, *args)
