@@ -52,6 +52,8 @@ class Contender(NamedTuple):
             keep fewer keys. With a ``tile_value`` the mean is weighted by head: a head whose tiles
             are all empty, or none of which is, gains nothing.
         taught: the share of the steps in which it learns what softmax says instead of the text.
+        nearness: times how far its layers' outputs are from the teacher's, of each token in parts
+            of their square, is added to what is learned of it.
         after: it starts with the weights that this contender ended with, which teaches it.
         faster: times the rate.
         attention_only: no weights learn but those of attention and of the norms before it.
@@ -65,6 +67,7 @@ class Contender(NamedTuple):
     learned: bool = True
     pressure: float = 0.0
     taught: float = 0.0
+    nearness: float = 0.0
     after: str | None = None
     faster: float = 1.0
     attention_only: bool = False
@@ -73,6 +76,7 @@ class Contender(NamedTuple):
 SPARSER = Contender(
     1.5, start="matched", tolerance=0.3, pressure=0.06, taught=1.0, after="softmax", faster=2.0
 )
+BY_TILES = SPARSER._replace(tolerance=0.0, tile_value=2.5, pressure=0.03)
 
 CONTENDERS = {
     "softmax": Contender(1.0),
@@ -88,7 +92,8 @@ CONTENDERS = {
     "taught, nearest": Contender(1.5, start="matched", taught=1.0, after="softmax", faster=2.0),
     "taught, sparser": SPARSER,
     "taught, attention only": SPARSER._replace(attention_only=True),
-    "taught, by tiles": SPARSER._replace(tolerance=0.0, tile_value=2.5, pressure=0.03),
+    "taught, by tiles": BY_TILES,
+    "taught, by layers": BY_TILES._replace(tile_value=3.0, nearness=1.0),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),
@@ -185,6 +190,29 @@ def logits_of(run: Callable[..., Any]) -> Logits:
     return logits
 
 
+def outputs_of(run: Callable[..., Any], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and what each layer gives: ``(layers, batch, context, features)``."""
+    found = run(input_ids=tokens, use_cache=False, output_hidden_states=True)
+    return found.logits, torch.stack(found.hidden_states[1:])
+
+
+def distance_to(
+    run: Callable[..., Any], weight: float, tokens: Tensor, told: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits, and ``weight`` times the distance of what layers give to what was ``told``."""
+    logits, given = outputs_of(run, tokens)
+    told = told.float()
+    squares = (given.float() - told).square().sum(dim=-1) / told.square().sum(dim=-1)
+    return logits, weight * squares.mean()
+
+
+def teacher_of(model: Any, contender: Contender) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    if contender.nearness:
+        return partial(outputs_of, model)
+    logits = logits_of(model)
+    return lambda tokens: (logits(tokens),)
+
+
 def weights_of(program: Program, name: str, rate: float) -> Path:
     """Those that a contender ended with."""
     return record(program, name, rate).with_suffix(".weights.pt")
@@ -230,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
         before = contender.after and weights_of(program, contender.after, rate)
         model, schedule, scales, empty = softmax(before), None, [], None
         layers = range(len(model.model.layers))
-        teacher = logits_of(copy.deepcopy(model)) if contender.taught else None
+        teacher = teacher_of(copy.deepcopy(model), contender) if contender.taught else None
         if contender.start == "matched":
             unseen = corpus.draw(1, options.seed, scale.steps)  # no step's
             matcher = matched(model, contender, unseen[:, :-1].to(options.device))
@@ -249,13 +277,17 @@ def main(arguments: list[str] | None = None) -> int:
             rise = max(1, round(contender.rise * scale.steps))
             schedule = AlphaSchedule(set_alpha, rise, contender.alpha)
 
+        run = compiled(model, options)
         return Ready(
             model,
-            logits_of(compiled(model, options)),
+            logits_of(run),
             schedule,
             monitor,
             teacher=teacher,
             taught=contender.taught,
+            distance=(
+                partial(distance_to, run, contender.nearness) if contender.nearness else None
+            ),
             faster=contender.faster,
             penalty=(
                 partial(pressed, scales, contender.pressure, empty) if contender.pressure else None

@@ -193,8 +193,11 @@ class Ready(NamedTuple):
 
     Attributes:
         monitor: sees its attention where that is ours.
-        teacher: what it says is learned instead of the text, in the first steps.
+        teacher: what it says is learned instead of the text, in the first steps: its logits, and
+            what else ``distance`` asks.
         taught: the share of the steps in which it is.
+        distance: gives the logits of tokens and how far the model is from what the teacher said
+            beside its own, which is added to the loss.
         penalty: is added to the loss.
         faster: times the rate.
         kept: where the weights that it ends with are written.
@@ -204,8 +207,9 @@ class Ready(NamedTuple):
     logits: Logits
     schedule: AlphaSchedule | None
     monitor: AttentionMonitor
-    teacher: Logits | None = None
+    teacher: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     taught: float = 1.0
+    distance: Callable[..., tuple[Tensor, Tensor]] | None = None
     penalty: Callable[[], Tensor] | None = None
     faster: float = 1.0
     kept: Path | None = None
@@ -244,11 +248,17 @@ def train(
         if ready.teacher is None or step >= ready.taught * scale.steps:
             return (windows,)
         with torch.no_grad(), autocast(device):
-            return windows, ready.teacher(windows[:, :-1])
+            return windows, *ready.teacher(windows[:, :-1])
 
     def loss_of(windows: Tensor, *said: Tensor) -> Tensor:
-        loss = losses_of(ready.logits, windows, device, *said).mean()
-        return loss if ready.penalty is None else loss + ready.penalty()
+        logits, added = ready.logits, []
+        if said and ready.distance is not None:
+            with autocast(device):
+                found, distance = ready.distance(windows[:, :-1], *said[1:])
+            logits, added = (lambda tokens: found), [distance]
+        if ready.penalty is not None:
+            added.append(ready.penalty())
+        return sum(added, losses_of(logits, windows, device, *said[:1]).mean())
 
     if not checkpoint.exists():
         look(0, 0.0)

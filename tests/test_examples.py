@@ -461,14 +461,36 @@ def told_by(tmp_path: Path, text: str, *contenders: str) -> dict[str, Any]:
     return {name: run for name, (run,) in told.items()}
 
 
-def test_what_is_taught_goes_on_from_softmax_and_stays_with_it(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("name", ["taught", "taught, by layers"])
+def test_what_is_taught_goes_on_from_softmax_and_stays_with_it(
+    tmp_path: Path, text: str, name: str
+) -> None:
     pytest.importorskip("transformers")
     softmax = told_by(tmp_path, text, "softmax")["softmax"]["held_out"]
-    taught = told_by(tmp_path, text, "softmax", "taught")["taught"]["held_out"]
+    taught = told_by(tmp_path, text, "softmax", name)[name]["held_out"]
     assert softmax[-1]["loss"] < softmax[0]["loss"] - 0.1
     assert [look["step"] for look in taught] == list(range(0, 21, 2))
     for look in taught:
         assert look["loss"] == pytest.approx(softmax[-1]["loss"], abs=0.02)
+
+
+def test_layers_are_as_far_as_they_are_moved() -> None:
+    """In parts of the square of what they were: a tenth of it, and its half."""
+    pytest.importorskip("transformers")
+    import from_softmax
+
+    model = from_softmax.tiny_source().load()
+    tokens = torch.arange(12)[None]
+    logits, told = from_softmax.outputs_of(model, tokens)
+    assert told.shape == (2, 1, 12, 32)
+    again, distance = from_softmax.distance_to(model, 3.0, tokens, told)
+    assert again.equal(logits)
+    assert distance.item() == 0
+    moved = torch.stack([told[0] / 1.1, told[1] / 1.5])
+    distance = from_softmax.distance_to(model, 3.0, tokens, moved)[1]
+    assert distance.item() == pytest.approx(3.0 * (0.1**2 + 0.5**2) / 2, rel=1e-4)
+    distance.backward()
+    assert all(layer.self_attn.q_proj.weight.grad.any() for layer in model.model.layers)
 
 
 def test_what_is_taught_first_learns_the_text_after(tmp_path: Path, text: str) -> None:
