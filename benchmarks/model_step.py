@@ -3,13 +3,15 @@ on the State of the Union speeches, with our attention and with SDPA's kernels.
 
 Rows keep many keys at first and few later, so that a step of ours takes another time at each stage
 of training; softmax's does not, and makes a few steps only. Contenders are those of
-``examples/train_lm.py``; a GPU's step is a CUDA graph, as there with ``--graph``.
+``examples/train_lm.py``, each beside the same model with alpha = 1; a GPU's step is a CUDA graph,
+as there with ``--graph``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import statistics
 import sys
 import time
@@ -58,16 +60,18 @@ def main() -> int:
         parser.error(f"argument --contenders: no {sorted(unknown)[0]!r}; there are {[*CONTENDERS]}")
     results = []
     for batch, tokens in options.shapes:
-        found = {
-            name: trained(options, batch, tokens, CONTENDERS[name], name, options.steps)
-            for name in options.contenders
-        }
-        for rival in options.rivals:
-            found[rival] = trained(
-                options, batch, tokens, CONTENDERS["softmax"], rival, options.rival_steps
-            )
-        results.append({"batch": batch, "tokens": tokens, "contenders": found})
-        print(report(options, batch, tokens, found), flush=True)
+        contenders, rivals = {}, {}
+        for name in options.contenders:
+            recipe = CONTENDERS[name]
+            contenders[name] = trained(options, batch, tokens, recipe, name, options.steps)
+            softmax = dataclasses.replace(recipe, alpha=1.0, rise=0.0)
+            rivals[name] = {
+                rival: trained(options, batch, tokens, softmax, rival, options.rival_steps)
+                for rival in options.rivals
+            }
+        found = {"contenders": contenders, "rivals": rivals}
+        results.append({"batch": batch, "tokens": tokens, **found})
+        print(report(options, batch, tokens, contenders, rivals), flush=True)
     if options.json:
         environment = records.environment(options.device)
         records.write(options.json, {"environment": environment, "results": results})
@@ -122,23 +126,30 @@ def at(times: list[float], look: int) -> float:
 
 
 def report(
-    options: argparse.Namespace, batch: int, tokens: int, found: dict[str, dict[str, Any]]
+    options: argparse.Namespace,
+    batch: int,
+    tokens: int,
+    contenders: dict[str, dict[str, Any]],
+    rivals: dict[str, dict[str, dict[str, Any]]],
 ) -> str:
     looks = [n for n in options.looks if n <= options.steps] or [options.steps]
     rows = []
-    for name, run in found.items():
-        is_rival = name in options.rivals
-        told = [at(run["ms"], len(run["ms"]) if is_rival else n) for n in looks]
-        memory = "-" if run["peak_mib"] is None else f"{run['peak_mib'] / 1024.0:.1f}"
-        rows.append([name, *(f"{ms:.1f}" for ms in told), memory, f"{run['losses'][-1]:.3f}"])
-        for rival in () if is_rival else options.rivals:
-            flat = at(found[rival]["ms"], len(found[rival]["ms"]))
-            peak = "-"
+    for name, ours in contenders.items():
+        told = [at(ours["ms"], n) for n in looks]
+        rows.append([name, *(f"{ms:.1f}" for ms in told), *memory_and_loss(ours)])
+        for rival, run in rivals[name].items():
+            flat, peak = at(run["ms"], len(run["ms"])), "-"
             if run["peak_mib"] is not None:
-                peak = f"{run['peak_mib'] / found[rival]['peak_mib']:.2f}x"
-            rows.append([f"  in {rival}'s", *(f"{ms / flat:.2f}x" for ms in told), peak, ""])
+                peak = f"{ours['peak_mib'] / run['peak_mib']:.2f}x"
+            rows.append([f"  {rival}", *[f"{flat:.1f}"] * len(looks), *memory_and_loss(run)])
+            rows.append([f"    ours in {rival}'s", *(f"{ms / flat:.2f}x" for ms in told), peak, ""])
     head = ["ms a step", *(f"at {n}" for n in looks), "peak GiB", "last loss"]
     return f"\n{batch} x {tokens} tokens\n{tables.table(head, rows)}"
+
+
+def memory_and_loss(run: dict[str, Any]) -> tuple[str, str]:
+    memory = "-" if run["peak_mib"] is None else f"{run['peak_mib'] / 1024.0:.1f}"
+    return memory, f"{run['losses'][-1]:.3f}"
 
 
 if __name__ == "__main__":

@@ -608,7 +608,8 @@ def test_steps_of_a_whole_model(tmp_path: Path, text: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "2 x 64 tokens" in done.stdout
     (result,) = json.loads((tmp_path / "steps").read_text())["results"]
-    found = {name: (len(run["ms"]), run["losses"]) for name, run in result["contenders"].items()}
-    assert {name: made for name, (made, _) in found.items()} == {"qk-norm": 8, "flash": 7}
-    for _, losses in found.values():
-        assert losses[-1] < losses[0] - 1.0, "it trains"
+    (ours,), rivals = result["contenders"].values(), result["rivals"]["qk-norm"]
+    assert [*result["contenders"], *rivals] == ["qk-norm", "flash"]
+    for run, steps in ((ours, 8), (rivals["flash"], 7)):
+        assert len(run["ms"]) == steps
+        assert run["losses"][-1] < run["losses"][0] - 1.0, "it trains"
