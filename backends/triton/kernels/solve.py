@@ -471,7 +471,10 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
 
     Where FEW, no row block sees more than CHUNK tiles, all about as many: their maxima stay in
     registers, and row blocks are dealt out.
+
+    Where ``opt.rough`` the last step is left to ``output``, but where its steps are counted.
     """
+    roughly: tl.constexpr = opt.rough and not COUNT
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     if FEW:
         maxima += tl.program_id(0).to(tl.int64) * (PIECES + 1) * CHUNK * opt.block_q
@@ -583,14 +586,15 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, edge)
             state = t, lo, hi, most, pending, steps
             t, lo, hi, most, pending, steps = advanced(state, row_sums(sums), top, threshold, step,
-                                                       terms, tolerance, opt)  # fmt: skip
+                                                       terms, tolerance, opt,
+                                                       roughly)  # fmt: skip
             step += 1
             waiting = any_of(pending) & (step < MAX_STEPS)
             # The first list holds little more than the last one: where tiles are few, it serves the
             # second step too.
             if (not FEW) or (step > REUSES) or (waiting == 0):
-                # The next step may fall back to `lo`.
-                bound = tl.where(waiting, lo, t) - slack(terms.r)
+                # The next step may fall back to `lo`, `output` where it goes on.
+                bound = (lo if roughly else tl.where(waiting, lo, t)) - slack(terms.r)
                 bound = tl.where(pending | (waiting == 0), bound, INFINITY)
                 bound = handed_on(bound)
                 tl.debug_barrier()  # the list is read
