@@ -273,8 +273,8 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     Launched twice: rows whose result is not finite are marked ``unsafe``, and only their blocks
     are done again where SAFE, by a loop in which values that are not finite reach the rows alone
     whose support holds them. There are few programs then, since hardly ever there are ``some``.
-    ``spread``: 0 where one key has all of the probability, whose ``ds`` is zero. Where ``opt.rough``
-    thresholds, which are ``tau`` there, take a last step, and are stored anew.
+    ``spread``: 0 where one key has all of the probability, whose ``ds`` is zero. Where
+    ``opt.rough`` thresholds, which are ``tau`` there, take a last step, and are stored anew.
     """
     if SAFE:
         number, waiting = first_again(some, work_items)

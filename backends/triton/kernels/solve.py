@@ -206,13 +206,11 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
                                                    terms, shape, opt)  # fmt: skip
         numbers = span * SPAN + tl.arange(0, SPAN)
         if FEW:
-            places = numbers[:, None] + tl.arange(1, PIECES + 1)[None, :] * CHUNK
+            places = numbers[:, None] + tl.arange(0, PIECES)[None, :] * CHUNK
             tl.store(maxima + places[None, :, :] * opt.block_q + rows[:, None, None], highest)
-            of_tiles = largest(highest, 2)
         else:
-            of_tiles = highest
-        tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], of_tiles)
-        top = larger(top, largest(of_tiles, 1))
+            tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
+        top = larger(top, largest(highest, 1))
     return top, total, squares
 
 
@@ -225,11 +223,11 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_pieces(maxima, count, opt: tl.constexpr, CHUNK: tl.constexpr, FOLDS: tl.constexpr):
-    """What :func:`scan_tiles` has stored behind those of ``count`` tiles where FEW, by row, and by
-    piece and tile; of FOLDS tiles, as far apart as can be, the maxima of both."""
+    """What :func:`scan_tiles` has stored of ``count`` tiles where FEW, by row, and by piece and
+    tile; of FOLDS tiles, as far apart as can be, the maxima of both."""
     width: tl.constexpr = CHUNK // FOLDS
     places = tl.arange(0, PIECES * width)
-    pieces = (1 + places // width) * CHUNK
+    pieces = places // width * CHUNK
     highest = tl.full((opt.block_q, PIECES * width), -INFINITY, tl.float32)
     for fold in tl.static_range(FOLDS):
         tiles = places % width + fold * width
@@ -368,6 +366,9 @@ def list_few(lists, live, first, maxima, top, t, open_ones, count, terms, opt: t
     places = tl.arange(0, CHUNK)
     numbers = first + places
     highest = load_maxima(maxima, 0, count, opt, CHUNK)
+    for piece in tl.static_range(1, PIECES):
+        more = load_maxima(maxima + piece * CHUNK * opt.block_q, 0, count, opt, CHUNK)
+        highest = tl.maximum(highest, more)
     x = tl.max(terms.c * (highest - top[:, None]) - t[:, None], 0)
     alive = is_inside(x, terms.r, opt) & (places < count)
     tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
@@ -477,7 +478,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
     roughly: tl.constexpr = opt.rough and not COUNT
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     if FEW:
-        maxima += tl.program_id(0).to(tl.int64) * (PIECES + 1) * CHUNK * opt.block_q
+        maxima += tl.program_id(0).to(tl.int64) * PIECES * CHUNK * opt.block_q
         item = tl.program_id(0)
     else:
         maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
@@ -495,7 +496,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         end = seen_tiles(first_row, terms, shape, opt)
         zeros = tl.full((opt.block_q,), 0.0, tl.float32)
         parts = no_parts(opt)
-        scanned = zeros - INFINITY, parts[0], parts[1]
+        tops = tl.full((opt.block_q, PIECES), -INFINITY, tl.float32) if FEW else zeros - INFINITY
+        scanned = tops, parts[0], parts[1]
         seen = 0, end
         first_open = 0
         origin = 0
@@ -541,7 +543,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         numbers = lists + at_block.to(tl.int64) * tiles
         flags = live + at_block.to(tl.int64) * tiles
         open_ones = (first_open, open_end)
-        top, poisoned, pending = kinds_of(scanned[0], inside, terms, opt)
+        tops = largest(scanned[0], 1) if FEW else scanned[0]
+        top, poisoned, pending = kinds_of(tops, inside, terms, opt)
         if FEW:
             left = end - origin
             tops = handed_on(top)
