@@ -113,12 +113,12 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
 
 
 @triton.jit
-def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
+def weigh_tiles(sums, number, row_block, keys, values, entries, marks, terms, shape, u_scale,
                 opt: tl.constexpr, SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """:func:`weigh` the entries that need no mask, or the others where EDGE."""
+    """:func:`weigh` the entries that need no mask, or the others where EDGE, of which ``number`` is
+    the first."""
     numbers, start, stop = portion(entries, EDGE)
-    number = first_entry(numbers, start, stop, EDGE)
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
         number = entry_of(numbers, index + 1, stop)
@@ -126,6 +126,13 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_s
         sums = weigh(sums, x, v, row_block[3], first, marks, terms, shape, u_scale, opt, SCALE,
                      GRADIENT, SAFE, COUNT, MARK)  # fmt: skip
     return sums
+
+
+@triton.jit
+def start_of(entries, EDGE: tl.constexpr):
+    """The first entry of a loop over :func:`portion`."""
+    numbers, start, stop = portion(entries, EDGE)
+    return first_entry(numbers, start, stop, EDGE)
 
 
 @triton.jit
@@ -239,26 +246,27 @@ def output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists
     sums = no_sums(opt, GRADIENT, SAFE)
     u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
     if opt.rough and not SAFE:
+        number = start_of(entries, 2)  # on its way beside the queries
         step = 0
         waiting = step < MOST_AGAIN
         while waiting:
             row_block = (q, top, t, first_row)
-            sums = no_sums(opt, GRADIENT, SAFE)
-            for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
-                sums = weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape,
-                                   u_scale, opt, scale, GRADIENT, SAFE, COUNT, MARK,
-                                   edge)  # fmt: skip
+            sums = weigh_tiles(no_sums(opt, GRADIENT, SAFE), number, row_block, keys, values,
+                               entries, marks, terms, shape, u_scale, opt, scale, GRADIENT, SAFE,
+                               COUNT, MARK, 2)  # fmt: skip
             moved, off = settled(sums, t, terms.r, opt)
             step += 1
             waiting = any_of(off) & (step < MOST_AGAIN)
             t = tl.where(off & waiting, moved, t)
+            number = start_of(entries, 2)  # anew: what follows from it has no registers to stay in
         moved, _ = settled(sums, t, terms.r, opt)
         tl.store(t_in + at_row, moved, mask=inside)
     else:
         row_block = (q, top, t, first_row)
         for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
-            sums = weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
-                               opt, scale, GRADIENT, SAFE, COUNT, MARK, edge)  # fmt: skip
+            sums = weigh_tiles(sums, start_of(entries, edge), row_block, keys, values, entries,
+                               marks, terms, shape, u_scale, opt, scale, GRADIENT, SAFE, COUNT,
+                               MARK, edge)  # fmt: skip
     store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u, u_scale, batch,
                  head, first_row, at_row, inside, value.base.dtype.element_ty, terms, shape, opt,
                  scale, GRADIENT, SAFE, COUNT)  # fmt: skip

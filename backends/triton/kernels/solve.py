@@ -16,7 +16,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     largest,
 )
 from adasplash2.backends.triton.kernels.score import (
-    allowed,
+    among_seen,
     any_shown,
     begin_of,
     bias_of,
@@ -99,14 +99,13 @@ def slack(r):
 
 
 @triton.jit
-def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH: tl.constexpr,
-                EDGE):  # fmt: skip
-    """Scores of ``rows`` and the WIDTH keys from ``first`` on, with their ``bias``; -inf where,
-    with EDGE, a key may not be seen."""
+def seen_scores(q, k, first_row, first, bias, terms, shape, opt: tl.constexpr, EDGE):
+    """Scores of a row block and the keys from ``first`` on, with their ``bias``; -inf where, with
+    EDGE, a key may not be seen."""
+    rows = (first_row + tl.arange(0, opt.block_q))[:, None]
     s = biased(capped(products(q, k, bias, opt), rows, terms, shape, opt), bias, opt)
     if EDGE:
-        columns = first + tl.arange(0, WIDTH)
-        s = tl.where(allowed(rows, columns[None, :], terms, shape, opt), s, -INFINITY)
+        s = among_seen(s, first_row, first, terms, shape, opt)
     return s
 
 
@@ -149,8 +148,7 @@ def span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt: tl.con
     """The row maxima of SPAN tiles, where FEW by :func:`piece_maxima`, and their scores."""
     width: tl.constexpr = SPAN * opt.block_k
     k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, is_cut(EDGE, opt), opt)
-    rows = (first_row + tl.arange(0, opt.block_q))[:, None]
-    s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, edge)
+    s = seen_scores(q, k, first_row, first, bias, terms, shape, opt, edge)
     if FEW:
         highest = piece_maxima(s, SPAN)
     else:
