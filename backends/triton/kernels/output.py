@@ -246,19 +246,23 @@ def output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists
     sums = no_sums(opt, GRADIENT, SAFE)
     u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
     if opt.rough and not SAFE:
-        number = start_of(entries, 2)  # on its way beside the queries
+        number = start_of(entries, 2) if opt.joined else 0  # on its way beside the queries
         step = 0
         waiting = step < MOST_AGAIN
         while waiting:
             row_block = (q, top, t, first_row)
-            sums = weigh_tiles(no_sums(opt, GRADIENT, SAFE), number, row_block, keys, values,
-                               entries, marks, terms, shape, u_scale, opt, scale, GRADIENT, SAFE,
-                               COUNT, MARK, 2)  # fmt: skip
+            sums = no_sums(opt, GRADIENT, SAFE)
+            for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
+                start = number if opt.joined else start_of(entries, edge)
+                sums = weigh_tiles(sums, start, row_block, keys, values, entries, marks, terms,
+                                   shape, u_scale, opt, scale, GRADIENT, SAFE, COUNT, MARK,
+                                   edge)  # fmt: skip
             moved, off = settled(sums, t, terms.r, opt)
             step += 1
             waiting = any_of(off) & (step < MOST_AGAIN)
             t = tl.where(off & waiting, moved, t)
-            number = start_of(entries, 2)  # anew: what follows from it has no registers to stay in
+            if opt.joined:  # anew: what follows from it has no registers to stay in
+                number = start_of(entries, 2)
         moved, _ = settled(sums, t, terms.r, opt)
         tl.store(t_in + at_row, moved, mask=inside)
     else:
