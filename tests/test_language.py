@@ -556,6 +556,35 @@ def test_windows_of_few_tiles_and_of_many(
 
 @BACKENDS
 @interpreted()
+def test_a_window_whose_rows_differ_in_bfloat16(backend: str) -> None:
+    """Flat rows, sharp ones and ones between in one block: the Triton backend leaves the last step
+    of thresholds to the output, which some rows are near to then and some are not."""
+    length, left = 576, 300
+    tensors = [torch.randn(1, 1, length, 16) for _ in "qkvg"]
+    tensors[0] *= torch.tensor([0.1, 0.7, 2.0, 2.0, 8.0]).repeat(116)[:length, None]
+    tensors = [t.to(device_of(backend), torch.bfloat16) for t in tensors]
+    leaves = [t.requires_grad_() for t in tensors[:3]]
+    said: dict[str, Any] = {"is_causal": True, "window": (left, 0), "backend": backend}
+    out, aux = attend(adasplash2.entmax_attention, *leaves, **said, return_aux=True)
+    grads = torch.autograd.grad(out, leaves, tensors[3])
+    with torch.no_grad():
+        plain = attend(adasplash2.entmax_attention, *leaves, **said)
+    assert torch.equal(plain, out)
+    query, key, value, grad = (t.detach().cpu().double() for t in tensors)
+    far = torch.arange(length) - torch.arange(length)[:, None]
+    scores = (query @ key.mT / 4.0).masked_fill((far < -left) | (far > 0), -math.inf)
+    p = reference.entmax(scores, 1.5)
+    x = scores / 2.0 - aux.tau.cpu().double().unsqueeze(-1)
+    assert ((x.clamp(min=0.0) ** 2).sum(-1) - 1.0).abs().max() < 2e-5
+    u, dp = p.sqrt(), grad @ value.mT
+    ds = u * (dp - (u * dp).sum(-1, keepdim=True) / u.sum(-1, keepdim=True))
+    exact = p @ value, ds @ key / 4.0, ds.mT @ query / 4.0, p.mT @ grad
+    for name, got, asked in zip(("out", "dq", "dk", "dv"), (out, *grads), exact, strict=True):
+        assert_near(name, got.detach(), asked, 4e-3)
+
+
+@BACKENDS
+@interpreted()
 def test_padding_is_not_read(backend: str) -> None:
     """Whatever is in it, NaN too."""
     device = device_of(backend)

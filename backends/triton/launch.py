@@ -511,7 +511,7 @@ def _of_solve(call: Call, state: ForwardState) -> dict[str, Any]:
     block_q, programs, fixed = plan.opt.block_q, plan.solving, plan.fixed["solve"]
     few, chunk, span = fixed["FEW"], fixed["CHUNK"], fixed["SPAN"]
     # A slice for each program, so that they take memory by the device, not by the length squared.
-    each = (solve_kernels.PIECES.value + 1) * chunk if few else -(-call.grid.tiles // span) * span
+    each = solve_kernels.PIECES.value * chunk if few else -(-call.grid.tiles // span) * span
     return {
         **_of_thresholds(call, state),
         "maxima": call.empty(programs * each * block_q, dtype=torch.float32),

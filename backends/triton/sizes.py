@@ -382,7 +382,8 @@ class Options(NamedTuple):
     keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do not lie in
     such; ``guesses``: the first step is from where Gaussian rows of the same mean and deviation
     have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth of the time);
-    ``overlaps``: see :class:`Limits`; ``segment``: see DECODED_SEGMENT."""
+    ``rough``: the last step is that of ``output``, which finds what it would from the sums that it
+    divides by; ``overlaps``: see :class:`Limits`; ``segment``: see DECODED_SEGMENT."""
 
     block_q: int
     block_k: int
@@ -425,6 +426,7 @@ class Options(NamedTuple):
     scattered: bool
     page_size: int
     guesses: bool
+    rough: bool
     overlaps: bool
     segment: int
 
@@ -486,6 +488,11 @@ class Options(NamedTuple):
             scattered=is_scattered(problem),
             page_size=problem.page_size,
             guesses=alpha == 1.5 and mask is None and not alibi,
+            rough=alpha == 1.5
+            and problem.dtype == torch.bfloat16
+            and not scored
+            and joined
+            and config.get("whole") == "nothing",
             overlaps=bool(config.get("overlaps")),
             segment=int(config.get("segment", block_k)),
         )

@@ -7,10 +7,12 @@ import triton.language as tl
 
 from adasplash2.backends.triton.kernels.arithmetic import (
     PROB_SCALE,
+    any_of,
     count_bad,
     cut_to,
     finite_part,
     in_halves,
+    is_finite,
     matmul,
     weighted,
     with_bad,
@@ -28,6 +30,7 @@ from adasplash2.backends.triton.kernels.threshold import (
     PARTS,
     pair_sums,
     part_sums,
+    rise,
     weights,
 )
 from adasplash2.backends.triton.kernels.work import (
@@ -52,6 +55,13 @@ from adasplash2.backends.triton.kernels.work import (
 
 LARGEST = tl.constexpr(65504.0)
 """Of float16's numbers."""
+
+LEFT = tl.constexpr(2.0**-9)
+"""How far ``sum p`` may be from 1 where ``opt.rough``: probabilities are divided by it, and of what
+else it moves between the keys of a row a part is seen, less than bfloat16 rounds."""
+
+MOST_AGAIN = tl.constexpr(8)
+"""The most times that a row block's means are found where ``opt.rough``; hardly ever three."""
 
 
 @triton.jit
@@ -80,9 +90,10 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
         kept = is_kept(rows, columns, terms, shape, opt)
         p = tl.where(kept, p, 0.0)
     acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
-    if GRADIENT:
+    if GRADIENT or opt.rough:
         u = scaled(u, u_scale, v.dtype, opt)
         slope += part_sums(u)
+    if GRADIENT:
         if opt.dropout:
             u = tl.where(kept, u, 0.0)
         acc_u += weighted(u, finite_part(v, SAFE), opt)
@@ -102,12 +113,12 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
 
 
 @triton.jit
-def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
+def weigh_tiles(sums, number, row_block, keys, values, entries, marks, terms, shape, u_scale,
                 opt: tl.constexpr, SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """:func:`weigh` the entries that need no mask, or the others where EDGE."""
+    """:func:`weigh` the entries that need no mask, or the others where EDGE, of which ``number`` is
+    the first."""
     numbers, start, stop = portion(entries, EDGE)
-    number = first_entry(numbers, start, stop, EDGE)
     for index in range(start, stop):
         first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
         number = entry_of(numbers, index + 1, stop)
@@ -115,6 +126,22 @@ def weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_s
         sums = weigh(sums, x, v, row_block[3], first, marks, terms, shape, u_scale, opt, SCALE,
                      GRADIENT, SAFE, COUNT, MARK)  # fmt: skip
     return sums
+
+
+@triton.jit
+def start_of(entries, EDGE: tl.constexpr):
+    """The first entry of a loop over :func:`portion`."""
+    numbers, start, stop = portion(entries, EDGE)
+    return first_entry(numbers, start, stop, EDGE)
+
+
+@triton.jit
+def settled(sums, t, r, opt: tl.constexpr):
+    """Where :func:`weigh_tiles` has found how far from the root ``t`` is, a step to it, which is
+    the last but for rows that are far off; and which these are."""
+    mass, slope = pair_sums(sums[3], sums[4])
+    moved = tl.where(mass > 0.0, t + rise(mass, slope, r, opt), t)
+    return moved, (tl.abs(mass - 1.0) > LEFT) & is_finite(moved) & (mass > 0.0)
 
 
 @triton.jit
@@ -217,11 +244,33 @@ def output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists
     if COUNT:
         marks = marks_of(marks, batch, head, shape, MARK)
     sums = no_sums(opt, GRADIENT, SAFE)
-    row_block = (q, top, t, first_row)
     u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
-    for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
-        sums = weigh_tiles(sums, row_block, keys, values, entries, marks, terms, shape, u_scale,
-                           opt, scale, GRADIENT, SAFE, COUNT, MARK, edge)  # fmt: skip
+    if opt.rough and not SAFE:
+        number = start_of(entries, 2) if opt.joined else 0  # on its way beside the queries
+        step = 0
+        waiting = step < MOST_AGAIN
+        while waiting:
+            row_block = (q, top, t, first_row)
+            sums = no_sums(opt, GRADIENT, SAFE)
+            for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
+                start = number if opt.joined else start_of(entries, edge)
+                sums = weigh_tiles(sums, start, row_block, keys, values, entries, marks, terms,
+                                   shape, u_scale, opt, scale, GRADIENT, SAFE, COUNT, MARK,
+                                   edge)  # fmt: skip
+            moved, off = settled(sums, t, terms.r, opt)
+            step += 1
+            waiting = any_of(off) & (step < MOST_AGAIN)
+            t = tl.where(off & waiting, moved, t)
+            if opt.joined:  # anew: what follows from it has no registers to stay in
+                number = start_of(entries, 2)
+        moved, _ = settled(sums, t, terms.r, opt)
+        tl.store(t_in + at_row, moved, mask=inside)
+    else:
+        row_block = (q, top, t, first_row)
+        for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
+            sums = weigh_tiles(sums, start_of(entries, edge), row_block, keys, values, entries,
+                               marks, terms, shape, u_scale, opt, scale, GRADIENT, SAFE, COUNT,
+                               MARK, edge)  # fmt: skip
     store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u, u_scale, batch,
                  head, first_row, at_row, inside, value.base.dtype.element_ty, terms, shape, opt,
                  scale, GRADIENT, SAFE, COUNT)  # fmt: skip
@@ -236,7 +285,8 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     Launched twice: rows whose result is not finite are marked ``unsafe``, and only their blocks
     are done again where SAFE, by a loop in which values that are not finite reach the rows alone
     whose support holds them. There are few programs then, since hardly ever there are ``some``.
-    ``spread``: 0 where one key has all of the probability, whose ``ds`` is zero.
+    ``spread``: 0 where one key has all of the probability, whose ``ds`` is zero. Where
+    ``opt.rough`` thresholds, which are ``tau`` there, take a last step, and are stored anew.
     """
     if SAFE:
         number, waiting = first_again(some, work_items)

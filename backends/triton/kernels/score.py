@@ -29,6 +29,9 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     tanh,
 )
 
+GROUP = tl.constexpr(8)
+"""Neighbouring keys of which four threads hold two each of a product of matrices."""
+
 FARTHEST = tl.constexpr(2.0**30)
 """A place behind all keys, in float32 and in 32 bits."""
 
@@ -267,9 +270,9 @@ def visible(rows, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
-def allowed(rows, keys, terms, shape, opt: tl.constexpr):
+def allowed(rows, keys, terms, shape, opt: tl.constexpr, further=0):
     """Which of ``keys`` each of ``rows`` may see as far as numbers and ranges say: a mask has its
-    say in :func:`bias_of`."""
+    say in :func:`bias_of`. Under causal windows of keys that are ``further`` than these."""
     if opt.causal and not opt.ranges:  # one limit, and one comparison for each key
         place = place_of(rows, terms, shape, opt)
         last = tl.where(rows >= 0, tl.minimum(place, shape.length_k - 1), -1)
@@ -278,7 +281,8 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
             seen = tl.maximum(last + 1 - begin, 0)
             if opt.even:  # of keys that exist, all rows see as many
                 seen = from_odd(shape.terms.left) + 1
-            mask = (keys - begin).to(tl.uint32, bitcast=True) < seen.to(tl.uint32, bitcast=True)
+            place = keys - begin + further
+            mask = place.to(tl.uint32, bitcast=True) < seen.to(tl.uint32, bitcast=True)
         else:
             mask = keys <= last
     else:
@@ -293,6 +297,27 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr):
         if opt.left and not opt.causal:
             mask = mask & (keys >= place - from_odd(shape.terms.left))
     return mask
+
+
+@triton.jit
+def among_seen(values, first_row, first_key, terms, shape, opt: tl.constexpr):
+    """The values of rows and keys from these on, -inf where a key may not be seen.
+
+    Where one comparison is enough a thread counts from its first key on: else it makes the number
+    of each anew, having no registers to keep them.
+    """
+    rows = first_row + tl.arange(0, values.shape[0])
+    if opt.causal and opt.left and not opt.ranges:
+        groups: tl.constexpr = values.shape[1] // GROUP
+        keys = (first_key + tl.arange(0, GROUP))[None, None, :]
+        further = (tl.arange(0, groups) * GROUP)[None, :, None]
+        seen = allowed(rows[:, None, None], keys, terms, shape, opt, further)
+        grouped = tl.reshape(values, (values.shape[0], groups, GROUP))
+        return tl.reshape(tl.where(seen, grouped, -INFINITY), values.shape)
+    else:
+        keys = first_key + tl.arange(0, values.shape[1])
+        seen = allowed(rows[:, None], keys[None, :], terms, shape, opt)
+        return tl.where(seen, values, -INFINITY)
 
 
 @triton.jit
@@ -458,8 +483,11 @@ def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.co
             score = s + bias_of(rows, keys, terms, shape, opt)
     if opt.joined:
         if EDGE:  # see `is_edge`; before the last operation, into which `x` is cut
-            rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
-            score = tl.where(allowed(rows, keys, terms, shape, opt), score, -INFINITY)
+            if BY_KEY:
+                rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
+                score = tl.where(allowed(rows, keys, terms, shape, opt), score, -INFINITY)
+            else:
+                score = among_seen(score, first_row, first_key, terms, shape, opt)
         x = distance(score, top, t, terms.c, opt)
     else:
         x = distance(score, top, t, terms.c, opt)

@@ -16,7 +16,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     largest,
 )
 from adasplash2.backends.triton.kernels.score import (
-    allowed,
+    among_seen,
     any_shown,
     begin_of,
     bias_of,
@@ -99,14 +99,13 @@ def slack(r):
 
 
 @triton.jit
-def seen_scores(q, k, rows, first, bias, terms, shape, opt: tl.constexpr, WIDTH: tl.constexpr,
-                EDGE):  # fmt: skip
-    """Scores of ``rows`` and the WIDTH keys from ``first`` on, with their ``bias``; -inf where,
-    with EDGE, a key may not be seen."""
+def seen_scores(q, k, first_row, first, bias, terms, shape, opt: tl.constexpr, EDGE):
+    """Scores of a row block and the keys from ``first`` on, with their ``bias``; -inf where, with
+    EDGE, a key may not be seen."""
+    rows = (first_row + tl.arange(0, opt.block_q))[:, None]
     s = biased(capped(products(q, k, bias, opt), rows, terms, shape, opt), bias, opt)
     if EDGE:
-        columns = first + tl.arange(0, WIDTH)
-        s = tl.where(allowed(rows, columns[None, :], terms, shape, opt), s, -INFINITY)
+        s = among_seen(s, first_row, first, terms, shape, opt)
     return s
 
 
@@ -149,8 +148,7 @@ def span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt: tl.con
     """The row maxima of SPAN tiles, where FEW by :func:`piece_maxima`, and their scores."""
     width: tl.constexpr = SPAN * opt.block_k
     k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, is_cut(EDGE, opt), opt)
-    rows = (first_row + tl.arange(0, opt.block_q))[:, None]
-    s = seen_scores(q, k, rows, first, bias, terms, shape, opt, width, edge)
+    s = seen_scores(q, k, first_row, first, bias, terms, shape, opt, edge)
     if FEW:
         highest = piece_maxima(s, SPAN)
     else:
@@ -206,13 +204,11 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
                                                    terms, shape, opt)  # fmt: skip
         numbers = span * SPAN + tl.arange(0, SPAN)
         if FEW:
-            places = numbers[:, None] + tl.arange(1, PIECES + 1)[None, :] * CHUNK
+            places = numbers[:, None] + tl.arange(0, PIECES)[None, :] * CHUNK
             tl.store(maxima + places[None, :, :] * opt.block_q + rows[:, None, None], highest)
-            of_tiles = largest(highest, 2)
         else:
-            of_tiles = highest
-        tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], of_tiles)
-        top = larger(top, largest(of_tiles, 1))
+            tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
+        top = larger(top, largest(highest, 1))
     return top, total, squares
 
 
@@ -225,11 +221,11 @@ def load_maxima(maxima, first, end, opt: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_pieces(maxima, count, opt: tl.constexpr, CHUNK: tl.constexpr, FOLDS: tl.constexpr):
-    """What :func:`scan_tiles` has stored behind those of ``count`` tiles where FEW, by row, and by
-    piece and tile; of FOLDS tiles, as far apart as can be, the maxima of both."""
+    """What :func:`scan_tiles` has stored of ``count`` tiles where FEW, by row, and by piece and
+    tile; of FOLDS tiles, as far apart as can be, the maxima of both."""
     width: tl.constexpr = CHUNK // FOLDS
     places = tl.arange(0, PIECES * width)
-    pieces = (1 + places // width) * CHUNK
+    pieces = places // width * CHUNK
     highest = tl.full((opt.block_q, PIECES * width), -INFINITY, tl.float32)
     for fold in tl.static_range(FOLDS):
         tiles = places % width + fold * width
@@ -368,6 +364,9 @@ def list_few(lists, live, first, maxima, top, t, open_ones, count, terms, opt: t
     places = tl.arange(0, CHUNK)
     numbers = first + places
     highest = load_maxima(maxima, 0, count, opt, CHUNK)
+    for piece in tl.static_range(1, PIECES):
+        more = load_maxima(maxima + piece * CHUNK * opt.block_q, 0, count, opt, CHUNK)
+        highest = tl.maximum(highest, more)
     x = tl.max(terms.c * (highest - top[:, None]) - t[:, None], 0)
     alive = is_inside(x, terms.r, opt) & (places < count)
     tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
@@ -471,10 +470,13 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
 
     Where FEW, no row block sees more than CHUNK tiles, all about as many: their maxima stay in
     registers, and row blocks are dealt out.
+
+    Where ``opt.rough`` the last step is left to ``output``, but where its steps are counted.
     """
+    roughly: tl.constexpr = opt.rough and not COUNT
     tiles = tl.cdiv(shape.length_k, opt.block_k)
     if FEW:
-        maxima += tl.program_id(0).to(tl.int64) * (PIECES + 1) * CHUNK * opt.block_q
+        maxima += tl.program_id(0).to(tl.int64) * PIECES * CHUNK * opt.block_q
         item = tl.program_id(0)
     else:
         maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
@@ -492,7 +494,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         end = seen_tiles(first_row, terms, shape, opt)
         zeros = tl.full((opt.block_q,), 0.0, tl.float32)
         parts = no_parts(opt)
-        scanned = zeros - INFINITY, parts[0], parts[1]
+        tops = tl.full((opt.block_q, PIECES), -INFINITY, tl.float32) if FEW else zeros - INFINITY
+        scanned = tops, parts[0], parts[1]
         seen = 0, end
         first_open = 0
         origin = 0
@@ -538,7 +541,8 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         numbers = lists + at_block.to(tl.int64) * tiles
         flags = live + at_block.to(tl.int64) * tiles
         open_ones = (first_open, open_end)
-        top, poisoned, pending = kinds_of(scanned[0], inside, terms, opt)
+        tops = largest(scanned[0], 1) if FEW else scanned[0]
+        top, poisoned, pending = kinds_of(tops, inside, terms, opt)
         if FEW:
             left = end - origin
             tops = handed_on(top)
@@ -583,14 +587,15 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                 sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, edge)
             state = t, lo, hi, most, pending, steps
             t, lo, hi, most, pending, steps = advanced(state, row_sums(sums), top, threshold, step,
-                                                       terms, tolerance, opt)  # fmt: skip
+                                                       terms, tolerance, opt,
+                                                       roughly)  # fmt: skip
             step += 1
             waiting = any_of(pending) & (step < MAX_STEPS)
             # The first list holds little more than the last one: where tiles are few, it serves the
             # second step too.
             if (not FEW) or (step > REUSES) or (waiting == 0):
-                # The next step may fall back to `lo`.
-                bound = tl.where(waiting, lo, t) - slack(terms.r)
+                # The next step may fall back to `lo`, `output` where it goes on.
+                bound = (lo if roughly else tl.where(waiting, lo, t)) - slack(terms.r)
                 bound = tl.where(pending | (waiting == 0), bound, INFINITY)
                 bound = handed_on(bound)
                 tl.debug_barrier()  # the list is read

@@ -222,7 +222,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         bias = 0.0
         if opt.biased:
             bias = bias_of(rows, columns, terms, shape, opt)
-        s = seen_scores(q, k, rows, first, bias, terms, shape, wide, wide.block_k, False)
+        s = seen_scores(q, k, first_row, first, bias, terms, shape, wide, False)
         end = seen_tiles(first_row, terms, shape, opt)
         seen = tl.minimum(seen_begin(first_row, terms, shape, opt), end), end
         open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
