@@ -349,7 +349,7 @@ def test_precompile_leaves_nothing_to_compile(
     monkeypatch.setattr(compiler, "compile_unit", refuse)
     result = cuda.forward(asked, inputs, config)
     if needs_grad:
-        cuda.backward(asked, inputs, result, grad, config)
+        cuda.backward(asked, inputs, result.kept, grad, config)
     cuda.rows_forward(rows, torch.randn(4, 50, device="cuda", dtype=torch.bfloat16), {})
     assert result.out.isfinite().all()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import configurations, driver, layout, sizes
-from adasplash2.contract import AttentionStats, Config, Forward, Gradients
+from adasplash2.contract import AttentionStats, Config, Forward, Gradients, Kept
 from adasplash2.problem import Inputs, Problem
 
 MAX_INVERSE = 1e30
@@ -287,7 +287,7 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 def backward(
     problem: Problem,
     inputs: Inputs,
-    forward: Forward,
+    kept: Kept,
     grad_out: Tensor,
     config: Config,
     wanted: Collection[str] = (),
@@ -298,13 +298,13 @@ def backward(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.tensors()
     )
     plan = plan_of(problem, config, _aligned(config, query, key, value, grad_out))
-    plan.saved.check(forward.saved)
+    plan.saved.check(kept.saved)
     scratch, steps = plan.scratch, plan.backward
     memory = torch.empty(scratch.total, dtype=torch.uint8, device=problem.device)
     call = plan.call()
     call.put_parts(memory, scratch.places)
-    call.put_parts(forward.saved, plan.saved_places)
-    call.put_pointer("tau", forward.tau)
+    call.put_parts(kept.saved, plan.saved_places)
+    call.put_pointer("tau", kept.tau)
     call.put_view("q", query)
     call.put_view("k", key)
     call.put_view("v", value)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.closed_form import alpha_gradient, nothing_forward
-from adasplash2.contract import SAVED_ALIGNMENT, Forward, Gradients
+from adasplash2.contract import SAVED_ALIGNMENT, Forward, Gradients, Kept
 from adasplash2.dispatch import Choice, choose, saved_bound
 from adasplash2.options import (
     FIRST,
@@ -227,7 +227,7 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _run_backward(
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     operands: tuple[Tensor | None, ...],
     options: Options,
     wanted: tuple[bool, ...],
@@ -245,8 +245,8 @@ def _run_backward(
         return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors()), **zeros)
     choice = choose(problem, options.backend or None) if decided is None else decided[1]
     chosen, config, _ = choice
-    forward = Forward(out, _as_made(tau), _as_made(saved))
-    found = chosen.backward(problem, inputs, forward, grad_out, config, names)
+    kept = Kept(_as_made(tau), _as_made(saved))
+    found = chosen.backward(problem, inputs, kept, grad_out, config, names)
     if names:
         sums = {name: _summed(name, getattr(found, name), getattr(inputs, name)) for name in names}
         found = found._replace(**sums)
@@ -303,13 +303,14 @@ def _as_made(tensor: Tensor) -> Tensor:
 
 
 def _check_backward(
-    problem: Problem, grad_out: Tensor, out: Tensor, tau: Tensor, saved: Tensor
+    problem: Problem, grad_out: Tensor, out: Tensor | None, tau: Tensor, saved: Tensor
 ) -> None:
     """What is inside ``saved``, its backend checks."""
     rows = (problem.batch, problem.heads_q, problem.length_q)
     shape, dtype, device = (*rows, problem.head_dim_v), problem.dtype, problem.device
     check_like("grad_out", grad_out, shape, dtype, device)
-    check_like("out", out, shape, dtype, device)
+    if out is not None:
+        check_like("out", out, shape, dtype, device)
     check_like("tau", tau, rows, problem.compute_dtype, device)
     check_like("saved", saved, (saved.numel(),), torch.uint8, device)
 
@@ -368,8 +369,11 @@ def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) ->
     n, count = info.batch_size, 3 + len(DIFFERENTIABLE)
     tensors, saved = args[:6], args[6]  # from grad_out to tau
     asked, dims = _Arguments.of(args[7:], 0), _Arguments.of(in_dims[7:], 0)
-    if in_dims[4] is not None and in_dims[6] is None:
-        folded = (_folded(t, dim, n) for t, dim in zip(tensors, in_dims, strict=False))
+    if in_dims[5] is not None and in_dims[6] is None:
+        folded = (
+            None if t is None else _folded(t, dim, n)
+            for t, dim in zip(tensors, in_dims, strict=False)
+        )
         shape = _folds(tensors[0], in_dims[0], n)
         asked = asked._replace(operands=_folded_operands(asked, dims, shape))
         found = attention_backward(*folded, saved, *asked.flat())
@@ -468,7 +472,7 @@ class _Attention(_ReverseMode):
             out, tau, saved = beneath(attention_forward, query, key, value, *flat)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(tau, saved)
-        ctx.save_for_backward(query, key, value, out, tau, saved, *given)
+        ctx.save_for_backward(query, key, value, tau, saved, *given)
         ctx.options, ctx.numbers, ctx.names = options, numbers, names
         return out, tau, saved
 
@@ -477,8 +481,8 @@ class _Attention(_ReverseMode):
         grad_out, needed, names = grads[0], ctx.needs_input_grad, ctx.names
         if grad_out is None:
             return (None,) * (4 + len(names))
-        query, key, value, out, tau, saved, *given = ctx.saved_tensors
-        tensors = grad_out, query, key, value, out, tau, saved
+        query, key, value, tau, saved, *given = ctx.saved_tensors
+        tensors = grad_out, query, key, value, None, tau, saved
         operands, wanted, asked_for = _NO_OPERANDS, _NONE_WANTED, frozenset[str]()
         if names:
             by_name = dict(zip(names, given, strict=True))
@@ -488,7 +492,7 @@ class _Attention(_ReverseMode):
             )
             if asked_for:
                 wanted = tuple(name in asked_for for name in DIFFERENTIABLE)
-        if _is_final(*tensors, *given):
+        if _is_final(grad_out, query, key, value, tau, saved, *given):
             options = _read(ctx.options, ctx.numbers)
             found = _run_backward(tensors, operands, options, wanted, ctx.decided)
         else:
@@ -835,7 +839,7 @@ attention_forward = _operator(
 :data:`NUMBERS` (NaN for a scale that is None) in the place of these options."""
 
 attention_backward = _operator(
-    "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,"
+    "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? out,"
     f" Tensor tau, Tensor saved, {SCHEMA}, {_LATER}, bool[] wanted=[])"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
     + ", ".join(f"Tensor grad_{name}" for name in DIFFERENTIABLE)
@@ -844,8 +848,9 @@ attention_backward = _operator(
     _attention_backward_fake,
     _attention_backward_vmap,
 )
-"""``wanted`` says of each of ``DIFFERENTIABLE`` whether its gradient is found; without entries none
-is. What is not found is an empty tensor."""
+"""``out`` is not read, and autograd gives None: else a model would keep each layer's output twice,
+here and as the input of its next product. ``wanted`` says of each of ``DIFFERENTIABLE`` whether its
+gradient is found; without entries none is. What is not found is an empty tensor."""
 
 entmax_forward = _operator(
     "entmax_forward(Tensor x, Scalar alpha, int dim, str backend, bool needs_grad,"
