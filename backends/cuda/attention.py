@@ -52,6 +52,8 @@ class Plan:
             problem.alpha,
             causal=problem.scores.is_causal,
             aligned=aligned,
+            length_k=problem.length_k,
+            rows=sizes.row_numbers(problem),
         )
         self._scans_first = config != configurations.DENSE
         self._scan = configurations.scan_of(problem, config)
@@ -99,7 +101,7 @@ class Plan:
                 "unsafe_keys": 2 * counts.key_blocks,
                 "column_start": 4 * counts.columns,
                 **({"all_flat": 4 * counts.kv_heads} if self._dense.maps else {}),
-                "rows": 4 * entries,
+                "rows": self._options["ROW_BYTES"] * entries,
                 "terms": ctypes.sizeof(layout.Terms) * counts.rows,
                 "delta": 4 * counts.heads * self.problem.length_q,
                 "long_parts": layout.LONG_PART_BYTES * long_parts,
@@ -360,7 +362,7 @@ def _forward(
     call = plan.call()
     call.put_parts(saved, plan.saved_places)
     if not plan.saved.keeps_weights:  # from the scan to the output only
-        weights = torch.empty(plan.saved.arena, dtype=torch.uint8, device=device)
+        weights = torch.empty(plan.saved.weights, dtype=torch.uint8, device=device)
         call.put_pointer("weights", weights)
     call.put_pointer("tau", tau)
     call.put_view("q", query)
