@@ -593,7 +593,7 @@ struct Attention {
   }
 
  private:
-  // All lanes of the warp come together.
+  // All lanes of the warp come together. One entry that is not finite leaves the row no delta.
   __device__ __forceinline__ void keep_second(const Outputs& o, int slot, float factor_u) const {
     float most = 0.f;
 #pragma unroll
@@ -603,12 +603,13 @@ struct Attention {
     most = max_or_nan_over<4>(most);
     if (!b.flat[slot]) return;
     const SecondOutput to(p, b.head_row, b.row(slot));
-    const float steps = to.steps(most);
+    // Of what is hardly a number any more, 1 / most would be infinite.
+    const float lift = most < 0x1p-60f ? 0x1p80f : 1.f, share = to.kWhole / (most * lift);
 #pragma unroll
     for (int n = 0; n < kDimV / 8; ++n)
-      to.put(n * 8 + lane_id() % 4 * 2, o.second[4 * n + 2 * slot] * steps,
-             o.second[4 * n + 2 * slot + 1] * steps);
-    if (lane_id() % 4 == 0) *to.unit = is_finite(most) ? factor_u / steps : kNaN;
+      to.put(n * 8 + lane_id() % 4 * 2, o.second[4 * n + 2 * slot] * lift * share,
+             o.second[4 * n + 2 * slot + 1] * lift * share);
+    if (lane_id() % 4 == 0) *to.largest = most * factor_u;
   }
 
   // --- thresholds
