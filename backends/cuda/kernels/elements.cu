@@ -358,6 +358,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
   const Scalar* keys = active ? row_of(p.k, r.batch, r.kv_head, 0) : nullptr;
   const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
   const int kv_row = r.kv_row(p), mine = Products::slot();
+  RowNumber* rows = rows_of(p, kv_row);  // made where it is used, it would make float32 spill
   const int my_row = r.head % p.gqa_group << row_bits(p) | r.row;
   const bool puts = lane < 8 && lane % 2 == 0;  // one lane a survivor
   float first_score = 0.f, first_dp = 0.f, sum_u = 0.f, sum_udp = 0.f, mass = 0.f;
@@ -392,7 +393,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
       sum_u += u;
       // Off the support nothing is felt.
       if (u != 0.f) sum_udp = fmaf(u, found.dp, sum_udp), felt = u * (found.dp - first_dp);
-      if (puts) rows_of(p, kv_row)[place] = RowNumber(my_row);
+      if (puts) rows[place] = RowNumber(my_row);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
