@@ -7,6 +7,7 @@ same ones.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import math
@@ -31,6 +32,7 @@ from torch.func import grad, vmap
 
 import adasplash2
 from adasplash2 import backends, dispatch, ops
+from adasplash2.backends import cuda
 from adasplash2.contract import Forward
 from adasplash2.options import MAY_BE_NONE, NUMBERS, Options
 from adasplash2.problem import Inputs, Problem, attention_problem
@@ -837,6 +839,25 @@ def test_the_bound_holds(
     bound = dispatch.saved_bound(problem, "cpu")
     assert saved.numel() <= bound
     ops.attention_forward(query, *tensors[1:], *options, bound)
+
+
+def test_a_bound_holds_for_every_alpha_that_a_graph_may_be_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU's backends keep more for some."""
+    monkeypatch.setattr(ops, "saved_bound", lambda problem, name: cuda.saved_bound(problem))
+    tensors = inputs(dtype=torch.bfloat16, requires_grad=False)
+    asked = {"scale": None, "is_causal": True, "enable_gqa": True, "needs_grad": True}
+    shapes = dataclasses.replace(
+        attention_problem(Inputs(*tensors), alpha=1.5, **asked), device=torch.device("cuda")
+    )
+
+    def least(alpha: float) -> int:
+        return cuda.saved_bound(dataclasses.replace(shapes, alpha=alpha))
+
+    assert ops._bound(shapes, Options(), None) == least(1.5)
+    most = ops._bound(shapes, Options(), torch.zeros(2, dtype=torch.float64))
+    assert most == max(map(least, (1.1, 1.25, 1.5, 1.9, 2.0, 2.5, 7.0))) > least(1.5)
 
 
 FUZZ = """

@@ -18,6 +18,7 @@ whose wrappers add 4 microseconds to a call without and 19 to a call with gradie
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -199,7 +200,9 @@ def _attention_forward_fake(
     shapes = _shape_problem(inputs, asked.options, asked.numbers)
     saved_bytes = asked.own[0]
     if isinstance(saved_bytes, int) and saved_bytes < 0:
-        saved_bytes = 0 if query.is_meta else _length_by_data(shapes, asked.options)
+        saved_bytes = 0 if query.is_meta else new_dynamic_size()
+        if saved_bytes is None:
+            saved_bytes = _bound(shapes, asked.options, asked.numbers)
     rows = (shapes.batch, shapes.heads_q, shapes.length_q)
     return (
         query.new_empty((*rows, shapes.head_dim_v)),
@@ -208,10 +211,22 @@ def _attention_forward_fake(
     )
 
 
-def _length_by_data(shapes: Problem, options: Options) -> Any:
-    """The length of ``saved`` in a trace: a symbol, or the most that it can be."""
-    size = new_dynamic_size()
-    return saved_bound(shapes, options.backend or None) if size is None else size
+def _bound(shapes: Problem, options: Options, numbers: Tensor | None) -> Any:
+    """The most that ``saved`` of a trace can be: with any alpha, where it is not known yet."""
+    alphas = _KINDS_OF_ALPHA if _is_open(options, numbers) else (shapes.alpha,)
+    problems = (dataclasses.replace(shapes, alpha=alpha) for alpha in alphas)
+    bounds = [saved_bound(problem, options.backend or None) for problem in problems]
+    return functools.reduce(torch.sym_max, bounds)
+
+
+_KINDS_OF_ALPHA = 1.25, 1.5, 2.0, 3.0
+"""One of each kind for which backends keep something else: a power, closed forms, and a power above
+2."""
+
+
+def _is_open(options: Options, numbers: Tensor | None) -> bool:
+    """Whether numbers come when the graph runs."""
+    return numbers is not None or _symbols(options) is not None
 
 
 _BACKWARD_TENSORS = 7
@@ -535,7 +550,7 @@ def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -
             saved_bytes = AS_NEEDED
             if query.is_meta or is_without_data(*inputs.given()):
                 problem = _shape_problem(inputs, options, numbers)
-                saved_bytes = saved_bound(problem, options.backend or None)
+                saved_bytes = _bound(problem, options, numbers)
         return _differentiable_call(in_kernel, inputs, options, saved_bytes, numbers)
     asked = asked._replace(options=options, numbers=numbers)
     return below_autograd(attention_forward, query, key, value, *asked.flat())
@@ -548,7 +563,7 @@ def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
 
 def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> Problem:
     """What a fake asks: numbers that are not known yet are stood in for."""
-    if numbers is not None or _symbols(options) is not None:
+    if _is_open(options, numbers):
         options = options._replace(**_EXAMPLE)
         if inputs.dropout_seed is not None:
             options = options._replace(dropout_p=0.5)
