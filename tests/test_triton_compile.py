@@ -745,18 +745,17 @@ def test_the_bound_of_what_is_saved(
     ],
 )
 def test_what_a_row_keeps_for_the_backward(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, alpha: float, most: int
+    dtype: torch.dtype, head_dim: int, alpha: float, most: int
 ) -> None:
     """As many bytes as its output, and thresholds and lists. All layers of a model keep them at
     once, and a compiled one reserves as much for whichever backend runs."""
-    monkeypatch.setattr(backend, "_limits", lambda device: LIMITS[90])
     length = 8192
     asked = dataclasses.replace(
-        problem(head_dim, dtype, alpha, True),
-        **{"device": torch.device("cuda"), "length_q": length, "length_k": length},
+        problem(head_dim, dtype, alpha, True), length_q=length, length_k=length
     )
+    config = next(sizes.configs(asked, LIMITS[90]))
     rows = asked.heads_q * length
-    assert backend.saved_bound(asked) < rows * (most + 54) + 4096
+    assert sizes.Saved(asked, config).total < rows * (most + 54) + 4096
 
 
 @pytest.mark.parametrize("asked", ["ranges", "added", "window"])
