@@ -72,7 +72,7 @@ def main() -> None:
 
     def direct_backward() -> None:
         result = to_train.backend.forward(trained, inputs, to_train.config)
-        to_train.backend.backward(trained, inputs, result, grad_out, to_train.config)
+        to_train.backend.backward(trained, inputs, result.kept, grad_out, to_train.config)
 
     @torch.enable_grad()
     def call_backward() -> None:

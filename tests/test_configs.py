@@ -43,7 +43,7 @@ def forward_and_backward(
     result = backend.forward(asked, tensors, config)
     if config in backend.configs(asked):  # not one of a test's own
         assert result.saved.numel() <= backend.saved_bound(asked)
-    return result.out, *backend.backward(asked, tensors, result, inputs.grad_out, config)[:3]
+    return result.out, *backend.backward(asked, tensors, result.kept, inputs.grad_out, config)[:3]
 
 
 def assert_agrees(case: Case, inputs: Inputs, got: tuple[torch.Tensor, ...]) -> None:

@@ -7,6 +7,7 @@ same ones.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import math
@@ -31,6 +32,7 @@ from torch.func import grad, vmap
 
 import adasplash2
 from adasplash2 import backends, dispatch, ops
+from adasplash2.backends import cuda
 from adasplash2.contract import Forward
 from adasplash2.options import MAY_BE_NONE, NUMBERS, Options
 from adasplash2.problem import Inputs, Problem, attention_problem
@@ -106,8 +108,9 @@ def test_opcheck_attention_forward(device: str, requires_grad: bool, saved_bytes
 def test_opcheck_attention_backward(device: str) -> None:
     tensors = inputs(device, requires_grad=False)
     out, tau, saved = ops.attention_forward(*tensors, *OPTIONS, ops.AS_NEEDED)
-    arguments = (torch.randn_like(out), *tensors, out, tau, saved, *OPTIONS)
-    torch.library.opcheck(ops.attention_backward, arguments)
+    for given in (out, None):  # as older graphs give it, and as autograd does
+        arguments = (torch.randn_like(out), *tensors, given, tau, saved, *OPTIONS)
+        torch.library.opcheck(ops.attention_backward, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -719,9 +722,37 @@ def test_outputs_are_changed_in_place_as_softmaxs(
 
 def test_a_gradient_from_a_changed_output_is_refused() -> None:
     x = torch.randn(2, 3, 5, 8, requires_grad=True)
-    for out in (adasplash2.entmax15(x), adasplash2.entmax15(x, dim=1), attend(x, x, x)):
+    for out in (adasplash2.entmax15(x), adasplash2.entmax15(x, dim=1)):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.mul_(2.0).sum().backward()
+
+
+def test_an_output_of_attention_may_be_changed() -> None:
+    """Its gradient does not need it."""
+    x = torch.randn(2, 3, 5, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad((2.0 * attend(x, x, x)).sum(), x)
+    (found,) = torch.autograd.grad(attend(x, x, x).mul_(2.0).sum(), x)
+    assert_equal([found], [expected])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_output_lives_no_longer_than_who_needs_it(compiled: bool) -> None:
+    """A model's next product keeps a copy in another layout: kept here too, each layer would have
+    its output twice until the backward."""
+    tensors = inputs(length_q=8, length_k=8)
+    function = torch.compile(attend, backend="aot_eager") if compiled else attend
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = function(*tensors)
+    places = {t.untyped_storage().data_ptr() for t in kept}
+    assert len(kept) == 5  # query, key, value, tau, saved
+    assert {t.untyped_storage().data_ptr() for t in tensors} < places
+    assert out.untyped_storage().data_ptr() not in places
 
 
 # Raw operators
@@ -808,6 +839,25 @@ def test_the_bound_holds(
     bound = dispatch.saved_bound(problem, "cpu")
     assert saved.numel() <= bound
     ops.attention_forward(query, *tensors[1:], *options, bound)
+
+
+def test_a_bound_holds_for_every_alpha_that_a_graph_may_be_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU's backends keep more for some."""
+    monkeypatch.setattr(ops, "saved_bound", lambda problem, name: cuda.saved_bound(problem))
+    tensors = inputs(dtype=torch.bfloat16, requires_grad=False)
+    asked = {"scale": None, "is_causal": True, "enable_gqa": True, "needs_grad": True}
+    shapes = dataclasses.replace(
+        attention_problem(Inputs(*tensors), alpha=1.5, **asked), device=torch.device("cuda")
+    )
+
+    def least(alpha: float) -> int:
+        return cuda.saved_bound(dataclasses.replace(shapes, alpha=alpha))
+
+    assert ops._bound(shapes, Options(), None) == least(1.5)
+    most = ops._bound(shapes, Options(), torch.zeros(2, dtype=torch.float64))
+    assert most == max(map(least, (1.1, 1.25, 1.5, 1.9, 2.0, 2.5, 7.0))) > least(1.5)
 
 
 FUZZ = """

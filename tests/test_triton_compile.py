@@ -74,6 +74,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.int8: "*i8",
     torch.int64: "*i64",
 }
@@ -733,6 +734,28 @@ def test_the_bound_of_what_is_saved(
     assert isinstance(symbolic, torch.SymInt)
     assert symbolic.node.hint == max(totals)
     assert backend.saved_bound(dataclasses.replace(asked, device=torch.device("cpu"))) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "alpha", "most"),
+    [
+        *((torch.bfloat16, 64, 1.5, 128), (torch.float16, 128, 1.25, 256)),
+        *((torch.float32, 64, 1.5, 256), (torch.bfloat16, 64, 3.0, 256)),
+        (torch.bfloat16, 8, 1.5, 32),
+    ],
+)
+def test_what_a_row_keeps_for_the_backward(
+    dtype: torch.dtype, head_dim: int, alpha: float, most: int
+) -> None:
+    """As many bytes as its output, and thresholds and lists. All layers of a model keep them at
+    once, and a compiled one reserves as much for whichever backend runs."""
+    length = 8192
+    asked = dataclasses.replace(
+        problem(head_dim, dtype, alpha, True), length_q=length, length_k=length
+    )
+    config = next(sizes.configs(asked, LIMITS[90]))
+    rows = asked.heads_q * length
+    assert sizes.Saved(asked, config).total < rows * (most + 54) + 4096
 
 
 @pytest.mark.parametrize("asked", ["ranges", "added", "window"])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adasplash2 import _core
-from adasplash2.contract import AttentionStats, Config, Forward, Gradients
+from adasplash2.contract import AttentionStats, Config, Forward, Gradients, Kept
 from adasplash2.problem import OPERANDS, TENSORS, Inputs, Problem, RowProblem, unsupported
 
 name = "cpu"
@@ -113,7 +113,7 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 def backward(
     problem: Problem,
     inputs: Inputs,
-    forward: Forward,
+    kept: Kept,
     grad_out: Tensor,
     config: Config,
     wanted: Collection[str] = (),
@@ -132,8 +132,8 @@ def backward(
         grad_query=_reference(grads[0]),
         grad_key=_reference(grads[1]),
         grad_value=_reference(grads[2]),
-        saved=forward.saved.data_ptr(),
-        saved_bytes=forward.saved.numel(),
+        saved=kept.saved.data_ptr(),
+        saved_bytes=kept.saved.numel(),
     )
     return Gradients(*grads, **others)
 

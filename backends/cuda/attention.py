@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import configurations, driver, layout, sizes
-from adasplash2.contract import AttentionStats, Config, Forward, Gradients
+from adasplash2.contract import AttentionStats, Config, Forward, Gradients, Kept
 from adasplash2.problem import Inputs, Problem
 
 MAX_INVERSE = 1e30
@@ -52,6 +52,8 @@ class Plan:
             problem.alpha,
             causal=problem.scores.is_causal,
             aligned=aligned,
+            length_k=problem.length_k,
+            rows=sizes.row_numbers(problem),
         )
         self._scans_first = config != configurations.DENSE
         self._scan = configurations.scan_of(problem, config)
@@ -99,7 +101,7 @@ class Plan:
                 "unsafe_keys": 2 * counts.key_blocks,
                 "column_start": 4 * counts.columns,
                 **({"all_flat": 4 * counts.kv_heads} if self._dense.maps else {}),
-                "rows": 4 * entries,
+                "rows": self._options["ROW_BYTES"] * entries,
                 "terms": ctypes.sizeof(layout.Terms) * counts.rows,
                 "delta": 4 * counts.heads * self.problem.length_q,
                 "long_parts": layout.LONG_PART_BYTES * long_parts,
@@ -287,7 +289,7 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 def backward(
     problem: Problem,
     inputs: Inputs,
-    forward: Forward,
+    kept: Kept,
     grad_out: Tensor,
     config: Config,
     wanted: Collection[str] = (),
@@ -298,13 +300,13 @@ def backward(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.tensors()
     )
     plan = plan_of(problem, config, _aligned(config, query, key, value, grad_out))
-    plan.saved.check(forward.saved)
+    plan.saved.check(kept.saved)
     scratch, steps = plan.scratch, plan.backward
     memory = torch.empty(scratch.total, dtype=torch.uint8, device=problem.device)
     call = plan.call()
     call.put_parts(memory, scratch.places)
-    call.put_parts(forward.saved, plan.saved_places)
-    call.put_pointer("tau", forward.tau)
+    call.put_parts(kept.saved, plan.saved_places)
+    call.put_pointer("tau", kept.tau)
     call.put_view("q", query)
     call.put_view("k", key)
     call.put_view("v", value)
@@ -360,7 +362,7 @@ def _forward(
     call = plan.call()
     call.put_parts(saved, plan.saved_places)
     if not plan.saved.keeps_weights:  # from the scan to the output only
-        weights = torch.empty(plan.saved.arena, dtype=torch.uint8, device=device)
+        weights = torch.empty(plan.saved.weights, dtype=torch.uint8, device=device)
         call.put_pointer("weights", weights)
     call.put_pointer("tau", tau)
     call.put_view("q", query)

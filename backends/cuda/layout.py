@@ -253,12 +253,6 @@ RowCount = _union(
     ("float", "bound"),  # before them: a lower bound of tau / c
 )
 
-ArenaWord = _union(  # see arena_of() and kept_of_flat_row() in common.cuh
-    "ArenaWord",
-    ("int", "column"),  # of a listed row block: that of a survivor
-    ("float", "kept"),  # of a flat one: what its dense kernels keep of a row
-)
-
 Terms = _struct(  # what the keys of a listed row need of it in the backward
     "Terms",
     ("float", "score", "x"),  # of its first survivor: q . k as grad_rows sums it, and z - tau
@@ -278,9 +272,12 @@ Params = _struct(
     ("RowCount*", "row_count"),
     ("unsigned char*", "flat"),  # of each row block: kListed (zero), kToRetry, kFlat or kUnsafe
     ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
-    ("ArenaWord*", "columns"),  # the arena, kRowBlock * kArenaStride words a row block
+    # The arena, kRowBlock * kArenaBytes a row block: of a listed one the columns of its survivors
+    # (columns_of() in common.cuh), of a flat one what its dense kernels keep (kept_of_flat_row()).
+    ("void*", "columns"),
     # Of each survivor z - tau > 0. Where alpha has a closed form they are gone after the forward,
-    # which keeps that of each row's first survivor: the backward finds the others from it.
+    # which keeps that of each row's first survivor: the backward finds the others from it. Flat
+    # rows have the largest entry of O2 in its place (dense90.cuh).
     ("float*", "weights", "first_weight"),
     # Of each column: survivors, and in `rows` their first one's place; after grad_rows, their end.
     ("int*", "column_count", "column_start"),
@@ -288,8 +285,8 @@ Params = _struct(
     # none is poisoned: they write its dK and dV then, to which they add elsewhere. kAllListed where
     # they serve none. Null: they always add.
     ("int*", "all_flat"),
-    # Survivors column by column: query rows, counted over the heads of a key head.
-    ("int*", "rows"),
+    # Survivors column by column: query rows, counted over the heads of a key head, as RowNumber.
+    ("void*", "rows"),
     ("Terms*", "terms"),  # of each row, numbered as in row_start
     ("float*", "delta"),  # (batch * heads_q, length_q), flat rows only
     # Whether any row block is unsafe, and in the backward: any rows by their dQ, any keys.

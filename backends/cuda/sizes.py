@@ -73,9 +73,18 @@ def lanes_per_row(width: int) -> int:
     return 8 if width <= 64 else 16 if width <= 128 else 32
 
 
-def arena_stride(head_dim_v: int) -> int:
-    """Words of 4 bytes of the arena per query row: columns of survivors, or O2 of a flat row."""
-    return max(layout.ARENA_ROW, min(padded(head_dim_v), layout.HOPPER_MAX_HEAD_DIM))
+def number_bytes(count: int) -> int:
+    """Of a number below ``count``, which may be a symbol: 2 where these suffice, else 4."""
+    found: int = 2 + 2 * torch.sym_min(1, count // ((1 << 16) + 1))
+    return found
+
+
+def arena_bytes(head_dim_v: int, length_k: int) -> int:
+    """Of the arena per query row: columns of survivors, or O2 of a flat row, in 16 bits. The length
+    may be a symbol."""
+    second = 2 * min(padded(head_dim_v), layout.HOPPER_MAX_HEAD_DIM)
+    found: int = torch.sym_max(layout.ARENA_ROW * number_bytes(length_k), second)
+    return found
 
 
 def keeps_weights(alpha: float) -> bool:
@@ -90,9 +99,18 @@ def row_numbers(problem: Problem) -> int:
 
 
 def kind_defines(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, alpha: float, *, causal: bool, aligned: bool
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    alpha: float,
+    *,
+    causal: bool,
+    aligned: bool,
+    length_k: int = 1,
+    rows: int = 1,
 ) -> dict[str, int]:
-    """The macros that every kernel expects (``kernels/common.cuh``)."""
+    """The macros that every kernel expects (``kernels/common.cuh``). Those that number keys and the
+    ``rows`` that share them are told how many there are."""
     return {
         "DTYPE": layout.DTYPE_CODES[dtype],
         "HEAD_DIM": head_dim,
@@ -100,7 +118,9 @@ def kind_defines(
         "ALPHA": alpha_code(alpha),
         "CAUSAL": int(causal),
         "ALIGNED": int(aligned),
-        "ARENA_STRIDE": arena_stride(head_dim_v),
+        "ARENA_BYTES": arena_bytes(head_dim_v, length_k),
+        "KEY_BYTES": number_bytes(length_k),
+        "ROW_BYTES": number_bytes(rows),
         "KEEPS_WEIGHTS": int(keeps_weights(alpha)),
         "OUTPUT_LANES": lanes_per_row(head_dim_v),
         "GRAD_LANES": lanes_per_row(max(head_dim, head_dim_v)),
@@ -388,17 +408,17 @@ def parts(nbytes: Mapping[str, int]) -> tuple[dict[str, int], int]:
 class Saved:
     """The parts of ``Forward.saved``: where each row's survivors are, and the survivors.
 
-    Its length follows from the shape, whatever the data: ``rows * (12 + 4 * ARENA_ROW)`` bytes and
-    a little, up to a head_dim of 64 and where alpha has a closed form.
+    Its length follows from the shape, whatever the data: ``rows * (12 + 2 * ARENA_ROW)`` bytes and
+    a little, up to a head_dim of 64 and 65,536 keys and where alpha has a closed form.
     """
 
     def __init__(self, problem: Problem) -> None:
         counts = Counts.of(problem)
-        self.arena = counts.rows * arena_stride(problem.head_dim_v) * 4
-        """Bytes of one number for each survivor."""
+        self.weights = counts.rows * layout.ARENA_ROW * 4
+        """Bytes of those of all survivors, wherever they are."""
         self.keeps_weights = keeps_weights(problem.alpha)
         weights = (
-            {"weights": self.arena} if self.keeps_weights else {"first_weight": counts.rows * 4}
+            {"weights": self.weights} if self.keeps_weights else {"first_weight": counts.rows * 4}
         )
         self._sizes = {
             "row_start": counts.rows * 4,
@@ -407,7 +427,7 @@ class Saved:
             "poison": counts.kv_heads * 4,
             "unsafe_output": 4,
             **weights,
-            "columns": self.arena,
+            "columns": counts.rows * arena_bytes(problem.head_dim_v, problem.length_k),
         }
         self.offsets, self.total = parts(self._sizes)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from adasplash2.backends.triton import sizes
 from adasplash2.backends.triton.sizes import INTERPRETED
-from adasplash2.contract import AttentionStats, Config, Forward, Gradients
+from adasplash2.contract import AttentionStats, Config, Forward, Gradients, Kept
 from adasplash2.problem import (
     DIFFERENTIABLE,
     Inputs,
@@ -154,7 +154,7 @@ def precompile(problem: Problem | RowProblem, config: Config) -> None:
         learned = (x for x in problem.operands if x.name in DIFFERENTIABLE)
         wanted = [x.name for x in learned if x.dtype != torch.bool]
         for names in ((), wanted) if wanted else ((),):
-            launch.backward(call, result, result.out, names)
+            launch.backward(call, result.kept, result.out, names)
 
 
 def _call_without_data(problem: Problem, config: Config) -> Any:
@@ -219,7 +219,7 @@ def _forward(call: Any, counted: dict[str, Tensor] | None = None, saved_bytes: i
 def backward(
     problem: Problem,
     inputs: Inputs,
-    forward: Forward,
+    kept: Kept,
     grad_out: Tensor,
     config: Config,
     wanted: Collection[str] = (),
@@ -227,9 +227,9 @@ def backward(
     """Gradients of query, key and value, and of the operands that are ``wanted``."""
     from adasplash2.backends.triton import launch
 
-    outside = forward.tau, forward.saved, grad_out
+    outside = kept.tau, kept.saved, grad_out
     call = launch.Call(problem, inputs, config, launch.launch, *outside)
-    return launch.backward(call, forward, grad_out, wanted)
+    return launch.backward(call, kept, grad_out, wanted)
 
 
 def stats(problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:

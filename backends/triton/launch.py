@@ -21,7 +21,7 @@ from adasplash2.backends.triton.kernels import backward as backward_kernels
 from adasplash2.backends.triton.kernels import output as output_kernels
 from adasplash2.backends.triton.kernels import solve as solve_kernels
 from adasplash2.backends.triton.kernels import whole as whole_kernels
-from adasplash2.contract import Config, Forward, Gradients
+from adasplash2.contract import Config, Forward, Gradients, Kept
 from adasplash2.problem import Inputs, Problem
 
 MAX_STEPS = 64
@@ -559,9 +559,7 @@ class BackwardState(NamedTuple):
     partials: Tensor
 
 
-def backward(
-    call: Call, forward: Forward, grad_out: Tensor, wanted: Collection[str] = ()
-) -> Gradients:
+def backward(call: Call, kept: Kept, grad_out: Tensor, wanted: Collection[str] = ()) -> Gradients:
     """Gradients of query, key and value, and of the operands that are ``wanted``."""
     problem, plan, grid = call.problem, call.plan, call.grid
     grads = [call.empty(*x.shape, dtype=call.dtype) for x in call.inputs]
@@ -571,7 +569,7 @@ def backward(
         for name in sizes.ROW_GRADIENTS
         if name in wanted
     }
-    state = _backward_state(call, forward, call.prepared(grad_out), grads)
+    state = _backward_state(call, kept, call.prepared(grad_out), grads)
     row_blocks, key_tiles = grid.heads * grid.row_blocks, grid.heads_kv * grid.tiles
     flags = {"WANTED": sizes.Wanted.of(wanted)}
     of_mask = None
@@ -597,11 +595,11 @@ def backward(
 
 
 def _backward_state(
-    call: Call, forward: Forward, grad_out: Tensor, grads: Sequence[Tensor]
+    call: Call, kept: Kept, grad_out: Tensor, grads: Sequence[Tensor]
 ) -> BackwardState:
     """With memory for what the kernels hand on to each other."""
     problem, plan, grid = call.problem, call.plan, call.grid
-    saved = plan.layout.split(forward.saved)
+    saved = plan.layout.split(kept.saved)
     grad_q, grad_k, grad_v = map(sizes.Heads.of, grads)
     key_tiles = grid.heads_kv * grid.tiles
     capacity = grid.gqa_group * grid.row_blocks
@@ -609,7 +607,7 @@ def _backward_state(
     sums = plan.opt.block_k * (plan.opt.padded + plan.opt.padded_v)
     return BackwardState(
         saved=saved,
-        t_in=call.threshold(saved["t"], forward.tau),
+        t_in=call.threshold(saved["t"], kept.tau),
         grad_out=sizes.Heads.of(grad_out),
         grad_q=grad_q,
         grad_k=grad_k,

@@ -367,8 +367,8 @@ class Options(NamedTuple):
     """What kernels are compiled for. ``sign`` is that of the scale; ``alpha`` is 0 where it has no
     closed form; ``relative`` asks for scores relative to their row's maximum, which keep their
     digits also where they are large, ``exact`` for all of float32's digits beside that; ``steep``:
-    see :func:`is_steep`; ``shallow``: see :func:`is_shallow`; ``degree``: see :func:`degree_of`;
-    ``halved``: see :func:`is_halved`.
+    see :func:`is_steep`; ``shares``: see :func:`keeps_shares`; ``shallow``: see
+    :func:`is_shallow`; ``degree``: see :func:`degree_of`; ``halved``: see :func:`is_halved`.
 
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that
@@ -397,6 +397,7 @@ class Options(NamedTuple):
     relative: bool
     exact: bool
     steep: bool
+    shares: bool
     shallow: bool
     degree: int
     halved: bool
@@ -457,6 +458,7 @@ class Options(NamedTuple):
             relative=exact or scored,
             exact=exact,
             steep=is_steep(problem.alpha),
+            shares=keeps_shares(problem),
             shallow=is_shallow(problem.alpha),
             degree=0 if alphas else degree_of(problem.alpha),
             halved=is_halved(problem),
@@ -558,6 +560,14 @@ def is_steep(alpha: float) -> bool:
     return alpha > 2.0
 
 
+def keeps_shares(problem: Problem) -> bool:
+    """Whether the means that a backward needs are kept in 16 bits: not where these are too few for
+    the ``dp - delta`` of a key that outweighs all others, nor for a ``sum ds k`` that cancels."""
+    alphas = any(operand.name == "alphas" for operand in problem.operands)
+    precise = alphas or problem.head_dim < FULL_WIDTH or is_steep(problem.alpha)
+    return problem.dtype.itemsize == 2 and not precise
+
+
 def is_shallow(alpha: float) -> bool:
     """Whether ``1 / (alpha - 1)`` is so large that a power takes the digits of its base: see
     ``kernels/score.py``. Thresholds near the upper end of their window, which are those of larger
@@ -639,9 +649,11 @@ class Grid:
 class Saved:
     """What the forward leaves for the backward, as parts of one buffer.
 
-    ``out_u`` ``(rows, head_dim_v)`` float32: means of the values weighted by ``u``.
+    ``out_u`` ``(rows, head_dim_v)``: means of the values weighted by ``u``, in float32 or, by
+    :func:`keeps_shares`, as shares of 16 bits of a row's largest.
     ``top``, ``t`` ``(rows,)`` float32: ``tau = c top + t``.
-    ``spread`` ``(rows,)`` float32: 0 where one key has all probability, else 1; where ``exact``.
+    ``spread`` ``(rows,)`` float32: where ``exact``, 0 where one key has all probability, else 1;
+    beside shares that largest mean.
     ``counts`` ``(heads, row_blocks, 2)`` int32: entries of a list that need no mask, and
     all of them.
     ``lists`` ``(heads, row_blocks, tiles)`` int32: numbers of the live tiles, those that need no
@@ -660,8 +672,9 @@ class Saved:
         grid = Grid.of(problem, config)
         pairs = grid.heads * grid.row_blocks * grid.tiles
         scattered = is_scattered(problem)
+        means = torch.int16 if keeps_shares(problem) else torch.float32
         lengths = {
-            "out_u": (torch.float32, grid.rows * problem.head_dim_v * int(problem.needs_grad)),
+            "out_u": (means, grid.rows * problem.head_dim_v * int(problem.needs_grad)),
             "top": (torch.float32, grid.rows),
             "t": (torch.float32, grid.rows),
             "spread": (torch.float32, grid.rows),

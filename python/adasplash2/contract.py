@@ -22,8 +22,7 @@ disk as JSON."""
 
 
 SAVED_ALIGNMENT = 16
-"""Bytes on which ``tau`` and ``saved`` of a :class:`Forward` start when a backward gets it; both
-are contiguous then."""
+"""Bytes on which ``tau`` and ``saved`` of a :class:`Kept` start; both are contiguous."""
 
 
 class Forward(NamedTuple):
@@ -37,6 +36,19 @@ class Forward(NamedTuple):
     """
 
     out: Tensor
+    tau: Tensor
+    saved: Tensor
+
+    @property
+    def kept(self) -> Kept:
+        """What the backward gets of it."""
+        return Kept(self.tau, self.saved)
+
+
+class Kept(NamedTuple):
+    """What an attention backward gets of its :class:`Forward`: not the output, which would live as
+    long as the graph for nothing."""
+
     tau: Tensor
     saved: Tensor
 
@@ -140,13 +152,13 @@ class Backend(Protocol):
         self,
         problem: Problem,
         inputs: Inputs,
-        forward: Forward,
+        kept: Kept,
         grad_out: Tensor,
         config: Config,
         wanted: Collection[str] = (),
     ) -> Gradients:
         """Gradients of query, key and value, and those of the operands whose names are ``wanted``;
-        ``ValueError`` where ``forward.saved`` cannot be what this backend saved."""
+        ``ValueError`` where ``kept.saved`` cannot be what this backend saved."""
 
     def stats(self, problem: Problem, inputs: Inputs, config: Config) -> AttentionStats:
         """A forward that records what it did."""

@@ -18,6 +18,7 @@ whose wrappers add 4 microseconds to a call without and 19 to a call with gradie
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.closed_form import alpha_gradient, nothing_forward
-from adasplash2.contract import SAVED_ALIGNMENT, Forward, Gradients
+from adasplash2.contract import SAVED_ALIGNMENT, Forward, Gradients, Kept
 from adasplash2.dispatch import Choice, choose, saved_bound
 from adasplash2.options import (
     FIRST,
@@ -199,7 +200,9 @@ def _attention_forward_fake(
     shapes = _shape_problem(inputs, asked.options, asked.numbers)
     saved_bytes = asked.own[0]
     if isinstance(saved_bytes, int) and saved_bytes < 0:
-        saved_bytes = 0 if query.is_meta else _length_by_data(shapes, asked.options)
+        saved_bytes = 0 if query.is_meta else new_dynamic_size()
+        if saved_bytes is None:
+            saved_bytes = _bound(shapes, asked.options, asked.numbers)
     rows = (shapes.batch, shapes.heads_q, shapes.length_q)
     return (
         query.new_empty((*rows, shapes.head_dim_v)),
@@ -208,10 +211,22 @@ def _attention_forward_fake(
     )
 
 
-def _length_by_data(shapes: Problem, options: Options) -> Any:
-    """The length of ``saved`` in a trace: a symbol, or the most that it can be."""
-    size = new_dynamic_size()
-    return saved_bound(shapes, options.backend or None) if size is None else size
+def _bound(shapes: Problem, options: Options, numbers: Tensor | None) -> Any:
+    """The most that ``saved`` of a trace can be: with any alpha, where it is not known yet."""
+    alphas = _KINDS_OF_ALPHA if _is_open(options, numbers) else (shapes.alpha,)
+    problems = (dataclasses.replace(shapes, alpha=alpha) for alpha in alphas)
+    bounds = [saved_bound(problem, options.backend or None) for problem in problems]
+    return functools.reduce(torch.sym_max, bounds)
+
+
+_KINDS_OF_ALPHA = 1.25, 1.5, 2.0, 3.0
+"""One of each kind for which backends keep something else: a power, closed forms, and a power above
+2."""
+
+
+def _is_open(options: Options, numbers: Tensor | None) -> bool:
+    """Whether numbers come when the graph runs."""
+    return numbers is not None or _symbols(options) is not None
 
 
 _BACKWARD_TENSORS = 7
@@ -227,7 +242,7 @@ def _attention_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _run_backward(
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     operands: tuple[Tensor | None, ...],
     options: Options,
     wanted: tuple[bool, ...],
@@ -245,8 +260,8 @@ def _run_backward(
         return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors()), **zeros)
     choice = choose(problem, options.backend or None) if decided is None else decided[1]
     chosen, config, _ = choice
-    forward = Forward(out, _as_made(tau), _as_made(saved))
-    found = chosen.backward(problem, inputs, forward, grad_out, config, names)
+    kept = Kept(_as_made(tau), _as_made(saved))
+    found = chosen.backward(problem, inputs, kept, grad_out, config, names)
     if names:
         sums = {name: _summed(name, getattr(found, name), getattr(inputs, name)) for name in names}
         found = found._replace(**sums)
@@ -303,13 +318,14 @@ def _as_made(tensor: Tensor) -> Tensor:
 
 
 def _check_backward(
-    problem: Problem, grad_out: Tensor, out: Tensor, tau: Tensor, saved: Tensor
+    problem: Problem, grad_out: Tensor, out: Tensor | None, tau: Tensor, saved: Tensor
 ) -> None:
     """What is inside ``saved``, its backend checks."""
     rows = (problem.batch, problem.heads_q, problem.length_q)
     shape, dtype, device = (*rows, problem.head_dim_v), problem.dtype, problem.device
     check_like("grad_out", grad_out, shape, dtype, device)
-    check_like("out", out, shape, dtype, device)
+    if out is not None:
+        check_like("out", out, shape, dtype, device)
     check_like("tau", tau, rows, problem.compute_dtype, device)
     check_like("saved", saved, (saved.numel(),), torch.uint8, device)
 
@@ -368,8 +384,11 @@ def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) ->
     n, count = info.batch_size, 3 + len(DIFFERENTIABLE)
     tensors, saved = args[:6], args[6]  # from grad_out to tau
     asked, dims = _Arguments.of(args[7:], 0), _Arguments.of(in_dims[7:], 0)
-    if in_dims[4] is not None and in_dims[6] is None:
-        folded = (_folded(t, dim, n) for t, dim in zip(tensors, in_dims, strict=False))
+    if in_dims[5] is not None and in_dims[6] is None:
+        folded = (
+            None if t is None else _folded(t, dim, n)
+            for t, dim in zip(tensors, in_dims, strict=False)
+        )
         shape = _folds(tensors[0], in_dims[0], n)
         asked = asked._replace(operands=_folded_operands(asked, dims, shape))
         found = attention_backward(*folded, saved, *asked.flat())
@@ -468,7 +487,7 @@ class _Attention(_ReverseMode):
             out, tau, saved = beneath(attention_forward, query, key, value, *flat)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(tau, saved)
-        ctx.save_for_backward(query, key, value, out, tau, saved, *given)
+        ctx.save_for_backward(query, key, value, tau, saved, *given)
         ctx.options, ctx.numbers, ctx.names = options, numbers, names
         return out, tau, saved
 
@@ -477,8 +496,8 @@ class _Attention(_ReverseMode):
         grad_out, needed, names = grads[0], ctx.needs_input_grad, ctx.names
         if grad_out is None:
             return (None,) * (4 + len(names))
-        query, key, value, out, tau, saved, *given = ctx.saved_tensors
-        tensors = grad_out, query, key, value, out, tau, saved
+        query, key, value, tau, saved, *given = ctx.saved_tensors
+        tensors = grad_out, query, key, value, None, tau, saved
         operands, wanted, asked_for = _NO_OPERANDS, _NONE_WANTED, frozenset[str]()
         if names:
             by_name = dict(zip(names, given, strict=True))
@@ -488,7 +507,7 @@ class _Attention(_ReverseMode):
             )
             if asked_for:
                 wanted = tuple(name in asked_for for name in DIFFERENTIABLE)
-        if _is_final(*tensors, *given):
+        if _is_final(grad_out, query, key, value, tau, saved, *given):
             options = _read(ctx.options, ctx.numbers)
             found = _run_backward(tensors, operands, options, wanted, ctx.decided)
         else:
@@ -531,7 +550,7 @@ def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -
             saved_bytes = AS_NEEDED
             if query.is_meta or is_without_data(*inputs.given()):
                 problem = _shape_problem(inputs, options, numbers)
-                saved_bytes = saved_bound(problem, options.backend or None)
+                saved_bytes = _bound(problem, options, numbers)
         return _differentiable_call(in_kernel, inputs, options, saved_bytes, numbers)
     asked = asked._replace(options=options, numbers=numbers)
     return below_autograd(attention_forward, query, key, value, *asked.flat())
@@ -544,7 +563,7 @@ def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
 
 def _shape_problem(inputs: Inputs, options: Options, numbers: Tensor | None) -> Problem:
     """What a fake asks: numbers that are not known yet are stood in for."""
-    if numbers is not None or _symbols(options) is not None:
+    if _is_open(options, numbers):
         options = options._replace(**_EXAMPLE)
         if inputs.dropout_seed is not None:
             options = options._replace(dropout_p=0.5)
@@ -835,7 +854,7 @@ attention_forward = _operator(
 :data:`NUMBERS` (NaN for a scale that is None) in the place of these options."""
 
 attention_backward = _operator(
-    "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,"
+    "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? out,"
     f" Tensor tau, Tensor saved, {SCHEMA}, {_LATER}, bool[] wanted=[])"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
     + ", ".join(f"Tensor grad_{name}" for name in DIFFERENTIABLE)
@@ -844,8 +863,9 @@ attention_backward = _operator(
     _attention_backward_fake,
     _attention_backward_vmap,
 )
-"""``wanted`` says of each of ``DIFFERENTIABLE`` whether its gradient is found; without entries none
-is. What is not found is an empty tensor."""
+"""``out`` is not read, and autograd gives None: else a model would keep each layer's output twice,
+here and as the input of its next product. ``wanted`` says of each of ``DIFFERENTIABLE`` whether its
+gradient is found; without entries none is. What is not found is an empty tensor."""
 
 entmax_forward = _operator(
     "entmax_forward(Tensor x, Scalar alpha, int dim, str backend, bool needs_grad,"

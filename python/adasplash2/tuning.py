@@ -459,7 +459,7 @@ def _run(problem: AnyProblem, backend: Backend, config: Config, data: _Data) -> 
     inputs = Inputs(*data.inputs)
     result = backend.forward(problem, inputs, config)
     if problem.needs_grad:
-        backend.backward(problem, inputs, result, data.grad, config)
+        backend.backward(problem, inputs, result.kept, data.grad, config)
 
 
 def side_by_side(

@@ -9,7 +9,8 @@
 //   ALPHA                    an AlphaKind
 //   CAUSAL                   0 or 1, see score.cuh
 //   ALIGNED                  1 where every row of every tensor starts on 16 bytes
-//   ARENA_STRIDE             words of the arena of survivors per query row
+//   ARENA_BYTES              of the arena of survivors per query row
+//   KEY_BYTES, ROW_BYTES     of the number of a key there, and of a row among those of a key
 //   KEEPS_WEIGHTS            1 where the backward is given z - tau of each survivor
 //   OUTPUT_LANES, GRAD_LANES lanes that share one row in the gathers of the output, of gradients
 // and for the scans, which keep lists,
@@ -46,8 +47,19 @@ constexpr int kHeadDim = ADASPLASH2_HEAD_DIM;
 constexpr int kHeadDimV = ADASPLASH2_HEAD_DIM_V;
 constexpr AlphaKind kAlpha = static_cast<AlphaKind>(ADASPLASH2_ALPHA);
 constexpr bool kAligned = ADASPLASH2_ALIGNED;
-constexpr int kArenaStride = ADASPLASH2_ARENA_STRIDE;
-static_assert(kArenaStride >= kArenaRow);
+constexpr int kArenaBytes = ADASPLASH2_ARENA_BYTES;
+
+template <int bytes>
+struct Number {
+  using type = u32;
+};
+template <>
+struct Number<2> {
+  using type = u16;
+};
+using KeyNumber = Number<ADASPLASH2_KEY_BYTES>::type;
+using RowNumber = Number<ADASPLASH2_ROW_BYTES>::type;
+static_assert(kArenaBytes >= kArenaRow * int(sizeof(KeyNumber)) && kArenaBytes % 16 == 0);
 
 template <int width>
 constexpr int padded = (width + 15) / 16 * 16;
@@ -399,17 +411,20 @@ __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& 
 
 // --- where rows, survivors and tiles are kept ----------------------------------------------
 
-// Where a row block's words of the arena begin. A listed one has the columns of its survivors
-// there, row after row.
-__device__ __forceinline__ i64 arena_of(int row_block) {
-  return i64(row_block) * kRowBlock * kArenaStride;
+// Survivors of a listed row block, row after row: their columns, and their weights.
+__device__ __forceinline__ KeyNumber* columns_of(const Params& p, int row_block) {
+  char* arena = static_cast<char*>(p.columns) + i64(row_block) * kRowBlock * kArenaBytes;
+  return reinterpret_cast<KeyNumber*>(arena);
 }
-// A flat row block has no survivors there: its dense kernels keep `count` numbers of each row.
-template <int count>
-__device__ __forceinline__ float* kept_of_flat_row(const Params& p, int head_row, int row) {
-  static_assert(count <= kArenaStride && sizeof(ArenaWord) == sizeof(float));
-  const i64 arena = arena_of(head_row * p.row_blocks + row / kRowBlock);
-  return &p.columns[arena + row % kRowBlock * count].kept;
+__device__ __forceinline__ float* weights_of(const Params& p, int row_block) {
+  return p.weights + i64(row_block) * kRowBlock * kArenaRow;
+}
+// A flat row block has none: its dense kernels keep `count` numbers of each row in their place.
+template <class T, int count>
+__device__ __forceinline__ T* kept_of_flat_row(const Params& p, int head_row, int row) {
+  static_assert(count * int(sizeof(T)) <= kArenaBytes);
+  KeyNumber* arena = columns_of(p, head_row * p.row_blocks + row / kRowBlock);
+  return reinterpret_cast<T*>(arena) + row % kRowBlock * count;
 }
 
 // Tell stats() of a pair in the support.

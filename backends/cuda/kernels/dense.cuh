@@ -127,12 +127,12 @@ struct Threshold {
 
 __device__ __forceinline__ void keep_threshold(const Params& p, int head_row, int row,
                                                const Threshold& tau) {
-  float* kept = kept_of_flat_row<2>(p, head_row, row);
+  float* kept = kept_of_flat_row<float, 2>(p, head_row, row);
   kept[0] = tau.top, kept[1] = tau.t;
 }
 __device__ __forceinline__ Threshold threshold_of(const Params& p, int head_row, int row) {
   if constexpr (kRelative) {
-    const float* kept = kept_of_flat_row<2>(p, head_row, row);
+    const float* kept = kept_of_flat_row<float, 2>(p, head_row, row);
     return {kept[0], kept[1]};
   }
   return {0.f, p.tau[i64(head_row) * p.length_q + row]};

@@ -114,11 +114,35 @@ __device__ __forceinline__ AFragment as_a_fragment(const Weight& w) {
           Scalar::pack(w(6), w(7))};
 }
 
-// O2 of a row.
-static_assert(kArenaStride >= kDimV);
-__device__ __forceinline__ float* second_output(const Params& p, int head_row, int row) {
-  return kept_of_flat_row<kArenaStride>(p, head_row, row);
-}
+// O2 of a row for the backward: its largest entry, and each as a share of that in 16 bits. What
+// they are off is far less than the roundings of the weights leave.
+struct SecondOutput {
+  static constexpr float kWhole = 32767.f;
+
+  short* shares;
+  float* largest;  // in the place of a listed row's first weight
+
+  __device__ __forceinline__ SecondOutput(const Params& p, int head_row, int row)
+      : shares(kept_of_flat_row<short, kDimV>(p, head_row, row)),
+        largest(p.first_weight + i64(head_row) * p.row_blocks * kRowBlock + row) {}
+
+  __device__ __forceinline__ void put(int at, float low, float high) const {
+    const u32 pair = u32(__float2int_rn(low)) & 0xffffu | u32(__float2int_rn(high)) << 16;
+    *reinterpret_cast<u32*>(shares + at) = pair;
+  }
+  // The product of 8 entries from `at` on with x, as a share too.
+  __device__ __forceinline__ float times(int at, const float (&x)[8]) const {
+    const uint4 raw = *reinterpret_cast<const uint4*>(shares + at);
+    const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum = fmaf(x[2 * i], float(short(pairs[i])) * (1.f / kWhole), sum);
+      sum = fmaf(x[2 * i + 1], float(int(pairs[i]) >> 16) * (1.f / kWhole), sum);
+    }
+    return sum;
+  }
+};
 
 // The query rows of a block, and what its lanes see of them.
 struct Block : QueryBlock<kBlockRows> {

@@ -182,16 +182,16 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     tau[slot] = kInf, delta[slot] = 0.f;
     if (b.flat[slot]) {
       const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
-      const float* second = second_output(p, b.head_row, b.row(slot));
+      const SecondOutput second(p, b.head_row, b.row(slot));
       const Scalar* grad = row_of(p.grad_o, b.batch, b.head, b.row(slot));
       tau[slot] = p.tau[at_tau];
 #pragma unroll
       for (int n = lane_id() % 4 * 8; n < kHeadDimV; n += 32) {
         float g[8];
         load8<kHeadDimV>(grad, n, g);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) delta[slot] = fmaf(g[i], second[n + i], delta[slot]);
+        delta[slot] += second.times(n, g);
       }
+      delta[slot] *= *second.largest;
     }
     delta[slot] = sum_over<4>(delta[slot]);
     if (b.flat[slot] && lane_id() % 4 == 0)

@@ -573,15 +573,8 @@ struct Attention {
           if (is_poisoned(slot)) x = kNaN;
         }
       unsafe |= b.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
-      if (!b.flat[slot]) continue;
-      if constexpr (kSaves) {
-        float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < kDimV / 8; ++n)
-          *reinterpret_cast<float2*>(to + n * 8) = {o.second[4 * n + 2 * slot] * factor_u,
-                                                    o.second[4 * n + 2 * slot + 1] * factor_u};
-      }
-      if (lane_id() % 4) continue;
+      if constexpr (kSaves) keep_second(o, slot, factor_u);
+      if (!b.flat[slot] || lane_id() % 4) continue;
       const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
       const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
       // The last step, by what is known of the slope: the backward's probabilities sum to one.
@@ -600,6 +593,25 @@ struct Attention {
   }
 
  private:
+  // All lanes of the warp come together. One entry that is not finite leaves the row no delta.
+  __device__ __forceinline__ void keep_second(const Outputs& o, int slot, float factor_u) const {
+    float most = 0.f;
+#pragma unroll
+    for (int n = 0; n < kDimV / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) most = max_or_nan(most, fabsf(o.second[4 * n + 2 * slot + j]));
+    most = max_or_nan_over<4>(most);
+    if (!b.flat[slot]) return;
+    const SecondOutput to(p, b.head_row, b.row(slot));
+    // Of what is hardly a number any more, 1 / most would be infinite.
+    const float lift = most < 0x1p-60f ? 0x1p80f : 1.f, share = to.kWhole / (most * lift);
+#pragma unroll
+    for (int n = 0; n < kDimV / 8; ++n)
+      to.put(n * 8 + lane_id() % 4 * 2, o.second[4 * n + 2 * slot] * lift * share,
+             o.second[4 * n + 2 * slot + 1] * lift * share);
+    if (lane_id() % 4 == 0) *to.largest = most * factor_u;
+  }
+
   // --- thresholds
 
   // use(scores of a tile, i) of every tile of a walk.

@@ -65,13 +65,14 @@ __device__ __forceinline__ void for_listed_rows(const Params& p, const Body& bod
 }
 
 // The column of a saved survivor, in its range whatever became of it.
-__device__ __forceinline__ int column_of(const Params& p, const ArenaWord& saved) {
-  return int(min(u32(saved.column), u32(p.length_k - 1)));
+__device__ __forceinline__ int column_of(const Params& p, KeyNumber saved) {
+  return int(min(u32(saved), u32(p.length_k - 1)));
 }
 
 // The first of the rows of one (batch, key head)'s columns.
-__device__ __forceinline__ i64 rows_of(const Params& p, int kv_row) {
-  return i64(kv_row) * p.gqa_group * p.row_blocks * (kRowBlock * kArenaRow);
+__device__ __forceinline__ RowNumber* rows_of(const Params& p, int kv_row) {
+  return static_cast<RowNumber*>(p.rows) +
+         i64(kv_row) * p.gqa_group * p.row_blocks * (kRowBlock * kArenaRow);
 }
 
 // Query rows that share keys are numbered: the number of the head among those of the key head, then
@@ -133,9 +134,9 @@ constexpr int kOutputLanes = ADASPLASH2_OUTPUT_LANES;
 __device__ __forceinline__ void output_row(const Params& p, const Row& r) {
   if (!r.inside) return;
   const int count = p.row_count[r.at].survivors;
-  const i64 first_entry = arena_of(r.at / kRowBlock) + p.row_start[r.at].entry;
-  const ArenaWord* columns = p.columns + first_entry;
-  const float* weights = p.weights + first_entry;
+  const int first_entry = p.row_start[r.at].entry;
+  const KeyNumber* columns = columns_of(p, r.at / kRowBlock) + first_entry;
+  const float* weights = weights_of(p, r.at / kRowBlock) + first_entry;
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
   const int at = threadIdx.x % kOutputLanes * 8;
   float out[8];
@@ -147,7 +148,7 @@ __device__ __forceinline__ void output_row(const Params& p, const Row& r) {
     float x[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      column[i] = first + i < count ? columns[first + i].column : -1;
+      column[i] = first + i < count ? int(columns[first + i]) : -1;
       x[i] = first + i < count ? weights[first + i] : 0.f;
     }
     float value[kBatch][8];
@@ -202,13 +203,13 @@ __device__ __forceinline__ void count_columns_of(const Params& p, int row_block)
   const int total = p.row_start[last].entry + max(p.row_count[last].survivors, 0);
   const int kv_row = Head(p, row_block / p.row_blocks).kv_row(p);
   int* counts = p.column_count + i64(kv_row) * p.length_k;
-  const i64 arena = arena_of(row_block);
+  const KeyNumber* columns = columns_of(p, row_block);
   for (int first = 0; first < total; first += kThreads) {
     const int i = first + threadIdx.x;
     const u32 inside = __ballot_sync(kAllLanes, i < total);
     if (i >= total) break;
     // One atomic for all lanes with the same column: every row has a sink's.
-    const int column = column_of(p, p.columns[arena + i]);
+    const int column = column_of(p, columns[i]);
     const u32 peers = __match_any_sync(inside, column);
     if (lane_id() == __ffs(peers) - 1) atomicAdd(counts + column, __popc(peers));
   }
@@ -341,8 +342,9 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
   const int count = max(kept, 0);
   // The lanes of a warp stay together for the shuffles.
   const int longest = uniform(__reduce_max_sync(kAllLanes, count));
-  const i64 first_entry = active ? arena_of(r.at / kRowBlock) + p.row_start[r.at].entry : 0;
-  const ArenaWord* columns = p.columns + first_entry;
+  const int row_block = active ? r.at / kRowBlock : 0;
+  const int first_entry = active ? p.row_start[r.at].entry : 0;
+  const KeyNumber* columns = columns_of(p, row_block) + first_entry;
   const int lane = threadIdx.x % kRowLanes, at = lane * 8;
 
   float query[8] = {}, grad_o[8] = {}, first_x = 0.f;
@@ -356,6 +358,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
   const Scalar* keys = active ? row_of(p.k, r.batch, r.kv_head, 0) : nullptr;
   const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
   const int kv_row = r.kv_row(p), mine = Products::slot();
+  RowNumber* rows = rows_of(p, kv_row);  // made where it is used, it would make float32 spill
   const int my_row = r.head % p.gqa_group << row_bits(p) | r.row;
   const bool puts = lane < 8 && lane % 2 == 0;  // one lane a survivor
   float first_score = 0.f, first_dp = 0.f, sum_u = 0.f, sum_udp = 0.f, mass = 0.f;
@@ -382,7 +385,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
     if (inside) {
       float x;
       if constexpr (kKeepsWeights)
-        x = p.weights[first_entry + first + mine];
+        x = weights_of(p, row_block)[first_entry + first + mine];
       else
         x = weight_from(p, found.score, first_score, first_x);
       u = weight(x, p.r);
@@ -390,7 +393,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
       sum_u += u;
       // Off the support nothing is felt.
       if (u != 0.f) sum_udp = fmaf(u, found.dp, sum_udp), felt = u * (found.dp - first_dp);
-      if (puts) p.rows[rows_of(p, kv_row) + place] = my_row;
+      if (puts) rows[place] = RowNumber(my_row);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -450,11 +453,12 @@ struct Column {
     const int column = number % p.length_k;
     float found = 0.f;
     if (inside) {  // two lanes look through its survivors
-      const i64 first = arena_of(row_at / kRowBlock) + p.row_start[row_at].entry;
-      const int count = p.row_count[row_at].survivors;
+      const int first = p.row_start[row_at].entry, count = p.row_count[row_at].survivors;
+      const KeyNumber* columns = columns_of(p, row_at / kRowBlock) + first;
+      const float* weights = weights_of(p, row_at / kRowBlock) + first;
 #pragma unroll 2
       for (int i = lane_id() % 2; i < count; i += 2)
-        if (column_of(p, p.columns[first + i]) == column) found = p.weights[first + i];
+        if (column_of(p, columns[i]) == column) found = weights[i];
     }
     return sum_over<2>(found);
   }
@@ -534,8 +538,8 @@ struct Column {
 };
 
 // Where the rows of a column are; grad_rows has moved its start to its end.
-__device__ __forceinline__ int* rows_of_column(const Params& p, int column_at, int count) {
-  return p.rows + rows_of(p, column_at / p.length_k) + (p.column_start[column_at] - count);
+__device__ __forceinline__ RowNumber* rows_of_column(const Params& p, int column_at, int count) {
+  return rows_of(p, column_at / p.length_k) + (p.column_start[column_at] - count);
 }
 
 constexpr int kParts = 32 / kRowLanes;  // rows that a warp gathers side by side
@@ -551,13 +555,13 @@ __device__ __forceinline__ void sum_column(const Params& p, int column_at, int c
   constexpr int kLanes = parts * kRowLanes;
   const int lane = lane_id() % kLanes;
   Column sums(p, column_at, lane, count > 0);
-  const int* unsorted = count > 0 ? rows_of_column(p, column_at, count) : nullptr;
+  const RowNumber* unsorted = count > 0 ? rows_of_column(p, column_at, count) : nullptr;
 
   const int rounded = (count + 3) / 4 * 4;
   // Rows differ, unless what was saved was written over. Ranks may be equal then: `sorted` is set
   // first, so that each place has a row.
   for (int i = lane; i < rounded; i += kLanes)
-    rows[i] = sorted[i] = i < count ? unsorted[i] : 0x7fffffff;
+    rows[i] = sorted[i] = i < count ? int(unsorted[i]) : 0x7fffffff;
   __syncwarp();
   for (int i = lane; i < count; i += kLanes) {
     const int row = rows[i];
@@ -615,7 +619,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
 // A long column (a sink that every query keeps): where its rows are.
 struct LongColumn {
   int at, count;
-  int* rows;
+  RowNumber* rows;
 
   __device__ __forceinline__ LongColumn(const Params& p, int number)
       : at(p.long_columns[1 + number]),
@@ -650,13 +654,13 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
       int end = column.count;  // of what is not moved yet; behind it are the rows of later turns
       for (int upto = column.count; upto > sorted; upto -= kSortThreads) {
         const int i = upto - 1 - int(threadIdx.x);
-        const int row = i >= sorted ? column.rows[i] - base : -1;
+        const int row = i >= sorted ? int(column.rows[i]) - base : -1;
         const bool later = row >= words * 32;
         if (row >= 0 && !later) atomicOr(bits + row / 32, 1u << row % 32);
         if (last) continue;
         int all;
         const int place = preceding<kSortThreads>(later, sums, all);  // and all have read theirs
-        if (later) column.rows[end - 1 - place] = row + base;
+        if (later) column.rows[end - 1 - place] = RowNumber(row + base);
         end -= all;
       }
       __syncthreads();
@@ -673,7 +677,7 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
       for (int i = warp_id(); i < words; i += kSortThreads / 32) {
         const u32 word = bits[i], lower = (1u << lane_id()) - 1u;
         if (word >> lane_id() & 1u)
-          column.rows[before[i] + __popc(word & lower)] = base + i * 32 + lane_id();
+          column.rows[before[i] + __popc(word & lower)] = RowNumber(base + i * 32 + lane_id());
       }
     }
   }
@@ -708,7 +712,7 @@ extern "C" __global__ void __launch_bounds__(kLongThreads, kLongBlocks)
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int at = first + team + i * kLongTeams;
-        found[i] = at < end ? column.rows[at] : -1;
+        found[i] = at < end ? int(column.rows[at]) : -1;
       }
     };
     Column mine(p, column.at, lane, true);

@@ -412,7 +412,8 @@ struct Lists {
     for (int part = 0; part < kSlots / 2; ++part) {
       if (first_row + part * kRowBlock >= p.length_q)
         break;  // the next row block is another head's
-      const i64 arena = arena_of(row_block + part);
+      KeyNumber* columns = columns_of(p, row_block + part);
+      float* weights = weights_of(p, row_block + part);
       int start[2], count[2], before[2], used = 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -443,8 +444,8 @@ struct Lists {
             const Survivor kept = load(at + slot * kSlotBytes);
             const float x = fmaf(p.c, kept.score - s.top, -s.tau);
             if (x > 0.f) {
-              p.columns[arena + to].column = kept.column;
-              p.weights[arena + to++] = x;
+              columns[to] = KeyNumber(kept.column);
+              weights[to++] = x;
               if (p.tiles) mark_tile(p, head_row, row, kept.column);
             }
           }

@@ -8,6 +8,7 @@ import triton.language as tl
 from adasplash2.backends.triton import sizes
 
 INFINITY = tl.constexpr(float("inf"))
+WHOLE = tl.constexpr(32767.0)
 
 INTERPRETED = tl.constexpr(sizes.INTERPRETED)
 
@@ -80,6 +81,29 @@ def with_bad(total, bad):
     infinite = tl.where(above > 0.0, INFINITY, -INFINITY)
     infinite = tl.where((above > 0.0) & (below > 0.0), float("nan"), infinite)
     return tl.where((above > 0.0) | (below > 0.0), infinite, total)
+
+
+@triton.jit
+def shares_of(rows):
+    """Entries as shares of the largest of their row, as whole numbers of 16 bits, and that one.
+    Where it is not finite they say which are: 1 and -1 are infinities, 2 is NaN."""
+    most = largest(tl.abs(rows), 1)
+    # Of what is hardly a number any more, 1 / most would be infinite.
+    lift = tl.where(most < 2.0**-60, 2.0**80, 1.0)
+    share = WHOLE / (tl.where(most > 0.0, most, 1.0) * lift)
+    shares = tl.floor(rows * lift[:, None] * share[:, None] + 0.5)
+    bad = tl.where(rows == INFINITY, 1.0, tl.where(rows == -INFINITY, -1.0, 0.0))
+    bad = tl.where(rows != rows, 2.0, bad)
+    return tl.where(is_finite(most)[:, None], shares, bad), most
+
+
+@triton.jit
+def rows_of(shares, most):
+    """What :func:`shares_of` was given; zeros for what is finite in a row that is not."""
+    rows = shares.to(tl.float32) * (1.0 / WHOLE) * most[:, None]
+    bad = tl.where(shares == 1, INFINITY, tl.where(shares == -1, -INFINITY, 0.0))
+    bad = tl.where(shares == 2, float("nan"), bad)
+    return tl.where(is_finite(most)[:, None], rows, bad)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     finite_part,
     gradient_product,
     matmul,
+    rows_of,
     with_bad,
 )
 from adasplash2.backends.triton.kernels.score import (
@@ -223,6 +224,8 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
     grad = load_tile(grads, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
     means = head_of(out_u, batch, head)
     mean = load_tile(means, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
+    if opt.shares:
+        mean = rows_of(mean, tl.load(spread_in + at_row, mask=inside, other=0.0))
     spread = load_spread(spread_in, at_row, inside, opt)
     delta = tl.sum(grad.to(tl.float32) * mean, 1)
     if opt.sinks:  # where a sink has all of the probability no gradient is felt, NaN neither

@@ -14,6 +14,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     in_halves,
     is_finite,
     matmul,
+    shares_of,
     weighted,
     with_bad,
 )
@@ -215,6 +216,9 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
             if opt.steep:  # as in the sum
                 top_u = tl.max(scaled(top_u[:, None], u_scale, TYPE, opt), 1)
             tl.store(spread + at_row, tl.where(slope == top_u, 0.0, 1.0), mask=inside)
+        if opt.shares:
+            mean, most = shares_of(mean)
+            tl.store(spread + at_row, most, mask=inside)
         means = head_of(out_u, batch, head)
         store_tile(
             means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v
@@ -285,8 +289,9 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     Launched twice: rows whose result is not finite are marked ``unsafe``, and only their blocks
     are done again where SAFE, by a loop in which values that are not finite reach the rows alone
     whose support holds them. There are few programs then, since hardly ever there are ``some``.
-    ``spread``: 0 where one key has all of the probability, whose ``ds`` is zero. Where
-    ``opt.rough`` thresholds, which are ``tau`` there, take a last step, and are stored anew.
+    ``spread``: 0 where one key has all of the probability, whose ``ds`` is zero; or the largest
+    entry of ``out_u``, which has shares of it. Where ``opt.rough`` thresholds, which are ``tau``
+    there, take a last step, and are stored anew.
     """
     if SAFE:
         number, waiting = first_again(some, work_items)
