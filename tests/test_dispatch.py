@@ -203,15 +203,36 @@ def test_the_environment_forces_and_an_argument_goes_before_it(
         dispatch.choose(problem())
 
 
-def test_equal_problems_are_decided_once(register: Register) -> None:
+def test_problems_of_one_kind_are_decided_once(register: Register) -> None:
     first = register("first")
     choice = dispatch.choose(problem())
     assert dispatch.choose(problem()) is choice
     assert len(first.asked) == 1
-    dispatch.choose(problem(length=6))
-    dispatch.choose(problem(alpha=2.0))
+    for said in ({"length": 4096}, {"alpha": 2.0}, {"is_causal": True}, {"needs_grad": True}):
+        dispatch.choose(problem(**said))
     dispatch.choose(problem(), "first")
-    assert len(first.asked) == 4
+    assert len(first.asked) == 6
+    long = dispatch.choose(problem(5000))
+    for length in (4097, 6001, 8191):
+        for numbers in ({"scale": 3.0}, {"scale": -1.0}):
+            assert dispatch.choose(problem(length, **numbers)) is long
+    assert len(first.asked) == 7
+
+
+def test_a_call_that_is_refused_is_told_with_its_own_sizes(register: Register) -> None:
+    """Also where another of its kind was refused before."""
+    register("first", refusals=("it is Tuesday",))
+    for length in (5000, 6001):
+        with pytest.raises(dispatch.BackendRefused, match=rf"query \(1, 2, {length}, 4\)"):
+            dispatch.choose(problem(length))
+
+
+def test_decisions_do_not_pile_up(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    register("first")
+    monkeypatch.setattr(dispatch, "CACHED_DECISIONS", 3)
+    for length in range(1, 17):
+        assert dispatch.choose(problem(length)).config == {"block": 64}
+        assert len(dispatch._decisions) <= 3
 
 
 def test_strides_decide_nothing(register: Register) -> None:
@@ -348,7 +369,7 @@ def test_what_stood_in_does_so_for_good_only_where_a_backward_has_to_meet_it(
     for _ in range(2):
         assert dispatch.choose(asked).backend is (second if needs_grad else first)
         assert dispatch.choose(problem(99, needs_grad=True)).backend is first
-        dispatch._decide.cache_clear()
+        dispatch._decisions.clear()
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -703,7 +724,7 @@ def test_what_is_measured_meanwhile_changes_no_decision_of_this_process(
     dispatch._store(torch.device("cpu")).add(
         [measured(second, 1.0, problem_class=label)]  # known to this process too
     )
-    dispatch._decide.cache_clear()
+    dispatch._decisions.clear()
     assert dispatch.choose(problem(needs_grad=True)) == before
     assert dispatch.choose(problem(length=7, needs_grad=True)) == before
     dispatch.forget()
@@ -791,7 +812,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(
     monkeypatch.setattr(dispatch, "_is_capturing", lambda device: True)
     assert dispatch.choose(problem())[:2] == (first, {"block": 64})
     monkeypatch.setattr(dispatch, "_is_capturing", lambda device: False)
-    dispatch._decide.cache_clear()
+    dispatch._decisions.clear()
     assert dispatch.choose(problem())[:2] == (first, {"block": 64})
     assert not tuned
 
