@@ -227,14 +227,6 @@ def test_a_call_that_is_refused_is_told_with_its_own_sizes(register: Register) -
             dispatch.choose(problem(length))
 
 
-def test_decisions_do_not_pile_up(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
-    register("first")
-    monkeypatch.setattr(dispatch, "CACHED_DECISIONS", 3)
-    for length in range(1, 17):
-        assert dispatch.choose(problem(length)).config == {"block": 64}
-        assert len(dispatch._decisions) <= 3
-
-
 def test_strides_decide_nothing(register: Register) -> None:
     """Hooks on saved tensors may change strides between a forward and its backward."""
     first = register("first")
@@ -369,7 +361,7 @@ def test_what_stood_in_does_so_for_good_only_where_a_backward_has_to_meet_it(
     for _ in range(2):
         assert dispatch.choose(asked).backend is (second if needs_grad else first)
         assert dispatch.choose(problem(99, needs_grad=True)).backend is first
-        dispatch._decisions.clear()
+        dispatch._decide.cache_clear()
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -724,7 +716,7 @@ def test_what_is_measured_meanwhile_changes_no_decision_of_this_process(
     dispatch._store(torch.device("cpu")).add(
         [measured(second, 1.0, problem_class=label)]  # known to this process too
     )
-    dispatch._decisions.clear()
+    dispatch._decide.cache_clear()
     assert dispatch.choose(problem(needs_grad=True)) == before
     assert dispatch.choose(problem(length=7, needs_grad=True)) == before
     dispatch.forget()
@@ -812,7 +804,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(
     monkeypatch.setattr(dispatch, "_is_capturing", lambda device: True)
     assert dispatch.choose(problem())[:2] == (first, {"block": 64})
     monkeypatch.setattr(dispatch, "_is_capturing", lambda device: False)
-    dispatch._decisions.clear()
+    dispatch._decide.cache_clear()
     assert dispatch.choose(problem())[:2] == (first, {"block": 64})
     assert not tuned
 

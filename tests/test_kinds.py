@@ -14,10 +14,18 @@ import torch
 import adasplash2
 from adasplash2 import dispatch
 from adasplash2.backends import REGISTRY, cpu, cuda, triton
-from adasplash2.backends.cuda import configurations
+from adasplash2.backends.cuda import attention, configurations, decoding, driver
 from adasplash2.backends.cuda.sizes import SharedMemory
 from adasplash2.backends.triton import sizes
-from adasplash2.problem import FEW, Operand, Problem, RowProblem, ScoreTransform, rounded
+from adasplash2.problem import (
+    FEW,
+    Operand,
+    Problem,
+    RowProblem,
+    ScoreTransform,
+    by_kind,
+    rounded,
+)
 from adasplash2.records import problem_class
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -139,6 +147,31 @@ def test_no_batch_is_decided_otherwise_than_its_kind(name: str) -> None:
     assert_one_answer_a_kind(problems)
 
 
+def kernels_of_cuda(problem: Problem) -> list[Any]:
+    """Macros and blocks of all that may be launched for ``problem``."""
+    found: list[Any] = []
+    for config, aligned in itertools.product(cuda.configs(problem), (False, True)):
+        if config == configurations.SPLIT:
+            few = decoding.Kernels(problem, aligned)
+            found.append((few.options, few.block))
+        else:
+            of = attention.Kernels(problem, tuple(config.items()), aligned)
+            found.append((of.options, of.scan, of.dense))
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "training", "causal", "general", "odd group", "float32"])
+def test_kernels_of_cuda_are_those_of_the_kind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "index", lambda device: 0)
+    base, known = dataclasses.replace(PLAIN, **ASKED[name]), dict[Any, Any]()
+    lengths = [n for n in around_powers() if n < 2**16] + [3, 5, 6, 7, 13, 300, 700, 1000, 1500]
+    for length_q, length_k in itertools.product([1, 3, 5, 16, 17, 100], lengths):
+        asked = dataclasses.replace(base, length_q=length_q, length_k=length_k)
+        found = kernels_of_cuda(asked)
+        assert known.setdefault(asked.kind, found) == found
+    assert len({str(found) for found in known.values()}) > (name != "general")
+
+
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 12.5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_no_rows_are_decided_otherwise_than_their_kind(alpha: float, dtype: torch.dtype) -> None:
@@ -220,10 +253,31 @@ def test_rounded() -> None:
 
 def test_keys_that_grow_are_decided_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     decided = []
-    decide = dispatch._decide
-    monkeypatch.setattr(dispatch, "_decide", lambda *asked: decided.append(1) or decide(*asked))
+    ask = dispatch._ask
+    monkeypatch.setattr(dispatch, "_ask", lambda *asked: decided.append(1) or ask(*asked))
     query, keys = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 200, 8)
     dispatch.forget()
     for length in range(70, 200):
         adasplash2.entmax_attention(query, keys[:, :, :length], keys[:, :, :length], backend="cpu")
     assert len(decided) == 3  # up to 127, of 128, beyond
+
+
+def test_what_is_found_by_kind_does_not_pile_up() -> None:
+    asked = []
+
+    @by_kind(3)
+    def found(problem: Problem, more: str) -> str:
+        asked.append(problem.length_k)
+        return f"{more} {rounded(problem.length_k)}"
+
+    def of(length_k: int) -> str:
+        return found(dataclasses.replace(PLAIN, length_k=length_k), "about")
+
+    assert [of(n) for n in (1, 5, 6, 7, 1)] == ["about 1", *["about 5"] * 3, "about 1"]
+    assert asked == [1, 5]
+    assert found(PLAIN, "of") == "of 1"
+    for n in range(40):
+        assert of(n) == f"about {rounded(n)}"
+        assert len(found) <= 3
+    found.cache_clear()
+    assert len(found) == 0

@@ -186,8 +186,8 @@ def test_tokens_one_by_one_are_the_sequence_and_nothing_is_decided_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decided = []
-    decide = dispatch._decide
-    monkeypatch.setattr(dispatch, "_decide", lambda *asked: decided.append(1) or decide(*asked))
+    ask = dispatch._ask
+    monkeypatch.setattr(dispatch, "_ask", lambda *asked: decided.append(1) or ask(*asked))
     query, key, value = torch.randn(3, 1, 4, 24, 16)
     keys, values = (torch.zeros(1, 4, 64, 16) for _ in range(2))
     found = []

@@ -30,7 +30,15 @@ from adasplash2 import cache
 from adasplash2.contract import Backend, Config
 from adasplash2.failures import may_pass
 from adasplash2.options import check_backend
-from adasplash2.problem import FEW, Inputs, Kind, Problem, RowProblem, is_known_to_sdpa
+from adasplash2.problem import (
+    FEW,
+    Inputs,
+    Kind,
+    Problem,
+    RowProblem,
+    by_kind,
+    is_known_to_sdpa,
+)
 from adasplash2.records import Record, Store, problem_class
 
 logger = logging.getLogger("adasplash2")
@@ -198,22 +206,10 @@ def choose(problem: Problem | RowProblem, backend: str | None = None) -> Choice:
         BackendRefused: none that was asked can run the problem.
     """
     forced = FORCED if backend is None else backend
-    key = problem.kind, forced
-    found = _decisions.get(key)
-    if found is not None:
-        return found
     try:
-        found = _decide(problem, forced)
+        return _decide(problem, forced)
     except _Passing as passing:
         return passing.choice
-    if len(_decisions) >= CACHED_DECISIONS:
-        _decisions.clear()  # each is made again as it was
-    _decisions[key] = found
-    return found
-
-
-_decisions: dict[tuple[Kind, str | None], Choice] = {}
-"""By kind, and by what is forced."""
 
 
 def saved_bound(problem: Problem, backend: str | None = None) -> int:
@@ -334,7 +330,7 @@ def forget() -> None:
     """Ask every backend anew and read records anew, as after a change of the registry. Not between
     a forward and its backward, which must meet in the same decision."""
     _loaded.clear()
-    _decisions.clear()
+    _decide.cache_clear()
     _held.clear()
     _stores.clear()
     _seen.clear()
@@ -417,9 +413,9 @@ def _asked(problem: Problem | RowProblem) -> tuple[str, ...]:
     return names
 
 
+@by_kind(CACHED_DECISIONS)
 def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
-    """A decision for all problems of this kind.
-
+    """
     Raises:
         _Passing: with the decision, where it may be another at the next call.
     """

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -507,6 +507,43 @@ def said_by(kind: Kind) -> Iterator[tuple[str, Any, Any]]:
             yield from said_by(value)
         else:
             yield name, value, defaults.get(name)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ByKind(Generic[P, R]):
+    """A function that finds the same for all problems of a kind, and for the same that is asked
+    beside: it is found once. Of more than ``most`` all are forgotten, and found again."""
+
+    def __init__(self, function: Callable[Concatenate[Any, P], R], most: int) -> None:
+        self._function, self._most = function, most
+        self._found: dict[tuple[Any, ...], R] = {}
+
+    def __call__(self, problem: Problem | RowProblem, *others: P.args, **named: P.kwargs) -> R:
+        key = problem.kind, others
+        try:
+            return self._found[key]
+        except KeyError:
+            pass
+        found = self._function(problem, *others, **named)
+        if len(self._found) >= self._most:
+            self._found.clear()
+        self._found[key] = found
+        return found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def cache_clear(self) -> None:
+        """Forget all."""
+        self._found.clear()
+
+
+def by_kind(most: int) -> Callable[[Callable[Concatenate[Any, P], R]], ByKind[P, R]]:
+    """Make a function a :class:`ByKind`; what is asked beside the problem can be hashed."""
+    return lambda function: ByKind(function, most)
 
 
 def float32_refusals(problem: Problem | RowProblem) -> list[str]:
