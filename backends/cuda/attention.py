@@ -330,13 +330,9 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 
 
 def backward(
-    problem: Problem,
-    inputs: Inputs,
-    forward: Forward,
-    grad_out: Tensor,
-    config: Config,
+    problem: Problem, inputs: Inputs, forward: Forward, grad_out: Tensor, config: Config,
     wanted: Collection[str] = (),
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """Gradients of query, key and value."""
     query, key, value, grad_out = placed(config, *inputs.tensors(), grad_out)
     grad_query, grad_key, grad_value = (
