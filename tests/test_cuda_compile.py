@@ -659,7 +659,7 @@ def launched(hopper: None, fake: Driver, monkeypatch: pytest.MonkeyPatch) -> lis
     found: list[Any] = []
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    decoding.plan_of.cache_clear()
+    decoding.forget()
 
     def made(device: int, unit: str, name: str, options: Any, shared: int = 0) -> Any:
         def launch(grid: tuple[int, int], threads: int, maps: driver.Maps, call: Any) -> None:

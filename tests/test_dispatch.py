@@ -203,15 +203,28 @@ def test_the_environment_forces_and_an_argument_goes_before_it(
         dispatch.choose(problem())
 
 
-def test_equal_problems_are_decided_once(register: Register) -> None:
+def test_problems_of_one_kind_are_decided_once(register: Register) -> None:
     first = register("first")
     choice = dispatch.choose(problem())
     assert dispatch.choose(problem()) is choice
     assert len(first.asked) == 1
-    dispatch.choose(problem(length=6))
-    dispatch.choose(problem(alpha=2.0))
+    for said in ({"length": 4096}, {"alpha": 2.0}, {"is_causal": True}, {"needs_grad": True}):
+        dispatch.choose(problem(**said))
     dispatch.choose(problem(), "first")
-    assert len(first.asked) == 4
+    assert len(first.asked) == 6
+    long = dispatch.choose(problem(5000))
+    for length in (4097, 6001, 8191):
+        for numbers in ({"scale": 3.0}, {"scale": -1.0}):
+            assert dispatch.choose(problem(length, **numbers)) is long
+    assert len(first.asked) == 7
+
+
+def test_a_call_that_is_refused_is_told_with_its_own_sizes(register: Register) -> None:
+    """Also where another of its kind was refused before."""
+    register("first", refusals=("it is Tuesday",))
+    for length in (5000, 6001):
+        with pytest.raises(dispatch.BackendRefused, match=rf"query \(1, 2, {length}, 4\)"):
+            dispatch.choose(problem(length))
 
 
 def test_strides_decide_nothing(register: Register) -> None:

@@ -19,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 import adasplash2
 from adasplash2 import functional, ops, options
 from adasplash2.lowering import lowered
-from adasplash2.options import Options, Said
+from adasplash2.options import Options, Said, ScoreOptions
 from adasplash2.problem import TENSORS, Inputs
 
 NAN, INF = float("nan"), float("inf")
@@ -542,6 +542,7 @@ def test_the_list_of_options_is_one() -> None:
     assert {name: p.default for name, p in said.items()} == Said._field_defaults
     types = get_type_hints(Said)
     assert {name: get_type_hints(adasplash2.entmax_attention)[name] for name in said} == types
+    assert get_type_hints(ScoreOptions).items() <= types.items()
     for function, without in NOT_TAKEN.items():
         its, hints = (of(getattr(adasplash2, function)) for of in (parameters, get_type_hints))
         assert said.keys() - its.keys() == without
@@ -549,6 +550,21 @@ def test_the_list_of_options_is_one() -> None:
             assert its[name].default == said[name].default
             assert its[name].kind == said[name].kind or name in ("is_causal", "scale", "attn_mask")
             assert hints[name] == types[name]
+
+
+@pytest.mark.parametrize("function", ["entmax_attention", *NOT_TAKEN])
+def test_what_is_no_option_is_refused_in_the_words_of_python(function: str) -> None:
+    """Also where another function has it, and before anything else is looked at."""
+    called = getattr(adasplash2, function)
+    places = 5 if "varlen" in function else 3
+    for name in ("no_such", "options", *NOT_TAKEN.get(function, ())):
+        if name in inspect.signature(called).parameters:
+            continue
+        words = rf"{function}\(\) got an unexpected keyword argument '{name}'"
+        with pytest.raises(TypeError, match=words):
+            called(*(None,) * places, **{name: None}, alpha=1.5)
+    with pytest.raises(TypeError, match="multiple values for"):
+        called(*(None,) * places, query=None)
 
 
 EXAMPLES: dict[str, Any] = {

@@ -111,13 +111,9 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 
 
 def backward(
-    problem: Problem,
-    inputs: Inputs,
-    kept: Kept,
-    grad_out: Tensor,
-    config: Config,
+    problem: Problem, inputs: Inputs, kept: Kept, grad_out: Tensor, config: Config,
     wanted: Collection[str] = (),
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """See :meth:`adasplash2.contract.Backend.backward`."""
     inputs, grad_out = _readable(inputs), _unit_stride(grad_out)
     device = problem.device

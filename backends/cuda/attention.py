@@ -1,14 +1,15 @@
 """Attention: which kernels a call launches, in which order, with what memory.
 
-A :class:`Plan` has what a kind of call needs besides its tensors: sizes, kernels, constants. It is
-made once per problem, configuration and alignment, so that a call fills in pointers and launches.
+A :class:`Plan` has what a problem needs besides its tensors: sizes, grids, constants. It is made
+once per problem, configuration and alignment, so that a call fills in pointers and launches. What
+does not follow from sizes, :class:`Kernels`, plans of one kind share.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from adasplash2.backends.cuda import configurations, driver, layout, sizes
 from adasplash2.contract import AttentionStats, Config, Forward, Gradients, Kept
-from adasplash2.problem import Inputs, Problem
+from adasplash2.problem import Inputs, Problem, by_kind
 
 MAX_INVERSE = 1e30
 """The largest ``1 / c``: bounds lie a few times that below scores, and must be finite numbers."""
@@ -36,16 +37,37 @@ class Scratch(NamedTuple):
     total: int
 
 
-class Plan:
-    """One kind of attention call on one device."""
+Made = Callable[[], tuple[Mapping[str, int], int]]
+"""Makes the macros of a kernel, and its dynamic shared memory."""
 
-    def __init__(self, problem: Problem, config: Config, aligned: bool) -> None:
-        self.problem = problem
-        self.counts = sizes.Counts.of(problem)
-        self.saved = sizes.Saved(problem)
-        self.saved_places = driver.places(self.saved.offsets)
-        self._device = driver.index(problem.device)
-        self._options = sizes.kind_defines(
+
+class Compiled:
+    """Kernels for one device by unit, name and variant. Their macros are put together once: that
+    takes longer than a launch."""
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self._found: dict[Hashable, driver.Kernel] = {}
+
+    def kernel(self, unit: str, name: str, made: Made, variant: Hashable = None) -> driver.Kernel:
+        """``variant`` tells apart those of one name."""
+        key = unit, name, variant
+        found = self._found.get(key)
+        if found is None:
+            options, shared = made()
+            found = driver.kernel(self.device, unit, name, tuple(options.items()), shared)
+            self._found[key] = found
+        return found
+
+
+class Kernels:
+    """What all problems of one kind have in common: macros, blocks of kernels, and these."""
+
+    def __init__(
+        self, problem: Problem, items: tuple[tuple[str, int | str], ...], aligned: bool
+    ) -> None:
+        config = dict(items)
+        self.options = sizes.kind_defines(
             problem.dtype,
             problem.head_dim,
             problem.head_dim_v,
@@ -55,9 +77,26 @@ class Plan:
             length_k=problem.length_k,
             rows=sizes.row_numbers(problem),
         )
+        self.scan = configurations.scan_of(problem, config)
+        self.dense = configurations.dense_of(problem, self.scan)
+        self.compiled = Compiled(driver.index(problem.device))
+
+
+_kernels = by_kind(CACHED_PLANS)(Kernels)
+
+
+class Plan:
+    """One problem on one device."""
+
+    def __init__(self, problem: Problem, config: Config, aligned: bool) -> None:
+        self.problem = problem
+        self.counts = sizes.Counts.of(problem)
+        self.saved = sizes.Saved(problem)
+        self.saved_places = driver.places(self.saved.offsets)
+        kernels = _kernels(problem, tuple(config.items()), aligned)
+        self._compiled, self._options = kernels.compiled, kernels.options
+        self._scan, self._dense = kernels.scan, kernels.dense
         self._scans_first = config != configurations.DENSE
-        self._scan = configurations.scan_of(problem, config)
-        self._dense = configurations.dense_of(problem, self._scan)
         constants = driver.params(
             {
                 "batch": problem.batch,
@@ -76,7 +115,7 @@ class Plan:
 
     def call(self) -> driver.Call:
         """A call whose argument block has the constants."""
-        return driver.Call(self._device, self._constants)
+        return driver.Call(self._compiled.device, self._constants)
 
     def start(self, call: driver.Call, saved: Tensor) -> None:
         """Set what must have a value before the first kernel."""
@@ -125,7 +164,7 @@ class Plan:
         if not scan.maps_keys:
             return (first,)
         retry = sizes.hopper_scan(self.problem.head_dim, *configurations.RETRY_SHAPE, retry=True)
-        return (first, self._launch_scan(retry, self._multiprocessors))
+        return (first, self._launch_scan(retry, self._multiprocessors, "retry"))
 
     @functools.cached_property
     def forward(self) -> tuple[driver.Launch, ...]:
@@ -176,7 +215,7 @@ class Plan:
             self._launch_exact("exact_output"),
         )
 
-    @property
+    @functools.cached_property
     def _multiprocessors(self) -> int:
         found: int = torch.cuda.get_device_properties(self.problem.device).multi_processor_count
         return found
@@ -195,21 +234,26 @@ class Plan:
         alone = not self._dense.maps or self.problem.scores.is_causal
         return tiles if alone else self._dense.blocks(tiles, self._multiprocessors)
 
-    def _launch_scan(self, scan: sizes.Scan, blocks: int) -> driver.Launch:
-        capacity = scan.capacity(configurations.shared_memory(self.problem.device))
-        if capacity is None:
-            raise RuntimeError(f"{scan.unit} has no room for lists on {self.problem.device}")
-        options = self._options | scan.defines_for(capacity)
-        shared = scan.shared(capacity)
+    def _launch_scan(
+        self, scan: sizes.Scan, blocks: int, variant: Hashable = None
+    ) -> driver.Launch:
+        def made() -> tuple[Mapping[str, int], int]:
+            capacity = scan.capacity(configurations.shared_memory(self.problem.device))
+            if capacity is None:
+                raise RuntimeError(f"{scan.unit} has no room for lists on {self.problem.device}")
+            return self._options | scan.defines_for(capacity), scan.shared(capacity)
+
         maps = (("k", layout.HOPPER_KEYS),) if scan.maps_keys else ()
-        return self._launch(scan.unit, "scan", options, (blocks,), scan.threads, shared, maps)
+        return self._launch(scan.unit, "scan", made, (blocks,), scan.threads, maps, variant)
 
     def _elements(
         self, kernel: str, blocks: int, threads: int = layout.ELEMENT_THREADS
     ) -> driver.Launch:
         # The gathers depend on neither the masks nor the lists: one variant serves all.
-        options = self._options | {"CAUSAL": 0}
-        return self._launch("elements.cu", kernel, options, (blocks,), threads, 0)
+        def made() -> tuple[Mapping[str, int], int]:
+            return self._options | {"CAUSAL": 0}, 0
+
+        return self._launch("elements.cu", kernel, made, (blocks,), threads)
 
     def _gathers(self, kernel: str, items: int) -> driver.Launch:
         """One whose blocks take some of ``items`` each, however many those are."""
@@ -226,36 +270,37 @@ class Plan:
         names: tuple[str, ...],
         **options: int,
     ) -> driver.Launch:
-        dense, options = self._dense, self._options | self._dense.defines | options
+        dense = self._dense
         maps = tuple((name, layout.DENSE_BOX) for name in names) if dense.maps else ()
-        shared = dense.shared[kernel]
-        return self._launch(unit, kernel, options, blocks, dense.threads, shared, maps)
+
+        def made() -> tuple[Mapping[str, int], int]:
+            return self._options | dense.defines | options, dense.shared[kernel]
+
+        variant = tuple(options.values())
+        return self._launch(unit, kernel, made, blocks, dense.threads, maps, variant)
 
     def _launch_exact(self, kernel: str, gradients: int = 1) -> driver.Launch:
         """What a dense kernel marked, by as many blocks as are at work at once."""
         problem = self.problem
         dense = sizes.portable_dense(problem.head_dim, problem.head_dim_v, problem.dtype.itemsize)
-        blocks = EXACT_BLOCKS * self._multiprocessors
-        return self._launch(
-            "exact.cu",
-            kernel,
-            self._options | dense.defines,
-            (blocks, gradients),
-            dense.threads,
-            dense.shared[kernel],
-        )
+
+        def made() -> tuple[Mapping[str, int], int]:
+            return self._options | dense.defines, dense.shared[kernel]
+
+        blocks = EXACT_BLOCKS * self._multiprocessors, gradients
+        return self._launch("exact.cu", kernel, made, blocks, dense.threads)
 
     def _launch(
         self,
         unit: str,
         kernel: str,
-        options: Mapping[str, int],
+        made: Made,
         blocks: tuple[int, ...],
         threads: int,
-        shared: int,
         maps: driver.Maps = (),
+        variant: Hashable = None,
     ) -> driver.Launch:
-        found = driver.kernel(self._device, unit, kernel, tuple(options.items()), shared)
+        found = self._compiled.kernel(unit, kernel, made, variant)
         return functools.partial(found, (*blocks, 1)[:2], threads, maps)
 
 
@@ -287,13 +332,9 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 
 
 def backward(
-    problem: Problem,
-    inputs: Inputs,
-    kept: Kept,
-    grad_out: Tensor,
-    config: Config,
+    problem: Problem, inputs: Inputs, kept: Kept, grad_out: Tensor, config: Config,
     wanted: Collection[str] = (),
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """Gradients of query, key and value."""
     query, key, value, grad_out = placed(config, *inputs.tensors(), grad_out)
     grad_query, grad_key, grad_value = (
@@ -383,10 +424,11 @@ def _forward(
 
 def placed(config: Config, *tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors``, or copies of those that the kernels of ``config`` cannot read where they lie."""
-    found = tuple(unit_stride(x) for x in tensors)
-    if not configurations.needs_alignment(config):
-        return found
-    return tuple(x if configurations.is_aligned(x) else _copied(x) for x in found)
+    is_mapped, found = configurations.needs_alignment(config), []
+    for x in tensors:  # a loop: every call comes by
+        x = unit_stride(x)
+        found.append(_copied(x) if is_mapped and not configurations.is_aligned(x) else x)
+    return tuple(found)
 
 
 def _copied(x: Tensor) -> Tensor:

@@ -86,10 +86,13 @@ def may_align(problem: Problem) -> bool:
     return all(width * problem.dtype.itemsize % ALIGNMENT == 0 for width in widths)
 
 
+_UNMAPPED = PORTABLE["scan"], SPLIT["scan"]
+
+
 def needs_alignment(config: Config) -> bool:
     """Whether its kernels read tensors by TMA, which takes rows that start on 16 bytes. Others are
     copied first: what runs is the configuration, in forward and backward, wherever tensors lie."""
-    return config["scan"] not in (PORTABLE["scan"], SPLIT["scan"])
+    return config["scan"] not in _UNMAPPED
 
 
 def is_aligned(*tensors: Tensor) -> bool:

@@ -9,27 +9,22 @@ import torch
 from torch import Tensor
 
 from adasplash2.backends.cuda import configurations, driver, layout, sizes
-from adasplash2.backends.cuda.attention import score_constants, unit_stride
+from adasplash2.backends.cuda.attention import Compiled, score_constants, unit_stride
 from adasplash2.contract import AttentionStats, Forward
-from adasplash2.problem import Inputs, Problem, allowed_tiles
+from adasplash2.problem import Inputs, Problem, allowed_tiles, by_kind
 
 CACHED_PLANS = 1024
 
 
-class Plan:
-    """One kind of call on one device: constants, kernels, and where its memory goes.
-
-    A cache that grows meets a new one with each key, of the same kernels.
-    """
+class Kernels:
+    """What all problems of one kind have in common, as a cache that grows has with itself."""
 
     def __init__(self, problem: Problem, aligned: bool) -> None:
-        self._problem = problem
-        self._device = driver.index(problem.device)
         block = configurations.decode_of(problem)
         if block is None:
             raise RuntimeError(f"decode.cu has no room for keys on {problem.device}")
-        self._block = block
-        self._options = sizes.kind_defines(
+        self.block = block
+        self.options = sizes.kind_defines(
             problem.dtype,
             problem.head_dim,
             problem.head_dim_v,
@@ -37,6 +32,19 @@ class Plan:
             causal=False,  # which keys are seen comes with the call
             aligned=aligned,
         ) | {"PAGED": int(problem.page_size > 0), **block.defines}
+        self.compiled = Compiled(driver.index(problem.device))
+
+
+_kernels = by_kind(CACHED_PLANS)(Kernels)
+
+
+class Plan:
+    """One problem on one device: constants, kernels, and where its memory goes."""
+
+    def __init__(self, problem: Problem, aligned: bool) -> None:
+        kernels = _kernels(problem, aligned)
+        self._compiled, self._options = kernels.compiled, kernels.options
+        self._block = block = kernels.block
         key_heads = problem.batch * problem.heads_kv
         shared_rows = problem.group_size * problem.length_q
         self._rows = key_heads * shared_rows
@@ -84,7 +92,7 @@ class Plan:
 
     def call(self) -> driver.Call:
         """A call whose argument block has the constants."""
-        return driver.Call(self._device, self._constants, layout.DecodeParams)
+        return driver.Call(self._compiled.device, self._constants, layout.DecodeParams)
 
     @functools.cached_property
     def launches(self) -> tuple[driver.Launch, ...]:
@@ -97,9 +105,14 @@ class Plan:
         )
 
     def _launch(self, kernel: str, blocks: int, threads: int, shared: int = 0) -> driver.Launch:
-        options = tuple(self._options.items())
-        found = driver.kernel(self._device, "decode.cu", kernel, options, shared)
+        found = self._compiled.kernel("decode.cu", kernel, lambda: (self._options, shared))
         return functools.partial(found, (blocks, 1), threads, ())
+
+
+def forget() -> None:
+    """Drop all plans, and what they share."""
+    plan_of.cache_clear()
+    _kernels.cache_clear()
 
 
 @functools.lru_cache(CACHED_PLANS)

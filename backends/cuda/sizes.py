@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -163,6 +164,7 @@ class Dense:
         return min(tiles, max(multiprocessors, -(-tiles // layout.MOST_TILES)))
 
 
+@functools.cache
 def portable_dense(head_dim: int, head_dim_v: int, itemsize: int) -> Dense:
     """``dense.cu``, and ``exact.cu``, whose blocks have the same shape."""
     wide = itemsize == 4 and max(padded(head_dim), padded(head_dim_v)) > 128
@@ -263,6 +265,7 @@ class Scan:
         return self.rows * layout.LIST_LANES * layout.LIST_ENTRY_BYTES
 
 
+@functools.cache
 def portable_scan(head_dim: int, itemsize: int, blocks: int = 1) -> Scan:
     """``scan.cu``: stages of keys, and float32 queries; ``blocks`` to a multiprocessor."""
     wide = itemsize == 4 and padded(head_dim) > 128
@@ -279,6 +282,7 @@ def portable_scan(head_dim: int, itemsize: int, blocks: int = 1) -> Scan:
     )
 
 
+@functools.cache
 def hopper_scan(head_dim: int, warpgroups: int, stages: int, retry: bool = False) -> Scan:
     """``scan90.cu``: ``stages`` tiles of keys, ``warpgroups`` that filter and one that copies."""
     tile = layout.HOPPER_KEYS * panels(head_dim) * layout.SWIZZLE_BYTES

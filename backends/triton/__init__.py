@@ -217,13 +217,9 @@ def _forward(call: Any, counted: dict[str, Tensor] | None = None, saved_bytes: i
 
 
 def backward(
-    problem: Problem,
-    inputs: Inputs,
-    kept: Kept,
-    grad_out: Tensor,
-    config: Config,
+    problem: Problem, inputs: Inputs, kept: Kept, grad_out: Tensor, config: Config,
     wanted: Collection[str] = (),
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """Gradients of query, key and value, and of the operands that are ``wanted``."""
     from adasplash2.backends.triton import launch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -127,6 +128,12 @@ class Step(NamedTuple):
     variant: tuple[bool, ...]
 
 
+@functools.cache
+def _others(kernel: Any, own: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of a kernel's arguments but ``own``."""
+    return tuple(name for name in kernel.arg_names if name not in own)
+
+
 class Steps(NamedTuple):
     """The launches of a plan, all that does not change from call to call: the host prepares a call
     for as long as a GPU takes for it. ``given``: arguments by name, for all of them; ``kinds``:
@@ -178,7 +185,7 @@ class Steps(NamedTuple):
 
         def step(kernel: Any, grid: int, flags: dict[str, bool], **own: Any) -> Step:
             how, own = options[kernel.__name__], {**own, **flags}
-            shared = tuple(name for name in kernel.arg_names if name not in own)
+            shared = _others(kernel, tuple(own))
             return Step(kernel, grid, shared, own, how, tuple(flags.values()))
 
         warps, narrowing = (options[x]["num_warps"] for x in ("decode_solve", "decode_narrow"))

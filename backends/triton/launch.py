@@ -22,7 +22,7 @@ from adasplash2.backends.triton.kernels import output as output_kernels
 from adasplash2.backends.triton.kernels import solve as solve_kernels
 from adasplash2.backends.triton.kernels import whole as whole_kernels
 from adasplash2.contract import Config, Forward, Gradients, Kept
-from adasplash2.problem import Inputs, Problem
+from adasplash2.problem import Inputs, Problem, by_kind
 
 MAX_STEPS = 64
 """Steps of one row. Gaussian scores take one to four, above alpha = 2 up to forty where a key
@@ -169,13 +169,29 @@ def _kind(stride: int) -> tuple[bool, bool, bool]:
     return stride == 1, stride % sizes.ALIGNMENT == 0, stride >= 1 << 31
 
 
-@functools.lru_cache(CACHED_PLANS)
-def _of_any_length(
-    problem: Problem, opt: sizes.Options, items: tuple[tuple[str, int | str], ...]
-) -> dict[Any, Compiled]:
-    """The compiled kernels of all plans whose problems differ in the length of the cache alone:
-    else Triton would describe all arguments anew with every token that a cache grows by."""
-    return {}
+class Decoding(NamedTuple):
+    """Of a plan for ``decode.py``, what does not follow from the length of the cache."""
+
+    opt: sizes.Options
+    options: dict[str, dict[str, int]]
+    compiled: dict[Any, Compiled]
+
+
+def _decoding(
+    problem: Problem, items: tuple[tuple[str, int | str], ...], *numbers: Hashable
+) -> Decoding:
+    """``numbers``: all of ``problem`` but that length, where this is kept."""
+    config = dict(items)
+    opt = sizes.Options.of(problem, config)
+    # Keys are read once in any case.
+    opt = opt._replace(exact=True, relative=True, local=False, folded=False)
+    options = {name: sizes.decoding_options(config, name) for name in sizes.DECODE_KERNELS}
+    return Decoding(opt, options, {})
+
+
+_growing = by_kind(CACHED_PLANS)(_decoding)
+"""Kept for all that a cache grows to: else Triton would describe all arguments anew with every
+token."""
 
 
 def _operand(tensor: Tensor | None) -> Tensor | None:
@@ -190,21 +206,18 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     config = dict(items)
     grid, layout = sizes.Grid.of(problem, config), sizes.Saved(problem, config)
     whole: list[tuple[sizes.Options, int, int, int]] = []
-    shape, opt = sizes.Shape.of(problem), sizes.Options.of(problem, config)
+    shape = sizes.Shape.of(problem)
     compiled: dict[Any, Compiled] = {}
     solving, fixed = 0, {}
     # What a call may ask beyond brings numbers of its own, and HIP compiles for sizes of memory.
     grows = sizes.is_decoding(problem) and not problem.features and torch.version.hip is None
     if sizes.is_decoding(problem):
-        options = {name: sizes.decoding_options(config, name) for name in sizes.DECODE_KERNELS}
-        # Lengths are arguments of their own there, and keys are read once in any case.
-        shape, opt = (
-            shape._replace(length_k=None),
-            opt._replace(exact=True, relative=True, local=False, folded=False),
-        )
-        if grows:
-            compiled = _of_any_length(dataclasses.replace(problem, length_k=0), opt, items)
+        made = _growing if grows else _decoding
+        numbers = problem.batch, problem.heads_q, problem.length_q, problem.scores
+        opt, options, compiled = made(problem, items, *numbers)
+        shape = shape._replace(length_k=None)  # lengths are arguments of their own there
     else:
+        opt = sizes.Options.of(problem, config)
         solving = sizes.residents(config, "solve") * multiprocessors(problem.device)
         solving = min(solving, grid.heads * grid.row_blocks)
         fixed = _fixed(problem, config, grid, opt)
@@ -329,7 +342,7 @@ def _chunk(config: Config, grid: sizes.Grid) -> int:
 def forget() -> None:
     """Drop all plans, and the kernels that plans share: they depend on this module's constants."""
     _plan.cache_clear()
-    _of_any_length.cache_clear()
+    _growing.cache_clear()
 
 
 class Call:

@@ -37,7 +37,7 @@ DECODE_KERNELS = "decode_scan", "decode_solve", "decode_narrow", "decode_weigh",
 """Names of the kernels that run instead where :func:`is_decoding`, in ``kernels/decode.py``."""
 
 MOST_DECODED = 16
-"""The most queries of a head for :func:`is_decoding`: as many as ``dispatch.FEW``, and as the CUDA
+"""The most queries of a head for :func:`is_decoding`: as many as ``problem.FEW``, and as the CUDA
 backend's."""
 
 FEWEST_DECODED = 256

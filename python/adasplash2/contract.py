@@ -122,7 +122,12 @@ class Backend(Protocol):
         """
 
     def refusals(self, problem: Problem | RowProblem) -> list[str]:
-        """All reasons why this problem cannot run here, a sentence each; empty: it can."""
+        """All reasons why this problem cannot run here, a sentence each; empty: it can.
+
+        Like ``configs``, the same for all problems of one :attr:`adasplash2.problem.Asked.kind`, of
+        which one is asked; but for the numbers in sentences. ``tests/test_kinds.py`` holds it to
+        that at lengths of all sorts: a limit that kinds do not have is a new part of them.
+        """
 
     def refusals_anywhere(self, problem: Problem | RowProblem) -> list[str]:
         """Those of them that hold on every device: ``problem.device`` is not looked at. Neither it

@@ -30,7 +30,15 @@ from adasplash2 import cache
 from adasplash2.contract import Backend, Config
 from adasplash2.failures import may_pass
 from adasplash2.options import check_backend
-from adasplash2.problem import Inputs, Problem, RowProblem, is_known_to_sdpa
+from adasplash2.problem import (
+    FEW,
+    Inputs,
+    Kind,
+    Problem,
+    RowProblem,
+    by_kind,
+    is_known_to_sdpa,
+)
 from adasplash2.records import Record, Store, problem_class
 
 logger = logging.getLogger("adasplash2")
@@ -56,7 +64,7 @@ AUTOTUNE_SECONDS = 20.0
 """What a first call may wait for measurements with ``ADASPLASH2_AUTOTUNE=on``."""
 
 CACHED_DECISIONS = 4096
-"""Problems whose decision is remembered, about 1 kB each; decoding meets a new one a token."""
+"""Kinds of problems whose decision is remembered, about 1 kB each."""
 
 
 class Choice(NamedTuple):
@@ -187,7 +195,8 @@ class Explanation:
 def choose(problem: Problem | RowProblem, backend: str | None = None) -> Choice:
     """The backend and configuration for ``problem``; ``backend`` forces one by name.
 
-    The answer to equal arguments is the same throughout a process, whatever is measured meanwhile:
+    The answer to problems of one kind is the same throughout a process, whatever is measured
+    meanwhile:
     the forward and the backward of one call ask separately and must meet in the same backend and
     configuration. Except that of a problem without gradient, which nothing has to meet, where a
     backend could not be asked for a reason that may pass.
@@ -376,16 +385,13 @@ class _Passing(Exception):
         self.choice = choice
 
 
-_held: dict[tuple[Problem | RowProblem, str | None], Choice] = {}
+_held: dict[tuple[Kind, str | None], Choice] = {}
 """Decisions about calls with a backward that were made while a backend could not be asked: they
 hold, also when it can."""
 
 
 SHORT = 1024
 """Keys up to which rows are short, see :func:`_asked`."""
-
-FEW = 16
-"""Queries that are few there."""
 
 
 def _asked(problem: Problem | RowProblem) -> tuple[str, ...]:
@@ -407,13 +413,13 @@ def _asked(problem: Problem | RowProblem) -> tuple[str, ...]:
     return names
 
 
-@functools.lru_cache(maxsize=CACHED_DECISIONS)
+@by_kind(CACHED_DECISIONS)
 def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     """
     Raises:
         _Passing: with the decision, where it may be another at the next call.
     """
-    if (held := _held.get((problem, forced))) is not None:
+    if (held := _held.get((problem.kind, forced))) is not None:
         return held
     if forced is not None:
         check_backend(forced, " from ADASPLASH2_BACKEND" if forced == FORCED else "")
@@ -448,7 +454,7 @@ def _decide(problem: Problem | RowProblem, forced: str | None) -> Choice:
     asked = names[: names.index(name) + 1]
     if any(other not in _loaded for other in asked):
         if problem.needs_grad:
-            _held[problem, forced] = choice
+            _held[problem.kind, forced] = choice
         else:
             raise _Passing(choice)
     elif AUTOTUNE != "off" and not _is_seen(problem, name):

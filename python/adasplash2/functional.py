@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from adasplash2.options import (
     NOTHING,
     Options,
     Said,
+    ScoreOptions,
     check_alpha,
     check_alpha_above_one,
     check_backend,
@@ -54,6 +55,39 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def _shown(function: Callable[P, R]) -> Callable[P, R]:
+    """Show each of ``**options`` with its type and default: to ``inspect.signature``, ``help``,
+    ``get_type_hints`` and documentation. The function itself is as it was."""
+    signature = inspect.signature(function)
+    types = {name: kind.__forward_arg__ for name, kind in ScoreOptions.__annotations__.items()}
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    first = [p for p in named if p.kind is not p.KEYWORD_ONLY]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, kind in types.items()
+        for default in (Said._field_defaults[name],)
+    ]
+    shown = signature.replace(parameters=[*first, *options, *named[len(first) :]])
+    function.__signature__ = shown  # type: ignore[attr-defined]
+    function.__annotations__ = {
+        **{name: p.annotation for name, p in shown.parameters.items()},
+        "return": signature.return_annotation,
+    }
+    return function
+
+
+def _check_names(function: str, options: ScoreOptions) -> None:
+    """Refuse what is no option in Python's words.
+
+    Raises:
+        TypeError: one is none.
+    """
+    for name in options:
+        if name not in ScoreOptions.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+@_shown
 def entmax_attention(
     query: Tensor,
     key: Tensor,
@@ -64,17 +98,12 @@ def entmax_attention(
     scale: float | Tensor | None = None,
     enable_gqa: bool = False,
     *,
-    alpha: float | Tensor = 1.5,
     causal_align: str = "top-left",
-    window: tuple[int, int] | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float = NOTHING,
-    sinks: Tensor | None = None,
     q_lengths: Tensor | None = None,
     kv_lengths: Tensor | None = None,
     kv_starts: Tensor | None = None,
     return_aux: bool = False,
-    backend: str | None = None,
+    **options: Unpack[ScoreOptions],
 ) -> Any:
     r"""Attention whose probabilities are alpha-entmax of the scores: exact, with true zeros.
 
@@ -188,15 +217,17 @@ def entmax_attention(
         Correia, Niculae, Martins 2019, *Adaptively Sparse Transformers* (its gradients);
         Goncalves et al. 2026, *AdaSplash-2* (finding the threshold from a histogram).
     """
+    if options:
+        _check_names("entmax_attention", options)
     said = Said(
         attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-        enable_gqa=enable_gqa, alpha=alpha, causal_align=causal_align, window=window,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, q_lengths=q_lengths,
-        kv_lengths=kv_lengths, kv_starts=kv_starts, backend=backend,
+        enable_gqa=enable_gqa, causal_align=causal_align, q_lengths=q_lengths,
+        kv_lengths=kv_lengths, kv_starts=kv_starts, **options,
     )  # fmt: skip
     return _attend(lowered(query, key, value, said), return_aux)
 
 
+@_shown
 def entmax_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -211,14 +242,9 @@ def entmax_attention_varlen(
     enable_gqa: bool = False,
     *,
     attn_mask: Tensor | None = None,
-    alpha: float | Tensor = 1.5,
     causal_align: str = "top-left",
-    window: tuple[int, int] | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float = NOTHING,
-    sinks: Tensor | None = None,
     return_aux: bool = False,
-    backend: str | None = None,
+    **options: Unpack[ScoreOptions],
 ) -> Any:
     """:func:`entmax_attention` of sequences that lie one behind another, as flash-attn packs them.
 
@@ -257,10 +283,11 @@ def entmax_attention_varlen(
         >>> adasplash2.entmax_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 32, 32).shape
         torch.Size([48, 4, 16])
     """
+    if options:
+        _check_names("entmax_attention_varlen", options)
     said = Said(
         attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-        enable_gqa=enable_gqa, alpha=alpha, causal_align=causal_align, window=window,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, backend=backend,
+        enable_gqa=enable_gqa, causal_align=causal_align, **options,
     )  # fmt: skip
     call = lowered_packed(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, said
@@ -268,6 +295,7 @@ def entmax_attention_varlen(
     return _attend(call, return_aux)
 
 
+@_shown
 def entmax_attention_with_kvcache(
     query: Tensor,
     key_cache: Tensor,
@@ -279,13 +307,8 @@ def entmax_attention_with_kvcache(
     block_table: Tensor | None = None,
     is_causal: bool = False,
     scale: float | Tensor | None = None,
-    alpha: float | Tensor = 1.5,
-    window: tuple[int, int] | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float = NOTHING,
-    sinks: Tensor | None = None,
     kv_starts: Tensor | None = None,
-    backend: str | None = None,
+    **options: Unpack[ScoreOptions],
 ) -> Tensor:
     """:func:`entmax_attention` of new queries over a cache of keys and values, as flash-attn's
     ``flash_attn_with_kvcache``: for generation, without gradient.
@@ -340,10 +363,11 @@ def entmax_attention_with_kvcache(
         >>> out.shape, int((keys != 0).any(dim=3).sum())  # 3 keys of 4 heads
         (torch.Size([1, 4, 1, 32]), 12)
     """
+    if options:
+        _check_names("entmax_attention_with_kvcache", options)
     said = Said(
-        is_causal=is_causal, scale=scale, alpha=alpha, window=window, alibi_slopes=alibi_slopes,
-        softcap=softcap, sinks=sinks, kv_starts=kv_starts, backend=backend, enable_gqa=True,
-        causal_align="bottom-right",
+        is_causal=is_causal, scale=scale, kv_starts=kv_starts, enable_gqa=True,
+        causal_align="bottom-right", **options,
     )  # fmt: skip
     if torch.is_grad_enabled():
         for name, tensor in {
@@ -360,17 +384,17 @@ def entmax_attention_with_kvcache(
         query = query.to(key_cache.dtype)
         key = key if key is None else key.to(key_cache.dtype)
         value = value if value is None else value.to(key_cache.dtype)
-    (inputs, options, shaped, _), append = lowered_cached(
+    (inputs, checked, shaped, _), append = lowered_cached(
         query, key_cache, value_cache, key, value, cache_lengths, block_table, said
     )
-    if options.alpha != 1.0:
-        return shaped(ops.attention(inputs, options, append))
-    problem = _problem(inputs, options)
+    if checked.alpha != 1.0:
+        return shaped(ops.attention(inputs, checked, append))
+    problem = _problem(inputs, checked)
     append()
     if inputs.block_table is not None:
         inputs = unpaged(inputs)
-        problem = _problem(inputs, options)
-    return shaped(softmax_attention(problem, inputs, options.scale))
+        problem = _problem(inputs, checked)
+    return shaped(softmax_attention(problem, inputs, checked.scale))
 
 
 def _attend(call: Call, return_aux: bool) -> Any:

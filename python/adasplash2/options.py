@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor
@@ -54,6 +54,18 @@ class Said(NamedTuple):
 
 
 _FIRST_TENSOR = Said._fields.index("attn_mask")
+
+
+class ScoreOptions(TypedDict, total=False):
+    """What every function of attention takes by name, as said in
+    :func:`adasplash2.entmax_attention`; with the defaults of :class:`Said`."""
+
+    alpha: float | Tensor
+    window: tuple[int, int] | None
+    alibi_slopes: Tensor | None
+    softcap: float
+    sinks: Tensor | None
+    backend: str | None
 
 
 class Options(NamedTuple):

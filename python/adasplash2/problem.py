@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -148,8 +149,37 @@ class ScoreTransform:
         return 0 if self.is_causal else self.window[1]
 
 
+Kind = tuple[Any, ...]
+"""What problems that are decided alike have in common, see :attr:`Asked.kind`."""
+
+
+class Asked:
+    """What :class:`Problem` and :class:`RowProblem` have in common."""
+
+    __slots__ = ("_kind",)
+    _kind: Kind
+
+    @property
+    def kind(self) -> Kind:
+        """What decides who runs this and how: problems of one kind get one decision.
+
+        All fields that are compared, so that no new one is forgotten, but for what backends may not
+        decide by: ``scale``, the values of ``softcap`` and ``dropout_p``, and how large sizes and
+        windows are beyond what :func:`rounded` tells of them. So a sequence that grows is of a new
+        kind twice from one power of two to the next. A backend may ask whether a length, the width
+        of a window or the number of all query rows is below a power of two or at it; the number of
+        queries exactly up to :data:`FEW`, that of key heads only by ``group_size``. Where it must
+        ask more, sizes are in the kind as they are: see :func:`_is_exact`.
+        """
+        try:
+            return self._kind
+        except AttributeError:
+            object.__setattr__(self, "_kind", _kind_of(self))
+            return self._kind
+
+
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Asked):
     """One validated attention call, without its data."""
 
     batch: int
@@ -377,7 +407,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True, slots=True)
-class RowProblem:
+class RowProblem(Asked):
     """One validated ``entmax`` call: ``rows`` rows of ``length`` scores each."""
 
     rows: int
@@ -399,6 +429,121 @@ class RowProblem:
 _DEFAULTS: dict[type, tuple[tuple[str, Any], ...]] = {
     kind: _defaults(kind) for kind in (ScoreTransform, RowProblem)
 }
+
+
+# Kinds
+
+FEW = 16
+"""Queries that may be few for a cache: up to so many a kind has their number."""
+
+
+def rounded(size: int) -> int:
+    """A power of two as it is; of the numbers between two of them the first, for all."""
+    return size if size & (size - 1) == 0 else (1 << (size.bit_length() - 1)) + 1
+
+
+def _is_exact(problem: Problem) -> bool:
+    """Whether backends ask for sizes as they are: where 32 bits may not hold the rows of all heads,
+    padded to a few more, and of gradients above alpha = 2 (:func:`float32_refusals`)."""
+    heads, longest = problem.batch * problem.heads_q, max(problem.length_q, problem.length_k)
+    return heads * max(longest, 128) >= 2**30 or (problem.alpha > 2.0 and problem.needs_grad)
+
+
+_SIZES = "batch", "heads_q", "heads_kv", "length_q", "length_k"
+_OF_SIZES = "group", "is_exact", "all_rows", "length_q", "length_k"
+
+
+def _sizes(problem: Problem) -> tuple[int, ...]:
+    """What a kind has of ``_SIZES``, by the names ``_OF_SIZES``."""
+    length_q, length_k = problem.length_q, problem.length_k
+    all_rows, is_exact = problem.batch * problem.heads_q * length_q, _is_exact(problem)
+    if not is_exact:
+        all_rows, length_k = rounded(all_rows), rounded(length_k)
+        length_q = length_q if length_q <= FEW else rounded(length_q)
+    return problem.group_size, is_exact, all_rows, length_q, length_k
+
+
+@functools.lru_cache(1024)
+def _kind_of_scores(scores: ScoreTransform) -> Kind:
+    return _kind_of(scores)
+
+
+_IN_KINDS: dict[str, Callable[[Any], Any]] = {
+    "rows": rounded,
+    "length": rounded,
+    "scores": _kind_of_scores,
+    "scale": lambda scale: None,
+    "window": lambda sides: tuple(side if side < 0 else rounded(side) for side in sides),
+    "softcap": bool,
+    "dropout_p": bool,
+}
+"""Fields that kinds do not have as they are, but for ``_SIZES``."""
+
+
+@functools.cache
+def _parts_of_kinds(of: Any) -> tuple[tuple[str, ...], Callable[[Any], Any], tuple[str, ...]]:
+    """Of a dataclass the fields that kinds have as they are, what gets them, and the others."""
+    names = [one.name for one in fields(of) if one.compare and one.name not in _SIZES]
+    plain = tuple(name for name in names if name not in _IN_KINDS)
+    return plain, attrgetter(*plain), tuple(name for name in names if name in _IN_KINDS)
+
+
+def _kind_of(part: Any) -> Kind:
+    of: Any = type(part)
+    _, plain, others = _parts_of_kinds(of)
+    ruled = [_IN_KINDS[name](getattr(part, name)) for name in others]
+    sizes = _sizes(part) if isinstance(part, Problem) else ()
+    return of, *plain(part), *ruled, *sizes
+
+
+def said_by(kind: Kind) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and default of all that a kind has, also of ``scores``."""
+    of, *values = kind
+    plain, _, others = _parts_of_kinds(of)
+    defaults = {one.name: one.default for one in fields(of)}
+    names = *plain, *others, *(_OF_SIZES if issubclass(of, Problem) else ())
+    for name, value in zip(names, values, strict=True):
+        if name == "scores":
+            yield from said_by(value)
+        else:
+            yield name, value, defaults.get(name)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ByKind(Generic[P, R]):
+    """A function that finds the same for all problems of a kind, and for the same that is asked
+    beside: it is found once. Of more than ``most`` all are forgotten, and found again."""
+
+    def __init__(self, function: Callable[Concatenate[Any, P], R], most: int) -> None:
+        self._function, self._most = function, most
+        self._found: dict[tuple[Any, ...], R] = {}
+
+    def __call__(self, problem: Problem | RowProblem, *others: P.args, **named: P.kwargs) -> R:
+        key = problem.kind, others
+        try:
+            return self._found[key]
+        except KeyError:
+            pass
+        found = self._function(problem, *others, **named)
+        if len(self._found) >= self._most:
+            self._found.clear()
+        self._found[key] = found
+        return found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def cache_clear(self) -> None:
+        """Forget all."""
+        self._found.clear()
+
+
+def by_kind(most: int) -> Callable[[Callable[Concatenate[Any, P], R]], ByKind[P, R]]:
+    """Make a function a :class:`ByKind`; what is asked beside the problem can be hashed."""
+    return lambda function: ByKind(function, most)
 
 
 def float32_refusals(problem: Problem | RowProblem) -> list[str]:

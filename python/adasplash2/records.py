@@ -25,7 +25,7 @@ import torch
 from adasplash2 import cache
 from adasplash2.contract import Backend, Config
 from adasplash2.failures import may_pass
-from adasplash2.problem import Operand, Problem, RowProblem
+from adasplash2.problem import Kind, Operand, Problem, RowProblem, said_by
 
 FORMAT = "adasplash2 measured speeds"
 SCHEMA = 1
@@ -53,45 +53,34 @@ SKEW = datetime.timedelta(days=1)
 the oldest, and pushes nothing out."""
 
 
-@functools.lru_cache(maxsize=1024)
 def problem_class(problem: Problem | RowProblem) -> str:
     """What a record is about: problems that differ in batch, heads and little in length alike.
 
-    Made from all fields of ``problem``: one that :data:`_SAID` and :data:`_LEFT_OUT` do not know,
-    as an option that is new, makes classes of its own wherever it is not its default.
+    The kind of ``problem`` in words, without what changes little: several kinds are of one class,
+    which has all of each. So what is decided by records is decided by kinds. What :data:`_SAID` and
+    :data:`_LEFT_OUT` do not know, as an option that is new, makes classes of its own wherever it is
+    not its default.
 
     Lengths count as the nearest power of 4. How sparse the rows will be is not known before a call
     has run: records are measured on several sparsities (:data:`adasplash2.tuning.SHARPNESS`).
     """
-    said = dict.fromkeys(_SAID, "")
-    for name, value, default in _fields_of(problem):
+    return _in_words(problem.kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_words(kind: Kind) -> str:
+    said, values = dict.fromkeys(_SAID, ""), {}
+    for name, value, default in said_by(kind):
+        values[name] = value
         if name in _SAID:
             said[name] = _SAID[name](value)
         elif name not in _LEFT_OUT and value != default:
             said[name] = f"{name} {value}"
-    if isinstance(problem, RowProblem):
-        kind = "rows"
-    else:
-        kind = "attention"
-        said["group"] = f"group {problem.group_size}"
-        said["head_dim"] += f",{problem.head_dim_v}"
-        said["length_q"] += f",{_bucket(problem.length_k)}"
-    return " ".join((kind, *filter(None, said.values())))
-
-
-def _fields_of(part: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and default of every field, also of those within fields."""
-    for name, default in _fields_with_defaults(type(part)):  # type: ignore[arg-type]
-        value = getattr(part, name)
-        if hasattr(value, "__dataclass_fields__"):  # as dataclasses.is_dataclass, in a tenth
-            yield from _fields_of(value)
-        else:
-            yield name, value, default
-
-
-@functools.cache
-def _fields_with_defaults(kind: type) -> tuple[tuple[str, Any], ...]:
-    return tuple((field.name, field.default) for field in fields(kind))
+    if "length" in values:
+        return " ".join(("rows", *filter(None, said.values())))
+    said["head_dim"] += f",{values['head_dim_v']}"
+    said["length_q"] += f",{_bucket(values['length_k'])}"
+    return " ".join(("attention", *filter(None, said.values())))
 
 
 def _bucket(length: int) -> int:
@@ -117,7 +106,7 @@ _SAID: dict[str, Callable[[Any], str]] = {
     "dropout_p": lambda dropout_p: "dropout" if dropout_p else "",
     "operands": lambda operands: " ".join(map(_operand, operands)),
     "page_size": lambda size: f"pages of {_bucket(size)}" if size else "",
-    "group": str,
+    "group": lambda size: f"group {size}",
     "alphas": lambda alphas: "alphas" if alphas else "",
     "alpha": lambda alpha: f"alpha {alpha if alpha in (1.5, 2.0) else 'general'}",
     "needs_grad": lambda needs_grad: "training" if needs_grad else "inference",
@@ -126,8 +115,8 @@ _SAID: dict[str, Callable[[Any], str]] = {
 
 _LEFT_OUT = {
     *("device",),  # has a file of its own
-    *("batch", "rows", "scale", "strided", "bottom_right"),  # change little
-    *("heads_q", "heads_kv", "head_dim_v", "length_k"),  # said beside another
+    *("rows", "all_rows", "scale", "bottom_right", "is_exact"),  # change little
+    *("head_dim_v", "length_k"),  # said beside another
 }
 
 

@@ -1,0 +1,58 @@
+"""What is written once: no run of lines stands in two places of the public functions, the operators
+and the backends."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LONGEST = 5
+"""Lines that may be equal in a row, whatever their indentation."""
+
+FILES = [
+    *(ROOT / "python" / "adasplash2" / name for name in ("functional.py", "ops.py")),
+    *(path for suffix in ("py", "cu", "cuh") for path in (ROOT / "backends").rglob(f"*.{suffix}")),
+]
+
+
+def lines_of(path: Path) -> list[tuple[int, str]]:
+    """Numbers and texts of all lines but empty ones and imports, which are one statement each and
+    have a line for each name."""
+    text = path.read_text()
+    left_out: set[int] = set()
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert node.end_lineno is not None
+                left_out.update(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    return [(n, line.strip()) for n, line in lines if line.strip() and n not in left_out]
+
+
+def repeated(files: list[Path], longest: int) -> list[str]:
+    """Where runs begin that are longer, and stand elsewhere too."""
+    places: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for path in files:
+        lines = lines_of(path)
+        for i in range(len(lines) - longest):
+            run = tuple(line for _, line in lines[i : i + longest + 1])
+            places[run].append(f"{path.name}:{lines[i][0]}")
+    return [" and ".join(found) for found in places.values() if len(found) > 1]
+
+
+def test_no_lines_stand_twice() -> None:
+    assert len(FILES) > 40
+    assert repeated(FILES, LONGEST) == []
+
+
+def test_a_copy_is_found(tmp_path: Path) -> None:
+    lines = [f"x{i} = {i}" for i in range(LONGEST + 1)]
+    one, other = tmp_path / "one.py", tmp_path / "other.cu"
+    one.write_text("import torch\n\n" + "\n".join(lines))
+    other.write_text("{\n" + "\n\n".join(f"    {line}" for line in lines) + "\n}\n")
+    assert repeated([one, other], LONGEST) == ["one.py:3 and other.cu:2"]
+    one.write_text("\n".join(lines[1:]))
+    assert repeated([one, other], LONGEST) == []
+    assert repeated([other, other], LONGEST) != []
