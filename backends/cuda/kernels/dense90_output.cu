@@ -266,7 +266,8 @@ struct Sample {
 
 // All passes over keys, in order. The thread that copies and the warps that multiply both go
 // through here: each side takes every tile of every pass that it is given, or the other one waits
-// forever. full_pass() and output_pass() tell whether the side needs another full one.
+// forever. full_pass() and output_pass() tell whether the side needs another full one; vote(), who
+// has to take it then.
 template <class Side>
 __device__ __forceinline__ void for_passes(const Tiles& tiles, Side& side) {
   const Sample sample{tiles};
@@ -277,19 +278,16 @@ __device__ __forceinline__ void for_passes(const Tiles& tiles, Side& side) {
          stride -= kFirstStride - kStride)
       side.strided_pass(Strided(tiles, stride));
   const Walk all(tiles.begin, tiles.end - 1, 1);
-  int left = kSolveSteps;
-  bool solving = false;
-  if (sample.is_everything())
-    left = 0;
-  else
-    solving = any_of_block(side.template full_pass<true>(all));
+  int rounds = sample.is_everything() ? 1 : kSolveSteps;
+  bool solving = !sample.is_everything() && side.vote(side.template full_pass<true>(all));
   typename Side::Outputs outputs;
 #pragma unroll 1
   do {
 #pragma unroll 1
-    for (; solving && left > 0; --left) solving = any_of_block(side.template full_pass<false>(all));
+    for (int left = kSolveSteps; solving && left > 0; --left)
+      solving = side.vote(side.template full_pass<false>(all));
     solving = any_of_block(side.output_pass(all, outputs));
-  } while (solving && left > 0);
+  } while (solving && --rounds > 0);
   side.write(outputs);
 }
 
@@ -342,8 +340,10 @@ struct Producer {
         push_keys(walk[i < walk.count ? i : i - walk.count]);
     ahead = next;
     __syncwarp();
-    return false;  // it takes part in the vote, but needs no pass
+    return false;
   }
+  // It takes part, but needs no pass; where keys stay it has nothing to copy for another one.
+  __device__ __forceinline__ bool vote(bool mine) const { return !kResident && any_of_block(mine); }
   struct Outputs {};
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs&) {
     if (copies)
@@ -444,7 +444,10 @@ struct Attention {
         continue;
       }
       const int tile = sample[i];
-      scores(s[i], tile);
+      await_keys(tile, key_ring);
+      start_scores(s[i], tile);
+      finish_scores(s[i]);
+      b.mask(s[i], tile * kTileKeys);
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot)
         allowed[slot] += max(0, min(kTileKeys, b.seen(slot) - tile * kTileKeys));
@@ -540,11 +543,16 @@ struct Attention {
     return !(t[0].done && t[1].done);
   }
 
+  // Where keys stay, a warpgroup takes no more passes than its own rows need.
+  __device__ __forceinline__ bool vote(bool mine) const {
+    return kResident ? any_of_own(mine) : any_of_block(mine);
+  }
+
   // The outputs by the thresholds as they are; whether some of these must be sought further.
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
     o = {};
-    if (kSaves || (kMayBeRough && any_of_warpgroup(2 + warp_id() / 4, t[0].rough || t[1].rough)))
+    if (kSaves || (kMayBeRough && any_of_own(t[0].rough || t[1].rough)))
       sum_outputs<true>(walk, o);
     else
       sum_outputs<false>(walk, o);
@@ -600,34 +608,67 @@ struct Attention {
   }
 
  private:
+  // Whether any lane of the warpgroup says so.
+  static __device__ __forceinline__ bool any_of_own(bool mine) {
+    return any_of_warpgroup(2 + warp_id() / 4, mine);
+  }
+
   // --- thresholds
 
-  // use(scores of a tile, i) of every tile of a walk.
+  // use(scores of a tile, i) of every tile of a walk. While it uses those of one, the tensor cores
+  // make those of the next one. The wait for keys comes before that for scores: it is a branch, or
+  // the assembler would put uses behind the wait for scores that they do not need.
   template <class Walked, class Use>
   __device__ __forceinline__ void for_scores(const Walked& walk, int count, const Use& use) {
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      Scores s;
-      scores(s, walk[i]);
+    Scores even, odd;
+    const auto use_and_start = [&](Scores& s, Scores& next, int i) {
+      await_keys(walk[i + 1], next_stage());
+      finish_scores(s);
+      start_scores(next, walk[i + 1]);
+      b.mask(s, walk[i] * kTileKeys);
       use(s, i);
+    };
+    const auto use_last = [&](Scores& s) {
+      finish_scores(s);
+      b.mask(s, walk[count - 1] * kTileKeys);
+      use(s, count - 1);
+    };
+    await_keys(walk[0], key_ring);
+    start_scores(even, walk[0]);
+    int i = 0;
+#pragma unroll 1
+    for (; i + 2 < count; i += 2) {
+      use_and_start(even, odd, i);
+      use_and_start(odd, even, i + 1);
+    }
+    if (i + 1 < count) {
+      use_and_start(even, odd, i);
+      use_last(odd);
+    } else {
+      use_last(even);
     }
   }
-  // The scores of one tile, and its stage given back.
-  __device__ __forceinline__ void scores(Scores& s, int tile) {
-    await_keys(tile);
+  __device__ __forceinline__ void start_scores(Scores& s, int tile) {
     wgmma_fence();
     add_dots<kDim, kTileKeys>(s, queries, keys_of(tile));
     wgmma_commit();
+  }
+  // Its stage is given back.
+  __device__ __forceinline__ void finish_scores(Scores& s) {
     wgmma_wait();
     fence_operands(s);
     give_back_keys();
-    b.mask(s, tile * kTileKeys);
   }
-  __device__ __forceinline__ void await_keys(int tile) const {
+  __device__ __forceinline__ void await_keys(int tile, const KeyRing& ring) const {
     if constexpr (kResident)
       await(at.full_k + tile * 8, 0);
     else
-      key_ring.await_full(at.full_k);
+      ring.await_full(at.full_k);
+  }
+  __device__ __forceinline__ KeyRing next_stage() const {
+    KeyRing ring = key_ring;
+    ring.advance();
+    return ring;
   }
   __device__ __forceinline__ u64 keys_of(int tile) const {
     return keys + (kResident ? tile : key_ring.stage) * (kKeyBytes / kDescriptorBytes);
@@ -687,7 +728,7 @@ struct Attention {
     return b.flat[slot] && !(t[slot].tau == t[slot].tau);
   }
   __device__ __forceinline__ void start_part(PartScores& s, int tile, int part) {
-    if (part == 0) await_keys(tile);
+    if (part == 0) await_keys(tile, key_ring);
     wgmma_fence();
     add_dots<kDim, kTileKeys>(s, queries, keys_of(tile) + part * rows_at(kSteps));
     wgmma_commit();
