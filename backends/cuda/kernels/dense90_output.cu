@@ -196,31 +196,61 @@ constexpr int kKeyBytes = tile_bytes<kTileKeys, kPanels>;
 constexpr int kValueBytes = tile_bytes<kTileKeys, kPanelsV>;
 static_assert(kSwizzleAlignment + kOwnBytes + kStagesK * kKeyBytes + kStagesV * kValueBytes ==
               ADASPLASH2_SHARED_DENSE_OUTPUT);
+// Whether a block has one item, of its own number: where those differ, and of wide tensors, whose
+// outputs leave no register for more.
+constexpr bool kAlone = kCausal || !kNarrow;
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 
 // Where the parts of a block's shared memory are, and their barriers.
 struct Forward {
-  u32 queries, keys, values, rows, full_q, full_k, empty_k, full_v, empty_v;
+  u32 queries, keys, values, rows, full_q, empty_q, full_k, empty_k, full_v, empty_v;
 
-  static constexpr int kBarriers = 1 + 2 * kStagesK + 2 * kStagesV;
+  static constexpr int kBarriers = 2 * (1 + kStagesK + kStagesV);
   __device__ __forceinline__ Forward(u32 memory, u32 rows, u32 barriers)
       : queries(memory),
         keys(memory + kOwnBytes),
-        values(memory + kOwnBytes + kStagesK * kKeyBytes),
+        values(keys + kStagesK * kKeyBytes),
         rows(rows),
         full_q(barriers),
-        full_k(barriers + 8),
+        empty_q(full_q + 8),
+        full_k(empty_q + 8),
         empty_k(full_k + 8 * kStagesK),
         full_v(empty_k + 8 * kStagesK),
         empty_v(full_v + 8 * kStagesV) {}
   __device__ __forceinline__ void start() const {
-    init_barrier(full_q, 1);
+    init_barrier(full_q, 1), init_barrier(empty_q, kConsumers / 32);
     for (int i = 0; i < kStagesK; ++i)
       init_barrier(full_k + 8 * i, 1), init_barrier(empty_k + 8 * i, kConsumers / 32);
     for (int i = 0; i < kStagesV; ++i)
       init_barrier(full_v + 8 * i, 1), init_barrier(empty_v + 8 * i, kConsumers / 32);
     fence_async_proxy();
+  }
+};
+
+// What a block works on.
+struct Items {
+  Share share;
+
+  // Returns whether there is something. All threads come together.
+  __device__ __forceinline__ bool find(const Params& p) {
+    if constexpr (kAlone) return any_of_block(has_flat_rows(p, blockIdx.x, threadIdx.x, kThreads));
+    share.distribute<kResident>(query_tiles(p), [&](int item, int part, int parts) {
+      return has_flat_rows(p, item, part, parts);
+    });
+    return share.count > 0;
+  }
+  __device__ __forceinline__ int item(int i) const { return kAlone ? blockIdx.x : share.items[i]; }
+  __device__ __forceinline__ bool has(int i) const { return !kAlone && i < share.count; }
+  // Whether the keys that stay are not those of the item before. Their tiles are replaced when all
+  // warps say, at the barrier of the first stage, that they are done with them.
+  __device__ __forceinline__ bool keys_change(const Params& p, int i) const {
+    return !kResident || i == 0 || key_row(p, i) != key_row(p, i - 1);
+  }
+
+ private:
+  __device__ __forceinline__ int key_row(const Params& p, int i) const {
+    return QueryBlock<kBlockRows>(p, item(i)).kv_row(p);
   }
 };
 
@@ -294,29 +324,45 @@ __device__ __forceinline__ void for_passes(const Tiles& tiles, Side& side) {
 // The warp that has tiles copied; one thread of it does.
 struct Producer {
   const Forward& at;
-  const TensorMap &key_map, &value_map;
+  const TensorMap &query_map, &key_map, &value_map;
   const bool copies;
-  const Plane key_plane, value_plane;
-  int ahead = 0;  // tiles of keys of the next pass that were copied with the last one
+  Plane key_plane, value_plane;
+  int ahead = 0;          // tiles of keys of the next pass that were copied with the last one
+  bool keys_come = true;  // with the next sample
+  u32 parity = 1;         // of the keys that stay
+  Ring<1> own_ring;
   KeyRing key_ring;
   ValueRing value_ring;
 
-  __device__ __forceinline__ Producer(const Forward& at, const Block& b, const TensorMap& query_map,
-                                      const TensorMap& key_map, const TensorMap& value_map)
+  __device__ __forceinline__ Producer(const Forward& at, const Params& p,
+                                      const TensorMap& query_map, const TensorMap& key_map,
+                                      const TensorMap& value_map)
       : at(at),
+        query_map(query_map),
         key_map(key_map),
         value_map(value_map),
         copies(threadIdx.x == kConsumers),
-        key_plane(b.p.k, b.kv_head, b.batch),
-        value_plane(b.p.v, b.kv_head, b.batch) {
+        key_plane(p.k, 0, 0),
+        value_plane(p.v, 0, 0) {}
+
+  // An item; `change`: whether its keys are others than those that stay.
+  __device__ __forceinline__ void start(const Block& b, bool change) {
     if (!copies) return;
+    key_plane = Plane(b.p.k, b.kv_head, b.batch);
+    value_plane = Plane(b.p.v, b.kv_head, b.batch);
+    keys_come = change;
+    own_ring.await_empty(at.empty_q);
     arrive_expect_tx(at.full_q, kOwnBytes);
     tma_load_tile<kBlockRows, kPanels, kBox>(at.queries, query_map, b.first,
                                              Plane(b.p.q, b.head, b.batch), at.full_q);
+    own_ring.advance();
+    if (!kResident || !change) return;
+    await(at.empty_k, parity);  // a new barrier counts as one of the parity before
+    parity ^= 1;
   }
 
   __device__ __forceinline__ void sample_pass(const Sample& sample) {
-    if (!copies) return;
+    if (!copies || !keys_come) return;
 #pragma unroll 1  // it has few registers
     for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
     if constexpr (kResident)
@@ -393,6 +439,37 @@ struct RowOutputs {
   float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
 };
 
+// Where a warp is in what the thread that copies brings, from one item to the next. What is noted
+// in shared memory has no register while passes or outputs are summed.
+struct Place {
+  static constexpr int kNoted = 2;
+  const u32 noted;  // the number of the item, and where in the ring of values the warp is
+  u32 parity = 1;   // of the keys that stay
+  KeyRing key_ring;
+
+  __device__ __forceinline__ explicit Place(u32 noted) : noted(noted) {
+    note(0, 0);
+    note(1, 0);
+  }
+  __device__ __forceinline__ int number() const { return kAlone ? 0 : load_shared_int(noted); }
+  __device__ __forceinline__ void advance() const { note(0, number() + 1); }
+  __device__ __forceinline__ ValueRing value_ring() const {
+    const int at = load_shared_int(noted + 4);
+    return {at / 2, u32(at % 2)};
+  }
+  __device__ __forceinline__ void note(const ValueRing& ring) const {
+    note(1, 2 * ring.stage + int(ring.parity));
+  }
+
+ private:
+  __device__ __forceinline__ void note(int i, int x) const {
+    if constexpr (kAlone) return;
+    __syncwarp();
+    if (lane_id() == 0) store_shared(noted + 4 * i, x);
+    __syncwarp();
+  }
+};
+
 // A warpgroup's 64 rows: their thresholds, then their outputs.
 struct Attention {
   const Forward& at;
@@ -400,7 +477,9 @@ struct Attention {
   const Params& p;
   const float c;
   const u64 queries, keys, values;
-  KeyRing key_ring;
+  const Items& share;
+  const Place& place;
+  KeyRing& key_ring;
   ValueRing value_ring;
   Threshold t[2];
   static constexpr int kKept = 4;  // numbers of a row
@@ -409,14 +488,18 @@ struct Attention {
   float top[2] = {-kInf, -kInf}, floor[2];
   bool poisoned[2];
 
-  __device__ __forceinline__ Attention(const Forward& at, char* own, const Block& b)
+  __device__ __forceinline__ Attention(const Forward& at, char* own, const Block& b, Place& place,
+                                       const Items& share)
       : at(at),
         b(b),
         p(b.p),
         c(b.p.c),
         queries(descriptor(at.queries + uniform(warp_id() / 4) * kRows * kLineBytes)),
         keys(descriptor(at.keys)),
-        values(descriptor(at.values, kTileKeys * kLineBytes)) {
+        values(descriptor(at.values, kTileKeys * kLineBytes)),
+        share(share),
+        place(place),
+        key_ring(place.key_ring) {
     // The scan left each row's largest score as far as it looked, NaN for a poisoned row, and a
     // lower bound of its threshold.
 #pragma unroll
@@ -428,7 +511,7 @@ struct Attention {
       t[slot].done = poisoned[slot] || !b.flat[slot];
       t[slot].rough = false, t[slot].slope = 1.f, t[slot].steps = 0;
     }
-    await(at.full_q, 0);
+    await(at.full_q, place.number() % 2);
     sign_own(p, own, kOwnBytes);
   }
 
@@ -552,15 +635,19 @@ struct Attention {
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
     o = {};
+    if constexpr (!kAlone) value_ring = place.value_ring();
     if (kSaves || (kMayBeRough && any_of_own(t[0].rough || t[1].rough)))
       sum_outputs<true>(walk, o);
     else
       sum_outputs<false>(walk, o);
+    if constexpr (!kAlone) place.note(value_ring);
     return missed(o, 0) | missed(o, 1);
   }
 
   // Outputs of probabilities that sum to one, and what a backward needs of each row.
   __device__ __forceinline__ void write(Outputs& o) {
+    if (lane_id() == 0) arrive(at.empty_q);
+    const Block here(p, share.item(place.number()), b.flat);  // no register was left for it
     bool unsafe = false;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
@@ -580,18 +667,18 @@ struct Attention {
           if constexpr (kMayBeRough) x = fmaf(of_second, o.second[4 * n + 2 * slot + j], x);
           if (is_poisoned(slot)) x = kNaN;
         }
-      unsafe |= b.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
-      if (!b.flat[slot]) continue;
+      unsafe |= here.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
+      if (!here.flat[slot]) continue;
       if constexpr (kSaves) {
-        float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
+        float* to = second_output(p, here.head_row, here.row(slot)) + lane_id() % 4 * 2;
 #pragma unroll
         for (int n = 0; n < kDimV / 8; ++n)
           *reinterpret_cast<float2*>(to + n * 8) = {o.second[4 * n + 2 * slot] * factor_u,
                                                     o.second[4 * n + 2 * slot + 1] * factor_u};
       }
       if (lane_id() % 4) continue;
-      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
-      const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
+      const i64 at_row = i64(here.head_row) * p.row_blocks * kRowBlock + here.row(slot);
+      const i64 at_tau = i64(here.head_row) * p.length_q + here.row(slot);
       // The last step, by what is known of the slope: the backward's probabilities sum to one.
       const float tau = t[slot].tau, slope = rough ? 2.f * total_u : t[slot].slope;
       const float last =
@@ -599,12 +686,12 @@ struct Attention {
       p.tau[at_tau] = last;
       p.row_count[at_row].survivors = is_poisoned(slot) ? kPoisoned : kept;
       p.row_start[at_row].factor = total > 0.f ? 1.f / (total - slope * (last - tau)) : 0.f;
-      if (is_poisoned(slot)) poison_keys(p, b.batch, b.kv_head, b.row(slot));
+      if (is_poisoned(slot)) poison_keys(p, here.batch, here.kv_head, here.row(slot));
       if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
-    mark_output_if(unsafe, p, b.head_row, b.first_row);
-    write_rows<kHeadDimV>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row, p.length_q,
-                          1.f / kProbScale, b.flat);
+    mark_output_if(unsafe, p, here.head_row, here.first_row);
+    write_rows<kHeadDimV>(o.out, row_of(p.o, here.batch, here.head, 0), p.o.row, here.first_row,
+                          p.length_q, 1.f / kProbScale, here.flat);
   }
 
  private:
@@ -661,7 +748,7 @@ struct Attention {
   }
   __device__ __forceinline__ void await_keys(int tile, const KeyRing& ring) const {
     if constexpr (kResident)
-      await(at.full_k + tile * 8, 0);
+      await(at.full_k + tile * 8, place.parity);
     else
       ring.await_full(at.full_k);
   }
@@ -705,7 +792,7 @@ struct Attention {
 
   // The sums of outputs leave no registers for all that is known of rows.
   __device__ __forceinline__ u32 kept(int slot) const {
-    return at.rows + (b.row(slot) - b.first) * u32(kKept * sizeof(float));
+    return at.rows + (warp_id() * 16 + slot * 8 + lane_id() / 4) * u32(kKept * sizeof(float));
   }
   __device__ __forceinline__ void keep_rows() const {
 #pragma unroll
@@ -850,20 +937,38 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
   __shared__ float rows[kBlockRows * Attention::kKept];
-  const Block b(p, blockIdx.x);
-  if (!any_of_block(b.flat[0] || b.flat[1])) return;
+  __shared__ int noted[kConsumers / 32 * Place::kNoted];
+  __shared__ Items share;
+  if (!share.find(p)) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const Forward at(memory, shared_address(rows), shared_address(barriers));
   if (threadIdx.x == 0) at.start();
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
-    Producer producer(at, b, query_map, key_map, value_map);
-    for_passes(b.tiles<kTileKeys>(), producer);
+    Producer producer(at, p, query_map, key_map, value_map);
+    int i = 0;
+#pragma unroll 1
+    do {
+      const Block b(p, share.item(i));
+      producer.start(b, share.keys_change(p, i));
+      for_passes(b.tiles<kTileKeys>(), producer);
+    } while (share.has(++i));
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-    Attention attention(at, shared + (memory - start), b);
-    for_passes(b.tiles<kTileKeys>(), attention);
+    Place place(shared_address(noted + warp_id() * Place::kNoted));
+#pragma unroll 1
+    do {
+      const int i = place.number();
+      const Block b(p, share.item(i));
+      if (kResident && share.keys_change(p, i)) {
+        if (i > 0 && lane_id() == 0) arrive(at.empty_k);
+        place.parity ^= 1;
+      }
+      Attention attention(at, shared + (memory - start), b, place, share);
+      for_passes(b.tiles<kTileKeys>(), attention);
+      place.advance();
+    } while (share.has(place.number()));
   }
 }
 
