@@ -436,7 +436,8 @@ struct RowOutputs {
   Sums<kPanelsV> out = {}, second = {};
   AFragment probs[kSteps], weights[kSaves || kMayBeRough ? kSteps : 1];
   int support[2] = {0, 0};
-  float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
+  float mass[2] = {0.f, 0.f};
+  float sum_u[4] = {};  // 2 s and 2 s + 1: of a whole row, the same in its four lanes
 };
 
 // Where a warp is in what the thread that copies brings, from one item to the next. What is noted
@@ -651,7 +652,7 @@ struct Attention {
     bool unsafe = false;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const float total = o.mass[slot], total_u = sum_over<4>(o.sum_u[slot]);
+      const float total = o.mass[slot], total_u = o.sum_u[2 * slot];
       const int kept = sum_over<4>(o.support[slot]);
       const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
       // A row's bits are the same whether or not O2 is there for others.
@@ -832,28 +833,47 @@ struct Attention {
       start_part(s, walk[0], 0);
       wgmma_wait();
       finish_part(s, 0);
+      support(o, s, walk[0] * kTileKeys);
       weigh<second>(o, s, walk[0] * kTileKeys);
     }
 #pragma unroll 1
     for (int i = 1; i < walk.count * kParts; ++i) {
       PartScores s;
-      // While the values of the part before are summed.
+      // While the values of the part before are summed: for as long as these need their
+      // probabilities, those of this part have no registers.
       start_part(s, walk[i / kParts], i % kParts);
       start_values<second>(o, (i - 1) % kParts);
-      wgmma_wait();
+      wgmma_wait<1>();
       finish_part(s, i % kParts);
+      const int first_key = walk[i / kParts] * kTileKeys + i % kParts * kPartKeys;
+      support(o, s, first_key);
+      // Long complete: a branch, or the assembler would put all of support() behind the next wait.
+      await(at.full_q, place.number() % 2);
+      wgmma_wait();
       finish_values<second>(o, (i - 1) % kParts);
-      weigh<second>(o, s, walk[i / kParts] * kTileKeys + i % kParts * kPartKeys);
+      weigh<second>(o, s, first_key);
     }
     start_values<second>(o, kParts - 1);
     wgmma_wait();
     finish_values<second>(o, kParts - 1);
   }
+  // Scores to what they are above thresholds, and the sums of probabilities.
+  __device__ __forceinline__ void support(Outputs& o, PartScores& s, int first_key) {
+    b.mask(s, first_key);
+    float here[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < kPartKeys / 2; ++i) {
+      const int slot = i / 2 % 2;
+      // No score is more than 1 above its threshold, and multiply-adds saturate for free.
+      s[i] = __saturatef(fmaf(c, s[i], -t[slot].tau));
+      here[slot] = kAlpha == AlphaKind::k15 ? fmaf(s[i], s[i], here[slot]) : here[slot] + s[i];
+    }
+    o.mass[0] += here[0], o.mass[1] += here[1];
+    fence_operands(s);
+  }
   // Scores to probabilities, and to weights of the second output.
   template <bool second>
   __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
-    b.mask(s, first_key);
-    float here[2] = {0.f, 0.f}, here_u[2] = {0.f, 0.f};
     // Of each kStatsTile keys whether some are in the support.
     constexpr int kStats = kPartKeys / kStatsTile;
     static_assert(kPartKeys % kStatsTile == 0);
@@ -864,11 +884,9 @@ struct Attention {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const int slot = e / 2 % 2;
-        // No score is more than 1 above its threshold, and multiply-adds saturate for free.
-        const float inside = __saturatef(fmaf(c, s[8 * k + e], -t[slot].tau));
+        const float inside = s[8 * k + e];
         prob[e] = kAlpha == AlphaKind::k15 ? inside * inside : inside;
         u[e] = kAlpha == AlphaKind::k15 ? inside : inside > 0.f ? 1.f : 0.f;
-        here[slot] += prob[e];
         if constexpr (kCounts) {
           o.support[slot] += inside > 0.f;
           live[k / (kStatsTile / 16)] |= inside > 0.f && b.flat[slot];
@@ -876,18 +894,15 @@ struct Attention {
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
       if constexpr (second) {
-        // The weights are summed as they are multiplied, rounded: O2 of equal values is then that
-        // value.
+        // The weights are summed as they are multiplied, rounded, and by tensor cores, which have
+        // time for it: O2 of equal values is then that value.
         o.weights[k] = as_a_fragment([&](int e) { return u[e]; });
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 pair = Scalar::unpack(o.weights[k].r[i]);
-          here_u[i % 2] += pair.x + pair.y;
-        }
+        constexpr u32 kOnes = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x3c003c00 : 0x3f803f80;
+        const AFragment& w = o.weights[k];
+        float (&sum)[4] = o.sum_u;
+        multiply(sum, w, kOnes, kOnes, sum[0], sum[1], sum[2], sum[3]);
       }
     }
-#pragma unroll
-    for (int slot = 0; slot < 2; ++slot) o.mass[slot] += here[slot], o.sum_u[slot] += here_u[slot];
     if constexpr (kCounts)
 #pragma unroll
       for (int i = 0; i < kStats; ++i)
