@@ -408,6 +408,7 @@ class Saved:
             "unsafe_output": 4,
             **weights,
             "columns": self.arena,
+            "live": counts.row_blocks * -(-problem.length_k // layout.LIVE_WORD_KEYS) * 4,
         }
         self.offsets, self.total = parts(self._sizes)
 

@@ -120,6 +120,12 @@ __device__ __forceinline__ float* second_output(const Params& p, int head_row, i
   return kept_of_flat_row<kArenaStride>(p, head_row, row);
 }
 
+// What Params::live has of a row block.
+__device__ __forceinline__ u32* live_tiles(const Params& p, int head_row, int row) {
+  const int words = (p.length_k + kLiveWordKeys - 1) / kLiveWordKeys;
+  return p.live + (i64(head_row) * p.row_blocks + row / kRowBlock) * words;
+}
+
 // The query rows of a block, and what its lanes see of them.
 struct Block : QueryBlock<kBlockRows> {
   const Params& p;

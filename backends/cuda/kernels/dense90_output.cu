@@ -391,6 +391,7 @@ struct RowOutputs {
   AFragment probs[kSteps], weights[kSaves || kMayBeRough ? kSteps : 1];
   int support[2] = {0, 0};
   float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
+  u32 live = 0;  // of the warp's rows and the keys of a word, as in Params
 };
 
 // A warpgroup's 64 rows: their thresholds, then their outputs.
@@ -725,11 +726,12 @@ struct Attention {
   template <bool second>
   __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
     b.mask(s, first_key);
-    float here[2] = {0.f, 0.f}, here_u[2] = {0.f, 0.f};
-    // Of each kStatsTile keys whether some are in the support.
-    constexpr int kStats = kPartKeys / kStatsTile;
-    static_assert(kPartKeys % kStatsTile == 0);
-    bool live[kStats] = {};
+    // By each kLiveKeys keys: the sums of second weights, and, to be counted, whether some are in
+    // the support.
+    constexpr int kTiles = kPartKeys / kLiveKeys;
+    static_assert(kPartKeys % kLiveKeys == 0 && kLiveKeys == kStatsTile);
+    float here[2] = {0.f, 0.f}, here_u[kTiles][2] = {};
+    bool live[kTiles] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       float prob[8], u[8];
@@ -743,7 +745,7 @@ struct Attention {
         here[slot] += prob[e];
         if constexpr (kCounts) {
           o.support[slot] += inside > 0.f;
-          live[k / (kStatsTile / 16)] |= inside > 0.f && b.flat[slot];
+          live[k / (kLiveKeys / 16)] |= inside > 0.f && b.flat[slot];
         }
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
@@ -754,16 +756,39 @@ struct Attention {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float2 pair = Scalar::unpack(o.weights[k].r[i]);
-          here_u[i % 2] += pair.x + pair.y;
+          here_u[k / (kLiveKeys / 16)][i % 2] += pair.x + pair.y;
         }
       }
     }
 #pragma unroll
-    for (int slot = 0; slot < 2; ++slot) o.mass[slot] += here[slot], o.sum_u[slot] += here_u[slot];
+    for (int slot = 0; slot < 2; ++slot) {
+      o.mass[slot] += here[slot];
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) o.sum_u[slot] += here_u[i][slot];
+    }
     if constexpr (kCounts)
 #pragma unroll
-      for (int i = 0; i < kStats; ++i)
+      for (int i = 0; i < kTiles; ++i)
         if (live[i]) mark_tile(p, b.head_row, b.first_row, first_key + i * kStatsTile);
+    if constexpr (kSaves) keep_live(o, here_u, first_key);
+  }
+  // Which tiles have weights for the backward, by those of the warp's rows. They come from the last
+  // one on: a word is complete with its first tile. Thresholds take a last step after that, and a
+  // key that only this step lets in may be left out: its weight is less than the step, which is
+  // the tolerance by 2 sum u, where weights that are more are rounded by more.
+  template <int tiles>
+  __device__ __forceinline__ void keep_live(RowOutputs& o, const float (&sum_u)[tiles][2],
+                                            int first_key) const {
+#pragma unroll
+    for (int i = 0; i < tiles; ++i) {
+      const bool any = (b.flat[0] && sum_u[i][0] > 0.f) || (b.flat[1] && sum_u[i][1] > 0.f);
+      const int tile = (first_key / kLiveKeys + i) % 32;
+      o.live |= u32(__any_sync(kAllLanes, any)) << tile;
+    }
+    if (first_key % kLiveWordKeys != kTileKeys - kPartKeys) return;
+    if (lane_id() == 0 && b.first_row < p.length_q)
+      live_tiles(p, b.head_row, b.first_row)[first_key / kLiveWordKeys] = o.live;
+    o.live = 0;
   }
   template <bool second>
   __device__ __forceinline__ void start_values(Outputs& o, int part) {
