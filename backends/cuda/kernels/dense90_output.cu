@@ -391,7 +391,7 @@ struct RowOutputs {
   AFragment probs[kSteps], weights[kSaves || kMayBeRough ? kSteps : 1];
   int support[2] = {0, 0};
   float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
-  u32 live = 0;  // of the warp's rows and the keys of a word, as in Params
+  u32 live = 0;  // of its rows and the keys of a word, as in Params
 };
 
 // A warpgroup's 64 rows: their thresholds, then their outputs.
@@ -423,7 +423,7 @@ struct Attention {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
-      const float bound = b.flat[slot] ? p.row_count[at_row].bound : -kInf;
+      const float bound = b.flat[slot] ? p.row_count[at_row].bound : kInf;  // no weights of others
       poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
       floor[slot] = bound > -kInf ? c * bound : kUnbounded;
       t[slot].done = poisoned[slot] || !b.flat[slot];
@@ -772,22 +772,20 @@ struct Attention {
         if (live[i]) mark_tile(p, b.head_row, b.first_row, first_key + i * kStatsTile);
     if constexpr (kSaves) keep_live(o, here_u, first_key);
   }
-  // Which tiles have weights for the backward, by those of the warp's rows. They come from the last
-  // one on: a word is complete with its first tile. Thresholds take a last step after that, and a
-  // key that only this step lets in may be left out: its weight is less than the step, which is
-  // the tolerance by 2 sum u, where weights that are more are rounded by more.
+  // Which tiles have weights for the backward. They come from the last one on: a word is complete
+  // with its first tile. Thresholds take a last step after that. A key that only this step lets in
+  // may be left out: its weight is less than the step, which is what the row's sum misses by 2 sum u.
   template <int tiles>
   __device__ __forceinline__ void keep_live(RowOutputs& o, const float (&sum_u)[tiles][2],
                                             int first_key) const {
+    const int tile = first_key % kLiveWordKeys / kLiveKeys;
 #pragma unroll
-    for (int i = 0; i < tiles; ++i) {
-      const bool any = (b.flat[0] && sum_u[i][0] > 0.f) || (b.flat[1] && sum_u[i][1] > 0.f);
-      const int tile = (first_key / kLiveKeys + i) % 32;
-      o.live |= u32(__any_sync(kAllLanes, any)) << tile;
-    }
+    for (int i = 0; i < tiles; ++i)
+      if (sum_u[i][0] + sum_u[i][1] > 0.f) o.live |= 1u << i << tile;
     if (first_key % kLiveWordKeys != kTileKeys - kPartKeys) return;
+    const u32 word = __reduce_or_sync(kAllLanes, o.live);
     if (lane_id() == 0 && b.first_row < p.length_q)
-      live_tiles(p, b.head_row, b.first_row)[first_key / kLiveWordKeys] = o.live;
+      live_tiles(p, b.head_row, b.first_row)[first_key / kLiveWordKeys] = word;
     o.live = 0;
   }
   template <bool second>
