@@ -121,7 +121,7 @@ __device__ __forceinline__ float* second_output(const Params& p, int head_row, i
 }
 
 // What Params::live has of a row block.
-__device__ __forceinline__ u32* live_tiles(const Params& p, int head_row, int row) {
+__device__ __forceinline__ u32* live_tiles(const Params& p, int head_row, u32 row) {
   const int words = (p.length_k + kLiveWordKeys - 1) / kLiveWordKeys;
   return p.live + (i64(head_row) * p.row_blocks + row / kRowBlock) * words;
 }

@@ -333,8 +333,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       const Plane keys(p.k, b.kv_head, b.batch), values(p.v, b.kv_head, b.batch);
       const auto copy = [&](int first_key) {
         ring.await_empty(at.empty);
-        if (lane_id() == 0)
-          at.copy_pair(key_map, keys, value_map, values, first_key, ring.stage);
+        if (lane_id() == 0) at.copy_pair(key_map, keys, value_map, values, first_key, ring.stage);
         __syncwarp();
         ring.advance();
       };

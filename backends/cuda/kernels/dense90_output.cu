@@ -199,13 +199,21 @@ static_assert(kSwizzleAlignment + kOwnBytes + kStagesK * kKeyBytes + kStagesV * 
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 
+// Of a warp's rows, the tiles with weights in the word of Params::live at hand, and where words go.
+struct LiveWord {
+  u32* to;
+  u32 bits;
+};
+
 // Where the parts of a block's shared memory are, and their barriers.
 struct Forward {
+  LiveWord* live_words;
   u32 queries, keys, values, rows, full_q, full_k, empty_k, full_v, empty_v;
 
   static constexpr int kBarriers = 1 + 2 * kStagesK + 2 * kStagesV;
-  __device__ __forceinline__ Forward(u32 memory, u32 rows, u32 barriers)
-      : queries(memory),
+  __device__ __forceinline__ Forward(LiveWord* live_words, u32 memory, u32 rows, u32 barriers)
+      : live_words(live_words),
+        queries(memory),
         keys(memory + kOwnBytes),
         values(memory + kOwnBytes + kStagesK * kKeyBytes),
         rows(rows),
@@ -391,7 +399,6 @@ struct RowOutputs {
   AFragment probs[kSteps], weights[kSaves || kMayBeRough ? kSteps : 1];
   int support[2] = {0, 0};
   float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
-  u32 live = 0;  // of its rows and the keys of a word, as in Params
 };
 
 // A warpgroup's 64 rows: their thresholds, then their outputs.
@@ -544,6 +551,9 @@ struct Attention {
   // The outputs by the thresholds as they are; whether some of these must be sought further.
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
+    if (kSaves && lane_id() == 0)
+      at.live_words[warp_id()] = {
+          b.first_row < p.length_q ? live_tiles(p, b.head_row, b.first_row) : nullptr, 0};
     o = {};
     if (kSaves || (kMayBeRough && any_of_warpgroup(2 + warp_id() / 4, t[0].rough || t[1].rough)))
       sum_outputs<true>(walk, o);
@@ -770,23 +780,23 @@ struct Attention {
 #pragma unroll
       for (int i = 0; i < kTiles; ++i)
         if (live[i]) mark_tile(p, b.head_row, b.first_row, first_key + i * kStatsTile);
-    if constexpr (kSaves) keep_live(o, here_u, first_key);
+    if constexpr (kSaves) keep_live(here_u, first_key);
   }
   // Which tiles have weights for the backward. They come from the last one on: a word is complete
   // with its first tile. Thresholds take a last step after that. A key that only this step lets in
-  // may be left out: its weight is less than the step, which is what the row's sum misses by 2 sum u.
+  // may be left out: its weight is less than the step, which is what the row's sum misses by 2 sum
+  // u. It is kept in shared memory, since no registers are left where values are wide.
   template <int tiles>
-  __device__ __forceinline__ void keep_live(RowOutputs& o, const float (&sum_u)[tiles][2],
-                                            int first_key) const {
-    const int tile = first_key % kLiveWordKeys / kLiveKeys;
+  __device__ __forceinline__ void keep_live(const float (&sum_u)[tiles][2], int first_key) const {
+    const u32 tile = u32(first_key) % kLiveWordKeys / kLiveKeys;
 #pragma unroll
     for (int i = 0; i < tiles; ++i)
-      if (sum_u[i][0] + sum_u[i][1] > 0.f) o.live |= 1u << i << tile;
-    if (first_key % kLiveWordKeys != kTileKeys - kPartKeys) return;
-    const u32 word = __reduce_or_sync(kAllLanes, o.live);
-    if (lane_id() == 0 && b.first_row < p.length_q)
-      live_tiles(p, b.head_row, b.first_row)[first_key / kLiveWordKeys] = word;
-    o.live = 0;
+      if (__any_sync(kAllLanes, sum_u[i][0] + sum_u[i][1] > 0.f) && lane_id() == 0)
+        at.live_words[warp_id()].bits |= 1u << tile << i;
+    if (u32(first_key) % kLiveWordKeys != kTileKeys - kPartKeys || lane_id() != 0) return;
+    LiveWord& kept = at.live_words[warp_id()];
+    if (kept.to) kept.to[u32(first_key) / kLiveWordKeys] = kept.bits;
+    kept.bits = 0;
   }
   template <bool second>
   __device__ __forceinline__ void start_values(Outputs& o, int part) {
@@ -832,10 +842,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
   __shared__ float rows[kBlockRows * Attention::kKept];
+  __shared__ LiveWord live_words[kConsumers / 32];
   const Block b(p, blockIdx.x);
   if (!any_of_block(b.flat[0] || b.flat[1])) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
-  const Forward at(memory, shared_address(rows), shared_address(barriers));
+  const Forward at(live_words, memory, shared_address(rows), shared_address(barriers));
   if (threadIdx.x == 0) at.start();
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
