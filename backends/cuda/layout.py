@@ -192,6 +192,10 @@ MOST_TILES = 64
 DISTRIBUTED_TILES = 32
 """Of how many a thread finds out whether there is something to do: a bit each."""
 
+MOST_SKIPPED = 1024
+"""Tiles of keys at most of which passes of ``dense90_output.cu`` leave out those that are empty: a
+lane of a warp has a bit for each of 32."""
+
 DENSE_VALUE_STAGES = 2
 GRAD_STAGES = 3
 GRAD_QUERIES = 64
