@@ -207,11 +207,14 @@ constexpr int kKeyBytes = tile_bytes<kTileKeys, kPanels>;
 constexpr int kValueBytes = tile_bytes<kTileKeys, kPanelsV>;
 static_assert(kSwizzleAlignment + kOwnBytes + kStagesK * kKeyBytes + kStagesV * kValueBytes ==
               ADASPLASH2_SHARED_DENSE_OUTPUT);
+// Whether a block has one item, of its own number: where those differ, and of wide tensors, whose
+// outputs leave no register for more.
+constexpr bool kAlone = kCausal || !kNarrow;
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 
-// Whether passes leave out tiles.
-constexpr bool kSkips = ADASPLASH2_SKIPS;
+// Whether passes leave out tiles: of causal problems alone, whose blocks have one item each.
+constexpr bool kSkips = ADASPLASH2_SKIPS && kCausal;
 
 // What is known of the tiles of keys, for all warps of a block.
 struct Marks {
@@ -250,29 +253,56 @@ struct LiveWord {
 struct Forward {
   Marks& marks;
   LiveWord* live_words;
-  u32 queries, keys, values, rows, full_q, full_k, empty_k, full_v, empty_v;
+  u32 queries, keys, values, rows, full_q, empty_q, full_k, empty_k, full_v, empty_v;
 
-  static constexpr int kBarriers = 1 + 2 * kStagesK + 2 * kStagesV;
+  static constexpr int kBarriers = 2 * (1 + kStagesK + kStagesV);
   __device__ __forceinline__ Forward(Marks& marks, LiveWord* live_words, u32 memory, u32 rows,
                                      u32 barriers)
       : marks(marks),
         live_words(live_words),
         queries(memory),
         keys(memory + kOwnBytes),
-        values(memory + kOwnBytes + kStagesK * kKeyBytes),
+        values(keys + kStagesK * kKeyBytes),
         rows(rows),
         full_q(barriers),
-        full_k(barriers + 8),
+        empty_q(full_q + 8),
+        full_k(empty_q + 8),
         empty_k(full_k + 8 * kStagesK),
         full_v(empty_k + 8 * kStagesK),
         empty_v(full_v + 8 * kStagesV) {}
   __device__ __forceinline__ void start() const {
-    init_barrier(full_q, 1);
+    init_barrier(full_q, 1), init_barrier(empty_q, kConsumers / 32);
     for (int i = 0; i < kStagesK; ++i)
       init_barrier(full_k + 8 * i, 1), init_barrier(empty_k + 8 * i, kConsumers / 32);
     for (int i = 0; i < kStagesV; ++i)
       init_barrier(full_v + 8 * i, 1), init_barrier(empty_v + 8 * i, kConsumers / 32);
     fence_async_proxy();
+  }
+};
+
+// What a block works on.
+struct Items {
+  Share share;
+
+  // Returns whether there is something. All threads come together.
+  __device__ __forceinline__ bool find(const Params& p) {
+    if constexpr (kAlone) return any_of_block(has_flat_rows(p, blockIdx.x, threadIdx.x, kThreads));
+    share.distribute<kResident>(query_tiles(p), [&](int item, int part, int parts) {
+      return has_flat_rows(p, item, part, parts);
+    });
+    return share.count > 0;
+  }
+  __device__ __forceinline__ int item(int i) const { return kAlone ? blockIdx.x : share.items[i]; }
+  __device__ __forceinline__ bool has(int i) const { return !kAlone && i < share.count; }
+  // Whether the keys that stay are not those of the item before. Their tiles are replaced when all
+  // warps say, at the barrier of the first stage, that they are done with them.
+  __device__ __forceinline__ bool keys_change(const Params& p, int i) const {
+    return !kResident || i == 0 || key_row(p, i) != key_row(p, i - 1);
+  }
+
+ private:
+  __device__ __forceinline__ int key_row(const Params& p, int i) const {
+    return QueryBlock<kBlockRows>(p, item(i)).kv_row(p);
   }
 };
 
@@ -330,7 +360,8 @@ struct Sample {
 
 // All passes over keys, in order. The thread that copies and the warps that multiply both go
 // through here: each side takes every tile of every pass that it is given, or the other one waits
-// forever. full_pass() and output_pass() tell whether the side needs another full one.
+// forever. full_pass() and output_pass() tell whether the side needs another full one; vote(), who
+// has to take it then.
 template <class Side>
 __device__ __forceinline__ void for_passes(const Tiles& tiles, Side& side) {
   const Sample sample{tiles};
@@ -349,53 +380,65 @@ __device__ __forceinline__ void for_passes(const Tiles& tiles, Side& side) {
     __syncthreads();
     live.count = side.at.marks.count;
   };
-  int left = kSolveSteps;
-  bool solving = false;
-  if (sample.is_everything())
-    left = 0;
-  else
-    solving = any_of_block(side.template full_pass<true>(all));
+  int rounds = sample.is_everything() ? 1 : kSolveSteps;
+  bool solving = !sample.is_everything() && side.vote(side.template full_pass<true>(all));
   find_live();
   typename Side::Outputs outputs;
 #pragma unroll 1
   do {
 #pragma unroll 1
-    for (; solving && left > 0; --left) {
-      solving = any_of_block(side.template full_pass<false>(live));
+    for (int left = kSolveSteps; solving && left > 0; --left) {
+      solving = side.vote(side.template full_pass<false>(live));
       find_live();
     }
-    solving = any_of_block(side.output_pass(live, outputs));
-    if (solving && left > 0) find_live();
-  } while (solving && left > 0);
+    solving = any_of_block(side.output_pass(live, outputs)) && --rounds > 0;
+    if (solving) find_live();
+  } while (solving);
   side.write(outputs);
 }
 
 // The warp that has tiles copied; one thread of it does.
 struct Producer {
   const Forward& at;
-  const TensorMap &key_map, &value_map;
+  const TensorMap &query_map, &key_map, &value_map;
   const bool copies;
-  const Plane key_plane, value_plane;
-  int ahead = 0;  // tiles of keys of the next pass that were copied with the last one
+  Plane key_plane, value_plane;
+  int ahead = 0;          // tiles of keys of the next pass that were copied with the last one
+  bool keys_come = true;  // with the next sample
+  u32 parity = 1;         // of the keys that stay
+  Ring<1> own_ring;
   KeyRing key_ring;
   ValueRing value_ring;
 
-  __device__ __forceinline__ Producer(const Forward& at, const Block& b, const TensorMap& query_map,
-                                      const TensorMap& key_map, const TensorMap& value_map)
+  __device__ __forceinline__ Producer(const Forward& at, const Params& p,
+                                      const TensorMap& query_map, const TensorMap& key_map,
+                                      const TensorMap& value_map)
       : at(at),
+        query_map(query_map),
         key_map(key_map),
         value_map(value_map),
         copies(threadIdx.x == kConsumers),
-        key_plane(b.p.k, b.kv_head, b.batch),
-        value_plane(b.p.v, b.kv_head, b.batch) {
+        key_plane(p.k, 0, 0),
+        value_plane(p.v, 0, 0) {}
+
+  // An item; `change`: whether its keys are others than those that stay.
+  __device__ __forceinline__ void start(const Block& b, bool change) {
     if (!copies) return;
+    key_plane = Plane(b.p.k, b.kv_head, b.batch);
+    value_plane = Plane(b.p.v, b.kv_head, b.batch);
+    keys_come = change;
+    own_ring.await_empty(at.empty_q);
     arrive_expect_tx(at.full_q, kOwnBytes);
     tma_load_tile<kBlockRows, kPanels, kBox>(at.queries, query_map, b.first,
                                              Plane(b.p.q, b.head, b.batch), at.full_q);
+    own_ring.advance();
+    if (!kResident || !change) return;
+    await(at.empty_k, parity);  // a new barrier counts as one of the parity before
+    parity ^= 1;
   }
 
   __device__ __forceinline__ void sample_pass(const Sample& sample) {
-    if (!copies) return;
+    if (!copies || !keys_come) return;
 #pragma unroll 1  // it has few registers
     for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
     if constexpr (kResident)
@@ -419,11 +462,13 @@ struct Producer {
         push_keys(walk[i < walk.count ? i : i - walk.count]);
     ahead = next;
     __syncwarp();
-    return false;  // it takes part in the vote, but needs no pass
+    return false;
   }
   __device__ __forceinline__ void list_marked(const Walk& all) const {
     if (uniform(warp_id()) == kConsumers / 32) at.marks.make_list(all.last, kStagesK);
   }
+  // It takes part, but needs no pass; where keys stay it has nothing to copy for another one.
+  __device__ __forceinline__ bool vote(bool mine) const { return !kResident && any_of_block(mine); }
   struct Outputs {};
   __device__ __forceinline__ bool output_pass(const LiveWalk& walk, Outputs&) {
     if (copies)
@@ -470,7 +515,39 @@ struct RowOutputs {
   Sums<kPanelsV> out = {}, second = {};
   AFragment probs[kSteps], weights[kSaves || kMayBeRough ? kSteps : 1];
   int support[2] = {0, 0};
-  float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
+  float mass[2] = {0.f, 0.f};
+  float sum_u[4] = {};  // 2 s and 2 s + 1: of a whole row, the same in its four lanes
+};
+
+// Where a warp is in what the thread that copies brings, from one item to the next. What is noted
+// in shared memory has no register while passes or outputs are summed.
+struct Place {
+  static constexpr int kNoted = 2;
+  const u32 noted;  // the number of the item, and where in the ring of values the warp is
+  u32 parity = 1;   // of the keys that stay
+  KeyRing key_ring;
+
+  __device__ __forceinline__ explicit Place(u32 noted) : noted(noted) {
+    note(0, 0);
+    note(1, 0);
+  }
+  __device__ __forceinline__ int number() const { return kAlone ? 0 : load_shared_int(noted); }
+  __device__ __forceinline__ void advance() const { note(0, number() + 1); }
+  __device__ __forceinline__ ValueRing value_ring() const {
+    const int at = load_shared_int(noted + 4);
+    return {at / 2, u32(at % 2)};
+  }
+  __device__ __forceinline__ void note(const ValueRing& ring) const {
+    note(1, 2 * ring.stage + int(ring.parity));
+  }
+
+ private:
+  __device__ __forceinline__ void note(int i, int x) const {
+    if constexpr (kAlone) return;
+    __syncwarp();
+    if (lane_id() == 0) store_shared(noted + 4 * i, x);
+    __syncwarp();
+  }
 };
 
 // A warpgroup's 64 rows: their thresholds, then their outputs.
@@ -480,7 +557,9 @@ struct Attention {
   const Params& p;
   const float c;
   const u64 queries, keys, values;
-  KeyRing key_ring;
+  const Items& share;
+  const Place& place;
+  KeyRing& key_ring;
   ValueRing value_ring;
   Threshold t[2];
   static constexpr int kKept = 5;  // numbers of a row
@@ -489,14 +568,18 @@ struct Attention {
   float top[2] = {-kInf, -kInf}, floor[2];
   bool poisoned[2];
 
-  __device__ __forceinline__ Attention(const Forward& at, char* own, const Block& b)
+  __device__ __forceinline__ Attention(const Forward& at, char* own, const Block& b, Place& place,
+                                       const Items& share)
       : at(at),
         b(b),
         p(b.p),
         c(b.p.c),
         queries(descriptor(at.queries + uniform(warp_id() / 4) * kRows * kLineBytes)),
         keys(descriptor(at.keys)),
-        values(descriptor(at.values, kTileKeys * kLineBytes)) {
+        values(descriptor(at.values, kTileKeys * kLineBytes)),
+        share(share),
+        place(place),
+        key_ring(place.key_ring) {
     // The scan left each row's largest score as far as it looked, NaN for a poisoned row, and a
     // lower bound of its threshold.
 #pragma unroll
@@ -508,7 +591,10 @@ struct Attention {
       t[slot].done = poisoned[slot] || !b.flat[slot];
       t[slot].rough = false, t[slot].slope = 1.f, t[slot].steps = 0;
     }
-    await(at.full_q, 0);
+    if (kSaves && lane_id() == 0)
+      at.live_words[warp_id()].to =
+          b.first_row < p.length_q ? live_tiles(p, b.head_row, b.first_row) : nullptr;
+    await(at.full_q, place.number() % 2);
     sign_own(p, own, kOwnBytes);
   }
 
@@ -524,7 +610,10 @@ struct Attention {
         continue;
       }
       const int tile = sample[i];
-      scores(s[i], tile);
+      await_keys(tile, key_ring);
+      start_scores(s[i], tile);
+      finish_scores(s[i]);
+      b.mask(s[i], tile * kTileKeys);
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot)
         allowed[slot] += max(0, min(kTileKeys, b.seen(slot) - tile * kTileKeys));
@@ -635,18 +724,23 @@ struct Attention {
     return !(t[0].done && t[1].done);
   }
 
+  // Where keys stay, a warpgroup takes no more passes than its own rows need.
+  __device__ __forceinline__ bool vote(bool mine) const {
+    return kResident ? any_of_own(mine) : any_of_block(mine);
+  }
+
   // The outputs by the thresholds as they are; whether some of these must be sought further.
   __device__ __forceinline__ void list_marked(const Walk&) const {}
   __device__ __forceinline__ bool output_pass(const LiveWalk& walk, Outputs& o) {
     keep_rows();
-    if (kSaves && lane_id() == 0)
-      at.live_words[warp_id()] = {
-          b.first_row < p.length_q ? live_tiles(p, b.head_row, b.first_row) : nullptr, 0};
+    if (kSaves && lane_id() == 0) at.live_words[warp_id()].bits = 0;
     o = {};
-    if (kSaves || (kMayBeRough && any_of_warpgroup(2 + warp_id() / 4, t[0].rough || t[1].rough)))
+    if constexpr (!kAlone) value_ring = place.value_ring();
+    if (kSaves || (kMayBeRough && any_of_own(t[0].rough || t[1].rough)))
       sum_outputs<true>(walk, o);
     else
       sum_outputs<false>(walk, o);
+    if constexpr (!kAlone) place.note(value_ring);
     const bool solving = missed(o, 0) | missed(o, 1);
     if (kSkips && __any_sync(kAllLanes, solving)) at.marks.set_all();  // rare
     return solving;
@@ -654,10 +748,12 @@ struct Attention {
 
   // Outputs of probabilities that sum to one, and what a backward needs of each row.
   __device__ __forceinline__ void write(Outputs& o) {
+    if (lane_id() == 0) arrive(at.empty_q);
+    const Block here(p, share.item(place.number()), b.flat);  // no register was left for it
     bool unsafe = false;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const float total = o.mass[slot], total_u = sum_over<4>(o.sum_u[slot]);
+      const float total = o.mass[slot], total_u = o.sum_u[2 * slot];
       const int kept = sum_over<4>(o.support[slot]);
       const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
       // A row's bits are the same whether or not O2 is there for others.
@@ -673,18 +769,18 @@ struct Attention {
           if constexpr (kMayBeRough) x = fmaf(of_second, o.second[4 * n + 2 * slot + j], x);
           if (is_poisoned(slot)) x = kNaN;
         }
-      unsafe |= b.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
-      if (!b.flat[slot]) continue;
+      unsafe |= here.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
+      if (!here.flat[slot]) continue;
       if constexpr (kSaves) {
-        float* to = second_output(p, b.head_row, b.row(slot)) + lane_id() % 4 * 2;
+        float* to = second_output(p, here.head_row, here.row(slot)) + lane_id() % 4 * 2;
 #pragma unroll
         for (int n = 0; n < kDimV / 8; ++n)
           *reinterpret_cast<float2*>(to + n * 8) = {o.second[4 * n + 2 * slot] * factor_u,
                                                     o.second[4 * n + 2 * slot + 1] * factor_u};
       }
       if (lane_id() % 4) continue;
-      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
-      const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
+      const i64 at_row = i64(here.head_row) * p.row_blocks * kRowBlock + here.row(slot);
+      const i64 at_tau = i64(here.head_row) * p.length_q + here.row(slot);
       // The last step, by what is known of the slope: the backward's probabilities sum to one.
       const float tau = t[slot].tau, slope = rough ? 2.f * total_u : t[slot].slope;
       const float last =
@@ -692,43 +788,76 @@ struct Attention {
       p.tau[at_tau] = last;
       p.row_count[at_row].survivors = is_poisoned(slot) ? kPoisoned : kept;
       p.row_start[at_row].factor = total > 0.f ? 1.f / (total - slope * (last - tau)) : 0.f;
-      if (is_poisoned(slot)) poison_keys(p, b.batch, b.kv_head, b.row(slot));
+      if (is_poisoned(slot)) poison_keys(p, here.batch, here.kv_head, here.row(slot));
       if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
-    mark_output_if(unsafe, p, b.head_row, b.first_row);
-    write_rows<kHeadDimV>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row, p.length_q,
-                          1.f / kProbScale, b.flat);
+    mark_output_if(unsafe, p, here.head_row, here.first_row);
+    write_rows<kHeadDimV>(o.out, row_of(p.o, here.batch, here.head, 0), p.o.row, here.first_row,
+                          p.length_q, 1.f / kProbScale, here.flat);
   }
 
  private:
+  // Whether any lane of the warpgroup says so.
+  static __device__ __forceinline__ bool any_of_own(bool mine) {
+    return any_of_warpgroup(2 + warp_id() / 4, mine);
+  }
+
   // --- thresholds
 
-  // use(scores of a tile, i) of every tile of a walk.
+  // use(scores of a tile, i) of every tile of a walk. While it uses those of one, the tensor cores
+  // make those of the next one. The wait for keys comes before that for scores: it is a branch, or
+  // the assembler would put uses behind the wait for scores that they do not need.
   template <class Walked, class Use>
   __device__ __forceinline__ void for_scores(const Walked& walk, int count, const Use& use) {
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      Scores s;
-      scores(s, walk[i]);
+    Scores even, odd;
+    const auto use_and_start = [&](Scores& s, Scores& next, int i) {
+      await_keys(walk[i + 1], next_stage());
+      finish_scores(s);
+      start_scores(next, walk[i + 1]);
+      b.mask(s, walk[i] * kTileKeys);
       use(s, i);
+    };
+    const auto use_last = [&](Scores& s) {
+      finish_scores(s);
+      b.mask(s, walk[count - 1] * kTileKeys);
+      use(s, count - 1);
+    };
+    await_keys(walk[0], key_ring);
+    start_scores(even, walk[0]);
+    int i = 0;
+#pragma unroll 1
+    for (; i + 2 < count; i += 2) {
+      use_and_start(even, odd, i);
+      use_and_start(odd, even, i + 1);
+    }
+    if (i + 1 < count) {
+      use_and_start(even, odd, i);
+      use_last(odd);
+    } else {
+      use_last(even);
     }
   }
-  // The scores of one tile, and its stage given back.
-  __device__ __forceinline__ void scores(Scores& s, int tile) {
-    await_keys(tile);
+  __device__ __forceinline__ void start_scores(Scores& s, int tile) {
     wgmma_fence();
     add_dots<kDim, kTileKeys>(s, queries, keys_of(tile));
     wgmma_commit();
+  }
+  // Its stage is given back.
+  __device__ __forceinline__ void finish_scores(Scores& s) {
     wgmma_wait();
     fence_operands(s);
     give_back_keys();
-    b.mask(s, tile * kTileKeys);
   }
-  __device__ __forceinline__ void await_keys(int tile) const {
+  __device__ __forceinline__ void await_keys(int tile, const KeyRing& ring) const {
     if constexpr (kResident)
-      await(at.full_k + tile * 8, 0);
+      await(at.full_k + tile * 8, place.parity);
     else
-      key_ring.await_full(at.full_k);
+      ring.await_full(at.full_k);
+  }
+  __device__ __forceinline__ KeyRing next_stage() const {
+    KeyRing ring = key_ring;
+    ring.advance();
+    return ring;
   }
   __device__ __forceinline__ u64 keys_of(int tile) const {
     return keys + (kResident ? tile : key_ring.stage) * (kKeyBytes / kDescriptorBytes);
@@ -780,7 +909,7 @@ struct Attention {
 
   // The sums of outputs leave no registers for all that is known of rows.
   __device__ __forceinline__ u32 kept(int slot) const {
-    return at.rows + (b.row(slot) - b.first) * u32(kKept * sizeof(float));
+    return at.rows + (warp_id() * 16 + slot * 8 + lane_id() / 4) * u32(kKept * sizeof(float));
   }
   // Where it is kept what the row's threshold is not expected to fall below.
   __device__ __forceinline__ u32 mark(int slot) const { return kept(slot) + 16; }
@@ -805,7 +934,7 @@ struct Attention {
     return b.flat[slot] && !(t[slot].tau == t[slot].tau);
   }
   __device__ __forceinline__ void start_part(PartScores& s, int tile, int part) {
-    if (part == 0) await_keys(tile);
+    if (part == 0) await_keys(tile, key_ring);
     wgmma_fence();
     add_dots<kDim, kTileKeys>(s, queries, keys_of(tile) + part * rows_at(kSteps));
     wgmma_commit();
@@ -822,32 +951,57 @@ struct Attention {
       start_part(s, walk[0], 0);
       wgmma_wait();
       finish_part(s, 0);
+      support(o, s, walk[0] * kTileKeys);
       weigh<second>(o, s, walk[0] * kTileKeys);
     }
 #pragma unroll 1
     for (int i = 1; i < walk.count * kParts; ++i) {
       PartScores s;
-      // While the values of the part before are summed.
+      // While the values of the part before are summed: for as long as these need their
+      // probabilities, those of this part have no registers.
       start_part(s, walk[i / kParts], i % kParts);
       start_values<second>(o, (i - 1) % kParts);
-      wgmma_wait();
+      wgmma_wait<1>();
       finish_part(s, i % kParts);
+      const int first_key = walk[i / kParts] * kTileKeys + i % kParts * kPartKeys;
+      support(o, s, first_key);
+      // Long complete: a branch, or the assembler would put all of support() behind the next wait.
+      await(at.full_q, place.number() % 2);
+      wgmma_wait();
       finish_values<second>(o, (i - 1) % kParts);
-      weigh<second>(o, s, walk[i / kParts] * kTileKeys + i % kParts * kPartKeys);
+      weigh<second>(o, s, first_key);
     }
     start_values<second>(o, kParts - 1);
     wgmma_wait();
     finish_values<second>(o, kParts - 1);
   }
+  // Scores to what they are above thresholds, and the sums of probabilities.
+  __device__ __forceinline__ void support(Outputs& o, PartScores& s, int first_key) {
+    b.mask(s, first_key);
+    constexpr int kEach = kLiveKeys / 2;
+    static_assert(kPartKeys % kLiveKeys == 0);
+#pragma unroll
+    for (int first = 0; first < kPartKeys / 2; first += kEach) {
+      float here[2] = {0.f, 0.f};
+#pragma unroll
+      for (int i = first; i < first + kEach; ++i) {
+        const int slot = i / 2 % 2;
+        // No score is more than 1 above its threshold, and multiply-adds saturate for free.
+        s[i] = __saturatef(fmaf(c, s[i], -t[slot].tau));
+        here[slot] = kAlpha == AlphaKind::k15 ? fmaf(s[i], s[i], here[slot]) : here[slot] + s[i];
+      }
+      o.mass[0] += here[0], o.mass[1] += here[1];
+      if constexpr (kSaves) note_live(here[0] + here[1] > 0.f, first_key + first * 2);
+    }
+    if constexpr (kSaves) keep_live(first_key);
+    fence_operands(s);
+  }
   // Scores to probabilities, and to weights of the second output.
   template <bool second>
   __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
-    b.mask(s, first_key);
-    // By each kLiveKeys keys: the sums of second weights, and, to be counted, whether some are in
-    // the support.
+    // Of each kLiveKeys keys whether some are in the support.
     constexpr int kTiles = kPartKeys / kLiveKeys;
     static_assert(kPartKeys % kLiveKeys == 0 && kLiveKeys == kStatsTile);
-    float here[2] = {0.f, 0.f}, here_u[kTiles][2] = {};
     bool live[kTiles] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -855,11 +1009,9 @@ struct Attention {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const int slot = e / 2 % 2;
-        // No score is more than 1 above its threshold, and multiply-adds saturate for free.
-        const float inside = __saturatef(fmaf(c, s[8 * k + e], -t[slot].tau));
+        const float inside = s[8 * k + e];
         prob[e] = kAlpha == AlphaKind::k15 ? inside * inside : inside;
         u[e] = kAlpha == AlphaKind::k15 ? inside : inside > 0.f ? 1.f : 0.f;
-        here[slot] += prob[e];
         if constexpr (kCounts) {
           o.support[slot] += inside > 0.f;
           live[k / (kLiveKeys / 16)] |= inside > 0.f && b.flat[slot];
@@ -867,39 +1019,29 @@ struct Attention {
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
       if constexpr (second) {
-        // The weights are summed as they are multiplied, rounded: O2 of equal values is then that
-        // value.
+        // The weights are summed as they are multiplied, rounded, and by tensor cores, which have
+        // time for it: O2 of equal values is then that value.
         o.weights[k] = as_a_fragment([&](int e) { return u[e]; });
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 pair = Scalar::unpack(o.weights[k].r[i]);
-          here_u[k / (kLiveKeys / 16)][i % 2] += pair.x + pair.y;
-        }
+        constexpr u32 kOnes = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x3c003c00 : 0x3f803f80;
+        const AFragment& w = o.weights[k];
+        float (&sum)[4] = o.sum_u;
+        multiply(sum, w, kOnes, kOnes, sum[0], sum[1], sum[2], sum[3]);
       }
-    }
-#pragma unroll
-    for (int slot = 0; slot < 2; ++slot) {
-      o.mass[slot] += here[slot];
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) o.sum_u[slot] += here_u[i][slot];
     }
     if constexpr (kCounts)
 #pragma unroll
       for (int i = 0; i < kTiles; ++i)
         if (live[i]) mark_tile(p, b.head_row, b.first_row, first_key + i * kStatsTile);
-    if constexpr (kSaves) keep_live(here_u, first_key);
   }
   // Which tiles have weights for the backward. They come from the last one on: a word is complete
   // with its first tile. Thresholds take a last step after that. A key that only this step lets in
   // may be left out: its weight is less than the step, which is what the row's sum misses by 2 sum
   // u. It is kept in shared memory, since no registers are left where values are wide.
-  template <int tiles>
-  __device__ __forceinline__ void keep_live(const float (&sum_u)[tiles][2], int first_key) const {
-    const u32 tile = u32(first_key) % kLiveWordKeys / kLiveKeys;
-#pragma unroll
-    for (int i = 0; i < tiles; ++i)
-      if (__any_sync(kAllLanes, sum_u[i][0] + sum_u[i][1] > 0.f) && lane_id() == 0)
-        at.live_words[warp_id()].bits |= 1u << tile << i;
+  __device__ __forceinline__ void note_live(bool mine, int first_key) const {
+    if (__any_sync(kAllLanes, mine) && lane_id() == 0)
+      at.live_words[warp_id()].bits |= 1u << u32(first_key) % kLiveWordKeys / kLiveKeys;
+  }
+  __device__ __forceinline__ void keep_live(int first_key) const {
     if (u32(first_key) % kLiveWordKeys != kTileKeys - kPartKeys || lane_id() != 0) return;
     LiveWord& kept = at.live_words[warp_id()];
     if (kept.to) kept.to[u32(first_key) / kLiveWordKeys] = kept.bits;
@@ -951,8 +1093,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __shared__ float rows[kBlockRows * Attention::kKept];
   __shared__ Marks marks;
   __shared__ LiveWord live_words[kConsumers / 32];
-  const Block b(p, blockIdx.x);
-  if (!any_of_block(b.flat[0] || b.flat[1])) return;
+  __shared__ int noted[kConsumers / 32 * Place::kNoted];
+  __shared__ Items share;
+  if (!share.find(p)) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const Forward at(marks, live_words, memory, shared_address(rows), shared_address(barriers));
   if (threadIdx.x == 0) at.start();
@@ -960,12 +1103,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
-    Producer producer(at, b, query_map, key_map, value_map);
-    for_passes(b.tiles<kTileKeys>(), producer);
+    Producer producer(at, p, query_map, key_map, value_map);
+    int i = 0;
+#pragma unroll 1
+    do {
+      const Block b(p, share.item(i));
+      producer.start(b, share.keys_change(p, i));
+      for_passes(b.tiles<kTileKeys>(), producer);
+    } while (share.has(++i));
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-    Attention attention(at, shared + (memory - start), b);
-    for_passes(b.tiles<kTileKeys>(), attention);
+    Place place(shared_address(noted + warp_id() * Place::kNoted));
+#pragma unroll 1
+    do {
+      const int i = place.number();
+      const Block b(p, share.item(i));
+      if (kResident && share.keys_change(p, i)) {
+        if (i > 0 && lane_id() == 0) arrive(at.empty_k);
+        place.parity ^= 1;
+      }
+      Attention attention(at, shared + (memory - start), b, place, share);
+      for_passes(b.tiles<kTileKeys>(), attention);
+      place.advance();
+    } while (share.has(place.number()));
   }
 }
 
