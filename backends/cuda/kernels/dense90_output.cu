@@ -210,7 +210,8 @@ static_assert(kSwizzleAlignment + kOwnBytes + kStagesK * kKeyBytes + kStagesV * 
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 
-// Whether passes leave out tiles: of causal problems alone, whose blocks have one item each.
+// Whether passes leave out tiles: of causal problems alone, whose blocks have one item each and
+// registers to spare.
 constexpr bool kSkips = ADASPLASH2_SKIPS && kCausal;
 
 // What is known of the tiles of keys, for all warps of a block.
