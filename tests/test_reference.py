@@ -42,6 +42,29 @@ def test_closed_forms_agree_with_bisection(length: int, factor: float, alpha: fl
     assert (p - reference.bisection(z, alpha)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("alpha", [1.1, 1.25, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("factor", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("parts", [2, 7, 60])
+def test_parts_of_the_keys_are_scanned_alone_and_solved_once(
+    parts: int, factor: float, alpha: float
+) -> None:
+    """What ``contract.py`` says of phases, and all backends rest on."""
+    z = rows(120, factor)
+    p, tau = reference.probabilities_and_tau(z, alpha)
+    bounds = [
+        reference.probabilities_and_tau(part, alpha)[1][:, None].expand_as(part)
+        for part in z.chunk(parts, dim=1)
+    ]
+    bound = torch.cat(bounds, dim=-1)
+    rounding = 1e-12 * (1.0 + z.abs().amax())
+    assert bool((bound <= tau[:, None] + rounding).all())
+    left = z >= bound - rounding
+    assert not bool((p[~left] > 0).any())
+    merged = z.masked_fill(~left, -math.inf)
+    again = reference.probabilities_and_tau(merged, alpha)
+    torch.testing.assert_close(again, (p, tau), atol=1e-9, rtol=1e-9)
+
+
 def test_known_values() -> None:
     scores = torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64)
     expected = torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64)

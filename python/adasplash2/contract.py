@@ -4,6 +4,15 @@ A backend is a module (its package's ``__init__``) with these functions at its t
 imports :mod:`adasplash2.problem`, :mod:`adasplash2.cache`, this module and what stands before them:
 never what asks it, as the dispatcher does, and no other backend while it is loaded. Adding one
 touches its own folder and one line of the registry.
+
+A forward has three phases. It *scans* all keys for those that may be in the support of a row,
+*solves* for the row's threshold on what is left, and *gathers* the values. What lets it leave keys
+out is that the threshold of some of a row's scores is at most that of all: no key below it is in
+the support, and the threshold of the keys that are left is the row's. So keys may be scanned in
+parts, each for itself and in any order, if what the parts leave is solved once; as every backend
+does where few queries read a long cache, and could where parts are on several devices. What passes
+between phases is a backend's own affair: scores in lists, or numbers of tiles. What passes from a
+forward to a backward, which gathers the same keys, is ``tau`` and ``saved``.
 """
 
 from __future__ import annotations

@@ -76,15 +76,10 @@ def _shown(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-def _check_names(function: str, options: ScoreOptions) -> None:
-    """Refuse what is no option in Python's words.
-
-    Raises:
-        TypeError: one is none.
-    """
-    for name in options:
-        if name not in ScoreOptions.__annotations__:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+def _unexpected(function: str, options: ScoreOptions) -> TypeError:
+    """What Python says of arguments that are none, where ``options`` do not make :class:`Said`."""
+    name = next(name for name in options if name not in ScoreOptions.__annotations__)
+    return TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 @_shown
@@ -217,13 +212,13 @@ def entmax_attention(
         Correia, Niculae, Martins 2019, *Adaptively Sparse Transformers* (its gradients);
         Goncalves et al. 2026, *AdaSplash-2* (finding the threshold from a histogram).
     """
-    if options:
-        _check_names("entmax_attention", options)
-    said = Said(
-        attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-        enable_gqa=enable_gqa, causal_align=causal_align, q_lengths=q_lengths,
-        kv_lengths=kv_lengths, kv_starts=kv_starts, **options,
-    )  # fmt: skip
+    try:
+        said = Said(
+            dropout_p, is_causal, scale, enable_gqa, causal_align, attn_mask,
+            q_lengths, kv_lengths, kv_starts, **options,
+        )  # fmt: skip
+    except TypeError:
+        raise _unexpected("entmax_attention", options) from None
     return _attend(lowered(query, key, value, said), return_aux)
 
 
@@ -283,12 +278,13 @@ def entmax_attention_varlen(
         >>> adasplash2.entmax_attention_varlen(q, k, v, cu_seqlens, cu_seqlens, 32, 32).shape
         torch.Size([48, 4, 16])
     """
-    if options:
-        _check_names("entmax_attention_varlen", options)
-    said = Said(
-        attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-        enable_gqa=enable_gqa, causal_align=causal_align, **options,
-    )  # fmt: skip
+    try:
+        said = Said(
+            dropout_p, is_causal, scale, enable_gqa, causal_align, attn_mask,
+            None, None, None, **options,
+        )  # fmt: skip
+    except TypeError:
+        raise _unexpected("entmax_attention_varlen", options) from None
     call = lowered_packed(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, said
     )
@@ -363,12 +359,12 @@ def entmax_attention_with_kvcache(
         >>> out.shape, int((keys != 0).any(dim=3).sum())  # 3 keys of 4 heads
         (torch.Size([1, 4, 1, 32]), 12)
     """
-    if options:
-        _check_names("entmax_attention_with_kvcache", options)
-    said = Said(
-        is_causal=is_causal, scale=scale, kv_starts=kv_starts, enable_gqa=True,
-        causal_align="bottom-right", **options,
-    )  # fmt: skip
+    try:
+        said = Said(
+            NOTHING, is_causal, scale, True, "bottom-right", None, None, None, kv_starts, **options,
+        )  # fmt: skip
+    except TypeError:
+        raise _unexpected("entmax_attention_with_kvcache", options) from None
     if torch.is_grad_enabled():
         for name, tensor in {
             **{"query": query, "key_cache": key_cache, "value_cache": value_cache},
