@@ -262,6 +262,105 @@ def test_packed_sequences_are_calls_of_their_own(
         assert_near("gradient", got, exact.cpu(), 1e-4)
 
 
+class OfEach:
+    """Packed sequences, what each has of its own, and in float64 what comes of them one by one."""
+
+    LENGTHS = (5, 0, 37, 70, 3), (9, 3, 37, 20, 0)
+
+    def __init__(self, dtype: torch.dtype, device: str, **said: Any) -> None:
+        r = language.Randomness()
+        of_queries, of_keys = map(sum, self.LENGTHS)
+        exact = [r.normal(of_queries, 4, 16), r.normal(of_keys, 2, 16), r.normal(of_keys, 2, 8)]
+        slopes = r.uniform(5, 4) * torch.tensor([0.0, 1.0, 1.0, 8.0], dtype=torch.float64)
+        exact = [t.to(dtype).double() for t in exact]
+        exact += [t.float().double() for t in (slopes, 0.1 + 0.3 * r.uniform(5, 4, 1))]
+        grad = r.normal(of_queries, 4, 8).to(dtype).double()
+        compute = problem.compute_dtype(dtype)
+        self.said, self.grad = said, grad.to(device, dtype)
+        self.leaves = [
+            t.to(device, dtype if i < 3 else compute).requires_grad_() for i, t in enumerate(exact)
+        ]
+        self.places = [
+            torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
+            for n in self.LENGTHS
+        ]
+        q, k, v, slopes, scales = exact = [t.requires_grad_() for t in exact]
+        outs, of_each = [], {"alibi_slopes": slopes, "scale": scales}
+        parts = (q.split(self.LENGTHS[0]), *(t.split(self.LENGTHS[1]) for t in (k, v)))
+        for i, tensors in enumerate(zip(*parts, strict=True)):
+            four = (t.transpose(0, 1)[None] for t in tensors)
+            mine = {name: t[i : i + 1] for name, t in of_each.items()}
+            if tensors[0].numel() and tensors[1].numel():
+                outs.append(language.attention(*four, **mine, **said)[0][0].transpose(0, 1))
+            else:
+                outs.append(torch.zeros(len(tensors[0]), 4, 8, dtype=torch.float64))
+        self.exact = torch.cat(outs)
+        self.gradients = torch.autograd.grad(self.exact, exact, grad)
+
+    def assert_right(self, out: Tensor, limit: float) -> None:
+        assert_near("out", out.detach(), self.exact.detach(), limit / 4)
+        found = torch.autograd.grad(out, self.leaves, self.grad)
+        names = ("query", "key", "value", "alibi_slopes", "scale")
+        for name, got, exact in zip(names, found, self.gradients, strict=True):
+            assert_near(name, got, exact, limit)
+
+
+@BACKENDS
+@interpreted(dtype=torch.float32, said=({"is_causal": True, "causal_align": "bottom-right"},))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("said", [
+    {"is_causal": True, "causal_align": "bottom-right"}, {"window": (9, 4), "softcap": 2.0},
+    {"is_causal": True, "alpha": 1.25}, {},
+], ids=str)  # fmt: skip
+def test_slopes_and_scales_of_each_packed_sequence(
+    said: dict[str, Any], dtype: torch.dtype, backend: str
+) -> None:
+    """With their gradients, by offsets and nested; the slopes are not those of other sequences."""
+    case = OfEach(dtype, device_of(backend), **said)
+    q, k, v, slopes, scale = case.leaves
+    said = said | {"alibi_slopes": slopes, "scale": scale, "enable_gqa": True}
+    packed = adasplash2.entmax_attention_varlen
+    out = attend(packed, q, k, v, *case.places, **said, backend=backend)
+    case.assert_right(out, LIMITS[dtype])
+    nested = [
+        torch.nested.nested_tensor_from_jagged(t, offsets).transpose(1, 2)
+        for t, offsets in ((q, case.places[0]), (k, case.places[1]), (v, case.places[1]))
+    ]
+    out = attend(adasplash2.entmax_attention, *nested, **said, backend=backend)
+    case.assert_right(out.transpose(1, 2).values(), LIMITS[dtype])
+
+
+def test_slopes_of_each_packed_sequence_compile_to_one_graph() -> None:
+    torch._dynamo.reset()
+    case = OfEach(torch.float32, "cpu", is_causal=True)
+
+    def of(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: Tensor) -> Any:
+        return adasplash2.entmax_attention_varlen(
+            q, k, v, *case.places, is_causal=True, alibi_slopes=slopes, scale=scale, enable_gqa=True
+        )
+
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager", dynamic=True)
+    case.assert_right(compiled(*case.leaves), LIMITS[torch.float32])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_slopes_of_nested_tensors_with_holes(alpha: float) -> None:
+    case = Holes("query and key")
+    slopes = torch.tensor([[0.0, 1.0], [3.0, 0.5], [0.2, 2.0]], requires_grad=True)
+    said = {"alpha": alpha, "is_causal": True}
+    out = adasplash2.entmax_attention(*case.nested, alibi_slopes=slopes, **said)
+    out = out.transpose(1, 2).values()
+    (found,) = torch.autograd.grad(out.sum(), slopes, retain_graph=True)
+    places, alone = case.nested[0].transpose(1, 2).offsets().tolist(), []
+    for place, slope, *rows in zip(places, slopes, *case.alone, strict=False):
+        one = adasplash2.entmax_attention(
+            *(t.transpose(0, 1) for t in rows), alibi_slopes=slope, **said
+        ).transpose(0, 1)
+        torch.testing.assert_close(out[place : place + len(one)], one)
+        alone.append(one.sum())
+    torch.testing.assert_close(found, *torch.autograd.grad(sum(alone), slopes))
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_no_packed_sequences_at_all(alpha: float) -> None:
     tensors = [torch.randn(0, 2, width, requires_grad=True) for width in (8, 8, 4)]

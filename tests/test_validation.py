@@ -629,6 +629,20 @@ BAD_PACKED = [
     ("max_seqlen_q", {"max_seqlen_q": -1}, ValueError, "max_seqlen_q", "at least 0", "-1"),
     ("max_seqlen_k", {"max_seqlen_k": 1.5}, TypeError, "max_seqlen_k", "integers", "1.5"),
     ("window", {"window": (-2, 0)}, ValueError, "window", "-1"),
+    *(
+        (f"slopes {shape}", {"alibi_slopes": tensor(*shape)}, ValueError, "alibi_slopes", words)
+        for shape, words in (
+            ((2, 4), "(4,) or (3, 4), (sequences, heads), got (2, 4)"),
+            ((3, 2), "(4,) or (3, 4), (sequences, heads), got (3, 2)"),
+            ((3,), "(4,)"),
+        )
+    ),
+    ("slopes below", {"alibi_slopes": -tensor(3, 4)}, ValueError, "alibi_slopes", "at least 0"),
+    ("slopes int", {"alibi_slopes": tensor(3, 4).int()}, TypeError, "alibi_slopes", "floating"),
+    *(
+        (f"scale {shape}", {"scale": tensor(*shape)}, ValueError, "scale", "(3, 4, 1)", got)
+        for shape, got in (((2, 4, 1), "got (2, 4, 1)"), ((3, 4, 9), "got (3, 4, 9)"))
+    ),
     ("gqa", {"enable_gqa": False}, ValueError, "key", "enable_gqa=True"),
 ]
 

@@ -371,18 +371,18 @@ class Options(NamedTuple):
     ``halved``: see :func:`is_halved`.
 
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
-    ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that
-    something limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is
-    added; ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see
-    :func:`is_scored`; ``folded``: see :func:`is_folded`; ``biased``: something is added to
-    scores; ``joined``: a window ends on both sides, so that many of the tiles that a row block
-    sees are edges, and share a loop with the others; ``even``: no tile reaches beyond the last
-    row or key there, so that loops need not ask; ``grouped``: several query heads share a key
-    head; ``local``: slopes keep far keys out of the support; ``scattered``: a row may see other
-    keys than leading ones; ``page_size``: keys of a page, 0 where keys and values do not lie in
-    such; ``guesses``: the first step is from where Gaussian rows of the same mean and deviation
-    have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth of the time);
-    ``overlaps``: see :class:`Limits`; ``segment``: see DECODED_SEGMENT."""
+    ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that something
+    limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is added;
+    ``masked``, either; ``slopes``, that ``alibi`` is by slopes of rows, not of heads; ``shared``:
+    see :func:`is_shared`; ``scored``: see :func:`is_scored`; ``folded``: see :func:`is_folded`;
+    ``biased``: something is added to scores; ``joined``: a window ends on both sides, so that many
+    of the tiles that a row block sees are edges, and share a loop with the others; ``even``: no
+    tile reaches beyond the last row or key there, so that loops need not ask; ``grouped``: several
+    query heads share a key head; ``local``: slopes keep far keys out of the support; ``scattered``:
+    a row may see other keys than leading ones; ``page_size``: keys of a page, 0 where keys and
+    values do not lie in such; ``guesses``: the first step is from where Gaussian rows of the same
+    mean and deviation have their threshold (an H100, 1,024 flat keys: two steps for three, a fifth
+    of the time); ``overlaps``: see :class:`Limits`; ``segment``: see DECODED_SEGMENT."""
 
     block_q: int
     block_k: int
@@ -414,6 +414,7 @@ class Options(NamedTuple):
     shared: bool
     softcap: bool
     alibi: bool
+    slopes: bool
     sinks: bool
     scales: bool
     alphas: bool
@@ -434,7 +435,7 @@ class Options(NamedTuple):
         said, alpha = problem.scores, compiled_alpha(problem.alpha)
         given = {operand.name for operand in problem.operands}
         mask, alphas = problem.operand("attn_mask"), "alphas" in given
-        ranges, alibi = "ranges" in given, "alibi_slopes" in given
+        ranges, alibi = "ranges" in given, problem.operand("alibi_slopes")
         scored = is_scored(problem)
         block_k = whole_width(problem, config) if whole else int(config["block_k"])
         if alphas:
@@ -474,18 +475,20 @@ class Options(NamedTuple):
             masked=mask is not None,
             shared=is_shared(problem),
             softcap=said.softcap != 0.0,
-            alibi=alibi,
+            alibi=alibi is not None,
+            slopes=alibi is not None and alibi.spread[2:] == (True,),
             sinks="sinks" in given,
             scales="scales" in given,
             alphas=alphas,
             dropout=said.dropout_p != 0.0,
             scored=scored,
             folded=is_folded(problem) and not whole,
-            biased=mask is not None or alibi,
-            local=alibi and mask is None and not problem.page_size,  # norms of all pages would cost
+            biased=mask is not None or alibi is not None,
+            # Norms of all pages would cost.
+            local=alibi is not None and mask is None and not problem.page_size,
             scattered=is_scattered(problem),
             page_size=problem.page_size,
-            guesses=alpha == 1.5 and mask is None and not alibi,
+            guesses=alpha == 1.5 and mask is None and alibi is None,
             overlaps=bool(config.get("overlaps")),
             segment=int(config.get("segment", block_k)),
         )

@@ -67,8 +67,9 @@ def scores(
         numbers = beside(torch.arange(p.length_k, device=p.device)[keys], query)
         distance = (places(p, inputs, rows).unsqueeze(-1) - numbers).abs().to(dtype)
         slopes = inputs.alibi_slopes.to(dtype)
+        slopes = slopes.unsqueeze(2) if slopes.dim() == 2 else part_of(slopes, 2, rows)
         slopes = torch.where(slopes >= 0.0, slopes, math.nan)  # nobody may have looked at them
-        s = s - slopes[:, :, None, None] * distance
+        s = s - slopes.unsqueeze(3) * distance
     return torch.where(seen, s, -math.inf)
 
 

@@ -114,7 +114,8 @@ def entmax_attention(
             of them, with the lengths, which are ragged, in third place. They may have ``lengths()``
             of their own, as of :func:`torch.nested.narrow`: nobody sees the padding behind, and its
             gradients are zeros. Key and value have the same offsets, which on a GPU is checked
-            there, as ``cu_seqlens`` of :func:`entmax_attention_varlen` are.
+            there, as ``cu_seqlens`` of :func:`entmax_attention_varlen` are; ``scale`` of rows is as
+            there too.
         key: ``(batch, heads_kv, length_k, head_dim)``, dtype and device of ``query``.
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         attn_mask: broadcasts to ``(batch, heads_q, length_q, length_k)`` and is not expanded. bool:
@@ -235,11 +236,12 @@ def entmax_attention_varlen(
         max_seqlen_q, max_seqlen_k: lengths of the longest, which flash-attn needs; None where not
             known. Nothing here depends on them.
         dropout_p, is_causal, scale, enable_gqa, alpha, window, softcap, sinks, backend: as in
-            :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)`` or has at
-            least two dimensions, which broadcast to ``(1, heads_q, total_q)``.
+            :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)``, ``(sequences,
+            heads_q, 1)`` or has at least two dimensions, which broadcast to ``(1, heads_q,
+            total_q)``.
         causal_align: within each sequence. flash-attn's is ``"bottom-right"``; they are the same
             where queries and keys are equally many.
-        alibi_slopes: ``(heads_q,)``.
+        alibi_slopes: ``(heads_q,)`` or ``(sequences, heads_q)``, as there.
         attn_mask: as there, broadcasts to ``(1, heads_q, total_q, total_k)``; what it says of keys
             of other sequences is not looked at. No causal mask object of torch: ``is_causal``.
         return_aux: as there; rows are ``(1, heads_q, total_q)``.

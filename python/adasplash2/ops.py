@@ -273,7 +273,7 @@ def _summed(name: str, found: Tensor, operand: Tensor) -> Tensor:
     """The gradient of ``operand`` from what a backend found."""
     if name != "attn_mask":
         found = found.to(torch.float64)
-        if name != "scales":
+        if operand.dim() == 2:  # one of each head
             found = found.sum(dim=2)
         found = found.sum_to_size(operand.shape)
     return found.to(operand.dtype)

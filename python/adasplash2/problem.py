@@ -39,7 +39,8 @@ class Inputs(NamedTuple):
         query, key, value: ``(batch, heads, length, head_dim)``.
         attn_mask: ``(batch, heads_q, length_q, length_k)``; bool (True may be seen), or added to
             the scores, in the dtype of ``query`` or float32.
-        alibi_slopes: ``(batch, heads_q)``, times the distance taken from a score.
+        alibi_slopes: ``(batch, heads_q)`` or ``(batch, heads_q, length_q)``, times the distance
+            taken from a score.
         sinks: ``(batch, heads_q)``, one more score of each row, without a value.
         scales: ``(batch, heads_q, length_q)``, in the place of the number ``scale``.
         alphas: ``(batch, heads_q)``, in the place of the number ``alpha``; in (1, 2].
@@ -626,7 +627,7 @@ def _check_operand(
     batch, heads_q, length_q, length_k = sizes
     full = {
         "attn_mask": (batch, heads_q, length_q, length_k),
-        "alibi_slopes": (batch, heads_q),
+        "alibi_slopes": (batch, heads_q, length_q)[: 3 if len(shape) == 3 else 2],
         "sinks": (batch, heads_q),
         "scales": (batch, heads_q, length_q),
         "alphas": (batch, heads_q),
