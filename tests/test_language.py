@@ -262,6 +262,36 @@ def test_packed_sequences_are_calls_of_their_own(
         assert_near("gradient", got, exact.cpu(), 1e-4)
 
 
+@BACKENDS
+@interpreted()
+def test_answers_about_packed_sequences(backend: str) -> None:
+    """By offsets as nested, and as of each sequence alone."""
+    device = device_of(backend)
+    lengths_q, lengths_k = (5, 0, 37, 70), (9, 3, 37, 20)
+    q, k = (torch.randn(sum(n), 2, 16, device=device) for n in (lengths_q, lengths_k))
+    places = [
+        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
+        for n in (lengths_q, lengths_k)
+    ]
+    slopes = torch.rand(4, 2, device=device)
+    said = {"is_causal": True, "causal_align": "bottom-right", "backend": backend}
+    packing = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), places, strict=True))
+    with torch.no_grad():
+        stats = attend(adasplash2.attention_stats, q, k, k, **said, **packing, alibi_slopes=slopes)
+        begins, alone = [torch.stack([p[:-1], p[1:]]).T.tolist() for p in places], []
+        for (a, b), (c, d), slope in zip(*begins, slopes, strict=True):
+            own = (t.transpose(0, 1)[None] for t in (q[a:b], k[c:d], k[c:d]))
+            alone.append(attend(adasplash2.attention_stats, *own, **said, alibi_slopes=slope))
+    assert stats.support.shape == (1, 2, sum(lengths_q))
+    assert torch.equal(stats.support, torch.cat([one.support for one in alone], dim=2))
+    torch.testing.assert_close(stats.tau, torch.cat([one.tau for one in alone], dim=2))
+    told = adasplash2.explain(
+        q, k, k, **said, **packing, max_seqlen_q=70, max_seqlen_k=37, alibi_slopes=slopes
+    )
+    assert told.chosen == backend
+    assert "packed sequences" in told.problem
+
+
 class OfEach:
     """Packed sequences, what each has of its own, and in float64 what comes of them one by one."""
 

@@ -496,7 +496,13 @@ def test_every_function_of_a_call_takes_its_arguments() -> None:
 
     taken = asked(adasplash2.entmax_attention)
     assert asked(adasplash2.attention_stats) == asked(adasplash2.explain)
-    assert asked(adasplash2.explain) == {k: v for k, v in taken.items() if k != "return_aux"}
+    told = asked(adasplash2.explain)
+    packing = {name: told.pop(name) for name in functional.PACKING}
+    assert told == {k: v for k, v in taken.items() if k != "return_aux"}
+    where_packed = get_type_hints(adasplash2.entmax_attention_varlen)
+    for name, parameter in packing.items():
+        assert name in where_packed
+        assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, None)
     # Operands and options whose public names are others, and what is said of a cache alone.
     others = {"scales", "alphas", "ranges", "dropout_seed", "window_left", "window_right"}
     others |= {"block_table"} & set(asked(adasplash2.entmax_attention_with_kvcache))
@@ -653,6 +659,28 @@ def test_packed_attention_refuses(
 ) -> None:
     with pytest.raises(error, match=says(*words)):
         adasplash2.entmax_attention_varlen(**{**PACKED, **arguments})
+
+
+@pytest.mark.parametrize("function", [adasplash2.attention_stats, adasplash2.explain])
+@cases([
+    *BAD_PACKED,
+    ("no cu_seqlens_k", {"cu_seqlens_k": None}, TypeError, "cu_seqlens_k", "Tensor", "NoneType"),
+    ("no cu_seqlens_q", {"cu_seqlens_q": None}, TypeError, "cu_seqlens_q", "Tensor", "NoneType"),
+    (
+        "lengths alone",
+        {"cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": 5},
+        *(TypeError, "cu_seqlens_q", "Tensor", "NoneType"),
+    ),
+    *(
+        (name, {name: cu(1, 2, 3)}, ValueError, name, "None for packed sequences", "Tensor")
+        for name in ("q_lengths", "kv_lengths", "kv_starts")
+    ),
+])  # fmt: skip
+def test_what_answers_about_packed_attention_refuses_alike(
+    arguments: dict[str, Any], error: type[Exception], words: list[str], function: Any
+) -> None:
+    with pytest.raises(error, match=says(*words)):
+        function(**{**PACKED, **arguments})
 
 
 def jagged(

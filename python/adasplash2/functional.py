@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 HALVES = torch.bfloat16, torch.float16
 
 P = ParamSpec("P")
-R = TypeVar("R")
+R = TypeVar("R", covariant=True)
 
 
 def entmax_attention(
@@ -403,20 +403,49 @@ def dense_weights(query: Tensor, key: Tensor, value: Tensor, said: Said) -> Tens
     return found.to(inputs.query.dtype)
 
 
-def _takes_what(
-    like: Callable[P, Any],
-) -> Callable[[Callable[[Call], R]], Callable[P, R]]:
-    """Give a function that answers about a call the arguments of ``like``: the list of options
-    stands once. A trace or a transform has no numbers to answer about: where ``torch.compile`` may
-    break its graph it does so here, and calls the function as it is."""
-    signature = inspect.signature(like)
-    signature = signature.replace(
-        parameters=[p for name, p in signature.parameters.items() if name != "return_aux"]
-    )
+PACKING = {
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "Tensor | None"),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), "int | None"),
+}
+"""Arguments that say where packed sequences are, and their types."""
 
-    def decorate(body: Callable[[Call], R]) -> Callable[P, R]:
+
+class _Answers(Protocol[P, R]):
+    """What answers about a call, packed or not, as type checkers see it."""
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        **said: Any,
+    ) -> R: ...
+
+
+def _takes_what(like: Callable[P, Any]) -> Callable[[Callable[[Call], R]], _Answers[P, R]]:
+    """Give a function that answers about a call the arguments of ``like``: the list of options
+    stands once. Behind them are those of :data:`PACKING`, None where nothing is packed. A trace or
+    a transform has no numbers to answer about: where ``torch.compile`` may break its graph it does
+    so here, and calls the function as it is."""
+    signature = inspect.signature(like)
+    taken = [p for name, p in signature.parameters.items() if name != "return_aux"]
+    packing = (
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in PACKING.items()
+    )
+    signature = signature.replace(parameters=[*taken, *packing])
+
+    def decorate(body: Callable[[Call], R]) -> _Answers[P, R]:
         @functools.wraps(body)
-        def function(*args: P.args, **kwargs: P.kwargs) -> R:
+        def function(*args: Any, **kwargs: Any) -> R:
             if torch.compiler.is_compiling() or is_transformed():
                 raise TypeError(
                     f"{body.__name__} works in neither a trace nor a transform: call it outside"
@@ -424,7 +453,14 @@ def _takes_what(
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             query, key, value = (bound.arguments.pop(name) for name in TENSORS)
-            call = lowered(query, key, value, Said(**bound.arguments), draws=False)
+            cu_q, cu_k, max_q, max_k = packing = [bound.arguments.pop(name) for name in PACKING]
+            said = Said(**bound.arguments)
+            if any(given is not None for given in packing):
+                call = lowered_packed(
+                    query, key, value, cu_q, cu_k, max_q, max_k, said, draws=False
+                )
+            else:
+                call = lowered(query, key, value, said, draws=False)
             return body(call._replace(inputs=_cast(call.inputs)))
 
         returns = inspect.signature(body).return_annotation
@@ -438,13 +474,15 @@ def _takes_what(
 def attention_stats(call: Call) -> AttentionStats:
     """How sparse one attention call is, and what it took to find its thresholds.
 
-    Arguments as for :func:`entmax_attention`; no gradient, and not for ``torch.compile``. Where
+    Arguments as for :func:`entmax_attention`, or, where ``cu_seqlens_q`` and ``cu_seqlens_k`` are
+    given, as for :func:`entmax_attention_varlen`; no gradient, and not for ``torch.compile``. Where
     dense tiles of ``cuda`` correct their outputs, thresholds are found closer here than there, in
     as many iterations as that takes.
 
     Returns:
         :class:`AttentionStats`: thresholds, support and solver iterations of every row, and the
-        share of 64x64 tiles without a single probability above zero.
+        share of 64x64 tiles without a single probability above zero. Of packed and nested
+        sequences rows are ``(1, heads_q, total_q)``.
 
     Raises:
         TypeError, ValueError, BackendRefused: as :func:`entmax_attention`, and ``ValueError`` for
@@ -471,7 +509,8 @@ def attention_stats(call: Call) -> AttentionStats:
 
 @_takes_what(entmax_attention)
 def explain(call: Call) -> dispatch.Explanation:
-    """Which backend would run this call of :func:`entmax_attention`, and why not the others.
+    """Which backend would run this call of :func:`entmax_attention`, and why not the others; where
+    ``cu_seqlens_q`` and ``cu_seqlens_k`` are given, this call of :func:`entmax_attention_varlen`.
 
     Computes nothing; not for ``torch.compile``. ``print`` shows the answer as a table.
 

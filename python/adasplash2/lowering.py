@@ -342,6 +342,9 @@ def _with_causal_bias(options: Options, bias: Any, inputs: Inputs) -> Options:
 # Lengths
 
 
+_LENGTHS = ("q_lengths", "kv_lengths", "kv_starts")
+
+
 def is_known(*tensors: Tensor) -> bool:
     """Whether the values of ``tensors`` can be looked at without waiting for a device."""
     return not torch.compiler.is_compiling() and not any(
@@ -408,6 +411,12 @@ def lowered_packed(
             "attn_mask must be a torch.Tensor or None for packed sequences, got a causal mask of "
             "torch: pass is_causal=True and causal_align"
         )
+    for other in _LENGTHS:
+        if (given := getattr(said, other)) is not None:
+            raise ValueError(
+                f"{other} must be None for packed sequences, whose lengths are their own, got a "
+                f"{type(given).__name__}"
+            )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is not None:
             check_count(name, longest)
@@ -818,7 +827,7 @@ def _from_nested(
         TypeError, ValueError: not all are jagged and have four dimensions, or masks or lengths are
             given beside them.
     """
-    for other in ("attn_mask", "q_lengths", "kv_lengths", "kv_starts"):
+    for other in ("attn_mask", *_LENGTHS):
         if (given := getattr(said, other)) is not None:
             raise ValueError(
                 f"{other} must be None for nested tensors, whose lengths are their own, got a "
