@@ -18,7 +18,7 @@ from language import CALLS, FEATURES, PLACES, VARIANTS, Call, Sizes
 from torch import Tensor
 
 import adasplash2
-from adasplash2 import problem
+from adasplash2 import problem, softmax
 from adasplash2.lowering import new_seed
 
 BACKENDS = pytest.mark.parametrize("backend", usable_backends())
@@ -297,7 +297,9 @@ class OfEach:
 
     LENGTHS = (5, 0, 37, 70, 3), (9, 3, 37, 20, 0)
 
-    def __init__(self, dtype: torch.dtype, device: str, **said: Any) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: str, *, plain: bool = False, **said: Any
+    ) -> None:
         r = language.Randomness()
         of_queries, of_keys = map(sum, self.LENGTHS)
         exact = [r.normal(of_queries, 4, 16), r.normal(of_keys, 2, 16), r.normal(of_keys, 2, 8)]
@@ -315,7 +317,9 @@ class OfEach:
             for n in self.LENGTHS
         ]
         q, k, v, slopes, scales = exact = [t.requires_grad_() for t in exact]
-        outs, of_each = [], {"alibi_slopes": slopes, "scale": scales}
+        outs, of_each = [], {} if plain else {"alibi_slopes": slopes, "scale": scales}
+        if plain:
+            exact, self.leaves = exact[:3], self.leaves[:3]
         parts = (q.split(self.LENGTHS[0]), *(t.split(self.LENGTHS[1]) for t in (k, v)))
         for i, tensors in enumerate(zip(*parts, strict=True)):
             four = (t.transpose(0, 1)[None] for t in tensors)
@@ -331,7 +335,7 @@ class OfEach:
         assert_near("out", out.detach(), self.exact.detach(), limit / 4)
         found = torch.autograd.grad(out, self.leaves, self.grad)
         names = ("query", "key", "value", "alibi_slopes", "scale")
-        for name, got, exact in zip(names, found, self.gradients, strict=True):
+        for name, got, exact in zip(names, found, self.gradients, strict=False):
             assert_near(name, got, exact, limit)
 
 
@@ -1095,6 +1099,126 @@ def test_softmax_takes_it_all(features: tuple[str, ...]) -> None:
     if "dropout" not in features:
         torch.testing.assert_close(out, near, rtol=1e-3, atol=1e-3)
     assert out.shape == near.shape
+
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+SOFT = tuple(
+    call
+    for call in CALLS
+    if call.sharpness == 1.0 and call.sizes.length_k < 1000
+    if call.dtype in (torch.float32, torch.float64) and "dropout" not in call.features
+    if not any(feature.startswith("alpha") for feature in call.features)
+)
+
+
+@DEVICES
+@pytest.mark.parametrize("call", SOFT, ids=lambda call: call.name)
+def test_softmax_and_gradients(call: Call, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """alpha = 1 with all that may be said, some heads and queries at a time."""
+    monkeypatch.setattr(softmax, "CHUNK", dict.fromkeys(("cpu", "cuda"), 2**11))
+    monkeypatch.setattr(softmax, "ROWS", 16)
+    tensors, grad, said = leaves_of(call, device)
+    out = adasplash2.entmax_attention(*tensors, **said, enable_gqa=True, alpha=1.0)
+    learned = {name: t for name, t in said.items() if isinstance(t, Tensor) and t.requires_grad}
+    leaves = dict(zip(("query", "key", "value"), tensors, strict=True)) | learned
+    exact_tensors = [t.requires_grad_() for t in call.tensors()[:3]]
+    exact_said = call.said()
+    for name in learned:
+        exact_said[name].requires_grad_()
+    exact, _ = language.attention(*exact_tensors, **exact_said, alpha=1.0)
+    exact_leaves = [*exact_tensors, *(exact_said[name] for name in learned)]
+    gradients = torch.autograd.grad(exact, exact_leaves, call.tensors()[3])
+    limit = {torch.float32: 1e-5, torch.float64: 1e-12}[call.dtype]
+    assert_near("out", out.detach(), exact.detach(), limit)
+    found = torch.autograd.grad(out, list(leaves.values()), grad)
+    for name, got, one in zip(leaves, found, gradients, strict=True):
+        is_nothing = name == "attn_mask" and one.shape[3] == 1
+        least = reference.norm(gradients[0]) if is_nothing else 1e-2 * one.numel() ** 0.5
+        assert_nearer(name, got, one, max(limit, torch.finfo(got.dtype).eps / 2.0), least)
+
+
+@DEVICES
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("said", [
+    {}, {"is_causal": True}, {"is_causal": True, "causal_align": "bottom-right"},
+    {"window": (9, 4), "causal_align": "bottom-right"}, {"window": (9, -1), "softcap": 2.0},
+], ids=str)  # fmt: skip
+def test_softmax_of_packed_sequences(
+    said: dict[str, Any], dtype: torch.dtype, plain: bool, device: str
+) -> None:
+    """By SDPA, by torch's kernel for packed ones, or by operators of ours."""
+    case = OfEach(dtype, device, plain=plain, **said, alpha=1.0)
+    q, k, v = case.leaves[:3]
+    said = said | {"enable_gqa": True, "alpha": 1.0}
+    if not plain:
+        said |= dict(zip(("alibi_slopes", "scale"), case.leaves[3:], strict=True))
+    out = adasplash2.entmax_attention_varlen(q, k, v, *case.places, 70, 37, **said)
+    case.assert_right(out, {**LIMITS, torch.float64: 1e-11}[dtype])
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_softmax_of_packed_sequences_is_that_of_sdpa(
+    monkeypatch: pytest.MonkeyPatch, compiles: bool
+) -> None:
+    """One call for each, where their places are known; a graph does not know them."""
+    torch._dynamo.reset()
+    case = OfEach(torch.float32, "cpu", plain=True, is_causal=True, alpha=1.0)
+    asked = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if not compiles:
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda *args, **named: asked.append(named["is_causal"]) or sdpa(*args, **named),
+        )
+
+    def attend(*tensors: Tensor) -> Tensor:
+        out: Tensor = adasplash2.entmax_attention_varlen(
+            *tensors, *case.places, is_causal=True, enable_gqa=True, alpha=1.0
+        )
+        return out
+
+    if compiles:
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    case.assert_right(attend(*case.leaves), LIMITS[torch.float32])
+    assert asked == [] if compiles else [True] * 3
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_softmax_some_at_a_time_is_that_at_once(
+    dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same probabilities dropped; gradients of gradients, and forward mode, are there."""
+    call = Call(("window", "sinks", "scale of rows", "bias of heads"), torch.float64)
+    tensors, grad, said = leaves_of(call, "cpu")
+    said |= {"alpha": 1.0, "dropout_p": dropout_p, "enable_gqa": True}
+    found = []
+    for chunk in (2**11, 2**30):
+        monkeypatch.setattr(softmax, "CHUNK", {"cpu": chunk})
+        torch.manual_seed(SEED)
+        out = adasplash2.entmax_attention(*tensors, **said)
+        learned = [t for t in said.values() if isinstance(t, Tensor)]
+        gradients = torch.autograd.grad(out, [*tensors, *learned], grad, retain_graph=True)
+        again = torch.autograd.grad(out, [*tensors, *learned], grad, create_graph=True)
+        penalty = sum(t.square().sum() for t in again)
+        found.append([out, *gradients, *again, *torch.autograd.grad(penalty, tensors)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    count = len(gradients)
+    for one, other in zip(found[0][1 : count + 1], found[0][count + 1 :], strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    if not dropout_p:
+        detached = {n: t.detach() if isinstance(t, Tensor) else t for n, t in said.items()}
+        q, k, v = (t.detach() for t in tensors)
+
+        def of(q: Tensor) -> Tensor:
+            out: Tensor = adasplash2.entmax_attention(q, k, v, **detached)
+            return out
+
+        step = torch.randn(q.shape, dtype=q.dtype)
+        _, moved = torch.func.jvp(of, (q,), (step,))
+        torch.testing.assert_close((moved * grad).sum(), (found[0][1] * step).sum())
 
 
 @pytest.mark.parametrize("feature", ["scale", "scale of rows", "softcap", "mask", "sinks"])

@@ -139,8 +139,14 @@ def entmax_attention(
         alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax.
             A call at 1 that asks for nothing but ``attn_mask`` or ``is_causal``, ``dropout_p``, a
             number as ``scale`` and ``enable_gqa`` is SDPA's own, edges included: NaN in what is
-            hidden then reaches the output. All else at 1 is computed by dense operators, with
-            edges as said above.
+            hidden then reaches the output. So is each of packed or nested sequences that lie on a
+            CPU, outside of graphs. On a GPU torch's kernel for packed sequences takes these and
+            windows, in bfloat16 and float16, where nothing more is asked, keys and values are
+            equally wide (a multiple of 8) and all is aligned at the bottom right or lengths do not
+            differ; its edges are SDPA's, and it is not in graphs. All else at 1 is computed by
+            dense operators, of some queries at a time and again for gradients, in memory that grows
+            with the lengths, and with edges as said above; of lengths and packed sequences on a GPU
+            every query with every key, since where they end is known there alone.
             Or a tensor ``(heads_q,)`` of values in (1, 2], with gradient (Correia, Niculae, Martins
             2019). Its values are not looked at: one outside makes the rows of its head NaN.
         causal_align: ``"top-left"``, as SDPA aligns, or ``"bottom-right"``, as flash-attn does: the
@@ -234,7 +240,8 @@ def entmax_attention_varlen(
             each sequence begins, from 0, and the total. On a GPU their values are checked there,
             without waiting: what is wrong ends the program with an assertion of the device.
         max_seqlen_q, max_seqlen_k: lengths of the longest, which flash-attn needs; None where not
-            known. Nothing here depends on them.
+            known. Nothing depends on them but torch's kernel, which ``alpha = 1`` takes on a GPU:
+            there they must not be too small.
         dropout_p, is_causal, scale, enable_gqa, alpha, window, softcap, sinks, backend: as in
             :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)``, ``(sequences,
             heads_q, 1)`` or has at least two dimensions, which broadcast to ``(1, heads_q,
@@ -362,7 +369,7 @@ def entmax_attention_with_kvcache(
         query = query.to(key_cache.dtype)
         key = key if key is None else key.to(key_cache.dtype)
         value = value if value is None else value.to(key_cache.dtype)
-    (inputs, options, shaped, _), append = lowered_cached(
+    (inputs, options, shaped, *_), append = lowered_cached(
         query, key_cache, value_cache, key, value, cache_lengths, block_table, said
     )
     if options.alpha != 1.0:
@@ -372,17 +379,17 @@ def entmax_attention_with_kvcache(
     if inputs.block_table is not None:
         inputs = unpaged(inputs)
         problem = _problem(inputs, options)
-    return shaped(softmax_attention(problem, inputs, options.scale))
+    return shaped(softmax_attention(problem, inputs, options))
 
 
 def _attend(call: Call, return_aux: bool) -> Any:
-    inputs, options, shaped, shaped_beside = call
+    inputs, options, shaped, shaped_beside, packed = call
     if is_autocast_on() or options.alpha == 1.0:  # else checked where it is validated
         inputs = _cast(inputs)
     if options.alpha == 1.0:
         if check_flag("return_aux", return_aux):
             raise ValueError("return_aux must be False for alpha = 1: softmax has no threshold")
-        return shaped(softmax_attention(_problem(inputs, options), inputs, options.scale))
+        return shaped(softmax_attention(_problem(inputs, options), inputs, options, packed))
     if return_aux is False:
         return shaped(ops.attention(inputs, options))
     if not check_flag("return_aux", return_aux):

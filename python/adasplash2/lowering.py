@@ -7,6 +7,7 @@ autograd, ``vmap`` and compilers see through it; operands stay as small as they 
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -47,6 +48,18 @@ class Call(NamedTuple):
     options: Options
     shaped: Callable[[Tensor], Tensor]
     shaped_beside: Callable[[Tensor], Tensor]
+    packed: Packed | None = None
+
+
+class Packed(NamedTuple):
+    """What a call of packed sequences was before they became ``ranges``: options that say all of
+    each sequence, and where they are; how long the longest are, as users say; and the lengths of
+    the queries' sequences, and of the keys' with what lies before each, where both are known."""
+
+    options: Options
+    sequences: Sequences
+    longest: tuple[int | None, int | None]
+    places: tuple[list[int], list[int]] | None
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -63,7 +76,7 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
     """
     if getattr(query, "is_nested", False):
         packed, sequences, as_query = _from_nested(query, key, value, said)
-        call = _packed(*packed, sequences, said, draws)
+        call = _packed(*packed, sequences, said, draws, (None, None))
         return call._replace(shaped=lambda result: as_query(call.shaped(result)))
     options, alphas, scales = check_options(said)
     tensors, lead = (query, key, value), None
@@ -428,19 +441,40 @@ def lowered_packed(
             f"cu_seqlens_k must have the shape of cu_seqlens_q {tuple(cu_seqlens_q.shape)}, got "
             f"{tuple(cu_seqlens_k.shape)}"
         )
-    sequences = Sequences(cu_seqlens_q, cu_seqlens_k[:-1], cu_seqlens_k[1:])
-    return _packed(query, key, value, sequences, said, draws)
+    sequences = Sequences(
+        cu_seqlens_q, cu_seqlens_k[:-1], cu_seqlens_k[1:], cu_seqlens_k=cu_seqlens_k
+    )
+    return _packed(query, key, value, sequences, said, draws, (max_seqlen_q, max_seqlen_k))
 
 
 class Sequences(NamedTuple):
     """Of packed queries and keys, int32: where queries of one end and those of the next begin, as
     ``cu_seqlens``, and where each one's keys begin and end. ``holes``: whether every second one,
-    from the first on, is a hole, which users know nothing of."""
+    from the first on, is a hole, which users know nothing of. ``cu_seqlens_k``, where keys lie one
+    behind another too."""
 
     cu_seqlens_q: Tensor
     key_begins: Tensor
     key_ends: Tensor
     holes: bool = False
+    cu_seqlens_k: Tensor | None = None
+
+    def is_self(self) -> bool:
+        """Whether sequences surely have as many keys as queries."""
+        return self.cu_seqlens_k is self.cu_seqlens_q
+
+    def places(self, total_k: int) -> tuple[list[int], list[int]] | None:
+        """See :class:`Packed`; a last entry is what lies behind all. None also where there are no
+        sequences."""
+        if not is_known(self.cu_seqlens_q, self.key_begins, self.key_ends) or not self.number():
+            return None
+        bounds = self.cu_seqlens_q.tolist()
+        of_queries = [end - begin for begin, end in itertools.pairwise(bounds)]
+        of_keys, last = [], 0
+        for begin, end in zip(self.key_begins.tolist(), self.key_ends.tolist(), strict=True):
+            of_keys += [begin - last, end - begin]
+            last = end
+        return of_queries, [*of_keys, total_k - last]
 
     def number(self) -> int:
         """Of those that are no holes."""
@@ -464,13 +498,23 @@ class Sequences(NamedTuple):
 
 
 def _packed(
-    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, said: Said, draws: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    said: Said,
+    draws: bool,
+    longest: tuple[int | None, int | None],
 ) -> Call:
     """Tensors ``(total, heads, head_dim)`` as the one entry of a batch, in which each query sees
     the keys of its own sequence."""
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     said, of_each = _of_each_sequence(said, sequences.number(), query)
     options, inputs = lowered(query, key, value, said, draws=draws)[1::-1]
+    packed = None
+    if options.alpha == 1.0:
+        places = sequences.places(key.shape[2])
+        packed = Packed(options, sequences, longest, places)
     of_queries = sequences.of_queries(query.shape[2])
     for name, numbers in of_each.items():
         inputs = inputs._replace(**{name: sequences.spread(numbers, of_queries)})
@@ -479,7 +523,7 @@ def _packed(
     def shaped(result: Tensor) -> Tensor:
         return result.squeeze(0).transpose(0, 1).contiguous()
 
-    return Call(inputs._replace(ranges=ranges), options, shaped, _as_it_is)
+    return Call(inputs._replace(ranges=ranges), options, shaped, _as_it_is, packed)
 
 
 def _of_each_sequence(said: Said, count: int, query: Tensor) -> tuple[Said, dict[str, Tensor]]:
@@ -903,7 +947,7 @@ def _packed_ranges(
     options: Options, sequences: Sequences, number: Tensor
 ) -> tuple[Options, Tensor]:
     """``ranges`` of sequences that lie one behind another; ``number``: those of the queries."""
-    cu_seqlens_q, key_begins, key_ends, _ = sequences
+    cu_seqlens_q, key_begins, key_ends = sequences[:3]
     queries = torch.arange(number.shape[0], dtype=torch.int32, device=number.device)
     start, end = key_begins[number], key_ends[number]
     first, last = cu_seqlens_q[number], cu_seqlens_q[number + 1]

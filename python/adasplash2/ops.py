@@ -26,8 +26,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from adasplash2 import softmax
 from adasplash2.closed_form import alpha_gradient, nothing_forward
-from adasplash2.contract import SAVED_ALIGNMENT, Forward, Gradients
+from adasplash2.contract import SAVED_ALIGNMENT, Backend, Forward, Gradients
 from adasplash2.dispatch import Choice, choose, saved_bound
 from adasplash2.options import (
     FIRST,
@@ -183,12 +184,24 @@ def _run(
     prepare: Callable[[], None] | None = None,
 ) -> tuple[Forward, _Decided | None]:
     problem = _problem(inputs, options, saved_bytes != 0)
-    choice = None if problem.is_empty else choose(problem, options.backend or None)
+    choice = None if problem.is_empty else _chosen(problem, options)
     if prepare is not None:
         prepare()
     if choice is None:
         return nothing_forward(problem, inputs, saved_bytes), None
     return choice.backend.forward(problem, inputs, choice.config, saved_bytes), (problem, choice)
+
+
+SOFTMAX = Choice(cast(Backend, softmax), {}, "alpha is 1")
+
+
+def _chosen(problem: Problem, options: Options) -> Choice:
+    return SOFTMAX if problem.alpha == 1.0 else choose(problem, options.backend or None)
+
+
+def _bound(problem: Problem, options: Options, alpha: float) -> Any:
+    """:func:`saved_bound`, where ``alpha`` is what it was before it became one of ``numbers``."""
+    return 0 if alpha == 1.0 else saved_bound(problem, options.backend or None)
 
 
 def _attention_forward_fake(
@@ -210,6 +223,8 @@ def _attention_forward_fake(
 
 def _length_by_data(shapes: Problem, options: Options) -> Any:
     """The length of ``saved`` in a trace: a symbol, or the most that it can be."""
+    if options.alpha == 1.0:
+        return 0
     size = new_dynamic_size()
     return saved_bound(shapes, options.backend or None) if size is None else size
 
@@ -243,7 +258,7 @@ def _run_backward(
         given = {name: getattr(inputs, name) for name in names}
         zeros = {name: t.new_zeros(t.shape) for name, t in given.items()}
         return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors()), **zeros)
-    choice = choose(problem, options.backend or None) if decided is None else decided[1]
+    choice = _chosen(problem, options) if decided is None else decided[1]
     chosen, config, _ = choice
     forward = Forward(out, _as_made(tau), _as_made(saved))
     found = chosen.backward(problem, inputs, forward, grad_out, config, names)
@@ -488,6 +503,9 @@ class _Attention(_ReverseMode):
             )
             if asked_for:
                 wanted = tuple(name in asked_for for name in DIFFERENTIABLE)
+        if ctx.options.alpha == 1.0 and torch.is_grad_enabled():
+            inputs = Inputs(query, key, value, *operands)
+            return _twice(inputs, ctx.options, grad_out, needed, names)
         if _is_final(*tensors, *given):
             options = _read(ctx.options, ctx.numbers)
             found = _run_backward(tensors, operands, options, wanted, ctx.decided)
@@ -500,6 +518,21 @@ class _Attention(_ReverseMode):
             return *first, None
         later = (getattr(found, name) if name in asked_for else None for name in names)
         return *first, None, *later
+
+
+def _twice(
+    inputs: Inputs,
+    options: Options,
+    grad_out: Tensor,
+    needed: tuple[bool, ...],
+    names: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients at alpha = 1 that are to be differentiated again."""
+    tensors = *inputs[:3], None, *(getattr(inputs, name) for name in names)
+    wanted = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
+    problem = _problem(inputs, options, True)
+    found = iter(softmax.twice(problem, inputs, grad_out, wanted))
+    return tuple(next(found) if need else None for need in needed)
 
 
 _NO_OPERANDS: tuple[Tensor | None, ...] = (None,) * len(OPERANDS)
@@ -531,14 +564,13 @@ def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -
             saved_bytes = AS_NEEDED
             if query.is_meta or is_without_data(*inputs.given()):
                 problem = _shape_problem(inputs, options, numbers)
-                saved_bytes = saved_bound(problem, options.backend or None)
+                saved_bytes = _bound(problem, options, asked.options.alpha)
         return _differentiable_call(in_kernel, inputs, options, saved_bytes, numbers)
     asked = asked._replace(options=options, numbers=numbers)
     return below_autograd(attention_forward, query, key, value, *asked.flat())
 
 
 def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
-    check_alpha_above_one(options.alpha)
     return validated(inputs, options, needs_grad)
 
 
@@ -744,7 +776,7 @@ def attention_and_tau(
         problem = _problem(inputs, options, False)
     if prepare is not None:
         if not (is_traced or inputs.query.is_meta or problem.is_empty):
-            choose(problem, options.backend or None)
+            _chosen(problem, options)
         prepare()
     asked = _Arguments(options, (0,), None, inputs.operands())
     out, tau, _ = attention_forward(*inputs.tensors(), *asked.flat())

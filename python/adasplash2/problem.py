@@ -346,6 +346,22 @@ def part_of(tensor: Tensor, dim: int, part: slice) -> Tensor:
     return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (part,)]
 
 
+def cut(inputs: Inputs, entries: slice, heads_kv: slice, heads: slice) -> Inputs:
+    """Some batch entries, key heads and the query ``heads`` that share these."""
+    of = {"key": heads_kv, "value": heads_kv}
+    parts: dict[str, Tensor] = {}
+    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+        if tensor is None:
+            continue
+        if name == "ranges":
+            parts[name] = part_of(tensor, 1, entries)
+        elif name == "dropout_seed":
+            parts[name] = part_of(tensor, 0, entries)
+        else:
+            parts[name] = part_of(part_of(tensor, 0, entries), 1, of.get(name, heads))
+    return inputs._replace(**parts)
+
+
 SDPA = frozenset(("attn_mask", "dropout_p"))
 """Features that torch's SDPA knows, each alone or with the other."""
 
