@@ -1303,13 +1303,19 @@ def test_vmap_over_numbers(alpha: float | None) -> None:
     torch.testing.assert_close(torch.vmap(attend)(tensors, scales, alphas), expected)
 
 
-@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature not in VARIANTS])
-def test_compiles_to_one_graph(feature: str) -> None:
+@pytest.mark.parametrize(("features", "more"), [
+    *(((feature,), {}) for feature in FEATURES if feature not in VARIANTS),
+    *((features, {"alpha": 1.0}) for features in (
+        ("causal",), ("bottom-right",), ("window", "dropout"), ("lengths", "slopes"),
+        ("added mask", "sinks"), ("softcap", "scale of rows"),
+    )),
+], ids=str)  # fmt: skip
+def test_compiles_to_one_graph(features: tuple[str, ...], more: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    call = Call((feature,))
+    call = Call(features)
 
     def step(*tensors: Tensor, **said: Any) -> Tensor:
-        out: Tensor = adasplash2.entmax_attention(*tensors, **said, enable_gqa=True)
+        out: Tensor = adasplash2.entmax_attention(*tensors, **said, **more, enable_gqa=True)
         return out
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -92,7 +92,7 @@ def softmax_attention(
         return attend(inputs)
     if is_forward_mode():  # which no operator of ours knows
         return softmax.whole(problem, inputs)
-    return ops.attention(inputs, options)
+    return ops.softmax_attention(problem, inputs, options)
 
 
 def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:

@@ -758,6 +758,14 @@ def attention(
     return attention_and_tau(inputs, options, prepare)[0]
 
 
+def softmax_attention(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
+    """:func:`attention` at alpha = 1 of what has been validated: a token is so but once."""
+    given = inputs.given()
+    if problem.is_empty or not is_plain(*given) or _differentiated(*given):
+        return attention(inputs, options)
+    return softmax.forward(problem, inputs, SOFTMAX.config).out
+
+
 def attention_and_tau(
     inputs: Inputs, options: Options, prepare: Callable[[], None] | None = None
 ) -> tuple[Tensor, Tensor]:
