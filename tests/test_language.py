@@ -18,7 +18,7 @@ from language import CALLS, FEATURES, PLACES, VARIANTS, Call, Sizes
 from torch import Tensor
 
 import adasplash2
-from adasplash2 import problem, softmax
+from adasplash2 import dense, problem, softmax
 from adasplash2.lowering import new_seed
 
 BACKENDS = pytest.mark.parametrize("backend", usable_backends())
@@ -1155,6 +1155,70 @@ def test_softmax_of_packed_sequences(
         said |= dict(zip(("alibi_slopes", "scale"), case.leaves[3:], strict=True))
     out = adasplash2.entmax_attention_varlen(q, k, v, *case.places, 70, 37, **said)
     case.assert_right(out, {**LIMITS, torch.float64: 1e-11}[dtype])
+
+
+def varlen_attn(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int,
+    max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """What torch's kernel of this name says of itself, in float64."""
+    outs = []
+    places = (list(itertools.pairwise(places.tolist())) for places in (cu_seq_q, cu_seq_k))
+    for of_q, of_k in zip(*places, strict=True):
+        assert of_q[1] - of_q[0] <= max_q
+        assert of_k[1] - of_k[0] <= max_k
+        parts = (query[slice(*of_q)], key[slice(*of_k)], value[slice(*of_k)])
+        q, k, v = (t.transpose(0, 1)[None].double() for t in parts)
+        assert enable_gqa or q.shape[1] == k.shape[1]
+        said = {"window": window_size, "causal_align": "bottom-right", "scale": scale}
+        outs.append(language.attention(q, k, v, **said, alpha=1.0)[0][0].transpose(0, 1))
+    return torch.cat(outs).to(query.dtype)
+
+
+@pytest.mark.parametrize(("lengths", "said", "taken"), [
+    (None, {"window": (5, 2)}, True),
+    (None, {"window": (5, 2), "sinks": torch.zeros(4)}, False),
+    (((9, 30, 21), (9, 30, 21)), {"is_causal": True}, True),
+    (((9, 30, 21), (20, 0, 40)), {}, True),
+    (((9, 30, 21), (20, 0, 40)), {"is_causal": True}, False),
+    (((9, 30, 21), (20, 0, 40)), {"is_causal": True, "causal_align": "bottom-right"}, True),
+    (((9, 30, 21), (20, 0, 40)), {"window": (7, 3), "causal_align": "bottom-right"}, True),
+    (((9, 30, 21), (20, 0, 40)), {"alibi_slopes": torch.ones(3, 4)}, False),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("knows_groups", [True, False])
+def test_softmax_by_torchs_kernel_for_packed_sequences(
+    knows_groups: bool, lengths: Any, said: dict[str, Any], taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is handed to it, and what is not, without a GPU."""
+    calls = []
+
+    def noted(*args: Any, **named: Any) -> Tensor:
+        calls.append(args)
+        return varlen_attn(*args, **named)
+
+    monkeypatch.setattr(dense, "has_flash", lambda device: True)
+    monkeypatch.setattr(dense, "is_by_sequence", lambda problem, packed: False)
+    monkeypatch.setattr(dense, "_torch_varlen", lambda: (noted, knows_groups))
+    q, k, v = (torch.randn(2, heads, 60, 16).bfloat16() for heads in (4, 2, 2))
+    said = said | {"alpha": 1.0, "enable_gqa": True}
+
+    def attend(*tensors: Tensor) -> Tensor:
+        out: Tensor
+        if lengths is None:
+            out = adasplash2.entmax_attention(*tensors, **said)
+        else:
+            places = [torch.tensor([0, *itertools.accumulate(n)]).int() for n in lengths]
+            places = [places[0]] * 2 if lengths[0] == lengths[1] else places
+            packed = (t[0].transpose(0, 1) for t in tensors)
+            out = adasplash2.entmax_attention_varlen(*packed, *places, **said)
+        return out
+
+    got = attend(q, k, v)
+    assert bool(calls) == (taken and knows_groups)
+    exact = attend(*(t.double() for t in (q, k, v)))
+    assert_near("out", got, exact, 5e-3)
 
 
 @pytest.mark.parametrize("compiles", [False, True])

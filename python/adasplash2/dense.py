@@ -161,9 +161,9 @@ def varlen_of_torch(
     placed = said.is_causal or (said.window_left, said.window_right) != (-1, -1)
     is_self = p.length_q == p.length_k if packed is None else packed.sequences.is_self()
     if (
-        p.device.type != "cuda"
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or is_transformed()
+        or not has_flash(p.device)
         or p.dtype not in HALVES
         or p.head_dim != p.head_dim_v
         or p.head_dim % 8
@@ -172,7 +172,6 @@ def varlen_of_torch(
         or (packed is None) != (p.operand("ranges") is None)
         or (packed is not None and packed.sequences.cu_seqlens_k is None)
         or (placed and said.causal_align != "bottom-right" and not is_self)
-        or torch.cuda.get_device_capability(p.device) < (8, 0)
     ):
         return None
     kernel, knows_groups = _torch_varlen()
@@ -185,6 +184,7 @@ def varlen_of_torch(
 
     def attend(inputs: Inputs) -> Tensor:
         tensors = (t.transpose(1, 2).flatten(0, 1) for t in inputs.tensors())
+        tensors = (t if t.stride(2) == 1 else t.contiguous() for t in tensors)
         longest = p.length_q, p.length_k
         if packed is None:
             each = torch.arange(p.batch + 1, dtype=torch.int32, device=p.device)
@@ -201,6 +201,11 @@ def varlen_of_torch(
         return by_entry.transpose(1, 2)
 
     return attend
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether torch's FlashAttention runs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 _VARLEN = ("lengths or packed sequences", "window", "causal_align")

@@ -17,7 +17,7 @@ from torch import Tensor
 from adasplash2 import dispatch, ops
 from adasplash2.auxiliary import AttentionAux, counted
 from adasplash2.contract import AttentionStats
-from adasplash2.dense import softmax_attention, weights
+from adasplash2.dense import HALVES, softmax_attention, weights
 from adasplash2.lowering import (
     Call,
     alphas_of_rows,
@@ -47,8 +47,6 @@ from adasplash2.problem import (
     validated,
 )
 from adasplash2.torch_fastpath import is_autocast_on, is_transformed
-
-HALVES = torch.bfloat16, torch.float16
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
