@@ -161,6 +161,12 @@ def attention(
     """Output and probabilities, in float64. ``kept`` ``(batch, heads, length_q, length_k)`` are the
     factors of dropout; what else is ``said`` is for :func:`scores`."""
     s = scores(query, key, **said)
+    if isinstance(alpha, float) and alpha == 1.0:
+        hidden = s == -math.inf
+        p = torch.softmax(torch.where(hidden.all(-1, keepdim=True), 0.0, s), dim=-1)
+        p = torch.where(hidden, 0.0, p)[..., : key.shape[2]]
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return (p if kept is None else p * kept) @ value, p
     if isinstance(alpha, Tensor):  # one that is none makes its head NaN
         alphas = torch.where((alpha > 1.0) & (alpha <= 2.0), alpha, math.nan)[None, :, None, None]
     else:

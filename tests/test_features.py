@@ -104,7 +104,7 @@ def test_softmax_and_what_is_shown_refuse_it_too(plant: Callable[[Problem], Prob
     inputs = Inputs(query, query, query)
     planted = plant(validated(inputs, Options(alpha=1.0), False))
     with pytest.raises(NotImplementedError, match="bonus"):
-        softmax_attention(planted, inputs, None)
+        softmax_attention(planted, inputs, Options(alpha=1.0))
     with pytest.raises(NotImplementedError, match="bonus"):
         weights(planted, inputs)
 

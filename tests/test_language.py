@@ -18,7 +18,7 @@ from language import CALLS, FEATURES, PLACES, VARIANTS, Call, Sizes
 from torch import Tensor
 
 import adasplash2
-from adasplash2 import problem
+from adasplash2 import dense, problem, softmax
 from adasplash2.lowering import new_seed
 
 BACKENDS = pytest.mark.parametrize("backend", usable_backends())
@@ -260,6 +260,139 @@ def test_packed_sequences_are_calls_of_their_own(
     assert_near("out", out, apart.detach().cpu(), 1e-5)
     for got, exact in zip(gradients, torch.autograd.grad(apart, leaves, grad), strict=True):
         assert_near("gradient", got, exact.cpu(), 1e-4)
+
+
+@BACKENDS
+@interpreted()
+def test_answers_about_packed_sequences(backend: str) -> None:
+    """By offsets as nested, and as of each sequence alone."""
+    device = device_of(backend)
+    lengths_q, lengths_k = (5, 0, 37, 70), (9, 3, 37, 20)
+    q, k = (torch.randn(sum(n), 2, 16, device=device) for n in (lengths_q, lengths_k))
+    places = [
+        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
+        for n in (lengths_q, lengths_k)
+    ]
+    slopes = torch.rand(4, 2, device=device)
+    said = {"is_causal": True, "causal_align": "bottom-right", "backend": backend}
+    packing = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), places, strict=True))
+    with torch.no_grad():
+        stats = attend(adasplash2.attention_stats, q, k, k, **said, **packing, alibi_slopes=slopes)
+        begins, alone = [torch.stack([p[:-1], p[1:]]).T.tolist() for p in places], []
+        for (a, b), (c, d), slope in zip(*begins, slopes, strict=True):
+            own = (t.transpose(0, 1)[None] for t in (q[a:b], k[c:d], k[c:d]))
+            alone.append(attend(adasplash2.attention_stats, *own, **said, alibi_slopes=slope))
+    assert stats.support.shape == (1, 2, sum(lengths_q))
+    assert torch.equal(stats.support, torch.cat([one.support for one in alone], dim=2))
+    torch.testing.assert_close(stats.tau, torch.cat([one.tau for one in alone], dim=2))
+    told = adasplash2.explain(
+        q, k, k, **said, **packing, max_seqlen_q=70, max_seqlen_k=37, alibi_slopes=slopes
+    )
+    assert told.chosen == backend
+    assert "packed sequences" in told.problem
+
+
+class OfEach:
+    """Packed sequences, what each has of its own, and in float64 what comes of them one by one."""
+
+    LENGTHS = (5, 0, 37, 70, 3), (9, 3, 37, 20, 0)
+
+    def __init__(
+        self, dtype: torch.dtype, device: str, *, plain: bool = False, **said: Any
+    ) -> None:
+        r = language.Randomness()
+        of_queries, of_keys = map(sum, self.LENGTHS)
+        exact = [r.normal(of_queries, 4, 16), r.normal(of_keys, 2, 16), r.normal(of_keys, 2, 8)]
+        slopes = r.uniform(5, 4) * torch.tensor([0.0, 1.0, 1.0, 8.0], dtype=torch.float64)
+        exact = [t.to(dtype).double() for t in exact]
+        exact += [t.float().double() for t in (slopes, 0.1 + 0.3 * r.uniform(5, 4, 1))]
+        grad = r.normal(of_queries, 4, 8).to(dtype).double()
+        compute = problem.compute_dtype(dtype)
+        self.said, self.grad = said, grad.to(device, dtype)
+        self.leaves = [
+            t.to(device, dtype if i < 3 else compute).requires_grad_() for i, t in enumerate(exact)
+        ]
+        self.places = [
+            torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
+            for n in self.LENGTHS
+        ]
+        q, k, v, slopes, scales = exact = [t.requires_grad_() for t in exact]
+        outs, of_each = [], {} if plain else {"alibi_slopes": slopes, "scale": scales}
+        if plain:
+            exact, self.leaves = exact[:3], self.leaves[:3]
+        parts = (q.split(self.LENGTHS[0]), *(t.split(self.LENGTHS[1]) for t in (k, v)))
+        for i, tensors in enumerate(zip(*parts, strict=True)):
+            four = (t.transpose(0, 1)[None] for t in tensors)
+            mine = {name: t[i : i + 1] for name, t in of_each.items()}
+            if tensors[0].numel() and tensors[1].numel():
+                outs.append(language.attention(*four, **mine, **said)[0][0].transpose(0, 1))
+            else:
+                outs.append(torch.zeros(len(tensors[0]), 4, 8, dtype=torch.float64))
+        self.exact = torch.cat(outs)
+        self.gradients = torch.autograd.grad(self.exact, exact, grad)
+
+    def assert_right(self, out: Tensor, limit: float) -> None:
+        assert_near("out", out.detach(), self.exact.detach(), limit / 4)
+        found = torch.autograd.grad(out, self.leaves, self.grad)
+        names = ("query", "key", "value", "alibi_slopes", "scale")
+        for name, got, exact in zip(names, found, self.gradients, strict=False):
+            assert_near(name, got, exact, limit)
+
+
+@BACKENDS
+@interpreted(dtype=torch.float32, said=({"is_causal": True, "causal_align": "bottom-right"},))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("said", [
+    {"is_causal": True, "causal_align": "bottom-right"}, {"window": (9, 4), "softcap": 2.0},
+    {"is_causal": True, "alpha": 1.25}, {},
+], ids=str)  # fmt: skip
+def test_slopes_and_scales_of_each_packed_sequence(
+    said: dict[str, Any], dtype: torch.dtype, backend: str
+) -> None:
+    """With their gradients, by offsets and nested; the slopes are not those of other sequences."""
+    case = OfEach(dtype, device_of(backend), **said)
+    q, k, v, slopes, scale = case.leaves
+    said = said | {"alibi_slopes": slopes, "scale": scale, "enable_gqa": True}
+    packed = adasplash2.entmax_attention_varlen
+    out = attend(packed, q, k, v, *case.places, **said, backend=backend)
+    case.assert_right(out, LIMITS[dtype])
+    nested = [
+        torch.nested.nested_tensor_from_jagged(t, offsets).transpose(1, 2)
+        for t, offsets in ((q, case.places[0]), (k, case.places[1]), (v, case.places[1]))
+    ]
+    out = attend(adasplash2.entmax_attention, *nested, **said, backend=backend)
+    case.assert_right(out.transpose(1, 2).values(), LIMITS[dtype])
+
+
+def test_slopes_of_each_packed_sequence_compile_to_one_graph() -> None:
+    torch._dynamo.reset()
+    case = OfEach(torch.float32, "cpu", is_causal=True)
+
+    def of(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: Tensor) -> Any:
+        return adasplash2.entmax_attention_varlen(
+            q, k, v, *case.places, is_causal=True, alibi_slopes=slopes, scale=scale, enable_gqa=True
+        )
+
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager", dynamic=True)
+    case.assert_right(compiled(*case.leaves), LIMITS[torch.float32])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_slopes_of_nested_tensors_with_holes(alpha: float) -> None:
+    case = Holes("query and key")
+    slopes = torch.tensor([[0.0, 1.0], [3.0, 0.5], [0.2, 2.0]], requires_grad=True)
+    said = {"alpha": alpha, "is_causal": True}
+    out = adasplash2.entmax_attention(*case.nested, alibi_slopes=slopes, **said)
+    out = out.transpose(1, 2).values()
+    (found,) = torch.autograd.grad(out.sum(), slopes, retain_graph=True)
+    places, alone = case.nested[0].transpose(1, 2).offsets().tolist(), []
+    for place, slope, *rows in zip(places, slopes, *case.alone, strict=False):
+        one = adasplash2.entmax_attention(
+            *(t.transpose(0, 1) for t in rows), alibi_slopes=slope, **said
+        ).transpose(0, 1)
+        torch.testing.assert_close(out[place : place + len(one)], one)
+        alone.append(one.sum())
+    torch.testing.assert_close(found, *torch.autograd.grad(sum(alone), slopes))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
@@ -997,6 +1130,190 @@ def test_softmax_takes_it_all(features: tuple[str, ...]) -> None:
     assert out.shape == near.shape
 
 
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+SOFT = tuple(
+    call
+    for call in CALLS
+    if call.sharpness == 1.0 and call.sizes.length_k < 1000
+    if call.dtype in (torch.float32, torch.float64) and "dropout" not in call.features
+    if not any(feature.startswith("alpha") for feature in call.features)
+)
+
+
+@DEVICES
+@pytest.mark.parametrize("call", SOFT, ids=lambda call: call.name)
+def test_softmax_and_gradients(call: Call, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """alpha = 1 with all that may be said, some heads and queries at a time."""
+    monkeypatch.setattr(softmax, "CHUNK", dict.fromkeys(("cpu", "cuda"), 2**11))
+    monkeypatch.setattr(softmax, "ROWS", 16)
+    tensors, grad, said = leaves_of(call, device)
+    out = adasplash2.entmax_attention(*tensors, **said, enable_gqa=True, alpha=1.0)
+    learned = {name: t for name, t in said.items() if isinstance(t, Tensor) and t.requires_grad}
+    leaves = dict(zip(("query", "key", "value"), tensors, strict=True)) | learned
+    exact_tensors = [t.requires_grad_() for t in call.tensors()[:3]]
+    exact_said = call.said()
+    for name in learned:
+        exact_said[name].requires_grad_()
+    exact, _ = language.attention(*exact_tensors, **exact_said, alpha=1.0)
+    exact_leaves = [*exact_tensors, *(exact_said[name] for name in learned)]
+    gradients = torch.autograd.grad(exact, exact_leaves, call.tensors()[3])
+    limit = {torch.float32: 1e-5, torch.float64: 1e-12}[call.dtype]
+    assert_near("out", out.detach(), exact.detach(), limit)
+    found = torch.autograd.grad(out, list(leaves.values()), grad)
+    for name, got, one in zip(leaves, found, gradients, strict=True):
+        is_nothing = name == "attn_mask" and one.shape[3] == 1
+        least = reference.norm(gradients[0]) if is_nothing else 1e-2 * one.numel() ** 0.5
+        assert_nearer(name, got, one, max(limit, torch.finfo(got.dtype).eps / 2.0), least)
+
+
+@DEVICES
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("said", [
+    {}, {"is_causal": True}, {"is_causal": True, "causal_align": "bottom-right"},
+    {"window": (9, 4), "causal_align": "bottom-right"}, {"window": (9, -1), "softcap": 2.0},
+], ids=str)  # fmt: skip
+def test_softmax_of_packed_sequences(
+    said: dict[str, Any], dtype: torch.dtype, plain: bool, device: str
+) -> None:
+    """By SDPA, by torch's kernel for packed ones, or by operators of ours."""
+    case = OfEach(dtype, device, plain=plain, **said, alpha=1.0)
+    q, k, v = case.leaves[:3]
+    said = said | {"enable_gqa": True, "alpha": 1.0}
+    if not plain:
+        said |= dict(zip(("alibi_slopes", "scale"), case.leaves[3:], strict=True))
+    out = adasplash2.entmax_attention_varlen(q, k, v, *case.places, 70, 37, **said)
+    case.assert_right(out, {**LIMITS, torch.float64: 1e-11}[dtype])
+
+
+def varlen_attn(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int,
+    max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """What torch's kernel of this name says of itself, in float64."""
+    outs = []
+    places = (list(itertools.pairwise(places.tolist())) for places in (cu_seq_q, cu_seq_k))
+    for of_q, of_k in zip(*places, strict=True):
+        assert of_q[1] - of_q[0] <= max_q
+        assert of_k[1] - of_k[0] <= max_k
+        parts = (query[slice(*of_q)], key[slice(*of_k)], value[slice(*of_k)])
+        q, k, v = (t.transpose(0, 1)[None].double() for t in parts)
+        assert enable_gqa or q.shape[1] == k.shape[1]
+        said = {"window": window_size, "causal_align": "bottom-right", "scale": scale}
+        outs.append(language.attention(q, k, v, **said, alpha=1.0)[0][0].transpose(0, 1))
+    return torch.cat(outs).to(query.dtype)
+
+
+@pytest.mark.parametrize(("lengths", "said", "taken"), [
+    (None, {"window": (5, 2)}, True),
+    (None, {"window": (5, 2), "sinks": torch.zeros(4)}, False),
+    (((9, 30, 21), (9, 30, 21)), {"is_causal": True}, True),
+    (((9, 30, 21), (20, 0, 40)), {}, True),
+    (((9, 30, 21), (20, 0, 40)), {"is_causal": True}, False),
+    (((9, 30, 21), (20, 0, 40)), {"is_causal": True, "causal_align": "bottom-right"}, True),
+    (((9, 30, 21), (20, 0, 40)), {"window": (7, 3), "causal_align": "bottom-right"}, True),
+    (((9, 30, 21), (20, 0, 40)), {"alibi_slopes": torch.ones(3, 4)}, False),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("knows_groups", [True, False])
+def test_softmax_by_torchs_kernel_for_packed_sequences(
+    knows_groups: bool, lengths: Any, said: dict[str, Any], taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is handed to it, and what is not, without a GPU."""
+    calls = []
+
+    def noted(*args: Any, **named: Any) -> Tensor:
+        calls.append(args)
+        return varlen_attn(*args, **named)
+
+    monkeypatch.setattr(dense, "has_flash", lambda device: True)
+    monkeypatch.setattr(dense, "is_by_sequence", lambda problem, packed: False)
+    monkeypatch.setattr(dense, "_torch_varlen", lambda: (noted, knows_groups))
+    q, k, v = (torch.randn(2, heads, 60, 16).bfloat16() for heads in (4, 2, 2))
+    said = said | {"alpha": 1.0, "enable_gqa": True}
+
+    def attend(*tensors: Tensor) -> Tensor:
+        out: Tensor
+        if lengths is None:
+            out = adasplash2.entmax_attention(*tensors, **said)
+        else:
+            places = [torch.tensor([0, *itertools.accumulate(n)]).int() for n in lengths]
+            places = [places[0]] * 2 if lengths[0] == lengths[1] else places
+            packed = (t[0].transpose(0, 1) for t in tensors)
+            out = adasplash2.entmax_attention_varlen(*packed, *places, **said)
+        return out
+
+    got = attend(q, k, v)
+    assert bool(calls) == (taken and knows_groups)
+    exact = attend(*(t.double() for t in (q, k, v)))
+    assert_near("out", got, exact, 5e-3)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_softmax_of_packed_sequences_is_that_of_sdpa(
+    monkeypatch: pytest.MonkeyPatch, compiles: bool
+) -> None:
+    """One call for each, where their places are known; a graph does not know them."""
+    torch._dynamo.reset()
+    case = OfEach(torch.float32, "cpu", plain=True, is_causal=True, alpha=1.0)
+    asked = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if not compiles:
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda *args, **named: asked.append(named["is_causal"]) or sdpa(*args, **named),
+        )
+
+    def attend(*tensors: Tensor) -> Tensor:
+        out: Tensor = adasplash2.entmax_attention_varlen(
+            *tensors, *case.places, is_causal=True, enable_gqa=True, alpha=1.0
+        )
+        return out
+
+    if compiles:
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    case.assert_right(attend(*case.leaves), LIMITS[torch.float32])
+    assert asked == [] if compiles else [True] * 3
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_softmax_some_at_a_time_is_that_at_once(
+    dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same probabilities dropped; gradients of gradients, and forward mode, are there."""
+    call = Call(("window", "sinks", "scale of rows", "bias of heads"), torch.float64)
+    tensors, grad, said = leaves_of(call, "cpu")
+    said |= {"alpha": 1.0, "dropout_p": dropout_p, "enable_gqa": True}
+    found = []
+    for chunk in (2**11, 2**30):
+        monkeypatch.setattr(softmax, "CHUNK", {"cpu": chunk})
+        torch.manual_seed(SEED)
+        out = adasplash2.entmax_attention(*tensors, **said)
+        learned = [t for t in said.values() if isinstance(t, Tensor)]
+        gradients = torch.autograd.grad(out, [*tensors, *learned], grad, retain_graph=True)
+        again = torch.autograd.grad(out, [*tensors, *learned], grad, create_graph=True)
+        penalty = sum(t.square().sum() for t in again)
+        found.append([out, *gradients, *again, *torch.autograd.grad(penalty, tensors)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    count = len(gradients)
+    for one, other in zip(found[0][1 : count + 1], found[0][count + 1 :], strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    if not dropout_p:
+        detached = {n: t.detach() if isinstance(t, Tensor) else t for n, t in said.items()}
+        q, k, v = (t.detach() for t in tensors)
+
+        def of(q: Tensor) -> Tensor:
+            out: Tensor = adasplash2.entmax_attention(q, k, v, **detached)
+            return out
+
+        step = torch.randn(q.shape, dtype=q.dtype)
+        _, moved = torch.func.jvp(of, (q,), (step,))
+        torch.testing.assert_close((moved * grad).sum(), (found[0][1] * step).sum())
+
+
 @pytest.mark.parametrize("feature", ["scale", "scale of rows", "softcap", "mask", "sinks"])
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_padding_reaches_no_gradient(alpha: float, feature: str) -> None:
@@ -1079,13 +1396,19 @@ def test_vmap_over_numbers(alpha: float | None) -> None:
     torch.testing.assert_close(torch.vmap(attend)(tensors, scales, alphas), expected)
 
 
-@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature not in VARIANTS])
-def test_compiles_to_one_graph(feature: str) -> None:
+@pytest.mark.parametrize(("features", "more"), [
+    *(((feature,), {}) for feature in FEATURES if feature not in VARIANTS),
+    *((features, {"alpha": 1.0}) for features in (
+        ("causal",), ("bottom-right",), ("window", "dropout"), ("lengths", "slopes"),
+        ("added mask", "sinks"), ("softcap", "scale of rows"),
+    )),
+], ids=str)  # fmt: skip
+def test_compiles_to_one_graph(features: tuple[str, ...], more: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    call = Call((feature,))
+    call = Call(features)
 
     def step(*tensors: Tensor, **said: Any) -> Tensor:
-        out: Tensor = adasplash2.entmax_attention(*tensors, **said, enable_gqa=True)
+        out: Tensor = adasplash2.entmax_attention(*tensors, **said, **more, enable_gqa=True)
         return out
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

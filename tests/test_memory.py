@@ -105,6 +105,50 @@ def test_a_compiled_step_touches_no_more() -> None:
     assert compiled < 1.25 * eager
 
 
+SOFTMAX = """
+length, asked, compiled = 6144, sys.argv[1], int(sys.argv[2])
+ends = torch.tensor([0, 2000, 2000, 4500, length], dtype=torch.int32)
+said, packed = {
+    "window": ({"window": (500, 20)}, False),
+    "bottom right": ({"is_causal": True, "causal_align": "bottom-right"}, False),
+    "sinks": ({"is_causal": True, "sinks": torch.zeros(2), "softcap": 5.0}, False),
+    "dropout": ({"window": (500, 20), "dropout_p": 0.1}, False),
+    "packed": ({"is_causal": True}, True),
+    "packed with slopes": ({"is_causal": True, "alibi_slopes": torch.rand(4, 2)}, True),
+}[asked]
+
+def attend(q, k, v):
+    if not packed:
+        return adasplash2.entmax_attention(q, k, v, **said, alpha=1.0)
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+    places = torch.where(ends > len(q), len(q), ends)
+    return adasplash2.entmax_attention_varlen(q, k, v, places, places, **said, alpha=1.0)
+
+def forward_and_backward(q, k, v):
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    return torch.autograd.grad(attend(*leaves).sum(), leaves)
+
+if compiled:
+    attend = torch.compile(attend, backend="aot_eager", dynamic=True, fullgraph=True)
+less = asked == "bottom right"
+forward_and_backward(*(torch.randn(1, 2, n, 64) for n in (100 - less, 100, 100)))
+tensors = [torch.randn(1, 2, n, 64) for n in (length - less, length, length)]
+before = resident("VmRSS")
+gradients = forward_and_backward(*tensors)
+assert all(gradient.isfinite().all() for gradient in gradients)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize(("asked", "compiled"), [
+    *((asked, 0) for asked in ("window", "bottom right", "sinks", "dropout", "packed")),
+    ("packed with slopes", 0), ("packed", 1), ("window", 1),
+])  # fmt: skip
+def test_softmax_keeps_no_scores(asked: str, compiled: int) -> None:
+    """Of 6,144 positions and two heads those in float32 are 288 MiB, and there are some of them."""
+    assert bytes_told_by(SOFTMAX, asked, str(compiled)) < 160 * MEBIBYTE
+
+
 DECODING = """
 keys = torch.randn(1, 1, 2**20, 64)
 query = torch.randn(1, 1, 1, 64) * float(sys.argv[1])

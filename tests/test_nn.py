@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import adasplash2
-from adasplash2.dense import attended
 from adasplash2.nn import (
     AlphaSchedule,
     AttentionMonitor,
@@ -30,6 +29,7 @@ from adasplash2.nn import (
     Sparsemax,
     nape_slopes,
 )
+from adasplash2.softmax import attended
 
 EMBED, HEADS, BATCH, LENGTH_Q, LENGTH_K = 24, 4, 3, 7, 9
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}

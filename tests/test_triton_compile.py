@@ -217,7 +217,9 @@ def test_whole_rows_compile(
     assert spilled(compiled, tmp_path) <= most_spilled
 
 
-@pytest.mark.parametrize(("asked", "length"), [("added by key", 120), ("window", 500)])
+@pytest.mark.parametrize(
+    ("asked", "length"), [("added by key", 120), ("window", 500), ("slopes of rows", 120)]
+)
 def test_whole_rows_of_what_a_call_may_ask_compile(
     asked: str, length: int, launches: list[Launch]
 ) -> None:
@@ -296,6 +298,13 @@ ASKED: dict[str, tuple[dict[str, Any], tuple[Operand, ...]]] = {
     "added by key": ({}, (Operand("attn_mask", torch.float32, (True, False, False, True)),)),
     "softcap": ({"softcap": 30.0}, (Operand("sinks", torch.float32, PER_HEAD),)),
     "slopes": ({"is_causal": True}, (Operand("alibi_slopes", torch.float32, PER_HEAD),)),
+    "slopes of rows": (
+        {},
+        (
+            Operand("alibi_slopes", torch.float32, (False, True, True)),
+            Operand("ranges", torch.int32, PER_ROW),
+        ),
+    ),
     "numbers": (
         {"scale": 1.0},
         (

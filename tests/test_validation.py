@@ -496,7 +496,13 @@ def test_every_function_of_a_call_takes_its_arguments() -> None:
 
     taken = asked(adasplash2.entmax_attention)
     assert asked(adasplash2.attention_stats) == asked(adasplash2.explain)
-    assert asked(adasplash2.explain) == {k: v for k, v in taken.items() if k != "return_aux"}
+    told = asked(adasplash2.explain)
+    packing = {name: told.pop(name) for name in functional.PACKING}
+    assert told == {k: v for k, v in taken.items() if k != "return_aux"}
+    where_packed = get_type_hints(adasplash2.entmax_attention_varlen)
+    for name, parameter in packing.items():
+        assert name in where_packed
+        assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, None)
     # Operands and options whose public names are others, and what is said of a cache alone.
     others = {"scales", "alphas", "ranges", "dropout_seed", "window_left", "window_right"}
     others |= {"block_table"} & set(asked(adasplash2.entmax_attention_with_kvcache))
@@ -645,6 +651,20 @@ BAD_PACKED = [
     ("max_seqlen_q", {"max_seqlen_q": -1}, ValueError, "max_seqlen_q", "at least 0", "-1"),
     ("max_seqlen_k", {"max_seqlen_k": 1.5}, TypeError, "max_seqlen_k", "integers", "1.5"),
     ("window", {"window": (-2, 0)}, ValueError, "window", "-1"),
+    *(
+        (f"slopes {shape}", {"alibi_slopes": tensor(*shape)}, ValueError, "alibi_slopes", words)
+        for shape, words in (
+            ((2, 4), "(4,) or (3, 4), (sequences, heads), got (2, 4)"),
+            ((3, 2), "(4,) or (3, 4), (sequences, heads), got (3, 2)"),
+            ((3,), "(4,)"),
+        )
+    ),
+    ("slopes below", {"alibi_slopes": -tensor(3, 4)}, ValueError, "alibi_slopes", "at least 0"),
+    ("slopes int", {"alibi_slopes": tensor(3, 4).int()}, TypeError, "alibi_slopes", "floating"),
+    *(
+        (f"scale {shape}", {"scale": tensor(*shape)}, ValueError, "scale", "(3, 4, 1)", got)
+        for shape, got in (((2, 4, 1), "got (2, 4, 1)"), ((3, 4, 9), "got (3, 4, 9)"))
+    ),
     ("gqa", {"enable_gqa": False}, ValueError, "key", "enable_gqa=True"),
 ]
 
@@ -655,6 +675,28 @@ def test_packed_attention_refuses(
 ) -> None:
     with pytest.raises(error, match=says(*words)):
         adasplash2.entmax_attention_varlen(**{**PACKED, **arguments})
+
+
+@pytest.mark.parametrize("function", [adasplash2.attention_stats, adasplash2.explain])
+@cases([
+    *BAD_PACKED,
+    ("no cu_seqlens_k", {"cu_seqlens_k": None}, TypeError, "cu_seqlens_k", "Tensor", "NoneType"),
+    ("no cu_seqlens_q", {"cu_seqlens_q": None}, TypeError, "cu_seqlens_q", "Tensor", "NoneType"),
+    (
+        "lengths alone",
+        {"cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": 5},
+        *(TypeError, "cu_seqlens_q", "Tensor", "NoneType"),
+    ),
+    *(
+        (name, {name: cu(1, 2, 3)}, ValueError, name, "None for packed sequences", "Tensor")
+        for name in ("q_lengths", "kv_lengths", "kv_starts")
+    ),
+])  # fmt: skip
+def test_what_answers_about_packed_attention_refuses_alike(
+    arguments: dict[str, Any], error: type[Exception], words: list[str], function: Any
+) -> None:
+    with pytest.raises(error, match=says(*words)):
+        function(**{**PACKED, **arguments})
 
 
 def jagged(

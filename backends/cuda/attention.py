@@ -107,6 +107,7 @@ class Plan:
                 "length_k": problem.length_k,
                 "row_blocks": self.counts.row_blocks_per_head,
                 "long_limit": layout.SHORT_COLUMN,
+                "row_bits": sizes.row_bits(problem),
                 "scale": problem.scores.scale,
                 **score_constants(problem),
             }

@@ -310,6 +310,9 @@ Params = _struct(
     ("void*", "long_parts"),  # their sums, kLongPartBytes each
     ("int", "batch", "heads_q", "heads_kv", "gqa_group", "length_q", "length_k", "row_blocks"),
     ("int", "long_limit"),  # kShortColumn
+    # Query rows that share keys are numbered: the number of the head among those of the key head,
+    # then in the lowest `row_bits` bits the row.
+    ("int", "row_bits"),
     ("float", "c", "inv_c"),  # z = c * (q . k), c = (alpha-1) |scale| > 0; and its inverse
     ("float", "scale"),  # as given; a negative one is carried by the sign of q
     ("float", "q_sign"),  # 1, -1, or 0 where scale is 0

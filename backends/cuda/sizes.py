@@ -94,9 +94,14 @@ def keeps_weights(alpha: float) -> bool:
     return alpha_code(alpha) == layout.ALPHA_KINDS["kGeneral"]
 
 
+def row_bits(problem: Problem) -> int:
+    """``Params.row_bits``: the bits of a row's number in which its place in its head stands."""
+    return (problem.length_q - 1).bit_length()
+
+
 def row_numbers(problem: Problem) -> int:
-    """How far the rows that share keys are numbered in the backward: see ``row_bits``."""
-    return problem.group_size << (problem.length_q - 1).bit_length()
+    """How far the rows that share keys are numbered in the backward."""
+    return problem.group_size << row_bits(problem)
 
 
 def kind_defines(

@@ -373,7 +373,8 @@ class Options(NamedTuple):
     The others say what is asked beyond that: ``left`` and ``right``, parts of :class:`Terms`;
     ``shifted``, that the last row's place is the last key; ``lower`` and ``upper``, that
     something limits the keys on this side; ``hides``, a mask of booleans; ``adds``, one that is
-    added; ``masked``, either; ``shared``: see :func:`is_shared`; ``scored``: see
+    added; ``masked``, either; ``slopes``, that ``alibi`` is by slopes of rows, not of heads;
+    ``shared``: see :func:`is_shared`; ``scored``: see
     :func:`is_scored`; ``folded``: see :func:`is_folded`; ``biased``: something is added to
     scores; ``joined``: a window ends on both sides, so that many of the tiles that a row block
     sees are edges, and share a loop with the others; ``even``: no tile reaches beyond the last
@@ -416,6 +417,7 @@ class Options(NamedTuple):
     shared: bool
     softcap: bool
     alibi: bool
+    slopes: bool
     sinks: bool
     scales: bool
     alphas: bool
@@ -437,7 +439,7 @@ class Options(NamedTuple):
         said, alpha = problem.scores, compiled_alpha(problem.alpha)
         given = {operand.name for operand in problem.operands}
         mask, alphas = problem.operand("attn_mask"), "alphas" in given
-        ranges, alibi = "ranges" in given, "alibi_slopes" in given
+        ranges, alibi = "ranges" in given, problem.operand("alibi_slopes")
         scored = is_scored(problem)
         block_k = whole_width(problem, config) if whole else int(config["block_k"])
         if alphas:
@@ -478,18 +480,20 @@ class Options(NamedTuple):
             masked=mask is not None,
             shared=is_shared(problem),
             softcap=said.softcap != 0.0,
-            alibi=alibi,
+            alibi=alibi is not None,
+            slopes=alibi is not None and alibi.spread[2:] == (True,),
             sinks="sinks" in given,
             scales="scales" in given,
             alphas=alphas,
             dropout=said.dropout_p != 0.0,
             scored=scored,
             folded=is_folded(problem) and not whole,
-            biased=mask is not None or alibi,
-            local=alibi and mask is None and not problem.page_size,  # norms of all pages would cost
+            biased=mask is not None or alibi is not None,
+            # Norms of all pages would cost.
+            local=alibi is not None and mask is None and not problem.page_size,
             scattered=is_scattered(problem),
             page_size=problem.page_size,
-            guesses=alpha == 1.5 and mask is None and not alibi,
+            guesses=alpha == 1.5 and mask is None and alibi is None,
             rough=alpha == 1.5
             and problem.dtype == torch.bfloat16
             and not scored

@@ -15,7 +15,7 @@ from adasplash2 import dense, dispatch
 from adasplash2.closed_form import nothing_forward
 from adasplash2.contract import AttentionStats
 from adasplash2.options import Options
-from adasplash2.problem import Inputs, Problem, part_of, seen_keys, validated
+from adasplash2.problem import Inputs, Problem, cut, seen_keys, validated
 from adasplash2.torch_fastpath import is_in_a_transform, is_in_memory, is_without_data
 
 CHUNK = 2**20
@@ -76,7 +76,7 @@ class AttentionAux:
         rows = max(1, CHUNK // max(1, p.group_size * p.length_k))
         for b, h in itertools.product(range(p.batch), range(p.heads_kv)):
             heads = slice(h * p.group_size, (h + 1) * p.group_size)
-            inputs = self._of_key_head(b, h, heads)
+            inputs = cut(self._inputs, slice(b, b + 1), slice(h, h + 1), heads)
             for first in range(0, p.length_q, rows):
                 some = slice(first, min(first + rows, p.length_q))
                 keys = self._keys_of(inputs, some)
@@ -101,20 +101,6 @@ class AttentionAux:
     @functools.cached_property
     def _problem(self) -> Problem:
         return validated(self._inputs, self._options, False)
-
-    def _of_key_head(self, batch: int, head: int, heads: slice) -> Inputs:
-        """A batch entry's key head, and its query heads."""
-        entry, one = slice(batch, batch + 1), slice(head, head + 1)
-        of = {"key": one, "value": one}
-        parts: dict[str, Tensor] = {}
-        for name, tensor in zip(Inputs._fields, self._inputs, strict=True):
-            if tensor is None:
-                continue
-            if name == "ranges":
-                parts[name] = tensor[:, entry]
-            else:
-                parts[name] = part_of(part_of(tensor, 0, entry), 1, of.get(name, heads))
-        return self._inputs._replace(**parts)
 
     def _keys_of(self, inputs: Inputs, rows: slice) -> slice:
         """From the first to the last key that one of these queries sees, or more."""

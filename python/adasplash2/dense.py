@@ -1,14 +1,17 @@
-"""Scores of some queries against all keys, with torch's own operators: slow, plain, with gradients.
+"""Probabilities of some queries and keys, dense; and softmax, alpha = 1, by what of torch it suits.
 
-For what is looked at rather than trained on (:class:`adasplash2.auxiliary.AttentionAux`), for
-weights that are asked for densely, and for softmax with what SDPA does not know. The kernels of the
-backends do not use it.
+Probabilities are for what is looked at rather than trained on
+(:class:`adasplash2.auxiliary.AttentionAux`), and for weights that are asked for densely: slow,
+plain, with gradients. The kernels of the backends do not use them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,60 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adasplash2 import ops
+from adasplash2 import ops, softmax
+from adasplash2.lowering import Packed
+from adasplash2.options import Options
 from adasplash2.problem import (
     ALL,
     Inputs,
     Problem,
     is_known_to_sdpa,
-    part_of,
-    places,
-    seen_keys,
     unsupported,
+    validated,
 )
-from adasplash2.torch_fastpath import beside
-
-SUPPORTED = (
-    *("attn_mask", "dropout_p", "window", "causal_align", "softcap", "alibi_slopes", "sinks"),
-    *("scale as a tensor", "alpha as a tensor", "lengths or packed sequences"),
-)
-"""Features of what is here."""
-
-
-def scores(
-    problem: Problem, inputs: Inputs, dtype: torch.dtype, rows: slice = ALL, keys: slice = ALL
-) -> Tensor:
-    """Scores of the queries ``rows`` and ``keys`` in ``dtype``, ``(batch, heads_q, rows, keys)``;
-    -inf where a key may not be seen. See :class:`adasplash2.problem.ScoreTransform`."""
-    if reasons := unsupported(problem, SUPPORTED):
-        raise NotImplementedError("; ".join(reasons))
-    p, said = problem, problem.scores
-    query = inputs.query[:, :, rows].to(dtype).unflatten(1, (p.heads_kv, p.group_size))
-    key = inputs.key[:, :, keys].to(dtype).unsqueeze(2)
-    # What is not finite makes its own scores, and by zeros times it no others and no gradients.
-    right_q, right_k = query.isfinite(), key.isfinite()
-    s = torch.where(right_q, query, 0.0) @ torch.where(right_k, key, 0.0).mT
-    right = right_q.all(-1, keepdim=True) & right_k.all(-1, keepdim=True).mT
-    s = torch.where(right, s, query.detach() @ key.detach().mT).flatten(1, 2)
-    # Before all factors: with a gradient of zero, what is not finite makes NaN of theirs.
-    seen = seen_keys(p, inputs, rows, keys)
-    s = torch.where(seen, s, 0.0)
-    if inputs.scales is None:
-        s = said.scale * s
-    else:
-        s = part_of(inputs.scales, 2, rows).to(dtype).unsqueeze(3) * s
-    if said.softcap:
-        s = said.softcap * torch.tanh(s / said.softcap)
-    mask = inputs.attn_mask
-    if mask is not None and mask.dtype != torch.bool:
-        s = s + part_of(part_of(mask, 2, rows), 3, keys).to(dtype)
-    if inputs.alibi_slopes is not None:
-        numbers = beside(torch.arange(p.length_k, device=p.device)[keys], query)
-        distance = (places(p, inputs, rows).unsqueeze(-1) - numbers).abs().to(dtype)
-        slopes = inputs.alibi_slopes.to(dtype)
-        slopes = torch.where(slopes >= 0.0, slopes, math.nan)  # nobody may have looked at them
-        s = s - slopes[:, :, None, None] * distance
-    return torch.where(seen, s, -math.inf)
+from adasplash2.torch_fastpath import is_forward_mode, is_transformed, private
 
 
 def probabilities(
@@ -81,19 +42,18 @@ def probabilities(
     backend: str = "",
 ) -> Tensor:
     """The probabilities of ``keys`` for the queries ``rows``, which see no others, shaped as
-    :func:`scores`: dense, with gradients, without dropout. ``backend`` maps the rows."""
+    :func:`softmax.scores`: dense, with gradients, without dropout. ``backend`` maps the rows."""
     p = problem
-    s = scores(p, inputs, dtype, rows, keys)
+    s = softmax.scores(p, inputs, dtype, rows, keys).scores
+    if p.alpha == 1.0:
+        return softmax.softmax(s, inputs)[0]
     count = s.shape[3]
     if inputs.sinks is not None:
         sink = inputs.sinks.to(dtype)[:, :, None, None]
         s = torch.cat([s, sink.expand(*s.shape[:3], 1)], dim=3)
     hidden = s == -math.inf
-    if p.alpha == 1.0:
-        found = torch.softmax(torch.where(hidden.all(dim=3, keepdim=True), 0.0, s), dim=3)
-    else:
-        alphas = None if inputs.alphas is None else inputs.alphas.to(dtype)[:, :, None, None]
-        found = ops.rows(s, p.alpha, -1, backend, alphas)
+    alphas = None if inputs.alphas is None else inputs.alphas.to(dtype)[:, :, None, None]
+    found = ops.rows(s, p.alpha, -1, backend, alphas)
     return torch.where(hidden, 0.0, found)[..., :count]  # also in rows of NaN
 
 
@@ -101,20 +61,6 @@ def weights(problem: Problem, inputs: Inputs, backend: str = "") -> Tensor:
     """:func:`probabilities` in the compute dtype, as dropout leaves them."""
     found = probabilities(problem, inputs, problem.compute_dtype, backend=backend)
     return F.dropout(found, problem.scores.dropout_p)
-
-
-def attended(weights: Tensor, value: Tensor) -> Tensor:
-    """``weights @ value``, but what is not finite in a value reaches those rows alone that give its
-    key a weight, and in the gradient nothing comes from rows that give none to any."""
-    out = weights @ torch.where(value.isfinite(), value, 0.0)
-    # How much of each row is on what is +inf, what is -inf, NaN being both, and on anything.
-    beyond = [(value == sign * math.inf) | value.isnan() for sign in (1, -1)]
-    asked = torch.cat([*beyond, torch.ones_like(beyond[0][..., :1])], dim=-1)
-    reached = weights.detach() @ asked.to(weights.dtype)
-    width = value.shape[-1]
-    above, below, total = reached.split([width, width, 1], dim=-1)
-    infinite = torch.where(above > 0.0, math.inf, 0.0) - torch.where(below > 0.0, math.inf, 0.0)
-    return torch.where(total != 0.0, out + infinite.to(out.dtype), 0.0)
 
 
 def without_cudnn() -> contextlib.AbstractContextManager[None]:
@@ -130,26 +76,150 @@ def without_cudnn() -> contextlib.AbstractContextManager[None]:
     return sdpa_kernel(allowed or [SDPBackend.MATH])
 
 
-def softmax_attention(problem: Problem, inputs: Inputs, scale: float | None) -> Tensor:
-    """Attention at alpha = 1: torch's SDPA where it knows all that is asked, else dense, with
-    memory that grows by the product of the lengths. ``scale`` as the caller gave it."""
-    said = problem.scores
+def softmax_attention(
+    problem: Problem, inputs: Inputs, options: Options, packed: Packed | None = None
+) -> Tensor:
+    """Attention at alpha = 1: torch's SDPA where it knows all that is asked, of each sequence where
+    some are ``packed`` at places that are known, or torch's kernel for these; else
+    :mod:`adasplash2.softmax`. Memory grows by the lengths, not by their product."""
+    if reasons := unsupported(problem, softmax.SUPPORTED):
+        raise NotImplementedError("; ".join(reasons))
     if is_known_to_sdpa(problem):
-        mask = inputs.attn_mask
-        # By a branch: of symbols of a trace a comparison is no bool.
-        grouped: dict[str, Any] = {"enable_gqa": True} if problem.group_size > 1 else {}
-        risky = mask is not None and problem.needs_grad and problem.device.type == "cuda"
-        with without_cudnn() if risky else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(
-                *inputs.tensors(),
-                attn_mask=mask
-                if mask is None or mask.dtype == torch.bool
-                else mask.to(problem.dtype),
-                dropout_p=said.dropout_p,
-                is_causal=said.is_causal,
-                scale=scale,
-                **grouped,
+        return _sdpa(problem, inputs, options)
+    if packed is not None and is_by_sequence(problem, packed):
+        return _by_sequence(inputs, packed)
+    if (attend := varlen_of_torch(problem, options, packed)) is not None:
+        return attend(inputs)
+    if is_forward_mode():  # which no operator of ours knows
+        return softmax.whole(problem, inputs)
+    return ops.softmax_attention(problem, inputs, options)
+
+
+def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
+    mask, said = inputs.attn_mask, problem.scores
+    # By a branch: of symbols of a trace a comparison is no bool.
+    grouped: dict[str, Any] = {"enable_gqa": True} if problem.group_size > 1 else {}
+    risky = mask is not None and problem.needs_grad and problem.device.type == "cuda"
+    with without_cudnn() if risky else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(
+            *inputs.tensors(),
+            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(problem.dtype),
+            dropout_p=said.dropout_p,
+            is_causal=said.is_causal,
+            scale=options.scale,
+            **grouped,
+        )
+
+
+_OF_SEQUENCES = ("lengths or packed sequences", "dropout_p")
+"""What SDPA computes of packed sequences that lie at known places."""
+
+
+def is_by_sequence(problem: Problem, packed: Packed) -> bool:
+    """Whether each of some packed sequences is a call of SDPA."""
+    options = packed.options
+    return (
+        packed.places is not None
+        and not unsupported(problem, _OF_SEQUENCES)
+        and (options.window_left, options.window_right) == (-1, -1)
+    )
+
+
+def _by_sequence(inputs: Inputs, packed: Packed) -> Tensor:
+    """A call for each of some packed sequences."""
+    assert packed.places is not None
+    of_queries, of_keys = packed.places
+    # Whole splits, whose gradients are put together at once.
+    queries = inputs.query.split(of_queries, dim=2)
+    keys, values = (t.split(of_keys, dim=2)[1::2] for t in inputs.tensors()[1:])
+    outs = []
+    for own in zip(queries, keys, values, strict=True):
+        mine, options = Inputs(*own), packed.options
+        if options.dropout_p:  # SDPA's own
+            mine = mine._replace(dropout_seed=inputs.dropout_seed)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in own)
+        problem = validated(mine, options, needs_grad)
+        if problem.is_empty:
+            shape = (*own[0].shape[:3], own[2].shape[3])
+            outs.append(own[0].new_zeros(shape))
+        else:
+            outs.append(softmax_attention(problem, mine, options))
+    return torch.cat(outs, dim=2)
+
+
+HALVES = torch.bfloat16, torch.float16
+
+
+def varlen_of_torch(
+    problem: Problem, options: Options, packed: Packed | None
+) -> Callable[[Inputs], Tensor] | None:
+    """torch's kernel for packed sequences and windows, a FlashAttention, on a GPU, where it
+    computes all that is asked; else None. It aligns at the bottom right, and its keys lie one
+    behind another. Nothing waits for the device: where nobody has said how long the longest
+    sequence is, it may be as long as all. Graphs, which cannot look for it, do without."""
+    p, said = problem, options if packed is None else packed.options
+    placed = said.is_causal or (said.window_left, said.window_right) != (-1, -1)
+    is_self = p.length_q == p.length_k if packed is None else packed.sequences.is_self()
+    if (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or not has_flash(p.device)
+        or p.dtype not in HALVES
+        or p.head_dim != p.head_dim_v
+        or p.head_dim % 8
+        or p.is_empty
+        or unsupported(p, _VARLEN)
+        or (packed is None) != (p.operand("ranges") is None)
+        or (packed is not None and packed.sequences.cu_seqlens_k is None)
+        or (placed and said.causal_align != "bottom-right" and not is_self)
+    ):
+        return None
+    kernel, knows_groups = _torch_varlen()
+    if kernel is None or (p.group_size > 1 and not knows_groups):
+        return None
+    right = 0 if said.is_causal else said.window_right
+    named: dict[str, Any] = {"scale": said.scale, "window_size": (said.window_left, right)}
+    if p.group_size > 1:
+        named["enable_gqa"] = True
+
+    def attend(inputs: Inputs) -> Tensor:
+        tensors = (t.transpose(1, 2).flatten(0, 1) for t in inputs.tensors())
+        tensors = (t if t.stride(2) == 1 else t.contiguous() for t in tensors)
+        longest = p.length_q, p.length_k
+        if packed is None:
+            each = torch.arange(p.batch + 1, dtype=torch.int32, device=p.device)
+            places: tuple[Tensor | None, ...] = each * p.length_q, each * p.length_k
+        else:
+            places = packed.sequences.cu_seqlens_q, packed.sequences.cu_seqlens_k
+            said_q, said_k = packed.longest
+            longest = (
+                longest[0] if said_q is None else said_q,
+                longest[1] if said_k is None else said_k,
             )
-    p = weights(problem, inputs)
-    p = p.to(problem.dtype).unflatten(1, (problem.heads_kv, problem.group_size))
-    return attended(p, inputs.value.unsqueeze(2)).flatten(1, 2)
+        out: Tensor = kernel(*tensors, *places, *longest, **named)
+        by_entry: Tensor = out.unflatten(0, (p.batch, p.length_q))
+        return by_entry.transpose(1, 2)
+
+    return attend
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether torch's FlashAttention runs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+_VARLEN = ("lengths or packed sequences", "window", "causal_align")
+
+
+@functools.cache
+def _torch_varlen() -> tuple[Any, bool]:
+    """``torch.nn.attention.varlen.varlen_attn``, None where it is not what is called here, and
+    whether it lets query heads share key heads. Not looked for before it is needed: its module
+    takes seconds to import."""
+    kernel = private("nn.attention.varlen.varlen_attn")
+    if kernel is None:
+        return None, False
+    taken = inspect.signature(kernel).parameters
+    if not {"window_size", "scale", "max_q", "max_k"} <= taken.keys():
+        return None, False
+    return kernel, "enable_gqa" in taken

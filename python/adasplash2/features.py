@@ -13,7 +13,7 @@ import torch
 
 from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend
-from adasplash2.lowering import lowered, lowered_cached
+from adasplash2.lowering import lowered, lowered_cached, lowered_packed
 from adasplash2.options import Said
 from adasplash2.problem import DTYPES, Problem, validated
 
@@ -26,12 +26,14 @@ BATCH, HEADS_Q, HEADS_KV, LENGTH_Q, LENGTH_K, HEAD_DIM = 2, 4, 2, 64, 96, 32
 
 class Call(NamedTuple):
     """Arguments of ``entmax_attention`` beside query, key and value, or of
-    ``entmax_attention_with_kvcache`` over pages."""
+    ``entmax_attention_with_kvcache`` over pages, or where ``packed`` of
+    ``entmax_attention_varlen``."""
 
     said: dict[str, Any]
     dtype: torch.dtype = torch.float32
     paged: bool = False
     length_q: int = LENGTH_Q
+    packed: bool = False
 
     def problem(self, needs_grad: bool) -> Problem:
         """Validated as a user's call is."""
@@ -47,7 +49,13 @@ class Call(NamedTuple):
             return validated(inputs, options, False)
         key = torch.empty((BATCH, HEADS_KV, LENGTH_K, HEAD_DIM), **meta)
         query = torch.empty((BATCH, HEADS_Q, self.length_q, HEAD_DIM), **meta)
-        inputs, options, *_ = lowered(query, key, key, Said(**self.said, enable_gqa=True))
+        said = Said(**self.said, enable_gqa=True)
+        if self.packed:
+            query, key = (t.transpose(1, 2).flatten(0, 1) for t in (query, key))
+            places = _tensor(BATCH + 1, dtype=torch.int32)
+            inputs, options, *_ = lowered_packed(query, key, key, places, places, None, None, said)
+        else:
+            inputs, options, *_ = lowered(query, key, key, said)
         return validated(inputs, options, needs_grad)
 
 
@@ -67,6 +75,10 @@ ROWS: dict[str, list[Call]] = {
     "`attn_mask`, bool": [Call({"attn_mask": _tensor(*_MASK, dtype=torch.bool)})],
     "`attn_mask`, added": [Call({"attn_mask": _tensor(*_MASK)})],
     "`alibi_slopes`": [Call({"alibi_slopes": _tensor(HEADS_Q), "is_causal": True})],
+    "`alibi_slopes` and `scale` of each packed sequence": [
+        Call({"alibi_slopes": _tensor(BATCH, HEADS_Q)}, packed=True),
+        Call({"scale": _tensor(BATCH, HEADS_Q, 1)}, packed=True),
+    ],
     "`softcap`": [Call({"softcap": 30.0})],
     "`sinks`": [Call({"sinks": _tensor(HEADS_Q)})],
     "`dropout_p`": [Call({"dropout_p": 0.1})],

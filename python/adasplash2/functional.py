@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar, Unpack
+from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from adasplash2 import dispatch, ops
 from adasplash2.auxiliary import AttentionAux, counted
 from adasplash2.contract import AttentionStats
-from adasplash2.dense import softmax_attention, weights
+from adasplash2.dense import HALVES, softmax_attention, weights
 from adasplash2.lowering import (
     Call,
     alphas_of_rows,
@@ -49,10 +49,8 @@ from adasplash2.problem import (
 )
 from adasplash2.torch_fastpath import is_autocast_on, is_transformed
 
-HALVES = torch.bfloat16, torch.float16
-
 P = ParamSpec("P")
-R = TypeVar("R")
+R = TypeVar("R", covariant=True)
 
 
 def _shown(function: Callable[P, R]) -> Callable[P, R]:
@@ -138,7 +136,8 @@ def entmax_attention(
             of them, with the lengths, which are ragged, in third place. They may have ``lengths()``
             of their own, as of :func:`torch.nested.narrow`: nobody sees the padding behind, and its
             gradients are zeros. Key and value have the same offsets, which on a GPU is checked
-            there, as ``cu_seqlens`` of :func:`entmax_attention_varlen` are.
+            there, as ``cu_seqlens`` of :func:`entmax_attention_varlen` are; ``scale`` of rows is as
+            there too.
         key: ``(batch, heads_kv, length_k, head_dim)``, dtype and device of ``query``.
         value: ``(batch, heads_kv, length_k, head_dim_v)``, ``head_dim_v`` from 1 to 256.
         attn_mask: broadcasts to ``(batch, heads_q, length_q, length_k)`` and is not expanded. bool:
@@ -162,8 +161,14 @@ def entmax_attention(
         alpha: any finite number of at least 1. 1.5 and 2 (sparsemax) have fast paths; 1 is softmax.
             A call at 1 that asks for nothing but ``attn_mask`` or ``is_causal``, ``dropout_p``, a
             number as ``scale`` and ``enable_gqa`` is SDPA's own, edges included: NaN in what is
-            hidden then reaches the output. All else at 1 is computed by dense operators, with
-            edges as said above.
+            hidden then reaches the output. So is each of packed or nested sequences that lie on a
+            CPU, outside of graphs. On a GPU torch's kernel for packed sequences takes these and
+            windows, in bfloat16 and float16, where nothing more is asked, keys and values are
+            equally wide (a multiple of 8) and all is aligned at the bottom right or lengths do not
+            differ; its edges are SDPA's, and it is not in graphs. All else at 1 is computed by
+            dense operators, of some queries at a time and again for gradients, in memory that grows
+            with the lengths, and with edges as said above; of lengths and packed sequences on a GPU
+            every query with every key, since where they end is known there alone.
             Or a tensor ``(heads_q,)`` of values in (1, 2], with gradient (Correia, Niculae, Martins
             2019). Its values are not looked at: one outside makes the rows of its head NaN.
         causal_align: ``"top-left"``, as SDPA aligns, or ``"bottom-right"``, as flash-attn does: the
@@ -254,13 +259,15 @@ def entmax_attention_varlen(
             each sequence begins, from 0, and the total. On a GPU their values are checked there,
             without waiting: what is wrong ends the program with an assertion of the device.
         max_seqlen_q, max_seqlen_k: lengths of the longest, which flash-attn needs; None where not
-            known. Nothing here depends on them.
+            known. Nothing depends on them but torch's kernel, which ``alpha = 1`` takes on a GPU:
+            there they must not be too small.
         dropout_p, is_causal, scale, enable_gqa, alpha, window, softcap, sinks, backend: as in
-            :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)`` or has at
-            least two dimensions, which broadcast to ``(1, heads_q, total_q)``.
+            :func:`entmax_attention`; ``scale`` as a tensor is ``(heads_q,)``, ``(sequences,
+            heads_q, 1)`` or has at least two dimensions, which broadcast to ``(1, heads_q,
+            total_q)``.
         causal_align: within each sequence. flash-attn's is ``"bottom-right"``; they are the same
             where queries and keys are equally many.
-        alibi_slopes: ``(heads_q,)``.
+        alibi_slopes: ``(heads_q,)`` or ``(sequences, heads_q)``, as there.
         attn_mask: as there, broadcasts to ``(1, heads_q, total_q, total_k)``; what it says of keys
             of other sequences is not looked at. No causal mask object of torch: ``is_causal``.
         return_aux: as there; rows are ``(1, heads_q, total_q)``.
@@ -380,7 +387,7 @@ def entmax_attention_with_kvcache(
         query = query.to(key_cache.dtype)
         key = key if key is None else key.to(key_cache.dtype)
         value = value if value is None else value.to(key_cache.dtype)
-    (inputs, checked, shaped, _), append = lowered_cached(
+    (inputs, checked, shaped, *_), append = lowered_cached(
         query, key_cache, value_cache, key, value, cache_lengths, block_table, said
     )
     if checked.alpha != 1.0:
@@ -390,17 +397,17 @@ def entmax_attention_with_kvcache(
     if inputs.block_table is not None:
         inputs = unpaged(inputs)
         problem = _problem(inputs, checked)
-    return shaped(softmax_attention(problem, inputs, checked.scale))
+    return shaped(softmax_attention(problem, inputs, checked))
 
 
 def _attend(call: Call, return_aux: bool) -> Any:
-    inputs, options, shaped, shaped_beside = call
+    inputs, options, shaped, shaped_beside, packed = call
     if is_autocast_on() or options.alpha == 1.0:  # else checked where it is validated
         inputs = _cast(inputs)
     if options.alpha == 1.0:
         if check_flag("return_aux", return_aux):
             raise ValueError("return_aux must be False for alpha = 1: softmax has no threshold")
-        return shaped(softmax_attention(_problem(inputs, options), inputs, options.scale))
+        return shaped(softmax_attention(_problem(inputs, options), inputs, options, packed))
     if return_aux is False:
         return shaped(ops.attention(inputs, options))
     if not check_flag("return_aux", return_aux):
@@ -421,20 +428,49 @@ def dense_weights(query: Tensor, key: Tensor, value: Tensor, said: Said) -> Tens
     return found.to(inputs.query.dtype)
 
 
-def _takes_what(
-    like: Callable[P, Any],
-) -> Callable[[Callable[[Call], R]], Callable[P, R]]:
-    """Give a function that answers about a call the arguments of ``like``: the list of options
-    stands once. A trace or a transform has no numbers to answer about: where ``torch.compile`` may
-    break its graph it does so here, and calls the function as it is."""
-    signature = inspect.signature(like)
-    signature = signature.replace(
-        parameters=[p for name, p in signature.parameters.items() if name != "return_aux"]
-    )
+PACKING = {
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "Tensor | None"),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), "int | None"),
+}
+"""Arguments that say where packed sequences are, and their types."""
 
-    def decorate(body: Callable[[Call], R]) -> Callable[P, R]:
+
+class _Answers(Protocol[P, R]):
+    """What answers about a call, packed or not, as type checkers see it."""
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        **said: Any,
+    ) -> R: ...
+
+
+def _takes_what(like: Callable[P, Any]) -> Callable[[Callable[[Call], R]], _Answers[P, R]]:
+    """Give a function that answers about a call the arguments of ``like``: the list of options
+    stands once. Behind them are those of :data:`PACKING`, None where nothing is packed. A trace or
+    a transform has no numbers to answer about: where ``torch.compile`` may break its graph it does
+    so here, and calls the function as it is."""
+    signature = inspect.signature(like)
+    taken = [p for name, p in signature.parameters.items() if name != "return_aux"]
+    packing = (
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in PACKING.items()
+    )
+    signature = signature.replace(parameters=[*taken, *packing])
+
+    def decorate(body: Callable[[Call], R]) -> _Answers[P, R]:
         @functools.wraps(body)
-        def function(*args: P.args, **kwargs: P.kwargs) -> R:
+        def function(*args: Any, **kwargs: Any) -> R:
             if torch.compiler.is_compiling() or is_transformed():
                 raise TypeError(
                     f"{body.__name__} works in neither a trace nor a transform: call it outside"
@@ -442,7 +478,14 @@ def _takes_what(
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             query, key, value = (bound.arguments.pop(name) for name in TENSORS)
-            call = lowered(query, key, value, Said(**bound.arguments), draws=False)
+            cu_q, cu_k, max_q, max_k = packing = [bound.arguments.pop(name) for name in PACKING]
+            said = Said(**bound.arguments)
+            if any(given is not None for given in packing):
+                call = lowered_packed(
+                    query, key, value, cu_q, cu_k, max_q, max_k, said, draws=False
+                )
+            else:
+                call = lowered(query, key, value, said, draws=False)
             return body(call._replace(inputs=_cast(call.inputs)))
 
         returns = inspect.signature(body).return_annotation
@@ -456,13 +499,15 @@ def _takes_what(
 def attention_stats(call: Call) -> AttentionStats:
     """How sparse one attention call is, and what it took to find its thresholds.
 
-    Arguments as for :func:`entmax_attention`; no gradient, and not for ``torch.compile``. Where
+    Arguments as for :func:`entmax_attention`, or, where ``cu_seqlens_q`` and ``cu_seqlens_k`` are
+    given, as for :func:`entmax_attention_varlen`; no gradient, and not for ``torch.compile``. Where
     dense tiles of ``cuda`` correct their outputs, thresholds are found closer here than there, in
     as many iterations as that takes.
 
     Returns:
         :class:`AttentionStats`: thresholds, support and solver iterations of every row, and the
-        share of 64x64 tiles without a single probability above zero.
+        share of 64x64 tiles without a single probability above zero. Of packed and nested
+        sequences rows are ``(1, heads_q, total_q)``.
 
     Raises:
         TypeError, ValueError, BackendRefused: as :func:`entmax_attention`, and ``ValueError`` for
@@ -489,7 +534,8 @@ def attention_stats(call: Call) -> AttentionStats:
 
 @_takes_what(entmax_attention)
 def explain(call: Call) -> dispatch.Explanation:
-    """Which backend would run this call of :func:`entmax_attention`, and why not the others.
+    """Which backend would run this call of :func:`entmax_attention`, and why not the others; where
+    ``cu_seqlens_q`` and ``cu_seqlens_k`` are given, this call of :func:`entmax_attention_varlen`.
 
     Computes nothing; not for ``torch.compile``. ``print`` shows the answer as a table.
 

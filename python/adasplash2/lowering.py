@@ -7,6 +7,7 @@ autograd, ``vmap`` and compilers see through it; operands stay as small as they 
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -47,6 +48,18 @@ class Call(NamedTuple):
     options: Options
     shaped: Callable[[Tensor], Tensor]
     shaped_beside: Callable[[Tensor], Tensor]
+    packed: Packed | None = None
+
+
+class Packed(NamedTuple):
+    """What a call of packed sequences was before they became ``ranges``: options that say all of
+    each sequence, and where they are; how long the longest are, as users say; and the lengths of
+    the queries' sequences, and of the keys' with what lies before each, where both are known."""
+
+    options: Options
+    sequences: Sequences
+    longest: tuple[int | None, int | None]
+    places: tuple[list[int], list[int]] | None
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -63,7 +76,7 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
     """
     if getattr(query, "is_nested", False):
         packed, sequences, as_query = _from_nested(query, key, value, said)
-        call = _of_packed(lowered(*_as_one_entry(*packed), said, draws=draws), sequences)
+        call = _packed(*packed, sequences, said, draws, (None, None))
         return call._replace(shaped=lambda result: as_query(call.shaped(result)))
     options, alphas, scales = check_options(said)
     tensors, lead = (query, key, value), None
@@ -342,6 +355,9 @@ def _with_causal_bias(options: Options, bias: Any, inputs: Inputs) -> Options:
 # Lengths
 
 
+_LENGTHS = ("q_lengths", "kv_lengths", "kv_starts")
+
+
 def is_known(*tensors: Tensor) -> bool:
     """Whether the values of ``tensors`` can be looked at without waiting for a device."""
     return not torch.compiler.is_compiling() and not any(
@@ -387,9 +403,11 @@ def lowered_packed(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     said: Said,
+    *,
+    draws: bool = True,
 ) -> Call:
-    """Arguments as for :func:`adasplash2.entmax_attention_varlen`: one batch entry, in which each
-    query sees the keys of its own sequence.
+    """Arguments as for :func:`adasplash2.entmax_attention_varlen`, ``draws`` as in :func:`lowered`:
+    one batch entry, in which each query sees the keys of its own sequence.
 
     Raises:
         TypeError, ValueError: as :func:`lowered`.
@@ -406,6 +424,12 @@ def lowered_packed(
             "attn_mask must be a torch.Tensor or None for packed sequences, got a causal mask of "
             "torch: pass is_causal=True and causal_align"
         )
+    for other in _LENGTHS:
+        if (given := getattr(said, other)) is not None:
+            raise ValueError(
+                f"{other} must be None for packed sequences, whose lengths are their own, got a "
+                f"{type(given).__name__}"
+            )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is not None:
             check_count(name, longest)
@@ -417,33 +441,115 @@ def lowered_packed(
             f"cu_seqlens_k must have the shape of cu_seqlens_q {tuple(cu_seqlens_q.shape)}, got "
             f"{tuple(cu_seqlens_k.shape)}"
         )
-    sequences = Sequences(cu_seqlens_q, cu_seqlens_k[:-1], cu_seqlens_k[1:])
-    return _of_packed(lowered(*_as_one_entry(query, key, value), said), sequences)
+    sequences = Sequences(
+        cu_seqlens_q, cu_seqlens_k[:-1], cu_seqlens_k[1:], cu_seqlens_k=cu_seqlens_k
+    )
+    return _packed(query, key, value, sequences, said, draws, (max_seqlen_q, max_seqlen_k))
 
 
 class Sequences(NamedTuple):
     """Of packed queries and keys, int32: where queries of one end and those of the next begin, as
-    ``cu_seqlens``, and where each one's keys begin and end."""
+    ``cu_seqlens``, and where each one's keys begin and end. ``holes``: whether every second one,
+    from the first on, is a hole, which users know nothing of. ``cu_seqlens_k``, where keys lie one
+    behind another too."""
 
     cu_seqlens_q: Tensor
     key_begins: Tensor
     key_ends: Tensor
+    holes: bool = False
+    cu_seqlens_k: Tensor | None = None
+
+    def is_self(self) -> bool:
+        """Whether sequences surely have as many keys as queries."""
+        return self.cu_seqlens_k is self.cu_seqlens_q
+
+    def places(self, total_k: int) -> tuple[list[int], list[int]] | None:
+        """See :class:`Packed`; a last entry is what lies behind all. None also where there are no
+        sequences."""
+        if not is_known(self.cu_seqlens_q, self.key_begins, self.key_ends) or not self.number():
+            return None
+        bounds = self.cu_seqlens_q.tolist()
+        of_queries = [end - begin for begin, end in itertools.pairwise(bounds)]
+        of_keys, last = [], 0
+        for begin, end in zip(self.key_begins.tolist(), self.key_ends.tolist(), strict=True):
+            of_keys += [begin - last, end - begin]
+            last = end
+        return of_queries, [*of_keys, total_k - last]
+
+    def number(self) -> int:
+        """Of those that are no holes."""
+        count = self.cu_seqlens_q.shape[0] - 1
+        return count // 2 if self.holes else count
+
+    def of_queries(self, total_q: int) -> Tensor:
+        """The number of each query's sequence."""
+        queries = torch.arange(total_q, dtype=torch.int32, device=self.cu_seqlens_q.device)
+        number = torch.searchsorted(self.cu_seqlens_q[1:].contiguous(), queries, right=True)
+        return number.clamp(max=self.cu_seqlens_q.shape[0] - 2)
+
+    def spread(self, numbers: Tensor, of_queries: Tensor) -> Tensor:
+        """What each sequence has, ``(sequences, heads)``, for each query: ``(1, heads, total_q)``.
+        That of a hole is nobody's."""
+        if self.holes:
+            of_queries = (of_queries - 1).clamp(min=0) // 2
+        # In float64 also for the gradients of many queries, which are summed in a fixed order.
+        found = numbers.double()[of_queries].to(numbers.dtype)
+        return found.transpose(0, 1).contiguous().unsqueeze(0)
 
 
-def _as_one_entry(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each ``(total, heads, head_dim)`` as the one entry of a batch."""
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    said: Said,
+    draws: bool,
+    longest: tuple[int | None, int | None],
+) -> Call:
+    """Tensors ``(total, heads, head_dim)`` as the one entry of a batch, in which each query sees
+    the keys of its own sequence."""
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    return query, key, value
-
-
-def _of_packed(call: Call, sequences: Sequences) -> Call:
-    """A call of :func:`_as_one_entry`, in which each query sees the keys of its own sequence."""
-    options, ranges = _packed_ranges(call.options, sequences, call.inputs.query.shape[2])
+    said, of_each = _of_each_sequence(said, sequences.number(), query)
+    options, inputs = lowered(query, key, value, said, draws=draws)[1::-1]
+    packed = None
+    if options.alpha == 1.0:
+        places = sequences.places(key.shape[2])
+        packed = Packed(options, sequences, longest, places)
+    of_queries = sequences.of_queries(query.shape[2])
+    for name, numbers in of_each.items():
+        inputs = inputs._replace(**{name: sequences.spread(numbers, of_queries)})
+    options, ranges = _packed_ranges(options, sequences, of_queries)
 
     def shaped(result: Tensor) -> Tensor:
         return result.squeeze(0).transpose(0, 1).contiguous()
 
-    return Call(call.inputs._replace(ranges=ranges), options, shaped, _as_it_is)
+    return Call(inputs._replace(ranges=ranges), options, shaped, _as_it_is, packed)
+
+
+def _of_each_sequence(said: Said, count: int, query: Tensor) -> tuple[Said, dict[str, Tensor]]:
+    """What is said without what each of ``count`` sequences has of its own, and this: operands
+    ``(count, heads or 1)`` in the compute dtype. What holds for all is said as it was."""
+    heads, compute = query.shape[1], compute_dtype(query.dtype)
+    found: dict[str, Tensor] = {}
+    slopes, scale = said.alibi_slopes, said.scale
+    if isinstance(slopes, Tensor) and slopes.dim() == 2 and slopes.shape[0] != 1:
+        check_slopes(slopes)
+        if slopes.shape != (count, heads):
+            raise ValueError(
+                f"alibi_slopes must have the shape ({heads},) or ({count}, {heads}), (sequences, "
+                f"heads), got {tuple(slopes.shape)}"
+            )
+        found["alibi_slopes"], said = slopes.to(compute), said._replace(alibi_slopes=None)
+    if isinstance(scale, Tensor) and scale.dim() == 3 and scale.shape[0] != 1:
+        _check_numbers("scale", scale)
+        if scale.shape[0] != count or scale.shape[1] not in (1, heads) or scale.shape[2] != 1:
+            raise ValueError(
+                f"scale must be a number, one of each head, ({heads},), or broadcast to "
+                f"({count}, {heads}, 1), (sequences, heads, 1), or to (1, {heads}, "
+                f"{query.shape[2]}), (1, heads, queries), got {tuple(scale.shape)}"
+            )
+        found["scales"], said = scale.squeeze(2).to(compute), said._replace(scale=None)
+    return said, found
 
 
 class Cache(NamedTuple):
@@ -765,7 +871,7 @@ def _from_nested(
         TypeError, ValueError: not all are jagged and have four dimensions, or masks or lengths are
             given beside them.
     """
-    for other in ("attn_mask", "q_lengths", "kv_lengths", "kv_starts"):
+    for other in ("attn_mask", *_LENGTHS):
         if (given := getattr(said, other)) is not None:
             raise ValueError(
                 f"{other} must be None for nested tensors, whose lengths are their own, got a "
@@ -782,14 +888,16 @@ def _from_nested(
     k.cu_seqlens()  # which checks them
     _check_same_places(k, v)
     begins, ends = k.begins(), k.ends()
-    if q.lengths is not None:
+    holes = q.lengths is not None
+    if holes:
         begins, ends = _with_holes(begins, ends), _with_holes(ends, ends)
 
     def as_query(result: Tensor) -> Tensor:
         nested = torch.nested.nested_tensor_from_jagged(result, q.offsets, q.lengths)
         return nested.transpose(1, 2)
 
-    return (q.values, k.values, v.values), Sequences(cu_seqlens_q, begins, ends), as_query
+    sequences = Sequences(cu_seqlens_q, begins, ends, holes)
+    return (q.values, k.values, v.values), sequences, as_query
 
 
 def _jagged(name: str, tensor: Any) -> _Jagged:
@@ -835,12 +943,12 @@ def _check_same_places(key: _Jagged, value: _Jagged) -> None:
         )
 
 
-def _packed_ranges(options: Options, sequences: Sequences, total_q: int) -> tuple[Options, Tensor]:
-    """``ranges`` of sequences that lie one behind another."""
-    cu_seqlens_q, key_begins, key_ends = sequences
-    queries = torch.arange(total_q, dtype=torch.int32, device=cu_seqlens_q.device)
-    number = torch.searchsorted(cu_seqlens_q[1:].contiguous(), queries, right=True)
-    number = number.clamp(max=cu_seqlens_q.shape[0] - 2)
+def _packed_ranges(
+    options: Options, sequences: Sequences, number: Tensor
+) -> tuple[Options, Tensor]:
+    """``ranges`` of sequences that lie one behind another; ``number``: those of the queries."""
+    cu_seqlens_q, key_begins, key_ends = sequences[:3]
+    queries = torch.arange(number.shape[0], dtype=torch.int32, device=number.device)
     start, end = key_begins[number], key_ends[number]
     first, last = cu_seqlens_q[number], cu_seqlens_q[number + 1]
     at = queries - first + start

@@ -27,8 +27,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from adasplash2 import softmax
 from adasplash2.closed_form import alpha_gradient, nothing_forward
-from adasplash2.contract import SAVED_ALIGNMENT, Forward, Gradients, Kept
+from adasplash2.contract import SAVED_ALIGNMENT, Backend, Forward, Gradients, Kept
 from adasplash2.dispatch import Choice, choose, saved_bound
 from adasplash2.options import (
     FIRST,
@@ -184,12 +185,19 @@ def _run(
     prepare: Callable[[], None] | None = None,
 ) -> tuple[Forward, _Decided | None]:
     problem = _problem(inputs, options, saved_bytes != 0)
-    choice = None if problem.is_empty else choose(problem, options.backend or None)
+    choice = None if problem.is_empty else _chosen(problem, options)
     if prepare is not None:
         prepare()
     if choice is None:
         return nothing_forward(problem, inputs, saved_bytes), None
     return choice.backend.forward(problem, inputs, choice.config, saved_bytes), (problem, choice)
+
+
+SOFTMAX = Choice(cast(Backend, softmax), {}, "alpha is 1")
+
+
+def _chosen(problem: Problem, options: Options) -> Choice:
+    return SOFTMAX if problem.alpha == 1.0 else choose(problem, options.backend or None)
 
 
 def _attention_forward_fake(
@@ -200,9 +208,7 @@ def _attention_forward_fake(
     shapes = _shape_problem(inputs, asked.options, asked.numbers)
     saved_bytes = asked.own[0]
     if isinstance(saved_bytes, int) and saved_bytes < 0:
-        saved_bytes = 0 if query.is_meta else new_dynamic_size()
-        if saved_bytes is None:
-            saved_bytes = _bound(shapes, asked.options, asked.numbers)
+        saved_bytes = 0 if query.is_meta else _length_by_data(shapes, asked.options, asked.numbers)
     rows = (shapes.batch, shapes.heads_q, shapes.length_q)
     return (
         query.new_empty((*rows, shapes.head_dim_v)),
@@ -211,8 +217,19 @@ def _attention_forward_fake(
     )
 
 
-def _bound(shapes: Problem, options: Options, numbers: Tensor | None) -> Any:
-    """The most that ``saved`` of a trace can be: with any alpha, where it is not known yet."""
+def _length_by_data(shapes: Problem, options: Options, numbers: Tensor | None) -> Any:
+    """The length of ``saved`` in a trace: a symbol, or the most that it can be."""
+    if options.alpha == 1.0:
+        return 0
+    size = new_dynamic_size()
+    return _bound(shapes, options, numbers, options.alpha) if size is None else size
+
+
+def _bound(shapes: Problem, options: Options, numbers: Tensor | None, alpha: float) -> Any:
+    """The most that ``saved`` of a trace can be: with any alpha, where it is not known yet.
+    ``alpha`` is what it was before it became one of ``numbers``."""
+    if alpha == 1.0:
+        return 0
     alphas = _KINDS_OF_ALPHA if _is_open(options, numbers) else (shapes.alpha,)
     problems = (dataclasses.replace(shapes, alpha=alpha) for alpha in alphas)
     bounds = [saved_bound(problem, options.backend or None) for problem in problems]
@@ -258,7 +275,7 @@ def _run_backward(
         given = {name: getattr(inputs, name) for name in names}
         zeros = {name: t.new_zeros(t.shape) for name, t in given.items()}
         return Gradients(*(t.new_zeros(t.shape) for t in inputs.tensors()), **zeros)
-    choice = choose(problem, options.backend or None) if decided is None else decided[1]
+    choice = _chosen(problem, options) if decided is None else decided[1]
     chosen, config, _ = choice
     kept = Kept(_as_made(tau), _as_made(saved))
     found = chosen.backward(problem, inputs, kept, grad_out, config, names)
@@ -288,7 +305,7 @@ def _summed(name: str, found: Tensor, operand: Tensor) -> Tensor:
     """The gradient of ``operand`` from what a backend found."""
     if name != "attn_mask":
         found = found.to(torch.float64)
-        if name != "scales":
+        if operand.dim() == 2:  # one of each head
             found = found.sum(dim=2)
         found = found.sum_to_size(operand.shape)
     return found.to(operand.dtype)
@@ -507,6 +524,9 @@ class _Attention(_ReverseMode):
             )
             if asked_for:
                 wanted = tuple(name in asked_for for name in DIFFERENTIABLE)
+        if ctx.options.alpha == 1.0 and torch.is_grad_enabled():
+            inputs = Inputs(query, key, value, *operands)
+            return _twice(inputs, ctx.options, grad_out, needed, names)
         if _is_final(grad_out, query, key, value, tau, saved, *given):
             options = _read(ctx.options, ctx.numbers)
             found = _run_backward(tensors, operands, options, wanted, ctx.decided)
@@ -519,6 +539,21 @@ class _Attention(_ReverseMode):
             return *first, None
         later = (getattr(found, name) if name in asked_for else None for name in names)
         return *first, None, *later
+
+
+def _twice(
+    inputs: Inputs,
+    options: Options,
+    grad_out: Tensor,
+    needed: tuple[bool, ...],
+    names: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients at alpha = 1 that are to be differentiated again."""
+    tensors = *inputs[:3], None, *(getattr(inputs, name) for name in names)
+    wanted = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
+    problem = _problem(inputs, options, True)
+    found = iter(softmax.twice(problem, inputs, grad_out, wanted))
+    return tuple(next(found) if need else None for need in needed)
 
 
 _NO_OPERANDS: tuple[Tensor | None, ...] = (None,) * len(OPERANDS)
@@ -550,14 +585,13 @@ def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, *args: Any) -
             saved_bytes = AS_NEEDED
             if query.is_meta or is_without_data(*inputs.given()):
                 problem = _shape_problem(inputs, options, numbers)
-                saved_bytes = _bound(problem, options, numbers)
+                saved_bytes = _bound(problem, options, numbers, asked.options.alpha)
         return _differentiable_call(in_kernel, inputs, options, saved_bytes, numbers)
     asked = asked._replace(options=options, numbers=numbers)
     return below_autograd(attention_forward, query, key, value, *asked.flat())
 
 
 def _problem(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
-    check_alpha_above_one(options.alpha)
     return validated(inputs, options, needs_grad)
 
 
@@ -745,6 +779,14 @@ def attention(
     return attention_and_tau(inputs, options, prepare)[0]
 
 
+def softmax_attention(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
+    """:func:`attention` at alpha = 1 of what has been validated: a token is so but once."""
+    given = inputs.given()
+    if problem.is_empty or not is_plain(*given) or _differentiated(*given):
+        return attention(inputs, options)
+    return softmax.forward(problem, inputs, SOFTMAX.config).out
+
+
 def attention_and_tau(
     inputs: Inputs, options: Options, prepare: Callable[[], None] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -763,7 +805,7 @@ def attention_and_tau(
         problem = _problem(inputs, options, False)
     if prepare is not None:
         if not (is_traced or inputs.query.is_meta or problem.is_empty):
-            choose(problem, options.backend or None)
+            _chosen(problem, options)
         prepare()
     asked = _Arguments(options, (0,), None, inputs.operands())
     out, tau, _ = attention_forward(*inputs.tensors(), *asked.flat())

@@ -40,7 +40,8 @@ class Inputs(NamedTuple):
         query, key, value: ``(batch, heads, length, head_dim)``.
         attn_mask: ``(batch, heads_q, length_q, length_k)``; bool (True may be seen), or added to
             the scores, in the dtype of ``query`` or float32.
-        alibi_slopes: ``(batch, heads_q)``, times the distance taken from a score.
+        alibi_slopes: ``(batch, heads_q)`` or ``(batch, heads_q, length_q)``, times the distance
+            taken from a score.
         sinks: ``(batch, heads_q)``, one more score of each row, without a value.
         scales: ``(batch, heads_q, length_q)``, in the place of the number ``scale``.
         alphas: ``(batch, heads_q)``, in the place of the number ``alpha``; in (1, 2].
@@ -373,6 +374,22 @@ def unpaged(inputs: Inputs) -> Inputs:
 def part_of(tensor: Tensor, dim: int, part: slice) -> Tensor:
     """``part`` of a dimension, of which one may stand for all."""
     return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (part,)]
+
+
+def cut(inputs: Inputs, entries: slice, heads_kv: slice, heads: slice) -> Inputs:
+    """Some batch entries, key heads and the query ``heads`` that share these."""
+    of = {"key": heads_kv, "value": heads_kv}
+    parts: dict[str, Tensor] = {}
+    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+        if tensor is None:
+            continue
+        if name == "ranges":
+            parts[name] = part_of(tensor, 1, entries)
+        elif name == "dropout_seed":
+            parts[name] = part_of(tensor, 0, entries)
+        else:
+            parts[name] = part_of(part_of(tensor, 0, entries), 1, of.get(name, heads))
+    return inputs._replace(**parts)
 
 
 SDPA = frozenset(("attn_mask", "dropout_p"))
@@ -771,7 +788,7 @@ def _check_operand(
     batch, heads_q, length_q, length_k = sizes
     full = {
         "attn_mask": (batch, heads_q, length_q, length_k),
-        "alibi_slopes": (batch, heads_q),
+        "alibi_slopes": (batch, heads_q, length_q)[: 3 if len(shape) == 3 else 2],
         "sinks": (batch, heads_q),
         "scales": (batch, heads_q, length_q),
         "alphas": (batch, heads_q),

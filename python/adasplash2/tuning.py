@@ -443,7 +443,8 @@ def _operand(p: Problem, operand: Operand, generator: torch.Generator) -> Tensor
         return drawn < 0.875 if dtype == torch.bool else drawn.to(dtype)
     if name == "alibi_slopes":
         steps = torch.arange(1, p.heads_q + 1, **kind)
-        return (2.0 ** (-8.0 * steps / p.heads_q))[: shape[1]].expand(shape).contiguous()
+        slopes = (2.0 ** (-8.0 * steps / p.heads_q))[: shape[1]]
+        return slopes.view(1, -1, *[1] * len(shape[2:])).expand(shape).contiguous()
     if name == "dropout_seed":
         return torch.ones(shape, **kind)
     return torch.full(shape, {"sinks": 0.0, "scales": 1.0, "alphas": 1.5}[name], **kind)

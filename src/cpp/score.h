@@ -65,12 +65,12 @@ constexpr double kFarthest = 0x1p40;
 // In the order in which it is made: s = scale * (q . k), softcap * tanh(s / softcap), + mask,
 // - slope * |place - key|. Here for the rows of one query head, the same for every instruction set.
 struct HeadScore {
-  double scale, softcap, slope, sink;  // softcap 0 and kNoSink: there is none
+  double scale, softcap, slope, sink;  // softcap 0 and kNoSink: there is none; slope: of all rows
   int64_t length_k, left, right, shift;
   const int32_t *begins, *ends, *places;  // of each row, or null: the window says it
-  const void *mask, *scales;              // null where there is none
+  const void *mask, *scales, *slopes;     // null where there is none, of slopes one of each row
   Dtype mask_dtype, compute_dtype;
-  int64_t mask_stride_row, mask_stride_key, scales_stride;
+  int64_t mask_stride_row, mask_stride_key, scales_stride, slopes_stride;
   uint64_t dropped_below;  // of 32 random bits
   double kept_factor;
   uint64_t seed;
@@ -96,13 +96,23 @@ struct HeadScore {
     return scales ? number_at(scales, compute_dtype, row * scales_stride) : scale;
   }
 
+  ADASPLASH2_INLINE double slope_of(int64_t row) const {
+    return slopes ? slope_from(number_at(slopes, compute_dtype, row * slopes_stride)) : slope;
+  }
+  // NaN for one that is below zero, where no value could be looked at.
+  ADASPLASH2_INLINE static double slope_from(double given) {
+    return given < 0.0 ? __builtin_nan("") : given;
+  }
+
+  ADASPLASH2_INLINE bool is_sloped() const { return slopes || slope != 0.0; }
   // Whether a mask may hide some of what `visible` says.
   ADASPLASH2_INLINE bool is_masked() const { return mask != nullptr; }
   ADASPLASH2_INLINE bool is_capped() const { return softcap != 0.0; }
 
   // Whether far keys may be left out for their distance alone.
   ADASPLASH2_INLINE bool has_reach() const {
-    return slope > 0.0 && sink < __builtin_inf() && !(mask && mask_dtype != Dtype::kBool);
+    return (slopes || slope > 0.0) && sink < __builtin_inf() &&
+           !(mask && mask_dtype != Dtype::kBool);
   }
 
   // The keys that may be in the support of `row`, of those that it sees. `product` is at least
@@ -114,16 +124,18 @@ struct HeadScore {
   // has a probability of 1. So none has a probability where
   //     m - slope d <= -m - slope d0 - width,  which is  d >= d0 + (2 m + width) / slope.
   // A sink only raises the threshold. What kReachParts adds, and one key more, are for rounding; a
-  // row that may overflow, or has a NaN, reaches all keys: it may be poisoned.
+  // row that may overflow, or has a NaN, reaches all keys: it may be poisoned. So does one without
+  // a slope.
   ADASPLASH2_INLINE KeyRange reach_of(int64_t row, double product, double width) const {
     const KeyRange seen = visible(row);
     const double factor = scale_of(row), size = factor < 0.0 ? -factor : factor;
+    const double falls = slope_of(row);
     double m = size * product;
-    if (!(product < kMostProduct && m < kMostProduct)) return seen;
+    if (!(product < kMostProduct && m < kMostProduct && falls > 0.0)) return seen;
     if (softcap > 0.0 && softcap < m) m = softcap;
     const int64_t nearest = nearest_seen(row);
     if (nearest < 0) return {seen.begin, seen.begin};
-    const double exact = double(nearest) + (2.0 * m + width) / slope;
+    const double exact = double(nearest) + (2.0 * m + width) / falls;
     const double far = exact + exact / kReachParts + 1.0;
     if (!(far < kFarthest)) return seen;
     const int64_t at = place(row);
@@ -194,8 +206,12 @@ struct Score {
     const auto one = [&](const Operand& operand, double otherwise) {
       return operand.data ? number_at(operand.at(batch, head), operand.dtype, 0) : otherwise;
     };
-    s.slope = one(slopes, 0.0);
-    if (s.slope < 0.0) s.slope = __builtin_nan("");  // where no value could be looked at
+    if (slopes.stride_row) {
+      s.slopes = slopes.at(batch, head);
+      s.slopes_stride = slopes.stride_row;
+    } else {
+      s.slope = HeadScore::slope_from(one(slopes, 0.0));
+    }
     s.sink = one(sinks, kNoSink);
     if (begins.data) {
       s.begins = static_cast<const int32_t*>(begins.at(batch, head));
@@ -261,7 +277,7 @@ struct Scores {
       : score(s),
         value_of_dot(T(value_factor<K>(alpha) * s.scale)),
         value_of_score(T(value_factor<K>(alpha))),
-        is_scaled(IsPlain || !(s.is_masked() || s.scales || s.is_capped() || s.slope != 0.0)) {}
+        is_scaled(IsPlain || !(s.is_masked() || s.scales || s.is_capped() || s.is_sloped())) {}
 
   ADASPLASH2_INLINE KeyRange visible(int64_t row) const {
     if constexpr (!IsPlain) return score.visible(row);
@@ -372,7 +388,7 @@ struct Scores {
       seen &= shows(mask);
       if (score.mask_dtype != Dtype::kBool) s += mask;
     }
-    if (score.slope != 0.0) s -= T(score.slope) * distances(row, keys_from(first_key));
+    if (score.is_sloped()) s -= T(score.slope_of(row)) * distances(row, keys_from(first_key));
     return seen ? s * value_of_score : broadcast(-kInfinity<T>);
   }
   __attribute__((noinline)) Vec<T> uncapped(Vec<T> ds, Vec<T> dots, int64_t row) const {

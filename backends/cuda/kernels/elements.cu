@@ -75,10 +75,6 @@ __device__ __forceinline__ RowNumber* rows_of(const Params& p, int kv_row) {
          i64(kv_row) * p.gqa_group * p.row_blocks * (kRowBlock * kArenaRow);
 }
 
-// Query rows that share keys are numbered: the number of the head among those of the key head, then
-// in the lowest row_bits() bits the row. See row_numbers() in sizes.py.
-__device__ __forceinline__ int row_bits(const Params& p) { return 32 - __clz(p.length_q - 1); }
-
 // Where no scan comes first all row blocks start as flat ones, of which nothing is known. Heads
 // whose queries, keys or values are not all finite are to be scanned after all: dense tiles may not
 // see that a query is infinite, and what they spread a NaN to has to be done again.
@@ -359,7 +355,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
   const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
   const int kv_row = r.kv_row(p), mine = Products::slot();
   RowNumber* rows = rows_of(p, kv_row);  // made where it is used, it would make float32 spill
-  const int my_row = r.head % p.gqa_group << row_bits(p) | r.row;
+  const int my_row = r.head % p.gqa_group << p.row_bits | r.row;
   const bool puts = lane < 8 && lane % 2 == 0;  // one lane a survivor
   float first_score = 0.f, first_dp = 0.f, sum_u = 0.f, sum_udp = 0.f, mass = 0.f;
   float sum_uk[8] = {}, grad_q[8] = {};
@@ -466,7 +462,7 @@ struct Column {
   // Add some rows, -1 where there are none. All lanes of the warp come together.
   __device__ __forceinline__ void add(const Params& p, const int (&row)[kBatch]) {
     float q[kBatch][8], grad_o[kBatch][8];
-    const int bits = row_bits(p);
+    const int bits = p.row_bits;
     int my_row = -1;  // the lane's survivor
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -641,7 +637,7 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
   __shared__ u32 bits[kSortWords];
   __shared__ int before[kSortWords];
   __shared__ int sums[kSortThreads / 32];
-  const int columns = p.long_columns[0], all_rows = p.gqa_group << row_bits(p);
+  const int columns = p.long_columns[0], all_rows = p.gqa_group << p.row_bits;
   for (int number = blockIdx.x; number < columns; number += gridDim.x) {
     const LongColumn column(p, number);
     int sorted = 0;  // rows that are in their places

@@ -41,8 +41,9 @@ class HeadTerms(NamedTuple):
     before 3.7 takes no None here.
 
     ``c`` and ``r = 1 / (alpha - 1)``; where alpha is an operand, ``c`` is NaN for one that is not
-    allowed. ``slope`` and ``sink``: numbers. ``mask``, ``scales`` and ``ranges``: where those of
-    the head begin. ``seed`` of its sequence, and the head's ``number`` among those of all.
+    allowed. ``slope`` and ``sink``: numbers. ``mask``, ``scales``, ``slopes`` (in the place of
+    ``slope``) and ``ranges``: where those of the head begin. ``seed`` of its sequence, and the
+    head's ``number`` among those of all.
     """
 
     c: Any
@@ -51,6 +52,7 @@ class HeadTerms(NamedTuple):
     sink: Any = 0
     mask: Any = 0
     scales: Any = 0
+    slopes: Any = 0
     ranges: Any = 0
     seed: Any = 0
     number: Any = 0
@@ -72,6 +74,7 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
     sink = 0
     mask = 0
     scales = 0
+    slopes = 0
     ranges = 0
     seed = 0
     number = 0
@@ -80,9 +83,10 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
         right = (excess > 0.0) & (excess <= 1.0)
         c = tl.where(right, excess * c, float("nan"))
         r = 1.0 / tl.where(right, excess, 1.0)
-    if opt.alibi:
-        slope = tl.load(base_of(asked.slopes, batch, head))
-        slope = tl.where(slope >= 0.0, slope, float("nan"))  # the host does not look at values
+    if opt.slopes:
+        slopes = base_of(asked.slopes, batch, head)
+    elif opt.alibi:
+        slope = slope_from(tl.load(base_of(asked.slopes, batch, head)))
     if opt.sinks:
         sink = tl.load(base_of(asked.sinks, batch, head))
     if opt.masked:
@@ -94,7 +98,7 @@ def terms_of(batch, head, shape, opt: tl.constexpr):
     if opt.dropout:
         seed = tl.load(asked.seed.base + batch * asked.seed.batch)
         number = batch * shape.heads_q + head
-    return HeadTerms(c, r, slope, sink, mask, scales, ranges, seed, number)
+    return HeadTerms(c, r, slope, sink, mask, scales, slopes, ranges, seed, number)
 
 
 # Which keys a query may see
@@ -237,8 +241,9 @@ def near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt: tl.constexpr
     if opt.upper:
         last = tl.minimum(last, end_of(rows, terms, shape, opt) - 1)
     nearest = tl.maximum(nearest, place - last)
-    distance = (2.0 * m + terms.r) / tl.where(terms.slope > 0.0, terms.slope, 1.0)
-    distance = tl.where(terms.slope > 0.0, nearest.to(tl.float32) + distance, INFINITY)
+    slope = slope_of(rows, terms, shape, opt)
+    distance = (2.0 * m + terms.r) / tl.where(slope > 0.0, slope, 1.0)
+    distance = tl.where(slope > 0.0, nearest.to(tl.float32) + distance, INFINITY)
     place = place.to(tl.float32)
     # More than rounding can take from it, also from the norms and the scores.
     distance = distance * (1.0 + 2.0**-10) + tl.abs(place) * 2.0**-20 + 2.0
@@ -397,6 +402,22 @@ def distance_of(rows, keys, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def slope_from(given):
+    """A slope, NaN where it is below zero: the host does not look at values."""
+    return tl.where(given >= 0.0, given, float("nan"))
+
+
+@triton.jit
+def slope_of(rows, terms, shape, opt: tl.constexpr):
+    """What distances of each of ``rows`` are multiplied by, where ``opt.alibi``."""
+    if opt.slopes:
+        places = terms.slopes + rows.to(tl.int64) * shape.terms.slopes.row
+        return slope_from(tl.load(places, mask=rows < shape.length_q, other=0.0))
+    else:
+        return terms.slope
+
+
+@triton.jit
 def bias_of(rows, keys, terms, shape, opt: tl.constexpr):
     """What masks and slopes add to a score; -inf hides a key."""
     bias = 0.0
@@ -410,7 +431,8 @@ def bias_of(rows, keys, terms, shape, opt: tl.constexpr):
         else:
             bias = tl.where(tl.load(places, mask=inside, other=0) != 0, 0.0, -INFINITY)
     if opt.alibi:
-        bias = bias - terms.slope * distance_of(rows, keys, terms, shape, opt)
+        slope = slope_of(rows, terms, shape, opt)
+        bias = bias - slope * distance_of(rows, keys, terms, shape, opt)
     return bias
 
 

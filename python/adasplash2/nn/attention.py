@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adasplash2.dense import attended
 from adasplash2.functional import dense_weights, entmax_attention
 from adasplash2.lowering import check_slopes
 from adasplash2.nn.alpha import LearnedAlpha
@@ -27,6 +26,7 @@ from adasplash2.options import (
     shown,
 )
 from adasplash2.problem import MAX_HEAD_DIM
+from adasplash2.softmax import attended
 
 LEARNED = "alpha.logits", "length_scale.weight", "q_norm.weight", "k_norm.weight"
 """Entries of a state dict that torch's module has not."""
