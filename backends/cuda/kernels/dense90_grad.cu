@@ -252,11 +252,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   });
   if (share.count == 0) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
+  OwnRing own;
+  GradRing ring;
   const GradRows at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start(1);
   __syncthreads();
-  OwnRing own;
-  GradRing ring;
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     if (uniform(warp_id()) != kConsumers / 32) return;
@@ -577,11 +577,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   });
   if (share.count == 0) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
+  OwnRing own;
+  GradRing ring;
   const GradColumns at(memory, shared_address(barriers));
   if (threadIdx.x == 0) at.start(32);
   __syncthreads();
-  OwnRing own;
-  GradRing ring;
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
     if (uniform(warp_id()) != kConsumers / 32) return;
