@@ -259,11 +259,6 @@ struct BackwardRows {
   ADASPLASH2_INLINE KeyRange needed_by_any(Part rows) const {
     return scores.needed_by_any(task.row_begin + rows.first, rows.count);
   }
-  // The rows that share tiles of scores with row r of some rows.
-  ADASPLASH2_INLINE Part tile_of(Part rows, int64_t r) const {
-    const Part tile = part_of(rows.count, kTileRows, r / kTileRows);
-    return {rows.first + tile.first, tile.count};
-  }
   ADASPLASH2_INLINE void clear(int64_t r, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; j += kLanes<T>) {
       store(grad_scores + r * score_stride + j, Vec<T>{});

@@ -51,6 +51,12 @@ constexpr int64_t kShortRow = 192;
 
 ADASPLASH2_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// The rows that share tiles of scores with row r of some rows.
+ADASPLASH2_INLINE Part tile_of(Part rows, int64_t r) {
+  const Part tile = part_of(rows.count, kTileRows, r / kTileRows);
+  return {rows.first + tile.first, tile.count};
+}
+
 // Bump allocation from a workspace; with a null base it only measures.
 struct Allocator {
   char* base;
@@ -433,11 +439,6 @@ struct ForwardBlock {
     if (any_flat(rows)) gather_flat(rows, {stored.begin, keys.end - stored.begin}, norms);
   }
 
-  // The rows that share tiles of scores with row r of some rows.
-  ADASPLASH2_INLINE Part tile_of(Part rows, int64_t r) const {
-    const Part tile = part_of(rows.count, kTileRows, r / kTileRows);
-    return {rows.first + tile.first, tile.count};
-  }
   ADASPLASH2_INLINE static void clear(T* x, int64_t n) {
     for (int64_t j = 0; j < n; j += kLanes<T>) store(x + j, Vec<T>{});
   }
