@@ -275,7 +275,8 @@ def test_what_is_found_by_kind_does_not_pile_up() -> None:
 
     assert [of(n) for n in (1, 5, 6, 7, 1)] == ["about 1", *["about 5"] * 3, "about 1"]
     assert asked == [1, 5]
-    assert found(PLAIN, "of") == "of 1"
+    assert found(PLAIN, "of") == found(PLAIN, more="of") == "of 1"
+    assert found(PLAIN, more="about") == "about 1"
     for n in range(40):
         assert of(n) == f"about {rounded(n)}"
         assert len(found) <= 3

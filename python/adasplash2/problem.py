@@ -539,7 +539,7 @@ class ByKind(Generic[P, R]):
         self._found: dict[tuple[Any, ...], R] = {}
 
     def __call__(self, problem: Problem | RowProblem, *others: P.args, **named: P.kwargs) -> R:
-        key = problem.kind, others
+        key = (problem.kind, others, *named.items()) if named else (problem.kind, others)
         try:
             return self._found[key]
         except KeyError:
