@@ -855,8 +855,8 @@ def test_a_bound_holds_for_every_alpha_that_a_graph_may_be_given(
     def least(alpha: float) -> int:
         return cuda.saved_bound(dataclasses.replace(shapes, alpha=alpha))
 
-    assert ops._bound(shapes, Options(), None) == least(1.5)
-    most = ops._bound(shapes, Options(), torch.zeros(2, dtype=torch.float64))
+    assert ops._bound(shapes, Options(), None, 1.5) == least(1.5)
+    most = ops._bound(shapes, Options(), torch.zeros(2, dtype=torch.float64), 1.5)
     assert most == max(map(least, (1.1, 1.25, 1.5, 1.9, 2.0, 2.5, 7.0))) > least(1.5)
 
 

@@ -204,7 +204,7 @@ def grain(top, t, c, opt: tl.constexpr):
 
 @triton.jit
 def stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, opt: tl.constexpr,
-            ROUGHLY: tl.constexpr):  # fmt: skip
+            ROUGHLY: tl.constexpr = False):  # fmt: skip
     """Where ``t`` moves from ``mass = sum p``, ``slope = sum u`` and, at alpha = 1.5 alone, the
     size ``count`` of the support; ``lo``, ``hi`` and ``most`` after that; and who is done, where
     ROUGHLY also by :func:`is_rough`."""
