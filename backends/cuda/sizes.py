@@ -207,8 +207,6 @@ def hopper_dense(head_dim: int, head_dim_v: int, length_k: int) -> Dense:
     keys, values = (panels(width) * layout.SWIZZLE_BYTES for width in (head_dim, head_dim_v))
     narrow = keys == values == layout.SWIZZLE_BYTES
     stay = narrow and length_k <= layout.STAYING_TILES * layout.HOPPER_KEYS
-    # Where keys stay, passes are short; wide tensors leave no registers for the choice.
-    skips = narrow and not stay and length_k <= layout.MOST_SKIPPED * layout.HOPPER_KEYS
     key_stages = layout.STAYING_TILES if stay else 4 if narrow else 3
     grad_keys = 128 if narrow else 64
     own = 2 if narrow else 1  # what a block owns of a tile, and of the next one
@@ -229,7 +227,6 @@ def hopper_dense(head_dim: int, head_dim_v: int, length_k: int) -> Dense:
         geometry={
             "KEY_STAGES": key_stages,
             "KEYS_STAY": int(stay),
-            "SKIPS": int(skips),
             "GRAD_KEYS": grad_keys,
             "OWN_STAGES": own,
         },
@@ -424,8 +421,7 @@ class Saved:
     """The parts of ``Forward.saved``: where each row's survivors are, and the survivors.
 
     Its length follows from the shape, whatever the data: ``rows * (12 + 2 * ARENA_ROW)`` bytes and
-    a little, up to a head_dim of 64 and 65,536 keys and where alpha has a closed form. To that
-    little belongs a bit for each 16 rows and 64 keys.
+    a little, up to a head_dim of 64 and 65,536 keys and where alpha has a closed form.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -444,7 +440,6 @@ class Saved:
             "unsafe_output": 4,
             **weights,
             "columns": counts.rows * arena_bytes(problem.head_dim_v, problem.length_k),
-            "live": counts.row_blocks * -(-problem.length_k // layout.LIVE_WORD_KEYS) * 4,
         }
         self.offsets, self.total = parts(self._sizes)
 

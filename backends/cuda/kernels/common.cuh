@@ -25,7 +25,6 @@
 // and for the dense kernels
 //   BLOCK_ROWS, KEY_BLOCKS   rows of a block, blocks for a tile's gradients (dense.cu, exact.cu)
 //   KEY_STAGES, KEYS_STAY    stages of keys, and whether there is one for each tile (dense90.cuh)
-//   SKIPS                    whether passes over keys leave out empty tiles (dense90_output.cu)
 //   OWN_STAGES               stages of what a block of gradients owns there
 //   GRAD_KEYS                keys of a backward's tile there
 //   OUTPUT                   OUTPUT_PLAIN, _SAVES or _COUNTS (dense90_output.cu)

@@ -5,9 +5,6 @@
 // expected of each row's threshold is within the tolerance. Then comes the pass that sums values.
 // It sums probabilities, too: where the sum of some row misses one by more than it may, that pass
 // is thrown away, and thresholds are sought further.
-//
-// The first pass over all keys tells which tiles have scores near a row's threshold: those after it
-// leave out the others.
 #include "dense90.cuh"
 
 namespace adasplash2 {
@@ -55,8 +52,6 @@ constexpr int kFirstStride = 2 * kStride, kFirstStridedFrom = 6 * kFirstStride;
 // below go by more scores, and see what those from above would pass. Samples of a quarter of the
 // keys or more err by less.
 constexpr float kSampleCaution = 2.f, kLargeSampleCaution = 0.5f, kStridedCaution = 1.f;
-// By how many more of them a threshold is not expected to fall below that.
-constexpr float kMarkCaution = 8.f;
 
 // Where the inverse of the power is less, float32 cannot tell it from an exponential function.
 constexpr float kLeastInverse = 0x1p-10f;
@@ -142,17 +137,11 @@ __device__ __forceinline__ float step_of(const Moments<float>& m, float mass) {
   return with_support();
 }
 
-// A step by what a sample says of the row, each score for `weight` of them, within bounds; and by
-// how much too high it may be.
-struct Guess {
-  float tau, margin;
-};
-__device__ __forceinline__ Guess guess(float tau, const Moments<float>& m, float weight,
+// A step by what a sample says of the row, each score for `weight` of them, within bounds.
+__device__ __forceinline__ float guess(float tau, const Moments<float>& m, float weight,
                                        float caution, float low, float high) {
-  const float deviation = rsqrtf(fmaxf(1.f, __fdividef(m.s0, weight)));
-  const float next = tau + step_of(m, 1.f + caution * deviation);
-  const float slope = kAlpha == AlphaKind::k15 ? 2.f * m.s1 : m.s0;
-  return {fminf(fmaxf(next, low), high), kMarkCaution * __fdividef(deviation, slope)};
+  const float mass = 1.f + caution * rsqrtf(fmaxf(1.f, __fdividef(m.s0, weight)));
+  return fminf(fmaxf(tau + step_of(m, mass), low), high);
 }
 
 // What f at the threshold proves.
@@ -213,55 +202,13 @@ constexpr bool kAlone = blocks_differ() || !kNarrow;
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 
-// Whether passes leave out tiles: of causal problems alone, whose blocks have one item each and
-// registers to spare.
-constexpr bool kSkips = ADASPLASH2_SKIPS && kCausal;
-
-// What is known of the tiles of keys, for all warps of a block.
-struct Marks {
-  u32 live[kMostSkipped / 32];  // a bit each: whether some row's score is above its mark
-  int count;                    // of those that are not left out
-  unsigned short list[kMostSkipped];
-
-  __device__ __forceinline__ void set(int word, u32 bits) { atomicOr(live + word, bits); }
-  __device__ __forceinline__ void set_all() { set(lane_id(), ~0u); }
-  // One warp makes the list of those up to `last`, from the last one on. The first `ahead` of them
-  // are in it, since they are on their way before it is made, and so are the first tiles of words
-  // of Params::live, which are complete with them.
-  __device__ __forceinline__ void make_list(int last, int ahead) {
-    constexpr int kWordTiles = kLiveWordKeys / kTileKeys;
-    int found = 0;
-#pragma unroll 1
-    for (int first = last / 32 * 32; first >= 0; first -= 32) {
-      const int tile = first + lane_id();
-      const bool wanted =
-          (live[first / 32] >> lane_id() & 1) || tile % kWordTiles == 0 || tile > last - ahead;
-      const u32 bits = __ballot_sync(kAllLanes, wanted && tile <= last);
-      if (bits >> lane_id() & 1) list[found + __popc(bits >> lane_id()) - 1] = tile;
-      found += __popc(bits);
-    }
-    if (lane_id() == 0) count = found;
-  }
-};
-
-// Of a warp's rows, the tiles with weights in the word of Params::live at hand, and where words go.
-struct LiveWord {
-  u32* to;
-  u32 bits;
-};
-
 // Where the parts of a block's shared memory are, and their barriers.
 struct Forward {
-  Marks& marks;
-  LiveWord* live_words;
   u32 queries, keys, values, rows, full_q, empty_q, full_k, empty_k, full_v, empty_v;
 
   static constexpr int kBarriers = 2 * (1 + kStagesK + kStagesV);
-  __device__ __forceinline__ Forward(Marks& marks, LiveWord* live_words, u32 memory, u32 rows,
-                                     u32 barriers)
-      : marks(marks),
-        live_words(live_words),
-        queries(memory),
+  __device__ __forceinline__ Forward(u32 memory, u32 rows, u32 barriers)
+      : queries(memory),
         keys(memory + kOwnBytes),
         values(keys + kStagesK * kKeyBytes),
         rows(rows),
@@ -315,18 +262,6 @@ struct Walk {
   __device__ __forceinline__ int operator[](int i) const { return last - i * stride; }
 };
 
-// The tiles of a pass after the first one.
-struct LiveWalk {
-  const Marks& marks;
-  int count;
-  __device__ __forceinline__ LiveWalk(const Marks& marks, const Walk& all)
-      : marks(marks), count(all.count) {}
-  __device__ __forceinline__ int operator[](int i) const {
-    static_assert(Tiles::begin == 0);
-    return kSkips ? marks.list[i] : count - 1 - i;
-  }
-};
-
 // The tiles of a larger sample: the first and the last one, where models keep attention sinks and
 // near keys, and after them every stride-th other one. Samples of different strides share none.
 struct Strided : Walk {
@@ -373,28 +308,16 @@ __device__ __forceinline__ void for_passes(const Tiles& tiles, Side& side) {
          stride -= kFirstStride - kStride)
       side.strided_pass(Strided(tiles, stride));
   const Walk all(tiles.begin, tiles.end - 1, 1);
-  LiveWalk live(side.at.marks, all);
-  // After a vote, which puts marks before it.
-  const auto find_live = [&] {
-    if (!kSkips) return;
-    side.list_marked(all);
-    __syncthreads();
-    live.count = side.at.marks.count;
-  };
   int rounds = sample.is_everything() ? 1 : kSolveSteps;
   bool solving = !sample.is_everything() && side.vote(side.template full_pass<true>(all));
-  find_live();
   typename Side::Outputs outputs;
 #pragma unroll 1
   do {
 #pragma unroll 1
-    for (int left = kSolveSteps; solving && left > 0; --left) {
-      solving = side.vote(side.template full_pass<false>(live));
-      find_live();
-    }
-    solving = any_of_block(side.output_pass(live, outputs)) && --rounds > 0;
-    if (solving) find_live();
-  } while (solving);
+    for (int left = kSolveSteps; solving && left > 0; --left)
+      solving = side.vote(side.template full_pass<false>(all));
+    solving = any_of_block(side.output_pass(all, outputs));
+  } while (solving && --rounds > 0);
   side.write(outputs);
 }
 
@@ -454,8 +377,8 @@ struct Producer {
   }
   // Whatever pass comes next, it begins with the same keys: they are on their way before the block
   // knows which one it is.
-  template <bool, class Walked>
-  __device__ __forceinline__ bool full_pass(const Walked& walk) {
+  template <bool>
+  __device__ __forceinline__ bool full_pass(const Walk& walk) {
     const int next = min(kStagesK, walk.count);
     if (copies && !kResident)
 #pragma unroll 1  // it has few registers
@@ -465,13 +388,10 @@ struct Producer {
     __syncwarp();
     return false;
   }
-  __device__ __forceinline__ void list_marked(const Walk& all) const {
-    if (uniform(warp_id()) == kConsumers / 32) at.marks.make_list(all.last, kStagesK);
-  }
   // It takes part, but needs no pass; where keys stay it has nothing to copy for another one.
   __device__ __forceinline__ bool vote(bool mine) const { return !kResident && any_of_block(mine); }
   struct Outputs {};
-  __device__ __forceinline__ bool output_pass(const LiveWalk& walk, Outputs&) {
+  __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs&) {
     if (copies)
 #pragma unroll 1  // it has few registers
       for (int i = 0; i < walk.count; ++i) {
@@ -563,7 +483,7 @@ struct Attention {
   KeyRing& key_ring;
   ValueRing value_ring;
   Threshold t[2];
-  static constexpr int kKept = 5;  // numbers of a row
+  static constexpr int kKept = 4;  // numbers of a row
   using Outputs = RowOutputs;
 
   float top[2] = {-kInf, -kInf}, floor[2];
@@ -586,15 +506,12 @@ struct Attention {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
-      const float bound = b.flat[slot] ? p.row_count[at_row].bound : kInf;  // no weights of others
+      const float bound = b.flat[slot] ? p.row_count[at_row].bound : -kInf;
       poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
       floor[slot] = bound > -kInf ? c * bound : kUnbounded;
       t[slot].done = poisoned[slot] || !b.flat[slot];
       t[slot].rough = false, t[slot].slope = 1.f, t[slot].steps = 0;
     }
-    if (kSaves && lane_id() == 0)
-      at.live_words[warp_id()].to =
-          b.first_row < p.length_q ? live_tiles(p, b.head_row, b.first_row) : nullptr;
     await(at.full_q, place.number() % 2);
     sign_own(p, own, kOwnBytes);
   }
@@ -631,7 +548,6 @@ struct Attention {
       high[slot] = c * top[slot], low[slot] = high[slot] - 1.f;
       t[slot].lo = low[slot], t[slot].hi = high[slot];
       t[slot].tau = known ? high[slot] - window : floor[slot];
-      if (kSkips) store_shared(mark(slot), known ? t[slot].tau : kInf);
       t[slot].done = !known;
     }
     const int limit = sample.is_everything() ? kSolveSteps : kSampleSteps;
@@ -648,7 +564,7 @@ struct Attention {
           t[slot].steps += !t[slot].done;
           advance(t[slot], m, sums[slot].least, kExactly, kExactly);
         } else if (!t[slot].done) {
-          take(guess(t[slot].tau, m, weight[slot], caution, low[slot], high[slot]), slot);
+          t[slot].tau = guess(t[slot].tau, m, weight[slot], caution, low[slot], high[slot]);
         }
       }
     }
@@ -673,15 +589,14 @@ struct Attention {
     for (int slot = 0; slot < 2; ++slot) {
       auto m = sums[slot].join(walk.weight());
       m.s0 += own[slot].s0, m.s1 += own[slot].s1, m.s2 += own[slot].s2;
-      if (t[slot].done) continue;
-      take(guess(t[slot].tau, m, walk.weight(), kStridedCaution, t[slot].lo, t[slot].hi), slot);
+      if (!t[slot].done)
+        t[slot].tau = guess(t[slot].tau, m, walk.weight(), kStridedCaution, t[slot].lo, t[slot].hi);
     }
   }
 
   // One step of every row by all of its keys; whether there must be another one.
-  template <bool first, class Walked>
-  __device__ __forceinline__ bool full_pass(const Walked& walk) {
-    u32 live = 0;  // tiles of a word of the marks
+  template <bool first>
+  __device__ __forceinline__ bool full_pass(const Walk& walk) {
     if constexpr (first) restart(0), restart(1);
     RowSums sums[2];
     // A warp's rows of a slot that are all found need no sums: later passes are for few rows.
@@ -689,23 +604,11 @@ struct Attention {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
       sought[slot] = first || __any_sync(kAllLanes, !t[slot].done);
-    for_scores(walk, walk.count, [&](const Scores& s, int i) {
-      bool above = false;
+    for_scores(walk, walk.count, [&](const Scores& s, int) {
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
-        if constexpr (first) {
-          const float here = raise_top(slot, s);
-          if constexpr (kSkips) above |= c * here > load_shared(mark(slot));
-        }
+        if constexpr (first) raise_top(slot, s);
         if (sought[slot]) sums[slot].add(s, slot, c, t[slot].tau);
-      }
-      if constexpr (first && kSkips) {
-        const u32 tile = walk[i];
-        if (above) live |= 1u << tile % 32;
-        if (tile % 32) return;
-        live = __reduce_or_sync(kAllLanes, live);
-        if (lane_id() == 0) at.marks.set(tile / 32, live);
-        live = 0;
       }
     });
 #pragma unroll
@@ -721,7 +624,6 @@ struct Attention {
       advance(t[slot], m, sums[slot].least, 0.5f * kTolerance, kForeseenRough);
     }
     if constexpr (first) settle_rows();
-    if constexpr (kSkips) watch_marks();
     return !(t[0].done && t[1].done);
   }
 
@@ -731,10 +633,8 @@ struct Attention {
   }
 
   // The outputs by the thresholds as they are; whether some of these must be sought further.
-  __device__ __forceinline__ void list_marked(const Walk&) const {}
-  __device__ __forceinline__ bool output_pass(const LiveWalk& walk, Outputs& o) {
+  __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
-    if (kSaves && lane_id() == 0) at.live_words[warp_id()].bits = 0;
     o = {};
     if constexpr (!kAlone) value_ring = place.value_ring();
     if (kSaves || (kMayBeRough && any_of_own(t[0].rough || t[1].rough)))
@@ -742,9 +642,7 @@ struct Attention {
     else
       sum_outputs<false>(walk, o);
     if constexpr (!kAlone) place.note(value_ring);
-    const bool solving = missed(o, 0) | missed(o, 1);
-    if (kSkips && __any_sync(kAllLanes, solving)) at.marks.set_all();  // rare
-    return solving;
+    return missed(o, 0) | missed(o, 1);
   }
 
   // Outputs of probabilities that sum to one, and what a backward needs of each row.
@@ -881,26 +779,11 @@ struct Attention {
     if (lane_id() == 0) arrive(at.empty_k + key_ring.stage * 8);
     key_ring.advance();
   }
-  // Returns the largest score of a lane's row in a tile.
-  __device__ __forceinline__ float raise_top(int slot, const Scores& s) {
-    float here = -kInf;
+  __device__ __forceinline__ void raise_top(int slot, const Scores& s) {
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) here = max_or_nan(here, s[4 * n + 2 * slot + j]);
-    top[slot] = max_or_nan(top[slot], here);
-    return here;
-  }
-  __device__ __forceinline__ void take(const Guess& found, int slot) {
-    t[slot].tau = found.tau;
-    if (kSkips) store_shared(mark(slot), found.tau - found.margin);
-  }
-  // Where a threshold falls below its mark after all, no tile is left out.
-  __device__ __forceinline__ void watch_marks() const {
-    bool below = false;
-#pragma unroll
-    for (int slot = 0; slot < 2; ++slot) below |= t[slot].tau < load_shared(mark(slot));
-    if (__any_sync(kAllLanes, below)) at.marks.set_all();
+      for (int j = 0; j < 2; ++j) top[slot] = max_or_nan(top[slot], s[4 * n + 2 * slot + j]);
   }
   // A bracket of what is proven; what the sample found is where to start in it.
   __device__ __forceinline__ void restart(int slot) {
@@ -925,8 +808,6 @@ struct Attention {
   __device__ __forceinline__ u32 kept(int slot) const {
     return at.rows + (warp_id() * 16 + slot * 8 + lane_id() / 4) * u32(kKept * sizeof(float));
   }
-  // Where it is kept what the row's threshold is not expected to fall below.
-  __device__ __forceinline__ u32 mark(int slot) const { return kept(slot) + 16; }
   __device__ __forceinline__ void keep_rows() const {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
@@ -959,7 +840,7 @@ struct Attention {
   }
   // Both outputs over all keys, or the first one.
   template <bool second>
-  __device__ __forceinline__ void sum_outputs(const LiveWalk& walk, Outputs& o) {
+  __device__ __forceinline__ void sum_outputs(const Walk& walk, Outputs& o) {
     {
       PartScores s;
       start_part(s, walk[0], 0);
@@ -992,31 +873,24 @@ struct Attention {
   // Scores to what they are above thresholds, and the sums of probabilities.
   __device__ __forceinline__ void support(Outputs& o, PartScores& s, int first_key) {
     b.mask(s, first_key);
-    constexpr int kEach = kLiveKeys / 2;
-    static_assert(kPartKeys % kLiveKeys == 0);
+    float here[2] = {0.f, 0.f};
 #pragma unroll
-    for (int first = 0; first < kPartKeys / 2; first += kEach) {
-      float here[2] = {0.f, 0.f};
-#pragma unroll
-      for (int i = first; i < first + kEach; ++i) {
-        const int slot = i / 2 % 2;
-        // No score is more than 1 above its threshold, and multiply-adds saturate for free.
-        s[i] = __saturatef(fmaf(c, s[i], -t[slot].tau));
-        here[slot] = kAlpha == AlphaKind::k15 ? fmaf(s[i], s[i], here[slot]) : here[slot] + s[i];
-      }
-      o.mass[0] += here[0], o.mass[1] += here[1];
-      if constexpr (kSaves) note_live(here[0] + here[1] > 0.f, first_key + first * 2);
+    for (int i = 0; i < kPartKeys / 2; ++i) {
+      const int slot = i / 2 % 2;
+      // No score is more than 1 above its threshold, and multiply-adds saturate for free.
+      s[i] = __saturatef(fmaf(c, s[i], -t[slot].tau));
+      here[slot] = kAlpha == AlphaKind::k15 ? fmaf(s[i], s[i], here[slot]) : here[slot] + s[i];
     }
-    if constexpr (kSaves) keep_live(first_key);
+    o.mass[0] += here[0], o.mass[1] += here[1];
     fence_operands(s);
   }
   // Scores to probabilities, and to weights of the second output.
   template <bool second>
   __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
-    // Of each kLiveKeys keys whether some are in the support.
-    constexpr int kTiles = kPartKeys / kLiveKeys;
-    static_assert(kPartKeys % kLiveKeys == 0 && kLiveKeys == kStatsTile);
-    bool live[kTiles] = {};
+    // Of each kStatsTile keys whether some are in the support.
+    constexpr int kStats = kPartKeys / kStatsTile;
+    static_assert(kPartKeys % kStatsTile == 0);
+    bool live[kStats] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       float prob[8], u[8];
@@ -1028,7 +902,7 @@ struct Attention {
         u[e] = kAlpha == AlphaKind::k15 ? inside : inside > 0.f ? 1.f : 0.f;
         if constexpr (kCounts) {
           o.support[slot] += inside > 0.f;
-          live[k / (kLiveKeys / 16)] |= inside > 0.f && b.flat[slot];
+          live[k / (kStatsTile / 16)] |= inside > 0.f && b.flat[slot];
         }
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
@@ -1044,22 +918,8 @@ struct Attention {
     }
     if constexpr (kCounts)
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i)
+      for (int i = 0; i < kStats; ++i)
         if (live[i]) mark_tile(p, b.head_row, b.first_row, first_key + i * kStatsTile);
-  }
-  // Which tiles have weights for the backward. They come from the last one on: a word is complete
-  // with its first tile. Thresholds take a last step after that. A key that only this step lets in
-  // may be left out: its weight is less than the step, which is what the row's sum misses by 2 sum
-  // u. It is kept in shared memory, since no registers are left where values are wide.
-  __device__ __forceinline__ void note_live(bool mine, int first_key) const {
-    if (__any_sync(kAllLanes, mine) && lane_id() == 0)
-      at.live_words[warp_id()].bits |= 1u << u32(first_key) % kLiveWordKeys / kLiveKeys;
-  }
-  __device__ __forceinline__ void keep_live(int first_key) const {
-    if (u32(first_key) % kLiveWordKeys != kTileKeys - kPartKeys || lane_id() != 0) return;
-    LiveWord& kept = at.live_words[warp_id()];
-    if (kept.to) kept.to[u32(first_key) / kLiveWordKeys] = kept.bits;
-    kept.bits = 0;
   }
   template <bool second>
   __device__ __forceinline__ void start_values(Outputs& o, int part) {
@@ -1105,15 +965,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
   __shared__ float rows[kBlockRows * Attention::kKept];
-  __shared__ Marks marks;
-  __shared__ LiveWord live_words[kConsumers / 32];
   __shared__ int noted[kConsumers / 32 * Place::kNoted];
   __shared__ Items share;
   if (!share.find(p)) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
-  const Forward at(marks, live_words, memory, shared_address(rows), shared_address(barriers));
+  const Forward at(memory, shared_address(rows), shared_address(barriers));
   if (threadIdx.x == 0) at.start();
-  if (kSkips && threadIdx.x < kMostSkipped / 32) marks.live[threadIdx.x] = 0;
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
