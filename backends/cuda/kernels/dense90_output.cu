@@ -198,7 +198,7 @@ static_assert(kSwizzleAlignment + kOwnBytes + kStagesK * kKeyBytes + kStagesV * 
               ADASPLASH2_SHARED_DENSE_OUTPUT);
 // Whether a block has one item, of its own number: where those differ, and of wide tensors, whose
 // outputs leave no register for more.
-constexpr bool kAlone = blocks_differ() || !kNarrow;
+constexpr bool kAlone = kCausal || !kNarrow;
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 

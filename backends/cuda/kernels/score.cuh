@@ -76,9 +76,6 @@ struct KeyTiles {
 // different numbers of keys it sees the most, and no long block is left for the end.
 __device__ __forceinline__ u32 nth_row_block(u32 i, int blocks) { return blocks - 1 - i; }
 
-// Whether blocks of queries differ in how many keys they see.
-__device__ __forceinline__ constexpr bool blocks_differ() { return kCausal; }
-
 // Whether the first tile of a scan tells how many keys a row will keep of all. Not so of causal
 // rows, whose nearest keys come after it.
 __device__ __forceinline__ constexpr bool first_tile_tells() { return !kCausal; }
