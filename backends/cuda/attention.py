@@ -204,16 +204,14 @@ class Plan:
         )
 
     def _outputs(self, kind: int) -> tuple[driver.Launch, ...]:
-        dense, blocks = self._dense, self._query_tiles
-        if dense.shares_outputs:
-            blocks = self._dense_blocks(blocks)
+        dense, tiles = self._dense, (self._query_tiles,)
         lanes = self._options["OUTPUT_LANES"]
         # The portable kernel saves nothing, and always counts.
         options = {"OUTPUT": kind} if dense.maps else {}
         return (
             self._gathers("output", -(-self.counts.rows * lanes // layout.ELEMENT_THREADS)),
             self._launch_dense(
-                dense.output_unit, "dense_output", (blocks,), ("q", "k", "v"), **options
+                dense.output_unit, "dense_output", tiles, ("q", "k", "v"), **options
             ),
             self._launch_exact("exact_output"),
         )

@@ -143,8 +143,7 @@ class Dense:
     """One of the two sets of kernels that serve flat rows.
 
     ``key_blocks``: blocks of ``dense_grad_columns`` for one tile of keys. ``shared``: dynamic
-    shared memory by kernel. ``maps``: whether TMA brings the tensors. ``shares_outputs``: whether
-    blocks of ``dense_output`` work on several tiles where those do not differ.
+    shared memory by kernel. ``maps``: whether TMA brings the tensors.
     """
 
     output_unit: str
@@ -155,7 +154,6 @@ class Dense:
     shared: Mapping[str, int]
     geometry: Mapping[str, int]
     maps: bool
-    shares_outputs: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
@@ -231,7 +229,6 @@ def hopper_dense(head_dim: int, head_dim_v: int, length_k: int) -> Dense:
             "OWN_STAGES": own,
         },
         maps=True,
-        shares_outputs=narrow,
     )
 
 

@@ -158,10 +158,6 @@ struct Block : QueryBlock<kBlockRows> {
       flat[slot] = warp_id() < kConsumers / 32 && row(slot) < p.length_q &&
                    p.flat[head_row * p.row_blocks + row(slot) / kRowBlock];
   }
-  __device__ __forceinline__ Block(const Params& params, int number, const bool (&known)[2])
-      : QueryBlock(params, number), p(params), first_row(first + warp_id() * 16) {
-    flat[0] = known[0], flat[1] = known[1];
-  }
   __device__ __forceinline__ int row(int slot) const {
     return first_row + slot * 8 + lane_id() / 4;
   }
@@ -183,77 +179,6 @@ struct Block : QueryBlock<kBlockRows> {
 #pragma unroll
     for (int i = 0; i < count; ++i)
       if (i / 4 * 8 + i % 2 >= limit[i / 2 % 2]) s[i] = -kInf;
-  }
-};
-
-// What a block owns of an item, and of the next one where there is room.
-constexpr int kOwnStages = ADASPLASH2_OWN_STAGES;
-using OwnRing = Ring<kOwnStages>;
-
-// How many tiles of queries there are, and whether one has flat rows: `parts` threads ask together,
-// and each looks at some of its row blocks.
-__device__ __forceinline__ int query_tiles(const Params& p) {
-  return p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
-}
-__device__ __forceinline__ bool has_flat_rows(const Params& p, int number, int part, int parts) {
-  const QueryBlock<kBlockRows> b(p, number);
-  bool any = false;
-#pragma unroll 8
-  for (int i = part; i < kBlockRows / kRowBlock; i += parts)
-    if (const int at = b.first / kRowBlock + i; at < p.row_blocks)
-      any |= p.flat[i64(b.head_row) * p.row_blocks + at] != kListed;
-  return any;
-}
-
-// The items that a block works on, one after another: while it ends with one the next one's tiles
-// are on their way. Its own one where there are as many blocks, else of those that are wanted every
-// gridDim.x-th, or as many in a row.
-struct Share {
-  int count, items[kMostTiles], before[kThreads / 32];
-
-  // body(item) for each, in order. Whoever copies and whoever multiplies goes through here.
-  template <class Body>
-  __device__ __forceinline__ void for_items(const Body& body) const {
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) body(items[i]);
-  }
-
-  // All threads come together, and ask wanted(item, part, parts): as `parts` threads for one, or
-  // each for some of its own.
-  template <bool in_a_row, class Wanted>
-  __device__ __forceinline__ void distribute(int all, const Wanted& wanted) {
-    if (gridDim.x >= all) {
-      const bool mine = any_of_block(wanted(blockIdx.x, threadIdx.x, kThreads));
-      if (threadIdx.x == 0) count = mine, items[0] = blockIdx.x;
-      __syncthreads();
-      return;
-    }
-    const int each = (all + kThreads - 1) / kThreads, first = threadIdx.x * each;
-    u32 found = 0;
-    for (int i = 0; i < each && first + i < all; ++i) found |= u32(wanted(first + i, 0, 1)) << i;
-    int rank = sum_upto(__popc(found));
-    if (lane_id() == 31) before[warp_id()] = rank;
-    __syncthreads();
-    rank -= __popc(found);
-    int total = 0;
-#pragma unroll 1
-    for (int warp = 0; warp < kThreads / 32; ++warp) {
-      if (warp < warp_id()) rank += before[warp];
-      total += before[warp];
-    }
-    const auto start = [total](u32 block) { return int(block * u32(total) / gridDim.x); };
-    const int from = start(blockIdx.x), to = start(blockIdx.x + 1);
-    for (; found; found &= found - 1, ++rank) {
-      const int item = first + __ffs(found) - 1;
-      if constexpr (in_a_row) {
-        if (rank >= from && rank < to) items[rank - from] = item;
-      } else {
-        if (rank % gridDim.x == blockIdx.x) items[rank / gridDim.x] = item;
-      }
-    }
-    if (threadIdx.x == 0)
-      count = in_a_row ? to - from : int((total + gridDim.x - 1 - blockIdx.x) / gridDim.x);
-    __syncthreads();
   }
 };
 

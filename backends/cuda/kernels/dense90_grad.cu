@@ -8,6 +8,67 @@
 namespace adasplash2 {
 
 using GradRing = Ring<kGradStages>;
+// What a block owns of an item, and of the next one where there is room.
+constexpr int kOwnStages = ADASPLASH2_OWN_STAGES;
+using OwnRing = Ring<kOwnStages>;
+
+// How many tiles of queries there are, and whether one has flat rows: `parts` threads ask together,
+// and each looks at some of its row blocks.
+__device__ __forceinline__ int query_tiles(const Params& p) {
+  return p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
+}
+__device__ __forceinline__ bool has_flat_rows(const Params& p, int number, int part, int parts) {
+  const QueryBlock<kBlockRows> b(p, number);
+  bool any = false;
+#pragma unroll 8
+  for (int i = part; i < kBlockRows / kRowBlock; i += parts)
+    if (const int at = b.first / kRowBlock + i; at < p.row_blocks)
+      any |= p.flat[i64(b.head_row) * p.row_blocks + at] != kListed;
+  return any;
+}
+
+// The items that a block works on, one after another: while it ends with one the next one's tiles
+// are on their way. Its own one where there are as many blocks, else every gridDim.x-th of those
+// that are wanted.
+struct Share {
+  int count, items[kMostTiles], before[kThreads / 32];
+
+  // body(item) for each, in order. Whoever copies and whoever multiplies goes through here.
+  template <class Body>
+  __device__ __forceinline__ void for_items(const Body& body) const {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) body(items[i]);
+  }
+
+  // All threads come together, and ask wanted(item, part, parts): as `parts` threads for one, or
+  // each for some of its own.
+  template <class Wanted>
+  __device__ __forceinline__ void distribute(int all, const Wanted& wanted) {
+    if (gridDim.x >= all) {
+      const bool mine = any_of_block(wanted(blockIdx.x, threadIdx.x, kThreads));
+      if (threadIdx.x == 0) count = mine, items[0] = blockIdx.x;
+      __syncthreads();
+      return;
+    }
+    const int each = (all + kThreads - 1) / kThreads, first = threadIdx.x * each;
+    u32 found = 0;
+    for (int i = 0; i < each && first + i < all; ++i) found |= u32(wanted(first + i, 0, 1)) << i;
+    int rank = sum_upto(__popc(found));
+    if (lane_id() == 31) before[warp_id()] = rank;
+    __syncthreads();
+    rank -= __popc(found);
+    int total = 0;
+#pragma unroll 1
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      if (warp < warp_id()) rank += before[warp];
+      total += before[warp];
+    }
+    for (; found; found &= found - 1, ++rank)
+      if (rank % gridDim.x == blockIdx.x) items[rank / gridDim.x] = first + __ffs(found) - 1;
+    if (threadIdx.x == 0) count = int((total + gridDim.x - 1 - blockIdx.x) / gridDim.x);
+    __syncthreads();
+  }
+};
 
 template <int rows>
 struct Backward {
@@ -209,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[GradRows::kBarriers];
   __shared__ Share share;
-  share.distribute<false>(query_tiles(p), [&](int item, int part, int parts) {
+  share.distribute(query_tiles(p), [&](int item, int part, int parts) {
     return has_flat_rows(p, item, part, parts);
   });
   if (share.count == 0) return;
@@ -527,7 +588,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(16) Queries queries[kGradStages];
   __shared__ Share share;
   const int tiles = p.batch * p.heads_kv * ((p.length_k + kBlockRows - 1) / kBlockRows);
-  share.distribute<false>(tiles, [&](int item, int part, int parts) {
+  share.distribute(tiles, [&](int item, int part, int parts) {
     return Keys(p, item).are_wanted(p, part, parts);
   });
   if (share.count == 0) return;

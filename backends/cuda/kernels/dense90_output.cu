@@ -196,61 +196,31 @@ constexpr int kKeyBytes = tile_bytes<kTileKeys, kPanels>;
 constexpr int kValueBytes = tile_bytes<kTileKeys, kPanelsV>;
 static_assert(kSwizzleAlignment + kOwnBytes + kStagesK * kKeyBytes + kStagesV * kValueBytes ==
               ADASPLASH2_SHARED_DENSE_OUTPUT);
-// Whether a block has one item, of its own number: where those differ, and of wide tensors, whose
-// outputs leave no register for more.
-constexpr bool kAlone = kCausal || !kNarrow;
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 
 // Where the parts of a block's shared memory are, and their barriers.
 struct Forward {
-  u32 queries, keys, values, rows, full_q, empty_q, full_k, empty_k, full_v, empty_v;
+  u32 queries, keys, values, rows, full_q, full_k, empty_k, full_v, empty_v;
 
-  static constexpr int kBarriers = 2 * (1 + kStagesK + kStagesV);
+  static constexpr int kBarriers = 1 + 2 * kStagesK + 2 * kStagesV;
   __device__ __forceinline__ Forward(u32 memory, u32 rows, u32 barriers)
       : queries(memory),
         keys(memory + kOwnBytes),
-        values(keys + kStagesK * kKeyBytes),
+        values(memory + kOwnBytes + kStagesK * kKeyBytes),
         rows(rows),
         full_q(barriers),
-        empty_q(full_q + 8),
-        full_k(empty_q + 8),
+        full_k(barriers + 8),
         empty_k(full_k + 8 * kStagesK),
         full_v(empty_k + 8 * kStagesK),
         empty_v(full_v + 8 * kStagesV) {}
   __device__ __forceinline__ void start() const {
-    init_barrier(full_q, 1), init_barrier(empty_q, kConsumers / 32);
+    init_barrier(full_q, 1);
     for (int i = 0; i < kStagesK; ++i)
       init_barrier(full_k + 8 * i, 1), init_barrier(empty_k + 8 * i, kConsumers / 32);
     for (int i = 0; i < kStagesV; ++i)
       init_barrier(full_v + 8 * i, 1), init_barrier(empty_v + 8 * i, kConsumers / 32);
     fence_async_proxy();
-  }
-};
-
-// What a block works on.
-struct Items {
-  Share share;
-
-  // Returns whether there is something. All threads come together.
-  __device__ __forceinline__ bool find(const Params& p) {
-    if constexpr (kAlone) return any_of_block(has_flat_rows(p, blockIdx.x, threadIdx.x, kThreads));
-    share.distribute<kResident>(query_tiles(p), [&](int item, int part, int parts) {
-      return has_flat_rows(p, item, part, parts);
-    });
-    return share.count > 0;
-  }
-  __device__ __forceinline__ int item(int i) const { return kAlone ? blockIdx.x : share.items[i]; }
-  __device__ __forceinline__ bool has(int i) const { return !kAlone && i < share.count; }
-  // Whether the keys that stay are not those of the item before. Their tiles are replaced when all
-  // warps say, at the barrier of the first stage, that they are done with them.
-  __device__ __forceinline__ bool keys_change(const Params& p, int i) const {
-    return !kResident || i == 0 || key_row(p, i) != key_row(p, i - 1);
-  }
-
- private:
-  __device__ __forceinline__ int key_row(const Params& p, int i) const {
-    return QueryBlock<kBlockRows>(p, item(i)).kv_row(p);
   }
 };
 
@@ -296,8 +266,7 @@ struct Sample {
 
 // All passes over keys, in order. The thread that copies and the warps that multiply both go
 // through here: each side takes every tile of every pass that it is given, or the other one waits
-// forever. full_pass() and output_pass() tell whether the side needs another full one; vote(), who
-// has to take it then.
+// forever. full_pass() and output_pass() tell whether the side needs another full one.
 template <class Side>
 __device__ __forceinline__ void for_passes(const Tiles& tiles, Side& side) {
   const Sample sample{tiles};
@@ -308,61 +277,48 @@ __device__ __forceinline__ void for_passes(const Tiles& tiles, Side& side) {
          stride -= kFirstStride - kStride)
       side.strided_pass(Strided(tiles, stride));
   const Walk all(tiles.begin, tiles.end - 1, 1);
-  int rounds = sample.is_everything() ? 1 : kSolveSteps;
-  bool solving = !sample.is_everything() && side.vote(side.template full_pass<true>(all));
+  int left = kSolveSteps;
+  bool solving = false;
+  if (sample.is_everything())
+    left = 0;
+  else
+    solving = any_of_block(side.template full_pass<true>(all));
   typename Side::Outputs outputs;
 #pragma unroll 1
   do {
 #pragma unroll 1
-    for (int left = kSolveSteps; solving && left > 0; --left)
-      solving = side.vote(side.template full_pass<false>(all));
+    for (; solving && left > 0; --left) solving = any_of_block(side.template full_pass<false>(all));
     solving = any_of_block(side.output_pass(all, outputs));
-  } while (solving && --rounds > 0);
+  } while (solving && left > 0);
   side.write(outputs);
 }
 
 // The warp that has tiles copied; one thread of it does.
 struct Producer {
   const Forward& at;
-  const TensorMap &query_map, &key_map, &value_map;
+  const TensorMap &key_map, &value_map;
   const bool copies;
-  Plane key_plane, value_plane;
-  int ahead = 0;          // tiles of keys of the next pass that were copied with the last one
-  bool keys_come = true;  // with the next sample
-  u32 parity = 1;         // of the keys that stay
-  Ring<1> own_ring;
+  const Plane key_plane, value_plane;
+  int ahead = 0;  // tiles of keys of the next pass that were copied with the last one
   KeyRing key_ring;
   ValueRing value_ring;
 
-  __device__ __forceinline__ Producer(const Forward& at, const Params& p,
-                                      const TensorMap& query_map, const TensorMap& key_map,
-                                      const TensorMap& value_map)
+  __device__ __forceinline__ Producer(const Forward& at, const Block& b, const TensorMap& query_map,
+                                      const TensorMap& key_map, const TensorMap& value_map)
       : at(at),
-        query_map(query_map),
         key_map(key_map),
         value_map(value_map),
         copies(threadIdx.x == kConsumers),
-        key_plane(p.k, 0, 0),
-        value_plane(p.v, 0, 0) {}
-
-  // An item; `change`: whether its keys are others than those that stay.
-  __device__ __forceinline__ void start(const Block& b, bool change) {
+        key_plane(b.p.k, b.kv_head, b.batch),
+        value_plane(b.p.v, b.kv_head, b.batch) {
     if (!copies) return;
-    key_plane = Plane(b.p.k, b.kv_head, b.batch);
-    value_plane = Plane(b.p.v, b.kv_head, b.batch);
-    keys_come = change;
-    own_ring.await_empty(at.empty_q);
     arrive_expect_tx(at.full_q, kOwnBytes);
     tma_load_tile<kBlockRows, kPanels, kBox>(at.queries, query_map, b.first,
                                              Plane(b.p.q, b.head, b.batch), at.full_q);
-    own_ring.advance();
-    if (!kResident || !change) return;
-    await(at.empty_k, parity);  // a new barrier counts as one of the parity before
-    parity ^= 1;
   }
 
   __device__ __forceinline__ void sample_pass(const Sample& sample) {
-    if (!copies || !keys_come) return;
+    if (!copies) return;
 #pragma unroll 1  // it has few registers
     for (int i = 0; i < sample.count(); ++i) push_keys(sample[i]);
     if constexpr (kResident)
@@ -386,10 +342,8 @@ struct Producer {
         push_keys(walk[i < walk.count ? i : i - walk.count]);
     ahead = next;
     __syncwarp();
-    return false;
+    return false;  // it takes part in the vote, but needs no pass
   }
-  // It takes part, but needs no pass; where keys stay it has nothing to copy for another one.
-  __device__ __forceinline__ bool vote(bool mine) const { return !kResident && any_of_block(mine); }
   struct Outputs {};
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs&) {
     if (copies)
@@ -436,39 +390,7 @@ struct RowOutputs {
   Sums<kPanelsV> out = {}, second = {};
   AFragment probs[kSteps], weights[kSaves || kMayBeRough ? kSteps : 1];
   int support[2] = {0, 0};
-  float mass[2] = {0.f, 0.f};
-  float sum_u[4] = {};  // 2 s and 2 s + 1: of a whole row, the same in its four lanes
-};
-
-// Where a warp is in what the thread that copies brings, from one item to the next. What is noted
-// in shared memory has no register while passes or outputs are summed.
-struct Place {
-  static constexpr int kNoted = 2;
-  const u32 noted;  // the number of the item, and where in the ring of values the warp is
-  u32 parity = 1;   // of the keys that stay
-  KeyRing key_ring;
-
-  __device__ __forceinline__ explicit Place(u32 noted) : noted(noted) {
-    note(0, 0);
-    note(1, 0);
-  }
-  __device__ __forceinline__ int number() const { return kAlone ? 0 : load_shared_int(noted); }
-  __device__ __forceinline__ void advance() const { note(0, number() + 1); }
-  __device__ __forceinline__ ValueRing value_ring() const {
-    const int at = load_shared_int(noted + 4);
-    return {at / 2, u32(at % 2)};
-  }
-  __device__ __forceinline__ void note(const ValueRing& ring) const {
-    note(1, 2 * ring.stage + int(ring.parity));
-  }
-
- private:
-  __device__ __forceinline__ void note(int i, int x) const {
-    if constexpr (kAlone) return;
-    __syncwarp();
-    if (lane_id() == 0) store_shared(noted + 4 * i, x);
-    __syncwarp();
-  }
+  float mass[2] = {0.f, 0.f}, sum_u[2] = {0.f, 0.f};
 };
 
 // A warpgroup's 64 rows: their thresholds, then their outputs.
@@ -478,9 +400,7 @@ struct Attention {
   const Params& p;
   const float c;
   const u64 queries, keys, values;
-  const Items& share;
-  const Place& place;
-  KeyRing& key_ring;
+  KeyRing key_ring;
   ValueRing value_ring;
   Threshold t[2];
   static constexpr int kKept = 4;  // numbers of a row
@@ -489,18 +409,14 @@ struct Attention {
   float top[2] = {-kInf, -kInf}, floor[2];
   bool poisoned[2];
 
-  __device__ __forceinline__ Attention(const Forward& at, char* own, const Block& b, Place& place,
-                                       const Items& share)
+  __device__ __forceinline__ Attention(const Forward& at, char* own, const Block& b)
       : at(at),
         b(b),
         p(b.p),
         c(b.p.c),
         queries(descriptor(at.queries + uniform(warp_id() / 4) * kRows * kLineBytes)),
         keys(descriptor(at.keys)),
-        values(descriptor(at.values, kTileKeys * kLineBytes)),
-        share(share),
-        place(place),
-        key_ring(place.key_ring) {
+        values(descriptor(at.values, kTileKeys * kLineBytes)) {
     // The scan left each row's largest score as far as it looked, NaN for a poisoned row, and a
     // lower bound of its threshold.
 #pragma unroll
@@ -512,7 +428,7 @@ struct Attention {
       t[slot].done = poisoned[slot] || !b.flat[slot];
       t[slot].rough = false, t[slot].slope = 1.f, t[slot].steps = 0;
     }
-    await(at.full_q, place.number() % 2);
+    await(at.full_q, 0);
     sign_own(p, own, kOwnBytes);
   }
 
@@ -528,10 +444,7 @@ struct Attention {
         continue;
       }
       const int tile = sample[i];
-      await_keys(tile, key_ring);
-      start_scores(s[i], tile);
-      finish_scores(s[i]);
-      b.mask(s[i], tile * kTileKeys);
+      scores(s[i], tile);
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot)
         allowed[slot] += max(0, min(kTileKeys, b.seen(slot) - tile * kTileKeys));
@@ -627,32 +540,23 @@ struct Attention {
     return !(t[0].done && t[1].done);
   }
 
-  // Where keys stay, a warpgroup takes no more passes than its own rows need.
-  __device__ __forceinline__ bool vote(bool mine) const {
-    return kResident ? any_of_own(mine) : any_of_block(mine);
-  }
-
   // The outputs by the thresholds as they are; whether some of these must be sought further.
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
     o = {};
-    if constexpr (!kAlone) value_ring = place.value_ring();
-    if (kSaves || (kMayBeRough && any_of_own(t[0].rough || t[1].rough)))
+    if (kSaves || (kMayBeRough && any_of_warpgroup(2 + warp_id() / 4, t[0].rough || t[1].rough)))
       sum_outputs<true>(walk, o);
     else
       sum_outputs<false>(walk, o);
-    if constexpr (!kAlone) place.note(value_ring);
     return missed(o, 0) | missed(o, 1);
   }
 
   // Outputs of probabilities that sum to one, and what a backward needs of each row.
   __device__ __forceinline__ void write(Outputs& o) {
-    if (lane_id() == 0) arrive(at.empty_q);
-    const Block here(p, share.item(place.number()), b.flat);  // no register was left for it
     bool unsafe = false;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const float total = o.mass[slot], total_u = o.sum_u[2 * slot];
+      const float total = o.mass[slot], total_u = sum_over<4>(o.sum_u[slot]);
       const int kept = sum_over<4>(o.support[slot]);
       const float factor_u = total_u > 0.f ? 1.f / total_u : 0.f;
       // A row's bits are the same whether or not O2 is there for others.
@@ -668,11 +572,11 @@ struct Attention {
           if constexpr (kMayBeRough) x = fmaf(of_second, o.second[4 * n + 2 * slot + j], x);
           if (is_poisoned(slot)) x = kNaN;
         }
-      unsafe |= here.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
-      if constexpr (kSaves) keep_second(o, here, slot, factor_u);
-      if (!here.flat[slot] || lane_id() % 4) continue;
-      const i64 at_row = i64(here.head_row) * p.row_blocks * kRowBlock + here.row(slot);
-      const i64 at_tau = i64(here.head_row) * p.length_q + here.row(slot);
+      unsafe |= b.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
+      if constexpr (kSaves) keep_second(o, slot, factor_u);
+      if (!b.flat[slot] || lane_id() % 4) continue;
+      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
+      const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
       // The last step, by what is known of the slope: the backward's probabilities sum to one.
       const float tau = t[slot].tau, slope = rough ? 2.f * total_u : t[slot].slope;
       const float last =
@@ -680,26 +584,25 @@ struct Attention {
       p.tau[at_tau] = last;
       p.row_count[at_row].survivors = is_poisoned(slot) ? kPoisoned : kept;
       p.row_start[at_row].factor = total > 0.f ? 1.f / (total - slope * (last - tau)) : 0.f;
-      if (is_poisoned(slot)) poison_keys(p, here.batch, here.kv_head, here.row(slot));
+      if (is_poisoned(slot)) poison_keys(p, b.batch, b.kv_head, b.row(slot));
       if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
-    mark_output_if(unsafe, p, here.head_row, here.first_row);
-    write_rows<kHeadDimV>(o.out, row_of(p.o, here.batch, here.head, 0), p.o.row, here.first_row,
-                          p.length_q, 1.f / kProbScale, here.flat);
+    mark_output_if(unsafe, p, b.head_row, b.first_row);
+    write_rows<kHeadDimV>(o.out, row_of(p.o, b.batch, b.head, 0), p.o.row, b.first_row, p.length_q,
+                          1.f / kProbScale, b.flat);
   }
 
  private:
   // All lanes of the warp come together. One entry that is not finite leaves the row no delta.
-  __device__ __forceinline__ void keep_second(const Outputs& o, const Block& here, int slot,
-                                              float factor_u) const {
+  __device__ __forceinline__ void keep_second(const Outputs& o, int slot, float factor_u) const {
     float most = 0.f;
 #pragma unroll
     for (int n = 0; n < kDimV / 8; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) most = max_or_nan(most, fabsf(o.second[4 * n + 2 * slot + j]));
     most = max_or_nan_over<4>(most);
-    if (!here.flat[slot]) return;
-    const SecondOutput to(p, here.head_row, here.row(slot));
+    if (!b.flat[slot]) return;
+    const SecondOutput to(p, b.head_row, b.row(slot));
     // Of what is hardly a number any more, 1 / most would be infinite.
     const float lift = most < 0x1p-60f ? 0x1p80f : 1.f, share = to.kWhole / (most * lift);
 #pragma unroll
@@ -709,67 +612,34 @@ struct Attention {
     if (lane_id() % 4 == 0) *to.largest = most * factor_u;
   }
 
-  // Whether any lane of the warpgroup says so.
-  static __device__ __forceinline__ bool any_of_own(bool mine) {
-    return any_of_warpgroup(2 + warp_id() / 4, mine);
-  }
-
   // --- thresholds
 
-  // use(scores of a tile, i) of every tile of a walk. While it uses those of one, the tensor cores
-  // make those of the next one. The wait for keys comes before that for scores: it is a branch, or
-  // the assembler would put uses behind the wait for scores that they do not need.
+  // use(scores of a tile, i) of every tile of a walk.
   template <class Walked, class Use>
   __device__ __forceinline__ void for_scores(const Walked& walk, int count, const Use& use) {
-    Scores even, odd;
-    const auto use_and_start = [&](Scores& s, Scores& next, int i) {
-      await_keys(walk[i + 1], next_stage());
-      finish_scores(s);
-      start_scores(next, walk[i + 1]);
-      b.mask(s, walk[i] * kTileKeys);
-      use(s, i);
-    };
-    const auto use_last = [&](Scores& s) {
-      finish_scores(s);
-      b.mask(s, walk[count - 1] * kTileKeys);
-      use(s, count - 1);
-    };
-    await_keys(walk[0], key_ring);
-    start_scores(even, walk[0]);
-    int i = 0;
 #pragma unroll 1
-    for (; i + 2 < count; i += 2) {
-      use_and_start(even, odd, i);
-      use_and_start(odd, even, i + 1);
-    }
-    if (i + 1 < count) {
-      use_and_start(even, odd, i);
-      use_last(odd);
-    } else {
-      use_last(even);
+    for (int i = 0; i < count; ++i) {
+      Scores s;
+      scores(s, walk[i]);
+      use(s, i);
     }
   }
-  __device__ __forceinline__ void start_scores(Scores& s, int tile) {
+  // The scores of one tile, and its stage given back.
+  __device__ __forceinline__ void scores(Scores& s, int tile) {
+    await_keys(tile);
     wgmma_fence();
     add_dots<kDim, kTileKeys>(s, queries, keys_of(tile));
     wgmma_commit();
-  }
-  // Its stage is given back.
-  __device__ __forceinline__ void finish_scores(Scores& s) {
     wgmma_wait();
     fence_operands(s);
     give_back_keys();
+    b.mask(s, tile * kTileKeys);
   }
-  __device__ __forceinline__ void await_keys(int tile, const KeyRing& ring) const {
+  __device__ __forceinline__ void await_keys(int tile) const {
     if constexpr (kResident)
-      await(at.full_k + tile * 8, place.parity);
+      await(at.full_k + tile * 8, 0);
     else
-      ring.await_full(at.full_k);
-  }
-  __device__ __forceinline__ KeyRing next_stage() const {
-    KeyRing ring = key_ring;
-    ring.advance();
-    return ring;
+      key_ring.await_full(at.full_k);
   }
   __device__ __forceinline__ u64 keys_of(int tile) const {
     return keys + (kResident ? tile : key_ring.stage) * (kKeyBytes / kDescriptorBytes);
@@ -806,7 +676,7 @@ struct Attention {
 
   // The sums of outputs leave no registers for all that is known of rows.
   __device__ __forceinline__ u32 kept(int slot) const {
-    return at.rows + (warp_id() * 16 + slot * 8 + lane_id() / 4) * u32(kKept * sizeof(float));
+    return at.rows + (b.row(slot) - b.first) * u32(kKept * sizeof(float));
   }
   __device__ __forceinline__ void keep_rows() const {
 #pragma unroll
@@ -829,7 +699,7 @@ struct Attention {
     return b.flat[slot] && !(t[slot].tau == t[slot].tau);
   }
   __device__ __forceinline__ void start_part(PartScores& s, int tile, int part) {
-    if (part == 0) await_keys(tile, key_ring);
+    if (part == 0) await_keys(tile);
     wgmma_fence();
     add_dots<kDim, kTileKeys>(s, queries, keys_of(tile) + part * rows_at(kSteps));
     wgmma_commit();
@@ -846,47 +716,28 @@ struct Attention {
       start_part(s, walk[0], 0);
       wgmma_wait();
       finish_part(s, 0);
-      support(o, s, walk[0] * kTileKeys);
       weigh<second>(o, s, walk[0] * kTileKeys);
     }
 #pragma unroll 1
     for (int i = 1; i < walk.count * kParts; ++i) {
       PartScores s;
-      // While the values of the part before are summed: for as long as these need their
-      // probabilities, those of this part have no registers.
+      // While the values of the part before are summed.
       start_part(s, walk[i / kParts], i % kParts);
       start_values<second>(o, (i - 1) % kParts);
-      wgmma_wait<1>();
-      finish_part(s, i % kParts);
-      const int first_key = walk[i / kParts] * kTileKeys + i % kParts * kPartKeys;
-      support(o, s, first_key);
-      // Long complete: a branch, or the assembler would put all of support() behind the next wait.
-      await(at.full_q, place.number() % 2);
       wgmma_wait();
+      finish_part(s, i % kParts);
       finish_values<second>(o, (i - 1) % kParts);
-      weigh<second>(o, s, first_key);
+      weigh<second>(o, s, walk[i / kParts] * kTileKeys + i % kParts * kPartKeys);
     }
     start_values<second>(o, kParts - 1);
     wgmma_wait();
     finish_values<second>(o, kParts - 1);
   }
-  // Scores to what they are above thresholds, and the sums of probabilities.
-  __device__ __forceinline__ void support(Outputs& o, PartScores& s, int first_key) {
-    b.mask(s, first_key);
-    float here[2] = {0.f, 0.f};
-#pragma unroll
-    for (int i = 0; i < kPartKeys / 2; ++i) {
-      const int slot = i / 2 % 2;
-      // No score is more than 1 above its threshold, and multiply-adds saturate for free.
-      s[i] = __saturatef(fmaf(c, s[i], -t[slot].tau));
-      here[slot] = kAlpha == AlphaKind::k15 ? fmaf(s[i], s[i], here[slot]) : here[slot] + s[i];
-    }
-    o.mass[0] += here[0], o.mass[1] += here[1];
-    fence_operands(s);
-  }
   // Scores to probabilities, and to weights of the second output.
   template <bool second>
   __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
+    b.mask(s, first_key);
+    float here[2] = {0.f, 0.f}, here_u[2] = {0.f, 0.f};
     // Of each kStatsTile keys whether some are in the support.
     constexpr int kStats = kPartKeys / kStatsTile;
     static_assert(kPartKeys % kStatsTile == 0);
@@ -897,9 +748,11 @@ struct Attention {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const int slot = e / 2 % 2;
-        const float inside = s[8 * k + e];
+        // No score is more than 1 above its threshold, and multiply-adds saturate for free.
+        const float inside = __saturatef(fmaf(c, s[8 * k + e], -t[slot].tau));
         prob[e] = kAlpha == AlphaKind::k15 ? inside * inside : inside;
         u[e] = kAlpha == AlphaKind::k15 ? inside : inside > 0.f ? 1.f : 0.f;
+        here[slot] += prob[e];
         if constexpr (kCounts) {
           o.support[slot] += inside > 0.f;
           live[k / (kStatsTile / 16)] |= inside > 0.f && b.flat[slot];
@@ -907,15 +760,18 @@ struct Attention {
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
       if constexpr (second) {
-        // The weights are summed as they are multiplied, rounded, and by tensor cores, which have
-        // time for it: O2 of equal values is then that value.
+        // The weights are summed as they are multiplied, rounded: O2 of equal values is then that
+        // value.
         o.weights[k] = as_a_fragment([&](int e) { return u[e]; });
-        constexpr u32 kOnes = ADASPLASH2_DTYPE == ADASPLASH2_FLOAT16 ? 0x3c003c00 : 0x3f803f80;
-        const AFragment& w = o.weights[k];
-        float (&sum)[4] = o.sum_u;
-        multiply(sum, w, kOnes, kOnes, sum[0], sum[1], sum[2], sum[3]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = Scalar::unpack(o.weights[k].r[i]);
+          here_u[i % 2] += pair.x + pair.y;
+        }
       }
     }
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) o.mass[slot] += here[slot], o.sum_u[slot] += here_u[slot];
     if constexpr (kCounts)
 #pragma unroll
       for (int i = 0; i < kStats; ++i)
@@ -965,38 +821,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
   __shared__ float rows[kBlockRows * Attention::kKept];
-  __shared__ int noted[kConsumers / 32 * Place::kNoted];
-  __shared__ Items share;
-  if (!share.find(p)) return;
+  const Block b(p, blockIdx.x);
+  if (!any_of_block(b.flat[0] || b.flat[1])) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
   const Forward at(memory, shared_address(rows), shared_address(barriers));
   if (threadIdx.x == 0) at.start();
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
-    Producer producer(at, p, query_map, key_map, value_map);
-    int i = 0;
-#pragma unroll 1
-    do {
-      const Block b(p, share.item(i));
-      producer.start(b, share.keys_change(p, i));
-      for_passes(b.tiles<kTileKeys>(), producer);
-    } while (share.has(++i));
+    Producer producer(at, b, query_map, key_map, value_map);
+    for_passes(b.tiles<kTileKeys>(), producer);
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
-    Place place(shared_address(noted + warp_id() * Place::kNoted));
-#pragma unroll 1
-    do {
-      const int i = place.number();
-      const Block b(p, share.item(i));
-      if (kResident && share.keys_change(p, i)) {
-        if (i > 0 && lane_id() == 0) arrive(at.empty_k);
-        place.parity ^= 1;
-      }
-      Attention attention(at, shared + (memory - start), b, place, share);
-      for_passes(b.tiles<kTileKeys>(), attention);
-      place.advance();
-    } while (share.has(place.number()));
+    Attention attention(at, shared + (memory - start), b);
+    for_passes(b.tiles<kTileKeys>(), attention);
   }
 }
 
