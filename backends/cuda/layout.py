@@ -197,6 +197,11 @@ GRAD_STAGES = 3
 GRAD_QUERIES = 64
 """Queries of a tile in ``dense_grad_columns``."""
 
+LIVE_KEYS = 64
+LIVE_WORD_KEYS = 32 * LIVE_KEYS
+"""Keys of which a bit of ``Params.live`` tells whether some have weights, and of one of its
+words."""
+
 OUTPUT_PLAIN, OUTPUT_SAVES, OUTPUT_COUNTS = range(3)
 """``ADASPLASH2_OUTPUT`` of ``dense90_output.cu``: no backward is to come; one is; the call counts
 what it did."""
@@ -271,6 +276,9 @@ Params = _struct(
     ("RowStart*", "row_start"),
     ("RowCount*", "row_count"),
     ("unsigned char*", "flat"),  # of each row block: kListed (zero), kToRetry, kFlat or kUnsafe
+    # Of each flat row block, which tiles of kLiveKeys keys have weights: a bit each, in words of
+    # kLiveWordKeys keys. Only of tiles that the block sees, and only from dense90_output.cu.
+    ("unsigned int*", "live"),
     ("int*", "poison"),  # per (batch, key head): keys before it are seen by a poisoned row
     # The arena, kRowBlock * kArenaBytes a row block: of a listed one the columns of its survivors
     # (columns_of() in common.cuh), of a flat one what its dense kernels keep (kept_of_flat_row()).

@@ -144,6 +144,12 @@ struct SecondOutput {
   }
 };
 
+// What Params::live has of a row block.
+__device__ __forceinline__ u32* live_tiles(const Params& p, int head_row, u32 row) {
+  const int words = (p.length_k + kLiveWordKeys - 1) / kLiveWordKeys;
+  return p.live + (i64(head_row) * p.row_blocks + row / kRowBlock) * words;
+}
+
 // The query rows of a block, and what its lanes see of them.
 struct Block : QueryBlock<kBlockRows> {
   const Params& p;

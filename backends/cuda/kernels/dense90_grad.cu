@@ -159,23 +159,61 @@ constexpr int kGradKeys = ADASPLASH2_GRAD_KEYS;
 using GradRows = Backward<kGradKeys>;
 static_assert(GradRows::kSharedBytes == ADASPLASH2_SHARED_DENSE_GRAD_ROWS);
 
-// The tiles of keys of a block of rows, from the last one on: first(its first key) of that one,
-// then next(its first key) of each other. The thread that copies and the warps that multiply both
-// go through here: each side takes every tile, or the other one waits for ever.
+// The tiles of keys in which some row of a block has weights, from the last one on. All lanes of a
+// warp go through them together.
+struct LiveKeys {
+  __device__ __forceinline__ explicit LiveKeys(const Block& b)
+      : words(live_tiles(b.p, b.head_row, min(b.first + lane_id() * kRowBlock, b.p.length_q - 1))),
+        at(b.tiles<kLiveWordKeys>().end) {
+    load();
+  }
+
+  // Returns the first key of the next one, or less than zero.
+  __device__ __forceinline__ int next() {
+    while (!some) {
+      if (at < 0) return -1;
+      some = __reduce_or_sync(kAllLanes, ahead);
+      // The first bit of each tile stands for all of its bits.
+      if constexpr (kGradKeys == 2 * kLiveKeys) some = (some | some >> 1) & 0x55555555;
+      first = at * kLiveWordKeys;
+      load();
+    }
+    const int bit = 31 - __clz(some);
+    some ^= 1u << bit;
+    return first + bit * kLiveKeys;
+  }
+
+ private:
+  static_assert(kGradKeys == kLiveKeys || kGradKeys == 2 * kLiveKeys);
+  const u32* words;  // of one row block to each lane
+  int at, first;     // the word that is loaded ahead; the first key of the one at hand
+  u32 some = 0;      // tiles of that one that are still to come
+  u32 ahead;
+
+  __device__ __forceinline__ void load() {
+    --at;
+    ahead = at >= 0 && lane_id() < kBlockRows / kRowBlock ? words[at] : 0;
+  }
+};
+
+// The tiles of keys of a block of rows: first(its first key) of the last one, then next(its first
+// key) of each other; of a block without weights the first one, so that it writes its zeros. The
+// warp that copies and those that multiply all go through here: each side takes every tile, or the
+// other one waits for ever.
 template <class First, class Next>
-__device__ __forceinline__ void for_key_tiles(const Block& b, const First& first,
+__device__ __forceinline__ void for_key_tiles(LiveKeys tiles, const First& first,
                                               const Next& next) {
-  const auto tiles = b.tiles<kGradKeys>();
-  const int last = tiles.end - 1;
-  first(last * kGradKeys);
+  int key = tiles.next();
+  first(max(key, 0));
 #pragma unroll 1
-  for (int tile = last - 1; tile >= tiles.begin; --tile) next(tile * kGradKeys);
+  while (key >= 0 && (key = tiles.next()) >= 0) next(key);
 }
 
 // dQ of the block's rows, and their delta.
 __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, const Block& b,
                                               OwnRing& own_ring, GradRing& ring) {
   const Params& p = b.p;
+  const LiveKeys tiles(b);
   float tau[2], delta[2];
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
@@ -239,7 +277,7 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     at.give_back(before);
     weigh(s, dp, first_key);
   };
-  for_key_tiles(b, first, next);
+  for_key_tiles(tiles, first, next);
   at.give_back_own(own_ring);
   add(ring.stage);
   wgmma_wait();
@@ -282,20 +320,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
     setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x != kConsumers) return;
+    if (uniform(warp_id()) != kConsumers / 32) return;
     share.for_items([&](int item) {
       const Block b(p, item);
+      const LiveKeys tiles(b);
       own.await_empty(at.empty_own);
-      at.copy_own(query_map, Plane(p.q, b.head, b.batch), grad_map,
-                  Plane(p.grad_o, b.head, b.batch), b.first, own.stage);
+      if (lane_id() == 0)
+        at.copy_own(query_map, Plane(p.q, b.head, b.batch), grad_map,
+                    Plane(p.grad_o, b.head, b.batch), b.first, own.stage);
+      __syncwarp();
       own.advance();
       const Plane keys(p.k, b.kv_head, b.batch), values(p.v, b.kv_head, b.batch);
       const auto copy = [&](int first_key) {
         ring.await_empty(at.empty);
-        at.copy_pair(key_map, keys, value_map, values, first_key, ring.stage);
+        if (lane_id() == 0) at.copy_pair(key_map, keys, value_map, values, first_key, ring.stage);
+        __syncwarp();
         ring.advance();
       };
-      for_key_tiles(b, copy, copy);
+      for_key_tiles(tiles, copy, copy);
     });
   } else {
     setmaxnreg_inc<kWarpgroups, kProducerRegisters>();
@@ -345,8 +387,8 @@ struct Keys : KeyBlock<kBlockRows> {
   }
 };
 
-// The tiles of queries with flat rows, in order, for the warp that copies. Its lanes check 32 tiles
-// at once: those without flat rows are skipped without a wait for memory.
+// The tiles of queries with flat rows that have weights of the block's keys, in order, for the warp
+// that copies. Its lanes check 32 tiles at once: others are skipped without a wait for memory.
 struct FlatTiles {
   int member = 0, first;  // of the query heads that share the keys, and the first query
 
@@ -359,12 +401,14 @@ struct FlatTiles {
       if (member >= p.gqa_group || b.start >= p.length_q) return false;
       start = ahead;
       ahead += 32 * kGradQueries;
-      const u8* flat = p.flat + i64(b.head_row(p) + member) * p.row_blocks;
+      const int head_row = b.head_row(p) + member, word = b.first / kLiveWordKeys;
+      const u32 bits = kBits << b.first % kLiveWordKeys / kLiveKeys;
       bool any = false;
 #pragma unroll
       for (int i = 0; i < kGradQueries / kRowBlock; ++i)
-        if (const int at = (start + lane_id() * kGradQueries) / kRowBlock + i; at < p.row_blocks)
-          any |= flat[at];
+        if (const int row = start + lane_id() * kGradQueries + i * kRowBlock; row < p.length_q)
+          any |= p.flat[i64(head_row) * p.row_blocks + row / kRowBlock] &&
+                 (live_tiles(p, head_row, row)[word] & bits);
       some = __ballot_sync(kAllLanes, any);
     }
     first = start + (__ffs(some) - 1) * kGradQueries;
@@ -373,6 +417,7 @@ struct FlatTiles {
   }
 
  private:
+  static constexpr u32 kBits = (1u << kBlockRows / kLiveKeys) - 1;  // of the block's keys
   u32 some = 0;      // of 32 tiles from `start` on, those that are still to come
   int start, ahead;  // where the next 32 begin
 };

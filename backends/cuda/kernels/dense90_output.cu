@@ -199,13 +199,21 @@ static_assert(kSwizzleAlignment + kOwnBytes + kStagesK * kKeyBytes + kStagesV * 
 using KeyRing = Ring<kStagesK>;
 using ValueRing = Ring<kStagesV>;
 
+// Of a warp's rows, the tiles with weights in the word of Params::live at hand, and where words go.
+struct LiveWord {
+  u32* to;
+  u32 bits;
+};
+
 // Where the parts of a block's shared memory are, and their barriers.
 struct Forward {
+  LiveWord* live_words;
   u32 queries, keys, values, rows, full_q, full_k, empty_k, full_v, empty_v;
 
   static constexpr int kBarriers = 1 + 2 * kStagesK + 2 * kStagesV;
-  __device__ __forceinline__ Forward(u32 memory, u32 rows, u32 barriers)
-      : queries(memory),
+  __device__ __forceinline__ Forward(LiveWord* live_words, u32 memory, u32 rows, u32 barriers)
+      : live_words(live_words),
+        queries(memory),
         keys(memory + kOwnBytes),
         values(memory + kOwnBytes + kStagesK * kKeyBytes),
         rows(rows),
@@ -422,7 +430,7 @@ struct Attention {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
-      const float bound = b.flat[slot] ? p.row_count[at_row].bound : -kInf;
+      const float bound = b.flat[slot] ? p.row_count[at_row].bound : kInf;  // no weights of others
       poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
       floor[slot] = bound > -kInf ? c * bound : kUnbounded;
       t[slot].done = poisoned[slot] || !b.flat[slot];
@@ -543,6 +551,9 @@ struct Attention {
   // The outputs by the thresholds as they are; whether some of these must be sought further.
   __device__ __forceinline__ bool output_pass(const Walk& walk, Outputs& o) {
     keep_rows();
+    if (kSaves && lane_id() == 0)
+      at.live_words[warp_id()] = {
+          b.first_row < p.length_q ? live_tiles(p, b.head_row, b.first_row) : nullptr, 0};
     o = {};
     if (kSaves || (kMayBeRough && any_of_warpgroup(2 + warp_id() / 4, t[0].rough || t[1].rough)))
       sum_outputs<true>(walk, o);
@@ -737,11 +748,12 @@ struct Attention {
   template <bool second>
   __device__ __forceinline__ void weigh(Outputs& o, PartScores& s, int first_key) {
     b.mask(s, first_key);
-    float here[2] = {0.f, 0.f}, here_u[2] = {0.f, 0.f};
-    // Of each kStatsTile keys whether some are in the support.
-    constexpr int kStats = kPartKeys / kStatsTile;
-    static_assert(kPartKeys % kStatsTile == 0);
-    bool live[kStats] = {};
+    // By each kLiveKeys keys: the sums of second weights, and, to be counted, whether some are in
+    // the support.
+    constexpr int kTiles = kPartKeys / kLiveKeys;
+    static_assert(kPartKeys % kLiveKeys == 0 && kLiveKeys == kStatsTile);
+    float here[2] = {0.f, 0.f}, here_u[kTiles][2] = {};
+    bool live[kTiles] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       float prob[8], u[8];
@@ -755,7 +767,7 @@ struct Attention {
         here[slot] += prob[e];
         if constexpr (kCounts) {
           o.support[slot] += inside > 0.f;
-          live[k / (kStatsTile / 16)] |= inside > 0.f && b.flat[slot];
+          live[k / (kLiveKeys / 16)] |= inside > 0.f && b.flat[slot];
         }
       }
       o.probs[k] = as_a_fragment([&](int e) { return kProbScale * prob[e]; });
@@ -766,16 +778,37 @@ struct Attention {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float2 pair = Scalar::unpack(o.weights[k].r[i]);
-          here_u[i % 2] += pair.x + pair.y;
+          here_u[k / (kLiveKeys / 16)][i % 2] += pair.x + pair.y;
         }
       }
     }
 #pragma unroll
-    for (int slot = 0; slot < 2; ++slot) o.mass[slot] += here[slot], o.sum_u[slot] += here_u[slot];
+    for (int slot = 0; slot < 2; ++slot) {
+      o.mass[slot] += here[slot];
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) o.sum_u[slot] += here_u[i][slot];
+    }
     if constexpr (kCounts)
 #pragma unroll
-      for (int i = 0; i < kStats; ++i)
+      for (int i = 0; i < kTiles; ++i)
         if (live[i]) mark_tile(p, b.head_row, b.first_row, first_key + i * kStatsTile);
+    if constexpr (kSaves) keep_live(here_u, first_key);
+  }
+  // Which tiles have weights for the backward. They come from the last one on: a word is complete
+  // with its first tile. Thresholds take a last step after that. A key that only this step lets in
+  // may be left out: its weight is less than the step, which is what the row's sum misses by 2 sum
+  // u. It is kept in shared memory, since no registers are left where values are wide.
+  template <int tiles>
+  __device__ __forceinline__ void keep_live(const float (&sum_u)[tiles][2], int first_key) const {
+    const u32 tile = u32(first_key) % kLiveWordKeys / kLiveKeys;
+#pragma unroll
+    for (int i = 0; i < tiles; ++i)
+      if (__any_sync(kAllLanes, sum_u[i][0] + sum_u[i][1] > 0.f) && lane_id() == 0)
+        at.live_words[warp_id()].bits |= 1u << tile << i;
+    if (u32(first_key) % kLiveWordKeys != kTileKeys - kPartKeys || lane_id() != 0) return;
+    LiveWord& kept = at.live_words[warp_id()];
+    if (kept.to) kept.to[u32(first_key) / kLiveWordKeys] = kept.bits;
+    kept.bits = 0;
   }
   template <bool second>
   __device__ __forceinline__ void start_values(Outputs& o, int part) {
@@ -821,10 +854,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char shared[];
   __shared__ __align__(8) u64 barriers[Forward::kBarriers];
   __shared__ float rows[kBlockRows * Attention::kKept];
+  __shared__ LiveWord live_words[kConsumers / 32];
   const Block b(p, blockIdx.x);
   if (!any_of_block(b.flat[0] || b.flat[1])) return;
   const u32 start = shared_address(shared), memory = align_tiles(start);
-  const Forward at(memory, shared_address(rows), shared_address(barriers));
+  const Forward at(live_words, memory, shared_address(rows), shared_address(barriers));
   if (threadIdx.x == 0) at.start();
   __syncthreads();
   if (uniform(warp_id()) >= kConsumers / 32) {
