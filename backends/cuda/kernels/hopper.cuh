@@ -40,14 +40,15 @@ __device__ __forceinline__ void await(u32 barrier, u32 parity) {
       : "memory");
 }
 
-// How many threads of a warpgroup say so, and whether one does, by a barrier that has this number.
-__device__ __forceinline__ int count_of_warpgroup(int number, bool mine) {
+// How many of so many threads say so, and whether one of a warpgroup does, by a barrier that has
+// this number.
+__device__ __forceinline__ int count_of(int threads, int number, bool mine) {
   int count;
   asm volatile(
       "{.reg .pred mine; setp.ne.b32 mine, %1, 0;"
-      "barrier.cta.red.popc.u32 %0, %2, 128, mine;}"
+      "barrier.cta.red.popc.u32 %0, %2, %3, mine;}"
       : "=r"(count)
-      : "r"(int(mine)), "r"(number)
+      : "r"(int(mine)), "r"(number), "r"(threads)
       : "memory");
   return count;
 }

@@ -47,9 +47,9 @@ __device__ __forceinline__ int most_kept(int keys) {
 __device__ __forceinline__ int most_so_far(int most, int tiles, int all) {
   return most - most * min(3, __clz(tiles) - __clz(all)) * 5 / 64;
 }
-// The same after the first tile, of a warp's rows together. Where first_tile_tells(), 64 rows go to
-// dense tiles for good, or all of them stay: with half of them here and half there, a block would
-// pay for both.
+// The same after the first tile, of a warp's rows together. Where first_tile_tells(), all rows of a
+// block go to dense tiles for good, or all of them stay: with half of them here and half there, it
+// would pay for both.
 __device__ __forceinline__ int most_at_first(int keys) { return kFirstLeast + keys / kFirstKeys; }
 
 struct Survivor {

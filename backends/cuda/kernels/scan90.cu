@@ -240,13 +240,16 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   const auto stage_and_filter = [&](const auto& score, int first_key) {
     const int column = first_key + lane_id() % 4 * 2;
     const auto limit = [&] { return notes.most[warp_id()]; };
-    // The warpgroup's mean: a warp at the limit says so with 16 of its lanes, others with more or
-    // fewer in proportion to the scores that pass. All four warps come here with their first tile.
+    // The mean of the block: a warp at the limit says so with 16 of its lanes, others with more or
+    // fewer in proportion to the scores that pass. All warps come here with their first tile, but
+    // those of warpgroups without rows. Were it each warpgroup's own mean, most blocks near the
+    // limit would have one that scans all keys, which takes nearly as long as if all did.
     const auto together = [&](int pass) {
       if (!first_tile_tells() || !kMayEnd || first_key > item.tiles.begin * kTileKeys) return false;
       const int limit = most_at_first(p.length_k);
       const bool mine = lane_id() < (16 * pass + limit / 2) / limit;
-      return count_of_warpgroup(1 + warp / 4, mine) > 4 * 16;
+      const int asked = min(kWarpgroups, (p.length_q - item.first + kRows - 1) / kRows);
+      return count_of(asked * kWarpgroupThreads, 1 + kWarpgroups, mine) > asked * 4 * 16;
     };
     // No limit where there is one tile only, of which lists hold what they can, and none in a
     // retry, where most scores that pass survive.
