@@ -64,8 +64,8 @@ dense tiles. While some keys were not seen yet, fewer are too many (``lists.cuh`
 
 FIRST_LEAST, FIRST_KEYS = 110, 33
 """And with how many of their first 128 keys together the 16 rows of a warp, on the mean of a
-block's warps, where problems are not causal: ``FIRST_LEAST``, and one more for each ``FIRST_KEYS`` keys.
-Gaussian rows of which a step takes as long in lists as in dense tiles keep so many."""
+block's warps, where problems are not causal: ``FIRST_LEAST``, and one more for each ``FIRST_KEYS``
+keys. Gaussian rows of which a step takes as long in lists as in dense tiles keep so many."""
 
 LIST_ENTRY_BYTES = 8
 """One entry of a lane's list: a score and its column."""
