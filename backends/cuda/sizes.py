@@ -436,12 +436,8 @@ class Saved:
             "poison": counts.kv_heads * 4,
             "unsafe_output": 4,
             **weights,
-<<<<<<< ours
             "columns": counts.rows * arena_bytes(problem.head_dim_v, problem.length_k),
-=======
-            "columns": self.arena,
             "live": counts.row_blocks * -(-problem.length_k // layout.LIVE_WORD_KEYS) * 4,
->>>>>>> theirs
         }
         self.offsets, self.total = parts(self._sizes)
 
