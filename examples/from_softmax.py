@@ -93,7 +93,7 @@ CONTENDERS = {
     "taught, sparser": SPARSER,
     "taught, attention only": SPARSER._replace(attention_only=True),
     "taught, by tiles": BY_TILES,
-    "taught, by layers": BY_TILES._replace(tile_value=3.0, nearness=1.0),
+    "taught, by layers": BY_TILES._replace(tile_value=3.0, pressure=0.05, nearness=1.0),
     "same start": Contender(1.5, start=0.45),
     "alpha rises": Contender(1.5, rise=0.5, start=1.0),
     "scale stays": Contender(1.5, rise=0.5),

@@ -76,9 +76,12 @@ def test_the_first_that_can_wins_with_its_first_config(register: Register) -> No
 @pytest.mark.parametrize(
     ("asked", "first"),
     [
-        ({"length": 1024, "needs_grad": True}, "triton"),
-        ({"length": 1025, "needs_grad": True}, "cuda"),
-        ({"length": 1025, "needs_grad": False}, "cuda"),
+        ({"length": 512, "needs_grad": True}, "triton"),
+        ({"length": 513, "needs_grad": True}, "cuda"),
+        ({"length": 513, "needs_grad": False}, "cuda"),
+        ({"length": 2048, "is_causal": True, "needs_grad": True}, "triton"),
+        ({"length": 2048, "is_causal": True, "needs_grad": False}, "triton"),
+        ({"length": 2049, "is_causal": True, "needs_grad": True}, "cuda"),
         ({"length": 1025, "alpha": 1.25, "needs_grad": True}, "triton"),
         ({"length": 1025, "alpha": 2.0, "needs_grad": True}, "cuda"),
     ],

@@ -185,7 +185,7 @@ LIMITS = {
     "of few queries": ({"length_k": 5000}, {"length_q": FEW}, {"length_q": FEW + 1}),
     "of keys that are cut": ({}, {"length_k": 255}, {"length_k": 256}),
     "of what is short": ({"needs_grad": True}, {"length_k": 512}, {"length_k": 513}),
-    "of what is short, causal": (ASKED["causal"], {"length_k": 1024}, {"length_k": 1025}),
+    "of what is short, causal": (ASKED["causal"], {"length_k": 2048}, {"length_k": 2049}),
     "of whole rows' outputs": ({"length_q": 17}, {"length_k": 128}, {"length_k": 129}),
     "of whole rows with masks": (
         {"length_q": 17, "operands": (MASK,)}, {"length_k": 128}, {"length_k": 129},

@@ -390,17 +390,21 @@ _held: dict[tuple[Kind, str | None], Choice] = {}
 hold, also when it can."""
 
 
-SHORT = 1024
+SHORT, SHORT_CAUSAL = 512, 2048
 """Keys up to which rows are short, see :func:`_asked`."""
 
 
 def _asked(problem: Problem | RowProblem) -> tuple[str, ...]:
     """The backends in the order in which they are asked without measurements: that of the registry,
-    but ``triton`` first where on an H100 it was the faster one whatever the data, or loses little
-    where it is not. Steps of ``cuda`` and of ``triton``, in ms
-    (``benchmarks/results/2026-11-27-h100-first-choice.txt``):
+    but ``triton`` first where on an H100 it was the faster one, or on an H200 where models train.
+    Steps of ``cuda`` and of ``triton``, in ms (``benchmarks/results/2026-11-28-h200-choice.txt``,
+    ``2026-11-27-h100-first-choice.txt``):
 
-    - up to 1,024 keys: 1.13 and 0.83 (512 keys, sharpness 1), 5.2 and 1.6 (1,024, 0.4);
+    - up to 512 keys: 0.91 and 0.73 (512 keys, sharpness 1); not so of 1,024: 1.37 and 1.36, and
+      0.80 and 1.25 at sharpness 4;
+    - up to 2,048 of causal rows: a byte model of 16 sequences 113 and 106, clustered rows 1.8 and
+      1.2, sharpness 1 1.9 and 1.4; only where a row keeps a handful of scattered keys it loses,
+      0.8 and 1.3. Of 8,192 a byte model takes 130 and 155;
     - few queries without gradients, which ``triton`` cuts by keys;
     - an alpha that ``cuda`` has no closed form for: 26.8 and 10.7 (4,096 keys, alpha 1.25).
     """
@@ -408,7 +412,8 @@ def _asked(problem: Problem | RowProblem) -> tuple[str, ...]:
     if isinstance(problem, RowProblem):
         return names
     decoded = problem.length_q <= FEW and not problem.needs_grad
-    if problem.length_k <= SHORT or decoded or problem.alpha not in (1.5, 2.0):
+    short = SHORT_CAUSAL if problem.scores.is_causal else SHORT
+    if problem.length_k <= short or decoded or problem.alpha not in (1.5, 2.0):
         return tuple(sorted(names, key=lambda name: name != "triton"))
     return names
 
