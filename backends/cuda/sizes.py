@@ -418,7 +418,8 @@ class Saved:
     """The parts of ``Forward.saved``: where each row's survivors are, and the survivors.
 
     Its length follows from the shape, whatever the data: ``rows * (12 + 2 * ARENA_ROW)`` bytes and
-    a little, up to a head_dim of 64 and 65,536 keys and where alpha has a closed form.
+    a little, up to a head_dim of 64 and 65,536 keys and where alpha has a closed form. To that
+    little belongs a bit for each 16 rows and 64 keys.
     """
 
     def __init__(self, problem: Problem) -> None:

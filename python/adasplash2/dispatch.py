@@ -397,7 +397,7 @@ SHORT, SHORT_CAUSAL = 512, 2048
 def _asked(problem: Problem | RowProblem) -> tuple[str, ...]:
     """The backends in the order in which they are asked without measurements: that of the registry,
     but ``triton`` first where on an H100 it was the faster one, or on an H200 where models train.
-    Steps of ``cuda`` and of ``triton``, in ms (``benchmarks/results/2026-11-28-h200-choice.txt``,
+    Steps of ``cuda`` and of ``triton``, in ms (``benchmarks/results/2026-11-28-h200-evening.txt``,
     ``2026-11-27-h100-first-choice.txt``):
 
     - up to 512 keys: 0.91 and 0.73 (512 keys, sharpness 1); not so of 1,024: 1.37 and 1.36, and
