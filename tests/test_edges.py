@@ -189,6 +189,28 @@ def test_attention_gradients_of_equal_scores(length: int, alpha: float, backend:
     assert got.key[..., 1:].abs().max() == 0.0  # the queries are zero there
 
 
+@interpreted()
+@on_every_backend
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32])
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
+def test_a_mean_of_zero_is_no_row_of_one_key(
+    alpha: float, dtype: torch.dtype, backend: str
+) -> None:
+    """Two keys of equal scores and opposite values: their mean is zero, their gradients are not."""
+    generator = torch.Generator().manual_seed(0)
+    query, grad_out = torch.randn((2, 1, 1, 24, 64), generator=generator)
+    value = torch.randn((1, 1, 1, 64), generator=generator).sign()
+    key, value = torch.zeros(1, 1, 2, 64), torch.cat([value, -value], dim=2)
+    leaves = [x.to(device_of(backend), dtype).requires_grad_() for x in (query, key, value)]
+    out = adasplash2.entmax_attention(*leaves, alpha=alpha, backend=backend)
+    (grad_key,) = torch.autograd.grad(out, leaves[1], grad_out.to(out))
+    wide = [x.detach().double().cpu().requires_grad_() for x in leaves]
+    exact_out = adasplash2.entmax_attention(*wide, alpha=alpha, backend="cpu")
+    (wanted,) = torch.autograd.grad(exact_out, wide[1], grad_out.to(dtype).double())
+    assert wanted.norm() > 1.0
+    assert (grad_key.double().cpu() - wanted).norm() < 0.01 * wanted.norm()
+
+
 @pytest.mark.parametrize("alpha", [20.0, 35.5, 60.0])
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
 def test_one_small_probability_outweighs_all(alpha: float, dtype: torch.dtype) -> None:

@@ -565,11 +565,13 @@ def is_steep(alpha: float) -> bool:
 
 
 def keeps_shares(problem: Problem) -> bool:
-    """Whether the means that a backward needs are kept in 16 bits: not where these are too few for
-    the ``dp - delta`` of a key that outweighs all others, nor for a ``sum ds k`` that cancels."""
+    """Whether the means that a backward needs are kept in 16 bits: where alpha has a closed form,
+    and not for a ``sum ds k`` that cancels. Of a key that has all of the probability ``dp - delta``
+    is zero but for 2^-16 of the largest mean there; where alpha has none ``spread`` says which it
+    is, and has no room for that mean."""
     alphas = any(operand.name == "alphas" for operand in problem.operands)
-    precise = alphas or problem.head_dim < FULL_WIDTH or is_steep(problem.alpha)
-    return problem.dtype.itemsize == 2 and not precise
+    closed = not alphas and compiled_alpha(problem.alpha) != 0.0
+    return problem.dtype.itemsize == 2 and closed and problem.head_dim >= FULL_WIDTH
 
 
 def is_shallow(alpha: float) -> bool:
