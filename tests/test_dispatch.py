@@ -562,7 +562,12 @@ def test_explain_of_softmax_asks_nobody(register: Register) -> None:
     assert told.chosen == "torch.nn.functional.scaled_dot_product_attention"
     assert "softmax" in str(told)
     told = adasplash2.explain(q, q, q, alpha=1, sinks=torch.zeros(2))  # which SDPA does not know
-    assert told.chosen == "torch's dense operators"
+    assert told.chosen.startswith("torch: the first that computes all of it")
+    assert "not causal" in told.problem
+    told = adasplash2.explain(
+        q, q, q, alpha=1, kv_lengths=torch.tensor([3], dtype=torch.int32), is_causal=True
+    )
+    assert "causal" not in told.problem
     assert not first.asked
 
 

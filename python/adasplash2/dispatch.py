@@ -196,10 +196,9 @@ def choose(problem: Problem | RowProblem, backend: str | None = None) -> Choice:
     """The backend and configuration for ``problem``; ``backend`` forces one by name.
 
     The answer to problems of one kind is the same throughout a process, whatever is measured
-    meanwhile:
-    the forward and the backward of one call ask separately and must meet in the same backend and
-    configuration. Except that of a problem without gradient, which nothing has to meet, where a
-    backend could not be asked for a reason that may pass.
+    meanwhile: the forward and the backward of one call ask separately and must meet in the same
+    backend and configuration. Except that of a problem without gradient, which nothing has to
+    meet, where a backend could not be asked for a reason that may pass.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -274,7 +273,12 @@ def _softmax_by(problem: Problem | RowProblem) -> str:
         return "torch.softmax"
     if is_known_to_sdpa(problem):
         return "torch.nn.functional.scaled_dot_product_attention"
-    return "torch's dense operators"
+    ways = [
+        *(["SDPA for each packed sequence"] if problem.operand("ranges") else []),
+        "its kernel for packed sequences and windows",
+        "its operators, some queries at a time",
+    ]
+    return f"torch: the first that computes all of it of {', '.join(ways)}"
 
 
 def available_backends() -> list[BackendStatus]:
@@ -306,8 +310,10 @@ def describe(problem: Problem | RowProblem) -> str:
     query = (p.batch, p.heads_q, p.length_q, p.head_dim)
     key = (p.batch, p.heads_kv, p.length_k, p.head_dim)
     value = (p.batch, p.heads_kv, p.length_k, p.head_dim_v)
-    causal = "causal" if p.scores.is_causal else "not causal"
-    return f"attention of query {query}, key {key}, value {value}, {causal}{asked}, {tail}"
+    # Ranges hold what is causal, too: whether it is, they do not say.
+    causal = ", causal" if p.scores.is_causal else ", not causal"
+    causal = "" if p.operand("ranges") else causal
+    return f"attention of query {query}, key {key}, value {value}{causal}{asked}, {tail}"
 
 
 def able(problem: Problem | RowProblem, backend: str | None = None) -> dict[str, Backend]:

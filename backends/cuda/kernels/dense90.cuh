@@ -2,7 +2,7 @@
 // (dense90_output.cu, dense90_grad.cu). 16-bit types whose rows start on 16 bytes, head_dim up to
 // 128, alpha = 1.5 and 2. This is what forward and backward share.
 //
-// A block has two warpgroups of 64 rows each and a thread that has tiles copied. The forward keeps
+// A block has two warpgroups of 64 rows each and a warp that has tiles copied. The forward keeps
 // O2 = sum u v / sum u of each row, so that the backward has delta = dO . O2 without a pass over
 // keys.
 //

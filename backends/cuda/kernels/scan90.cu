@@ -13,7 +13,7 @@
 // bounds that the first scan proved, so that nearly all it meets are survivors.
 //
 // Dense tiles multiply 64 rows at least. So where one warp's rows are to go there for good, those
-// of its warpgroup go along.
+// of its warpgroup go along; by their first tile all rows of a block go there, or none.
 #include "hopper.cuh"
 #include "lists.cuh"
 

@@ -249,24 +249,22 @@ def output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists
         marks = marks_of(marks, batch, head, shape, MARK)
     sums = no_sums(opt, GRADIENT, SAFE)
     u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
-    if opt.rough and not SAFE:
-        number = start_of(entries, 2) if opt.joined else 0  # on its way beside the queries
+    if opt.rough and not SAFE:  # under windows alone, where all tiles share a loop
+        tl.static_assert(opt.joined)
+        number = start_of(entries, 2)  # on its way beside the queries
         step = 0
         waiting = step < MOST_AGAIN
         while waiting:
             row_block = (q, top, t, first_row)
             sums = no_sums(opt, GRADIENT, SAFE)
-            for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
-                start = number if opt.joined else start_of(entries, edge)
-                sums = weigh_tiles(sums, start, row_block, keys, values, entries, marks, terms,
-                                   shape, u_scale, opt, scale, GRADIENT, SAFE, COUNT, MARK,
-                                   edge)  # fmt: skip
+            sums = weigh_tiles(sums, number, row_block, keys, values, entries, marks, terms,
+                               shape, u_scale, opt, scale, GRADIENT, SAFE, COUNT, MARK,
+                               2)  # fmt: skip
             moved, off = settled(sums, t, terms.r, opt)
             step += 1
             waiting = any_of(off) & (step < MOST_AGAIN)
             t = tl.where(off & waiting, moved, t)
-            if opt.joined:  # anew: what follows from it has no registers to stay in
-                number = start_of(entries, 2)
+            number = start_of(entries, 2)  # anew: what follows has no registers to stay in
         moved, _ = settled(sums, t, terms.r, opt)
         tl.store(t_in + at_row, moved, mask=inside)
     else:
