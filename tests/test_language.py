@@ -1598,5 +1598,5 @@ def test_compiled_packed_sequences_of_wrong_offsets() -> None:
     with pytest.raises(ValueError, match=r"end at the total of 9, got \[0, 4, 8\]"):
         offsets_attention(x, places)
     compiled = torch.compile(offsets_attention, backend="aot_eager", fullgraph=True, dynamic=True)
-    with pytest.raises(RuntimeError, match="cu_seqlens_q must begin .* end at the total"):
+    with pytest.raises(RuntimeError, match=r"cu_seqlens_q must begin .* end at the total"):
         compiled(x, places)

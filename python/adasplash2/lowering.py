@@ -531,15 +531,22 @@ def _of_each_sequence(said: Said, count: int, query: Tensor) -> tuple[Said, dict
     ``(count, heads or 1)`` in the compute dtype. What holds for all is said as it was."""
     heads, compute = query.shape[1], compute_dtype(query.dtype)
     found: dict[str, Tensor] = {}
-    slopes, scale = said.alibi_slopes, said.scale
-    if isinstance(slopes, Tensor) and slopes.dim() == 2 and slopes.shape[0] != 1:
+    slopes, scale, rows = said.alibi_slopes, said.scale, (heads, query.shape[2])
+    if isinstance(slopes, Tensor) and tuple(slopes.shape) not in ((heads,), (1, heads)):
         check_slopes(slopes)
-        if slopes.shape != (count, heads):
+        if tuple(slopes.shape) != (count, heads):
             raise ValueError(
                 f"alibi_slopes must have the shape ({heads},) or ({count}, {heads}), (sequences, "
                 f"heads), got {tuple(slopes.shape)}"
             )
         found["alibi_slopes"], said = slopes.to(compute), said._replace(alibi_slopes=None)
+    if isinstance(scale, Tensor) and scale.dim() == 2 and _merged(scale, rows, 1) is None:
+        _check_numbers("scale", scale)
+        raise ValueError(
+            f"scale must have the shape ({count}, {heads}, 1), (sequences, heads, 1), where each "
+            f"sequence has its own, or broadcast to {rows}, (heads, queries), got "
+            f"{tuple(scale.shape)}"
+        )
     if isinstance(scale, Tensor) and scale.dim() == 3 and scale.shape[0] != 1:
         _check_numbers("scale", scale)
         if scale.shape[0] != count or scale.shape[1] not in (1, heads) or scale.shape[2] != 1:
