@@ -16,6 +16,7 @@ import torch
 from cases import device_of, interpreted, usable_backends
 from language import CALLS, FEATURES, PLACES, VARIANTS, Call, Sizes
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import adasplash2
 from adasplash2 import dense, problem, softmax
@@ -1544,3 +1545,58 @@ def test_packed_graphs_are_dynamic() -> None:
         x, sinks = torch.randn(total, 2, 8), torch.zeros(2)
         places = torch.tensor([0, 4, total], dtype=torch.int32)
         assert torch.equal(compiled(x, places, sinks), packed(x, places, sinks))
+
+
+TOTALS = (30, 31, 17, 44, 29, 52, 61, 77, 12, 90, 33, 25)
+"""More than the graphs that torch keeps of one function."""
+
+
+def offsets_attention(x: Tensor, places: Tensor) -> Any:
+    return adasplash2.entmax_attention_varlen(x, x, x, places, places, is_causal=True)
+
+
+def nested_attention(x: Tensor) -> Any:
+    out = adasplash2.entmax_attention(x, x, x, is_causal=True)
+    return out.transpose(1, 2).values()
+
+
+def transposing_attention(x: Tensor) -> Any:
+    return nested_attention(x.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize(("function", "holes"), [
+    (offsets_attention, False),
+    *((f, holes) for f in (nested_attention, transposing_attention) for holes in (False, True)),
+])  # fmt: skip
+def test_one_graph_for_packed_sequences_of_all_totals(
+    function: Callable[..., Any], holes: bool, dynamic: bool | None
+) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
+    for total in TOTALS:
+        x = torch.randn(total, 2, 8, requires_grad=True)
+        places = torch.tensor([0, total // 3, total - holes])
+        args: tuple[Tensor, ...] = x, places.int()
+        if function is not offsets_attention:
+            lengths = places.diff() - 1 if holes else None
+            nested = torch.nested.nested_tensor_from_jagged(x, places, lengths)
+            args = (nested.transpose(1, 2) if function is nested_attention else nested,)
+        found = []
+        for one in (compiled, function):
+            out = one(*args)
+            found.append((out.detach(), *torch.autograd.grad(out.square().sum(), x)))
+        assert all(map(torch.equal, *found)), total
+    assert counter.frame_count <= 2
+
+
+def test_compiled_packed_sequences_of_wrong_offsets() -> None:
+    """What is said has no number, which would be a constant of the graph."""
+    torch._dynamo.reset()
+    x, places = torch.randn(9, 2, 8), torch.tensor([0, 4, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"end at the total of 9, got \[0, 4, 8\]"):
+        offsets_attention(x, places)
+    compiled = torch.compile(offsets_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    with pytest.raises(RuntimeError, match=r"cu_seqlens_q must begin .* end at the total"):
+        compiled(x, places)

@@ -654,7 +654,9 @@ BAD_PACKED = [
         for shape, words in (
             ((2, 4), "(4,) or (3, 4), (sequences, heads), got (2, 4)"),
             ((3, 2), "(4,) or (3, 4), (sequences, heads), got (3, 2)"),
-            ((3,), "(4,)"),
+            ((3,), "(4,) or (3, 4), (sequences, heads), got (3,)"),
+            ((1, 3), "(4,) or (3, 4), (sequences, heads), got (1, 3)"),
+            ((3, 4, 1), "(4,) or (3, 4), (sequences, heads), got (3, 4, 1)"),
         )
     ),
     ("slopes below", {"alibi_slopes": -tensor(3, 4)}, ValueError, "alibi_slopes", "at least 0"),
@@ -662,6 +664,13 @@ BAD_PACKED = [
     *(
         (f"scale {shape}", {"scale": tensor(*shape)}, ValueError, "scale", "(3, 4, 1)", got)
         for shape, got in (((2, 4, 1), "got (2, 4, 1)"), ((3, 4, 9), "got (3, 4, 9)"))
+    ),
+    *(
+        (f"scale {shape}", {"scale": tensor(*shape)}, ValueError, "scale", "(3, 4, 1)", words)
+        for shape, words in (
+            ((3, 4), "(sequences, heads, 1), where each sequence has its own"),
+            ((4, 8), "(4, 9), (heads, queries), got (4, 8)"),
+        )
     ),
     ("gqa", {"enable_gqa": False}, ValueError, "key", "enable_gqa=True"),
 ]
@@ -695,6 +704,31 @@ def test_what_answers_about_packed_attention_refuses_alike(
 ) -> None:
     with pytest.raises(error, match=says(*words)):
         function(**{**PACKED, **arguments})
+
+
+@pytest.mark.parametrize("function", [adasplash2.attention_stats, adasplash2.explain])
+@pytest.mark.parametrize(("args", "said", "words"), [
+    (3, {"causal": True}, "got an unexpected keyword argument 'causal'"),
+    (2, {}, "missing a required argument: 'value'"),
+    (9, {}, "too many positional arguments"),
+    (3, {"query": None}, "multiple values for argument 'query'"),
+])  # fmt: skip
+def test_wrong_arguments_are_those_of_the_function(
+    function: Any, args: int, said: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) {words}"):
+        function(*[tensor(2, 4, 5, 8)] * args, **said)
+
+
+@pytest.mark.parametrize("function", [adasplash2.attention_stats, adasplash2.explain])
+@pytest.mark.parametrize("said", [
+    {"max_seqlen_q": 8}, {"max_seqlen_k": 8}, {"cu_seqlens_q": cu(0, 5)}, {"cu_seqlens_k": cu(0, 5)}
+], ids=lambda said: next(iter(said)))  # fmt: skip
+def test_packing_is_said_by_both_offsets(function: Any, said: dict[str, Any]) -> None:
+    x = tensor(2, 4, 5, 8)
+    words = says("cu_seqlens_q and cu_seqlens_k must both", next(iter(said)), "got", "NoneType")
+    with pytest.raises(TypeError, match=words):
+        function(x, x, x, **said)
 
 
 def jagged(

@@ -475,12 +475,21 @@ def _takes_what(like: Callable[P, Any]) -> Callable[[Callable[[Call], R]], _Answ
                 raise TypeError(
                     f"{body.__name__} works in neither a trace nor a transform: call it outside"
                 )
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as wrong:  # begins with what is wrong, where Python has the function
+                raise TypeError(f"{body.__name__}() {wrong}") from None
             bound.apply_defaults()
             query, key, value = (bound.arguments.pop(name) for name in TENSORS)
             cu_q, cu_k, max_q, max_k = packing = [bound.arguments.pop(name) for name in PACKING]
             said = Said(**bound.arguments)
             if any(given is not None for given in packing):
+                if cu_q is None or cu_k is None:
+                    names = ", ".join(PACKING)
+                    raise TypeError(
+                        f"cu_seqlens_q and cu_seqlens_k must both be a torch.Tensor where any of "
+                        f"{names} is given, got {type(cu_q).__name__} and {type(cu_k).__name__}"
+                    )
                 call = lowered_packed(
                     query, key, value, cu_q, cu_k, max_q, max_k, said, draws=False
                 )

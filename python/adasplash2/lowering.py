@@ -531,15 +531,22 @@ def _of_each_sequence(said: Said, count: int, query: Tensor) -> tuple[Said, dict
     ``(count, heads or 1)`` in the compute dtype. What holds for all is said as it was."""
     heads, compute = query.shape[1], compute_dtype(query.dtype)
     found: dict[str, Tensor] = {}
-    slopes, scale = said.alibi_slopes, said.scale
-    if isinstance(slopes, Tensor) and slopes.dim() == 2 and slopes.shape[0] != 1:
+    slopes, scale, rows = said.alibi_slopes, said.scale, (heads, query.shape[2])
+    if isinstance(slopes, Tensor) and tuple(slopes.shape) not in ((heads,), (1, heads)):
         check_slopes(slopes)
-        if slopes.shape != (count, heads):
+        if tuple(slopes.shape) != (count, heads):
             raise ValueError(
                 f"alibi_slopes must have the shape ({heads},) or ({count}, {heads}), (sequences, "
                 f"heads), got {tuple(slopes.shape)}"
             )
         found["alibi_slopes"], said = slopes.to(compute), said._replace(alibi_slopes=None)
+    if isinstance(scale, Tensor) and scale.dim() == 2 and _merged(scale, rows, 1) is None:
+        _check_numbers("scale", scale)
+        raise ValueError(
+            f"scale must have the shape ({count}, {heads}, 1), (sequences, heads, 1), where each "
+            f"sequence has its own, or broadcast to {rows}, (heads, queries), got "
+            f"{tuple(scale.shape)}"
+        )
     if isinstance(scale, Tensor) and scale.dim() == 3 and scale.shape[0] != 1:
         _check_numbers("scale", scale)
         if scale.shape[0] != count or scale.shape[1] not in (1, heads) or scale.shape[2] != 1:
@@ -845,12 +852,12 @@ class _Jagged(NamedTuple):
         total = self.values.shape[0]
         if self.lengths is None:
             bounds = self.offsets.to(torch.int32)
-            wrong = "must have offsets that begin with 0, never fall and end at its total of"
-            _check_bounds(bounds, total, f"{self.name} {wrong} {total}")
+            wrong = "must have offsets that begin with 0, never fall and end at its total"
+            _check_bounds(bounds, total, f"{self.name} {wrong}")
             return bounds
         bounds = _with_holes(self.begins(), self.ends())
         bounds = torch.cat([bounds, bounds.new_full((1,), total)])
-        wrong = "must have lengths that end each sequence before the next one begins"
+        wrong = "must have lengths that end each sequence before the next one begins or its total"
         _check_bounds(bounds, total, f"{self.name} {wrong}")
         return bounds
 
@@ -1097,13 +1104,16 @@ def check_cu_seqlens(name: str, cu_seqlens: object, total: int, device: torch.de
             f"{name} must have the shape (sequences + 1,), got {tuple(cu_seqlens.shape)}"
         )
     check_like(name, cu_seqlens, (cu_seqlens.shape[0],), torch.int32, device)
-    wrong = f"{name} must begin with 0, never fall and end at the total of {total}"
-    _check_bounds(cu_seqlens, total, wrong)
+    _check_bounds(cu_seqlens, total, f"{name} must begin with 0, never fall and end at the total")
     return cu_seqlens
 
 
 def _check_bounds(bounds: Tensor, total: int, wrong: str) -> None:
-    """Whether they go from 0 to ``total`` and never fall; ``wrong`` says that they must."""
+    """Whether they go from 0 to ``total`` and never fall; ``wrong`` says that they must, and ends
+    with the total, behind which its number is said. In a trace it is not: a symbol that becomes
+    text is a constant from then on, and each other total needs a graph of its own."""
+    if not (torch.compiler.is_compiling() or isinstance(total, torch.SymInt)):
+        wrong = f"{wrong} of {total}"
     if is_known(bounds):
         values = bounds.tolist()
         if values[0] != 0 or values[-1] != total or values != sorted(values):
