@@ -438,8 +438,10 @@ class Saved:
             "unsafe_output": 4,
             **weights,
             "columns": counts.rows * arena_bytes(problem.head_dim_v, problem.length_k),
-            "live": counts.row_blocks * -(-problem.length_k // layout.LIVE_WORD_KEYS) * 4,
         }
+        if problem.dtype.itemsize == 2 and not self.keeps_weights:  # else dense90.cuh has no part
+            words = -(-problem.length_k // layout.LIVE_WORD_KEYS)
+            self._sizes["live"] = counts.row_blocks * words * 4
         self.offsets, self.total = parts(self._sizes)
 
     def check(self, saved: torch.Tensor) -> None:
