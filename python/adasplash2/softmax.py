@@ -221,7 +221,8 @@ def _kept(part: _Part, whole: Problem) -> Tensor:
         x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(_signed(factor))
     x.bitwise_xor_((x >> 31).bitwise_and_(2**33 - 1))
     dropped = (x >> 32).bitwise_and_(2**32 - 1) < math.floor(p * 2**32)
-    return torch.where(dropped, 0.0, 1.0 / (1.0 - p)).to(whole.compute_dtype)
+    # Not by where(), of which two numbers are in float32.
+    return (~dropped).to(whole.compute_dtype).mul_(1.0 / (1.0 - p))
 
 
 def _signed(word: int) -> int:
