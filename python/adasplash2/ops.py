@@ -354,7 +354,7 @@ def _attention_backward_autograd(*args: Any) -> Any:
     asked = _Arguments.of(args[_BACKWARD_TENSORS:], 0)
     if asked.options.alpha == 1.0:
         return in_kernel(_SoftmaxBackward, *args)
-    return _once(attention_backward)(*args)
+    return _attention_backward_once(*args)
 
 
 def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -871,7 +871,6 @@ def _differentiated(*tensors: Tensor) -> bool:
 # Registration
 
 
-@functools.cache
 def _once(operator: Callable[..., Any]) -> Callable[..., Any]:
     """Autograd kernel of an operator that runs, but has no derivative."""
 
@@ -938,6 +937,8 @@ attention_backward = _operator(
 """``out`` is not read, and autograd gives None: else a model would keep each layer's output twice,
 here and as the input of its next product. ``wanted`` says of each of ``DIFFERENTIABLE`` whether its
 gradient is found; without entries none is. What is not found is an empty tensor."""
+
+_attention_backward_once = _once(attention_backward)
 
 entmax_forward = _operator(
     "entmax_forward(Tensor x, Scalar alpha, int dim, str backend, bool needs_grad,"
