@@ -1280,6 +1280,36 @@ def test_softmax_of_packed_sequences_is_that_of_sdpa(
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("of_q", "of_k"), [
+    ([0, 3], [0, 0]), ([0, 0, 3], [0, 4, 4]), ([0, 0], [0, 4]), ([0, 0, 3], [0, 4, 9]),
+])  # fmt: skip
+def test_softmax_of_empty_sequences_has_gradients(
+    of_q: list[int], of_k: list[int], dropout_p: float
+) -> None:
+    """Zeros where all are empty."""
+    leaves = [torch.randn(n, 2, 8, requires_grad=True) for n in (of_q[-1], of_k[-1], of_k[-1])]
+    places = [torch.tensor(of, dtype=torch.int32) for of in (of_q, of_k)]
+    out = adasplash2.entmax_attention_varlen(*leaves, *places, 3, 5, alpha=1.0, dropout_p=dropout_p)
+    assert out.requires_grad
+    is_empty = of_k[-1] != 9
+    assert out.shape == leaves[0].shape
+    assert not (is_empty and out.any())
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert gradient.isfinite().all()
+        assert not (is_empty and gradient.any())
+
+
+def test_what_dropout_keeps_of_softmax_is_scaled_in_float64() -> None:
+    query, value = torch.zeros(1, 1, 64, 16), torch.eye(16)[None, None]
+    tensors = (t.double() for t in (query, value, value))
+    out = adasplash2.entmax_attention(*tensors, alpha=1.0, softcap=2.0, dropout_p=0.3)
+    kept = out[out != 0.0]
+    assert 0 < kept.numel() < out.numel()
+    torch.testing.assert_close(kept, torch.full_like(kept, 1.0 / 16 / 0.7), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_softmax_some_at_a_time_is_that_at_once(
     dropout_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
 import adasplash2
-from adasplash2 import backends, dispatch, ops
+from adasplash2 import backends, dispatch, ops, softmax
 from adasplash2.backends import cuda
 from adasplash2.contract import Forward
 from adasplash2.options import MAY_BE_NONE, NUMBERS, Options
@@ -595,6 +595,77 @@ def test_transforms_refuse_what_there_is_not(function: Callable[[Tensor], Tensor
     leaf = query.clone().requires_grad_()
     with pytest.raises(RuntimeError, match=second):
         grad(function)(leaf).square().sum().backward()
+
+
+def dense_softmax(
+    query: Tensor, key: Tensor, value: Tensor, softcap: float, window: tuple[int, int]
+) -> Tensor:
+    """Attention at alpha = 1 by its formula."""
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(key.shape[2]) - torch.arange(query.shape[2])[:, None]
+    left, right = (math.inf if side < 0 else side for side in window)
+    seen = (distance >= -left) & (distance <= right)
+    return torch.softmax(scores.masked_fill(~seen, -math.inf), -1) @ value
+
+
+@pytest.mark.parametrize("by", ["vjp", "jacrev", "jacrev of jacrev", "grad", "grad of grad",
+    "backward of grad", "hessian", "vmap of grad", "third order"])  # fmt: skip
+@pytest.mark.parametrize("said", [(2.0, (-1, -1)), (0.0, (2, 1)), (2.0, (2, -1))], ids=str)
+def test_transforms_of_softmax(
+    said: tuple[float, tuple[int, int]], by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SDPA does not know has at alpha = 1 derivatives of any order, and scores of all pairs at
+    once are made for no first one."""
+    shape = (2, 2, 5, 4) if by == "vmap of grad" else (1, 2, 5, 4)
+    q, k, v, g = (torch.randn(shape, dtype=torch.float64) for _ in range(4))
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = adasplash2.entmax_attention(
+            q, k, v, alpha=1.0, softcap=said[0], window=said[1]
+        )
+        return out
+
+    def derivatives(attend: Callable[..., Tensor]) -> Any:
+        each = (0, 1, 2)
+
+        def loss(*tensors: Tensor) -> Tensor:
+            return (attend(*tensors) * g[: len(tensors[0])]).square().sum()
+
+        def first(*tensors: Tensor) -> Tensor:
+            return sum(one.square().sum() for one in grad(loss, each)(*tensors))
+
+        def of_query(q: Tensor) -> Tensor:
+            return attend(q, k, v)
+
+        if by == "vjp":
+            return torch.func.vjp(attend, q, k, v)[1](g)
+        if by == "jacrev":
+            return torch.func.jacrev(attend, each)(q, k, v)
+        if by == "jacrev of jacrev":
+            return [torch.func.jacrev(torch.func.jacrev(of_query))(q)]
+        if by == "grad":
+            return grad(loss, each)(q, k, v)
+        if by == "grad of grad":
+            return grad(first, each)(q, k, v)
+        if by == "hessian":
+            return [torch.func.hessian(of_query)(q)]
+        if by == "vmap of grad":
+            return vmap(lambda *t: grad(first, each)(*(one[None] for one in t)))(q, k, v)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        if by == "backward of grad":
+            return torch.autograd.grad(first(*leaves), leaves)
+        found = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+        penalty = sum(one.square().sum() for one in found)
+        found = torch.autograd.grad(penalty, leaves, create_graph=True)
+        return torch.autograd.grad(sum(one.square().sum() for one in found), leaves)
+
+    expected = derivatives(lambda *t: dense_softmax(*t, *said))
+    if by in ("vjp", "jacrev", "grad"):
+        monkeypatch.setattr(softmax, "whole", None)
+    for got, right in zip(derivatives(ours), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

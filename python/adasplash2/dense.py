@@ -140,8 +140,8 @@ def _by_sequence(inputs: Inputs, packed: Packed) -> Tensor:
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in own)
         problem = validated(mine, options, needs_grad)
         if problem.is_empty:
-            shape = (*own[0].shape[:3], own[2].shape[3])
-            outs.append(own[0].new_zeros(shape))
+            # Zeros that autograd knows: all sequences may be so.
+            outs.append(softmax.whole(problem, mine))
         else:
             outs.append(softmax_attention(problem, mine, options))
     return torch.cat(outs, dim=2)

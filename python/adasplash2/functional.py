@@ -169,6 +169,9 @@ def entmax_attention(
             dense operators, of some queries at a time and again for gradients, in memory that grows
             with the lengths, and with edges as said above; of lengths and packed sequences on a GPU
             every query with every key, since where they end is known there alone.
+            Second derivatives are there where torch has them: of SDPA's calls, packed ones
+            included, under ``sdpa_kernel(SDPBackend.MATH)``, not of torch's kernel for packed
+            sequences and windows (float32 goes another way), and always of the dense operators.
             Or a tensor ``(heads_q,)`` of values in (1, 2], with gradient (Correia, Niculae, Martins
             2019). Its values are not looked at: one outside makes the rows of its head NaN.
         causal_align: ``"top-left"``, as SDPA aligns, or ``"bottom-right"``, as flash-attn does: the
@@ -198,8 +201,9 @@ def entmax_attention(
             and :func:`available_backends`. For ``alpha = 1``, which is torch's, it is only checked.
 
     Returns:
-        ``(batch, heads_q, length_q, head_dim_v)``, contiguous, dtype of ``query``, nested as
-        ``query`` is; with ``return_aux`` a pair of it and an :class:`AttentionAux`.
+        ``(batch, heads_q, length_q, head_dim_v)``, dtype of ``query``, nested as ``query`` is, and
+        contiguous, but for ``alpha = 1``, where strides may be those that SDPA gives; with
+        ``return_aux`` a pair of it and an :class:`AttentionAux`.
 
     Raises:
         TypeError: an argument has a type or dtype that it must not have.

@@ -311,6 +311,52 @@ def _summed(name: str, found: Tensor, operand: Tensor) -> Tensor:
     return found.to(operand.dtype)
 
 
+class _SoftmaxBackward(_ReverseMode):
+    """:data:`attention_backward` at alpha = 1, of the arguments that it has. What needs the scores
+    of all pairs at once waits until a second derivative is really taken."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        ctx.save_for_backward(*(args[i] for i in ctx.places))
+        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
+        return beneath(attention_backward, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        args = list(ctx.others)
+        for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+            args[i] = tensor
+        asked = _Arguments.of(tuple(args[_BACKWARD_TENSORS:]), 0)
+        said = zip(DIFFERENTIABLE, _said(asked), strict=True)
+        names = [*TENSORS, *(name for name, wanted in said if wanted)]
+        of_names = (
+            *grads[:3],
+            *(g for g, wanted in zip(grads[3:], _said(asked), strict=True) if wanted),
+        )
+        needed = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            own = list(args)
+            for i, tensor in zip(needed, tensors, strict=True):
+                own[i] = tensor
+            operands = _Arguments.of(tuple(own[_BACKWARD_TENSORS:]), 0).operands
+            inputs = Inputs(*own[1:4], *operands)
+            problem = _problem(inputs, asked.options, True)
+            return softmax.gradients(problem, inputs, own[0], names)
+
+        found = softmax.pulled_back(gradients, [args[i] for i in needed], of_names)
+        by_place = dict(zip(needed, found, strict=True))
+        return tuple(map(by_place.get, range(len(args))))
+
+
+def _attention_backward_autograd(*args: Any) -> Any:
+    asked = _Arguments.of(args[_BACKWARD_TENSORS:], 0)
+    if asked.options.alpha == 1.0:
+        return in_kernel(_SoftmaxBackward, *args)
+    return _attention_backward_once(*args)
+
+
 def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     grad_out, query, key, value, out, tau, saved = args[:_BACKWARD_TENSORS]
     asked = _Arguments.of(args[_BACKWARD_TENSORS:], 0)
@@ -524,9 +570,6 @@ class _Attention(_ReverseMode):
             )
             if asked_for:
                 wanted = tuple(name in asked_for for name in DIFFERENTIABLE)
-        if ctx.options.alpha == 1.0 and torch.is_grad_enabled():
-            inputs = Inputs(query, key, value, *operands)
-            return _twice(inputs, ctx.options, grad_out, needed, names)
         if _is_final(grad_out, query, key, value, tau, saved, *given):
             options = _read(ctx.options, ctx.numbers)
             found = _run_backward(tensors, operands, options, wanted, ctx.decided)
@@ -539,21 +582,6 @@ class _Attention(_ReverseMode):
             return *first, None
         later = (getattr(found, name) if name in asked_for else None for name in names)
         return *first, None, *later
-
-
-def _twice(
-    inputs: Inputs,
-    options: Options,
-    grad_out: Tensor,
-    needed: tuple[bool, ...],
-    names: tuple[str, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients at alpha = 1 that are to be differentiated again."""
-    tensors = *inputs[:3], None, *(getattr(inputs, name) for name in names)
-    wanted = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
-    problem = _problem(inputs, options, True)
-    found = iter(softmax.twice(problem, inputs, grad_out, wanted))
-    return tuple(next(found) if need else None for need in needed)
 
 
 _NO_OPERANDS: tuple[Tensor | None, ...] = (None,) * len(OPERANDS)
@@ -904,10 +932,13 @@ attention_backward = _operator(
     _attention_backward,
     _attention_backward_fake,
     _attention_backward_vmap,
+    _attention_backward_autograd,
 )
 """``out`` is not read, and autograd gives None: else a model would keep each layer's output twice,
 here and as the input of its next product. ``wanted`` says of each of ``DIFFERENTIABLE`` whether its
 gradient is found; without entries none is. What is not found is an empty tensor."""
+
+_attention_backward_once = _once(attention_backward)
 
 entmax_forward = _operator(
     "entmax_forward(Tensor x, Scalar alpha, int dim, str backend, bool needs_grad,"

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from adasplash2.problem import (
     seen_keys,
     unsupported,
 )
-from adasplash2.torch_fastpath import beside
+from adasplash2.torch_fastpath import beside, is_transformed
 
 SUPPORTED = (
     *("attn_mask", "dropout_p", "window", "causal_align", "softcap", "alibi_slopes", "sinks"),
@@ -221,7 +221,8 @@ def _kept(part: _Part, whole: Problem) -> Tensor:
         x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(_signed(factor))
     x.bitwise_xor_((x >> 31).bitwise_and_(2**33 - 1))
     dropped = (x >> 32).bitwise_and_(2**32 - 1) < math.floor(p * 2**32)
-    return torch.where(dropped, 0.0, 1.0 / (1.0 - p)).to(whole.compute_dtype)
+    # Not by where(), of which two numbers are in float32.
+    return (~dropped).to(whole.compute_dtype).mul_(1.0 / (1.0 - p))
 
 
 def _signed(word: int) -> int:
@@ -345,9 +346,30 @@ def _gradients(
     return Gradients(of_query, of_key, of_value, **others)
 
 
-def twice(problem: Problem, inputs: Inputs, grad_out: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-    """Gradients of ``wanted``, some of ``inputs``, that can be differentiated again."""
+def gradients(
+    problem: Problem, inputs: Inputs, grad_out: Tensor, names: Sequence[str]
+) -> tuple[Tensor, ...]:
+    """Gradients of the named ``inputs``, with derivatives of their own."""
+
+    def out_of(*tensors: Tensor) -> Tensor:
+        return whole(problem, inputs._replace(**dict(zip(names, tensors, strict=True))))
+
+    return pulled_back(out_of, [getattr(inputs, name) for name in names], grad_out)
+
+
+def pulled_back(
+    function: Callable[..., Any], tensors: Sequence[Tensor], grads: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of ``tensors`` from those of what ``function`` makes of them, to be differentiated
+    where autograd records; whether it looks at the tensors themselves does not matter."""
+    if is_transformed():  # where no tensor may be told to require a gradient
+        found: tuple[Tensor, ...] = torch.func.vjp(function, *tensors)[1](grads)
+        return found
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        return list(
-            torch.autograd.grad(whole(problem, inputs), wanted, grad_out, create_graph=True)
+        own = [t.view_as(t) if again else t.detach() for t in tensors]
+        own = [t.requires_grad_() for t in own]
+        made = function(*own)
+        return torch.autograd.grad(
+            made, own, grads, create_graph=again, allow_unused=True, materialize_grads=True
         )
