@@ -15,7 +15,7 @@ from adasplash2 import dense, dispatch
 from adasplash2.closed_form import nothing_forward
 from adasplash2.contract import AttentionStats
 from adasplash2.options import Options
-from adasplash2.problem import Inputs, Problem, cut, seen_keys, validated
+from adasplash2.problem import Inputs, Problem, cut, span_of_keys, validated
 from adasplash2.torch_fastpath import is_in_a_transform, is_in_memory, is_without_data
 
 CHUNK = 2**20
@@ -79,7 +79,7 @@ class AttentionAux:
             inputs = cut(self._inputs, slice(b, b + 1), slice(h, h + 1), heads)
             for first in range(0, p.length_q, rows):
                 some = slice(first, min(first + rows, p.length_q))
-                keys = self._keys_of(inputs, some)
+                keys = span_of_keys(p, inputs, some)
                 found = self._of(inputs, some, keys)
                 kept = found != 0
                 count[b : b + 1, heads, some] = kept.sum(dim=3)
@@ -101,17 +101,6 @@ class AttentionAux:
     @functools.cached_property
     def _problem(self) -> Problem:
         return validated(self._inputs, self._options, False)
-
-    def _keys_of(self, inputs: Inputs, rows: slice) -> slice:
-        """From the first to the last key that one of these queries sees, or more."""
-        if inputs.ranges is not None:
-            begin, end = inputs.ranges[0, 0, rows].min(), inputs.ranges[1, 0, rows].max()
-            return slice(int(begin), max(int(begin), int(end)))
-        seen = seen_keys(self._problem, inputs, rows)
-        numbers = seen.flatten(0, -2).any(dim=0).nonzero()
-        if not len(numbers):
-            return slice(0, 0)
-        return slice(int(numbers[0]), int(numbers[-1]) + 1)
 
     def _of(self, inputs: Inputs, rows: slice, keys: slice) -> Tensor:
         # Solved again: near alpha = 1, and far above it, tau has not the digits that the

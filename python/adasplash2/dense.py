@@ -47,10 +47,7 @@ def probabilities(
     s = softmax.scores(p, inputs, dtype, rows, keys).scores
     if p.alpha == 1.0:
         return softmax.softmax(s, inputs)[0]
-    count = s.shape[3]
-    if inputs.sinks is not None:
-        sink = inputs.sinks.to(dtype)[:, :, None, None]
-        s = torch.cat([s, sink.expand(*s.shape[:3], 1)], dim=3)
+    count, s = s.shape[3], softmax.with_sink(s, inputs)
     hidden = s == -math.inf
     alphas = None if inputs.alphas is None else inputs.alphas.to(dtype)[:, :, None, None]
     found = ops.rows(s, p.alpha, -1, backend, alphas)

@@ -15,7 +15,7 @@ from adasplash2.backends import REGISTRY
 from adasplash2.contract import Backend
 from adasplash2.lowering import lowered, lowered_cached, lowered_packed
 from adasplash2.options import Said
-from adasplash2.problem import DTYPES, Problem, validated
+from adasplash2.problem import DTYPES, FEW, Problem, validated
 
 BEGIN = "<!-- written by `adasplash2 features --markdown` -->"
 END = "<!-- until here -->"
@@ -65,7 +65,6 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 _LENGTHS = _tensor(BATCH, dtype=torch.int32)
 _EACH_LENGTH = {"q_lengths": _LENGTHS, "kv_lengths": _LENGTHS, "kv_starts": _LENGTHS}
-_FEW = 16
 _MASK = BATCH, HEADS_Q, LENGTH_Q, LENGTH_K
 
 ROWS: dict[str, list[Call]] = {
@@ -89,9 +88,9 @@ ROWS: dict[str, list[Call]] = {
     "`alpha` as a tensor": [Call({"alpha": _tensor(HEADS_Q)})],
     "`q_lengths`, `kv_lengths`, `kv_starts`, packed sequences": [Call(_EACH_LENGTH)],
     '`causal_align="bottom-right"`, `window` and lengths of up to 16 queries': [
-        Call({"is_causal": True, "causal_align": "bottom-right"}, length_q=_FEW),
-        Call({"window": (9, 4)}, length_q=_FEW),
-        Call(_EACH_LENGTH, length_q=_FEW),
+        Call({"is_causal": True, "causal_align": "bottom-right"}, length_q=FEW),
+        Call({"window": (9, 4)}, length_q=FEW),
+        Call(_EACH_LENGTH, length_q=FEW),
     ],
     "a paged cache (`block_table`)": [Call({}, paged=True)],
     **{str(dtype).removeprefix("torch."): [Call({}, dtype)] for dtype in DTYPES},

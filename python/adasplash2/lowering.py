@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adasplash2.options import Options, Said, check_count, check_options, shown
 from adasplash2.problem import (
+    FEW,
     MAX_HEAD_DIM,
     TENSORS,
     Inputs,
@@ -996,9 +997,6 @@ def _said_by_ranges(options: Options) -> Options:
     )
 
 
-MOST_FEW = 16
-"""Queries up to which :func:`_few_ranges` keeps limits."""
-
 MOST_LIMITS = 1024
 """Limits that it keeps. None is let go of: a CUDA graph reads them where they lie."""
 
@@ -1015,7 +1013,7 @@ def _few_ranges(
     Each entry is the length and a number more, within limits. These lie on the device already; None
     where they cannot.
     """
-    if torch.compiler.is_compiling() or not is_in_memory(lengths) or query.shape[2] > MOST_FEW:
+    if torch.compiler.is_compiling() or not is_in_memory(lengths) or query.shape[2] > FEW:
         return None
     length_q, device = query.shape[2], lengths.device
     left, right = options.window_left, 0 if options.is_causal else options.window_right

@@ -342,6 +342,17 @@ def seen_keys(problem: Problem, inputs: Inputs, rows: slice, part: slice = ALL) 
     return seen
 
 
+def span_of_keys(problem: Problem, inputs: Inputs, rows: slice) -> slice:
+    """From the first to the last key that one of these queries may see, whatever a mask hides."""
+    if inputs.ranges is not None:
+        begins, ends = inputs.ranges[:2, :, rows]
+        seeing = ends > begins
+        if not seeing.any():
+            return slice(0, 0)
+        return slice(int(begins[seeing].min()), int(ends[seeing].max()))
+    return slice(problem.visible(rows.start)[0], problem.visible(rows.stop - 1)[1])
+
+
 def allowed_tiles(problem: Problem, inputs: Inputs, side: int) -> Tensor:
     """Tiles of ``side`` queries by ``side`` keys with a pair that may be seen: ``(batch,
     heads_q)``, of which either is 1 where it holds for all."""

@@ -25,6 +25,7 @@ from adasplash2.problem import (
     part_of,
     places,
     seen_keys,
+    span_of_keys,
     unsupported,
 )
 from adasplash2.torch_fastpath import beside, is_transformed
@@ -101,13 +102,18 @@ def scores(
     return Scores(s, clean_q, clean_k, right, seen, products, scale, share, distance)
 
 
+def with_sink(s: Tensor, inputs: Inputs) -> Tensor:
+    """Scores, and behind them that of the sink, where there is one."""
+    if inputs.sinks is None:
+        return s
+    sink = inputs.sinks.to(s.dtype)[:, :, None, None]
+    return torch.cat([s, sink.expand(*s.shape[:3], 1)], dim=3)
+
+
 def softmax(s: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     """Probabilities of keys with these scores, and of the sink ``(batch, heads_q, rows, 1)``. Rows
     that see nothing have none."""
-    count = s.shape[3]
-    if inputs.sinks is not None:
-        sink = inputs.sinks.to(s.dtype)[:, :, None, None]
-        s = torch.cat([s, sink.expand(*s.shape[:3], 1)], dim=3)
+    count, s = s.shape[3], with_sink(s, inputs)
     hidden = s == -math.inf
     found = torch.softmax(torch.where(hidden.all(dim=3, keepdim=True), 0.0, s), dim=3)
     found = torch.where(hidden, 0.0, found)  # also in rows of NaN
@@ -169,7 +175,7 @@ def _parts(problem: Problem, inputs: Inputs) -> Iterator[_Part]:
                 heads_q=group.stop - group.start,
             )
             for r in _slices(p.length_q, rows):
-                keys = _keys_of(mine, own, r) if known else slice(0, p.length_k)
+                keys = span_of_keys(mine, own, r) if known else slice(0, p.length_k)
                 if keys.stop > keys.start:
                     yield _Part(mine, own, b, h, group, r, keys)
 
@@ -191,17 +197,6 @@ def _widest(problem: Problem, inputs: Inputs) -> int:
     if said.left < 0 or said.right < 0:
         return problem.length_k
     return said.left + said.right + 1
-
-
-def _keys_of(problem: Problem, inputs: Inputs, rows: slice) -> slice:
-    """From the first to the last key that one of these queries may see."""
-    if inputs.ranges is not None:
-        begins, ends = inputs.ranges[:2, :, rows]
-        seeing = ends > begins
-        if not seeing.any():
-            return slice(0, 0)
-        return slice(int(begins[seeing].min()), int(ends[seeing].max()))
-    return slice(problem.visible(rows.start)[0], problem.visible(rows.stop - 1)[1])
 
 
 def _kept(part: _Part, whole: Problem) -> Tensor:
@@ -264,13 +259,9 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
 
 
 def backward(
-    problem: Problem,
-    inputs: Inputs,
-    kept: Kept,
-    grad_out: Tensor,
-    config: Config,
+    problem: Problem, inputs: Inputs, kept: Kept, grad_out: Tensor, config: Config,
     wanted: Collection[str] = (),
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """See :meth:`adasplash2.contract.Backend.backward`. Sums over queries are in the compute
     dtype."""
     p, compute = problem, problem.compute_dtype
