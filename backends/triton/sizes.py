@@ -566,9 +566,8 @@ def is_steep(alpha: float) -> bool:
 
 def keeps_shares(problem: Problem) -> bool:
     """Whether the means that a backward needs are kept in 16 bits: where alpha has a closed form,
-    and not for a ``sum ds k`` that cancels. Of a key that has all of the probability ``dp - delta``
-    is zero but for 2^-16 of the largest mean there; where alpha has none ``spread`` says which it
-    is, and has no room for that mean."""
+    and not for a ``sum ds k`` that cancels. Where alpha has none ``spread`` says which key has all
+    of the probability, and has no room for the largest mean."""
     alphas = any(operand.name == "alphas" for operand in problem.operands)
     closed = not alphas and compiled_alpha(problem.alpha) != 0.0
     return problem.dtype.itemsize == 2 and closed and problem.head_dim >= FULL_WIDTH
@@ -659,7 +658,7 @@ class Saved:
     :func:`keeps_shares`, as shares of 16 bits of a row's largest.
     ``top``, ``t`` ``(rows,)`` float32: ``tau = c top + t``.
     ``spread`` ``(rows,)`` float32: where ``exact``, 0 where one key has all probability, else 1;
-    beside shares that largest mean.
+    beside shares that largest mean, or -1 where they are the means themselves.
     ``counts`` ``(heads, row_blocks, 2)`` int32: entries of a list that need no mask, and
     all of them.
     ``lists`` ``(heads, row_blocks, tiles)`` int32: numbers of the live tiles, those that need no

@@ -114,33 +114,41 @@ __device__ __forceinline__ AFragment as_a_fragment(const Weight& w) {
           Scalar::pack(w(6), w(7))};
 }
 
-// O2 of a row for the backward: its largest entry, and each as a share of that in 16 bits. What
-// they are off is far less than the roundings of the weights leave.
+// O2 of a row for the backward, in 16 bits an entry: as they are where they are numbers of the
+// input's type but for rounding, as the mean of the same values is, so that dp - delta of a key
+// that has all of the probability is zero; else as shares of the largest.
 struct SecondOutput {
   static constexpr float kWhole = 32767.f;
+  static constexpr float kRounding = 0x1p-21f;  // of the largest
+  static constexpr float kAsTheyAre = -1.f;     // instead of the largest
 
-  short* shares;
+  u16* entries;
   float* largest;  // in the place of a listed row's first weight
 
   __device__ __forceinline__ SecondOutput(const Params& p, int head_row, int row)
-      : shares(kept_of_flat_row<short, kDimV>(p, head_row, row)),
+      : entries(kept_of_flat_row<u16, kDimV>(p, head_row, row)),
         largest(p.first_weight + i64(head_row) * p.row_blocks * kRowBlock + row) {}
 
-  __device__ __forceinline__ void put(int at, float low, float high) const {
-    const u32 pair = u32(__float2int_rn(low)) & 0xffffu | u32(__float2int_rn(high)) << 16;
-    *reinterpret_cast<u32*>(shares + at) = pair;
+  __device__ __forceinline__ void put(int at, u32 pair) const {
+    *reinterpret_cast<u32*>(entries + at) = pair;
   }
-  // The product of 8 entries from `at` on with x, as a share too.
+  static __device__ __forceinline__ u32 shares(float low, float high) {
+    return (u32(__float2int_rn(low)) & 0xffffu) | u32(__float2int_rn(high)) << 16;
+  }
+  // The product of 8 entries from `at` on with x.
   __device__ __forceinline__ float times(int at, const float (&x)[8]) const {
-    const uint4 raw = *reinterpret_cast<const uint4*>(shares + at);
+    const uint4 raw = *reinterpret_cast<const uint4*>(entries + at);
     const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+    const float most = *largest, factor = most < 0.f ? 1.f : most * (1.f / kWhole);
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      sum = fmaf(x[2 * i], float(short(pairs[i])) * (1.f / kWhole), sum);
-      sum = fmaf(x[2 * i + 1], float(int(pairs[i]) >> 16) * (1.f / kWhole), sum);
+      float2 pair = {float(short(pairs[i])), float(int(pairs[i]) >> 16)};
+      if (most < 0.f) pair = Scalar::unpack(pairs[i]);
+      sum = fmaf(x[2 * i], pair.x, sum);
+      sum = fmaf(x[2 * i + 1], pair.y, sum);
     }
-    return sum;
+    return sum * factor;
   }
 };
 

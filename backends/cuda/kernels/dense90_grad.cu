@@ -229,7 +229,6 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
         load8<kHeadDimV>(grad, n, g);
         delta[slot] += second.times(n, g);
       }
-      delta[slot] *= *second.largest;
     }
     delta[slot] = sum_over<4>(delta[slot]);
     if (b.flat[slot] && lane_id() % 4 == 0)

@@ -612,15 +612,31 @@ struct Attention {
 #pragma unroll
       for (int j = 0; j < 2; ++j) most = max_or_nan(most, fabsf(o.second[4 * n + 2 * slot + j]));
     most = max_or_nan_over<4>(most);
+    float off = 0.f;
+#pragma unroll
+    for (int n = 0; n < kDimV / 8; ++n) {
+      const float2 pair = second_pair(o, slot, n, factor_u),
+                   near = Scalar::unpack(Scalar::pack(pair.x, pair.y));
+      off = fmaxf(off, fmaxf(fabsf(pair.x - near.x), fabsf(pair.y - near.y)));
+    }
+    const bool as_they_are = max_over<4>(off) <= most * factor_u * SecondOutput::kRounding;
     if (!b.flat[slot]) return;
     const SecondOutput to(p, b.head_row, b.row(slot));
     // Of what is hardly a number any more, 1 / most would be infinite.
     const float lift = most < 0x1p-60f ? 0x1p80f : 1.f, share = to.kWhole / (most * lift);
 #pragma unroll
-    for (int n = 0; n < kDimV / 8; ++n)
-      to.put(n * 8 + lane_id() % 4 * 2, o.second[4 * n + 2 * slot] * lift * share,
-             o.second[4 * n + 2 * slot + 1] * lift * share);
-    if (lane_id() % 4 == 0) *to.largest = most * factor_u;
+    for (int n = 0; n < kDimV / 8; ++n) {
+      const float2 pair =
+          as_they_are ? second_pair(o, slot, n, factor_u) : second_pair(o, slot, n, lift);
+      to.put(n * 8 + lane_id() % 4 * 2, as_they_are ? Scalar::pack(pair.x, pair.y)
+                                                    : to.shares(pair.x * share, pair.y * share));
+    }
+    if (lane_id() % 4 == 0) *to.largest = as_they_are ? to.kAsTheyAre : most * factor_u;
+  }
+  // A lane's two entries of O2 in each eight columns.
+  static __device__ __forceinline__ float2 second_pair(const Outputs& o, int slot, int n,
+                                                       float factor) {
+    return {o.second[4 * n + 2 * slot] * factor, o.second[4 * n + 2 * slot + 1] * factor};
   }
 
   // --- thresholds

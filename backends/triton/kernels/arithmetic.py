@@ -9,6 +9,9 @@ from adasplash2.backends.triton import sizes
 
 INFINITY = tl.constexpr(float("inf"))
 WHOLE = tl.constexpr(32767.0)
+ROUNDING = tl.constexpr(2.0**-21)
+"""A row is one of a 16-bit type where its entries are off by no more than this part of the largest.
+Shares are off by 2^-16 of it."""
 
 INTERPRETED = tl.constexpr(sizes.INTERPRETED)
 
@@ -84,9 +87,31 @@ def with_bad(total, bad):
 
 
 @triton.jit
-def shares_of(rows):
+def bits_of(x, TYPE: tl.constexpr):
+    """float32 as the nearest of a 16-bit type, in its bits; the interpreter has float32 for
+    bfloat16."""
+    if tl.float16 == TYPE:
+        return x.to(tl.float16).to(tl.int16, bitcast=True)
+    else:
+        return ((x.to(tl.int32, bitcast=True) + (1 << 15)) >> 16).to(tl.int16)
+
+
+@triton.jit
+def of_bits(bits, TYPE: tl.constexpr):
+    """What :func:`bits_of` was given, rounded."""
+    if tl.float16 == TYPE:
+        return bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def shares_of(rows, TYPE: tl.constexpr):
     """Entries as shares of the largest of their row, as whole numbers of 16 bits, and that one.
-    Where it is not finite they say which are: 1 and -1 are infinities, 2 is NaN."""
+    Where it is not finite they say which are: 1 and -1 are infinities, 2 is NaN. Where a row is one
+    of TYPE, but for rounding, its entries are kept as they are, and -1 says so: a mean of the same
+    value is then right to the last digit, and ``dp - delta`` of a key that has all of the
+    probability is zero."""
     most = largest(tl.abs(rows), 1)
     # Of what is hardly a number any more, 1 / most would be infinite.
     lift = tl.where(most < 2.0**-60, 2.0**80, 1.0)
@@ -94,16 +119,22 @@ def shares_of(rows):
     shares = tl.floor(rows * lift[:, None] * share[:, None] + 0.5)
     bad = tl.where(rows == INFINITY, 1.0, tl.where(rows == -INFINITY, -1.0, 0.0))
     bad = tl.where(rows != rows, 2.0, bad)
-    return tl.where(is_finite(most)[:, None], shares, bad), most
+    shares = tl.where(is_finite(most)[:, None], shares, bad).to(tl.int16)
+    nearest = bits_of(rows, TYPE)
+    off = tl.max(tl.abs(rows - of_bits(nearest, TYPE)), 1)
+    is_one = is_finite(most) & (off <= most * ROUNDING)
+    shares = tl.where(is_one[:, None], nearest, shares)
+    return shares, tl.where(is_one, -1.0, most)
 
 
 @triton.jit
-def rows_of(shares, most):
+def rows_of(shares, most, TYPE: tl.constexpr):
     """What :func:`shares_of` was given; zeros for what is finite in a row that is not."""
     rows = shares.to(tl.float32) * (1.0 / WHOLE) * most[:, None]
     bad = tl.where(shares == 1, INFINITY, tl.where(shares == -1, -INFINITY, 0.0))
     bad = tl.where(shares == 2, float("nan"), bad)
-    return tl.where(is_finite(most)[:, None], rows, bad)
+    rows = tl.where(is_finite(most)[:, None], rows, bad)
+    return tl.where(most[:, None] < 0.0, of_bits(shares, TYPE), rows)
 
 
 @triton.jit

@@ -225,7 +225,8 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
     means = head_of(out_u, batch, head)
     mean = load_tile(means, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
     if opt.shares:
-        mean = rows_of(mean, tl.load(spread_in + at_row, mask=inside, other=0.0))
+        most = tl.load(spread_in + at_row, mask=inside, other=0.0)
+        mean = rows_of(mean, most, value.base.dtype.element_ty)
     spread = load_spread(spread_in, at_row, inside, opt)
     delta = tl.sum(grad.to(tl.float32) * mean, 1)
     if opt.sinks:  # where a sink has all of the probability no gradient is felt, NaN neither

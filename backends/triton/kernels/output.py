@@ -217,7 +217,7 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
                 top_u = tl.max(scaled(top_u[:, None], u_scale, TYPE, opt), 1)
             tl.store(spread + at_row, tl.where(slope == top_u, 0.0, 1.0), mask=inside)
         if opt.shares:
-            mean, most = shares_of(mean)
+            mean, most = shares_of(mean, TYPE)
             tl.store(spread + at_row, most, mask=inside)
         means = head_of(out_u, batch, head)
         store_tile(
