@@ -47,24 +47,26 @@ class Plan:
         self._block = block = kernels.block
         key_heads = problem.batch * problem.heads_kv
         shared_rows = problem.group_size * problem.length_q
-        self._rows = key_heads * shared_rows
-        blocks = key_heads * -(-shared_rows // block.rows)
+        self._rows = rows = key_heads * shared_rows
+        blocks = key_heads * -(-shared_rows // block.held)
         multiprocessors = torch.cuda.get_device_properties(problem.device).multi_processor_count
         splits = block.splits(blocks, problem.length_k, multiprocessors)
         self._scanned = blocks * splits
+        parts = splits * block.row_warps
+        weighed = -(-parts * 32 // layout.WEIGH_THREADS)
         tiles = key_heads * -(-shared_rows // layout.DECODE_ROW_TILE)
-        self._weighed = tiles * splits
+        self._weighed = tiles * weighed
         tile = layout.DECODE_TILE
         list_length = -(-problem.length_k // tile) * tile
         width = 8 * self._options["OUTPUT_LANES"]
         offsets, self.scratch = sizes.parts(
             {
-                "parts": ctypes.sizeof(layout.Part) * self._rows * splits * block.warps,
-                "scores": 4 * self._rows * list_length,
-                "offsets": 2 * self._rows * list_length,
-                "solved": ctypes.sizeof(layout.Solved) * self._rows,
-                "partials": 4 * self._rows * splits * width,
-                "masses": 4 * self._rows * splits,
+                "parts": ctypes.sizeof(layout.Part) * rows * parts,
+                "scores": 4 * rows * list_length,
+                "offsets": 2 * rows * list_length,
+                "solved": ctypes.sizeof(layout.Solved) * rows,
+                "partials": 4 * rows * weighed * width,
+                "masses": 4 * rows * weighed,
                 "arrivals": 4 * tiles,
             }
         )
@@ -83,6 +85,8 @@ class Plan:
                 "right": right,
                 "shift": problem.shift,
                 "splits": splits,
+                "weighed": weighed,
+                "row_scores": block.row_scores(problem.length_k, splits),
                 "list_length": list_length,
                 **score_constants(problem),
             },
@@ -101,7 +105,7 @@ class Plan:
         return (
             self._launch("decode_scan", self._scanned, block.threads, block.shared),
             self._launch("decode_solve", self._rows, layout.SOLVE_THREADS),
-            self._launch("decode_weigh", self._weighed, block.threads),
+            self._launch("decode_weigh", self._weighed, layout.WEIGH_THREADS),
         )
 
     def _launch(self, kernel: str, blocks: int, threads: int, shared: int = 0) -> driver.Launch:

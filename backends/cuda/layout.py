@@ -147,10 +147,13 @@ DECODE_ROW_TILE = 8
 DECODE_PART = 1 << 16
 """Keys of a part at most: its lists count them in 16 bits."""
 
-SOLVE_THREADS = 512
+SOLVE_THREADS = 256
 """Threads of a block of ``decode_solve``."""
 
-SOLVE_KEPT = 128
+WEIGH_THREADS = 128
+"""Threads of a block of ``decode_weigh``."""
+
+SOLVE_KEPT = 256
 """Keys that a warp of it holds in shared memory; a row that keeps more is a flat one."""
 
 WEIGHED_KEYS = 32
@@ -318,7 +321,7 @@ Params = _struct(
 Part = _struct(  # of a row's keys: what a warp of decode_scan says of it
     "Part",
     ("float", "top"),  # the largest score
-    ("float", "bound"),  # a lower bound of tau / c
+    ("float", "bound"),  # a lower bound of tau / c, of the row
     ("int", "first"),  # key; the part's list of scores begins at its place
     ("int", "count"),  # of keys in the list
 )
@@ -339,18 +342,19 @@ DecodeParams = _struct(  # of decode.cu
     ("long long", "ranges_end", "ranges_batch"),  # from a row's first key to its end; strides
     ("int*", "table"),  # Inputs.block_table, where PAGED
     ("long long", "table_batch", "pages"),
-    ("Part*", "parts"),  # (rows, parts): splits * WARPS of them
+    ("Part*", "parts"),  # (rows, parts)
     # (rows, list_length): lists of the parts, each at the place of its first key. Scores, and keys
     # counted from that one.
     ("float*", "scores"),
     ("unsigned short*", "offsets"),
     ("Solved*", "solved"),  # of each row
-    ("float*", "partials", "masses"),  # of each row and split: sum p v, sum p
-    ("int*", "arrivals"),  # of each tile of rows: splits that are summed
+    ("float*", "partials", "masses"),  # of each row and weighed split: sum p v, sum p
+    ("int*", "arrivals"),  # of each tile of rows: weighed splits that are summed
     ("long long", "list_length"),
     ("int", "heads_q", "heads_kv", "gqa_group", "length_q", "length_k", "page_size"),
     ("int", "left", "right", "shift"),  # ScoreTransform, where there are no ranges
-    ("int", "splits"),  # blocks among which keys are cut
+    ("int", "splits", "weighed"),  # blocks among which keys are cut, to be scanned and weighed
+    ("int", "row_scores"),  # from one row of a scan's scores to the next
     ("float", "c", "inv_c", "q_sign", "r"),  # as in Params
 )
 

@@ -21,34 +21,30 @@ HOPPER_RESERVED = layout.SWIZZLE_ALIGNMENT + 512
 
 
 DECODE_KEY_BYTES = 64
-"""Bytes of a key that four lanes copy in one step."""
+"""Bytes of a key that four lanes load in one step."""
 
-DECODE_WARPS = 4, 2, 1
-"""Warps of a block: the first number for which there is memory."""
+DECODE_WARPS = 8
+"""Warps of a block that scans; a power of two."""
 
-DECODE_QUERY_BYTES = 16 * 1024
-"""The most bytes of a block's queries: where they are wide, several blocks share the rows."""
+DECODE_HELD = 16
+"""Rows whose scores it holds at most, of 4-byte types half as many; a power of two. Where more rows
+share keys, several blocks read these."""
 
-DECODE_MOST_TILES = 8
-"""The most tiles of rows of a block: their scores take registers."""
+DECODE_SHARED = 224 * 1024
+"""Shared memory of a multiprocessor that blocks of a scan use at most: the L1 needs some, too."""
 
-DECODE_WARP_BYTES = 12 * 1024
-"""Bytes of keys on their way to a warp: 16 warps of a multiprocessor then have 192 KiB coming."""
-
-DECODE_LEAST_STAGES, DECODE_MOST_STAGES = 2, 8
-
-DECODE_PART_TILES = 4
-"""The fewest tiles of a part."""
+DECODE_SPLIT_TILES = 8
+"""The fewest tiles of a split: one for each warp."""
 
 DECODE_WAVES = 8
 """Where more than so many thread blocks for each block of rows are at work at once, splits fill
 these once. Else a short last wave would cost much, and of so many splits those are chosen that fill
 it best."""
 
-DECODE_REGISTERS = 128, 168
-"""Registers of a thread that scans: as a rule, and with the most tiles of rows or in float32, whose
-products each thread sums by itself. ``RESIDENTS`` follows from it, to which the launch bounds of
-``decode_scan`` hold the compiler."""
+DECODE_RESIDENTS = 2, 1
+"""Blocks of a scan that a multiprocessor has at a time: as a rule, and where a lane's columns of a
+tile or its sums take more than 128 registers. The launch bounds of ``decode_scan`` hold the
+compiler to it."""
 
 REGISTER_FILE = 65_536
 """Registers of a multiprocessor."""
@@ -302,46 +298,57 @@ def hopper_scan(head_dim: int, warpgroups: int, stages: int, retry: bool = False
 
 
 class Decode(NamedTuple):
-    """A block of ``decode_scan``, and of ``decode_weigh``, whose warps have the same parts.
-
-    ``row_tiles``: tiles of rows whose keys it reads at once. ``stages``: tiles of keys that are on
-    their way to each of its ``warps``. ``shared``: dynamic shared memory; ``static``: what the
-    kernel declares beside it. ``residents``: blocks that a multiprocessor has room for.
+    """A block of ``decode_scan``: scores of ``held`` rows and ``tiles`` tiles of keys fit into its
+    shared memory, beside ``fixed`` bytes of it and ``static`` ones that the kernel declares.
+    ``residents``: blocks that a multiprocessor has room for.
     """
 
-    row_tiles: int
-    warps: int
-    stages: int
-    shared: int
+    held: int
+    tiles: int
+    fixed: int
     static: int
     residents: int
 
     @property
-    def rows(self) -> int:
-        return self.row_tiles * layout.DECODE_ROW_TILE
+    def threads(self) -> int:
+        return 32 * DECODE_WARPS
 
     @property
-    def threads(self) -> int:
-        return self.warps * 32
+    def row_warps(self) -> int:
+        """Parts into which a row's keys of a split are listed."""
+        return max(1, DECODE_WARPS // self.held)
 
     @property
     def defines(self) -> dict[str, int]:
         """Macros: the shape of its blocks, and the shared memory that they are given."""
         return {
-            "ROW_TILES": self.row_tiles,
-            "WARPS": self.warps,
-            "STAGES": self.stages,
+            "HELD_ROWS": self.held,
+            "WARPS": DECODE_WARPS,
             "RESIDENTS": self.residents,
-            "SHARED_DECODE_SCAN": self.shared,
+            "FIXED_DECODE_SCAN": self.fixed,
             "STATIC_DECODE_SCAN": self.static,
         }
+
+    @property
+    def shared(self) -> int:
+        """The most dynamic shared memory of a block."""
+        return self.fixed + 4 * self.held * self._row_scores(self.tiles)
+
+    def row_scores(self, keys: int, splits: int) -> int:
+        """Scores of a row that a block has room for, of ``splits`` of all ``keys``."""
+        return self._row_scores(-(-_tiles(keys) // splits))
+
+    @staticmethod
+    def _row_scores(tiles: int) -> int:
+        # Rows begin on different banks: those of two lanes' rows of a tile are 8 apart.
+        return tiles * layout.DECODE_TILE + 4
 
     def splits(self, blocks: int, keys: int, multiprocessors: int) -> int:
         """Among how many blocks the keys of each of ``blocks`` are cut, so that all that are at
         work at once are busy until the end."""
-        tiles = -(-keys // layout.DECODE_TILE)
-        least = -(-tiles * layout.DECODE_TILE // (layout.DECODE_PART * self.warps))
-        most = max(least, tiles // (DECODE_PART_TILES * self.warps), 1)
+        tiles = _tiles(keys)
+        least = max(1, -(-tiles // self.tiles))
+        most = max(least, tiles // DECODE_SPLIT_TILES)
         at_once = self.residents * multiprocessors
         if blocks * DECODE_WAVES <= at_once:
             return max(least, min(at_once // blocks, most))
@@ -350,31 +357,32 @@ class Decode(NamedTuple):
             waves = -(-blocks * splits // at_once)
             return blocks * splits / (waves * at_once)
 
-        return max(range(max(1, least), min(least + DECODE_WAVES, most) + 1), key=busy)
+        return max(range(least, min(least + DECODE_WAVES, most) + 1), key=busy)
+
+
+def _tiles(keys: int) -> int:
+    return -(-keys // layout.DECODE_TILE)
+
+
+def above(number: int) -> int:
+    """The smallest power of two that is at least that."""
+    return 1 << (number - 1).bit_length()
 
 
 def decode(rows: int, head_dim: int, itemsize: int, memory: SharedMemory) -> Decode | None:
     """Blocks where ``rows`` of queries share keys; None where there is too little memory."""
-    key = -(-head_dim * itemsize // DECODE_KEY_BYTES) * DECODE_KEY_BYTES
-    tile = layout.DECODE_TILE * key
-    most = max(1, DECODE_QUERY_BYTES // (layout.DECODE_ROW_TILE * key))
-    row_tiles = min(
-        most, DECODE_MOST_TILES, 1 << (-(-rows // layout.DECODE_ROW_TILE) - 1).bit_length()
-    )
-    stages = min(DECODE_MOST_STAGES, max(DECODE_LEAST_STAGES, DECODE_WARP_BYTES // tile))
-    queries = row_tiles * layout.DECODE_ROW_TILE * key
-    for warps in DECODE_WARPS:
-        # Which keys each row sees; the largest score and the length of each warp's list of it.
-        static = 8 * (1 + warps) * row_tiles * layout.DECODE_ROW_TILE
-        shared = queries + warps * stages * tile
-        if shared + static <= memory.per_block:
-            registers = DECODE_REGISTERS[row_tiles == DECODE_MOST_TILES or itemsize == 4]
-            residents = min(
-                memory.per_multiprocessor // (shared + RESERVED_SHARED + static),
-                REGISTER_FILE // (registers * 32 * warps),
-            )
-            return Decode(row_tiles, warps, stages, shared, static, max(1, residents))
-    return None
+    held = min(above(rows), DECODE_HELD if itemsize == 2 else DECODE_HELD // 2)
+    rows = -(-held // layout.DECODE_ROW_TILE) * layout.DECODE_ROW_TILE  # as products have them
+    steps = -(-head_dim * itemsize // DECODE_KEY_BYTES)
+    fixed = steps * DECODE_KEY_BYTES * rows  # the queries
+    static = 8 * rows + 4 * held * 8 * DECODE_WARPS  # keys of each row; scores of subsets
+    residents = DECODE_RESIDENTS[itemsize == 4 or steps > 4]
+    share = min(memory.per_multiprocessor, DECODE_SHARED) // residents - RESERVED_SHARED
+    room = (min(memory.per_block, share) - fixed - static) // (4 * held) - 4
+    if room < layout.DECODE_TILE:
+        return None
+    tiles = min(room, layout.DECODE_PART) // layout.DECODE_TILE
+    return Decode(held, tiles, fixed, static, residents)
 
 
 @dataclass(frozen=True, slots=True)

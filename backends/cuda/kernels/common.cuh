@@ -20,7 +20,7 @@
 //   RETRY                    1 to retry rows that lists could not hold (scan90.cu)
 // for those of few queries
 //   PAGED                    1 where keys and values lie in pages
-//   ROW_TILES, WARPS, STAGES of a block that scans: tiles of 8 rows, warps, tiles of keys for each
+//   HELD_ROWS, WARPS         of a block that scans
 //   RESIDENTS                such blocks that a multiprocessor has room for
 // and for the dense kernels
 //   BLOCK_ROWS, KEY_BLOCKS   rows of a block, blocks for a tile's gradients (dense.cu, exact.cu)
@@ -28,9 +28,10 @@
 //   OWN_STAGES               stages of what a block of gradients owns there
 //   GRAD_KEYS                keys of a backward's tile there
 //   OUTPUT                   OUTPUT_PLAIN, _SAVES or _COUNTS (dense90_output.cu)
-// SHARED_ and a kernel's name is the dynamic shared memory that it is launched with, STATIC_ what
-// it declares beside it, where sizes.py counts on that. No other header than threshold.h is
-// included: NVRTC needs no CUDA toolkit to compile these files.
+// SHARED_ and a kernel's name is the dynamic shared memory that it is launched with, FIXED_ what of
+// it is the same whatever the call, STATIC_ what it declares beside it, where sizes.py counts on
+// that. No other header than threshold.h is included: NVRTC needs no CUDA toolkit to compile these
+// files.
 #pragma once
 
 #include "adasplash2/threshold.h"

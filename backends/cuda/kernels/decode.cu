@@ -1,44 +1,49 @@
 // Few queries without gradients against long caches.
 //
 // One block takes rows of all query heads that share a key head, so that each key is read once for
-// them. Keys are cut into parts, one for each warp of a scan, so that few heads occupy a whole GPU.
+// them. Keys are split among blocks, so that few heads occupy a whole GPU.
 //
-// 1. decode_scan reads the keys. Of each row a part has a list of the scores above a bound that
-//    rises as they come. The threshold of some of a row's scores is at most that of all: whatever
-//    can be in the support is in a list. A list has room for all keys of its part, so that no row
-//    is too flat.
+// 1. decode_scan reads the keys, from memory into registers, and keeps a block's scores in shared
+//    memory. From the largest ones of many subsets comes a bound for each row: the threshold of
+//    some of a row's scores is at most that of all. What is above it is listed, by parts of the
+//    keys. A list has room for all keys of its part, so that no row is too flat.
 // 2. decode_solve, a block for each row: from the parts' largest scores a bound that few of the
 //    lists' scores pass, from these the threshold and the output. Of a flat row, of which more pass
 //    than shared memory holds, it finds the threshold on the lists themselves.
 // 3. decode_weigh, for flat rows alone: the output, from the lists and the values.
 //
-// Each warp keeps to its own part, bounds and lists, and sums have one order: the same call gives
-// the same bits.
+// Lists and sums have one order: the same call gives the same bits.
 #include "bounds.cuh"
 #include "work.cuh"
 
 namespace adasplash2 {
 
 constexpr bool kPaged = ADASPLASH2_PAGED;
-constexpr int kWarps = ADASPLASH2_WARPS, kThreads = 32 * kWarps;
-constexpr int kStages = ADASPLASH2_STAGES;
-constexpr int kRowTiles = ADASPLASH2_ROW_TILES;
-constexpr int kRows = kRowTiles * kDecodeRowTile;  // of a block
+constexpr int kWarps = ADASPLASH2_WARPS, kThreads = 32 * kWarps;  // of a scan
+constexpr int kHeld = ADASPLASH2_HELD_ROWS;  // rows of its blocks at most; a power of two
+constexpr int kRowTiles = (kHeld + kDecodeRowTile - 1) / kDecodeRowTile;
+constexpr int kRows = kRowTiles * kDecodeRowTile;               // as products have them
+constexpr int kRowWarps = kWarps > kHeld ? kWarps / kHeld : 1;  // that list a row's keys
+constexpr int kSubsets = 8 * kWarps;                            // of a block's keys
 
-// A warp reads a tile of 16 keys as the A fragments of mma.sync, so that its products have keys
+// A warp has a tile of 16 keys as the A fragments of mma.sync, so that its products have keys
 // along M and rows along N: lane l holds scores of the keys l/4 and l/4 + 8, and of the rows
 // 2 (l%4) + {0, 1} of each tile of rows. The order of the columns of q . k is free: what a lane
-// copies, 16 bytes at a time, is what it multiplies itself, and no lane waits for another.
-constexpr int kChunk = 16 / int(sizeof(Scalar));  // columns of a copy
+// loads, 16 bytes at a time, is what it multiplies itself, and no lane waits for another.
+constexpr int kChunk = 16 / int(sizeof(Scalar));  // columns of a load
 constexpr int kStepColumns = 4 * kChunk;          // and of the four lanes of a key
 constexpr int kSteps = (kHeadDim + kStepColumns - 1) / kStepColumns;
-constexpr int kStageBytes = kSteps * 2 * 32 * 16;  // a tile of keys
 constexpr int kQueryBytes = kSteps * kRows * 4 * 16;
-static_assert(kQueryBytes + kWarps * kStages * kStageBytes == ADASPLASH2_SHARED_DECODE_SCAN);
+static_assert(kQueryBytes == ADASPLASH2_FIXED_DECODE_SCAN);
 
-// Neither is tuned; whatever they are, bounds stay below thresholds.
-constexpr int kRaiseSteps = 2;   // Newton's steps of a bound on a list
-constexpr int kFirstRaise = 16;  // entries of a list from which its bound is raised; 2 at least
+// Registers have room for so many steps of a tile. A narrow tile is asked for before the one ahead
+// of it is multiplied; of wide ones enough are under way anyway.
+constexpr int kLoaded = kSteps < 8 ? kSteps : 8;
+constexpr bool kIsAhead = kSteps <= 4;
+
+// Neither is tuned; however many steps, bounds stay below thresholds.
+constexpr int kRaiseSteps = 2;  // Newton's steps of a bound
+constexpr int kBatch = 4;       // scores or rows of values that a lane loads at once
 
 // --- where rows, keys and values are -------------------------------------------------------
 
@@ -71,25 +76,24 @@ struct Row : Head {
 struct Block : SharedRows {
   int first, rows, split;  // first row, and how many there are
 
-  // Blocks that read the same keys have neighbouring numbers: the keys come from memory once, then
-  // from the L2.
+  // Number `blockIdx.x` of those of `splits` splits. Blocks that read the same keys have
+  // neighbouring numbers: the keys come from memory once, then from the L2.
   template <int tile>
-  static __device__ __forceinline__ Block of(const DecodeParams& p) {
+  static __device__ __forceinline__ Block of(const DecodeParams& p, int splits) {
     const int tiles = (rows_of(p) + tile - 1) / tile;
     const int keys = blockIdx.x / tiles, number = blockIdx.x % tiles * tile;
-    Block b{SharedRows(p, keys / p.splits)};
+    Block b{SharedRows(p, keys / splits)};
     b.first = b.first_row + number;
     b.rows = min(tile, rows_of(p) - number);
-    b.split = keys % p.splits;
+    b.split = keys % splits;
     return b;
   }
-  __device__ __forceinline__ int part() const { return split * kWarps + warp_id(); }
 
  private:
   __device__ __forceinline__ explicit Block(const SharedRows& of) : SharedRows(of) {}
 };
 
-__device__ __forceinline__ int parts_of(const DecodeParams& p) { return p.splits * kWarps; }
+__device__ __forceinline__ int parts_of(const DecodeParams& p) { return p.splits * kRowWarps; }
 __device__ __forceinline__ Part* parts_at(const DecodeParams& p, int row) {
   return p.parts + i64(row) * parts_of(p);
 }
@@ -121,45 +125,53 @@ struct Cache {
 using Scores = float[kRowTiles][4];  // of the lane's two rows of a tile: key l/4, then l/4 + 8
 
 // The queries of a block, for all of its warps: for each chunk of columns, that chunk of every row.
-__device__ __forceinline__ void load_queries(char* shared, const Block& b, const DecodeParams& p) {
+__device__ __forceinline__ void load_queries(char* shared, const DecodeParams& p, int first,
+                                             int rows) {
   for (int i = threadIdx.x; i < kSteps * kRows * 4; i += kThreads) {
     const int row = i / 4 % kRows, column = (i / (4 * kRows) * 4 + i % 4) * kChunk;
-    const Row of(p, b.first + min(row, b.rows - 1));
+    const Row of(p, first + min(row, rows - 1));
     const Scalar* from = row_of(p.q, of.batch, of.head, of.query);
     Scalar* to = reinterpret_cast<Scalar*>(shared + i * 16);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
-      const bool exists = row < b.rows && column + j < kHeadDim;
+      const bool exists = row < rows && column + j < kHeadDim;
       store(to + j, exists ? signed_value(p, to_float(from[column + j])) : 0.f);
     }
   }
 }
 
-// Start copying a tile of keys, those that are not `seen` as zeros.
-__device__ __forceinline__ void load_keys(char* stage, const Cache& keys, int first,
-                                          const Range& seen) {
-  const int lane = lane_id();
+// A lane's columns of a key, zeros where it is not `wanted`.
+__device__ __forceinline__ uint4 load_columns(const Scalar* key, int column, bool wanted) {
+  wanted = wanted && column < kHeadDim;
+  if constexpr (kAligned) return load16(key + (wanted ? column : 0), wanted);
+  uint4 out;
+  auto* to = reinterpret_cast<Scalar*>(&out);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int key = first + half * 8 + lane / 4;
-    const bool exists = seen.holds(key);
-    const Scalar* from = keys.at(exists ? key : seen.begin);
+  for (int i = 0; i < kChunk; ++i)
+    to[i] = wanted && column + i < kHeadDim ? key[column + i] : Scalar{};
+  return out;
+}
+
+// A lane's columns of its two keys of a tile, of kLoaded steps from `first_step` on.
+struct TileColumns {
+  uint4 of[kLoaded][2];
+
+  __device__ __forceinline__ void load(const Cache& keys, int tile, int first_step,
+                                       const Range& seen) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int column = (step * 4 + lane % 4) * kChunk;
-      char* to = stage + ((step * 2 + half) * 32 + lane) * 16;
-      if constexpr (kAligned) {
-        const bool inside = column < kHeadDim;
-        cp_async16(shared_address(to), from + (inside ? column : 0), exists && inside ? 16 : 0);
-      } else {
+    for (int half = 0; half < 2; ++half) {
+      const int key = tile * kDecodeTile + half * 8 + lane_id() / 4;
+      const bool exists = seen.holds(key);
+      const Scalar* from = keys.at(exists ? key : seen.begin);
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j)
-          reinterpret_cast<Scalar*>(to)[j] =
-              exists && column + j < kHeadDim ? from[column + j] : Scalar{};
+      for (int i = 0; i < kLoaded; ++i) {
+        const int step = first_step + i;
+        of[i][half] =
+            load_columns(from, (step * 4 + lane_id() % 4) * kChunk, exists && step < kSteps);
       }
     }
   }
-}
+};
 
 // Each of four lanes has products of its part of a key's columns with eight rows. They are summed
 // over the lanes, and each lane gets the sums of its two rows.
@@ -181,171 +193,147 @@ __device__ __forceinline__ void sum_rows(const float (&partial)[kDecodeRowTile],
   first = both[0], second = both[1];
 }
 
-// q . k of all rows and a tile of keys, from what the lane copied.
-__device__ __forceinline__ void products(Scores& s, const char* stage, const char* queries) {
-  const int lane = lane_id();
-  const uint4* keys = reinterpret_cast<const uint4*>(stage) + lane;
-  if constexpr (kHalf) {
-    const uint4* q = reinterpret_cast<const uint4*>(queries) + lane;
+// q . k of all rows and a tile of keys.
+struct Products {
+  float sums[kRowTiles][kHalf ? 4 : 2 * kDecodeRowTile] = {};
+
+  // Add those of the columns that a lane has; `queries` are as load_queries() wrote them.
+  __device__ __forceinline__ void add(const TileColumns& columns, int first_step,
+                                      const char* queries) {
 #pragma unroll
-    for (int n = 0; n < kRowTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint4 a = keys[step * 2 * 32], b = keys[(step * 2 + 1) * 32];
-      const AFragment low{{a.x, b.x, a.y, b.y}}, high{{a.z, b.z, a.w, b.w}};
+    for (int i = 0; i < kLoaded; ++i) {
+      const uint4 *q = reinterpret_cast<const uint4*>(queries) + (first_step + i) * kRows * 4,
+                  &a = columns.of[i][0], &b = columns.of[i][1];
+      if (first_step + i >= kSteps) break;
 #pragma unroll
       for (int n = 0; n < kRowTiles; ++n) {
-        const uint4 c = q[(step * kRows + n * kDecodeRowTile) * 4];
-        float (&d)[4] = s[n];
-        multiply(d, low, c.x, c.y, d[0], d[1], d[2], d[3]);
-        multiply(d, high, c.z, c.w, d[0], d[1], d[2], d[3]);
-      }
-    }
-  } else {
-#pragma unroll 1
-    for (int n = 0; n < kRowTiles; ++n) {
-      float partial[2][kDecodeRowTile] = {};
-#pragma unroll 4
-      for (int step = 0; step < kSteps; ++step) {
-        const float4 *a = reinterpret_cast<const float4*>(keys + step * 2 * 32), *b = a + 32;
-        const float4 x[2] = {*a, *b};
+        if constexpr (kHalf) {
+          auto& d = reinterpret_cast<float (&)[4]>(sums[n][0]);
+          const uint4 c = q[n * kDecodeRowTile * 4 + lane_id()];
+          multiply(d, {{a.x, b.x, a.y, b.y}}, c.x, c.y, d[0], d[1], d[2], d[3]);
+          multiply(d, {{a.z, b.z, a.w, b.w}}, c.z, c.w, d[0], d[1], d[2], d[3]);
+        } else {
+          const float4 x[2] = {reinterpret_cast<const float4&>(a),
+                               reinterpret_cast<const float4&>(b)};
 #pragma unroll
-        for (int row = 0; row < kDecodeRowTile; ++row) {
-          const float4 y = reinterpret_cast<const float4*>(
-              queries)[(step * kRows + n * kDecodeRowTile + row) * 4 + lane % 4];
+          for (int row = 0; row < kDecodeRowTile; ++row) {
+            const float4 y =
+                reinterpret_cast<const float4*>(q)[(n * kDecodeRowTile + row) * 4 + lane_id() % 4];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float& d = partial[half][row];
-            d = fmaf(x[half].x, y.x, d);
-            d = fmaf(x[half].y, y.y, d);
-            d = fmaf(x[half].z, y.z, d);
-            d = fmaf(x[half].w, y.w, d);
+            for (int half = 0; half < 2; ++half) {
+              float& sum = sums[n][half * kDecodeRowTile + row];
+              sum = fmaf(x[half].x, y.x, sum);
+              sum = fmaf(x[half].y, y.y, sum);
+              sum = fmaf(x[half].z, y.z, sum);
+              sum = fmaf(x[half].w, y.w, sum);
+            }
           }
         }
       }
-      float sums[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        sum_rows(partial[half], sums[2 * half], sums[2 * half + 1]);
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-        if (m == n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[m][i] = sums[i];
     }
   }
-}
-
-// A list's bound is raised when this grows: each time the list is longer by a third or a half.
-__device__ __forceinline__ int raise_level(int count) {
-  if (count < kFirstRaise) return 0;
-  const int highest = 31 - __clz(count);
-  return 2 * highest + (count >> (highest - 1) & 1);
-}
-
-// What is known of a row's list beside its bound.
-struct ListState {
-  float top;
-  int count;
+  __device__ __forceinline__ void finish(Scores& s) const {
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      if constexpr (kHalf) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = sums[n][i];
+      } else {
+        using OfRows = float[kDecodeRowTile];
+        sum_rows(reinterpret_cast<const OfRows&>(sums[n][0]), s[n][0], s[n][1]);
+        sum_rows(reinterpret_cast<const OfRows&>(sums[n][kDecodeRowTile]), s[n][2], s[n][3]);
+      }
+    }
+  }
 };
 
-// The lists of a warp's part. Eight lanes share a row.
-struct PartLists {
+// The first row of a lane's two in a tile of rows, `j` counts them.
+__device__ __forceinline__ int row_of_lane(int n, int j) {
+  return n * kDecodeRowTile + lane_id() % 4 * 2 + j;
+}
+
+// Scores of what a row may not see become -inf.
+__device__ __forceinline__ void hide(Scores& s, int first, const Range* seen) {
+#pragma unroll
+  for (int n = 0; n < kRowTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = first + i / 2 * 8 + lane_id() / 4;
+      if (!seen[row_of_lane(n, i % 2)].holds(key)) s[n][i] = -kInf;
+    }
+}
+
+// The scores of a block, in shared memory; those of a row stand together.
+struct BlockScores {
   const DecodeParams& p;
   const Block& b;
-  int first_key;               // of the part
-  ListState (&states)[kRows];  // in shared memory
-  float bound[kRowTiles][2];
+  float* scores;
+  int begin, end;  // tiles of keys
 
-  __device__ __forceinline__ PartLists(const DecodeParams& p, const Block& b, int first_key,
-                                       ListState (&states)[kRows])
-      : p(p), b(b), first_key(first_key), states(states) {
-    for (int row = lane_id(); row < kRows; row += 32) states[row] = {-kInf, 0};
-#pragma unroll
-    for (int n = 0; n < kRowTiles; ++n)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) bound[n][j] = row_at(n, j) < b.rows ? -kInf : kInf;
-  }
+  __device__ __forceinline__ float* of_row(int row) const { return scores + row * p.row_scores; }
+  __device__ __forceinline__ int first_key() const { return begin * kDecodeTile; }
 
-  static __device__ __forceinline__ int row_at(int n, int j) {  // of the block
-    return n * kDecodeRowTile + lane_id() % 4 * 2 + j;
-  }
-  __device__ __forceinline__ i64 list_of(int n, int j) const {
-    return i64(b.first + row_at(n, j)) * p.list_length + first_key;
-  }
-
-  // Take the scores of a tile that are above the bounds; mostly there are none.
-  __device__ __forceinline__ void take(const Scores& s, int first) {
-    bool here[kRowTiles], any = false;
-#pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-      here[n] = false;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) here[n] |= !(s[n][i] <= bound[n][i % 2]);  // NaN, too
-      any |= here[n];
-    }
-    if (!__any_sync(kAllLanes, any)) return;
-#pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-      if (kRowTiles > 1 && !__any_sync(kAllLanes, here[n])) continue;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) append(n, j, s[n][j], s[n][2 + j], first - first_key);
-    }
-  }
-
-  __device__ __forceinline__ void append(int n, int j, float low, float high, int offset) {
-    const int lane = lane_id();
-    const u32 of_row = 0x11111111u << lane % 4, lanes_below = (1u << lane) - 1;
-    const i64 list = list_of(n, j);
-    __syncwarp();  // the state is written
-    const ListState before = states[row_at(n, j)];
-    int count = before.count;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float score = half ? high : low;
-      const bool kept = score > bound[n][j];
-      const u32 mine = __ballot_sync(kAllLanes, kept) & of_row;
-      if (kept) {
-        const i64 at = list + count + __popc(mine & lanes_below);
-        p.scores[at] = score;
-        p.offsets[at] = u16(offset + half * 8 + lane / 4);
-      }
-      count += __popc(mine);
-    }
-    const float top = max_or_nan(before.top, max_or_nan_over<8, 4>(max_or_nan(low, high)));
-    bound[n][j] = fmaxf(bound[n][j], under(top, p.inv_c));
-    __syncwarp();  // and read
-    if (lane < 4) states[row_at(n, j)] = {top, count};
-    const bool due = raise_level(count) != raise_level(before.count);
-    if (__any_sync(kAllLanes, due)) raise(list, count, bound[n][j]);
-  }
-
-  // Raise `above` to what the list proves. The lanes of its row wrote it together.
-  __device__ __forceinline__ void raise(i64 list, int entries, float& above) const {
-    __syncwarp();
-#pragma unroll 1
-    for (int step = 0; step < kRaiseSteps; ++step) {
-      float s1 = 0.f, s2 = 0.f;
-#pragma unroll 4
-      for (int i = lane_id() / 4; i < entries; i += 8)
-        add_above(p.c * (p.scores[list + i] - above), p.r, s1, s2);
-      above = raised<8, 4>(above, s1, s2, p.inv_c, p.r);
-    }
-  }
-
-  __device__ __forceinline__ void finish() const {
-    if (lane_id() >= 4) return;  // the first four have all rows between them
+  // A warp puts those of a tile there.
+  __device__ __forceinline__ void put(const Scores& s, int tile) const {
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int row = row_at(n, j);
-        if (row >= b.rows) continue;
-        const ListState state = states[row];
-        parts_at(p, b.first + row)[b.part()] = {state.top, bound[n][j], first_key, state.count};
+        const int row = row_of_lane(n, j);
+        if (row >= kHeld) continue;
+        float* to = of_row(row) + (tile - begin) * kDecodeTile + lane_id() / 4;
+        to[0] = s[n][j], to[8] = s[n][2 + j];
       }
+  }
+
+  // List what of a row is above its bound, in one of kRowWarps parts, from the largest scores of
+  // subsets of all keys of the block.
+  __device__ __forceinline__ void list(int row, int part, const float (&tops)[kSubsets]) const {
+    const int lane = lane_id();
+    float own[kSubsets / 32], top = -kInf;
+#pragma unroll
+    for (int i = 0; i < kSubsets / 32; ++i)
+      own[i] = tops[i * 32 + lane], top = max_or_nan(top, own[i]);
+    top = max_or_nan_over<32>(top);
+    float bound = top < kInf ? under(top, p.inv_c) : kInf;  // of a poisoned row nothing is listed
+#pragma unroll 1
+    for (int step = 0; step < kRaiseSteps; ++step) {
+      float s1 = 0.f, s2 = 0.f;
+#pragma unroll
+      for (const float one : own) add_above(p.c * (one - bound), p.r, s1, s2);
+      bound = raised<32>(bound, s1, s2, p.inv_c, p.r);
+    }
+    const int tiles = end - begin, each = (tiles + kRowWarps - 1) / kRowWarps;
+    const int first = min(part * each, tiles) * kDecodeTile;
+    const int last = min((part + 1) * each, tiles) * kDecodeTile;
+    const float* from = of_row(row);
+    const i64 to = i64(b.first + row) * p.list_length + first_key() + first;
+    int count = 0;
+    top = -kInf;
+#pragma unroll 1
+    for (int at = first + lane; at - lane < last; at += 32 * kBatch) {
+      float scores[kBatch], most = -kInf;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        scores[i] = at + 32 * i < last ? from[at + 32 * i] : -kInf;
+        most = max_or_nan(most, scores[i]);
+      }
+      top = max_or_nan(top, most);
+      if (!__any_sync(kAllLanes, most > bound)) continue;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const bool above = scores[i] > bound;
+        const u32 mine = __ballot_sync(kAllLanes, above);
+        const int place = count + __popc(mine & ((1u << lane) - 1));
+        if (above)
+          p.scores[to + place] = scores[i], p.offsets[to + place] = u16(at + 32 * i - first);
+        count += __popc(mine);
+      }
+    }
+    top = max_or_nan_over<32>(top);
+    if (lane == 0)
+      parts_at(p, b.first + row)[b.split * kRowWarps + part] = {top, bound, first_key() + first,
+                                                                count};
   }
 };
 
@@ -354,62 +342,74 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
   start_next_and_await();
   extern __shared__ __align__(16) char shared[];
   __shared__ Range seen[kRows];
-  __shared__ ListState states[kWarps][kRows];
-  static_assert(sizeof(seen) + sizeof(states) == ADASPLASH2_STATIC_DECODE_SCAN);
-  const Block b = Block::of<kRows>(p);
+  __shared__ float tops[kHeld][kSubsets];
+  static_assert(sizeof(seen) + sizeof(tops) == ADASPLASH2_STATIC_DECODE_SCAN);
+  const Block b = Block::of<kHeld>(p, p.splits);
+  const int lane = lane_id(), warp = warp_id();
   for (int i = threadIdx.x; i < kRows; i += kThreads)
     seen[i] = i < b.rows ? Row(p, b.first + i).seen(p) : Range{0, 0};
   __syncthreads();
   SharedRange of_rows(p.length_k);
   for (int i = 0; i < b.rows; ++i) of_rows.add(seen[i]);
   const Range any = of_rows.any, all = of_rows.all;
-  // The part of the warp, in whole tiles.
-  const int first_tile = any.begin / kDecodeTile, parts = parts_of(p), part = b.part();
+  // The split's keys, in whole tiles.
+  const int first_tile = any.begin / kDecodeTile;
   const int tiles = max(0, (any.end + kDecodeTile - 1) / kDecodeTile - first_tile);
-  const int begin = first_tile + part * (tiles / parts) + min(part, tiles % parts);
-  const int end = begin + tiles / parts + (part < tiles % parts);
+  const int begin = first_tile + b.split * (tiles / p.splits) + min(b.split, tiles % p.splits);
+  const int end = begin + tiles / p.splits + (b.split < tiles % p.splits);
+  const BlockScores scores{p, b, reinterpret_cast<float*>(shared + kQueryBytes), begin, end};
 
   const Cache keys(p, p.k, b.batch, b.kv_head);
-  char* stages = shared + kQueryBytes + warp_id() * kStages * kStageBytes;
-  PartLists lists(p, b, begin * kDecodeTile, states[warp_id()]);
-#pragma unroll
-  for (int i = 0; i < kStages; ++i) {
-    if (begin + i < end) load_keys(stages + i * kStageBytes, keys, (begin + i) * kDecodeTile, any);
-    cp_async_commit();
-  }
-  load_queries(shared, b, p);
+  int tile = begin + warp;
+  TileColumns next;
+  if (kIsAhead && tile < end) next.load(keys, tile, 0, any);
+  load_queries(shared, p, b.first, b.rows);
   __syncthreads();
-  int stage = 0;
+  float top[kRowTiles][2];
+#pragma unroll
+  for (int n = 0; n < kRowTiles; ++n) top[n][0] = top[n][1] = -kInf;
 #pragma unroll 1
-  for (int tile = begin; tile < end; ++tile) {
-    char* keys_at = stages + stage * kStageBytes;
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-    cp_async_wait_but<kStages - 1>();
-    const int first = tile * kDecodeTile;
+  for (; tile < end; tile += kWarps) {
+    Products products;
+    if constexpr (kIsAhead) {
+      const TileColumns now = next;
+      if (tile + kWarps < end) next.load(keys, tile + kWarps, 0, any);
+      products.add(now, 0, shared);
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < kSteps; step += kLoaded) {
+        next.load(keys, tile, step, any);
+        products.add(next, step, shared);
+      }
+    }
     Scores s;
-    products(s, keys_at, shared);
-    if (tile + kStages < end) load_keys(keys_at, keys, first + kStages * kDecodeTile, any);
-    cp_async_commit();
-    if (!all.holds_all(first, first + kDecodeTile))
+    products.finish(s);
+    if (!all.holds_all(tile * kDecodeTile, (tile + 1) * kDecodeTile))
+      hide(s, tile * kDecodeTile, seen);
+    scores.put(s, tile);
 #pragma unroll
-      for (int n = 0; n < kRowTiles; ++n)
+    for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int key = first + i / 2 * 8 + lane_id() / 4;
-          if (!seen[PartLists::row_at(n, i % 2)].holds(key)) s[n][i] = -kInf;
-        }
-    lists.take(s, first);
+      for (int j = 0; j < 2; ++j)
+        top[n][j] = max_or_nan(top[n][j], max_or_nan(s[n][j], s[n][2 + j]));
   }
-  lists.finish();
+#pragma unroll
+  for (int n = 0; n < kRowTiles; ++n)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      if (row_of_lane(n, j) < kHeld) tops[row_of_lane(n, j)][warp * 8 + lane / 4] = top[n][j];
+  __syncthreads();
+  for (int of_row = warp; of_row < b.rows * kRowWarps; of_row += kWarps)
+    scores.list(of_row / kRowWarps, of_row % kRowWarps, tops[of_row / kRowWarps]);
 }
 
 // --- thresholds, and the output of rows that are not flat ----------------------------------
 
 constexpr int kSolveWarps = kSolveThreads / 32;
+constexpr int kPartsAtOnce = 4, kPartLanes = 32 / kPartsAtOnce;  // not tuned
 constexpr int kLanes = ADASPLASH2_OUTPUT_LANES,
               kLaneGroups = 32 / kLanes;  // that share a value's row
 constexpr int kWidth = kLanes * 8;
-constexpr int kBatch = 4;  // rows of values that a lane loads at once; not tuned
 
 // Combines over the block, in a fixed order; every thread gets the result. One barrier is enough,
 // since two calls that follow each other use different memory.
@@ -511,24 +511,38 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
     live.bound = raised<1>(live.bound, total.x, total.y, p.inv_c, p.r);
   }
 
-  // What is above the bound is copied to shared memory.
+  // What is above the bound is copied to shared memory. A warp reads kPartsAtOnce lists at once.
   const i64 list = i64(row.at) * p.list_length;
   Kept& kept = all_kept[warp];
   int count = 0;
-  live.for_each([&](const Part& part) {
-    const i64 at = list + part.first;
-    for (int first = 0; first < part.count && count <= kSolveKept; first += 32) {
-      const int i = first + lane;
-      float score = -kInf;
-      int offset = 0;
-      if (i < part.count) score = p.scores[at + i], offset = p.offsets[at + i];
-      const bool above = score > live.bound;
-      const u32 mine = __ballot_sync(kAllLanes, above);
-      const int to = count + __popc(mine & ((1u << lane) - 1));
-      if (above && to < kSolveKept) kept.score[to] = score, kept.key[to] = part.first + offset;
-      count += __popc(mine);
+  for (int first = warp * kPartsAtOnce; first < live.count && count <= kSolveKept;
+       first += kSolveWarps * kPartsAtOnce) {
+    const int number = first + lane / kPartLanes;
+    Part part{-kInf, 0.f, 0, 0};
+    if (number < live.count) part = live.parts[number];
+    const i64 from = list + part.first;
+    const int entries = part.top > live.bound ? part.count : 0;
+    for (int at = lane % kPartLanes; __any_sync(kAllLanes, at < entries);
+         at += kPartLanes * kBatch) {
+      float scores[kBatch];
+      int keys[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int entry = at + i * kPartLanes;
+        scores[i] = -kInf, keys[i] = part.first;
+        if (entry < entries) scores[i] = p.scores[from + entry], keys[i] += p.offsets[from + entry];
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const bool above = scores[i] > live.bound;
+        const u32 mine = __ballot_sync(kAllLanes, above);
+        const int to = count + __popc(mine & ((1u << lane) - 1));
+        if (above && to < kSolveKept) kept.score[to] = scores[i], kept.key[to] = keys[i];
+        count += __popc(mine);
+      }
+      if (count > kSolveKept) break;
     }
-  });
+  }
   const bool flat = __syncthreads_or(count > kSolveKept);
   __syncwarp();
 
@@ -632,19 +646,19 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
 
 // Blocks of decode_weigh that a multiprocessor has room for at least: of four warps, 168 registers
 // a thread, with which it spills nothing.
-constexpr int kWeighResidents = 3;
+constexpr int kWeighWarps = kWeighThreads / 32, kWeighResidents = 3;
 
 // A warp goes along the lists of its part, for eight rows at once: a key that several of them keep
 // is read once. The block that ends last adds up the sums of all splits.
-extern "C" __global__ void __launch_bounds__(kThreads, kWeighResidents)
+extern "C" __global__ void __launch_bounds__(kWeighThreads, kWeighResidents)
     decode_weigh(const __grid_constant__ DecodeParams p) {
   await_kernels_before();
   constexpr int kTile = kDecodeRowTile;
-  __shared__ __align__(16) float all_weights[kWarps][kWeighedKeys][kTile];
-  __shared__ float sums[kWarps][kTile][kWidth];
-  __shared__ float masses[kWarps][kTile];
+  __shared__ __align__(16) float all_weights[kWeighWarps][kWeighedKeys][kTile];
+  __shared__ float sums[kWeighWarps][kTile][kWidth];
+  __shared__ float masses[kWeighWarps][kTile];
   __shared__ bool is_last;
-  const Block b = Block::of<kTile>(p);
+  const Block b = Block::of<kTile>(p, p.weighed);
   const int lane = lane_id(), warp = warp_id();
   // Lanes 0 to 7 have a row each.
   const bool has_row = lane < b.rows;
@@ -652,10 +666,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kWeighResidents)
   const u32 flat = __ballot_sync(kAllLanes, solved.t < kInf);
   if (flat == 0) return;
 
-  const int first_key = parts_at(p, b.first)[b.part()].first;  // of all rows alike
+  const int number = b.split * kWeighWarps + warp;
+  const bool has_part = number < parts_of(p);
+  const int first_key = has_part ? parts_at(p, b.first)[number].first : 0;  // of all rows alike
   int count = 0, place = 0;
-  if (solved.t < kInf) {
-    const Part part = parts_at(p, b.first + lane)[b.part()];
+  if (has_part && solved.t < kInf) {
+    const Part part = parts_at(p, b.first + lane)[number];
     if (fmaf(p.c, part.top - solved.top, -solved.t) > 0.f) count = part.count;
   }
   const Cache values(p, p.v, b.batch, b.kv_head);
@@ -728,13 +744,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kWeighResidents)
   }
   __syncthreads();
 
-  const auto split_of = [&](int row, int split) { return i64(b.first + row) * p.splits + split; };
-  for (int i = threadIdx.x; i < kTile * kWidth; i += kThreads) {
+  const auto split_of = [&](int row, int split) { return i64(b.first + row) * p.weighed + split; };
+  for (int i = threadIdx.x; i < kTile * kWidth; i += kWeighThreads) {
     const int row = i / kWidth, at = i % kWidth;
     if (!(flat >> row & 1u)) continue;
     float total = 0.f, whole = 0.f;
 #pragma unroll
-    for (int one = 0; one < kWarps; ++one) total += sums[one][row][at], whole += masses[one][row];
+    for (int one = 0; one < kWeighWarps; ++one)
+      total += sums[one][row][at], whole += masses[one][row];
     p.partials[split_of(row, b.split) * kWidth + at] = total;
     if (at == 0) p.masses[split_of(row, b.split)] = whole;
   }
@@ -743,17 +760,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kWeighResidents)
   if (threadIdx.x == 0) {
     const int tiles = (SharedRows::rows_of(p) + kTile - 1) / kTile;
     int* arrivals = p.arrivals + b.kv_row * tiles + (b.first - b.first_row) / kTile;
-    is_last = atomicAdd(arrivals, 1) == p.splits - 1;
+    is_last = atomicAdd(arrivals, 1) == p.weighed - 1;
   }
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  for (int i = threadIdx.x; i < kTile * kWidth; i += kThreads) {
+  for (int i = threadIdx.x; i < kTile * kWidth; i += kWeighThreads) {
     const int row = i / kWidth, at = i % kWidth;
     if (!(flat >> row & 1u) || at >= kHeadDimV) continue;
     float total = 0.f, whole = 0.f;
 #pragma unroll 4
-    for (int split = 0; split < p.splits; ++split) {
+    for (int split = 0; split < p.weighed; ++split) {
       total += __ldcg(p.partials + split_of(row, split) * kWidth + at);
       whole += __ldcg(p.masses + split_of(row, split));
     }
