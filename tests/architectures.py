@@ -169,6 +169,7 @@ LATENT = {
     "topk_group": 1,
     "moe_intermediate_size": 16,
 }
+INDEXER = {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
 
 TEXT = {"input_ids": TOKENS}
 PAIR = {"input_ids": TOKENS, "decoder_input_ids": SHORTER}
@@ -260,6 +261,8 @@ ARCHITECTURES = [
     Architecture("GraniteMoeForCausalLM", "GraniteMoe", {**DECODER, **GPT_OSS}),
     Architecture("PhimoeForCausalLM", "Phimoe", {**DECODER, **GPT_OSS}, TEXT, "all", "none"),
     Architecture("DeepseekV3ForCausalLM", "DeepseekV3", {**DECODER, **LATENT}),
+    Architecture("DeepseekV32ForCausalLM", "DeepseekV32", {**DECODER, **LATENT, **INDEXER}),
+    Architecture("GlmMoeDsaForCausalLM", "GlmMoeDsa", {**DECODER, **LATENT, **INDEXER}),
     # Attention beside states
     Architecture("FalconH1ForCausalLM", "FalconH1", {**DECODER, **FALCON_H1}),
     Architecture("BambaForCausalLM", "Bamba", {**DECODER, **BAMBA}),

@@ -507,7 +507,6 @@ def test_harmless_keywords_are_ignored(name: str) -> None:
 REFUSED = {
     "head_mask": torch.ones(2),
     "block_indices": torch.zeros(1, 2, 6, 1),
-    "indices": torch.zeros(1, 6, 2),
     "seq_idx": torch.zeros(1, 6),
     "a_new_keyword": 0,
     "block_table": True,
@@ -527,6 +526,19 @@ def test_caps_and_sinks_are_passed_on() -> None:
     close(found, expected)
     assert (found - exact(True)).abs().max() > 1e-2
     close(*(torch.autograd.grad(out.square().sum(), sinks)[0] for out in (found, expected)))
+
+
+@pytest.mark.parametrize(("queries", "hidden"), [(6, 0), (6, 2), (2, 0), (1, 2)])
+def test_chosen_keys(queries: int, hidden: int) -> None:
+    """By number, -1 for none, beside a mask that hides the first keys and later ones."""
+    mask = triangle()[:, :, -queries:]
+    mask[..., :hidden] = False
+    indices = torch.tensor([[2, 0, -1], [1, 3, 3], [-1, -1, -1], [5, 2, 0], [4, 0, 3], [1, 5, 2]])
+    indices = indices[None, -queries:].int()
+    chosen = (indices[..., None] == torch.arange(6)).any(2)
+    q, k, v = QKV
+    expected = adasplash2.entmax_attention(q[:, :, -queries:], k, v, attn_mask=mask & chosen)
+    close(attend(mask, queries=queries, indices=indices), expected)
 
 
 def test_dropout_is_drawn_from_torchs_generator() -> None:
