@@ -411,7 +411,7 @@ def test_few_queries_against_real_keys(tmp_path: Path) -> None:
     assert {one["dtype"] for one in real} == {"float32", "bfloat16"}
     for one in real:
         assert (one["heads"], one["heads_kv"], one["head_dim"]) == (9, 3, 64)
-        assert {"sdpa math", "c 1", "causal", "page 64"} <= one["milliseconds"].keys()
+        assert {"sdpa math", "c 1", "causal", "copy", "page 64"} <= one["milliseconds"].keys()
 
 
 @pytest.mark.slow
@@ -423,6 +423,32 @@ def test_tokens_a_second(cache: str) -> None:
     )
     *_, sdpa, ours = done.stdout.splitlines()
     assert (sdpa.split()[0], ours.split()[0]) == ("sdpa", "adasplash2-1.5")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_tokens_a_second_of_a_graph() -> None:
+    needs_the_real_model()
+    run(
+        "generation.py", "--device", "cuda", "--context", "256", "--tokens", "16",
+        "--cache", "static", "--graph",
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_few_queries_on_a_gpu(tmp_path: Path) -> None:
+    """Also against real keys, where their packages are."""
+    file = tmp_path / "decoding.json"
+    run(
+        "decoding.py", "--device", "cuda", "--keys", "8192", "--queries", "1", "--rounds", "1",
+        "--real-layers", "0", "--json", str(file),
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    assert len(found["measured"]) + len(found["left_out"]) == 4
+    for one in found["measured"]:
+        assert {"sum of K", "c 1", "causal", "copy", "page 64"} <= one["milliseconds"].keys()
+        assert 0 < one["shares_of_values"]["c 1"] < 1
 
 
 def needs_the_real_model() -> None:
