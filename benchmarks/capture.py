@@ -7,23 +7,13 @@ the pretrained model with its softmax attention up to the last layer asked for.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from data import CAPTURED
 from harness import command_line, tables
-from harness.cases import ROOT
+from long_text import attention_inputs
 from torch import Tensor
-
-sys.path.insert(0, str(ROOT / "examples"))
-
-NAME = "adasplash2-capture"
-
-
-class Done(Exception):
-    """The last layer asked for has been reached."""
 
 
 def main() -> int:
@@ -51,23 +41,7 @@ def capture(
 ) -> dict[int, tuple[Tensor, ...]]:
     """Query, key and value ``(1, heads, tokens, head_dim)`` by layer, bfloat16."""
     from real_model import load_model, read_speech
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
 
-    layers: dict[int, tuple[Tensor, ...]] = {}
-
-    def observe(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any):
-        if module.layer_idx in options.layers:
-            layers[module.layer_idx] = tuple(
-                t.to(torch.bfloat16).contiguous() for t in (query, key, value)
-            )
-            if len(layers) == len(set(options.layers)):
-                raise Done
-        return sdpa_attention_forward(module, query, key, value, *rest, **more)
-
-    AttentionInterface.register(NAME, observe)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     tables.progress("loading SmolLM2-135M")
     model, tokenizer = load_model("cpu")
     count = model.config.num_hidden_layers
@@ -77,14 +51,11 @@ def capture(
     if options.tokens > limit:
         parser.error(f"argument --tokens: must be at most {limit}, got {options.tokens}")
     ids = read_speech(options.speech, tokenizer, options.tokens, parser)
-    model.set_attn_implementation(NAME)
     tables.progress(f"reading {options.tokens} tokens of {options.speech}")
-    try:
-        with torch.no_grad():
-            model.model(input_ids=ids, use_cache=False)
-    except Done:
-        pass
-    return layers
+    return {
+        layer: tuple(t.to(torch.bfloat16).contiguous() for t in tensors)
+        for layer, tensors in attention_inputs(model, ids, options.layers).items()
+    }
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ that decodes does it, and for one of them (``eager``) of what its launches take 
 judged is the ratio to the fastest of SDPA's backends, and that of pages to a cache that lies in one
 piece; on a GPU also that to the time in which it reads, once, the keys and those values that have a
 probability.
+
+Beside Gaussian keys those of SmolLM2-135M, whose tensors ``long_text.py`` makes at any length, with
+the model's own heads.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from data import REAL_HEAD_DIM, REAL_HEADS, REAL_HEADS_KV
 from harness import command_line, records, tables, timing
 from harness.targets import Target
+from long_text import LongText
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,6 +36,9 @@ HEAD_DIMS = {"cpu": [64, 128], "cuda": [128]}
 BATCHES = {"cpu": [1], "cuda": [1, 16]}
 HEADS = {"cpu": (8, 8), "cuda": (32, 8)}
 """Of queries, and of keys."""
+
+REAL_LAYERS = [0, 6, 18]
+"""Of SmolLM2-135M: rows that keep many keys, some and few."""
 
 QUERIES = [1, 4, 16]
 SHARPNESS = {"cpu": [1.0, 4.0, 0.25], "cuda": [1.0, 4.0, 0.01]}
@@ -55,34 +63,60 @@ SDPA = {"cpu": (*FUSED, SDPBackend.MATH), "cuda": FUSED}
 
 class Shape(NamedTuple):
     dtype: str
-    batch: int
+    heads: int
     heads_kv: int
-    keys: int
     head_dim: int
+    layer: int | None  # of the real model; None for Gaussian tensors
+    batch: int
+    keys: int
     queries: int
 
     def __str__(self) -> str:
+        data = "" if self.layer is None else f", SmolLM2 layer {self.layer}"
         return (
             f"{self.dtype} batch {self.batch}, {self.heads_kv} heads, {self.keys:,} keys, "
-            f"d {self.head_dim}, {self.queries} queries"
+            f"d {self.head_dim}, {self.queries} queries{data}"
         )
+
+    def sharpness(self, device: str) -> list[float]:
+        return SHARPNESS[device] if self.layer is None else [1.0]
 
 
 def shapes(options: argparse.Namespace) -> Iterator[Shape]:
-    for shape in itertools.starmap(
-        Shape,
-        itertools.product(
-            DTYPES[options.device],
-            BATCHES[options.device],
-            options.heads_kv or [HEADS[options.device][1]],
-            options.keys or KEYS[options.device],
-            HEAD_DIMS[options.device],
-            options.queries or QUERIES,
-        ),
+    """Gaussian ones, then those of the real model."""
+    device = options.device
+    heads, heads_kv = HEADS[device]
+    kinds: list[tuple[int, int, int, int | None]] = [
+        (heads, at, width, None)
+        for at, width in itertools.product(options.heads_kv or [heads_kv], HEAD_DIMS[device])
+    ]
+    kinds += [(REAL_HEADS, REAL_HEADS_KV, REAL_HEAD_DIM, layer) for layer in options.real_layers]
+    for kind, dtype, batch, keys, queries in itertools.product(
+        kinds,
+        DTYPES[device],
+        BATCHES[device],
+        options.keys or KEYS[device],
+        options.queries or QUERIES,
     ):
-        element = getattr(torch, shape.dtype).itemsize
-        if 2 * shape.batch * shape.heads_kv * shape.keys * shape.head_dim * element <= MOST_BYTES:
+        shape = Shape(dtype, *kind, batch, keys, queries)
+        element = getattr(torch, dtype).itemsize
+        if 2 * batch * shape.heads_kv * keys * shape.head_dim * element <= MOST_BYTES:
             yield shape
+
+
+def read_text(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> tuple[LongText | None, str]:
+    """The real model's tensors, as many as shapes ask for; or None, and why."""
+    wanted = [shape.batch * shape.keys for shape in shapes(options) if shape.layer is not None]
+    if not wanted:
+        return None, ""
+    if reason := command_line.missing_real_model():
+        return None, reason
+    try:
+        return LongText(max(wanted), options.real_layers, options.device), ""
+    except ValueError as error:
+        parser.error(f"argument --real-layers: {error}")
 
 
 def in_pages(cache: Tensor, page: int) -> Tensor:
@@ -183,27 +217,40 @@ def share_of_values(query: Tensor, key: Tensor, tau: Tensor, alpha: float) -> fl
     return kept / (batch * heads_kv * length)
 
 
-def paged(
+def cached(
     query: Tensor, key: Tensor, value: Tensor, page: int, said: dict[str, Any]
 ) -> Callable[[], object]:
-    pages = [in_pages(t, page) for t in (key, value)]
+    """Of a copy of the cache, in pages or, where ``page`` is 0, in one piece: what no other call
+    has brought near the processor."""
     batch, keys = key.shape[0], key.shape[2]
-    numbers = torch.arange(batch * keys // page, dtype=torch.int32, device=key.device)
     lengths = torch.full((batch,), keys, dtype=torch.int32, device=key.device)
-    table = numbers.view(batch, -1)
+    held = [in_pages(t, page) if page else t.clone() for t in (key, value)]
+    table = None
+    if page:
+        numbers = torch.arange(batch * keys // page, dtype=torch.int32, device=key.device)
+        table = numbers.view(batch, -1)
     return lambda: adasplash2.entmax_attention_with_kvcache(
-        query, *pages, cache_lengths=lengths, block_table=table, **said
+        query, *held, cache_lengths=lengths, block_table=table, **said
     )
 
 
-def measured(shape: Shape, options: argparse.Namespace) -> Measured:
-    device, backend, alpha = options.device, options.backend, options.alpha
+def tensors_of(shape: Shape, device: str, text: LongText | None) -> tuple[Tensor, ...]:
+    """Query, key and value."""
+    dtype = getattr(torch, shape.dtype)
+    if text is not None and shape.layer is not None:
+        return text.tensors(shape.layer, shape.batch, shape.keys, shape.queries, dtype)
     torch.manual_seed(0)
-    heads_q = HEADS[device][0]
-    made: dict[str, Any] = {"device": device, "dtype": getattr(torch, shape.dtype)}
-    query = torch.randn(shape.batch, heads_q, shape.queries, shape.head_dim, **made)
-    cache = shape.batch, shape.heads_kv, shape.keys, shape.head_dim
-    key, value = torch.randn(cache, **made), torch.randn(cache, **made)
+    return tuple(
+        torch.randn(shape.batch, heads, length, shape.head_dim, device=device, dtype=dtype)
+        for heads, length in (
+            (shape.heads, shape.queries), *[(shape.heads_kv, shape.keys)] * 2,
+        )
+    )  # fmt: skip
+
+
+def measured(shape: Shape, options: argparse.Namespace, text: LongText | None) -> Measured:
+    device, backend, alpha = options.device, options.backend, options.alpha
+    query, key, value = tensors_of(shape, device, text)
     said: dict[str, Any] = {"alpha": alpha, "backend": backend}
 
     def entmax(sharpness: float = 1.0, **more: Any) -> Callable[[], object]:
@@ -213,11 +260,12 @@ def measured(shape: Shape, options: argparse.Namespace) -> Measured:
         )
 
     sdpa = sdpa_calls(query, key, value)
-    ours = {f"c {c:g}": entmax(c) for c in SHARPNESS[device]}
+    ours = {f"c {c:g}": entmax(c) for c in shape.sharpness(device)}
     ours["causal"] = entmax(is_causal=True, causal_align="bottom-right")
-    for page in options.pages:
-        if shape.keys % page == 0:
-            ours[f"page {page}"] = paged(query, key, value, page, said)
+    pages = [page for page in options.pages if shape.keys % page == 0]
+    if pages:
+        ours["copy"] = cached(query, key, value, 0, said)
+    ours |= {f"page {page}": cached(query, key, value, page, said) for page in pages}
     shares = {}
     with torch.no_grad():
         if device == "cuda":
@@ -226,7 +274,7 @@ def measured(shape: Shape, options: argparse.Namespace) -> Measured:
                 {name: replayed(call) for name, call in calls.items()} for calls in (sdpa, ours)
             )
             ours["eager"] = eager
-            for c in SHARPNESS[device]:
+            for c in shape.sharpness(device):
                 tau = adasplash2.attention_stats(query * c, key, value, enable_gqa=True, **said).tau
                 shares[f"c {c:g}"] = share_of_values(query * c, key, tau, alpha)
         calls = sdpa | reading_calls(key) | ours
@@ -238,11 +286,12 @@ def judged(shape: Shape, found: Measured, options: argparse.Namespace) -> Iterat
     device = options.device
     times = found.told(device)
     best = found.best(device)
-    for name in [f"c {c:g}" for c in SHARPNESS[device] if device == "cpu" or c > FLAT] + ["causal"]:
+    sharp = [c for c in shape.sharpness(device) if device == "cpu" or c > FLAT]
+    for name in [*(f"c {c:g}" for c in sharp), "causal"]:
         yield Target(f"{shape}, {name}", "x SDPA", times[name] / times[best], OF_SDPA)
     for name in [f"page {page}" for page in options.pages]:
         if name in times:
-            of_pages = times[name] / times["c 1"]
+            of_pages = times[name] / times["copy"]
             yield Target(f"{shape}, {name}", "x one piece", of_pages, OF_PAGES)
     if shape.keys >= READ_FROM:
         reading = min(times["sum of K"], times["max of K"]) if found.shares else math.nan
@@ -259,23 +308,29 @@ def main() -> None:
     add("--keys", type=command_line.positive_int, nargs="+", help="default by device")
     add("--queries", type=command_line.positive_int, nargs="+", help="default 1 4 16")
     add("--heads-kv", type=command_line.positive_int, nargs="+", help="default by device")
+    add("--real-layers", type=int, nargs="*", default=REAL_LAYERS, help="default 0 6 18")
     add("--pages", type=command_line.positive_int, nargs="+", default=PAGES, help="keys of a page")
     add("--rounds", type=command_line.positive_int, default=15, help="default %(default)s")
     command_line.add_targets(parser)
     options = command_line.parsed(parser)
     environment = records.environment(options.device)
     print(records.describe(environment), flush=True)
-    rows, records_of, targets = [], [], []
+    text, missing = read_text(parser, options)
+    rows, records_of, targets, left_out = [], [], [], {}
     ours = [f"c {c:g}" for c in SHARPNESS[options.device]] + ["causal"]
-    ours += [f"page {page}" for page in options.pages]
+    ours += ["copy"] * bool(options.pages) + [f"page {page}" for page in options.pages]
     ours += ["eager"] if options.device == "cuda" else []
     for shape in shapes(options):
-        found = measured(shape, options)
+        real = shape.layer is not None
+        if real and (reason := missing or text.too_short(shape.batch * shape.keys)):
+            left_out[str(shape)] = reason
+            continue
+        found = measured(shape, options, text)
         if options.device == "cuda":
             torch.cuda.empty_cache()  # of graphs, each of which has memory of its own
         times, best = found.told(options.device), found.best(options.device)
         targets += judged(shape, found, options)
-        cells = (tables.digits(times.get(name, math.nan)) for name in (best, "sum of K", *ours))
+        cells = (tables.digits(times.get(name)) for name in (best, "sum of K", *ours))
         rows.append((str(shape), best.removeprefix("sdpa "), *cells))
         records_of.append(
             {
@@ -292,11 +347,14 @@ def main() -> None:
                 "alpha": options.alpha,
                 "environment": environment,
                 "measured": records_of,
+                "left_out": left_out,
                 "targets": [one.record() for one in targets],
             }
             records.write(options.json, record)
     head = ("ms", "sdpa", "sdpa ms", "sum of K", *ours)
     print("\n" + tables.table(head, rows) + "\n")
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
     for target in targets:
         print(target)
     if options.targets and not all(target.met for target in targets):

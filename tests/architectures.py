@@ -169,6 +169,54 @@ LATENT = {
     "topk_group": 1,
     "moe_intermediate_size": 16,
 }
+INDEXER = {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
+SEEING = {**DECODER, "vocab_size": 70, "sliding_window": 5}
+ROTARY = {"rope_type": "default", "rope_theta": 1e4}
+GEMMA3 = {"text_config": SEEING, "vision_config": VISION, "mm_tokens_per_image": 4}
+GEMMA3 |= {"image_token_index": 65}
+THREE = {**ROTARY, "type": "default", "mrope_section": [1, 1, 2]}
+QWEN_VL = {
+    "text_config": {**SEEING, "rope_parameters": THREE, "rope_scaling": THREE},
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 1,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    },
+    "image_token_id": 65,
+    "vision_start_token_id": 66,
+    "vision_end_token_id": 67,
+    "video_token_id": 68,
+}
+MLLAMA = {
+    "text_config": {
+        **SEEING,
+        "num_hidden_layers": 4,
+        "cross_attention_layers": [1, 3],
+        "rope_parameters": ROTARY,
+        "rope_scaling": ROTARY,
+    },
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+        "max_num_tiles": 2,
+        "vision_output_dim": 64,
+        "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    },
+    "image_token_index": 65,
+}
 
 TEXT = {"input_ids": TOKENS}
 PAIR = {"input_ids": TOKENS, "decoder_input_ids": SHORTER}
@@ -182,6 +230,22 @@ SPOKEN = {
     "decoder_input_ids": SHORTER,
 }
 HEARD = {"input_features": SPECTRUM, "decoder_input_ids": SHORTER}
+PICTURED = torch.where((torch.arange(12) >= 2) & (torch.arange(12) < 6), 65, TOKENS)
+SEEN = {"input_ids": PICTURED, "token_type_ids": (PICTURED == 65).long(), **IMAGE}
+PATCHES = {
+    "input_ids": torch.where(torch.arange(12) == 1, 66, PICTURED),
+    "pixel_values": torch.linspace(-9, 9, 32 * 48).sin().reshape(32, 48),
+    "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+}
+if not OLD:
+    PATCHES["mm_token_type_ids"] = (PICTURED == 65).long()
+TILES = {
+    "input_ids": TOKENS,
+    "pixel_values": torch.linspace(-9, 9, 4 * 3 * 256).sin().reshape(2, 1, 2, 3, 16, 16),
+    "aspect_ratio_ids": torch.tensor([[2], [1]]),
+    "aspect_ratio_mask": torch.tensor([[[1, 1]], [[1, 0]]]),
+    "cross_attention_mask": torch.tensor([1, 1, 1, 0]).reshape(2, 1, 1, 2).repeat(1, 12, 1, 1),
+}
 
 
 class Architecture(NamedTuple):
@@ -205,7 +269,8 @@ class Architecture(NamedTuple):
         """The argument that a causal decoder reads, None where there is none."""
         if "decoder_input_ids" in self.inputs:
             return "decoder_input_ids"
-        return "input_ids" if self.model.endswith(("CausalLM", "HeadModel")) else None
+        kinds = "CausalLM", "HeadModel", "ConditionalGeneration"
+        return "input_ids" if self.model.endswith(kinds) else None
 
 
 def window(size: int, **more: Any) -> dict[str, Any]:
@@ -260,6 +325,8 @@ ARCHITECTURES = [
     Architecture("GraniteMoeForCausalLM", "GraniteMoe", {**DECODER, **GPT_OSS}),
     Architecture("PhimoeForCausalLM", "Phimoe", {**DECODER, **GPT_OSS}, TEXT, "all", "none"),
     Architecture("DeepseekV3ForCausalLM", "DeepseekV3", {**DECODER, **LATENT}),
+    Architecture("DeepseekV32ForCausalLM", "DeepseekV32", {**DECODER, **LATENT, **INDEXER}),
+    Architecture("GlmMoeDsaForCausalLM", "GlmMoeDsa", {**DECODER, **LATENT, **INDEXER}),
     # Attention beside states
     Architecture("FalconH1ForCausalLM", "FalconH1", {**DECODER, **FALCON_H1}),
     Architecture("BambaForCausalLM", "Bamba", {**DECODER, **BAMBA}),
@@ -304,6 +371,10 @@ ARCHITECTURES = [
     Architecture("VideoMAEModel", "VideoMAE", {**VISION, "num_frames": 4}, VIDEO),
     Architecture("PatchTSTModel", "PatchTST", PATCH_TST, SERIES),
     Architecture("MoonshineModel", "Moonshine", MOONSHINE, SPOKEN),
+    # Images and text
+    Architecture("Gemma3ForConditionalGeneration", "Gemma3", GEMMA3, SEEN, "some"),
+    Architecture("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VL", QWEN_VL, PATCHES),
+    Architecture("MllamaForConditionalGeneration", "Mllama", MLLAMA, TILES),
     # These never ask for an attention.
     Architecture("BloomForCausalLM", "Bloom", DECODER, TEXT, "none"),
     Architecture("FalconForCausalLM", "Falcon", ENCODER, TEXT, "none"),
@@ -494,7 +565,7 @@ def examine(architecture: Architecture, device: str = "cpu") -> Outcome:
     whole = of.ours(inputs)
     checks["entmax"] = check("entmax", whole, of.eager(inputs))
     for side, padding in (("left", slice(4)), ("right", slice(8, None))):
-        if "input_ids" in inputs:
+        if "input_ids" in inputs.keys() <= PAIR.keys():
             checks[side] = check_padded(side, padding, of)
     if architecture.decoded:
         changed = inputs[architecture.decoded].clone()

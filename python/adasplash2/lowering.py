@@ -796,8 +796,10 @@ def _check_pages(cache: Cache, lengths: Tensor, new: int) -> None:
     table = cache.block_table
     if table is None or not is_known(table, lengths):
         return
-    lengths = lengths + new
     size, count = cache.key.shape[1], cache.key.shape[0]
+    if not new and (not table.numel() or _within(table, count)):
+        return
+    lengths = lengths + new
     first = torch.arange(table.shape[1]) * size  # keys of pages
     used = first < lengths[:, None]
     pages = table[used]
@@ -817,6 +819,12 @@ def _check_pages(cache: Cache, lengths: Tensor, new: int) -> None:
                 "block_table must name pages of its own for each sequence where key is written: "
                 f"those that others hold too are only read, got page {int(clash[0])} more than once"
             )
+
+
+def _within(pages: Tensor, count: int) -> bool:
+    """Whether all numbers are those of pages."""
+    low, high = pages.aminmax()
+    return int(low) >= 0 and int(high) < count
 
 
 class _Jagged(NamedTuple):

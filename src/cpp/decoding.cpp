@@ -1,7 +1,9 @@
 #include "decoding.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -19,10 +21,10 @@ constexpr int64_t kLeastDepth = 16, kDepthPerQuery = 4;
 
 // Parts that a call is cut into, where there are fewer heads and keys enough. Every part has to
 // find a bound of its own, so that short ones cost more; long ones need room for as many
-// candidates.
+// candidates of each row.
 constexpr int64_t kParts = 128;
-constexpr int64_t kLeastPartKeys = 8192, kMostPartKeys = 65536;
-// Bytes of the lists that blocks scanned together may fill, unless those of one block are more.
+constexpr int64_t kLeastPartKeys = 8192, kMostPartKeys = 65536, kMostPartEntries = int64_t(1) << 20;
+// Bytes of the lists that blocks scanned together may fill, unless those of one row are more.
 constexpr int64_t kListBytes = int64_t(32) << 20;
 
 // Rows of one group that read their keys together.
@@ -50,12 +52,12 @@ Block block_of(const AttentionProblem& p, int64_t number) {
 struct Cut {
   int64_t chunk, parts_per_block, part_keys;
 
-  Cut(const std::vector<Block>& blocks, int64_t chunk_keys) : chunk(chunk_keys) {
+  Cut(const std::vector<Block>& blocks, int64_t rows, int64_t chunk_keys) : chunk(chunk_keys) {
     int64_t longest = 1;
     for (const Block& block : blocks)
       longest = std::max(longest, block.seen.in_units_of(chunk).size());
     const int64_t wanted = kParts / std::max<int64_t>(int64_t(blocks.size()), 1);
-    const int64_t least = parts(longest * chunk, kMostPartKeys);
+    const int64_t least = parts(longest * chunk, std::min(kMostPartKeys, kMostPartEntries / rows));
     const int64_t most = parts(longest * chunk, kLeastPartKeys);
     part_keys = parts(longest, std::max(std::min(wanted, most), least)) * chunk;
     parts_per_block = parts(longest * chunk, part_keys);
@@ -68,6 +70,9 @@ struct Cut {
 
 template <class T>
 struct Decoding {
+  static constexpr int64_t kEntryBytes = int64_t(sizeof(T) + sizeof(int32_t));
+  static constexpr int64_t kAnyBytes = std::numeric_limits<int64_t>::max();
+
   const ForwardArguments& arguments;
   const AttentionProblem& problem;
   const Kernels<T>& kernels;
@@ -80,7 +85,7 @@ struct Decoding {
         problem(a.problem),
         kernels(kernels_for<T>(*a.kernels, a.problem.dtype)),
         blocks(all_blocks(a.problem)),
-        cut(blocks, kernels.chunk_keys),
+        cut(blocks, std::max<int64_t>(most_rows(), 1), kernels.chunk_keys),
         work(size_t(std::max(a.threads, 1))) {}
 
   static std::vector<Block> all_blocks(const AttentionProblem& p) {
@@ -91,25 +96,40 @@ struct Decoding {
   }
 
   void run() {
-    const int64_t row_bytes = int64_t(sizeof(T) + sizeof(int32_t));
-    const int64_t bytes = most_rows() * cut.parts_per_block * cut.part_keys * row_bytes;
-    const int64_t together = std::max<int64_t>(kListBytes / std::max<int64_t>(bytes, 1), 1);
-    for (int64_t first = 0; first < int64_t(blocks.size()); first += together)
-      run(part_of(int64_t(blocks.size()), together, first / together));
+    const int64_t row_bytes = cut.parts_per_block * cut.part_keys * kEntryBytes;
+    const int64_t rows_together =
+        std::max<int64_t>(kListBytes / std::max<int64_t>(row_bytes, 1), 1);
+    const int64_t rows = std::max<int64_t>(most_rows(), 1);
+    const int64_t together = std::max<int64_t>(rows_together / rows, 1);
+    for (int64_t first = 0; first < int64_t(blocks.size()); first += together) {
+      const Part some = part_of(int64_t(blocks.size()), together, first / together);
+      const auto begin = blocks.begin() + some.first;
+      if (!run({begin, begin + some.count}, rows > rows_together ? kListBytes : kAnyBytes))
+        run_in_turn(*begin, rows_together);
+    }
     if (arguments.work)
       for (const Work& one : work) arguments.work->add(one);
   }
 
   int64_t most_rows() const { return std::min(problem.group_rows(), kBlockRows); }
 
+  // A block whose rows keep too many keys for all of them at once: a row finds what it would among
+  // the others, and keys are read once for every few rows.
+  void run_in_turn(const Block& block, int64_t rows_together) {
+    for (int64_t i = 0; i < block.rows.count; i += rows_together) {
+      const int64_t count = std::min(rows_together, block.rows.count - i);
+      run({{block.head_kv, {block.rows.first + i, count}, block.seen}}, kAnyBytes);
+    }
+  }
+
   // Neighbours among the blocks that one task scans, for their keys lie side by side: each block
   // finds what it would alone.
-  std::vector<Part> bundles_of(Part some) const {
-    const int64_t most = most_in_bundle(some.count);
+  std::vector<Part> bundles_of(const std::vector<Block>& some) const {
+    const int64_t most = most_in_bundle(int64_t(some.size()));
     std::vector<Part> bundles;
-    for (int64_t i = some.first; i < some.first + some.count; ++i) {
+    for (int64_t i = 0; i < int64_t(some.size()); ++i) {
       if (!bundles.empty() && bundles.back().count < most &&
-          lie_together(blocks[size_t(bundles.back().first)], blocks[size_t(i)]))
+          lie_together(some[size_t(bundles.back().first)], some[size_t(i)]))
         ++bundles.back().count;
       else
         bundles.push_back({i, 1});
@@ -127,36 +147,47 @@ struct Decoding {
     return std::max<int64_t>(std::min(kBlockRows / most_rows(), a_thread), 1);
   }
 
-  void run(Part some) {
-    const int64_t n = cut.parts_per_block, rows = most_rows();
+  // Whether the lists were no more than `most_bytes`; where they are, nothing has been done.
+  bool run(const std::vector<Block>& some, int64_t most_bytes) {
+    const int64_t n = cut.parts_per_block, count = int64_t(some.size());
+    int64_t rows = 0;
+    for (const Block& block : some) rows = std::max(rows, block.rows.count);
     const std::vector<Part> bundles = bundles_of(some);
     int64_t task_rows = 0;
     for (const Part& bundle : bundles) task_rows = std::max(task_rows, bundle.count * rows);
-    std::vector<PartList<T>> lists(size_t(some.count * rows * n));  // of block, row, part
-    std::vector<Buffer<T>> values(size_t(some.count * n));
+    std::vector<PartList<T>> lists(size_t(count * rows * n));  // of block, row, part
+    std::vector<Buffer<T>> values(size_t(count * n));
     std::vector<Buffer<int32_t>> keys(values.size());
+    std::atomic<int64_t> bytes{0};
+    const std::vector<Work> before = work;
     {
       std::vector<Buffer<char>> workspaces =
           a_thread(kernels.decode_scan_workspace(problem, task_rows, cut.part_keys));
       parallel_for(int64_t(bundles.size()) * n, arguments.threads, [&](int64_t i, int thread) {
+        if (bytes > most_bytes) return;
         const Part bundle = bundles[size_t(i / n)];
-        const Block& block = blocks[size_t(bundle.first)];
+        const Block& block = some[size_t(bundle.first)];
         DecodeScanTask<T> task = scan_task(block, cut.part(block, i % n));
         task.rows.count *= bundle.count;
         if (task.keys.size() <= 0) return;
         task.workspace = workspaces[size_t(thread)].data();
         kernels.decode_scan(task);
         work[size_t(thread)].add(task.work);
+        if ((bytes += entries_of(task) * kEntryBytes) > most_bytes) return;
         keep(task, values[size_t(i)], keys[size_t(i)],
-             &lists[size_t((bundle.first - some.first) * rows * n + i % n)], n);
+             &lists[size_t(bundle.first * rows * n + i % n)], n);
       });
     }
+    if (bytes > most_bytes) {
+      work = before;
+      return false;
+    }
     int64_t most = 0;
-    for (int64_t row = 0; row < some.count * rows; ++row)
+    for (int64_t row = 0; row < count * rows; ++row)
       most = std::max(most, entries_of(&lists[size_t(row * n)]));
     std::vector<Buffer<char>> workspaces = a_thread(kernels.decode_row_workspace(problem, most));
-    parallel_for(some.count * rows, arguments.threads, [&](int64_t i, int thread) {
-      const Block& block = blocks[size_t(some.first + i / rows)];
+    parallel_for(count * rows, arguments.threads, [&](int64_t i, int thread) {
+      const Block& block = some[size_t(i / rows)];
       if (i % rows >= block.rows.count) return;
       DecodeRowTask<T> task = row_task(block, block.rows.first + i % rows);
       task.lists = &lists[size_t(i * n)];
@@ -169,6 +200,7 @@ struct Decoding {
       if (arguments.support) arguments.support[row] = task.support;
       if (arguments.iterations) arguments.iterations[row] = task.steps;
     });
+    return true;
   }
 
   std::vector<Buffer<char>> a_thread(int64_t bytes) const {
@@ -204,8 +236,7 @@ struct Decoding {
   // The lists that a scan has left in its workspace; those of one row and another are `step` apart.
   static void keep(const DecodeScanTask<T>& task, Buffer<T>& values, Buffer<int32_t>& keys,
                    PartList<T>* lists, int64_t step) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < task.rows.count; ++i) total += std::max<int64_t>(task.counts[i], 0);
+    const int64_t total = entries_of(task);
     values = Buffer<T>(total);
     keys = Buffer<int32_t>(total);
     int64_t at = 0;
@@ -219,6 +250,11 @@ struct Decoding {
     }
   }
 
+  static int64_t entries_of(const DecodeScanTask<T>& task) {
+    int64_t entries = 0;
+    for (int64_t i = 0; i < task.rows.count; ++i) entries += std::max<int64_t>(task.counts[i], 0);
+    return entries;
+  }
   int64_t entries_of(const PartList<T>* lists) const {
     int64_t entries = 0;
     for (int64_t i = 0; i < cut.parts_per_block; ++i)

@@ -88,6 +88,7 @@ class Attention:
         position_bias: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
+        indices: Tensor | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -137,11 +138,11 @@ class Attention:
             for name in ("q_lengths", "kv_lengths", "kv_starts")
             if (tensor := getattr(said, name)) is not None
         }
-        masks = [said.attn_mask, position_bias]
+        whole = [position_bias, None if indices is None else _chosen(indices, key.shape[2])]
         if said.start or said.stop is not None:
             key, value = (t[:, :, said.start : said.stop] for t in (key, value))
-            if position_bias is not None:
-                masks[1] = position_bias[..., said.start : said.stop]
+            whole = [mask if mask is None else mask[..., said.start : said.stop] for mask in whole]
+        masks = [said.attn_mask, *whole]
         if cu_seq_lens_q is None or cu_seq_lens_k is None:
             cu_seq_lens_q = cu_seq_lens_k = said.cu_seqlens
         batch = query.shape[0]
@@ -235,6 +236,14 @@ def _combined(masks: list[Tensor | None], query: Tensor) -> Tensor | None:
     if found is not None and found.dtype not in (torch.bool, query.dtype):
         found = found.float()
     return found
+
+
+def _chosen(indices: Tensor, length_k: int) -> Tensor:
+    """The mask of models that choose keys by an indexer: ``(batch, length_q, choices)`` are the
+    keys of each query, where below 0 is none."""
+    places = torch.where(indices < 0, length_k, indices).long()
+    seen = torch.zeros(*indices.shape[:2], length_k + 1, dtype=torch.bool, device=indices.device)
+    return seen.scatter(-1, places, True)[:, None, :, :length_k]
 
 
 def _same_sequence(query: Tensor, key: Tensor, *cu_seqlens: Tensor) -> Tensor:

@@ -417,26 +417,26 @@ def _stated(
         q_offset, kv_offset = int(q_offset), int(kv_offset)
     elif isinstance(kv_offset, Tensor):
         return None
-    if 0 <= pattern.chunk < kv_offset + keys:
+    if pattern.chunk >= 0 and not _surely(kv_offset + keys <= pattern.chunk, tracing):
         return None
     if pattern.packed is not None:
         if attention_mask is not None or rows != keys:
             return None
         cu_seqlens = _boundaries(pattern.packed, tracing)
-        return Statement(causal, _window(pattern, keys), cu_seqlens=cu_seqlens)
+        return Statement(causal, _window(pattern, keys, tracing), cu_seqlens=cu_seqlens)
     # The queries end where the keys do, or the filled part of a static cache.
     begins = rows == keys if isinstance(q_offset, Tensor) else q_offset == kv_offset
     end: int | Tensor = keys
     if causal and not (begins and rows == keys):
         end = q_offset + rows - kv_offset
-    elif not causal and not begins and _window(pattern, keys):
+    elif not causal and not begins and _window(pattern, keys, tracing):
         return None
     start, stop = 0, keys
     if not isinstance(end, Tensor):
         if end > keys:
             return None  # some queries stand beyond the keys
         stop = end
-    window = _window(pattern, stop)
+    window = _window(pattern, stop, tracing)
     align = "bottom-right" if causal else "top-left"
     said = Statement(causal, window, align, stop=None if stop == keys else stop)
     if causal and rows == 1 and not isinstance(end, Tensor):  # sees a run of keys
@@ -453,10 +453,21 @@ def _stated(
     return said
 
 
-def _window(pattern: Pattern, keys: int) -> tuple[int, int] | None:
-    """The window where it bites; a causal one says its right side by itself."""
+def _window(pattern: Pattern, keys: int, tracing: bool) -> tuple[int, int] | None:
+    """The window where it bites, or may; a causal one says its right side by itself."""
     window = pattern.left, -1 if pattern.right == 0 else pattern.right
-    return window if any(0 <= side < keys - 1 for side in window) else None
+    bites = [side >= 0 and not _surely(keys <= side + 1, tracing) for side in window]
+    return window if any(bites) else None
+
+
+def _surely(truth: bool, tracing: bool) -> bool:
+    """Whether it is true for all lengths that a trace is to serve: one that branched would serve
+    those alone for which it went the same way."""
+    if not tracing:
+        return truth
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(truth)
 
 
 def _padded(
