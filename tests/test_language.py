@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import adasplash2
 from adasplash2 import dense, problem, softmax
 from adasplash2.lowering import new_seed
+from adasplash2.options import Options
 
 BACKENDS = pytest.mark.parametrize("backend", usable_backends())
 SEED = 7
@@ -1113,6 +1114,48 @@ def test_softmax_with_masks_has_finite_gradients(compiles: bool) -> None:
             out = attend(query, key, value, mask, alpha=1.0)
             gradients = torch.autograd.grad(out.sum(), (query, key, value))
             assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+GROUPED = [(torch.bfloat16, True), (torch.float32, False), (torch.float32, True)]
+
+
+@pytest.mark.parametrize(("dtype", "masked"), GROUPED)
+def test_softmax_on_a_gpu_asks_for_no_kernel_that_makes_a_matrix(
+    dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mask or in float32 those that share heads of keys are cuDNN's or make all scores."""
+    inputs = problem.Inputs(*(torch.randn(1, heads, 12, 8, dtype=dtype) for heads in (6, 2, 2)))
+    options = Options(alpha=1.0)
+    if masked:
+        inputs = inputs._replace(attn_mask=torch.rand(1, 1, 12, 12) < 0.7)
+    asked = problem.validated(inputs, options._replace(enable_gqa=True), needs_grad=True)
+    expected = dense.softmax_attention(asked, inputs, options)
+    sdpa, given = torch.nn.functional.scaled_dot_product_attention, []
+
+    def seen(*tensors: Tensor, **said: Any) -> Tensor:
+        given.append(said.get("enable_gqa", False))
+        return sdpa(*tensors, **said)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    on_gpu = replace(asked, device=torch.device("cuda"))
+    torch.testing.assert_close(dense.softmax_attention(on_gpu, inputs, options), expected)
+    assert given == [False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "masked"), GROUPED)
+def test_softmax_on_a_gpu_makes_no_matrix(dtype: torch.dtype, masked: bool) -> None:
+    length = 4096
+    tensors = [
+        torch.randn(1, heads, length, 64, device="cuda", dtype=dtype, requires_grad=True)
+        for heads in (8, 2, 2)
+    ]
+    mask = torch.rand(length, length, device="cuda") < 0.7 if masked else None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = adasplash2.entmax_attention(*tensors, attn_mask=mask, alpha=1.0, enable_gqa=True)
+    torch.autograd.grad(out.sum(), tensors)
+    assert torch.cuda.max_memory_allocated() - before < 4 * 4 * length * length  # of 8 heads
 
 
 @pytest.mark.parametrize("features", [

@@ -94,12 +94,22 @@ def softmax_attention(
 
 def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
     mask, said = inputs.attn_mask, problem.scores
-    # By a branch: of symbols of a trace a comparison is no bool.
-    grouped: dict[str, Any] = {"enable_gqa": True} if problem.group_size > 1 else {}
-    risky = mask is not None and problem.needs_grad and problem.device.type == "cuda"
+    query, key, value = inputs.tensors()
+    grouped: dict[str, Any] = {}
+    on_gpu = problem.device.type == "cuda"
+    if problem.group_size > 1:  # by a branch: of symbols of a trace a comparison is no bool
+        if on_gpu and (mask is not None or problem.dtype.itemsize > 2):
+            # Of its kernels that are left none shares heads of keys, but for that which makes a
+            # matrix of all scores.
+            key, value = (t.repeat_interleave(problem.group_size, dim=1) for t in (key, value))
+        else:
+            grouped["enable_gqa"] = True
+    risky = mask is not None and problem.needs_grad and on_gpu
     with without_cudnn() if risky else contextlib.nullcontext():
         return F.scaled_dot_product_attention(
-            *inputs.tensors(),
+            query,
+            key,
+            value,
             attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(problem.dtype),
             dropout_p=said.dropout_p,
             is_causal=said.is_causal,
