@@ -210,6 +210,8 @@ def test_tiles_are_distributed(tiles: int) -> None:
 DECODED = [  # dtype code, head_dim, index of an alpha, rows that share keys, whether in pages
     ("sm_90a", 0, 128, 0, 4, False),
     ("sm_90a", 0, 64, 1, 64, True),
+    ("sm_90a", 0, 128, 0, 16, False),
+    ("sm_90a", 0, 256, 0, 8, False),  # its columns are loaded in turn
     ("sm_80", 2, 64, 2, 8, False),
 ]
 

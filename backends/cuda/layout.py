@@ -288,7 +288,7 @@ Params = _struct(
     ("void*", "columns"),
     # Of each survivor z - tau > 0. Where alpha has a closed form they are gone after the forward,
     # which keeps that of each row's first survivor: the backward finds the others from it. Flat
-    # rows have the largest entry of O2 in its place (dense90.cuh).
+    # rows have what their O2 is shares of in its place (SecondOutput in dense90.cuh).
     ("float*", "weights", "first_weight"),
     # Of each column: survivors, and in `rows` their first one's place; after grad_rows, their end.
     ("int*", "column_count", "column_start"),

@@ -31,7 +31,8 @@ DECODE_HELD = 16
 share keys, several blocks read these."""
 
 DECODE_SHARED = 224 * 1024
-"""Shared memory of a multiprocessor that blocks of a scan use at most: the L1 needs some, too."""
+"""Shared memory of a multiprocessor that blocks of a scan use at most: what Hopper has in all is
+rounded where it is shared out."""
 
 DECODE_SPLIT_TILES = 8
 """The fewest tiles of a split: one for each warp."""
@@ -42,8 +43,8 @@ these once. Else a short last wave would cost much, and of so many splits those 
 it best."""
 
 DECODE_RESIDENTS = 2, 1
-"""Blocks of a scan that a multiprocessor has at a time: as a rule, and where a lane's columns of a
-tile or its sums take more than 128 registers. The launch bounds of ``decode_scan`` hold the
+"""Blocks of a scan that a multiprocessor has at a time: as a rule, and of 4-byte types and a
+head_dim above 128, which were not timed with two. The launch bounds of ``decode_scan`` hold the
 compiler to it."""
 
 REGISTER_FILE = 65_536

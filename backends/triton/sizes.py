@@ -655,7 +655,7 @@ class Saved:
     """What the forward leaves for the backward, as parts of one buffer.
 
     ``out_u`` ``(rows, head_dim_v)``: means of the values weighted by ``u``, in float32 or, by
-    :func:`keeps_shares`, as shares of 16 bits of a row's largest.
+    :func:`keeps_shares`, in 16 bits, see ``shares_of``.
     ``top``, ``t`` ``(rows,)`` float32: ``tau = c top + t``.
     ``spread`` ``(rows,)`` float32: where ``exact``, 0 where one key has all probability, else 1;
     beside shares that largest mean, or -1 where they are the means themselves.

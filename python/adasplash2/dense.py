@@ -99,7 +99,7 @@ def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
     on_gpu = problem.device.type == "cuda"
     if problem.group_size > 1:  # by a branch: of symbols of a trace a comparison is no bool
         if on_gpu and (mask is not None or problem.dtype.itemsize > 2):
-            # Of its kernels that are left none shares heads of keys, but for that which makes a
+            # Not every GPU has a kernel that shares heads of keys here, but for that which makes a
             # matrix of all scores.
             key, value = (t.repeat_interleave(problem.group_size, dim=1) for t in (key, value))
         else:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 from adasplash2.options import Options, Said, check_count, check_options, shown
 from adasplash2.problem import (
@@ -92,7 +91,7 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
         return Call(inputs, options, shaped, shaped)
     if lead is None:
         lead = [inputs.query.shape[0]]
-    if isinstance(said.attn_mask, CausalBias):
+    if _is_causal_bias(said.attn_mask):
         options = _with_causal_bias(options, said.attn_mask, inputs)
     elif said.attn_mask is not None:
         inputs = inputs._replace(attn_mask=_four_dimensional_mask(said.attn_mask, inputs, lead))
@@ -329,6 +328,13 @@ def _four_dimensional_mask(attn_mask: object, inputs: Inputs, lead: list[int]) -
     return merged
 
 
+def _is_causal_bias(attn_mask: object) -> bool:
+    """Whether it is what torch's ``causal_upper_left`` and ``causal_lower_right`` return. By name:
+    to import what makes them takes seconds, and a compiler holds on to all of ``sys.modules``."""
+    kind = type(attn_mask)
+    return (kind.__module__, kind.__name__) == ("torch.nn.attention.bias", "CausalBias")
+
+
 def _with_causal_bias(options: Options, bias: Any, inputs: Inputs) -> Options:
     if options.is_causal:
         raise ValueError(
@@ -414,7 +420,7 @@ def lowered_packed(
                 f"{name} must have 3 dimensions (total, heads, head_dim), got {tensor.dim()} with "
                 f"shape {tuple(tensor.shape)}"
             )
-    if isinstance(said.attn_mask, CausalBias):
+    if _is_causal_bias(said.attn_mask):
         raise TypeError(
             "attn_mask must be a torch.Tensor or None for packed sequences, got a causal mask of "
             "torch: pass is_causal=True and causal_align"

@@ -139,16 +139,17 @@ struct SecondOutput {
   __device__ __forceinline__ float times(int at, const float (&x)[8]) const {
     const uint4 raw = *reinterpret_cast<const uint4*>(entries + at);
     const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-    const float most = *largest, factor = most < 0.f ? 1.f : most * (1.f / kWhole);
+    const float most = *largest;
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float2 pair = {float(short(pairs[i])), float(int(pairs[i]) >> 16)};
+      float2 pair = {float(short(pairs[i])) * (1.f / kWhole),
+                     float(int(pairs[i]) >> 16) * (1.f / kWhole)};
       if (most < 0.f) pair = Scalar::unpack(pairs[i]);
       sum = fmaf(x[2 * i], pair.x, sum);
       sum = fmaf(x[2 * i + 1], pair.y, sum);
     }
-    return sum * factor;
+    return most < 0.f ? sum : sum * most;
   }
 };
 

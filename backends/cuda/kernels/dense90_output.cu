@@ -619,7 +619,8 @@ struct Attention {
                    near = Scalar::unpack(Scalar::pack(pair.x, pair.y));
       off = fmaxf(off, fmaxf(fabsf(pair.x - near.x), fabsf(pair.y - near.y)));
     }
-    const bool as_they_are = max_over<4>(off) <= most * factor_u * SecondOutput::kRounding;
+    const bool as_they_are =
+        is_finite(most) && max_over<4>(off) <= most * factor_u * SecondOutput::kRounding;
     if (!b.flat[slot]) return;
     const SecondOutput to(p, b.head_row, b.row(slot));
     // Of what is hardly a number any more, 1 / most would be infinite.

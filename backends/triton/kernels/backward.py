@@ -227,6 +227,7 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
     if opt.shares:
         most = tl.load(spread_in + at_row, mask=inside, other=0.0)
         mean = rows_of(mean, most, value.base.dtype.element_ty)
+        mean = with_kept_factor(mean, shape, opt)
     spread = load_spread(spread_in, at_row, inside, opt)
     delta = tl.sum(grad.to(tl.float32) * mean, 1)
     if opt.sinks:  # where a sink has all of the probability no gradient is felt, NaN neither

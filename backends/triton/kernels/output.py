@@ -209,7 +209,8 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
     store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
     if GRADIENT:
         mean = acc_u * (1.0 / tl.where(slope > 0.0, slope, 1.0))[:, None]
-        mean = with_kept_factor(mean, shape, opt)
+        if not opt.shares:  # else it is a factor of what is read
+            mean = with_kept_factor(mean, shape, opt)
         if SAFE:
             mean = with_bad(mean, bad)
         if opt.exact:

@@ -461,9 +461,9 @@ def _window(pattern: Pattern, keys: int, tracing: bool) -> tuple[int, int] | Non
 
 
 def _surely(truth: bool, tracing: bool) -> bool:
-    """Whether it is true for all lengths that a trace is to serve: one that branched would serve
-    those alone for which it went the same way."""
-    if not tracing:
+    """Whether it is true for all lengths that an export is to serve: one that branched would serve
+    those alone for which it went the same way. What is compiled is compiled again for others."""
+    if not (tracing and torch.compiler.is_exporting()):
         return truth
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
