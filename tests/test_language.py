@@ -861,6 +861,26 @@ def test_dropout_repeats_and_keeps_the_expected_value(backend: str) -> None:
     assert not torch.equal(once, twice)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@BACKENDS
+@interpreted(dtype=torch.float16)
+def test_a_row_of_one_key_has_no_gradient_under_dropout(backend: str, dtype: torch.dtype) -> None:
+    """``dp - delta`` is zero there, which large keys multiply: also where values are divided by the
+    share that is kept."""
+    device = device_of(backend)
+    torch.manual_seed(SEED)
+    leaves = [torch.randn(1, 2, 40, 64).to(device, dtype) for _ in "qkv"]
+    leaves[1][:, :, 0] = -3e4
+    leaves[0][:, :, 0] = leaves[0][:, :, 0].abs()
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    grad_out = torch.randn(1, 2, 40, 64).to(device, dtype)
+    out = attend(
+        adasplash2.entmax_attention, *leaves, is_causal=True, dropout_p=0.1, backend=backend
+    )
+    (found,) = torch.autograd.grad(out, leaves[:1], grad_out)
+    assert found[:, :, 0].abs().max() < 0.1
+
+
 @BACKENDS
 @interpreted()
 def test_dropout_of_nearly_all_in_float16(backend: str) -> None:
