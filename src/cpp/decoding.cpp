@@ -25,7 +25,7 @@ constexpr int64_t kLeastDepth = 16, kDepthPerQuery = 4;
 constexpr int64_t kParts = 128;
 constexpr int64_t kLeastPartKeys = 8192, kMostPartKeys = 65536, kMostPartEntries = int64_t(1) << 20;
 // Bytes of the lists that blocks scanned together may fill, unless those of one row are more.
-constexpr int64_t kListBytes = int64_t(32) << 20;
+constexpr int64_t kListBytes = int64_t(16) << 20;
 
 // Rows of one group that read their keys together.
 struct Block {
