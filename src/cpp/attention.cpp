@@ -24,7 +24,7 @@ struct Panels {
          int threads) {
     constexpr int64_t kChunk = 32;  // panels a task packs
     const int64_t panels = parts(p.length_k, k.panel_keys), chunks = parts(panels, kChunk);
-    head_stride = panels * k.panel_keys * k.packed_depth(depth);
+    head_stride = panels * k.panel_keys * depth;
     data = Buffer<T>(p.key_heads() * head_stride);
     parallel_for(p.key_heads() * chunks, threads, [&](int64_t i, int) {
       const int64_t head = i / chunks;

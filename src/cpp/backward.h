@@ -279,8 +279,8 @@ struct BackwardRows {
                             grad_out_packed + r * problem.head_dim_v);
     }
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const T* keys = task.packed_keys + panel * kKeys * packed_depth<S>(problem.head_dim);
-      const T* values = task.packed_values + panel * kKeys * packed_depth<S>(problem.head_dim_v);
+      const T* keys = task.packed_keys + panel * kKeys * problem.head_dim;
+      const T* values = task.packed_values + panel * kKeys * problem.head_dim_v;
       const KeyRange of_panel = {panel * kKeys, (panel + 1) * kKeys};
       for (int64_t r = 0; r < rows.count; r += kTileRows) {
         const Part tile = tile_of(rows, r);
@@ -289,7 +289,7 @@ struct BackwardRows {
         const int64_t at = r * score_stride + (panel - panels.begin) * kKeys;
         // One after another: registers hold one tile.
         const auto make = [&](const T* rows_packed, const T* packed, int64_t depth, T* to) {
-          store_tile(any ? dot_tile<S>(rows_packed + r * depth, packed, depth) : Tile<T>{}, to + at,
+          store_tile(any ? dot_tile(rows_packed + r * depth, packed, depth) : Tile<T>{}, to + at,
                      score_stride);
         };
         make(query_packed, keys, problem.head_dim, grad_scores);

@@ -213,7 +213,7 @@ struct ForwardBlock {
   ADASPLASH2_INLINE int64_t row_tiles() const { return parts(task.rows, kTileRows); }
   ADASPLASH2_INLINE Part row_tile(int64_t t) const { return part_of(task.rows, kTileRows, t); }
   ADASPLASH2_INLINE const T* packed_query(Part rows) const {
-    return ws.query + rows.first * packed_depth<S>(problem.head_dim);
+    return ws.query + rows.first * problem.head_dim;
   }
   ADASPLASH2_INLINE KeyRange needed_by_any(Part rows) const {
     return scores.needed_by_any(task.row_begin + rows.first, rows.count);
@@ -243,14 +243,14 @@ struct ForwardBlock {
     return scores.any_allowed(task.row_begin + rows.first, rows.count, keys);
   }
   ADASPLASH2_INLINE Tile<T> dots(Part rows, int64_t panel) const {
-    const T* keys = task.packed_keys + panel * kKeys * packed_depth<S>(problem.head_dim);
-    return dot_tile<S>(packed_query(rows), keys, problem.head_dim);
+    return dot_tile(packed_query(rows), task.packed_keys + panel * kKeys * problem.head_dim,
+                    problem.head_dim);
   }
 
   ADASPLASH2_INLINE void prepare() {
     for (int64_t t = 0; t < row_tiles(); ++t)
       pack_transposed<S, T>(task.query, row_tile(t), kTileRows, problem.head_dim,
-                            ws.query + t * kTileRows * packed_depth<S>(problem.head_dim));
+                            ws.query + t * kTileRows * problem.head_dim);
     const double share = share_of_list(problem);
     for (int64_t i = 0; i < task.rows; ++i) {
       lo[i] = -kInfinity<T>;

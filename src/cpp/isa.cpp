@@ -16,11 +16,6 @@ ADASPLASH2_DECLARE(avx2)
 #if defined(ADASPLASH2_HAVE_avx512)
 ADASPLASH2_DECLARE(avx512)
 #endif
-#if defined(ADASPLASH2_HAVE_avx512bf16)
-namespace avx512bf16 {
-extern const Kernels<float> bfloat16;
-}
-#endif
 
 namespace {
 
@@ -38,18 +33,8 @@ std::vector<const KernelTable*> usable_tables() {
 #if defined(ADASPLASH2_HAVE_avx512)
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512cd")) {
-#if defined(ADASPLASH2_HAVE_avx512bf16)
-    static const KernelTable with_pairs = [] {
-      KernelTable table = avx512::table;
-      table.isa = "avx512bf16";
-      table.bfloat16 = avx512bf16::bfloat16;
-      return table;
-    }();
-    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&with_pairs);
-#endif
+      __builtin_cpu_supports("avx512cd"))
     tables.push_back(&avx512::table);
-  }
 #endif
 #if defined(ADASPLASH2_HAVE_avx2)
   if (has_avx2) tables.push_back(&avx2::table);

@@ -15,7 +15,7 @@ void pack_panels(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begi
   constexpr int64_t keys = kPanelKeys<T>;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const Part part = part_of(length, keys, panel);
-    pack_transposed<S, T>(rows, part, keys, depth, packed + part.first * packed_depth<S>(depth));
+    pack_transposed<S, T>(rows, part, keys, depth, packed + part.first * depth);
   }
 }
 
@@ -52,7 +52,6 @@ constexpr Kernels<ComputeOf<S>> kernels_of() {
   Kernels<T> k = {};
   k.panel_keys = kPanelKeys<T>;
   k.task_keys = kTaskKeys<T>;
-  k.packed_depth = packed_depth<S>;
   k.pack_panels = pack_panels<S>;
   k.norms = norms<S>;
   k.forward_workspace = forward_workspace<S>;
@@ -77,14 +76,8 @@ constexpr Kernels<ComputeOf<S>> kernels_of() {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
-// All that this set adds to avx512.
-extern const Kernels<float> bfloat16;
-const Kernels<float> bfloat16 = kernels_of<Bfloat16>();
-#else
 extern const KernelTable table;
 const KernelTable table = {ADASPLASH2_STRING(ADASPLASH2_ISA), kernels_of<float>(),
                            kernels_of<Bfloat16>(), kernels_of<Float16>(), kernels_of<double>()};
-#endif
 
 }  // namespace adasplash2::ADASPLASH2_ISA

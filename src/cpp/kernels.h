@@ -161,10 +161,9 @@ struct EntmaxBackwardTask {
 // Kernels of one storage dtype, computing in T.
 template <class T>
 struct Kernels {
-  int64_t panel_keys;                      // keys per packed panel
-  int64_t task_keys;                       // keys of a BackwardKeysTask, a multiple of panel_keys
-  int64_t (*packed_depth)(int64_t depth);  // numbers of T that hold one row of a panel
-  // Panels [panel_begin, panel_end) of the `length` rows, as [panel][packed_depth][panel_keys].
+  int64_t panel_keys;  // keys per packed panel
+  int64_t task_keys;   // keys of a BackwardKeysTask, a multiple of panel_keys
+  // Panels [panel_begin, panel_end) of the `length` rows, packed as [panel][depth][panel_keys].
   void (*pack_panels)(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begin,
                       int64_t panel_end, T* packed);
   void (*norms)(HeadRef rows, int64_t count, int64_t depth, double* norms);

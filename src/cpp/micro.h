@@ -30,42 +30,36 @@ ADASPLASH2_INLINE void transpose_four(const S* const* rows, T* packed, int64_t s
   using V = typename Four<T>::type;
   V in[4];
   for (int r = 0; r < 4; ++r)
-    for (int k = 0; k < 4; ++k) in[r][k] = packed_lane(rows[r] + k * kPerLane<S>, kPerLane<S>);
+    for (int k = 0; k < 4; ++k) in[r][k] = to_compute(rows[r][k]);
   for (int k = 0; k < 4; ++k) {
     const V column = {in[0][k], in[1][k], in[2][k], in[3][k]};
     __builtin_memcpy(packed + k * stride, &column, sizeof(column));
   }
 }
 
-// Some rows of a head as [packed_depth][count], zeros where there are fewer than `count`: the
-// layout in which both micro-kernel operands stream.
+// Some rows of a head as [depth][count], zeros where there are fewer than `count`: the layout in
+// which both micro-kernel operands stream.
 template <class S, class T>
 ADASPLASH2_INLINE void pack_transposed(HeadRef head, Part rows, int64_t count, int64_t depth,
                                        T* packed) {
-  constexpr int64_t kEach = kPerLane<S>;
-  const int64_t lanes = packed_depth<S>(depth), whole = depth / kEach;
   int64_t i = 0;
   for (; i + 4 <= rows.count; i += 4) {
     const S* four[4];
     for (int r = 0; r < 4; ++r) four[r] = row_of<const S>(head, rows.first + i + r);
     int64_t k = 0;
-    for (; k + 4 <= whole; k += 4) {
+    for (; k + 4 <= depth; k += 4) {
       transpose_four(four, packed + k * count + i, count);
-      for (const S*& row : four) row += 4 * kEach;
+      for (const S*& row : four) row += 4;
     }
-    for (; k < lanes; ++k)
-      for (int r = 0; r < 4; ++r) {
-        packed[k * count + i + r] = packed_lane(four[r], depth - k * kEach);
-        four[r] += kEach;
-      }
+    for (; k < depth; ++k)
+      for (int r = 0; r < 4; ++r) packed[k * count + i + r] = to_compute(*four[r]++);
   }
   for (; i < rows.count; ++i) {
     const S* row = row_of<const S>(head, rows.first + i);
-    for (int64_t k = 0; k < lanes; ++k)
-      packed[k * count + i] = packed_lane(row + k * kEach, depth - k * kEach);
+    for (int64_t k = 0; k < depth; ++k) packed[k * count + i] = to_compute(row[k]);
   }
   for (; i < count; ++i)
-    for (int64_t k = 0; k < lanes; ++k) packed[k * count + i] = T(0);
+    for (int64_t k = 0; k < depth; ++k) packed[k * count + i] = T(0);
 }
 
 template <class T>
@@ -81,20 +75,19 @@ ADASPLASH2_INLINE void store_tile(const Tile<T>& tile, T* to, int64_t stride) {
     for (int v = 0; v < kTileVectors; ++v) store(to + r * stride + v * kLanes<T>, tile.rows[r][v]);
 }
 
-// a: [packed_depth][kTileRows], b: [packed_depth][kPanelKeys], packed rows of S;
-// tile[r][c] = sum_k a[k][r] * b[k][c] over the depth.
-template <class S, class T>
+// a: [depth][kTileRows], b: [depth][kPanelKeys]; tile[r][c] = sum_k a[k][r] * b[k][c].
+template <class T>
 ADASPLASH2_INLINE Tile<T> dot_tile(const T* a, const T* b, int64_t depth) {
   Tile<T> tile = {};
-  for (int64_t k = 0; k < packed_depth<S>(depth); ++k) {
+  for (int64_t k = 0; k < depth; ++k) {
     Vec<T> keys[kTileVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) keys[v] = load(b + v * kLanes<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
+      const Vec<T> x = broadcast(a[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v)
-        tile.rows[r][v] = plus_products<S>(tile.rows[r][v], a + r, keys[v]);
+      for (int v = 0; v < kTileVectors; ++v) tile.rows[r][v] += x * keys[v];
     }
     a += kTileRows;
     b += kPanelKeys<T>;

@@ -246,48 +246,6 @@ ADASPLASH2_INLINE void store_storage(S* p, const T* values, int64_t n) {
 template <class S>
 using ComputeOf = decltype(to_compute(S{}));
 
-// Numbers of one row that a lane of packed rows holds: two where the instruction set multiplies
-// pairs of bfloat16 and adds both products to a float. These products are exact as they are of
-// floats; what is below a float's normal numbers counts as zero.
-template <class S>
-constexpr int64_t kPerLane = 1;
-#if defined(__AVX512BF16__)
-template <>
-constexpr int64_t kPerLane<Bfloat16> = 2;
-#endif
-// Lanes of a packed row; the last may lack its second number.
-template <class S>
-constexpr int64_t packed_depth(int64_t depth) {
-  return (depth + kPerLane<S> - 1) / kPerLane<S>;
-}
-
-// A lane of a row that begins at p, of which `count` numbers are left; what is not there is zero.
-template <class S>
-ADASPLASH2_INLINE ComputeOf<S> packed_lane(const S* p, int64_t count) {
-  if constexpr (kPerLane<S> == 1) {
-    return to_compute(*p);
-  } else {
-    uint32_t pair = 0;
-    __builtin_memcpy(&pair, p, count > 1 ? sizeof(pair) : sizeof(S));  // its first one lies low
-    return bits_as<float>(pair);
-  }
-}
-
-// The sum and the products of a lane of one row, in all lanes, with those of many.
-template <class S, class T>
-ADASPLASH2_INLINE Vec<T> plus_products(Vec<T> sum, const T* lane, Vec<T> others) {
-  if constexpr (kPerLane<S> == 1) {
-    return sum + broadcast(*lane) * others;
-  } else {
-#if defined(__AVX512BF16__)
-    int32_t pair;
-    __builtin_memcpy(&pair, lane, sizeof(pair));
-    return Vec<T>(_mm512_dpbf16_ps(__m512(sum), (__m512bh)_mm512_set1_epi32(pair),
-                                   (__m512bh)_mm512_castps_si512(__m512(others))));
-#endif
-  }
-}
-
 // --- masks and compression ------------------------------------------------------------------
 
 // Bit i is set where !(a[i] <= b[i]): greater, or unordered, so that a NaN is seen.
