@@ -330,7 +330,7 @@ def _four_dimensional_mask(attn_mask: object, inputs: Inputs, lead: list[int]) -
 
 def _is_causal_bias(attn_mask: object) -> bool:
     """Whether it is what torch's ``causal_upper_left`` and ``causal_lower_right`` return. By name:
-    to import what makes them takes seconds, and a compiler holds on to all of ``sys.modules``."""
+    to import what makes them takes seconds, and a compiler must not look through all modules."""
     kind = type(attn_mask)
     return (kind.__module__, kind.__name__) == ("torch.nn.attention.bias", "CausalBias")
 
