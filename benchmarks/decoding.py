@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from data import REAL_HEAD_DIM, REAL_HEADS, REAL_HEADS_KV
+from data import REAL_HEAD_DIM, REAL_HEADS, REAL_HEADS_KV, REAL_LAYERS
 from harness import command_line, records, tables, timing
 from harness.targets import Target
 from long_text import LongText
@@ -36,9 +36,6 @@ HEAD_DIMS = {"cpu": [64, 128], "cuda": [128]}
 BATCHES = {"cpu": [1], "cuda": [1, 16]}
 HEADS = {"cpu": (8, 8), "cuda": (32, 8)}
 """Of queries, and of keys."""
-
-REAL_LAYERS = [0, 6, 18]
-"""Of SmolLM2-135M: rows that keep many keys, some and few."""
 
 QUERIES = [1, 4, 16]
 SHARPNESS = {"cpu": [1.0, 4.0, 0.25], "cuda": [1.0, 4.0, 0.01]}

@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="default float32, on cuda bfloat16")
     add("--causal", choices=("both", "yes", "no"), default="both", help="default %(default)s")
     add("--backends", action="store_true", help="each backend by itself too")
-    add("--real-layers", type=int, nargs="*", default=[0, 6, 18], help="default 0 6 18")
+    add("--real-layers", type=int, nargs="*", default=data.REAL_LAYERS, help="default 0 6 18")
     add("--real-length", type=count, help="default 2048, on cuda 8192")
     command_line.add_targets(parser, "exit with 1 if a cell passes its limit")
     options = command_line.parsed(parser, DEFAULTS)

@@ -248,7 +248,7 @@ def parse() -> argparse.Namespace:
     add("--lengths", type=count, nargs="+", default=[1024, 16384, 131072], help="of Gaussian rows")
     add("--rows", type=count, default=126, help="rows of each kind; default %(default)s")
     add("--bins", type=count, nargs="+", default=[4, 8, 16, 32], help="default 4 8 16 32")
-    add("--real-layers", type=int, nargs="*", default=[0, 6, 18], help="default 0 6 18")
+    add("--real-layers", type=int, nargs="*", default=data.REAL_LAYERS, help="default 0 6 18")
     add("--real-length", type=count, default=8192, help="keys of real rows; default %(default)s")
     add("--dtype", choices=("float32", "float64"), default="float64", help="default %(default)s")
     options = command_line.parsed(parser)

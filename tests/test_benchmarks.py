@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
@@ -397,15 +398,21 @@ def test_tiny_run(name: str, tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+def decoded(folder: Path, device: str, keys: int, queries: int) -> dict[str, Any]:
+    """What ``decoding.py`` records of one round, with the real model's first layer."""
+    file = folder / "decoding.json"
+    run(
+        "decoding.py", "--device", device, "--keys", str(keys), "--queries", str(queries),
+        "--rounds", "1", "--real-layers", "0", "--json", str(file),
+    )  # fmt: skip
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record
+
+
 @pytest.mark.slow
 def test_few_queries_against_real_keys(tmp_path: Path) -> None:
     needs_the_real_model()
-    file = tmp_path / "decoding.json"
-    run(
-        "decoding.py", "--device", "cpu", "--keys", "128", "--queries", "2", "--rounds", "1",
-        "--real-layers", "0", "--json", str(file),
-    )  # fmt: skip
-    record = json.loads(file.read_text())
+    record = decoded(tmp_path, "cpu", 128, 2)
     assert not record["left_out"]
     real = [one for one in record["measured"] if one["layer"] == 0]
     assert {one["dtype"] for one in real} == {"float32", "bfloat16"}
@@ -439,12 +446,7 @@ def test_tokens_a_second_of_a_graph() -> None:
 @pytest.mark.slow
 def test_few_queries_on_a_gpu(tmp_path: Path) -> None:
     """Also against real keys, where their packages are."""
-    file = tmp_path / "decoding.json"
-    run(
-        "decoding.py", "--device", "cuda", "--keys", "8192", "--queries", "1", "--rounds", "1",
-        "--real-layers", "0", "--json", str(file),
-    )  # fmt: skip
-    found = json.loads(file.read_text())
+    found = decoded(tmp_path, "cuda", 8192, 1)
     assert len(found["measured"]) + len(found["left_out"]) == 4
     for one in found["measured"]:
         assert {"sum of K", "c 1", "causal", "copy", "page 64"} <= one["milliseconds"].keys()

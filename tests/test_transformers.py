@@ -924,6 +924,33 @@ def test_compiled_by_the_default_compiler() -> None:
     close(run(torch.compile(model, fullgraph=True), **TEXT, use_cache=False), expected)
 
 
+def test_what_is_compiled_for_any_length_makes_no_mask_of_a_long_chunk() -> None:
+    """It may ask whether the chunk bites, and is compiled again where it does."""
+    model = make(
+        "Llama4ForCausalLM", "Llama4Text", {**DECODER, **LLAMA4, "attention_chunk_size": 8192}
+    )
+    integration.apply(model)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, dynamic=True, backend=aot_autograd(fw_compiler=keep))(
+            input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS), use_cache=False
+        )
+    shapes = [
+        str(tuple(getattr(node.meta.get("val"), "shape", ()))[-2:])
+        for graph in graphs
+        for node in graph.graph.nodes
+    ]
+    squares = [one for one in shapes if re.fullmatch(r"\((s\d+|12), \1\)", one)]
+    assert any("adasplash2" in str(node.target) for g in graphs for node in g.graph.nodes)
+    assert squares == []
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_models_equal_eager(strict: bool) -> None:
     model = llama()

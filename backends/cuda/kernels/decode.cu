@@ -125,16 +125,15 @@ struct Cache {
 using Scores = float[kRowTiles][4];  // of the lane's two rows of a tile: key l/4, then l/4 + 8
 
 // The queries of a block, for all of its warps: for each chunk of columns, that chunk of every row.
-__device__ __forceinline__ void load_queries(char* shared, const DecodeParams& p, int first,
-                                             int rows) {
+__device__ __forceinline__ void load_queries(char* shared, const Block& b, const DecodeParams& p) {
   for (int i = threadIdx.x; i < kSteps * kRows * 4; i += kThreads) {
     const int row = i / 4 % kRows, column = (i / (4 * kRows) * 4 + i % 4) * kChunk;
-    const Row of(p, first + min(row, rows - 1));
+    const Row of(p, b.first + min(row, b.rows - 1));
     const Scalar* from = row_of(p.q, of.batch, of.head, of.query);
     Scalar* to = reinterpret_cast<Scalar*>(shared + i * 16);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
-      const bool exists = row < rows && column + j < kHeadDim;
+      const bool exists = row < b.rows && column + j < kHeadDim;
       store(to + j, exists ? signed_value(p, to_float(from[column + j])) : 0.f);
     }
   }
@@ -363,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
   int tile = begin + warp;
   TileColumns next;
   if (kIsAhead && tile < end) next.load(keys, tile, 0, any);
-  load_queries(shared, p, b.first, b.rows);
+  load_queries(shared, b, p);
   __syncthreads();
   float top[kRowTiles][2];
 #pragma unroll
