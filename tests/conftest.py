@@ -84,7 +84,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--without",
         metavar="NAME=VALUE,...",
-        help="no tests of which a parameter has one of these values",
+        help="no tests of which a parameter, or a field of one, has one of these values",
     )
     parser.addoption(
         "--judge-skips",
@@ -236,6 +236,13 @@ def parameters_of(item: pytest.Item) -> dict[str, Any]:
     return getattr(getattr(item, "callspec", None), "params", {})
 
 
+def values_of(item: pytest.Item, name: str) -> set[str]:
+    """What a parameter of that name, and such a field of any parameter, says in a test."""
+    parameters = parameters_of(item)
+    found = {str(getattr(value, name)) for value in parameters.values() if hasattr(value, name)}
+    return found | ({str(parameters[name])} if name in parameters else set())
+
+
 def is_chosen(item: pytest.Item, marker: pytest.Mark) -> bool:
     """Whether a mark ``interpreted(...)`` is of the values that a test is run with."""
     parameters = parameters_of(item)
@@ -267,8 +274,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         choose(config, items, [i for i in items if (backend_of(i) or NO_BACKEND) == name])
     if without := config.getoption("--without"):
         name, _, values = without.partition("=")
-        left_out = values.split(",")
-        choose(config, items, [i for i in items if str(parameters_of(i).get(name)) not in left_out])
+        left_out = set(values.split(","))
+        choose(config, items, [i for i in items if not values_of(i, name) & left_out])
     if part := config.getoption("--part"):
         which, parts = map(int, part.split("/"))
         if config.getoption("--together"):

@@ -237,6 +237,10 @@ def test_a_device(device):
 @pytest.mark.parametrize("length", [80, 120, 1120])
 def test_cuda_by_its_name(length):
     pass
+
+@pytest.mark.parametrize("call", [slice(80, 90)])
+def test_fields(call):
+    pass
 """
 
 
@@ -261,14 +265,16 @@ Run = Callable[..., pytest.RunResult]
     [
         (("--only-backend", "cuda"), 1),
         (("--only-backend", "cpu"), 2),
-        (("--only-backend", "none"), 5),
-        (("--without", "length=120,80"), 7),
-        (("--only-backend", "none", "--without", "length=120", "--part", "1/2", "--together"), 2),
+        (("--only-backend", "none"), 6),
+        (("--without", "length=120,80"), 8),
+        (("--without", "start=80,8"), 9),
+        (("--without", "stop=80"), 10),
+        (("--only-backend", "none", "--without", "length=120", "--part", "1/2", "--together"), 3),
     ],
 )
 def test_tests_are_chosen_by_parameters(run: Run, options: tuple[str, ...], passed: int) -> None:
     result = run(PLANTED, *options)
-    result.assert_outcomes(passed=passed, deselected=9 - passed - ("--part" in options) * 2)
+    result.assert_outcomes(passed=passed, deselected=10 - passed - ("--part" in options) * 2)
 
 
 REFUSED = "backend 'cuda' cannot run entmax of 3 rows of 4, float64 on cuda:0\\n"
