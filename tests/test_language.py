@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import language
 import pytest
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import adasplash2
-from adasplash2 import dense, problem, softmax
+from adasplash2 import dense, ops, problem, softmax
 from adasplash2.lowering import new_seed
 from adasplash2.options import Options
 
@@ -1136,46 +1136,102 @@ def test_softmax_with_masks_has_finite_gradients(compiles: bool) -> None:
             assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-GROUPED = [(torch.bfloat16, True), (torch.float32, False), (torch.float32, True)]
+class Soft(NamedTuple):
+    """A call at alpha = 1 for which SDPA may choose a kernel that makes all scores, as it is."""
+
+    dtype: torch.dtype
+    masked: str = ""
+    heads_kv: int = 2
+    head_dim: int = 64
+    head_dim_v: int = 64
+    strided: bool = False
+
+    def tensors(self, length: int, device: str) -> list[Tensor]:
+        sizes = (8, self.head_dim), (self.heads_kv, self.head_dim), (self.heads_kv, self.head_dim_v)
+        made = [
+            torch.randn(1, heads, length, dim, device=device, dtype=self.dtype)
+            for heads, dim in sizes
+        ]
+        return [t.mT.contiguous().mT if self.strided else t for t in made]
+
+    def mask(self, length: int, device: str) -> Tensor | None:
+        of = torch.rand(length, length, device=device)
+        made = {
+            "": None,
+            "bool": of < 0.7,
+            "across": of.mT < 0.7,
+            "added across": of.to(self.dtype).mT,
+            "of queries": of[:, :1] < 0.7,
+            "added of queries": of[:, :1].to(self.dtype),
+            "expanded": (of[:, :1] < 0.7).expand(8, length, length),
+        }
+        return made[self.masked]
 
 
-@pytest.mark.parametrize(("dtype", "masked"), GROUPED)
+MATRIX_FREE = pytest.mark.parametrize("soft", [
+    Soft(torch.bfloat16, "bool"),
+    Soft(torch.float32),
+    Soft(torch.float32, "bool"),
+    Soft(torch.bfloat16, "across"),
+    Soft(torch.float32, "added across", heads_kv=8),
+    Soft(torch.bfloat16, "of queries"),
+    Soft(torch.float32, "added of queries", heads_kv=8),
+    Soft(torch.float32, "expanded"),
+    Soft(torch.float64, heads_kv=8),
+    Soft(torch.float64, "bool"),
+    Soft(torch.float32, "bool", head_dim=20, head_dim_v=7),
+    Soft(torch.bfloat16, "bool", head_dim=23, head_dim_v=64),
+    Soft(torch.bfloat16, head_dim_v=32),
+    Soft(torch.bfloat16, strided=True, heads_kv=8),
+], ids=lambda soft: "-".join(map(str, soft)))  # fmt: skip
+
+
+@MATRIX_FREE
 def test_softmax_on_a_gpu_asks_for_no_kernel_that_makes_a_matrix(
-    dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch
+    soft: Soft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a mask or in float32 those that share heads of keys are cuDNN's or make all scores."""
-    inputs = problem.Inputs(*(torch.randn(1, heads, 12, 8, dtype=dtype) for heads in (6, 2, 2)))
+    """What fused kernels for GPUs do not take: heads that share keys with a mask or in float32,
+    head dims that are no multiples of 8, or of another stride than 1, such masks, float64."""
+    length = 12
+    inputs = problem.Inputs(*soft.tensors(length, "cpu"))
+    if (mask := soft.mask(length, "cpu")) is not None:
+        inputs = inputs._replace(attn_mask=mask[(None,) * (4 - mask.dim())])
     options = Options(alpha=1.0)
-    if masked:
-        inputs = inputs._replace(attn_mask=torch.rand(1, 1, 12, 12) < 0.7)
     asked = problem.validated(inputs, options._replace(enable_gqa=True), needs_grad=True)
     expected = dense.softmax_attention(asked, inputs, options)
     sdpa, given = torch.nn.functional.scaled_dot_product_attention, []
 
     def seen(*tensors: Tensor, **said: Any) -> Tensor:
-        given.append(said.get("enable_gqa", False))
+        attn_mask = said["attn_mask"]
+        given.extend([*tensors, *([] if attn_mask is None else [attn_mask])])
+        assert not said.get("enable_gqa", False) or (attn_mask is None and tensors[0].itemsize < 4)
         return sdpa(*tensors, **said)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    monkeypatch.setattr(dense, "has_flash", lambda device: False)
+    monkeypatch.setattr(ops, "softmax_attention", lambda *asked: expected)
     on_gpu = replace(asked, device=torch.device("cuda"))
-    torch.testing.assert_close(dense.softmax_attention(on_gpu, inputs, options), expected)
-    assert given == [False]
+    near = {"rtol": 2e-2, "atol": 1e-2} if soft.dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(dense.softmax_attention(on_gpu, inputs, options), expected, **near)
+    assert bool(given) == (soft.dtype != torch.float64 and "of queries" not in soft.masked)
+    assert all(t.stride(-1) == 1 for t in given)
+    assert all(t.shape[-1] % 8 == 0 for t in given[:3])
+    assert all(t.shape[1] == 1 for t in given[3:])  # no mask is repeated for heads
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "masked"), GROUPED)
-def test_softmax_on_a_gpu_makes_no_matrix(dtype: torch.dtype, masked: bool) -> None:
+@MATRIX_FREE
+def test_softmax_on_a_gpu_makes_no_matrix(soft: Soft) -> None:
     length = 4096
-    tensors = [
-        torch.randn(1, heads, length, 64, device="cuda", dtype=dtype, requires_grad=True)
-        for heads in (8, 2, 2)
-    ]
-    mask = torch.rand(length, length, device="cuda") < 0.7 if masked else None
+    tensors = [t.requires_grad_() for t in soft.tensors(length, "cuda")]
+    mask = soft.mask(length, "cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = adasplash2.entmax_attention(*tensors, attn_mask=mask, alpha=1.0, enable_gqa=True)
     torch.autograd.grad(out.sum(), tensors)
-    assert torch.cuda.max_memory_allocated() - before < 4 * 4 * length * length  # of 8 heads
+    # In the dtype of scores, of 8 heads
+    matrix = 8 * length * length * soft.dtype.itemsize
+    assert torch.cuda.max_memory_allocated() - before < 0.8 * matrix
 
 
 @pytest.mark.parametrize("features", [

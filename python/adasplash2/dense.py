@@ -92,11 +92,19 @@ def softmax_attention(
     return ops.softmax_attention(problem, inputs, options)
 
 
+FUSED_MULTIPLE = 8
+"""Of what sizes of heads torch's fused kernels for GPUs are made, in every dtype."""
+
+
 def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
     mask, said = inputs.attn_mask, problem.scores
     query, key, value = inputs.tensors()
+    head_dim_v = value.shape[-1]
     grouped: dict[str, Any] = {}
     on_gpu = problem.device.type == "cuda"
+    if on_gpu:
+        query, key, value = map(_fused_operand, (query, key, value))
+        mask = mask if mask is None else _fused_mask(mask)
     if problem.group_size > 1:  # by a branch: of symbols of a trace a comparison is no bool
         if on_gpu and (mask is not None or problem.dtype.itemsize > 2):
             # Not every GPU has a kernel that shares heads of keys here, but for that which makes a
@@ -106,16 +114,35 @@ def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
             grouped["enable_gqa"] = True
     risky = mask is not None and problem.needs_grad and on_gpu
     with without_cudnn() if risky else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(
+        out = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(problem.dtype),
             dropout_p=said.dropout_p,
             is_causal=said.is_causal,
-            scale=options.scale,
+            scale=said.scale if on_gpu else options.scale,
             **grouped,
         )
+    return out if out.shape[-1] == head_dim_v else out[..., :head_dim_v]
+
+
+def _fused_operand(tensor: Tensor) -> Tensor:
+    """As torch's fused kernels for GPUs take queries, keys and values: of others SDPA makes all
+    scores in memory."""
+    if missing := -tensor.shape[-1] % FUSED_MULTIPLE:
+        return F.pad(tensor, (0, missing))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _fused_mask(mask: Tensor) -> Tensor:
+    """The same of a mask: its keys lie one behind another."""
+    if mask.stride(-1) == 1:
+        return mask
+    if not mask.requires_grad:  # copied once, where it says the same again
+        for dim, stride in enumerate(mask.stride()[:-1]):
+            mask = mask.narrow(dim, 0, 1) if stride == 0 else mask
+    return mask.contiguous()
 
 
 _OF_SEQUENCES = ("lengths or packed sequences", "dropout_p")
