@@ -321,22 +321,22 @@ def main() -> None:
         real = shape.layer is not None
         if real and (reason := missing or text.too_short(shape.batch * shape.keys)):
             left_out[str(shape)] = reason
-            continue
-        found = measured(shape, options, text)
-        if options.device == "cuda":
-            torch.cuda.empty_cache()  # of graphs, each of which has memory of its own
-        times, best = found.told(options.device), found.best(options.device)
-        targets += judged(shape, found, options)
-        cells = (tables.digits(times.get(name)) for name in (best, "sum of K", *ours))
-        rows.append((str(shape), best.removeprefix("sdpa "), *cells))
-        records_of.append(
-            {
-                **shape._asdict(),
-                "milliseconds": {n: t._asdict() for n, t in found.timings.items()},
-                "shares_of_values": found.shares,
-            }
-        )
-        tables.progress(rows[-1][0])
+        else:
+            found = measured(shape, options, text)
+            if options.device == "cuda":
+                torch.cuda.empty_cache()  # of graphs, each of which has memory of its own
+            times, best = found.told(options.device), found.best(options.device)
+            targets += judged(shape, found, options)
+            cells = (tables.digits(times.get(name)) for name in (best, "sum of K", *ours))
+            rows.append((str(shape), best.removeprefix("sdpa "), *cells))
+            records_of.append(
+                {
+                    **shape._asdict(),
+                    "milliseconds": {n: t._asdict() for n, t in found.timings.items()},
+                    "shares_of_values": found.shares,
+                }
+            )
+            tables.progress(rows[-1][0])
         if options.json:
             record = {
                 "program": "decoding",

@@ -26,7 +26,7 @@ done
 gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')}
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || stop "no GPU: nvidia-smi -L lists none, and GPUS does not say how many there are"
 python=${PYTHON:-.venv/bin/python} processes=${PROCESSES:-$(nproc)} seconds=${FUZZ_SECONDS:-300}
-parts=${PARTS:-$((processes < 48 ? 16 : processes / 3))} started=0
+parts=${PARTS:-$((processes < 24 ? 32 : processes * 4 / 3))} started=0
 [[ $parts =~ ^[1-9][0-9]*$ ]] || stop "PARTS must be a number above 0, got $parts"
 mkdir -p "$out"
 export ADASPLASH2_CACHE_DIR="$out/cache" TRITON_CACHE_DIR="$out/triton" PYTHONUNBUFFERED=1
@@ -78,23 +78,23 @@ tests() {
   # first. Tests that are of no backend are parts of their own, those that are marked `gpu` others,
   # with all of their kind from files that are no table. Whole rows are those of 16 bits: other dtypes
   # meet the same kernels whatever is preferred of them.
-  local i scan whole half=$(((parts + 1) / 2))
+  local i scan whole few=$(((parts + 3) / 4))
   for ((i = 0; i < parts; i++)); do
     part "triton$i" --only-backend triton --part "$i/$parts" "${tables[@]}"
   done
-  for ((i = 0; i < 4; i++)); do part "gpu$i" -m gpu --part "$i/4" tests; done
+  for ((i = 0; i < 8; i++)); do part "gpu$i" -m gpu --part "$i/8" tests; done
   for ((i = 0; i < parts; i++)); do
     part "cuda$i" --only-backend cuda --part "$i/$parts" "${tables[@]}"
   done
   for scan in hopper portable; do
-    for ((i = 0; i < half; i++)); do
-      part "cuda-$scan$i" --only-backend cuda --part "$i/$half" --prefer "scan=$scan" \
+    for ((i = 0; i < few; i++)); do
+      part "cuda-$scan$i" --only-backend cuda --part "$i/$few" --prefer "scan=$scan" \
         tests/test_attention.py
     done
   done
   for whole in thresholds nothing; do
-    for ((i = 0; i < half; i++)); do
-      part "triton-$whole$i" --only-backend triton --part "$i/$half" --prefer "whole=$whole" \
+    for ((i = 0; i < few; i++)); do
+      part "triton-$whole$i" --only-backend triton --part "$i/$few" --prefer "whole=$whole" \
         --without dtype=torch.float32,torch.float64 tests/test_language.py
     done
   done

@@ -93,9 +93,9 @@ def test_a_gpu_run_passes_where_all_is_well(on_gpu: OnGpu) -> None:
     assert code == 0, said
     assert said.endswith("all passed\n")
     assert "cuda: 6 tests passed, 4 skipped\n" in said  # of two parts
-    assert "gpu triton: 12 tests passed, 8 skipped\n" in said
+    assert "gpu triton: 24 tests passed, 16 skipped\n" in said
     asked = on_gpu.asked
-    assert len(asked) == 24
+    assert len(asked) == 28
     assert {line.split()[0] for line in asked} == {"0", "1"}, "all GPUs are used"
     assert all("--expect-backends cuda,triton --judge-skips" in x for x in asked if "pytest" in x)
 
