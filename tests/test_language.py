@@ -1164,6 +1164,7 @@ class Soft(NamedTuple):
             "of queries": of[:, :1] < 0.7,
             "added of queries": of[:, :1].to(self.dtype),
             "expanded": (of[:, :1] < 0.7).expand(8, length, length),
+            "expanded float": of.expand(8, length, length),
         }
         return made[self.masked]
 
@@ -1177,6 +1178,7 @@ MATRIX_FREE = pytest.mark.parametrize("soft", [
     Soft(torch.bfloat16, "of queries"),
     Soft(torch.float32, "added of queries", heads_kv=8),
     Soft(torch.float32, "expanded"),
+    Soft(torch.bfloat16, "expanded float"),
     Soft(torch.float64, heads_kv=8),
     Soft(torch.float64, "bool"),
     Soft(torch.float32, "bool", head_dim=20, head_dim_v=7),

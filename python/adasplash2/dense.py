@@ -104,7 +104,12 @@ def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
     on_gpu = problem.device.type == "cuda"
     if on_gpu:
         query, key, value = map(_fused_operand, (query, key, value))
-        mask = mask if mask is None else _fused_mask(mask)
+    if mask is not None:
+        mask = _once(mask)
+        if on_gpu and mask.stride(-1) != 1:
+            mask = mask.contiguous()  # as these kernels take it
+        if mask.dtype != torch.bool:
+            mask = mask.to(problem.dtype)
     if problem.group_size > 1:  # by a branch: of symbols of a trace a comparison is no bool
         if on_gpu and (mask is not None or problem.dtype.itemsize > 2):
             # Not every GPU has a kernel that shares heads of keys here, but for that which makes a
@@ -118,7 +123,7 @@ def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
             query,
             key,
             value,
-            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(problem.dtype),
+            attn_mask=mask,
             dropout_p=said.dropout_p,
             is_causal=said.is_causal,
             scale=said.scale if on_gpu else options.scale,
@@ -135,14 +140,13 @@ def _fused_operand(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _fused_mask(mask: Tensor) -> Tensor:
-    """The same of a mask: its keys lie one behind another."""
-    if mask.stride(-1) == 1:
-        return mask
-    if not mask.requires_grad:  # copied once, where it says the same again
+def _once(mask: Tensor) -> Tensor:
+    """A mask without what it says again for other sequences, heads or queries, which a copy would
+    make anew for each. What has a gradient is kept as it is."""
+    if not mask.requires_grad:
         for dim, stride in enumerate(mask.stride()[:-1]):
             mask = mask.narrow(dim, 0, 1) if stride == 0 else mask
-    return mask.contiguous()
+    return mask
 
 
 _OF_SEQUENCES = ("lengths or packed sequences", "dropout_p")
