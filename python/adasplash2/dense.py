@@ -99,11 +99,13 @@ FUSED_MULTIPLE = 8
 def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
     mask, said = inputs.attn_mask, problem.scores
     query, key, value = inputs.tensors()
-    head_dim_v = value.shape[-1]
+    head_dim_v, scale = value.shape[-1], options.scale
     grouped: dict[str, Any] = {}
     on_gpu = problem.device.type == "cuda"
     if on_gpu:
         query, key, value = map(_fused_operand, (query, key, value))
+        if query.shape[-1] != inputs.query.shape[-1]:
+            scale = said.scale  # by the head_dim that was given
     if mask is not None:
         mask = _once(mask)
         if on_gpu and mask.stride(-1) != 1:
@@ -126,7 +128,7 @@ def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
             attn_mask=mask,
             dropout_p=said.dropout_p,
             is_causal=said.is_causal,
-            scale=said.scale if on_gpu else options.scale,
+            scale=scale,
             **grouped,
         )
     return out if out.shape[-1] == head_dim_v else out[..., :head_dim_v]
