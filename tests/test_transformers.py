@@ -924,6 +924,16 @@ def test_compiled_by_the_default_compiler() -> None:
     close(run(torch.compile(model, fullgraph=True), **TEXT, use_cache=False), expected)
 
 
+def keeping(graphs: list[torch.fx.GraphModule]) -> Any:
+    """A backend of ``torch.compile`` that adds what it is given to ``graphs``."""
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return aot_autograd(fw_compiler=keep)
+
+
 def test_what_is_compiled_for_any_length_makes_no_mask_of_a_long_chunk() -> None:
     """It may ask whether the chunk bites, and is compiled again where it does."""
     model = make(
@@ -931,14 +941,9 @@ def test_what_is_compiled_for_any_length_makes_no_mask_of_a_long_chunk() -> None
     )
     integration.apply(model)
     graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(model, dynamic=True, backend=aot_autograd(fw_compiler=keep))(
+        torch.compile(model, dynamic=True, backend=keeping(graphs))(
             input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS), use_cache=False
         )
     shapes = [
@@ -999,13 +1004,8 @@ def test_graphs_hold_no_mask_where_words_suffice(what: str) -> None:
     model = make(config + "ForCausalLM", config, arguments)
     integration.apply(model)
     graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    compiled = torch.compile(model, fullgraph=True, backend=keeping(graphs))
     inputs: dict[str, Any] = dict(TEXT, use_cache=what == "cache")
     if what in ("mask", "window"):
         inputs["attention_mask"] = torch.ones_like(TOKENS)
