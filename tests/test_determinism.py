@@ -75,7 +75,7 @@ def test_heads_whose_gradients_are_made_in_turn(
     turns = []
     backward = _core.attention_backward
     monkeypatch.setattr(
-        _core, "attention_backward", lambda **asked: turns.append(backward(**asked))
+        _core, "attention_backward", lambda *asked, **more: turns.append(backward(*asked, **more))
     )
     generator = torch.Generator().manual_seed(0)
     query = sharpness * torch.randn(1, 12, 1024, 64, generator=generator)

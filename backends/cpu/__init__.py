@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adasplash2 import _core
 from adasplash2.contract import AttentionStats, Config, Forward, Gradients, Kept
-from adasplash2.problem import OPERANDS, TENSORS, Inputs, Problem, RowProblem, unsupported
+from adasplash2.problem import OPERANDS, Inputs, Problem, RowProblem, unsupported
 
 name = "cpu"
 
@@ -104,7 +104,7 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
     if 0 < saved_bytes < needed:
         raise ValueError(f"saved_bytes must be at least {needed} here, got {saved_bytes}")
     length = max(saved_bytes, needed)
-    saved = torch.empty(length, dtype=torch.uint8, device=problem.device)
+    saved = tau.new_empty(length, dtype=torch.uint8)
     if kept:
         kept.save(saved.data_ptr())
     return Forward(out, tau, saved)
@@ -119,18 +119,11 @@ def backward(
     device = problem.device
     grads = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs.tensors()]
     others = {name: _other_gradient(problem, inputs, name) for name in wanted} if wanted else {}
-    asked = _asked(problem, inputs, config)
+    more = _options(problem, inputs)
     if others:
-        asked["gradients"] = {name: _operand(grad) for name, grad in others.items()}
-    _core.attention_backward(
-        **asked,
-        grad_out=_reference(grad_out),
-        grad_query=_reference(grads[0]),
-        grad_key=_reference(grads[1]),
-        grad_value=_reference(grads[2]),
-        saved=kept.saved.data_ptr(),
-        saved_bytes=kept.saved.numel(),
-    )
+        more["gradients"] = {name: _operand(grad) for name, grad in others.items()}
+    own = *map(_reference, (grad_out, *grads)), kept.saved.data_ptr(), kept.saved.numel()
+    _core.attention_backward(*(*_asked(problem, inputs, config), *own), **more)
     return Gradients(*grads, **others)
 
 
@@ -214,29 +207,35 @@ def _other_gradient(problem: Problem, inputs: Inputs, name: str) -> Tensor:
     return torch.empty(rows, dtype=dtype, device=device)
 
 
-def _asked(problem: Problem, inputs: Inputs, config: Config) -> dict[str, Any]:
-    """What the core is told in both directions; whoever calls it keeps ``inputs``."""
-    asked = {
-        "dims": _dims(problem),
-        "dtype": _dtype_name(problem.dtype),
-        "alpha": problem.alpha,
-        "scale": problem.scores.scale,
-        "is_causal": problem.scores.is_causal,
-        **{name: _reference(t) for name, t in zip(TENSORS, inputs.tensors(), strict=True)},
-        "threads": torch.get_num_threads(),
-        "isa": str(config["isa"]),
-    }
+def _asked(problem: Problem, inputs: Inputs, config: Config) -> tuple[Any, ...]:
+    """What the core is told first, in both directions; whoever calls it keeps ``inputs``. By place:
+    to look names up takes longer than a small call."""
+    scores = problem.scores
+    return (
+        _dims(problem),
+        _dtype_name(problem.dtype),
+        problem.alpha,
+        scores.scale,
+        scores.is_causal,
+        *map(_reference, inputs.tensors()),
+        torch.get_num_threads(),
+        config["isa"],
+    )
+
+
+def _options(problem: Problem, inputs: Inputs) -> dict[str, Any]:
+    """What the core is told of masks, other scores and pages, by name, in both directions."""
     scores = problem.scores
     more = scores.window != (-1, -1) or scores.bottom_right or scores.softcap
-    if problem.operands or more:
-        asked |= {
-            "window": scores.window,
-            "shift": problem.shift,
-            "softcap": scores.softcap,
-            "dropout_p": scores.dropout_p,
-            "operands": _operands(inputs),
-        }
-    return asked
+    if not (problem.operands or more):
+        return {}
+    return {
+        "window": scores.window,
+        "shift": problem.shift,
+        "softcap": scores.softcap,
+        "dropout_p": scores.dropout_p,
+        "operands": _operands(inputs),
+    }
 
 
 def _operands(inputs: Inputs) -> dict[str, _Operand]:
@@ -273,31 +272,18 @@ def _operand(tensor: Tensor) -> _Operand:
 
 
 def _run(
-    problem: Problem,
-    inputs: Inputs,
-    config: Config,
-    *,
-    keep: bool,
-    support: int = 0,
-    iterations: int = 0,
-    tiles: int = 0,
+    problem: Problem, inputs: Inputs, config: Config, *, keep: bool, **counted: Any
 ) -> tuple[Tensor, Tensor, _core.Kept | None]:
+    """``counted``: addresses of what :func:`stats` tells."""
     rows = (problem.batch, problem.heads_q, problem.length_q)
     inputs = _readable(inputs)  # alive until the core is done
-    device = problem.device
-    out = torch.empty((*rows, problem.head_dim_v), dtype=problem.dtype, device=device)
-    tau = torch.empty(rows, dtype=problem.compute_dtype, device=device)
-    kept = _core.attention_forward(
-        **_asked(problem, inputs, config),
-        out=_reference(out),
-        tau=tau.data_ptr(),
-        keep=keep,
-        scan_rows=int(config["scan_rows"]),
-        support=support,
-        iterations=iterations,
-        tiles=tiles,
-        block_table=_block_table(inputs),
-    )
+    out = inputs.query.new_empty((*rows, problem.head_dim_v))
+    tau = inputs.query.new_empty(rows, dtype=problem.compute_dtype)
+    more = counted | _options(problem, inputs)
+    if inputs.block_table is not None:
+        more["block_table"] = _block_table(inputs)
+    own = _reference(out), tau.data_ptr(), keep, config["scan_rows"]
+    kept = _core.attention_forward(*(*_asked(problem, inputs, config), *own), **more)
     return out, tau, kept
 
 
@@ -316,21 +302,22 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _readable(inputs: Inputs) -> Inputs:
-    """Copies where the core could not read the strides."""
-    tensors = map(_unit_stride, inputs.tensors())
+    """Copies where the core could not read the strides: also what is saved for a backward may come
+    back with others."""
+    query, key, value = map(_unit_stride, inputs.tensors())
     if not inputs.has_operands():
-        return Inputs(*tensors)
+        return Inputs(query, key, value)
     ranges, table = inputs.ranges, inputs.block_table
     if ranges is not None and ranges.stride(2) != 1:
         ranges = ranges.contiguous()
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
-    return Inputs(*tensors, *inputs.operands())._replace(ranges=ranges, block_table=table)
+    return Inputs(query, key, value, *inputs.operands())._replace(ranges=ranges, block_table=table)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
     """The core walks head_dim without a stride; other layouts are copied once."""
-    return tensor if tensor.shape[3] == 1 or tensor.stride(3) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
 
 
 def _reference(tensor: Tensor) -> tuple[int, int, int, int]:

@@ -158,12 +158,9 @@ def check_options(said: Said) -> tuple[Options, Tensor | None, Tensor | None]:
     if (  # as most calls are
         said.causal_align == "top-left"
         and said.window is None
-        and not isinstance(softcap, bool)
-        and not isinstance(dropout_p, bool)
-        and isinstance(softcap, (int, float))
-        and isinstance(dropout_p, (int, float))
-        and softcap == 0.0
-        and dropout_p == 0.0
+        and type(softcap) in (float, int)
+        and type(dropout_p) in (float, int)
+        and softcap == dropout_p == 0
     ):
         return options, alphas, scales
     left, right = check_window(said.window)

@@ -198,7 +198,7 @@ PYBIND11_MODULE(_core, m) {
       "attention_forward",
       [](const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
          double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
-         const Tensor& out, Address tau, bool keep, int threads, const std::string& isa,
+         int threads, const std::string& isa, const Tensor& out, Address tau, bool keep,
          std::int64_t scan_rows, Address support, Address iterations, Address tiles, Work* work,
          const std::array<std::int64_t, 2>& window, std::int64_t shift, double softcap,
          double dropout_p, const Operands& operands,
@@ -225,21 +225,21 @@ PYBIND11_MODULE(_core, m) {
         return attention_forward(a);
       },
       py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
-      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("tau"),
-      py::arg("keep"), py::arg("threads"), py::arg("isa"), py::arg("scan_rows"),
-      py::arg("support") = 0, py::arg("iterations") = 0, py::arg("tiles") = 0,
-      py::arg("work") = nullptr, py::arg("window") = everything, py::arg("shift") = 0,
-      py::arg("softcap") = 0.0, py::arg("dropout_p") = 0.0, py::arg("operands") = Operands(),
+      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("threads"), py::arg("isa"),
+      py::arg("out"), py::arg("tau"), py::arg("keep"), py::arg("scan_rows"), py::arg("support") = 0,
+      py::arg("iterations") = 0, py::arg("tiles") = 0, py::arg("work") = nullptr,
+      py::arg("window") = everything, py::arg("shift") = 0, py::arg("softcap") = 0.0,
+      py::arg("dropout_p") = 0.0, py::arg("operands") = Operands(),
       py::arg("block_table") = py::none());
 
   m.def(
       "attention_backward",
       [](const std::array<std::int64_t, 7>& dims, const std::string& dtype, double alpha,
          double scale, bool is_causal, const Tensor& query, const Tensor& key, const Tensor& value,
-         const Tensor& grad_out, const Tensor& grad_query, const Tensor& grad_key,
-         const Tensor& grad_value, Address saved, std::int64_t saved_bytes, int threads,
-         const std::string& isa, const std::array<std::int64_t, 2>& window, std::int64_t shift,
-         double softcap, double dropout_p, const Operands& operands, const Operands& gradients) {
+         int threads, const std::string& isa, const Tensor& grad_out, const Tensor& grad_query,
+         const Tensor& grad_key, const Tensor& grad_value, Address saved, std::int64_t saved_bytes,
+         const std::array<std::int64_t, 2>& window, std::int64_t shift, double softcap,
+         double dropout_p, const Operands& operands, const Operands& gradients) {
         Asked asked(dims, dtype, alpha, scale, is_causal, window, shift, softcap, dropout_p,
                     operands);
         asked.problem.score.is_plain &= gradients.empty();
@@ -268,9 +268,9 @@ PYBIND11_MODULE(_core, m) {
         return attention_backward(a);
       },
       py::arg("dims"), py::arg("dtype"), py::arg("alpha"), py::arg("scale"), py::arg("is_causal"),
-      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("grad_out"),
-      py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"), py::arg("saved"),
-      py::arg("saved_bytes"), py::arg("threads"), py::arg("isa"), py::arg("window") = everything,
+      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("threads"), py::arg("isa"),
+      py::arg("grad_out"), py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"),
+      py::arg("saved"), py::arg("saved_bytes"), py::arg("window") = everything,
       py::arg("shift") = 0, py::arg("softcap") = 0.0, py::arg("dropout_p") = 0.0,
       py::arg("operands") = Operands(), py::arg("gradients") = Operands());
 

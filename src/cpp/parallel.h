@@ -22,12 +22,15 @@ namespace adasplash2 {
 // body(index, thread); an exception thrown in it is rethrown here once all threads are back.
 template <class F>
 void parallel_for(int64_t n, int threads, F body) {
+  if (n < threads) threads = int(n);
+  if (threads <= 1) {  // also a team of one is woken by system calls, a microsecond of a small call
+    for (int64_t i = 0; i < n; ++i) body(i, 0);
+    return;
+  }
   std::exception_ptr error;
   std::mutex mutex;
-  if (threads < 1) threads = 1;
-  if (n < threads) threads = n < 1 ? 1 : int(n);
 #if defined(_OPENMP)
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
 #endif
   {
 #if defined(_OPENMP)
