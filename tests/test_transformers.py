@@ -145,6 +145,13 @@ def test_models_do_not_change_each_other() -> None:
     assert (run(soft, **TEXT) - expected).abs().max() > 1e-4
 
 
+def test_heads_that_are_too_wide_are_refused_at_once() -> None:
+    model = make("LlamaForCausalLM", "Llama", {**DECODER, "head_dim": 264})
+    with pytest.raises(ValueError, match=r"head_dim must be at most 256, got 264 in model\.layers"):
+        integration.apply(model)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_apply_wants_a_model() -> None:
     with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
         integration.apply(nn.Linear(2, 2))

@@ -678,7 +678,8 @@ def _check_cache(
     heads_q, heads = query.shape[1], key_cache.shape[1 if block_table is None else 2]
     if heads == 0 or heads_q % heads:
         raise ValueError(
-            f"query must have a multiple of the heads of key_cache ({heads}), got {heads_q}"
+            f"query must have a multiple of the heads of key_cache ({heads}), got {heads_q}; "
+            f"key_cache is ({axes['key_cache']}) = {tuple(key_cache.shape)}"
         )
     if key_cache.shape[3] != query.shape[3]:
         raise ValueError(

@@ -16,7 +16,13 @@ from torch import nn
 
 from adasplash2.integrations.transformers import alphas
 from adasplash2.integrations.transformers.attention import Attention, Observer
-from adasplash2.integrations.transformers.coverage import Coverage, asks, cover, ran
+from adasplash2.integrations.transformers.coverage import (
+    Coverage,
+    asks,
+    cover,
+    ran,
+    refuse_too_wide,
+)
 from adasplash2.integrations.transformers.masks import mask_function
 from adasplash2.options import check_alpha, check_backend, check_flag, shown
 
@@ -87,7 +93,7 @@ def apply(
         TypeError: ``model`` is not a model of transformers, ``observer`` no function or
             ``example`` no mapping.
         TypeError, ValueError: ``alpha`` is not a number of at least 1, or does not fit the layers.
-        ValueError: no layer of the model runs our attention.
+        ValueError: no layer of the model runs our attention, or one has heads wider than 256.
 
     Example:
         >>> import torch
@@ -135,6 +141,7 @@ def apply(
             found = _probed(found, model, example, Attention(number or 1.5, backend, observer))
         if not found.ours:
             raise ValueError(f"{type(model).__name__} cannot run our attention: {found}")
+        refuse_too_wide(model, found)
         own = {} if number is not None else alphas.by_layer(model, found.ours, alpha, learn)
     except BaseException:
         _put_back(previous)

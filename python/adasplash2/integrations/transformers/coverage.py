@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from adasplash2.problem import MAX_HEAD_DIM
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -78,6 +80,23 @@ def cover(model: nn.Module, name: str) -> Coverage:
             if not any(other.startswith(inner) for other in asking | alone if other != path):
                 others[path] = f"{type(module).__name__} computes attention in its own code"
     return Coverage(name, tuple(ours), others)
+
+
+def refuse_too_wide(model: nn.Module, coverage: Coverage) -> None:
+    """Refuse a model of which no forward could run.
+
+    Raises:
+        ValueError: a layer that runs our attention has wider heads than that takes.
+    """
+    for path in coverage.ours:
+        module = model.get_submodule(path)
+        for name in ("head_dim", "qk_head_dim", "v_head_dim"):
+            width = getattr(module, name, None)
+            if isinstance(width, int) and width > MAX_HEAD_DIM:
+                raise ValueError(
+                    f"{type(model).__name__} cannot run our attention: {name} must be at most "
+                    f"{MAX_HEAD_DIM}, got {width} in {path}"
+                )
 
 
 def asks(module: nn.Module) -> bool:
