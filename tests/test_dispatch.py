@@ -893,7 +893,7 @@ def test_a_call_costs_little_above_its_backends() -> None:
     chosen, config, _ = dispatch.choose(asked, "cpu")
     direct = functools.partial(chosen.forward, asked, tensors, config)
     call = functools.partial(adasplash2.entmax_attention, *tensors[:3], backend="cpu")
-    assert functions_entered(call) - functions_entered(direct) <= 90  # 76 with Python 3.11
+    assert functions_entered(call) - functions_entered(direct) <= 60  # 53 with Python 3.11
     assert microseconds(call, 300) - microseconds(direct, 300) < 200
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import adasplash2
-from adasplash2 import functional, ops, options
+from adasplash2 import functional, lowering, ops, options
 from adasplash2.lowering import lowered
 from adasplash2.options import Options, Said, ScoreOptions
 from adasplash2.problem import TENSORS, Inputs
@@ -304,6 +304,49 @@ def test_stats_and_explain_refuse_alike(
 
 def test_the_good_arguments_are_good() -> None:
     assert adasplash2.entmax_attention(**GOOD).shape == (2, 4, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        *(("is_causal", True, 1), ("is_causal", False, 0.0), ("enable_gqa", True, 1)),
+        *(("alpha", 1.0, True), ("dropout_p", 0, False), ("softcap", 0, False)),
+        ("scale", 1.0, True),
+    ],
+)
+def test_a_call_that_is_known_is_known_by_its_types(name: str, right: Any, wrong: Any) -> None:
+    for _ in range(2):
+        adasplash2.entmax_attention(**{**GOOD, name: right})
+        with pytest.raises(TypeError, match=name):
+            adasplash2.entmax_attention(**{**GOOD, name: wrong})
+
+
+def test_a_call_that_is_known_is_known_by_its_tensors() -> None:
+    query, key, value = (GOOD[name] for name in ("query", "key", "value"))
+    others = [
+        (query[:, :, :3], key, value),
+        (query, key[:, :, :4], value[:, :, :4]),
+        (query.double(), key.double(), value.double()),
+        (query.mT.contiguous().mT, key, value),
+    ]
+    for tensors in ((query, key, value), *others, (query, key, value), *others):
+        out = adasplash2.entmax_attention(*tensors, enable_gqa=True)
+        exact = adasplash2.entmax_attention(*(t.double() for t in tensors), enable_gqa=True)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
+    for tensors in ((query.double(), key, value), (query[..., :7], key, value)):
+        with pytest.raises((TypeError, ValueError), match="key must have"):
+            adasplash2.entmax_attention(*tensors, enable_gqa=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = adasplash2.entmax_attention(query, key.bfloat16(), value, enable_gqa=True)
+    assert out.dtype == torch.bfloat16
+
+
+def test_few_calls_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "REMEMBERED", 3)
+    monkeypatch.setattr(lowering, "_plain", {})
+    for number in range(1, 9):
+        adasplash2.entmax_attention(**{**GOOD, "alpha": 1.0 + number / 8})
+        assert len(lowering._plain) <= 3
 
 
 NUMBERS = {

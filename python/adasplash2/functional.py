@@ -405,15 +405,15 @@ def entmax_attention_with_kvcache(
 
 
 def _attend(call: Call, return_aux: bool) -> Any:
-    inputs, options, shaped, shaped_beside, packed = call
+    inputs, options, shaped, shaped_beside, packed, problems = call
     if is_autocast_on() or options.alpha == 1.0:  # else checked where it is validated
-        inputs = _cast(inputs)
+        inputs, problems = _cast(inputs), None
     if options.alpha == 1.0:
         if check_flag("return_aux", return_aux):
             raise ValueError("return_aux must be False for alpha = 1: softmax has no threshold")
         return shaped(softmax_attention(_problem(inputs, options), inputs, options, packed))
     if return_aux is False:
-        return shaped(ops.attention(inputs, options))
+        return shaped(ops.attention(inputs, options, problems=problems))
     if not check_flag("return_aux", return_aux):
         return shaped(ops.attention(inputs, options))
     out, tau = ops.attention_and_tau(inputs, options)

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adasplash2.options import Options, Said, check_count, check_options, shown
+from adasplash2.options import NOTHING, Options, Said, check_count, check_options, shown
 from adasplash2.problem import (
     FEW,
     MAX_HEAD_DIM,
     TENSORS,
     Inputs,
+    Problem,
     check_like,
     check_strided,
     check_tensor,
     compute_dtype,
+    described,
+    validated,
 )
 from adasplash2.torch_fastpath import (
     assert_on_device,
     beside,
+    is_autocast_on,
     is_in_a_transform,
     is_in_memory,
     is_memory_known,
@@ -42,13 +46,15 @@ from adasplash2.torch_fastpath import (
 class Call(NamedTuple):
     """One call, lowered. ``shaped`` makes the output, ``(batch, heads_q, length_q, head_dim_v)``,
     what the caller expects, and leaves alone what needs no change; ``shaped_beside`` does so with
-    what is found beside it, ``(batch, heads_q, ...)``."""
+    what is found beside it, ``(batch, heads_q, ...)``. ``problems`` are the call's without and with
+    gradients, where these are known already."""
 
     inputs: Inputs
     options: Options
     shaped: Callable[[Tensor], Tensor]
     shaped_beside: Callable[[Tensor], Tensor]
     packed: Packed | None = None
+    problems: tuple[Problem, Problem] | None = None
 
 
 class Packed(NamedTuple):
@@ -78,10 +84,24 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
         packed, sequences, as_query = _from_nested(query, key, value, said)
         call = _packed(*packed, sequences, said, draws, (None, None))
         return call._replace(shaped=lambda result: as_query(call.shaped(result)))
+    kind, known = _plain_call(query, key, value, said)
+    if known is not None:
+        options, problems = known
+        return Call(Inputs(query, key, value), options, _as_it_is, _as_it_is, None, problems)
     options, alphas, scales = check_options(said)
     tensors, lead = (query, key, value), None
     shaped: Callable[[Tensor], Tensor] = _as_it_is
-    if not _is_common(query, key, value):
+    if _is_common(query, key, value):
+        if kind is not None:
+            inputs = Inputs(query, key, value)
+            for name, tensor in zip(TENSORS, inputs, strict=False):
+                check_tensor(name, tensor)
+            problems = validated(inputs, options, False), validated(inputs, options, True)
+            if len(_plain) >= REMEMBERED:
+                _plain.clear()
+            _plain[kind] = options, problems
+            return Call(inputs, options, shaped, shaped, None, problems)
+    else:
         for name, tensor in zip(TENSORS, tensors, strict=True):
             check_tensor(name, tensor)
         tensors, lead, shared, shaped = _four_dimensional(*tensors, options.enable_gqa)
@@ -108,6 +128,41 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
         seed = new_seed(device) if draws else torch.zeros(1, dtype=torch.int64, device=device)
         inputs = inputs._replace(dropout_seed=seed)
     return Call(inputs, options, shaped, shaped)
+
+
+REMEMBERED = 1024
+"""Kinds of plain calls that are remembered, a few kB each."""
+
+_Known = tuple[Options, tuple[Problem, Problem]]
+
+_plain: dict[Hashable, _Known] = {}
+"""Options and problems of plain calls: a loop makes the same ones again and again."""
+
+
+def _plain_call(query: Any, key: Any, value: Any, said: Said) -> tuple[Hashable, _Known | None]:
+    """What a call depends on that is told by no other tensors and by few options, each of the type
+    that it must have (True equals 1), and what is known of it; None and None of all others."""
+    if (
+        torch.compiler.is_compiling()
+        or is_autocast_on()
+        or type(said.alpha) is not float
+        or (said.scale is not None and type(said.scale) is not float)
+        or not (said.is_causal is True or said.is_causal is False)
+        or not (said.enable_gqa is True or said.enable_gqa is False)
+        or said.window is not None
+        or said.softcap is not NOTHING
+        or said.dropout_p is not NOTHING
+        or said.has_tensors()
+    ):
+        return None, None
+    try:
+        kind = (
+            *(described(query), described(key), described(value), said.alpha, said.scale),
+            *(said.is_causal, said.enable_gqa, said.causal_align, said.backend),
+        )
+        return kind, _plain.get(kind)
+    except (AttributeError, RuntimeError, TypeError):
+        return None, None  # no strided tensors, or sizes that are symbols
 
 
 def new_seed(device: torch.device) -> Tensor:

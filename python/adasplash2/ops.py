@@ -183,8 +183,10 @@ def _run(
     options: Options,
     saved_bytes: int,
     prepare: Callable[[], None] | None = None,
+    problem: Problem | None = None,
 ) -> tuple[Forward, _Decided | None]:
-    problem = _problem(inputs, options, saved_bytes != 0)
+    if problem is None:
+        problem = _problem(inputs, options, saved_bytes != 0)
     choice = None if problem.is_empty else _chosen(problem, options)
     if prepare is not None:
         prepare()
@@ -535,16 +537,18 @@ class _Attention(_ReverseMode):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        asked: tuple[Options, int, Tensor | None, tuple[str, ...]],
+        asked: tuple[Options, int, Tensor | None, tuple[str, ...], Problem | None],
         *given: Tensor,
     ) -> Any:
-        options, saved_bytes, numbers, names = asked
+        options, saved_bytes, numbers, names, problem = asked
         inputs = Inputs(query, key, value)
         if names:
             inputs = inputs._replace(**dict(zip(names, given, strict=True)))
         ctx.decided = None
         if is_plain(query, key, value, *given) if given else is_plain(query, key, value):
-            (out, tau, saved), ctx.decided = _run(inputs, _read(options, numbers), saved_bytes)
+            (out, tau, saved), ctx.decided = _run(
+                inputs, _read(options, numbers), saved_bytes, None, problem
+            )
         else:
             flat = _Arguments(options, (saved_bytes,), numbers, inputs.operands()).flat()
             out, tau, saved = beneath(attention_forward, query, key, value, *flat)
@@ -594,12 +598,13 @@ def _differentiable_call(
     options: Options,
     saved_bytes: int,
     numbers: Tensor | None,
+    problem: Problem | None = None,
 ) -> Any:
-    """``apply`` :class:`_Attention` to ``inputs``."""
+    """``apply`` :class:`_Attention` to ``inputs``; ``problem`` where it is known."""
     if not inputs.has_operands():
-        return apply(_Attention, *inputs[:3], (options, saved_bytes, numbers, ()))
+        return apply(_Attention, *inputs[:3], (options, saved_bytes, numbers, (), problem))
     names = tuple(name for name in OPERANDS if getattr(inputs, name) is not None)
-    asked = options, saved_bytes, numbers, names
+    asked = options, saved_bytes, numbers, names, problem
     return apply(_Attention, *inputs[:3], asked, *inputs.given()[3:])
 
 
@@ -800,11 +805,15 @@ def _rows(problem: RowProblem, x: Tensor) -> Tensor:
 
 
 def attention(
-    inputs: Inputs, options: Options, prepare: Callable[[], None] | None = None
+    inputs: Inputs,
+    options: Options,
+    prepare: Callable[[], None] | None = None,
+    problems: tuple[Problem, Problem] | None = None,
 ) -> Tensor:
     """Output of :data:`attention_forward`. ``prepare``, for calls without gradients, is called when
-    nothing can refuse the call any more, and before ``inputs`` are read."""
-    return attention_and_tau(inputs, options, prepare)[0]
+    nothing can refuse the call any more, and before ``inputs`` are read. ``problems`` as
+    :class:`adasplash2.lowering.Call` has them."""
+    return attention_and_tau(inputs, options, prepare, problems)[0]
 
 
 def softmax_attention(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
@@ -816,15 +825,20 @@ def softmax_attention(problem: Problem, inputs: Inputs, options: Options) -> Ten
 
 
 def attention_and_tau(
-    inputs: Inputs, options: Options, prepare: Callable[[], None] | None = None
+    inputs: Inputs,
+    options: Options,
+    prepare: Callable[[], None] | None = None,
+    problems: tuple[Problem, Problem] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and thresholds of :data:`attention_forward`."""
     given = inputs.given()
     if is_plain(*given):
         if _differentiated(*given):
-            out, tau, _ = _differentiable_call(apply_plain, inputs, options, AS_NEEDED, None)
+            known = None if problems is None else problems[1]
+            out, tau, _ = _differentiable_call(apply_plain, inputs, options, AS_NEEDED, None, known)
             return out, tau
-        forward = _run(inputs, options, 0, prepare)[0]
+        known = None if problems is None else problems[0]
+        forward = _run(inputs, options, 0, prepare, known)[0]
         return forward.out, forward.tau
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)  # torch's dispatcher would say it in other words

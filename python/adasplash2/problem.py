@@ -619,7 +619,7 @@ def validated(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
     if not torch.compiler.is_compiling():
         query, key, value = inputs.tensors()
         try:
-            tensors = _described(query), _described(key), _described(value)
+            tensors = described(query), described(key), described(value)
             operands = _described_operands(inputs) if inputs.has_operands() else ()
             types = tuple(map(type, options))
             return _looked_up(*tensors, operands, needs_grad, options, types)
@@ -627,7 +627,7 @@ def validated(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
             pass  # no strided tensors, sizes that are symbols, or an error that comes again below
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)
-    q, k, v = map(_described, inputs.tensors())
+    q, k, v = map(described, inputs.tensors())
     return _validate(q, k, v, _described_operands(inputs), needs_grad, options)
 
 
@@ -635,7 +635,8 @@ _Described = tuple[torch.Size, torch.dtype, torch.device, bool]
 """A tensor without its data: shape, dtype, device, whether its last stride is 1."""
 
 
-def _described(tensor: Tensor) -> _Described:
+def described(tensor: Tensor) -> _Described:
+    """All of a tensor that a problem depends on."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.stride()[-1:] == (1,)
 
 
