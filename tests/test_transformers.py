@@ -187,7 +187,7 @@ LAYERS = ("model.layers.0.self_attn", "model.layers.1.self_attn")
 
 
 def alphas(model: Any) -> list[Any]:
-    return [layer.self_attn.adasplash2 for layer in model.model.layers]
+    return [layer.self_attn.adasplash2 for layer in model.base_model.layers]
 
 
 def test_learned_alphas_are_seen_by_an_optimizer_and_stay_inside() -> None:
@@ -239,6 +239,59 @@ def test_alpha_comes_back_with_the_model(how: str, tmp_path: Path) -> None:
     torch.testing.assert_close(run(loaded, **TEXT), expected, rtol=1e-6, atol=1e-6)
     loaded.load_state_dict(model.state_dict())
     assert run(loaded, **TEXT).equal(expected)
+
+
+def logits_moved(model: Any) -> list[list[float]]:
+    """The numbers after a step of training."""
+    with torch.no_grad():
+        for held in alphas(model):
+            held.logit += torch.tensor([-1.0, 0.1, 2.0, 0.0])
+    return [held.numbers() for held in alphas(model)]
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_learned_alphas_are_saved_as_the_state_dict_has_them(
+    positional: bool, tmp_path: Path
+) -> None:
+    """As whoever saves an average of the weights, or gathers shards, passes it."""
+    model = llama()
+    integration.apply(model, alpha=1.3, learn=True)
+    before = [held.numbers() for held in alphas(model)]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits_moved(model)
+    if positional:
+        model.save_pretrained(tmp_path, True, state)
+    else:
+        model.save_pretrained(tmp_path, state_dict=state)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    integration.apply(loaded)
+    assert [held.numbers() for held in alphas(loaded)] == before
+
+
+@pytest.mark.parametrize("applied", ["whole", "part"])
+@pytest.mark.parametrize("saved", ["whole", "part"])
+@pytest.mark.parametrize("loaded", ["AutoModelForCausalLM", "AutoModel"])
+def test_learned_alphas_are_those_of_the_weights(
+    applied: str, saved: str, loaded: str, tmp_path: Path
+) -> None:
+    """Whichever level of a model is set and saved, and whichever class reads it."""
+    model = llama()
+    levels = {"whole": model, "part": model.model}
+    integration.apply(levels[applied], alpha=1.3, learn=True)
+    moved = logits_moved(model)
+    levels[saved].save_pretrained(tmp_path)
+    again = getattr(transformers, loaded).from_pretrained(tmp_path)
+    integration.apply(again)
+    assert [held.numbers() for held in alphas(again)] == moved
+
+
+def test_alphas_of_other_layers_are_refused(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1)
+    integration.apply(model, alpha=1.3, learn=True)
+    deeper = llama()
+    deeper.config.adasplash2 = model.config.adasplash2
+    with pytest.raises(ValueError, match=r"holds alphas of .*layers\.0.*has not model\.layers\.1"):
+        integration.apply(deeper)
 
 
 def test_each_head_has_its_own_alpha() -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -113,12 +114,14 @@ def apply(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     backend = check_backend(backend) or None
+    is_stored = False
     if example is not None and not isinstance(example, Mapping):
         raise TypeError(f"example must be a mapping of arguments, got {shown(example)}")
     if alpha is None:
         stored = alphas.stored_by(model) or getattr(model.config, STORED, {})
         alpha = stored.get("alpha", 1.5)
         learn = stored.get("learn", False) if learn is None else learn
+        is_stored = True
     learn = learn is not None and check_flag("learn", learn)
     packed = check_flag("packed", packed)
     number = None if learn or isinstance(alpha, Mapping) else check_alpha(alpha)
@@ -142,6 +145,8 @@ def apply(
         if not found.ours:
             raise ValueError(f"{type(model).__name__} cannot run our attention: {found}")
         refuse_too_wide(model, found)
+        if is_stored and isinstance(alpha, Mapping):
+            alpha = alphas.renamed(alpha, found.ours, model)
         own = {} if number is not None else alphas.by_layer(model, found.ours, alpha, learn)
     except BaseException:
         _put_back(previous)
@@ -292,14 +297,27 @@ def store(model: PreTrainedModel, entry: dict[str, Any] | None) -> None:
         setattr(model.config, STORED, entry)
     elif hasattr(model.config, STORED):
         delattr(model.config, STORED)
-    vars(model).pop("save_pretrained", None)
     if entry is not None and entry["learn"]:
-        vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
+        _write_learned()
 
 
-def _save_pretrained(model: PreTrainedModel, *arguments: Any, **more: Any) -> Any:
-    setattr(model.config, STORED, alphas.stored_by(model))
-    return type(model).save_pretrained(model, *arguments, **more)
+@functools.cache
+def _write_learned() -> None:
+    """Whatever model is saved from now on, one that was set, that holds it or is held by it, its
+    learned alphas are written as they are, or as they are in the ``state_dict`` to be saved."""
+    from transformers import PreTrainedModel
+
+    usual = PreTrainedModel.save_pretrained
+    asked = inspect.signature(usual)
+
+    @functools.wraps(usual)
+    def save_pretrained(self: PreTrainedModel, *arguments: Any, **more: Any) -> Any:
+        said = asked.bind_partial(self, *arguments, **more).arguments
+        if found := alphas.stored_by(self, said.get("state_dict")):
+            setattr(self.config, STORED, found)
+        return usual(self, *arguments, **more)
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:

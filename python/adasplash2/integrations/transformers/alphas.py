@@ -47,11 +47,13 @@ class HeadAlphas(nn.Module):
             return self.bits.view(torch.float32)
         return LOW + (HIGH - LOW) * self.logit.float().sigmoid()
 
-    def numbers(self) -> list[float]:
-        """As they are now, such that learned ones come back to the last bit."""
+    def numbers(self, logit: Tensor | None = None) -> list[float]:
+        """As they are now, or of another ``logit``, such that learned ones come back to the last
+        bit."""
         if self.logit is None:
             return self.fixed
-        logit = self.logit.detach().double().clamp(-STEEP, STEEP)
+        logit = self.logit if logit is None else logit
+        logit = logit.detach().double().clamp(-STEEP, STEEP)
         found: list[float] = (LOW + (HIGH - LOW) * logit.sigmoid()).tolist()
         return found
 
@@ -66,13 +68,18 @@ def held_by(module: nn.Module) -> HeadAlphas | None:
     return found if isinstance(found, HeadAlphas) else None
 
 
-def stored_by(model: nn.Module) -> dict[str, Any]:
-    """``alpha`` and ``learn`` of the layers that have their own, or nothing."""
+def stored_by(model: nn.Module, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``alpha`` and ``learn`` of the layers that have their own, or nothing; of what is learned in
+    ``state``, the model's or another, where that has it."""
     layers = {path: held for path, module in model.named_modules() if (held := held_by(module))}
     if not layers:
         return {}
+    state = state or {}
     return {
-        "alpha": {path: held.numbers() for path, held in layers.items()},
+        "alpha": {
+            path: held.numbers(state.get(f"{path}.{ATTRIBUTE}.logit"))
+            for path, held in layers.items()
+        },
         "learn": any(held.logit is not None for held in layers.values()),
     }
 
@@ -82,6 +89,29 @@ def take_from(model: nn.Module) -> None:
     for module in list(model.modules()):
         if held_by(module) is not None:
             delattr(module, ATTRIBUTE)
+
+
+def renamed(
+    stored: Mapping[str, Sequence[float]], layers: tuple[str, ...], model: nn.Module
+) -> dict[str, Sequence[float]]:
+    """What a config holds of ``layers``, which a model with a head, or without, names otherwise: as
+    transformers finds their weights.
+
+    Raises:
+        ValueError: it has nothing of a layer.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found = {}
+    for path in layers:
+        names = [path, prefix + path, path.removeprefix(prefix)]
+        known = [name for name in names if name in stored]
+        if not known:
+            raise ValueError(
+                f"the config of this {type(model).__name__} holds alphas of "
+                f"{shown(sorted(stored))}, which has not {path}: give alpha"
+            )
+        found[path] = stored[known[0]]
+    return found
 
 
 def by_layer(
