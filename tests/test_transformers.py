@@ -872,9 +872,10 @@ def test_padding_queries_give_zeros_and_read_nothing() -> None:
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-@pytest.mark.parametrize("config", ["Llama", "Mistral", "Gemma2"])
+@pytest.mark.parametrize("config", ["Llama", "Mistral", "Gemma2", "Qwen3"])
 def test_packed_sequences_equal_single_ones(config: str, alpha: float) -> None:
-    """Told by position_ids, and for flash attention by lengths too; as one of many rows."""
+    """Told by position_ids, and for flash attention by lengths too; as one of many rows; also with
+    a cache, as a model has it by default, where transformers does not look at positions."""
     model = make(config + "ForCausalLM", config, {**DECODER, "sliding_window": 4})
     integration.apply(model, alpha=alpha)
     places = torch.cat([torch.arange(5), torch.arange(7)])
@@ -882,9 +883,55 @@ def test_packed_sequences_equal_single_ones(config: str, alpha: float) -> None:
     ends = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 12, "max_length_k": 12}
     expected = [run(model, input_ids=part) for part in (TOKENS[:1, :5], TOKENS[:1, 5:], TOKENS[1:])]
-    for more in ({}, lengths):
-        found = run(model, **TEXT, position_ids=whole, use_cache=False, **more)
+    for more in ({"use_cache": False}, {"use_cache": False, **lengths}, {}, lengths):
+        found = run(model, **TEXT, position_ids=whole, **more)
         close(found, torch.cat([torch.cat(expected[:2], dim=1), expected[2]]))
+    with torch.inference_mode():
+        close(model(**TEXT, position_ids=whole.clone()).logits, found)
+    integration.apply(model, alpha=alpha, packed=False)
+    with pytest.raises(ValueError, match="packed=False"):
+        run(model, **TEXT, position_ids=whole)
+
+
+@pytest.mark.parametrize("told", ["mask", "zeros", "padding", "gap"])
+def test_rows_that_are_one_sequence_whatever_their_positions(told: str) -> None:
+    """A padding mask says so, as to transformers; positions that are all 0, that skip some, or that
+    begin behind padding do not go back."""
+    model = llama()
+    integration.apply(model, alpha=1.5)
+    places = torch.arange(12).repeat(2, 1)
+    more = {}
+    if told == "mask":
+        places, more = PACKED, {"attention_mask": torch.ones_like(TOKENS)}
+    elif told == "zeros":
+        places = torch.zeros_like(places)
+    elif told == "padding":
+        places = (places - 3).clamp(min=0)
+    else:
+        places = places + 5 * (places > 4)
+    expected = run(model, **TEXT, position_ids=places, attention_mask=torch.ones_like(TOKENS))
+    close(run(model, **TEXT, position_ids=places, **more), expected)
+
+
+def test_positions_are_looked_at_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where they have changed."""
+    looked = []
+    boundaries = masks._boundaries
+    monkeypatch.setattr(
+        masks, "_boundaries", lambda *asked: looked.append(asked) or boundaries(*asked)
+    )
+    places = PACKED.clone()
+    first = masks.packing_of(places, 12, 2)
+    assert masks.packing_of(places, 12, 2) is first
+    assert first.tolist() == [0, 5, 12, 17, 24]
+    assert len(looked) == 1
+    places[:, 5:] = torch.tensor([0, 1, 0, 0, 1, 2, 3])
+    assert masks.packing_of(places, 12, 2).tolist() == [0, 5, 7, 8, 12, 17, 19, 20, 24]
+    assert masks.packing_of(places[:1], 12, 3).tolist() == [
+        *(0, 5, 7, 8, 12, 17, 19, 20, 24, 29, 31, 32, 36)
+    ]
+    assert masks.packing_of(places, 11, 2) is None
+    assert masks.packing_of(places[:, :1], 1, 2) is None
 
 
 @pytest.mark.parametrize("what", ["nothing", "mask", "padding", "window", "packed"])

@@ -81,9 +81,13 @@ def apply(
             after this call. None: what the model or its config holds where ``alpha`` is None too,
             else False.
         packed: whether several sequences may lie one behind another in a row of a batch, told by
-            ``position_ids`` that begin anew. Where ``torch.compile`` or a CUDA graph looks at no
-            numbers they might anywhere, and fewer kernels compute that. With False the mask of such
-            a model is causal and no more; a batch seen to be packed is an error.
+            ``position_ids`` that begin anew, without an ``attention_mask``; also where the model
+            fills a cache, as it does by default, and transformers does not look. Layers that are
+            not given ``position_ids`` (OPT, BioGPT) see no packing: ``cu_seq_lens_q`` and
+            ``cu_seq_lens_k`` tell it there, and in graphs that fill a cache. Where
+            ``torch.compile`` or a CUDA graph looks at no numbers they might anywhere, and fewer
+            kernels compute that. With False the mask of such a model is causal and no more; a batch
+            seen to be packed is an error.
 
     Returns:
         :class:`Coverage`: the layers that run our attention, and why the others do not. Others
@@ -130,7 +134,7 @@ def apply(
     name = f"adasplash2-{kind}" + (f"-{backend}" if backend else "") + "-unpacked" * (not packed)
     if (number is not None and float(kind) != number) or observer is not None:
         name += f"-{next(_observed)}"
-    _register(name, Attention(number, backend, observer), packed)
+    _register(name, Attention(number, backend, observer, packed=packed), packed)
     previous = _implementations(model)
     try:
         model.set_attn_implementation(name)
@@ -141,7 +145,8 @@ def apply(
                 config._attn_implementation_internal = name
         found = cover(model, name)
         if example is not None:
-            found = _probed(found, model, example, Attention(number or 1.5, backend, observer))
+            probe = Attention(number or 1.5, backend, observer, packed=packed)
+            found = _probed(found, model, example, probe)
         if not found.ours:
             raise ValueError(f"{type(model).__name__} cannot run our attention: {found}")
         refuse_too_wide(model, found)
@@ -222,8 +227,9 @@ def register(
         >>> config = GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2)
         >>> model = GPT2LMHeadModel._from_config(config, attn_implementation="sparsemax")
     """
-    attention = Attention(check_alpha(alpha), check_backend(backend) or None, observer)
-    _register(name, attention, check_flag("packed", packed))
+    packed = check_flag("packed", packed)
+    alpha, backend = check_alpha(alpha), check_backend(backend) or None
+    _register(name, Attention(alpha, backend, observer, packed=packed), packed)
 
 
 def unregister(name: str | None = None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adasplash2.functional import entmax_attention, entmax_attention_varlen
 from adasplash2.integrations.transformers.alphas import held_by
-from adasplash2.integrations.transformers.masks import Statement, statement_of
+from adasplash2.integrations.transformers.masks import PACKED, Statement, packing_of, statement_of
 from adasplash2.options import shown
 
 Observer = Callable[[int | None, Tensor, Tensor, Tensor, dict[str, Any]], object]
@@ -22,7 +22,6 @@ Observer = Callable[[int | None, Tensor, Tensor, Tensor, dict[str, Any]], object
 the order of their first calls."""
 
 HARMLESS = {
-    "position_ids": "already in query and key; packing that it tells comes as a mask",
     "cache_position": "where the cache was written; comes as a mask",
     "past_key_values": "key and value already hold it",
     "past_key_value": "its name in older models",
@@ -54,7 +53,7 @@ def check_observer(observer: Observer | None) -> Observer | None:
 
 class Attention:
     """One registered attention: ``alpha``, None where layers hold their own, ``backend`` and who
-    watches."""
+    watches; ``packed`` as :func:`~adasplash2.integrations.transformers.apply` has it."""
 
     def __init__(
         self,
@@ -62,8 +61,9 @@ class Attention:
         backend: str | None,
         observer: Observer | None,
         called: Callable[[nn.Module], object] | None = None,
+        packed: bool = True,
     ) -> None:
-        self.alpha, self.backend, self.called = alpha, backend, called
+        self.alpha, self.backend, self.called, self.packed = alpha, backend, called, packed
         self.observer = check_observer(observer)
         self._numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -90,6 +90,7 @@ class Attention:
         cu_seq_lens_k: Tensor | None = None,
         indices: Tensor | None = None,
         output_attentions: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As transformers' own attentions: ``(batch, length_q, heads, head_dim_v)`` and None.
@@ -143,9 +144,14 @@ class Attention:
             key, value = (t[:, :, said.start : said.stop] for t in (key, value))
             whole = [mask if mask is None else mask[..., said.start : said.stop] for mask in whole]
         masks = [said.attn_mask, *whole]
+        batch, _, rows, _ = query.shape
         if cu_seq_lens_q is None or cu_seq_lens_k is None:
             cu_seq_lens_q = cu_seq_lens_k = said.cu_seqlens
-        batch = query.shape[0]
+            # Already in query and key, but for packing that they tell.
+            if position_ids is not None and said.is_plain() and rows == key.shape[2]:
+                cu_seq_lens_q = cu_seq_lens_k = packing_of(position_ids, rows, batch)
+                if cu_seq_lens_q is not None and not self.packed:
+                    raise ValueError(PACKED)
         packed = False
         if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
             cu_seqlens = {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}

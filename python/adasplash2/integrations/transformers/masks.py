@@ -45,6 +45,7 @@ class Statement(NamedTuple):
         q_lengths, kv_lengths, kv_starts: as there.
         cu_seqlens: where sequences begin that are packed in ``(batch * length)``; each query sees
             its own sequence only.
+        is_whole: a padding mask was given, which hides nothing: rows are one sequence each.
     """
 
     is_causal: bool = False
@@ -57,6 +58,12 @@ class Statement(NamedTuple):
     kv_lengths: Tensor | None = None
     kv_starts: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    is_whole: bool = False
+
+    def is_plain(self) -> bool:
+        """Whether it is causal, perhaps within a window, and nothing else is said."""
+        said = Statement(True, self.window, self.causal_align)
+        return all(one is other for one, other in zip(self, said, strict=True))
 
 
 class StatedMask(Tensor):
@@ -198,6 +205,12 @@ def is_tracing(like: Tensor | None = None) -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+PACKED = (
+    "packed=False: position_ids of this batch begin anew within a row, so that several sequences "
+    "are packed into it; leave out position_ids, or packed=False"
+)
+
+
 class Pattern(NamedTuple):
     """What a mask function of transformers hides besides padding.
 
@@ -287,10 +300,7 @@ def mask_function(packed: bool = True) -> Callable[..., Tensor]:
         if not is_tracing(blank):
             pattern = _pattern(mask_function, theirs)
             if pattern is not None and pattern.packed is not None and not packed:
-                raise ValueError(
-                    "packed=False: position_ids of this batch begin anew within a row, so that "
-                    "several sequences are packed into it; leave out position_ids, or packed=False"
-                )
+                raise ValueError(PACKED)
             known = _stated(pattern, place, attention_mask, batch_size) if pattern else None
             if q_length > 1 or alone:
                 return StatedMask.of(blank, known, lambda: numbers(visible()))
@@ -482,7 +492,7 @@ def _padded(
     device, keys = seen.device, seen.shape[1]
     known = seen if tracing else seen.cpu()
     if not tracing and known.all():
-        return said
+        return said._replace(is_whole=True)
     places = torch.arange(keys, device=known.device)
     last = torch.where(known, places + 1, 0).amax(1)
     if isinstance(end, Tensor):
@@ -501,6 +511,31 @@ def _padded(
         if rows is not None:
             said = said._replace(q_lengths=lengths((last - end + rows).clamp(0, rows)))
     return said
+
+
+def packing_of(position_ids: Tensor, rows: int, batch: int) -> Tensor | None:
+    """Where sequences begin in ``(batch * rows)`` tokens, by positions that go back to 0 within a
+    row; None where none do, or where these cannot be looked at. transformers looks for that itself,
+    but not for models that fill a cache, as they do unless told otherwise.
+
+    Read once for all layers of a forward.
+    """
+    if rows < 2 or position_ids.dim() != 2 or is_tracing(position_ids):
+        return None
+    if position_ids.shape[1] != rows or position_ids.shape[0] not in (1, batch):
+        return None
+    version = None if position_ids.is_inference() else version_of(position_ids)
+    read = getattr(position_ids, "_adasplash2_packing", None)
+    if read is None or read[:2] != (version, batch):
+        later, before = position_ids[:, 1:], position_ids[:, :-1]
+        found = None
+        if ((later == 0) & (before > 0)).any():
+            number = F.pad((later - before != 1).cumsum(1), (1, 0))
+            found = _boundaries(number.expand(batch, -1), False)
+        read = version, batch, found
+        position_ids._adasplash2_packing = read  # type: ignore[attr-defined]
+    begins: Tensor | None = read[2]
+    return begins
 
 
 def _boundaries(packed: Tensor, tracing: bool) -> Tensor | None:
