@@ -500,6 +500,29 @@ def test_copies_compute_the_same_and_are_watched_by_nobody(way: Any) -> None:
     assert torch.equal(module(*tensors)[0], copied(*tensors)[0])
 
 
+@pytest.mark.parametrize("more", [{}, {"kdim": 5}, {"add_bias_kv": True}, {"bias": False}], ids=str)
+def test_parameters_are_reset_as_torchs(more: dict[str, Any]) -> None:
+    """As after ``to_empty``, or by code that resets every module."""
+    ours = EntmaxMultiheadAttention(EMBED, HEADS, **more)
+    theirs = torch.nn.MultiheadAttention(EMBED, HEADS, **more)
+    for module in (ours, theirs):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(7.0)
+        torch.manual_seed(0)
+        module._reset_parameters()
+    for name, parameter in theirs.named_parameters():
+        assert ours.get_parameter(name).equal(parameter), name
+    assert ours._qkv_same_embed_dim is False  # what keeps torch's encoder layers from softmax
+
+
+def test_numbers_to_start_from_must_be_known() -> None:
+    start = torch.full((2,), 1.5, device="meta")
+    for made in (adasplash2.nn.LearnedAlpha, adasplash2.nn.HeadScale):
+        with pytest.raises(TypeError, match="start must be a number or a tensor of numbers"):
+            made(2, start=start)
+
+
 def test_meta_device() -> None:
     module = EntmaxMultiheadAttention(
         EMBED, HEADS, alpha="learn", length_scale=True, qk_norm=True, device="meta"

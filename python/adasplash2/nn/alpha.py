@@ -63,7 +63,9 @@ class LearnedAlpha(nn.Module):
         try:
             alphas = torch.as_tensor(start, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"start must be a number or a tensor, got {shown(start)}") from error
+            raise TypeError(
+                f"start must be a number or a tensor of numbers, got {shown(start)}"
+            ) from error
         if alphas.shape not in ((), (heads,)):
             raise ValueError(
                 f"start must be a number or have the shape ({heads},), got {tuple(alphas.shape)}"

@@ -48,8 +48,10 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
     - A row without an allowed key gives zeros before the output projection; there it may be NaN.
     - NaN and inf in what is hidden stay there, but for ``alpha=1`` with ``need_weights=False``,
       which is torch's SDPA.
+    - ``dropout`` is below 1.
     - Nested tensors are refused. It never takes torch's fused inference path, which knows softmax
-      alone, also within :class:`torch.nn.TransformerEncoderLayer`.
+      alone, also within :class:`torch.nn.TransformerEncoderLayer`: for that its
+      ``_qkv_same_embed_dim`` is False, also where there is one ``in_proj_weight`` for all.
 
     State dict: that of torch's module where ``alpha`` is fixed, ``length_scale`` and ``qk_norm``
     are False and there are no ``alibi_slopes``, so that checkpoints load both ways, strictly. The
@@ -76,13 +78,14 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         length_scale: multiply ``scale`` by :class:`adasplash2.nn.LengthScale` of the queries. The
             keys that a query sees are counted from the masks: those that a mask of floats adds
             -inf to are hidden, others are seen, also where it adds a large negative number.
-        qk_norm: divide every query and key of a head by its root mean square, and multiply by a
-            learned gain of each feature, which starts at 1 and which all heads share. Scores then
-            start within ``scale * head_dim`` of 0, and rows begin with many keys: what to choose
-            for a model from random start. Weights that were trained without it compute something
-            else with it.
-        alibi_slopes: ``(num_heads,)``, as :func:`adasplash2.nn.nape_slopes`; a constant, kept in no
-            state dict. Not with ``add_bias_kv`` or ``add_zero_attn``, whose keys have no place.
+        qk_norm: divide every query and key of a head by its root mean square (1e-6 is added to the
+            mean square), and multiply by a learned gain of each feature, which starts at 1 and
+            which all heads share. Scores then start within ``scale * head_dim`` of 0, and rows
+            begin with many keys: what to choose for a model from random start. Weights that were
+            trained without it compute something else with it.
+        alibi_slopes: ``(num_heads,)``, as :func:`adasplash2.nn.nape_slopes`; a constant, which no
+            optimizer sees, and a state dict that is loaded replaces. Not with ``add_bias_kv`` or
+            ``add_zero_attn``, whose keys have no place.
         backend: as for :func:`adasplash2.entmax_attention`.
 
     Raises:
@@ -184,6 +187,15 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         self.register_buffer("alibi_slopes", alibi_slopes)
         self.backend = check_backend(backend) or None
         self.observer = None
+
+    def _reset_parameters(self) -> None:
+        # torch's own reads which projections there are from what tells its fused path from others.
+        fused = self._qkv_same_embed_dim
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        try:
+            super()._reset_parameters()
+        finally:
+            self._qkv_same_embed_dim = fused
 
     def forward(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adasplash2.functional import attention_stats, entmax_attention, entmax_attention_varlen
-from adasplash2.options import check_alpha, check_count, check_dtype, check_finite
+from adasplash2.options import check_alpha, check_count, check_dtype, check_finite, shown
 
 CANDIDATES = tuple(2.0 ** (-step / 4) for step in range(21))
 """Factors that :class:`ScaleMatcher` tries: from 1 to 1/32."""
@@ -244,6 +244,8 @@ def _check_start(start: float | Tensor, heads: int) -> float | Tensor:
             f"start must be a number or of shape (heads,) = ({heads},), got {start.dtype} "
             f"{tuple(start.shape)}"
         )
+    if start.is_meta:
+        raise TypeError(f"start must be a number or a tensor of numbers, got {shown(start)}")
     if not bool(((start > 0.0) & start.isfinite()).all()):
         raise ValueError(f"start must be above 0 and finite, got {start.tolist()}")
     return start.detach().clone()

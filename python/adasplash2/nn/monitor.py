@@ -75,7 +75,8 @@ class AttentionMonitor:
         every: steps from one that is watched to the next; the first one is.
 
     Attributes:
-        history: ``{step: {layer: Watched}}``, which :mod:`adasplash2.plot` draws.
+        history: ``{step: {layer: Watched}}``, layers by their names or, as texts, numbers; what
+            :mod:`adasplash2.plot` draws.
         last_step: how many steps were taken.
         is_due: whether the next forward is watched.
 

@@ -16,7 +16,11 @@ import torch
 from torch import nn
 
 from adasplash2.integrations.transformers import alphas
-from adasplash2.integrations.transformers.attention import Attention, Observer
+from adasplash2.integrations.transformers.attention import (
+    Attention,
+    Observer,
+    warn_no_probabilities,
+)
 from adasplash2.integrations.transformers.coverage import (
     Coverage,
     asks,
@@ -162,6 +166,8 @@ def apply(
     if BEFORE not in vars(model):
         setattr(model, BEFORE, previous)
     store(model, alphas.stored_by(model) or {"alpha": number, "learn": False})
+    if getattr(model.config, "output_attentions", False):
+        warn_no_probabilities()
     if found.others:
         warnings.warn(f"{type(model).__name__}: {found}", stacklevel=2)
     return found
@@ -207,7 +213,8 @@ def register(
     when a model asks for them.
 
     Rows without a visible key give zeros, and so do queries behind the last key of their sequence,
-    which are padding. Attention probabilities are never returned.
+    which are padding. Attention probabilities are never returned: ``output_attentions=True`` costs
+    a warning, where a model tells its layers of it (GPT-2 and OPT do not).
 
     Args:
         name: what ``model.set_attn_implementation(name)`` takes; not one of transformers' own.

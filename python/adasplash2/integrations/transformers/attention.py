@@ -107,7 +107,7 @@ class Attention:
         if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
             raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together")
         if output_attentions:
-            _warn_no_probabilities()
+            warn_no_probabilities()
 
         if attention_mask is None:
             said = _unmasked(module, is_causal, sliding_window, query.shape[2], key.shape[2])
@@ -270,7 +270,7 @@ def _kind(argument: object) -> str:
     return repr(argument)
 
 
-def _warn_no_probabilities() -> None:
+def warn_no_probabilities() -> None:
     """Once in a process, as Python's default filter does; compilers leave it out."""
     if not torch.compiler.is_compiling():
         warnings.warn(
