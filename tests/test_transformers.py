@@ -9,13 +9,17 @@ reference for everything but the numbers of entmax, which other files hold.
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
+import subprocess
+import sys
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -49,9 +53,12 @@ from architectures import (  # noqa: E402
     window,
 )
 
-from adasplash2.integrations.transformers import masks  # noqa: E402
+from adasplash2.integrations.transformers import alphas as alphas_of  # noqa: E402
+from adasplash2.integrations.transformers import attention, masks  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+
+PACKED = torch.cat([torch.arange(5), torch.arange(7)]).repeat(2, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -283,6 +290,52 @@ def test_learned_alphas_are_those_of_the_weights(
     again = getattr(transformers, loaded).from_pretrained(tmp_path)
     integration.apply(again)
     assert [held.numbers() for held in alphas(again)] == moved
+
+
+def test_learned_alphas_of_a_part_with_its_own_config(tmp_path: Path) -> None:
+    text, vision = {**ENCODER, "projection_dim": 16}, {**VISION, "projection_dim": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = transformers.CLIPModel(config)
+    integration.apply(model.text_model, alpha=1.3, learn=True)
+    layers = [m for m in model.modules() if isinstance(m, alphas_of.HeadAlphas)]
+    with torch.no_grad():
+        for held in layers:
+            held.logit += torch.tensor(1.0)
+    before = copy.deepcopy(model.text_model.config.adasplash2)
+    model.save_pretrained(tmp_path)
+    assert model.text_model.config.adasplash2 == before  # what is written is not what is kept
+    again = transformers.CLIPModel.from_pretrained(tmp_path)
+    integration.apply(again.text_model)
+    found = [m for m in again.modules() if isinstance(m, alphas_of.HeadAlphas)]
+    assert [m.numbers() for m in found] == [m.numbers() for m in layers]
+    assert found
+
+
+def test_learned_alphas_are_saved_by_a_process_that_loads(tmp_path: Path) -> None:
+    """And does nothing else; and where somebody took a change of save_pretrained back."""
+    model = llama()
+    integration.apply(model, alpha=1.3, learn=True)
+    moved = logits_moved(model)
+    torch.save(model, tmp_path / "model.pt")
+    program = (
+        "import sys, torch; model = torch.load(sys.argv[1] + '/model.pt', weights_only=False); "
+        "model.save_pretrained(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    integration.apply(loaded)
+    assert [held.numbers() for held in alphas(loaded)] == moved
+    theirs = inspect.unwrap(transformers.PreTrainedModel.save_pretrained)
+    with mock.patch.object(transformers.PreTrainedModel, "save_pretrained", theirs):
+        integration.apply(model, learn=True)
+        moved = logits_moved(model)
+        model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    integration.apply(loaded)
+    assert [held.numbers() for held in alphas(loaded)] == moved
 
 
 def test_alphas_of_other_layers_are_refused(tmp_path: Path) -> None:
@@ -874,8 +927,9 @@ def test_padding_queries_give_zeros_and_read_nothing() -> None:
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 @pytest.mark.parametrize("config", ["Llama", "Mistral", "Gemma2", "Qwen3"])
 def test_packed_sequences_equal_single_ones(config: str, alpha: float) -> None:
-    """Told by position_ids, and for flash attention by lengths too; as one of many rows; also with
-    a cache, as a model has it by default, where transformers does not look at positions."""
+    """Told by position_ids, and for flash attention by lengths too; as one of many rows. With a
+    cache, as a model has it by default, transformers does not look at positions: lengths tell it,
+    and without them it is an error."""
     model = make(config + "ForCausalLM", config, {**DECODER, "sliding_window": 4})
     integration.apply(model, alpha=alpha)
     places = torch.cat([torch.arange(5), torch.arange(7)])
@@ -883,14 +937,13 @@ def test_packed_sequences_equal_single_ones(config: str, alpha: float) -> None:
     ends = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 12, "max_length_k": 12}
     expected = [run(model, input_ids=part) for part in (TOKENS[:1, :5], TOKENS[:1, 5:], TOKENS[1:])]
-    for more in ({"use_cache": False}, {"use_cache": False, **lengths}, {}, lengths):
+    for more in ({"use_cache": False}, {"use_cache": False, **lengths}, lengths):
         found = run(model, **TEXT, position_ids=whole, **more)
         close(found, torch.cat([torch.cat(expected[:2], dim=1), expected[2]]))
-    with torch.inference_mode():
-        close(model(**TEXT, position_ids=whole.clone()).logits, found)
-    integration.apply(model, alpha=alpha, packed=False)
-    with pytest.raises(ValueError, match="packed=False"):
-        run(model, **TEXT, position_ids=whole)
+    static = transformers.StaticCache(model.config, max_cache_len=20)
+    for more in ({}, {"past_key_values": static}):
+        with pytest.raises(ValueError, match="position_ids go back to 0 within a row"):
+            run(model, **TEXT, position_ids=whole, **more)
 
 
 @pytest.mark.parametrize("told", ["mask", "zeros", "padding", "gap"])
@@ -898,7 +951,6 @@ def test_rows_that_are_one_sequence_whatever_their_positions(told: str) -> None:
     """A padding mask says so, as to transformers; positions that are all 0, that skip some, or that
     begin behind padding do not go back."""
     model = llama()
-    integration.apply(model, alpha=1.5)
     places = torch.arange(12).repeat(2, 1)
     more = {}
     if told == "mask":
@@ -909,29 +961,43 @@ def test_rows_that_are_one_sequence_whatever_their_positions(told: str) -> None:
         places = (places - 3).clamp(min=0)
     else:
         places = places + 5 * (places > 4)
-    expected = run(model, **TEXT, position_ids=places, attention_mask=torch.ones_like(TOKENS))
+    expected = run(model, **TEXT, position_ids=places, **more)  # transformers' own softmax
+    integration.apply(model, alpha=1.0)
     close(run(model, **TEXT, position_ids=places, **more), expected)
 
 
-def test_positions_are_looked_at_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again where they have changed."""
-    looked = []
-    boundaries = masks._boundaries
-    monkeypatch.setattr(
-        masks, "_boundaries", lambda *asked: looked.append(asked) or boundaries(*asked)
-    )
-    places = PACKED.clone()
-    first = masks.packing_of(places, 12, 2)
-    assert masks.packing_of(places, 12, 2) is first
-    assert first.tolist() == [0, 5, 12, 17, 24]
-    assert len(looked) == 1
-    places[:, 5:] = torch.tensor([0, 1, 0, 0, 1, 2, 3])
-    assert masks.packing_of(places, 12, 2).tolist() == [0, 5, 7, 8, 12, 17, 19, 20, 24]
-    assert masks.packing_of(places[:1], 12, 3).tolist() == [
-        *(0, 5, 7, 8, 12, 17, 19, 20, 24, 29, 31, 32, 36)
-    ]
-    assert masks.packing_of(places, 11, 2) is None
-    assert masks.packing_of(places[:, :1], 1, 2) is None
+def test_positions_on_a_gpu_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking waits for it; on a CPU every call is looked at, also of what cannot be kept."""
+    looked: list[bool] = []
+    monkeypatch.setattr(attention, "goes_back", lambda *asked: bool(looked.append(True)))
+    said = masks.Statement(is_causal=True)
+    for device, times in (("cpu", 3), ("meta", 1)):
+        own = attention.Attention(1.5, None, None)
+        for _ in range(3):
+            own._refuse_packing(said, PACKED.to(device), 12)
+        assert len(looked) == times
+        looked.clear()
+    own._refuse_packing(said._replace(is_whole=True), PACKED, 12)
+    own._refuse_packing(said._replace(attn_mask=triangle()), PACKED, 12)
+    assert not looked
+
+
+@pytest.mark.parametrize(
+    ("places", "rows", "back"),
+    [
+        *((PACKED, 12, True), (PACKED.int(), 12, True), (PACKED.float(), 12, True)),
+        *((PACKED[:1], 12, True), (PACKED, 11, False), (PACKED[:, :1], 1, False)),
+        *((PACKED.expand(3, 2, 12), 12, False), (PACKED.to("meta"), 12, False)),
+        *((torch.zeros(2, 12), 12, False), (torch.arange(12).flip(0)[None], 12, True)),
+    ],
+)
+def test_positions_that_go_back(places: Tensor, rows: int, back: bool) -> None:
+    assert masks.goes_back(places, rows) == back
+    with torch.inference_mode():
+        assert masks.goes_back(places.clone(), rows) == back
+    if places.dim() == 2 and not places.is_meta:
+        mapped = torch.vmap(lambda one: one + masks.goes_back(one, rows))(places[None])
+        assert mapped.equal(places[None])
 
 
 @pytest.mark.parametrize("what", ["nothing", "mask", "padding", "window", "packed"])
@@ -976,7 +1042,6 @@ def test_a_stated_mask_is_eagers_mask_for_others() -> None:
 
 # Compilers
 
-PACKED = torch.cat([torch.arange(5), torch.arange(7)]).repeat(2, 1)
 PADDED_LEFT = {**TEXT, "attention_mask": (TOKENS != 3).long()}
 PADDED_RIGHT = {**TEXT, "attention_mask": (torch.arange(12) < torch.tensor([[12], [9]])).long()}
 

@@ -20,7 +20,7 @@ import adasplash2
 from adasplash2 import functional, lowering, ops, options
 from adasplash2.lowering import lowered
 from adasplash2.options import Options, Said, ScoreOptions
-from adasplash2.problem import TENSORS, Inputs
+from adasplash2.problem import TENSORS, Inputs, validated
 
 NAN, INF = float("nan"), float("inf")
 
@@ -346,7 +346,9 @@ def test_few_calls_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "_plain", {})
     for number in range(1, 9):
         adasplash2.entmax_attention(**{**GOOD, "alpha": 1.0 + number / 8})
-        assert len(lowering._plain) <= 3
+        assert 1 <= len(lowering._plain) <= 3
+        known = lowered(**GOOD, said=Said(alpha=1.0 + number / 8)).problems
+        assert known == [validated(Inputs(**GOOD), Options(1.0 + number / 8), False), None]
 
 
 NUMBERS = {

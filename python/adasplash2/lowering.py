@@ -21,13 +21,12 @@ from adasplash2.problem import (
     MAX_HEAD_DIM,
     TENSORS,
     Inputs,
-    Problem,
+    Problems,
     check_like,
     check_strided,
     check_tensor,
     compute_dtype,
     described,
-    validated,
 )
 from adasplash2.torch_fastpath import (
     assert_on_device,
@@ -46,15 +45,15 @@ from adasplash2.torch_fastpath import (
 class Call(NamedTuple):
     """One call, lowered. ``shaped`` makes the output, ``(batch, heads_q, length_q, head_dim_v)``,
     what the caller expects, and leaves alone what needs no change; ``shaped_beside`` does so with
-    what is found beside it, ``(batch, heads_q, ...)``. ``problems`` are the call's without and with
-    gradients, where these are known already."""
+    what is found beside it, ``(batch, heads_q, ...)``. ``problems`` keep those of a plain call,
+    without and with gradients, once they are known."""
 
     inputs: Inputs
     options: Options
     shaped: Callable[[Tensor], Tensor]
     shaped_beside: Callable[[Tensor], Tensor]
     packed: Packed | None = None
-    problems: tuple[Problem, Problem] | None = None
+    problems: Problems | None = None
 
 
 class Packed(NamedTuple):
@@ -93,14 +92,11 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
     shaped: Callable[[Tensor], Tensor] = _as_it_is
     if _is_common(query, key, value):
         if kind is not None:
-            inputs = Inputs(query, key, value)
-            for name, tensor in zip(TENSORS, inputs, strict=False):
-                check_tensor(name, tensor)
-            problems = validated(inputs, options, False), validated(inputs, options, True)
+            problems = [None, None]
             if len(_plain) >= REMEMBERED:
                 _plain.clear()
             _plain[kind] = options, problems
-            return Call(inputs, options, shaped, shaped, None, problems)
+            return Call(Inputs(query, key, value), options, shaped, shaped, None, problems)
     else:
         for name, tensor in zip(TENSORS, tensors, strict=True):
             check_tensor(name, tensor)
@@ -133,7 +129,7 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
 REMEMBERED = 1024
 """Kinds of plain calls that are remembered, a few kB each."""
 
-_Known = tuple[Options, tuple[Problem, Problem]]
+_Known = tuple[Options, Problems]
 
 _plain: dict[Hashable, _Known] = {}
 """Options and problems of plain calls: a loop makes the same ones again and again."""
@@ -144,6 +140,7 @@ def _plain_call(query: Any, key: Any, value: Any, said: Said) -> tuple[Hashable,
     that it must have (True equals 1), and what is known of it; None and None of all others."""
     if (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or is_autocast_on()
         or type(said.alpha) is not float
         or (said.scale is not None and type(said.scale) is not float)

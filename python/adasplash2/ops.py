@@ -47,6 +47,7 @@ from adasplash2.problem import (
     TENSORS,
     Inputs,
     Problem,
+    Problems,
     RowProblem,
     check_like,
     check_tensor,
@@ -183,10 +184,14 @@ def _run(
     options: Options,
     saved_bytes: int,
     prepare: Callable[[], None] | None = None,
-    problem: Problem | None = None,
+    problems: Problems | None = None,
 ) -> tuple[Forward, _Decided | None]:
+    needs_grad = saved_bytes != 0
+    problem = None if problems is None else problems[needs_grad]
     if problem is None:
-        problem = _problem(inputs, options, saved_bytes != 0)
+        problem = _problem(inputs, options, needs_grad)
+        if problems is not None:
+            problems[needs_grad] = problem
     choice = None if problem.is_empty else _chosen(problem, options)
     if prepare is not None:
         prepare()
@@ -537,17 +542,17 @@ class _Attention(_ReverseMode):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        asked: tuple[Options, int, Tensor | None, tuple[str, ...], Problem | None],
+        asked: tuple[Options, int, Tensor | None, tuple[str, ...], Problems | None],
         *given: Tensor,
     ) -> Any:
-        options, saved_bytes, numbers, names, problem = asked
+        options, saved_bytes, numbers, names, problems = asked
         inputs = Inputs(query, key, value)
         if names:
             inputs = inputs._replace(**dict(zip(names, given, strict=True)))
         ctx.decided = None
         if is_plain(query, key, value, *given) if given else is_plain(query, key, value):
             (out, tau, saved), ctx.decided = _run(
-                inputs, _read(options, numbers), saved_bytes, None, problem
+                inputs, _read(options, numbers), saved_bytes, None, problems
             )
         else:
             flat = _Arguments(options, (saved_bytes,), numbers, inputs.operands()).flat()
@@ -598,13 +603,13 @@ def _differentiable_call(
     options: Options,
     saved_bytes: int,
     numbers: Tensor | None,
-    problem: Problem | None = None,
+    problems: Problems | None = None,
 ) -> Any:
-    """``apply`` :class:`_Attention` to ``inputs``; ``problem`` where it is known."""
+    """``apply`` :class:`_Attention` to ``inputs``."""
     if not inputs.has_operands():
-        return apply(_Attention, *inputs[:3], (options, saved_bytes, numbers, (), problem))
+        return apply(_Attention, *inputs[:3], (options, saved_bytes, numbers, (), problems))
     names = tuple(name for name in OPERANDS if getattr(inputs, name) is not None)
-    asked = options, saved_bytes, numbers, names, problem
+    asked = options, saved_bytes, numbers, names, problems
     return apply(_Attention, *inputs[:3], asked, *inputs.given()[3:])
 
 
@@ -808,7 +813,7 @@ def attention(
     inputs: Inputs,
     options: Options,
     prepare: Callable[[], None] | None = None,
-    problems: tuple[Problem, Problem] | None = None,
+    problems: Problems | None = None,
 ) -> Tensor:
     """Output of :data:`attention_forward`. ``prepare``, for calls without gradients, is called when
     nothing can refuse the call any more, and before ``inputs`` are read. ``problems`` as
@@ -828,17 +833,17 @@ def attention_and_tau(
     inputs: Inputs,
     options: Options,
     prepare: Callable[[], None] | None = None,
-    problems: tuple[Problem, Problem] | None = None,
+    problems: Problems | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and thresholds of :data:`attention_forward`."""
     given = inputs.given()
     if is_plain(*given):
         if _differentiated(*given):
-            known = None if problems is None else problems[1]
-            out, tau, _ = _differentiable_call(apply_plain, inputs, options, AS_NEEDED, None, known)
+            out, tau, _ = _differentiable_call(
+                apply_plain, inputs, options, AS_NEEDED, None, problems
+            )
             return out, tau
-        known = None if problems is None else problems[0]
-        forward = _run(inputs, options, 0, prepare, known)[0]
+        forward = _run(inputs, options, 0, prepare, problems)[0]
         return forward.out, forward.tau
     for name, tensor in zip(TENSORS, inputs, strict=False):
         check_tensor(name, tensor)  # torch's dispatcher would say it in other words

@@ -271,6 +271,9 @@ class Problem(Asked):
         return found
 
 
+Problems = list[Problem | None]
+"""Of a call that comes again and again, without and with gradients; None until they are known."""
+
 PLAIN = {
     *("scale", "is_causal"),  # every backend's
     "dropout_seed",  # comes with dropout_p

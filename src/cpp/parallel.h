@@ -19,9 +19,11 @@
 
 namespace adasplash2 {
 
-// body(index, thread); an exception thrown in it is rethrown here once all threads are back.
+// body(index, thread); an exception thrown in it is rethrown here once all threads are back. With
+// one thread the indices behind it are not run.
 template <class F>
 void parallel_for(int64_t n, int threads, F body) {
+  if (n < 1) return;
   if (n < threads) threads = int(n);
   if (threads <= 1) {  // also a team of one is woken by system calls, a microsecond of a small call
     for (int64_t i = 0; i < n; ++i) body(i, 0);

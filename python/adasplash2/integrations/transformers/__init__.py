@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,9 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["Coverage", "Observer", "apply", "cover", "register", "restore", "unregister"]
-
-STORED = "adasplash2"
-"""The entry of a model's config: ``{"alpha": ..., "learn": ...}``."""
 
 BEFORE = "_adasplash2_before"
 """Where a model keeps which implementations it had."""
@@ -85,13 +80,15 @@ def apply(
             after this call. None: what the model or its config holds where ``alpha`` is None too,
             else False.
         packed: whether several sequences may lie one behind another in a row of a batch, told by
-            ``position_ids`` that begin anew, without an ``attention_mask``; also where the model
-            fills a cache, as it does by default, and transformers does not look. Layers that are
-            not given ``position_ids`` (OPT, BioGPT) see no packing: ``cu_seq_lens_q`` and
-            ``cu_seq_lens_k`` tell it there, and in graphs that fill a cache. Where
-            ``torch.compile`` or a CUDA graph looks at no numbers they might anywhere, and fewer
-            kernels compute that. With False the mask of such a model is causal and no more; a batch
-            seen to be packed is an error.
+            ``position_ids`` that begin anew. transformers looks at these where the model fills no
+            cache (``use_cache=False``) and no ``attention_mask`` is given, and so do its own eager
+            and SDPA attention. Where it has not looked and a layer is given positions that go back
+            to 0, that is an error, on a GPU at the first forward alone; in graphs, and in layers
+            that are not given them (OPT, Llama 4 and others), it is not seen. ``cu_seq_lens_q``
+            and ``cu_seq_lens_k`` tell of packing everywhere. Where ``torch.compile`` or a CUDA
+            graph looks at no numbers of a model without a cache, sequences might be packed
+            anywhere, and fewer kernels compute that. With False the mask of such a model is causal
+            and no more; a batch seen to be packed is an error.
 
     Returns:
         :class:`Coverage`: the layers that run our attention, and why the others do not. Others
@@ -122,14 +119,13 @@ def apply(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     backend = check_backend(backend) or None
-    is_stored = False
     if example is not None and not isinstance(example, Mapping):
         raise TypeError(f"example must be a mapping of arguments, got {shown(example)}")
+    is_kept = alpha is None  # by the model or its config
     if alpha is None:
-        stored = alphas.stored_by(model) or getattr(model.config, STORED, {})
+        stored = alphas.stored_by(model) or getattr(model.config, alphas.STORED, {})
         alpha = stored.get("alpha", 1.5)
         learn = stored.get("learn", False) if learn is None else learn
-        is_stored = True
     learn = learn is not None and check_flag("learn", learn)
     packed = check_flag("packed", packed)
     number = None if learn or isinstance(alpha, Mapping) else check_alpha(alpha)
@@ -138,7 +134,7 @@ def apply(
     name = f"adasplash2-{kind}" + (f"-{backend}" if backend else "") + "-unpacked" * (not packed)
     if (number is not None and float(kind) != number) or observer is not None:
         name += f"-{next(_observed)}"
-    _register(name, Attention(number, backend, observer, packed=packed), packed)
+    _register(name, Attention(number, backend, observer), packed)
     previous = _implementations(model)
     try:
         model.set_attn_implementation(name)
@@ -149,12 +145,11 @@ def apply(
                 config._attn_implementation_internal = name
         found = cover(model, name)
         if example is not None:
-            probe = Attention(number or 1.5, backend, observer, packed=packed)
-            found = _probed(found, model, example, probe)
+            found = _probed(found, model, example, Attention(number or 1.5, backend, observer))
         if not found.ours:
             raise ValueError(f"{type(model).__name__} cannot run our attention: {found}")
         refuse_too_wide(model, found)
-        if is_stored and isinstance(alpha, Mapping):
+        if is_kept and isinstance(alpha, Mapping):
             alpha = alphas.renamed(alpha, found.ours, model)
         own = {} if number is not None else alphas.by_layer(model, found.ours, alpha, learn)
     except BaseException:
@@ -234,9 +229,8 @@ def register(
         >>> config = GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2)
         >>> model = GPT2LMHeadModel._from_config(config, attn_implementation="sparsemax")
     """
-    packed = check_flag("packed", packed)
-    alpha, backend = check_alpha(alpha), check_backend(backend) or None
-    _register(name, Attention(alpha, backend, observer, packed=packed), packed)
+    attention = Attention(check_alpha(alpha), check_backend(backend) or None, observer)
+    _register(name, attention, check_flag("packed", packed))
 
 
 def unregister(name: str | None = None) -> None:
@@ -305,32 +299,12 @@ def _put_back(implementations: list[tuple[Any, str | None]]) -> None:
 
 
 def store(model: PreTrainedModel, entry: dict[str, Any] | None) -> None:
-    """Keeps ``entry`` in a model's config; what is learned is written anew at each saving."""
+    """Keeps ``entry`` in a model's config; what is learned is written anew at each saving, see
+    :func:`alphas.write_when_saved`."""
     if entry is not None:
-        setattr(model.config, STORED, entry)
-    elif hasattr(model.config, STORED):
-        delattr(model.config, STORED)
-    if entry is not None and entry["learn"]:
-        _write_learned()
-
-
-@functools.cache
-def _write_learned() -> None:
-    """Whatever model is saved from now on, one that was set, that holds it or is held by it, its
-    learned alphas are written as they are, or as they are in the ``state_dict`` to be saved."""
-    from transformers import PreTrainedModel
-
-    usual = PreTrainedModel.save_pretrained
-    asked = inspect.signature(usual)
-
-    @functools.wraps(usual)
-    def save_pretrained(self: PreTrainedModel, *arguments: Any, **more: Any) -> Any:
-        said = asked.bind_partial(self, *arguments, **more).arguments
-        if found := alphas.stored_by(self, said.get("state_dict")):
-            setattr(self.config, STORED, found)
-        return usual(self, *arguments, **more)
-
-    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+        setattr(model.config, alphas.STORED, entry)
+    elif hasattr(model.config, alphas.STORED):
+        delattr(model.config, alphas.STORED)
 
 
 def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from adasplash2.options import check_alpha, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STORED = "adasplash2"
+"""The entry of a model's config: ``{"alpha": ..., "learn": ...}``."""
 
 ATTRIBUTE = "adasplash2"
 """Where a layer holds its :class:`HeadAlphas`."""
@@ -35,12 +43,17 @@ class HeadAlphas(nn.Module):
         super().__init__()
         self.fixed, self.logit = list(alphas), None
         if learned:
+            write_when_saved()
             logits = [_logit(alpha) for alpha in alphas]
             self.logit = nn.Parameter(torch.tensor(logits, dtype=torch.float32, device=device))
         else:
             # As integers, which a model that is cast to bfloat16 leaves as they are.
             bits = torch.tensor(self.fixed, dtype=torch.float32, device=device).view(torch.int32)
             self.register_buffer("bits", bits, persistent=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        write_when_saved()  # also in a process that only loads and saves
 
     def forward(self) -> Tensor:
         if self.logit is None:
@@ -84,6 +97,55 @@ def stored_by(model: nn.Module, state: Mapping[str, Any] | None = None) -> dict[
     }
 
 
+def write_when_saved() -> None:
+    """From now on, whatever model of transformers is saved, one that was set, that holds it or is
+    held by it, the config that is written has learned alphas as they are, or as they are in the
+    ``state_dict`` to be saved: also the configs that parts have of their own."""
+    from transformers import PreTrainedModel
+
+    usual = PreTrainedModel.save_pretrained
+    if getattr(usual, _MARK, False):
+        return
+    asked = inspect.signature(usual)
+
+    @functools.wraps(usual)
+    def save_pretrained(self: PreTrainedModel, *arguments: Any, **more: Any) -> Any:
+        said = {**more, **asked.bind_partial(self, *arguments, **more).arguments}
+        before = _write(self, said.get("state_dict"))
+        try:
+            return usual(self, *arguments, **more)
+        finally:
+            for config, entry in before:
+                setattr(config, STORED, entry)
+
+    setattr(save_pretrained, _MARK, True)
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+_MARK = "_adasplash2_writes_alphas"
+
+
+def _write(model: nn.Module, state: Mapping[str, Any] | None) -> list[tuple[Any, Any]]:
+    """Write what is learned into the configs of a model and its parts. These, and what they had."""
+    before = []
+    seen: set[int] = set()
+    for path, part in model.named_modules():
+        config = getattr(part, "config", None)
+        if config is None or id(config) in seen or (path and not hasattr(config, STORED)):
+            continue
+        seen.add(id(config))
+        prefix = path + "." if path else ""
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in (state or {}).items()
+            if name.startswith(prefix)
+        }
+        if found := stored_by(part, own):
+            before.append((config, getattr(config, STORED, found)))
+            setattr(config, STORED, found)
+    return before
+
+
 def take_from(model: nn.Module) -> None:
     """Leaves no layer its own alphas."""
     for module in list(model.modules()):
@@ -95,7 +157,7 @@ def renamed(
     stored: Mapping[str, Sequence[float]], layers: tuple[str, ...], model: nn.Module
 ) -> dict[str, Sequence[float]]:
     """What a config holds of ``layers``, which a model with a head, or without, names otherwise: as
-    transformers finds their weights.
+    transformers finds their weights. What it holds of others, as of a decoder, is left.
 
     Raises:
         ValueError: it has nothing of a layer.

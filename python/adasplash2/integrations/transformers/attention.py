@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adasplash2.functional import entmax_attention, entmax_attention_varlen
 from adasplash2.integrations.transformers.alphas import held_by
-from adasplash2.integrations.transformers.masks import PACKED, Statement, packing_of, statement_of
+from adasplash2.integrations.transformers.masks import Statement, goes_back, statement_of
 from adasplash2.options import shown
 
 Observer = Callable[[int | None, Tensor, Tensor, Tensor, dict[str, Any]], object]
@@ -53,7 +53,7 @@ def check_observer(observer: Observer | None) -> Observer | None:
 
 class Attention:
     """One registered attention: ``alpha``, None where layers hold their own, ``backend`` and who
-    watches; ``packed`` as :func:`~adasplash2.integrations.transformers.apply` has it."""
+    watches."""
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class Attention:
         backend: str | None,
         observer: Observer | None,
         called: Callable[[nn.Module], object] | None = None,
-        packed: bool = True,
     ) -> None:
-        self.alpha, self.backend, self.called, self.packed = alpha, backend, called, packed
+        self.alpha, self.backend, self.called = alpha, backend, called
+        self._has_looked = False  # at positions on a GPU
         self.observer = check_observer(observer)
         self._numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -71,6 +71,26 @@ class Attention:
         """Its ``layer_idx``; where its model numbers no layers, how many were called before it."""
         number: int | None = getattr(module, "layer_idx", None)
         return self._numbers.setdefault(module, len(self._numbers)) if number is None else number
+
+    def _refuse_packing(self, said: Statement, position_ids: Tensor, rows: int) -> None:
+        """Positions are in query and key already; but what is packed must not be one sequence. On a
+        GPU they are looked at once, since that waits for it: a loader that packs does so at once.
+
+        Raises:
+            ValueError: they tell of packing that the mask does not part.
+        """
+        waits = position_ids.device.type != "cpu"
+        if not said.is_causal_alone() or (waits and self._has_looked):
+            return
+        self._has_looked |= waits
+        if goes_back(position_ids, rows):
+            raise ValueError(
+                "position_ids go back to 0 within a row, as those of several packed sequences, "
+                "which the mask does not part: transformers looks at them only where the model "
+                "fills no cache and no attention_mask is given. Pass use_cache=False, or "
+                "cu_seq_lens_q and cu_seq_lens_k; or an attention_mask of ones, if each row is one "
+                "sequence"
+            )
 
     def __call__(
         self,
@@ -147,11 +167,8 @@ class Attention:
         batch, _, rows, _ = query.shape
         if cu_seq_lens_q is None or cu_seq_lens_k is None:
             cu_seq_lens_q = cu_seq_lens_k = said.cu_seqlens
-            # Already in query and key, but for packing that they tell.
-            if position_ids is not None and said.is_plain() and rows == key.shape[2]:
-                cu_seq_lens_q = cu_seq_lens_k = packing_of(position_ids, rows, batch)
-                if cu_seq_lens_q is not None and not self.packed:
-                    raise ValueError(PACKED)
+            if cu_seq_lens_q is None and position_ids is not None:
+                self._refuse_packing(said, position_ids, rows)
         packed = False
         if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
             cu_seqlens = {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}

@@ -82,15 +82,19 @@ def cover(model: nn.Module, name: str) -> Coverage:
     return Coverage(name, tuple(ours), others)
 
 
+_WIDTHS = "head_dim", "qk_head_dim", "v_head_dim", "key_value_proj_dim", "attention_head_size"
+"""What attentions of transformers call the width of a head."""
+
+
 def refuse_too_wide(model: nn.Module, coverage: Coverage) -> None:
-    """Refuse a model of which no forward could run.
+    """Refuse a model of which a forward could not run.
 
     Raises:
         ValueError: a layer that runs our attention has wider heads than that takes.
     """
     for path in coverage.ours:
         module = model.get_submodule(path)
-        for name in ("head_dim", "qk_head_dim", "v_head_dim"):
+        for name in _WIDTHS:
             width = getattr(module, name, None)
             if isinstance(width, int) and width > MAX_HEAD_DIM:
                 raise ValueError(

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adasplash2.torch_fastpath import is_without_data, version_of
+from adasplash2.torch_fastpath import is_mapped, is_without_data, version_of
 
 HIDDEN = -1e4
 """Biases up to here hide a key: exp of them is 0, and no score is as large. Older models write
@@ -60,9 +60,9 @@ class Statement(NamedTuple):
     cu_seqlens: Tensor | None = None
     is_whole: bool = False
 
-    def is_plain(self) -> bool:
+    def is_causal_alone(self) -> bool:
         """Whether it is causal, perhaps within a window, and nothing else is said."""
-        said = Statement(True, self.window, self.causal_align)
+        said = Statement(True, self.window, self.causal_align, stop=self.stop)
         return all(one is other for one, other in zip(self, said, strict=True))
 
 
@@ -205,12 +205,6 @@ def is_tracing(like: Tensor | None = None) -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-PACKED = (
-    "packed=False: position_ids of this batch begin anew within a row, so that several sequences "
-    "are packed into it; leave out position_ids, or packed=False"
-)
-
-
 class Pattern(NamedTuple):
     """What a mask function of transformers hides besides padding.
 
@@ -300,7 +294,10 @@ def mask_function(packed: bool = True) -> Callable[..., Tensor]:
         if not is_tracing(blank):
             pattern = _pattern(mask_function, theirs)
             if pattern is not None and pattern.packed is not None and not packed:
-                raise ValueError(PACKED)
+                raise ValueError(
+                    "packed=False: position_ids of this batch begin anew within a row, so that "
+                    "several sequences are packed into it; leave out position_ids, or packed=False"
+                )
             known = _stated(pattern, place, attention_mask, batch_size) if pattern else None
             if q_length > 1 or alone:
                 return StatedMask.of(blank, known, lambda: numbers(visible()))
@@ -513,29 +510,14 @@ def _padded(
     return said
 
 
-def packing_of(position_ids: Tensor, rows: int, batch: int) -> Tensor | None:
-    """Where sequences begin in ``(batch * rows)`` tokens, by positions that go back to 0 within a
-    row; None where none do, or where these cannot be looked at. transformers looks for that itself,
-    but not for models that fill a cache, as they do unless told otherwise.
-
-    Read once for all layers of a forward.
-    """
-    if rows < 2 or position_ids.dim() != 2 or is_tracing(position_ids):
-        return None
-    if position_ids.shape[1] != rows or position_ids.shape[0] not in (1, batch):
-        return None
-    version = None if position_ids.is_inference() else version_of(position_ids)
-    read = getattr(position_ids, "_adasplash2_packing", None)
-    if read is None or read[:2] != (version, batch):
-        later, before = position_ids[:, 1:], position_ids[:, :-1]
-        found = None
-        if ((later == 0) & (before > 0)).any():
-            number = F.pad((later - before != 1).cumsum(1), (1, 0))
-            found = _boundaries(number.expand(batch, -1), False)
-        read = version, batch, found
-        position_ids._adasplash2_packing = read  # type: ignore[attr-defined]
-    begins: Tensor | None = read[2]
-    return begins
+def goes_back(position_ids: Tensor, rows: int) -> bool:
+    """Whether positions of ``rows`` tokens go back to 0 within a row, as those of several sequences
+    that are packed into it do; no where they cannot be looked at."""
+    if rows < 2 or position_ids.dim() != 2 or position_ids.shape[1] != rows:
+        return False
+    if is_tracing(position_ids) or is_mapped(position_ids):
+        return False
+    return bool(((position_ids[:, 1:] == 0) & (position_ids[:, :-1] > 0)).any())
 
 
 def _boundaries(packed: Tensor, tracing: bool) -> Tensor | None:
