@@ -305,6 +305,7 @@ def test_learned_alphas_of_a_part_with_its_own_config(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert model.text_model.config.adasplash2 == before  # what is written is not what is kept
     again = transformers.CLIPModel.from_pretrained(tmp_path)
+    assert not hasattr(again.config, "adasplash2")  # nothing was asked of the whole
     integration.apply(again.text_model)
     found = [m for m in again.modules() if isinstance(m, alphas_of.HeadAlphas)]
     assert [m.numbers() for m in found] == [m.numbers() for m in layers]

@@ -126,12 +126,13 @@ _MARK = "_adasplash2_writes_alphas"
 
 
 def _write(model: nn.Module, state: Mapping[str, Any] | None) -> list[tuple[Any, Any]]:
-    """Write what is learned into the configs of a model and its parts. These, and what they had."""
+    """Write what is learned into the configs of a model and its parts that have an entry for it.
+    These, and what they had."""
     before = []
     seen: set[int] = set()
     for path, part in model.named_modules():
         config = getattr(part, "config", None)
-        if config is None or id(config) in seen or (path and not hasattr(config, STORED)):
+        if config is None or id(config) in seen or not hasattr(config, STORED):
             continue
         seen.add(id(config))
         prefix = path + "." if path else ""
@@ -141,7 +142,7 @@ def _write(model: nn.Module, state: Mapping[str, Any] | None) -> list[tuple[Any,
             if name.startswith(prefix)
         }
         if found := stored_by(part, own):
-            before.append((config, getattr(config, STORED, found)))
+            before.append((config, getattr(config, STORED)))
             setattr(config, STORED, found)
     return before
 
