@@ -293,20 +293,20 @@ def test_learned_alphas_are_those_of_the_weights(
 
 
 def test_learned_alphas_of_a_part_with_its_own_config(tmp_path: Path) -> None:
-    text, vision = {**ENCODER, "projection_dim": 16}, {**VISION, "projection_dim": 16}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    model = transformers.CLIPModel(config)
-    integration.apply(model.text_model, alpha=1.3, learn=True)
+    text, vision = transformers.LlamaConfig(**DECODER), transformers.CLIPVisionConfig(**VISION)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text)
+    model = transformers.LlavaForConditionalGeneration(config)
+    integration.apply(model.model.language_model, alpha=1.3, learn=True)
     layers = [m for m in model.modules() if isinstance(m, alphas_of.HeadAlphas)]
     with torch.no_grad():
         for held in layers:
             held.logit += torch.tensor(1.0)
-    before = copy.deepcopy(model.text_model.config.adasplash2)
+    before = copy.deepcopy(text.adasplash2)
     model.save_pretrained(tmp_path)
-    assert model.text_model.config.adasplash2 == before  # what is written is not what is kept
-    again = transformers.CLIPModel.from_pretrained(tmp_path)
+    assert text.adasplash2 == before  # what is written is not what is kept
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert not hasattr(again.config, "adasplash2")  # nothing was asked of the whole
-    integration.apply(again.text_model)
+    integration.apply(again.model.language_model)
     found = [m for m in again.modules() if isinstance(m, alphas_of.HeadAlphas)]
     assert [m.numbers() for m in found] == [m.numbers() for m in layers]
     assert found
