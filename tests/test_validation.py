@@ -341,14 +341,22 @@ def test_a_call_that_is_known_is_known_by_its_tensors() -> None:
     assert out.dtype == torch.bfloat16
 
 
-def test_few_calls_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering, "REMEMBERED", 3)
-    monkeypatch.setattr(lowering, "_plain", {})
+def test_what_is_known_of_a_call() -> None:
+    """Its problems, once it has run without and with gradients; of a number of calls."""
+    lowering._plain.cache_clear()
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in GOOD.items()}
     for number in range(1, 9):
-        adasplash2.entmax_attention(**{**GOOD, "alpha": 1.0 + number / 8})
-        assert 1 <= len(lowering._plain) <= 3
-        known = lowered(**GOOD, said=Said(alpha=1.0 + number / 8)).problems
-        assert known == [validated(Inputs(**GOOD), Options(1.0 + number / 8), False), None]
+        alpha = 1.0 + number / 8
+        asked = lowered(**GOOD, said=Said(alpha=alpha)).problems
+        assert asked == [None, None]
+        problems = [validated(Inputs(**GOOD), Options(alpha), grad) for grad in (False, True)]
+        adasplash2.entmax_attention(**GOOD, alpha=alpha)
+        assert asked == [problems[0], None]
+        adasplash2.entmax_attention(**leaves, alpha=alpha)
+        assert asked == problems
+        assert lowered(**leaves, said=Said(alpha=alpha)).problems is asked
+    info = lowering._plain.cache_info()
+    assert (info.currsize, info.maxsize) == (8, 1024)
 
 
 NUMBERS = {

@@ -122,8 +122,15 @@ def backward(
     more = _options(problem, inputs)
     if others:
         more["gradients"] = {name: _operand(grad) for name, grad in others.items()}
-    own = *map(_reference, (grad_out, *grads)), kept.saved.data_ptr(), kept.saved.numel()
-    _core.attention_backward(*(*_asked(problem, inputs, config), *own), **more)
+    asked = _asked(
+        problem,
+        inputs,
+        config,
+        *map(_reference, (grad_out, *grads)),
+        kept.saved.data_ptr(),
+        kept.saved.numel(),
+    )
+    _core.attention_backward(*asked, **more)
     return Gradients(*grads, **others)
 
 
@@ -207,9 +214,9 @@ def _other_gradient(problem: Problem, inputs: Inputs, name: str) -> Tensor:
     return torch.empty(rows, dtype=dtype, device=device)
 
 
-def _asked(problem: Problem, inputs: Inputs, config: Config) -> tuple[Any, ...]:
-    """What the core is told first, in both directions; whoever calls it keeps ``inputs``. By place:
-    to look names up takes longer than a small call."""
+def _asked(problem: Problem, inputs: Inputs, config: Config, *own: Any) -> tuple[Any, ...]:
+    """What the core is told in both directions, behind it what is a direction's ``own``. Whoever
+    calls it keeps ``inputs``. By place: to look names up takes longer than a small call."""
     scores = problem.scores
     return (
         _dims(problem),
@@ -220,11 +227,12 @@ def _asked(problem: Problem, inputs: Inputs, config: Config) -> tuple[Any, ...]:
         *map(_reference, inputs.tensors()),
         torch.get_num_threads(),
         config["isa"],
+        *own,
     )
 
 
 def _options(problem: Problem, inputs: Inputs) -> dict[str, Any]:
-    """What the core is told of masks, other scores and pages, by name, in both directions."""
+    """What the core is told of masks and other scores, by name, in both directions."""
     scores = problem.scores
     more = scores.window != (-1, -1) or scores.bottom_right or scores.softcap
     if not (problem.operands or more):
@@ -280,10 +288,12 @@ def _run(
     out = inputs.query.new_empty((*rows, problem.head_dim_v))
     tau = inputs.query.new_empty(rows, dtype=problem.compute_dtype)
     more = counted | _options(problem, inputs)
-    if inputs.block_table is not None:
-        more["block_table"] = _block_table(inputs)
-    own = _reference(out), tau.data_ptr(), keep, config["scan_rows"]
-    kept = _core.attention_forward(*(*_asked(problem, inputs, config), *own), **more)
+    if (table := _block_table(inputs)) is not None:
+        more["block_table"] = table
+    asked = _asked(
+        problem, inputs, config, _reference(out), tau.data_ptr(), keep, config["scan_rows"]
+    )
+    kept = _core.attention_forward(*asked, **more)
     return out, tau, kept
 
 

@@ -407,7 +407,7 @@ def entmax_attention_with_kvcache(
 def _attend(call: Call, return_aux: bool) -> Any:
     inputs, options, shaped, shaped_beside, packed, problems = call
     if is_autocast_on() or options.alpha == 1.0:  # else checked where it is validated
-        inputs, problems = _cast(inputs), None
+        inputs = _cast(inputs)
     if options.alpha == 1.0:
         if check_flag("return_aux", return_aux):
             raise ValueError("return_aux must be False for alpha = 1: softmax has no threshold")

@@ -7,9 +7,10 @@ autograd, ``vmap`` and compilers see through it; operands stay as small as they 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from adasplash2.problem import (
     FEW,
     MAX_HEAD_DIM,
     TENSORS,
+    Described,
     Inputs,
     Problems,
     check_like,
@@ -83,21 +85,13 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
         packed, sequences, as_query = _from_nested(query, key, value, said)
         call = _packed(*packed, sequences, said, draws, (None, None))
         return call._replace(shaped=lambda result: as_query(call.shaped(result)))
-    kind, known = _plain_call(query, key, value, said)
-    if known is not None:
+    if (known := _known(query, key, value, said)) is not None:
         options, problems = known
         return Call(Inputs(query, key, value), options, _as_it_is, _as_it_is, None, problems)
     options, alphas, scales = check_options(said)
     tensors, lead = (query, key, value), None
     shaped: Callable[[Tensor], Tensor] = _as_it_is
-    if _is_common(query, key, value):
-        if kind is not None:
-            problems = [None, None]
-            if len(_plain) >= REMEMBERED:
-                _plain.clear()
-            _plain[kind] = options, problems
-            return Call(Inputs(query, key, value), options, shaped, shaped, None, problems)
-    else:
+    if not _is_common(query, key, value):
         for name, tensor in zip(TENSORS, tensors, strict=True):
             check_tensor(name, tensor)
         tensors, lead, shared, shaped = _four_dimensional(*tensors, options.enable_gqa)
@@ -126,18 +120,9 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
     return Call(inputs, options, shaped, shaped)
 
 
-REMEMBERED = 1024
-"""Kinds of plain calls that are remembered, a few kB each."""
-
-_Known = tuple[Options, Problems]
-
-_plain: dict[Hashable, _Known] = {}
-"""Options and problems of plain calls: a loop makes the same ones again and again."""
-
-
-def _plain_call(query: Any, key: Any, value: Any, said: Said) -> tuple[Hashable, _Known | None]:
-    """What a call depends on that is told by no other tensors and by few options, each of the type
-    that it must have (True equals 1), and what is known of it; None and None of all others."""
+def _known(query: Any, key: Any, value: Any, said: Said) -> tuple[Options, Problems] | None:
+    """Of a call that is told by no other tensors and by few options, each of the type that it must
+    have (True equals 1): what a call like it has found. None for all others."""
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -151,15 +136,33 @@ def _plain_call(query: Any, key: Any, value: Any, said: Said) -> tuple[Hashable,
         or said.dropout_p is not NOTHING
         or said.has_tensors()
     ):
-        return None, None
+        return None
     try:
-        kind = (
+        return _plain(
             *(described(query), described(key), described(value), said.alpha, said.scale),
             *(said.is_causal, said.enable_gqa, said.causal_align, said.backend),
         )
-        return kind, _plain.get(kind)
     except (AttributeError, RuntimeError, TypeError):
-        return None, None  # no strided tensors, or sizes that are symbols
+        return None  # no strided tensors, sizes that are symbols, or an error that comes again
+
+
+@functools.lru_cache(1024)
+def _plain(
+    query: Described, key: Described, value: Described, alpha: float, scale: float | None,
+    is_causal: bool, enable_gqa: bool, causal_align: str, backend: str | None,
+) -> tuple[Options, Problems] | None:  # fmt: skip
+    """Options of such a call, and room for its problems; None where shapes need a change."""
+    if not _are_common(query[0], key[0], value[0]):
+        return None
+    said = Said(
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        causal_align=causal_align,
+        alpha=alpha,
+        backend=backend,
+    )
+    return check_options(said)[0], [None, None]
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -175,9 +178,12 @@ def _is_common(query: Any, key: Any, value: Any) -> bool:
     try:
         if query.is_nested:
             return False
-        q, k, v = query.shape, key.shape, value.shape
+        return _are_common(query.shape, key.shape, value.shape)
     except (AttributeError, RuntimeError):
         return False
+
+
+def _are_common(q: torch.Size, k: torch.Size, v: torch.Size) -> bool:
     if not len(q) == len(k) == len(v) == 4:
         return False
     heads, shared = q[1], k[1]

@@ -634,11 +634,11 @@ def validated(inputs: Inputs, options: Options, needs_grad: bool) -> Problem:
     return _validate(q, k, v, _described_operands(inputs), needs_grad, options)
 
 
-_Described = tuple[torch.Size, torch.dtype, torch.device, bool]
+Described = tuple[torch.Size, torch.dtype, torch.device, bool]
 """A tensor without its data: shape, dtype, device, whether its last stride is 1."""
 
 
-def described(tensor: Tensor) -> _Described:
+def described(tensor: Tensor) -> Described:
     """All of a tensor that a problem depends on."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.stride()[-1:] == (1,)
 
@@ -664,9 +664,9 @@ error of every call."""
 
 
 def _validate(
-    query: _Described,
-    key: _Described,
-    value: _Described,
+    query: Described,
+    key: Described,
+    value: Described,
     operands: tuple[_DescribedOperand, ...],
     needs_grad: bool,
     options: Options,
