@@ -4,6 +4,7 @@ and what the package promises without a GPU."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shutil
 import subprocess
@@ -715,7 +716,7 @@ def test_addresses_of_pieces_are_those_of_tensors() -> None:
     """None of which overlaps another one."""
     kinds = {"a": torch.float32, "none": torch.int32, "b": torch.int32, "c": torch.float32}
     lengths = {"a": 5, "none": 0, "b": 33, "c": 8}
-    pieces = decoding_launches.Pieces.of({name: (kinds[name], lengths[name]) for name in kinds})
+    pieces = sizes.Pieces.of({name: (kinds[name], lengths[name]) for name in kinds})
     memory = torch.zeros(pieces.total, dtype=torch.uint8)
     tensors = pieces.tensors(memory)
     for number, (name, tensor) in enumerate(tensors.items(), 1):
@@ -725,6 +726,73 @@ def test_addresses_of_pieces_are_those_of_tensors() -> None:
         tensor.fill_(number)
     for number, tensor in enumerate(tensors.values(), 1):
         assert (tensor == number).all()
+
+
+@pytest.mark.parametrize("asked", ["plain", "window", "added"])
+def test_a_second_call_is_launched_with_addresses_of_the_same(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that kernels hand on to each other, with every configuration, and in the same memory;
+    until kernels for tensors that lie otherwise are compiled, which take tensors."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    made: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(launch, "launch", lambda x: made.append((x.kernel, x.grid, *x.values)))
+    memory: list[Tensor] = []
+
+    def empty(call: launch.Call, *shape: int, dtype: torch.dtype) -> Tensor:
+        if next(turn) == len(memory):
+            memory.append(torch.empty(shape, dtype=dtype))
+        found = memory[last := next(again)]
+        assert (found.shape, found.dtype) == (shape, dtype), last
+        return found
+
+    monkeypatch.setattr(launch.Call, "empty", empty)
+    said, operands = ASKED.get(asked, ({}, ()))
+    whole = dataclasses.replace(problem(64, torch.bfloat16, 1.5, True), operands=operands)
+    whole = dataclasses.replace(whole, scores=dataclasses.replace(whole.scores, **said))
+    full = 1, whole.heads_q, whole.length_q, whole.length_k
+    mask = torch.zeros(full, dtype=torch.bfloat16) if asked == "added" else None
+    rows = [torch.empty(1, heads, 1000, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    inputs = Inputs(*rows, attn_mask=mask)
+    wanted = ["attn_mask"] if asked == "added" else []
+
+    def launched(config: Any, inputs: Inputs) -> tuple[list[Any], bool]:
+        """Kernels with their arguments, addresses for tensors; and whether there are tensors of
+        bytes among them, as views of pieces are not."""
+        nonlocal turn, again
+        turn, again = itertools.count(), itertools.count()
+        made.clear()
+        found = launch.forward(launch.Call(whole, inputs, config, launch.launch))
+        call = launch.Call(whole, inputs, config, launch.launch, found.tau, found.saved, found.out)
+        launch.backward(call, found.kept, found.out, wanted)
+        flat = [tuple(flattened(value) for value in one) for one in made]
+        views = any(is_view(value) for one in made for value in one)
+        return flat, views
+
+    turn, again = itertools.count(), itertools.count()
+    for config in list(sizes.configs(whole, LIMITS[90]))[:6]:
+        memory.clear()
+        first, second = launched(config, inputs), launched(config, inputs)
+        assert first[0] == second[0]
+        assert len(first[0]) >= 7
+        assert (first[1], second[1]) == (True, False)
+        shifted = torch.empty(whole.batch, whole.length_k, whole.heads_kv, 64, dtype=torch.bfloat16)
+        assert launched(config, inputs._replace(key=shifted.transpose(1, 2)))[1]
+
+
+def flattened(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(flattened, value))
+    if isinstance(value, Tensor):
+        return value.data_ptr() if value.numel() else mock.ANY  # which lies nowhere
+    return value
+
+
+def is_view(value: Any) -> bool:
+    """Whether it is, or holds, a piece of another tensor's memory."""
+    if isinstance(value, tuple):
+        return any(map(is_view, value))
+    return isinstance(value, Tensor) and value.dim() == 1 and value._base is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -790,10 +858,10 @@ def test_what_is_saved_may_be_longer_but_not_shorter() -> None:
     asked = problem(64, torch.bfloat16, 1.5, True)
     layout = sizes.Saved(asked, next(sizes.configs(asked, LIMITS[90])))
     exact, longer = (torch.zeros(layout.total + n, dtype=torch.uint8) for n in (0, 100))
-    for part, piece in layout.split(longer).items():
-        assert piece.shape == layout.split(exact)[part].shape
+    assert layout.check(exact) is exact
+    assert layout.check(longer) is longer
     with pytest.raises(ValueError, match=f"saved must have {layout.total} bytes"):
-        layout.split(exact[:-1])
+        layout.check(exact[:-1])
 
 
 @pytest.mark.parametrize("stride", [64, launch.LONGEST_STRIDE, launch.LONGEST_STRIDE + 1, 1 << 30])

@@ -80,42 +80,6 @@ class Cut(NamedTuple):
         return cls(blocks, scanned, weighed, parts, NARROWED if problem.length_k > SERIAL else 0)
 
 
-class Piece(NamedTuple):
-    """A part of a call's memory: the byte at which it begins, its dtype and number of elements."""
-
-    begin: int
-    dtype: torch.dtype
-    length: int
-
-
-class Pieces(NamedTuple):
-    """How a call's memory, one allocation of ``total`` bytes, is shared out, by name; aligned as
-    kernels are compiled for."""
-
-    places: dict[str, Piece]
-    total: int
-
-    @classmethod
-    def of(cls, lengths: dict[str, tuple[torch.dtype, int]]) -> Pieces:
-        places, total = {}, 0
-        for name, (dtype, length) in lengths.items():
-            places[name] = Piece(total, dtype, length)
-            total += -(-length * dtype.itemsize // sizes.ALIGNMENT) * sizes.ALIGNMENT
-        return cls(places, total)
-
-    def tensors(self, memory: Tensor) -> dict[str, Tensor]:
-        """What Triton learns dtypes from."""
-        return {
-            name: memory[begin : begin + length * dtype.itemsize].view(dtype)
-            for name, (begin, dtype, length) in self.places.items()
-        }
-
-    def addresses(self, memory: Tensor) -> dict[str, int]:
-        """What it takes as well once it has compiled: views take the host longer than a launch."""
-        start = memory.data_ptr()
-        return {name: start + begin for name, (begin, _, _) in self.places.items()}
-
-
 class Step(NamedTuple):
     """A launch: what :class:`launch.Launch` has; of its arguments those of its ``own``, and the
     names of all others, which launches share."""
@@ -139,7 +103,7 @@ class Steps(NamedTuple):
     for as long as a GPU takes for it. ``given``: arguments by name, for all of them; ``kinds``:
     kernels and variants as :func:`launch.launch` remembers what is compiled of them."""
 
-    pieces: Pieces
+    pieces: sizes.Pieces
     given: dict[str, Any]
     steps: tuple[Step, ...]
     kinds: tuple[Hashable, ...]
@@ -152,7 +116,7 @@ class Steps(NamedTuple):
         rows, scores = grid.rows, grid.tiles * opt.block_k
         segments = scores // opt.segment
         real, whole = torch.float32, torch.int32
-        pieces = Pieces.of(
+        pieces = sizes.Pieces.of(
             {
                 "scores": (real, rows * scores),
                 "maxima": (real, rows * segments),

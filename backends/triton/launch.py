@@ -87,7 +87,10 @@ class Launch(NamedTuple):
     @property
     def values(self) -> tuple[Any, ...]:
         """The arguments in the order that the kernel takes them in."""
-        return _in_order(self.kernel)(self.arguments)
+        order = _orders.get(id(self.kernel))
+        if order is None:
+            order = _orders[id(self.kernel)] = operator.itemgetter(*self.kernel.arg_names)
+        return order(self.arguments)
 
 
 def launch(asked: Launch) -> None:
@@ -115,10 +118,8 @@ def compile_only(asked: Launch) -> None:
 Run = Callable[[Launch], None]
 
 
-@functools.cache
-def _in_order(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """Puts the arguments of ``kernel`` in order."""
-    return operator.itemgetter(*kernel.arg_names)
+_orders: dict[int, Callable[[dict[str, Any]], tuple[Any, ...]]] = {}
+"""By kernel, what puts its arguments in order. Kernels stay; their own hash takes a lock."""
 
 
 def _without_data(value: Any) -> Any:
@@ -136,8 +137,10 @@ class Plan(NamedTuple):
     """What follows from a problem and a configuration. ``whole``: of each launch of ``whole_rows``
     the options for the width of its tile, the first of its row blocks of a head, how many these
     are, and how many of them a program takes. ``solving``: programs of ``solve``. ``fixed``: by
-    kernel, the arguments that no call changes. ``grows``: kernels are those of all lengths of a
-    cache. ``kept``: what ``decoding.py`` makes of it, once."""
+    kernel, the arguments that no call changes. ``residents``: by kernel, programs that run at a
+    time. ``handed_on`` and ``handed_back``: memory for what
+    kernels of a forward and of a backward give each other. ``grows``: kernels are those of all
+    lengths of a cache. ``kept``: what ``decoding.py`` makes of it, once."""
 
     features: tuple[str, ...]
     grid: sizes.Grid
@@ -148,6 +151,9 @@ class Plan(NamedTuple):
     solving: int
     fixed: dict[str, dict[str, Any]]
     options: dict[str, dict[str, int]]
+    residents: dict[str, int]
+    handed_on: sizes.Pieces
+    handed_back: sizes.Pieces
     compiled: dict[Any, Compiled]
     grows: bool
     kept: dict[bool, Any]
@@ -209,6 +215,8 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     shape = sizes.Shape.of(problem)
     compiled: dict[Any, Compiled] = {}
     solving, fixed = 0, {}
+    residents: dict[str, int] = {}
+    handed_on = handed_back = sizes.Pieces.of({})
     # What a call may ask beyond brings numbers of its own, and HIP compiles for sizes of memory.
     grows = sizes.is_decoding(problem) and not problem.features and torch.version.hip is None
     if sizes.is_decoding(problem):
@@ -218,9 +226,13 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         shape = shape._replace(length_k=None)  # lengths are arguments of their own there
     else:
         opt = sizes.Options.of(problem, config)
-        solving = sizes.residents(config, "solve") * multiprocessors(problem.device)
-        solving = min(solving, grid.heads * grid.row_blocks)
+        at_once = multiprocessors(problem.device)
+        residents = {
+            name: sizes.residents(config, name) * at_once for name in ("solve", *sizes.SAFE_KERNELS)
+        }
+        solving = min(residents["solve"], grid.heads * grid.row_blocks)
         fixed = _fixed(problem, config, grid, opt)
+        handed_back = _handed_back(problem, grid, opt, fixed["grad_key_value"]["MOST"])
         options = {name: sizes.launch_options(config, name) for name in sizes.KERNELS}
         if opt.joined:  # whose lists are hardly longer than a warp
             options["transpose_lists"] = {"num_warps": 1}
@@ -232,6 +244,8 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
                 each = sizes.row_blocks_each(part, config, multiprocessors(problem.device))
                 whole.append((wide._replace(block_k=width), begin, row_blocks, each))
                 begin += row_blocks
+    if not sizes.is_decoding(problem):
+        handed_on = _handed_on(grid, opt, 0 if whole else solving, fixed["solve"])
     return Plan(
         features=problem.features,
         grid=grid,
@@ -242,6 +256,9 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
         solving=solving,
         fixed=fixed,
         options=options,
+        residents=residents,
+        handed_on=handed_on,
+        handed_back=handed_back,
         compiled=compiled,
         grows=grows,
         kept={},
@@ -313,6 +330,42 @@ def _fixed(
     }
 
 
+def _handed_on(
+    grid: sizes.Grid, opt: sizes.Options, programs: int, fixed: dict[str, Any]
+) -> sizes.Pieces:
+    """``Plan.handed_on``; ``fixed`` are arguments of ``solve``."""
+    few, chunk, span = fixed["FEW"], fixed["CHUNK"], fixed["SPAN"]
+    # A slice for each program, so that they take memory by the device, not by the length squared.
+    each = solve_kernels.PIECES.value * chunk if few else -(-grid.tiles // span) * span
+    return sizes.Pieces.of(
+        {
+            "maxima": (torch.float32, programs * each * opt.block_q),
+            "candidates": (torch.int32, 0 if few else programs * grid.tiles),
+            "unsafe": (torch.int8, grid.rows),
+        }
+    )
+
+
+def _handed_back(
+    problem: Problem, grid: sizes.Grid, opt: sizes.Options, pieces: int
+) -> sizes.Pieces:
+    """``Plan.handed_back``."""
+    key_tiles = grid.heads_kv * grid.tiles
+    capacity = grid.gqa_group * grid.row_blocks
+    sums = opt.block_k * (opt.padded + opt.padded_v)
+    return sizes.Pieces.of(
+        {
+            "delta": (torch.float32, grid.rows),
+            "row_block_lists": (torch.int32, key_tiles * capacity),
+            "row_block_counts": (torch.int32, key_tiles * 2),
+            "cuts": (torch.int32, key_tiles + 1),
+            "owners": (torch.int32, pieces + 1),
+            "partials": (torch.float32, pieces * sums),
+            "unsafe": (torch.int8, max(grid.rows, grid.heads_kv * problem.length_k)),
+        }
+    )
+
+
 def _few(problem: Problem, config: Config, size: int, other: int) -> int | None:
     """How many blocks of ``other`` a block of ``size`` rows or keys meets at most, as a power of
     two, where a window ends on both sides and leaves few; else None.
@@ -376,6 +429,17 @@ class Call:
         is_dense = inner == 1 or tensor.shape[3] == 1
         return tensor if is_dense and abs(row) <= LONGEST_STRIDE else tensor.contiguous()
 
+    def placing(self, of: Hashable) -> Callable[[sizes.Pieces, Tensor], dict[str, sizes.Place]]:
+        """How the kernels of a pass are given pieces of memory: by addresses, once :meth:`ends` has
+        been told of that pass, so that they are all compiled for these tensors."""
+        known = self.run is launch and of in self.compiled
+        return sizes.Pieces.addresses if known else sizes.Pieces.tensors
+
+    def ends(self, of: Hashable) -> None:
+        """A pass has launched all of its kernels; ``of`` says which, and all flags of theirs."""
+        if self.run is launch and not sizes.INTERPRETED:
+            self.compiled[of] = True
+
     def are_compiled(self, asked: Iterable[Hashable]) -> bool:
         """Whether :func:`launch` remembers all of these kernels and is what runs them: pointers may
         then be numbers."""
@@ -396,8 +460,7 @@ class Call:
     ) -> None:
         """Launch ``kernel`` in the way that keeps what is not finite apart, for those of ``items``
         that need it. Hardly ever one does: programs are as many as run at a time."""
-        programs = sizes.residents(self.config, kernel.__name__)
-        programs *= multiprocessors(self.problem.device)
+        programs = self.plan.residents[kernel.__name__]
         self(kernel, min(programs, items), {**flags, "SAFE": True}, **arguments)
 
     def longest(self) -> sizes.Shape:
@@ -408,33 +471,33 @@ class Call:
         norms = torch.linalg.vector_norm(self.inputs[1], dim=-1, dtype=torch.float32)
         return self.shape._replace(terms=terms._replace(longest=norms.amax(dim=-1)))
 
-    def some(self, parts: Mapping[str, Tensor], kernel: str) -> Tensor:
+    def some(self, parts: Mapping[str, sizes.Place], kernel: str) -> sizes.Place:
         """Where one of ``sizes.SAFE_KERNELS`` says that something is not finite."""
-        each = sizes.ALIGNMENT // parts["some"].itemsize
-        return parts["some"][sizes.SAFE_KERNELS.index(kernel) * each :]
+        some, begin = parts["some"], sizes.SAFE_KERNELS.index(kernel) * sizes.ALIGNMENT
+        return some + begin if isinstance(some, int) else some[begin // some.itemsize :]
 
-    def means(self, out_u: Tensor) -> sizes.Heads:
+    def means(self, out_u: sizes.Place) -> sizes.Heads:
         """The saved means as a tensor with heads; nothing is behind them without a gradient."""
         row = self.problem.head_dim_v
         head = row * self.problem.length_q
         return sizes.Heads(out_u, head * self.problem.heads_q, head, row)
 
-    def threshold(self, t: Tensor, tau: Tensor) -> Tensor:
+    def threshold(self, t: sizes.Place, tau: Tensor) -> sizes.Place:
         """What ``distance`` in ``kernels/score.py`` subtracts."""
         return t if self.plan.opt.relative else tau
 
 
 class ForwardState(NamedTuple):
     """What the kernels of a forward write: outputs, thresholds and the parts of ``sizes.Saved``, of
-    which ``out_u`` are the means; marks of rows that are not finite, and whether there are
-    ``some``; and what is counted, None where nothing is."""
+    which ``out_u`` are the means; ``Plan.handed_on``, of which ``unsafe`` marks rows that are not
+    finite, and whether there are ``some``; and what is counted, None where nothing is."""
 
     out: sizes.Heads
     out_u: sizes.Heads
     tau: Tensor
-    saved: dict[str, Tensor]
-    unsafe: Tensor
-    some: Tensor
+    saved: dict[str, sizes.Place]
+    handed_on: dict[str, sizes.Place]
+    some: sizes.Place
     counted: Mapping[str, Tensor | None]
 
 
@@ -446,19 +509,22 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
     layout = plan.layout
     length = saved_bytes if saved_bytes > 0 else layout.total
     out = call.empty(*shape, problem.head_dim_v, dtype=call.dtype)
-    saved = call.empty(length, dtype=torch.uint8)
-    parts = layout.split(saved)
+    saved = layout.check(call.empty(length, dtype=torch.uint8))
+    flags = {"COUNT": counted is not None}
+    kind = "forward", counted is not None
+    placed = call.placing(kind)
+    handed_on = call.empty(plan.handed_on.total, dtype=torch.uint8)
+    parts = placed(layout.pieces, saved)
     state = ForwardState(
         out=sizes.Heads.of(out),
         out_u=call.means(parts["out_u"]),
         tau=call.empty(*shape, dtype=torch.float32),
         saved=parts,
-        unsafe=call.empty(grid.rows, dtype=torch.int8),
+        handed_on=placed(plan.handed_on, handed_on),
         some=call.some(parts, "output"),
         counted=counted or dict.fromkeys(("iterations", "support", "marks")),
     )
     saved[layout.cleared : layout.total].zero_()
-    flags = {"COUNT": counted is not None}
     row_blocks = grid.heads * grid.row_blocks
     with on_device(problem.device):
         if plan.whole:
@@ -479,6 +545,7 @@ def forward(call: Call, counted: dict[str, Tensor] | None = None, saved_bytes: i
         if call.config["whole"] != "outputs":
             call(output_kernels.output, row_blocks, {**flags, "SAFE": False}, **output)
         call.again(output_kernels.output, row_blocks, flags, **output)
+    call.ends(kind)
     if not problem.needs_grad:
         saved = saved.new_empty(0)
     return Forward(out.to(problem.dtype), state.tau, saved)
@@ -511,7 +578,7 @@ def _of_means(call: Call, state: ForwardState) -> dict[str, Any]:
         "out": state.out,
         "out_u": state.out_u,
         "spread": state.saved["spread"],
-        "unsafe": state.unsafe,
+        "unsafe": state.handed_on["unsafe"],
         "some": state.some,
         "support": state.counted["support"],
         "marks": state.counted["marks"],
@@ -520,15 +587,10 @@ def _of_means(call: Call, state: ForwardState) -> dict[str, Any]:
 
 
 def _of_solve(call: Call, state: ForwardState) -> dict[str, Any]:
-    plan = call.plan
-    block_q, programs, fixed = plan.opt.block_q, plan.solving, plan.fixed["solve"]
-    few, chunk, span = fixed["FEW"], fixed["CHUNK"], fixed["SPAN"]
-    # A slice for each program, so that they take memory by the device, not by the length squared.
-    each = solve_kernels.PIECES.value * chunk if few else -(-call.grid.tiles // span) * span
     return {
         **_of_thresholds(call, state),
-        "maxima": call.empty(programs * each * block_q, dtype=torch.float32),
-        "candidates": call.empty(0 if few else programs * call.grid.tiles, dtype=torch.int32),
+        "maxima": state.handed_on["maxima"],
+        "candidates": state.handed_on["candidates"],
         "taken": state.saved["taken"],
         "shape": call.longest(),
     }
@@ -556,20 +618,20 @@ class BackwardState(NamedTuple):
     """What the kernels of a backward share beside the inputs: what they read of a forward and of
     the gradient of its output, and what they hand on to each other or write."""
 
-    saved: dict[str, Tensor]
-    t_in: Tensor
+    saved: dict[str, sizes.Place]
+    t_in: sizes.Place
     grad_out: sizes.Heads
     grad_q: sizes.Heads
     grad_k: sizes.Heads
     grad_v: sizes.Heads
-    delta: Tensor
-    unsafe: Tensor
-    row_block_lists: Tensor
-    row_block_counts: Tensor
     pieces: int
-    cuts: Tensor
-    owners: Tensor
-    partials: Tensor
+    delta: sizes.Place
+    row_block_lists: sizes.Place
+    row_block_counts: sizes.Place
+    cuts: sizes.Place
+    owners: sizes.Place
+    partials: sizes.Place
+    unsafe: sizes.Place
 
 
 def backward(call: Call, kept: Kept, grad_out: Tensor, wanted: Collection[str] = ()) -> Gradients:
@@ -582,7 +644,10 @@ def backward(call: Call, kept: Kept, grad_out: Tensor, wanted: Collection[str] =
         for name in sizes.ROW_GRADIENTS
         if name in wanted
     }
-    state = _backward_state(call, kept, call.prepared(grad_out), grads)
+    kind = "backward", tuple(sorted(wanted))
+    handed_back = call.empty(plan.handed_back.total, dtype=torch.uint8)
+    placed = call.placing(kind)
+    state = _backward_state(call, kept, call.prepared(grad_out), grads, handed_back, placed)
     row_blocks, key_tiles = grid.heads * grid.row_blocks, grid.heads_kv * grid.tiles
     flags = {"WANTED": sizes.Wanted.of(wanted)}
     of_mask = None
@@ -603,21 +668,25 @@ def backward(call: Call, kept: Kept, grad_out: Tensor, wanted: Collection[str] =
         if "attn_mask" in wanted:
             of_mask, programs, mask = _of_grad_mask(call, state)
             call(backward_kernels.grad_mask, programs, {}, **mask)
-    of_query, of_key, of_value = (grad.to(problem.dtype) for grad in grads)
+    call.ends(kind)
+    if call.dtype != problem.dtype:
+        grads = [grad.to(problem.dtype) for grad in grads]
+    of_query, of_key, of_value = grads
     return Gradients(of_query, of_key, of_value, of_mask, **of_rows)
 
 
 def _backward_state(
-    call: Call, kept: Kept, grad_out: Tensor, grads: Sequence[Tensor]
+    call: Call,
+    kept: Kept,
+    grad_out: Tensor,
+    grads: Sequence[Tensor],
+    handed_back: Tensor,
+    placed: Callable[[sizes.Pieces, Tensor], dict[str, sizes.Place]],
 ) -> BackwardState:
-    """With memory for what the kernels hand on to each other."""
-    problem, plan, grid = call.problem, call.plan, call.grid
-    saved = plan.layout.split(kept.saved)
+    """``handed_back``: memory for what the kernels hand on to each other."""
+    plan = call.plan
+    saved = placed(plan.layout.pieces, plan.layout.check(kept.saved))
     grad_q, grad_k, grad_v = map(sizes.Heads.of, grads)
-    key_tiles = grid.heads_kv * grid.tiles
-    capacity = grid.gqa_group * grid.row_blocks
-    pieces = plan.fixed["grad_key_value"]["MOST"]
-    sums = plan.opt.block_k * (plan.opt.padded + plan.opt.padded_v)
     return BackwardState(
         saved=saved,
         t_in=call.threshold(saved["t"], kept.tau),
@@ -625,14 +694,8 @@ def _backward_state(
         grad_q=grad_q,
         grad_k=grad_k,
         grad_v=grad_v,
-        delta=call.empty(grid.rows, dtype=torch.float32),
-        unsafe=call.empty(max(grid.rows, grid.heads_kv * problem.length_k), dtype=torch.int8),
-        row_block_lists=call.empty(key_tiles * capacity, dtype=torch.int32),
-        row_block_counts=call.empty(key_tiles * 2, dtype=torch.int32),
-        pieces=pieces,
-        cuts=call.empty(key_tiles + 1, dtype=torch.int32),
-        owners=call.empty(pieces + 1, dtype=torch.int32),
-        partials=call.empty(pieces * sums, dtype=torch.float32),
+        pieces=plan.fixed["grad_key_value"]["MOST"],
+        **placed(plan.handed_back, handed_back),
     )
 
 

@@ -651,6 +651,46 @@ class Grid:
         )
 
 
+Place = Tensor | int
+"""What a kernel is given of a piece of memory: a view of it, or its address."""
+
+
+class Piece(NamedTuple):
+    """A part of a call's memory: the byte at which it begins, its dtype and number of elements."""
+
+    begin: int
+    dtype: torch.dtype
+    length: int
+
+
+class Pieces(NamedTuple):
+    """How a call's memory, one allocation of ``total`` bytes, is shared out, by name; aligned as
+    kernels are compiled for."""
+
+    places: dict[str, Piece]
+    total: int
+
+    @classmethod
+    def of(cls, lengths: dict[str, tuple[torch.dtype, int]]) -> Pieces:
+        places, total = {}, 0
+        for name, (dtype, length) in lengths.items():
+            places[name] = Piece(total, dtype, length)
+            total += -(-length * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        return cls(places, total)
+
+    def tensors(self, memory: Tensor) -> dict[str, Tensor]:
+        """What Triton learns dtypes from."""
+        return {
+            name: memory[begin : begin + length * dtype.itemsize].view(dtype)
+            for name, (begin, dtype, length) in self.places.items()
+        }
+
+    def addresses(self, memory: Tensor) -> dict[str, int]:
+        """What it takes as well once it has compiled: views take the host longer than a launch."""
+        start = memory.data_ptr()
+        return {name: start + begin for name, (begin, _, _) in self.places.items()}
+
+
 class Saved:
     """What the forward leaves for the backward, as parts of one buffer.
 
@@ -690,23 +730,19 @@ class Saved:
             "some": (torch.int32, len(SAFE_KERNELS) * (ALIGNMENT // 4)),
             "live": (torch.int8, pairs),
         }
-        self._dtypes = {part: dtype for part, (dtype, _) in lengths.items()}
-        self._bytes = [
-            -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT for dtype, count in lengths.values()
-        ]
-        self.total = sum(self._bytes)
-        self.cleared = sum(self._bytes[: list(lengths).index("poison")])
+        self.pieces = Pieces.of(lengths)
+        self.total = self.pieces.total
+        self.cleared = self.pieces.places["poison"].begin
 
-    def split(self, saved: Tensor) -> dict[str, Tensor]:
-        """The parts of ``saved``, each a little longer where that aligns the next.
+    def check(self, saved: Tensor) -> Tensor:
+        """``saved``.
 
         Raises:
-            ValueError: ``saved`` is too short. It may be longer.
+            ValueError: it is too short. It may be longer.
         """
         if saved.numel() < self.total:
             raise ValueError(f"saved must have {self.total} bytes here, got {saved.numel()}")
-        pieces = zip(self._dtypes.items(), saved[: self.total].split(self._bytes), strict=True)
-        return {part: piece.view(dtype) for (part, dtype), piece in pieces}
+        return saved
 
 
 class Limits(NamedTuple):
