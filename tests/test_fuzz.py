@@ -192,7 +192,7 @@ def test_lists_hold_the_tiles_with_support_alone(
     problem = attention_problem(tensors, **case.options, enable_gqa=False, needs_grad=True)
     config = triton.configs(problem)[0]
     saved = triton.forward(problem, tensors, config).saved
-    counts = Saved(problem, config).split(saved)["counts"]
+    counts = Saved(problem, config).pieces.tensors(saved)["counts"]
     listed = counts[: 2 * case.heads_q].view(-1, 2)[:, 1].cpu()
 
     p = reference.attention(*inputs[:3], **case.options).probabilities
