@@ -79,7 +79,7 @@ tests() {
   # with all of their kind from files that are no table. Whole rows are those of 16 bits: other dtypes
   # meet the same kernels whatever is preferred of them.
   local i scan whole few=$(((parts + 3) / 4))
-  for ((i = 0; i < parts; i++)); do
+  for ((i = parts - 1; i >= 0; i--)); do
     part "triton$i" --only-backend triton --part "$i/$parts" "${tables[@]}"
   done
   for ((i = 0; i < 8; i++)); do part "gpu$i" -m gpu --part "$i/8" tests; done

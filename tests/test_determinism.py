@@ -130,7 +130,12 @@ def test_rows_for_any_number_of_threads(alpha: float, dtype: torch.dtype) -> Non
         assert_same_bits(result, results[0])
 
 
-# Instruction sets are chosen once a process: each one runs the tests of agreement in its own.
+# Instruction sets are chosen once a process: each one runs the CPU's tests of agreement in its own.
+
+PYTEST = (
+    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line"),
+    *("--only-backend", "cpu"),
+)
 
 TABLE = " or ".join(
     (
@@ -158,7 +163,7 @@ OPTIONS = "test_attention_and_gradients and float64-mixed-cpu"
 def test_every_instruction_set_agrees_with_the_reference(isa: str) -> None:
     tests = Path(__file__).parent
     command = [
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line"),
+        *PYTEST,
         *("-k", f"test_agrees_with_the_reference and ({TABLE}) or {OPTIONS}"),
         str(tests / "test_attention.py"),
         str(tests / "test_language.py"),
@@ -178,7 +183,7 @@ def test_every_instruction_set_agrees_with_the_reference(isa: str) -> None:
 def test_every_instruction_set_maps_rows(isa: str) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line"),
+            *PYTEST,
             *("-k", "test_agrees_with_the_reference or test_special_entries"),
             str(Path(__file__).parent / "test_entmax.py"),
         ],

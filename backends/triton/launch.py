@@ -138,9 +138,9 @@ class Plan(NamedTuple):
     the options for the width of its tile, the first of its row blocks of a head, how many these
     are, and how many of them a program takes. ``solving``: programs of ``solve``. ``fixed``: by
     kernel, the arguments that no call changes. ``residents``: by kernel, programs that run at a
-    time. ``handed_on`` and ``handed_back``: memory for what
-    kernels of a forward and of a backward give each other. ``grows``: kernels are those of all
-    lengths of a cache. ``kept``: what ``decoding.py`` makes of it, once."""
+    time. ``handed_on`` and ``handed_back``: memory for what kernels of a forward and of a backward
+    give each other. ``grows``: kernels are those of all lengths of a cache. ``kept``: what
+    ``decoding.py`` makes of it, once."""
 
     features: tuple[str, ...]
     grid: sizes.Grid
