@@ -284,7 +284,8 @@ def _run(
 ) -> tuple[Tensor, Tensor, _core.Kept | None]:
     """``counted``: addresses of what :func:`stats` tells."""
     rows = (problem.batch, problem.heads_q, problem.length_q)
-    inputs = _readable(inputs)  # alive until the core is done
+    if problem.strided or problem.operands:
+        inputs = _readable(inputs)  # alive until the core is done
     out = inputs.query.new_empty((*rows, problem.head_dim_v))
     tau = inputs.query.new_empty(rows, dtype=problem.compute_dtype)
     more = counted | _options(problem, inputs)
