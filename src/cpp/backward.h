@@ -308,12 +308,18 @@ struct BackwardRows {
     if constexpr (!IsPlain)
       if (needs_dots()) __builtin_memcpy(row_dots, x, size_t(n) * sizeof(T));
     const KeyRange scaled = scores.is_scaled ? scores.visible(row) : KeyRange{0, 0};
-    for (int64_t j = 0; j < n; j += kLanes<T>) {
+    const auto values_at = [&](int64_t j) {
       const int64_t key = begin + j;
       const Vec<T> dots = load(x + j);
-      const Vec<T> values = scaled.contains({key, key + kLanes<T>}) ? scores.values(dots)
-                                                                    : scores.values(dots, row, key);
-      const Vec<T> p = probability<K>(values, task.thresholds[i], power);
+      return scaled.contains({key, key + kLanes<T>}) ? scores.values(dots)
+                                                     : scores.values(dots, row, key);
+    };
+    if constexpr (IsPlain && K != AlphaKind::kGeneral) {
+      differentiate_values<K>(values_at, x, dp, n, task.thresholds[i], scores.slope(), power);
+      return hide_poison(i, x, dp, begin, n);
+    }
+    for (int64_t j = 0; j < n; j += kLanes<T>) {
+      const Vec<T> p = probability<K>(values_at(j), task.thresholds[i], power);
       store(x + j, p);
       store(row_probabilities + j, p);
     }
@@ -331,11 +337,15 @@ struct BackwardRows {
     if (!IsPlain && dropout.is_on())
       for (int64_t j = 0; j < n; j += kLanes<T>)
         store(dp + j, dropout.weights(load(dp + j), row, key_at(j)));
+    hide_poison(i, x, dp, begin, n);
+  }
+
+  // The NaN of a poisoned row must not reach keys that it does not see.
+  ADASPLASH2_INLINE void hide_poison(int64_t i, T* x, T* dp, int64_t begin, int64_t n) const {
     const T tau = task.thresholds[i].tau;
     if (tau == tau) return;
-    // A poisoned row: its NaN must not reach keys that it does not see.
     for (int64_t j = 0; j < n; j += kLanes<T>) {
-      const Ints<T> allowed = scores.allowed(row, begin + j);
+      const Ints<T> allowed = scores.allowed(task.row_begin + i, begin + j);
       store(x + j, allowed ? load(x + j) : Vec<T>{});
       store(dp + j, allowed ? load(dp + j) : Vec<T>{});
     }
@@ -355,7 +365,7 @@ struct BackwardRows {
       // Where rows see more and more keys, the first see none of the last.
       int64_t begin = 0, end = round_up(rows.count, kWeightedRows);
       const auto is_zero = [&](int64_t r) {
-        return all_zero(of_panel + r * score_stride, score_stride);
+        return all_zero<kWeightedRows>(of_panel + r * score_stride, score_stride);
       };
       while (begin < end && is_zero(begin)) begin += kWeightedRows;
       while (begin < end && is_zero(end - kWeightedRows)) end -= kWeightedRows;

@@ -121,17 +121,17 @@ ADASPLASH2_INLINE int64_t score_stride_of(const AttentionProblem& p) {
 
 // How many rows, whole tiles of them, have their dense work done together, where that holds
 // `arrays` numbers for each of their keys: more rows read keys and values, and add to their
-// gradients, less often, as long as what is held stays in the cache: kNear bytes, which most second
-// caches hold beside what comes by. kWorthIt rows are worth leaving that for the next one, up to
-// kFar bytes: of 8,192 keys (head_dim 128) a step with 16 rows took 1,818 ms, with eight 2,187.
-// Results do not depend on it.
+// gradients, less often, as long as what is held stays in the second cache: half of it, beside what
+// comes by. kWorthIt rows are worth leaving that for the next one, up to kFar bytes: of 8,192 keys
+// (head_dim 128) a step with 16 rows took 1,818 ms, with eight 2,187. Results do not depend on it.
 template <class T>
 ADASPLASH2_INLINE int64_t rows_together(const AttentionProblem& p, int64_t arrays) {
-  constexpr int64_t kNear = int64_t(1) << 19, kFar = int64_t(1) << 21, kWorthIt = 16;
+  constexpr int64_t kFar = int64_t(1) << 21, kWorthIt = 16;
+  const int64_t near = second_cache() / 2;
   const int64_t a_tile = kTileRows * arrays * score_stride_of<T>(p) * int64_t(sizeof(T));
   const int64_t most = kBlockRows / kTileRows, worth_it = kWorthIt / kTileRows;
   int64_t tiles = kFar / a_tile < worth_it ? kFar / a_tile : worth_it;
-  if (kNear / a_tile > tiles) tiles = kNear / a_tile;
+  if (near / a_tile > tiles) tiles = near / a_tile;
   return (tiles < 1 ? 1 : tiles < most ? tiles : most) * kTileRows;
 }
 

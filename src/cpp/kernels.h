@@ -6,6 +6,9 @@
 
 namespace adasplash2 {
 
+// Bytes of a core's second cache, by which kernels choose how much to hold at a time.
+int64_t second_cache();
+
 // What the forward knows of each query row (arrays over all rows, in T = float or double).
 // support < 0 marks a flat or poisoned row: -1 - support keys, no list.
 template <class T>

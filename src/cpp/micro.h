@@ -15,10 +15,27 @@ constexpr int kTileVectors = 3;
 template <class T>
 constexpr int kPanelKeys = kTileVectors * kLanes<T>;
 
+// Rows of weights that are added at a time in kWeightedVectors columns, and in half of them or
+// fewer: sums wait for themselves, so that there have to be enough.
 constexpr int kWeightedRows = 4;
 constexpr int kWeightedVectors = kVectorRegisters == 32 ? 4 : 2;
+constexpr int kNarrowRows = kVectorRegisters == 32 ? 8 : 4;
 
-static_assert(kBlockRows % kTileRows == 0 && kTileRows % kWeightedRows == 0);
+static_assert(kBlockRows % kTileRows == 0 && kTileRows % kNarrowRows == 0);
+static_assert(kNarrowRows % kWeightedRows == 0);
+
+// Calls f with how many rows of weights are added at a time.
+template <int N>
+struct Rows {
+  static constexpr int value = N;
+};
+template <class T, class F>
+ADASPLASH2_INLINE void with_weighted_rows(int64_t width, F f) {
+  if (width > kWeightedVectors / 2 * kLanes<T>)
+    f(Rows<kWeightedRows>{});
+  else
+    f(Rows<kNarrowRows>{});
+}
 
 // Four rows of four numbers become four columns.
 template <class T>
@@ -177,52 +194,58 @@ ADASPLASH2_INLINE bool all_finite(HeadRef matrix, Part rows, int64_t width) {
   return finite;
 }
 
-// Whether the weights of kWeightedRows rows, `stride` apart, for the keys of a panel are all zero.
-template <class T>
+// Whether the weights of R rows, `stride` apart, for the keys of a panel are all zero.
+template <int R, class T>
 ADASPLASH2_INLINE bool all_zero(const T* weights, int64_t stride) {
   Ints<T> zero = Ints<T>{} == Ints<T>{};
-  for (int r = 0; r < kWeightedRows; ++r)
+  for (int r = 0; r < R; ++r)
     for (int v = 0; v < kTileVectors; ++v)
       zero &= load(weights + r * stride + v * kLanes<T>) == T(0);
   return !not_below(zero ? Vec<T>{} : broadcast(T(1)), Vec<T>{});
 }
 
 // out[r] = sum_j weights[r * stride + j] * matrix[keys.first + j] for `rows` rows, a multiple of
-// kWeightedRows. Behind the last key there are zeros to the end of a panel.
+// kTileRows. Behind the last key there are zeros to the end of a panel.
 template <class S, class T>
 __attribute__((noinline)) static void weighted_sums(const T* weights, int64_t stride, int64_t rows,
                                                     HeadRef matrix, Part keys, int64_t width,
                                                     T* out) {
-  const auto sum_up = [&](auto zeros) {
+  const auto sum_up = [&](auto zeros, auto together) {
+    constexpr int R = decltype(together)::value;
     for (int64_t k = 0; k < rows * width; ++k) out[k] = T(0);
     for (int64_t j = 0; j < keys.count; j += kPanelKeys<T>) {
       const int64_t count = j + kPanelKeys<T> < keys.count ? kPanelKeys<T> : keys.count - j;
-      for (int64_t r = 0; r < rows; r += kWeightedRows)
-        if (!all_zero(weights + r * stride + j, stride))
-          add_weighted_rows<decltype(zeros)::value, kWeightedRows, S>(
-              weights + r * stride + j, stride, 1, matrix, {keys.first + j, count}, width,
-              out + r * width, width);
+      for (int64_t r = 0; r < rows; r += R)
+        if (!all_zero<R>(weights + r * stride + j, stride))
+          add_weighted_rows<decltype(zeros)::value, R, S>(weights + r * stride + j, stride, 1,
+                                                          matrix, {keys.first + j, count}, width,
+                                                          out + r * width, width);
     }
   };
-  sum_up(Ask<Zeros::kMultiply>{});
-  if (!all_finite(out, rows * width)) sum_up(Ask<Zeros::kTakeNothing>{});
+  with_weighted_rows<T>(width, [&](auto together) {
+    sum_up(Ask<Zeros::kMultiply>{}, together);
+    if (!all_finite(out, rows * width)) sum_up(Ask<Zeros::kTakeNothing>{}, together);
+  });
 }
 
 // out[j] += sum_r weights[r * stride + j] * matrix[rows.first + r] for the keys j of a panel.
 template <Zeros Z, class S, class T>
 ADASPLASH2_INLINE void add_to_panel(const T* weights, int64_t stride, HeadRef matrix, Part rows,
                                     int64_t width, T* out) {
-  int64_t j = 0;
-  for (; j + kWeightedRows <= kPanelKeys<T>; j += kWeightedRows) {
-    // Few rows add to much memory: the next part of it comes while they add to this one.
-    const T* next = out + (j + kWeightedRows) * width;
-    for (int64_t k = 0; k < kWeightedRows * width; k += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch(next + k, 1);
-    add_weighted_rows<Z, kWeightedRows, S>(weights + j, 1, stride, matrix, rows, width,
-                                           out + j * width, width);
-  }
-  for (; j < kPanelKeys<T>; ++j)
-    add_weighted_rows<Z, 1, S>(weights + j, 1, stride, matrix, rows, width, out + j * width, width);
+  with_weighted_rows<T>(width, [&](auto together) {
+    constexpr int64_t R = decltype(together)::value, kWhole = kPanelKeys<T> / R * R;
+    for (int64_t j = 0; j < kWhole; j += R) {
+      // Few rows add to much memory: the next part of it comes while they add to this one.
+      const T* next = out + (j + R) * width;
+      for (int64_t k = 0; k < R * width; k += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(next + k, 1);
+      add_weighted_rows<Z, R, S>(weights + j, 1, stride, matrix, rows, width, out + j * width,
+                                 width);
+    }
+    if constexpr (kWhole < kPanelKeys<T>)
+      add_weighted_rows<Z, kPanelKeys<T> - kWhole, S>(weights + kWhole, 1, stride, matrix, rows,
+                                                      width, out + kWhole * width, width);
+  });
 }
 
 // out[0..width) (+)= sum_{j < n} entries[j].weight * matrix[entries[j].row]: a gather of few rows,

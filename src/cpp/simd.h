@@ -135,8 +135,8 @@ struct Sum {
   ADASPLASH2_INLINE T total() const { return sum<T>(value); }
 };
 
-// Sums of N terms at a time over n numbers: `at(i)` has those of a vector from number i on. Four
-// vectors are added before the sum takes them: it has to wait for itself.
+// Sums of N terms at a time over n numbers: `at(i)` has those of a vector from number i on. Eight
+// vectors, of the last ones four, are added before the sum takes them: it has to wait for itself.
 template <class T, int N>
 struct Terms {
   Vec<T> of[N];
@@ -150,10 +150,23 @@ ADASPLASH2_INLINE Totals<T, N> sums_of(int64_t n, At at) {
   constexpr int64_t L = kLanes<T>;
   Sum<T> sums[N];
   int64_t i = 0;
-  for (; i + 3 * L < n; i += 4 * L) {
+  const auto four = [&] {
     const Terms<T, N> a = at(i), b = at(i + L), c = at(i + 2 * L), d = at(i + 3 * L);
+    Terms<T, N> all;
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) sums[k].add_any((a.of[k] + b.of[k]) + (c.of[k] + d.of[k]));
+    for (int k = 0; k < N; ++k) all.of[k] = (a.of[k] + b.of[k]) + (c.of[k] + d.of[k]);
+    i += 4 * L;
+    return all;
+  };
+  while (i + 7 * L < n) {
+    const Terms<T, N> a = four(), b = four();
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) sums[k].add_any(a.of[k] + b.of[k]);
+  }
+  if (i + 3 * L < n) {
+    const Terms<T, N> a = four();
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) sums[k].add_any(a.of[k]);
   }
   for (; i < n; i += L) {
     const Terms<T, N> a = at(i);

@@ -39,13 +39,20 @@ ADASPLASH2_INLINE Vec<T> shifted(Vec<T> values, T max, const Power<T>& power) {
   return values - max;
 }
 
+// What values have above their threshold, 0 below it, for alpha 1.5 and 2. NaN stays NaN.
+template <class T>
+ADASPLASH2_INLINE Vec<T> above(Vec<T> values, const Threshold<T>& threshold) {
+  const Vec<T> x = ((values - threshold.max) - threshold.tau) - threshold.rest;
+  return x <= T(0) ? Vec<T>{} : x;
+}
+
 // p of a row's values. NaN stays NaN.
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE Vec<T> probability(Vec<T> values, const Threshold<T>& threshold,
                                      const Power<T>& power) {
   if constexpr (K == AlphaKind::kGeneral) return power_probability<T>(values, threshold, power);
-  const Vec<T> x = ((values - threshold.max) - threshold.tau) - threshold.rest;
-  return x <= T(0) ? Vec<T>{} : (K == AlphaKind::k15 ? x * x : x);
+  const Vec<T> x = above<T>(values, threshold);
+  return K == AlphaKind::k15 ? x * x : x;
 }
 
 ADASPLASH2_INLINE Vec<float> vsqrt(Vec<float> x) {
@@ -168,6 +175,32 @@ ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T slope,
     store(p + j, score_gradient<K>(kept, kept, load(dp + j) - delta, slope, power));
   }
   return delta;
+}
+
+// The same of a row's values, for the alphas of which what a value has above the threshold says
+// both p and u: `values_at(j)` has those of a vector. Leaves ds in x, and p where dp was.
+template <AlphaKind K, class T, class ValuesAt>
+ADASPLASH2_INLINE void differentiate_values(ValuesAt values_at, T* x, T* dp, int64_t width,
+                                            const Threshold<T>& threshold, T slope,
+                                            const Power<T>& power) {
+  static_assert(K != AlphaKind::kGeneral);
+  const auto probability_of = [](Vec<T> e) { return K == AlphaKind::k15 ? e * e : e; };
+  const auto sensitivity_of = [&](Vec<T> e) {
+    if constexpr (K == AlphaKind::k15) return e * e == T(0) ? Vec<T>{} : e;  // it may round to 0
+    return sensitivity<K>(e, power);
+  };
+  const auto sums = sums_of<T, 2>(width, [&](int64_t j) {
+    const Vec<T> e = above<T>(values_at(j), threshold);
+    store(x + j, e);
+    const Vec<T> u = sensitivity_of(e);
+    return Terms<T, 2>{u, u == T(0) ? u : u * load(dp + j)};
+  });
+  const T mass = sums.of[0], delta = mass == T(0) ? T(0) : sums.of[1] / mass;
+  for (int64_t j = 0; j < width; j += kLanes<T>) {
+    const Vec<T> e = load(x + j), p = probability_of(e), u = sensitivity_of(e);
+    store(x + j, score_gradient<K>(p, u, load(dp + j) - delta, slope, power));
+    store(dp + j, p);
+  }
 }
 
 template <class T>
