@@ -730,13 +730,22 @@ def test_addresses_of_pieces_are_those_of_tensors() -> None:
 
 @pytest.mark.parametrize("asked", ["plain", "window", "added"])
 def test_a_second_call_is_launched_with_addresses_of_the_same(
-    asked: str, monkeypatch: pytest.MonkeyPatch
+    asked: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Of all that kernels hand on to each other, with every configuration, and in the same memory;
-    until kernels for tensors that lie otherwise are compiled, which take tensors."""
+    until kernels for tensors that lie otherwise are compiled, which take tensors, as do those that
+    Triton has not compiled."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     made: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(launch, "launch", lambda x: made.append((x.kernel, x.grid, *x.values)))
+    compiled: object = True
+
+    def launched_so(asked: launch.Launch) -> None:
+        made.append((asked.kernel, asked.grid, *asked.values))
+        asked.compiled[id(asked.kernel), asked.variant] = compiled
+
+    monkeypatch.setattr(launch, "launch", launched_so)
+    launch.forget()
+    request.addfinalizer(launch.forget)
     memory: list[Tensor] = []
 
     def empty(call: launch.Call, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -757,8 +766,8 @@ def test_a_second_call_is_launched_with_addresses_of_the_same(
     wanted = ["attn_mask"] if asked == "added" else []
 
     def launched(config: Any, inputs: Inputs) -> tuple[list[Any], bool]:
-        """Kernels with their arguments, addresses for tensors; and whether there are tensors of
-        bytes among them, as views of pieces are not."""
+        """Kernels with their arguments, addresses for tensors; and whether there are pieces among
+        them, tensors in memory that was made as bytes."""
         nonlocal turn, again
         turn, again = itertools.count(), itertools.count()
         made.clear()
@@ -766,8 +775,8 @@ def test_a_second_call_is_launched_with_addresses_of_the_same(
         call = launch.Call(whole, inputs, config, launch.launch, found.tau, found.saved, found.out)
         launch.backward(call, found.kept, found.out, wanted)
         flat = [tuple(flattened(value) for value in one) for one in made]
-        views = any(is_view(value) for one in made for value in one)
-        return flat, views
+        bytes_ = {begin(one) for one in memory if one.dtype == torch.uint8}
+        return flat, any(is_in(bytes_, value) for one in made for value in one)
 
     turn, again = itertools.count(), itertools.count()
     for config in list(sizes.configs(whole, LIMITS[90]))[:6]:
@@ -776,6 +785,11 @@ def test_a_second_call_is_launched_with_addresses_of_the_same(
         assert first[0] == second[0]
         assert len(first[0]) >= 7
         assert (first[1], second[1]) == (True, False)
+        launch.forget()
+        compiled = None
+        assert launched(config, inputs) == launched(config, inputs) == first
+        compiled = True
+        assert launched(config, inputs)[1]
         shifted = torch.empty(whole.batch, whole.length_k, whole.heads_kv, 64, dtype=torch.bfloat16)
         assert launched(config, inputs._replace(key=shifted.transpose(1, 2)))[1]
 
@@ -788,11 +802,15 @@ def flattened(value: Any) -> Any:
     return value
 
 
-def is_view(value: Any) -> bool:
-    """Whether it is, or holds, a piece of another tensor's memory."""
+def begin(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def is_in(memory: set[int], value: Any) -> bool:
+    """Whether it is, or holds, a tensor in one of these pieces of memory."""
     if isinstance(value, tuple):
-        return any(map(is_view, value))
-    return isinstance(value, Tensor) and value.dim() == 1 and value._base is not None
+        return any(is_in(memory, one) for one in value)
+    return isinstance(value, Tensor) and begin(value) in memory
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

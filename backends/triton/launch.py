@@ -87,10 +87,11 @@ class Launch(NamedTuple):
     @property
     def values(self) -> tuple[Any, ...]:
         """The arguments in the order that the kernel takes them in."""
-        order = _orders.get(id(self.kernel))
-        if order is None:
-            order = _orders[id(self.kernel)] = operator.itemgetter(*self.kernel.arg_names)
-        return order(self.arguments)
+        known = _orders.get(id(self.kernel))
+        if known is None:
+            order = operator.itemgetter(*self.kernel.arg_names)
+            known = _orders[id(self.kernel)] = self.kernel, order
+        return known[1](self.arguments)
 
 
 def launch(asked: Launch) -> None:
@@ -118,8 +119,9 @@ def compile_only(asked: Launch) -> None:
 Run = Callable[[Launch], None]
 
 
-_orders: dict[int, Callable[[dict[str, Any]], tuple[Any, ...]]] = {}
-"""By kernel, what puts its arguments in order. Kernels stay; their own hash takes a lock."""
+_orders: dict[int, tuple[Any, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {}
+"""Kernels by their address, which is theirs as long as they are here, and what puts the arguments
+of each in order. By themselves they are not looked up: their hash takes a lock."""
 
 
 def _without_data(value: Any) -> Any:
@@ -436,8 +438,9 @@ class Call:
         return sizes.Pieces.addresses if known else sizes.Pieces.tensors
 
     def ends(self, of: Hashable) -> None:
-        """A pass has launched all of its kernels; ``of`` says which, and all flags of theirs."""
-        if self.run is launch and not sizes.INTERPRETED:
+        """A pass has launched all of its kernels; ``of`` says which, and all flags of theirs. One
+        that is not compiled, but interpreted or kept back by a hook of Triton's, takes tensors."""
+        if self.run is launch and None not in self.compiled.values():
             self.compiled[of] = True
 
     def are_compiled(self, asked: Iterable[Hashable]) -> bool:

@@ -84,12 +84,12 @@ const KernelTable& kernels(const std::string& isa) { return table_of(isa, "isa")
 int64_t second_cache() {
   static const int64_t bytes = [] {
     constexpr int64_t kUsual = int64_t(1) << 20;
-    int64_t said = 0;
+    int64_t said = kUsual;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     said = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-    // Where several cores share it, it is large, and one has no more than usual.
-    return said > 0 ? std::clamp(said, kUsual / 2, 2 * kUsual) : kUsual;
+    // What is larger is shared by several cores; smaller ones were not measured.
+    return std::clamp(said, kUsual, 2 * kUsual);
   }();
   return bytes;
 }

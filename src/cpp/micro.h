@@ -1,6 +1,6 @@
 // The two dense micro-kernels everything else is made of, and the packing they read.
 //   dot_tile:          kTileRows query rows x one panel of keys, the whole depth in registers
-//   add_weighted_rows: out[r] += sum_j weight[r][j] * matrix[j], for kWeightedRows rows at once
+//   add_weighted_rows: out[r] += sum_j weight[r][j] * matrix[j], for some rows at once
 // and the sums that are made of the latter.
 #pragma once
 
@@ -15,8 +15,9 @@ constexpr int kTileVectors = 3;
 template <class T>
 constexpr int kPanelKeys = kTileVectors * kLanes<T>;
 
-// Rows of weights that are added at a time in kWeightedVectors columns, and in half of them or
-// fewer: sums wait for themselves, so that there have to be enough.
+// kWeightedRows rows of weights are added at a time, in kWeightedVectors vectors of columns; where
+// there are at most half as many vectors, kNarrowRows: a sum waits for itself, so that there have
+// to be enough of them.
 constexpr int kWeightedRows = 4;
 constexpr int kWeightedVectors = kVectorRegisters == 32 ? 4 : 2;
 constexpr int kNarrowRows = kVectorRegisters == 32 ? 8 : 4;
@@ -31,10 +32,10 @@ struct Rows {
 };
 template <class T, class F>
 ADASPLASH2_INLINE void with_weighted_rows(int64_t width, F f) {
-  if (width > kWeightedVectors / 2 * kLanes<T>)
-    f(Rows<kWeightedRows>{});
-  else
+  if (kNarrowRows > kWeightedRows && width <= kWeightedVectors / 2 * kLanes<T>)
     f(Rows<kNarrowRows>{});
+  else
+    f(Rows<kWeightedRows>{});
 }
 
 // Four rows of four numbers become four columns.
@@ -161,7 +162,7 @@ template <Zeros Z, int R, class S, class T>
 ADASPLASH2_INLINE void add_weighted_rows(const T* weights, int64_t weight_stride,
                                          int64_t weight_step, HeadRef matrix, Part rows,
                                          int64_t width, T* out, int64_t out_stride) {
-  constexpr int V = kWeightedVectors, L = kLanes<T>;
+  constexpr int V = R > kWeightedRows ? kWeightedVectors / 2 : kWeightedVectors, L = kLanes<T>;
   int64_t at = 0;
   const auto add = [&](auto vectors, int lanes) {
     constexpr int N = decltype(vectors)::value;

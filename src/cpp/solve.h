@@ -177,8 +177,9 @@ ADASPLASH2_INLINE T score_gradients(T* p, const T* dp, int64_t width, T slope,
   return delta;
 }
 
-// The same of a row's values, for the alphas of which what a value has above the threshold says
-// both p and u: `values_at(j)` has those of a vector. Leaves ds in x, and p where dp was.
+// The ds of a row's values, into x, and p to where dp is, for the alphas of which what a value has
+// above the threshold says both p and u: `values_at(j)` has the values of a vector, and may read x
+// there.
 template <AlphaKind K, class T, class ValuesAt>
 ADASPLASH2_INLINE void differentiate_values(ValuesAt values_at, T* x, T* dp, int64_t width,
                                             const Threshold<T>& threshold, T slope,
