@@ -75,9 +75,9 @@ part() { # name, pytest arguments
 
 tests() {
   # Kernels are compiled as the tests ask for them: Triton's take most of the time. The longest go
-  # first. Tests that are of no backend are parts of their own, those that are marked `gpu` others,
-  # with all of their kind from files that are no table. Whole rows are those of 16 bits: other dtypes
-  # meet the same kernels whatever is preferred of them.
+  # first, of a table its last parts. Tests that are of no backend are parts of their own, those that
+  # are marked `gpu` others, with all of their kind from files that are no table. Whole rows are those
+  # of 16 bits: other dtypes meet the same kernels whatever is preferred of them.
   local i scan whole few=$(((parts + 3) / 4))
   for ((i = parts - 1; i >= 0; i--)); do
     part "triton$i" --only-backend triton --part "$i/$parts" "${tables[@]}"

@@ -284,9 +284,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, _core.Kept | None]:
     """``counted``: addresses of what :func:`stats` tells."""
     rows = (problem.batch, problem.heads_q, problem.length_q)
-    query, key, value = inputs.tensors()
-    if problem.operands or not query.stride(3) == key.stride(3) == value.stride(3) == 1:
-        inputs = _readable(inputs)  # alive until the core is done
+    inputs = _readable(inputs)  # alive until the core is done
     out = inputs.query.new_empty((*rows, problem.head_dim_v))
     tau = inputs.query.new_empty(rows, dtype=problem.compute_dtype)
     more = counted | _options(problem, inputs)
@@ -316,9 +314,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _readable(inputs: Inputs) -> Inputs:
     """Copies where the core could not read the strides: also what is saved for a backward may come
     back with others."""
+    query, key, value = inputs.tensors()
+    if query.stride(3) == key.stride(3) == value.stride(3) == 1 and not inputs.has_operands():
+        return inputs
     query, key, value = map(_unit_stride, inputs.tensors())
-    if not inputs.has_operands():
-        return Inputs(query, key, value)
     ranges, table = inputs.ranges, inputs.block_table
     if ranges is not None and ranges.stride(2) != 1:
         ranges = ranges.contiguous()

@@ -246,7 +246,6 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
                 each = sizes.row_blocks_each(part, config, multiprocessors(problem.device))
                 whole.append((wide._replace(block_k=width), begin, row_blocks, each))
                 begin += row_blocks
-    if not sizes.is_decoding(problem):
         handed_on = _handed_on(grid, opt, 0 if whole else solving, fixed["solve"])
     return Plan(
         features=problem.features,
