@@ -32,7 +32,7 @@ torch.manual_seed(0)
 """
 
 
-def bytes_told_by(program: str, *arguments: str) -> int:
+def told_by(program: str, *arguments: str) -> int:
     """What a process of its own prints that runs :data:`PRELUDE` and ``program``."""
     command = [sys.executable, "-c", PRELUDE + program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -68,7 +68,7 @@ def peak_above_inputs(
 ) -> int:
     """Bytes at the peak of a forward and backward above query, key, value and the output's
     gradient; output and gradients count."""
-    return bytes_told_by(PROGRAM, *map(str, (heads, length, sharpness, alpha, int(compiled))))
+    return told_by(PROGRAM, *map(str, (heads, length, sharpness, alpha, int(compiled))))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ print(resident("VmHWM") - before)
 ])  # fmt: skip
 def test_softmax_keeps_no_scores(asked: str, compiled: int) -> None:
     """Of 6,144 positions and two heads those in float32 are 288 MiB, and there are some of them."""
-    assert bytes_told_by(SOFTMAX, asked, str(compiled)) < 160 * MEBIBYTE
+    assert told_by(SOFTMAX, asked, str(compiled)) < 160 * MEBIBYTE
 
 
 DECODING = """
@@ -169,7 +169,29 @@ print(resident("VmHWM") - before)
 @pytest.mark.parametrize(("heads", "queries"), [("1", "1"), ("1", "16"), ("4", "16")])
 def test_few_queries_copy_no_cache(heads: str, queries: str, sharpness: str) -> None:
     """A million keys of it are 256 MiB; lists of all keys 8 MiB for each row."""
-    assert bytes_told_by(DECODING, sharpness, heads, queries) < 64 * MEBIBYTE
+    assert told_by(DECODING, sharpness, heads, queries) < 64 * MEBIBYTE
+
+
+FAULTS_PROGRAM = """
+import resource
+
+tensors = [torch.randn(1, 1, 16, 16, requires_grad=True) for _ in range(3)]
+
+def calls(number):
+    for _ in range(number):
+        out = adasplash2.entmax_attention(*tensors, backend="cpu")
+        torch.autograd.grad(out, tensors, out)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+torch.set_num_threads(1)
+before = calls(300)
+print(calls(500) - before)
+"""
+
+
+def test_short_calls_take_no_new_pages() -> None:
+    """What a call gives back to the system, the next one waits for."""
+    assert told_by(FAULTS_PROGRAM) < 500
 
 
 @pytest.mark.slow
@@ -190,4 +212,4 @@ print(resident("VmHWM") - before)
 
 def test_probabilities_take_little_beside_what_is_found() -> None:
     """17 million scores, of which 0.2 million are found, of 16 bytes."""
-    assert bytes_told_by(PROBABILITIES) <= 128 * MEBIBYTE
+    assert told_by(PROBABILITIES) <= 128 * MEBIBYTE

@@ -73,6 +73,14 @@ struct Allocator {
 // keeps the stride off powers of two, which would map all rows to the same cache sets.
 template <class T>
 constexpr int64_t kListStride = kListCapacity + kPanelKeys<T> + 2 * kLanes<T>;
+// Of a problem, where no list holds more than all keys and the sink. For short rows it matters:
+// with kListStride a thread took 1.1 MiB of each call, which malloc gave back to the system after
+// it, so that four to eight pages were new in the next: a microsecond each.
+template <class T>
+ADASPLASH2_INLINE int64_t list_stride_of(const AttentionProblem& p) {
+  const int64_t keys = round_up(p.length_k + 1, kPanelKeys<T>);
+  return kListStride<T> - (keys < kListCapacity ? kListCapacity - keys : 0);
+}
 
 // What lists and gathers call the sink, which is no key.
 constexpr int32_t kSinkKey = -1;
@@ -153,19 +161,20 @@ template <class T>
 struct ForwardWorkspace {
   T *query, *list_values, *scores, *candidates, *out, *kept_values;
   int32_t *list_keys, *kept_keys;
-  int64_t score_stride, together, bytes;
+  int64_t list_stride, score_stride, together, bytes;
 
   ADASPLASH2_INLINE ForwardWorkspace(const AttentionProblem& p, void* base) {
     Allocator memory{static_cast<char*>(base)};
+    list_stride = list_stride_of<T>(p);
     score_stride = score_stride_of<T>(p);
     query = memory.take<T>(kBlockRows * p.head_dim);
-    list_values = memory.take<T>(kBlockRows * kListStride<T>);
-    list_keys = memory.take<int32_t>(kBlockRows * kListStride<T>);
+    list_values = memory.take<T>(kBlockRows * list_stride);
+    list_keys = memory.take<int32_t>(kBlockRows * list_stride);
     together = rows_together<T>(p, 1);
     out = memory.take<T>(together * p.head_dim_v);
     // What dropout leaves of a list.
-    kept_values = memory.take<T>(p.score.has_dropout() ? kListStride<T> : 0);
-    kept_keys = memory.take<int32_t>(p.score.has_dropout() ? kListStride<T> : 0);
+    kept_values = memory.take<T>(p.score.has_dropout() ? list_stride : 0);
+    kept_keys = memory.take<int32_t>(p.score.has_dropout() ? list_stride : 0);
     // Flat rows only; not touched, so not resident, without them.
     scores = memory.take<T>(together * score_stride);
     candidates = memory.take<T>(score_stride);
@@ -236,7 +245,7 @@ struct ForwardBlock {
     return true;
   }
   ADASPLASH2_INLINE Candidates<T> candidates(int64_t i) const {
-    const int64_t at = i * kListStride<T>;
+    const int64_t at = i * ws.list_stride;
     return {ws.list_values + at, ws.list_keys + at, count[i]};
   }
   ADASPLASH2_INLINE bool any_allowed(Part rows, KeyRange keys) const {
@@ -565,7 +574,7 @@ static void forward(ForwardTask<ComputeOf<S>>& task) {
     block.run();
     task.list_values = block.ws.list_values;
     task.list_keys = block.ws.list_keys;
-    task.list_stride = kListStride<ComputeOf<S>>;
+    task.list_stride = block.ws.list_stride;
     task.work = block.work;
   });
 }
