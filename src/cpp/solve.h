@@ -240,45 +240,58 @@ ADASPLASH2_INLINE void histogram(const T* values, int64_t n, T max, const Power<
   counts[0] -= int((kLanes<T> - n % kLanes<T>) % kLanes<T>);  // the padding
 }
 
-// Sums over x = value - max - t > 0, and the scores nearest to t on both sides.
+// Counted lane by lane: a mask that becomes a number takes three instructions more. Exact as long as
+// T holds it, 2^24 of float.
+template <class T>
+struct Count {
+  Ints<T> less = {};
+  ADASPLASH2_INLINE void add(Ints<T> these) { less += these; }  // -1 where true
+  ADASPLASH2_INLINE T total() const { return -sum<T>(__builtin_convertvector(less, Vec<T>)); }
+};
+
+// Sums over x = value - max - t > 0, and the scores nearest to t on both sides, where asked.
 template <class T>
 struct Pass {
   Moments<T> moments;
-  T above, below;  // smallest x > 0, largest x <= 0
+  T above, below;  // smallest x > 0, largest x <= 0; else none that a step could be between
 };
 
-template <AlphaKind K, class T>
+template <AlphaKind K, bool kNearest, class T>
 ADASPLASH2_INLINE Pass<T> moments_at(const T* values, int64_t n, T max, T t) {
   constexpr bool kSquares = K == AlphaKind::k15;
-  int64_t count = 0;
+  Count<T> count;
   Vec<T> above = broadcast(T(2)), below = broadcast(-T(2));
   const auto sums = sums_of<T, kSquares ? 2 : 1>(n, [&](int64_t i) {
     const Vec<T> x = (load(values + i) - max) - t;
     const Ints<T> in = x > T(0);
     const Vec<T> kept = in ? x : Vec<T>{};
-    count += __builtin_popcount(not_below(x, Vec<T>{}));
-    above = vmin<T>(above, in ? x : above);
-    below = vmax<T>(below, in ? below : x);
+    count.add(in);
+    if (kNearest) {
+      above = vmin<T>(above, in ? x : above);
+      below = vmax<T>(below, in ? below : x);
+    }
     if constexpr (kSquares)
       return Terms<T, 2>{kept, kept * kept};
     else
       return Terms<T, 1>{kept};
   });
-  return {{T(count), sums.of[0], kSquares ? sums.of[kSquares] : T(0)},
-          smallest<T>(above),
-          largest<T>(below)};
+  return {{count.total(), sums.of[0], kSquares ? sums.of[kSquares] : T(0)},
+          kNearest ? smallest<T>(above) : T(0),
+          kNearest ? largest<T>(below) : T(0)};
 }
 
 // Threshold of a padded list that holds every score above bracket.lo.
 // Newton on the exact segment (alpha 1.5, 2), inside a bracket that each pass tightens; a step out
-// of it becomes a bisection.
+// of it becomes a bisection. Where the first step is not going to be the last, it is not asked
+// whether it may be.
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE Threshold<T> refine(const T* values, int64_t n, T max, Bracket<T> bracket,
-                                      int32_t* steps) {
+                                      bool may_be_one, int32_t* steps) {
   T t = bracket.start;
   int step = 0;
   while (step < kMaxSteps) {
-    const Pass<T> pass = moments_at<K>(values, n, max, t);
+    const Pass<T> pass = may_be_one || step > 0 ? moments_at<K, true>(values, n, max, t)
+                                                : moments_at<K, false>(values, n, max, t);
     ++step;
     const T f = excess<K>(pass.moments);
     (f >= T(0) ? bracket.lo : bracket.hi) = t;
@@ -442,7 +455,7 @@ ADASPLASH2_INLINE Threshold<T> threshold_of(const T* values, const Tightened<T>&
                ? refine_gentle(values, row.count, row.max, row.bracket.lo, power, steps)
                : refine_steep(values, row.count, row.max, row.lo, row.bracket.start, power, steps);
   else
-    return refine<K>(values, row.count, row.max, row.bracket, steps);
+    return refine<K>(values, row.count, row.max, row.bracket, true, steps);
 }
 
 // tau, the threshold of z, of a row's values.
@@ -520,34 +533,74 @@ ADASPLASH2_INLINE T guess_of(T n, T mean, T variance) {
   return mean + deviations * square_root(variance);
 }
 
-// The threshold of a row from all its values that may be in the support. Where they are many,
-// passes over them are done sooner than their bins are counted.
-constexpr int64_t kManyValues = 64;
-template <AlphaKind K, class T>
-ADASPLASH2_INLINE Threshold<T> threshold_of_values(T* values, int64_t n, T max,
-                                                   const Power<T>& power, int32_t* steps) {
-  if (K == AlphaKind::kGeneral || n <= kManyValues) {
-    const Tightened<T> row = tighten<K, T>({values, nullptr, n}, power);
-    return threshold_of<K>(values, row, power, steps);
-  }
-  pad(values, n);
-  const int64_t whole = n / kLanes<T> * kLanes<T>;  // what is left over tells nothing new
+// What one pass tells of n padded values. The moments are of whole vectors, since what is left over
+// tells nothing new, and of no use where a value is infinite.
+template <class T>
+struct Summary {
+  bool is_poisoned;  // a value is no number
+  T least, most, mean, variance;
+};
+template <class T>
+ADASPLASH2_INLINE Summary<T> summary_of(const T* values, int64_t n) {
+  const int64_t whole = n / kLanes<T> * kLanes<T>;
+  const T origin = values[0];  // near the others, so that squares lose nothing to it
+  Vec<T> least = broadcast(kInfinity<T>), most = broadcast(-kInfinity<T>);
+  unsigned unordered = 0;
   const auto sums = sums_of<T, 2>(whole, [&](int64_t i) {
-    const Vec<T> y = load(values + i) - max;
+    const Vec<T> v = load(values + i), y = v - origin;
+    least = vmin<T>(v, least);
+    most = vmax<T>(v, most);
+    unordered |= not_below(v, v);
     return Terms<T, 2>{y, y * y};
   });
-  const T mean = sums.of[0] / T(whole), variance = sums.of[1] / T(whole) - mean * mean;
-  const T guess = guess_of<K>(T(n), mean, variance > T(0) ? variance : T(0));
+  if (whole < n) {
+    const Vec<T> v = load(values + whole);
+    most = vmax<T>(v, most);
+    unordered |= not_below(v, v);
+  }
+  const T count = T(whole > 0 ? whole : 1), mean = sums.of[0] / count;
+  return {unordered != 0, smallest<T>(least), largest<T>(most), origin + mean,
+          sums.of[1] / count - mean * mean};
+}
+
+// The threshold of a row from its values, of which any may be too small for the support.
+// `candidates` has room for all, and is not used where nearly none is. Where they are many, passes
+// over them are done sooner than their bins are counted.
+constexpr int64_t kManyValues = 64;
+template <AlphaKind K, class T>
+ADASPLASH2_INLINE Threshold<T> threshold_of_values(const T* values, int64_t n, Summary<T> row,
+                                                   T* candidates, const Power<T>& power,
+                                                   int32_t* steps) {
+  const T reach = below_max<K>(row.most, -T(1), power);
+  if (K == AlphaKind::kGeneral || n <= kManyValues || !(row.least >= reach)) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const Vec<T> v = load(values + i);
+      const unsigned above = not_below(v, broadcast(reach));
+      if (above) count += compress<T>(v, above, candidates + count);
+    }
+    if (K == AlphaKind::kGeneral || count <= kManyValues) {
+      const Tightened<T> tightened = tighten<K, T>({candidates, nullptr, count}, power);
+      return threshold_of<K>(candidates, tightened, power, steps);
+    }
+    pad(candidates, count);
+    values = candidates;
+    n = count;
+    row = summary_of(values, n);
+  }
+  const T variance = row.variance > T(0) ? row.variance : T(0);
+  const T guess = guess_of<K>(T(n), row.mean - row.most, variance);
   const T margin = T(2) * kEpsilon<T>, lo = T(-1) - margin;
-  return refine<K>(values, n, max, {lo, margin, guess > T(-1) && guess < T(0) ? guess : T(-1)},
-                   steps);
+  return refine<K>(values, n, row.most, {lo, margin, guess > T(-1) && guess < T(0) ? guess : T(-1)},
+                   T(n) * variance < T(1), steps);
 }
 
 template <AlphaKind K, class T>
 __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T* candidates,
                                                          const Power<T>& power) {
   pad(values, n);
-  const T max = max_or_poison(values, n);
+  const Summary<T> row = summary_of(values, n);
+  const T max = row.is_poisoned ? kInfinity<T> : row.most;
   if (max == kInfinity<T>) {
     for (int64_t i = 0; i < n; i += kLanes<T>) store(values + i, broadcast(kNan<T>));
     return {RowState::kPoisoned, {kNan<T>, kNan<T>, kNan<T>}, kNan<T>, 0, 0};
@@ -556,21 +609,16 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
     for (int64_t i = 0; i < n; i += kLanes<T>) store(values + i, Vec<T>{});
     return {RowState::kEmpty, {max, kInfinity<T>, T(0)}, T(0), 0, 0};
   }
-  const T reach = below_max<K>(max, -T(1), power);
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const Vec<T> v = load(values + i);
-    const unsigned above = not_below(v, broadcast(reach));
-    if (above) count += compress<T>(v, above, candidates + count);
-  }
   DenseRow<T> result = {RowState::kSolved, {}, 0, 0, 0};
-  result.threshold = threshold_of_values<K>(candidates, count, max, power, &result.steps);
+  result.threshold = threshold_of_values<K>(values, n, row, candidates, power, &result.steps);
+  Count<T> support;
   const auto sums = sums_of<T, 1>(n, [&](int64_t i) {
     const Vec<T> p = probability<K>(load(values + i), result.threshold, power);
     store(values + i, p);
-    result.support += __builtin_popcount(not_below(p, Vec<T>{}));
+    support.add(p > T(0));
     return Terms<T, 1>{p};
   });
+  result.support = int64_t(support.total());
   result.norm = T(1) / sums.of[0];
   return result;
 }
