@@ -205,6 +205,14 @@ ADASPLASH2_INLINE bool all_zero(const T* weights, int64_t stride) {
   return !not_below(zero ? Vec<T>{} : broadcast(T(1)), Vec<T>{});
 }
 
+// Asks for rows of a matrix some time before they are read.
+template <class S>
+ADASPLASH2_INLINE void prefetch_rows(HeadRef matrix, Part rows, int64_t width) {
+  for (int64_t i = rows.first; i < rows.first + rows.count; ++i)
+    for (int64_t k = 0; k < width; k += 64 / int64_t(sizeof(S)))
+      __builtin_prefetch(row_of<const S>(matrix, i) + k);
+}
+
 // out[r] = sum_j weights[r * stride + j] * matrix[keys.first + j] for `rows` rows, a multiple of
 // kTileRows. Behind the last key there are zeros to the end of a panel.
 template <class S, class T>
@@ -214,13 +222,21 @@ __attribute__((noinline)) static void weighted_sums(const T* weights, int64_t st
   const auto sum_up = [&](auto zeros, auto together) {
     constexpr int R = decltype(together)::value;
     for (int64_t k = 0; k < rows * width; ++k) out[k] = T(0);
+    const int64_t share = parts(kPanelKeys<T>, rows / R);
     for (int64_t j = 0; j < keys.count; j += kPanelKeys<T>) {
-      const int64_t count = j + kPanelKeys<T> < keys.count ? kPanelKeys<T> : keys.count - j;
-      for (int64_t r = 0; r < rows; r += R)
-        if (!all_zero<R>(weights + r * stride + j, stride))
-          add_weighted_rows<decltype(zeros)::value, R, S>(weights + r * stride + j, stride, 1,
-                                                          matrix, {keys.first + j, count}, width,
+      const int64_t left = keys.count - j;
+      const Part panel = {keys.first + j, left < kPanelKeys<T> ? left : kPanelKeys<T>};
+      for (int64_t r = 0; r < rows; r += R) {
+        // While R rows take this panel, their share of the next one comes.
+        const int64_t ahead = kPanelKeys<T> + r / R * share;
+        if (ahead < left)
+          prefetch_rows<S>(
+              matrix, {panel.first + ahead, ahead + share < left ? share : left - ahead}, width);
+        const T* of_panel = weights + r * stride + j;
+        if (!all_zero<R>(of_panel, stride))
+          add_weighted_rows<decltype(zeros)::value, R, S>(of_panel, stride, 1, matrix, panel, width,
                                                           out + r * width, width);
+      }
     }
   };
   with_weighted_rows<T>(width, [&](auto together) {

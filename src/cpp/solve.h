@@ -240,8 +240,8 @@ ADASPLASH2_INLINE void histogram(const T* values, int64_t n, T max, const Power<
   counts[0] -= int((kLanes<T> - n % kLanes<T>) % kLanes<T>);  // the padding
 }
 
-// Counted lane by lane: a mask that becomes a number takes three instructions more. Exact as long as
-// T holds it, 2^24 of float.
+// Counted lane by lane: a mask that becomes a number takes three instructions more. Exact as long
+// as T holds it, 2^24 of float.
 template <class T>
 struct Count {
   Ints<T> less = {};
