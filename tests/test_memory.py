@@ -194,6 +194,21 @@ def test_short_calls_take_no_new_pages() -> None:
     assert told_by(FAULTS_PROGRAM) < 500
 
 
+SUPPORT_PROGRAM = """
+keys = int(sys.argv[1])
+query = torch.zeros(1, 1, 1, 1, requires_grad=True)
+key, value = torch.zeros(2, 1, 1, keys, 1)
+out, aux = adasplash2.entmax_attention(query, key, value, backend="cpu", return_aux=True)
+torch.autograd.grad(out, query, out)
+print(aux.support.item())
+"""
+
+
+def test_a_support_is_counted_beyond_what_float_holds() -> None:
+    keys = 2**24 + 3
+    assert told_by(SUPPORT_PROGRAM, str(keys)) == keys
+
+
 @pytest.mark.slow
 def test_a_long_sequence_fits() -> None:
     """32,768 positions, 8 heads, head_dim 64: 0.41 GiB. One head's scores are 4 GiB."""

@@ -79,7 +79,8 @@ constexpr int64_t kListStride = kListCapacity + kPanelKeys<T> + 2 * kLanes<T>;
 template <class T>
 ADASPLASH2_INLINE int64_t list_stride_of(const AttentionProblem& p) {
   const int64_t keys = round_up(p.length_k + 1, kPanelKeys<T>);
-  return kListStride<T> - (keys < kListCapacity ? kListCapacity - keys : 0);
+  const int64_t stride = kListStride<T> - (keys < kListCapacity ? kListCapacity - keys : 0);
+  return stride % 256 ? stride : stride + kLanes<T>;
 }
 
 // What lists and gathers call the sink, which is no key.

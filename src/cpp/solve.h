@@ -240,20 +240,25 @@ ADASPLASH2_INLINE void histogram(const T* values, int64_t n, T max, const Power<
   counts[0] -= int((kLanes<T> - n % kLanes<T>) % kLanes<T>);  // the padding
 }
 
-// Counted lane by lane: a mask that becomes a number takes three instructions more. Exact as long
-// as T holds it, 2^24 of float.
+// Counted lane by lane: a mask that becomes a number takes three instructions more.
 template <class T>
 struct Count {
   Ints<T> less = {};
   ADASPLASH2_INLINE void add(Ints<T> these) { less += these; }  // -1 where true
-  ADASPLASH2_INLINE T total() const { return -sum<T>(__builtin_convertvector(less, Vec<T>)); }
+  // Rounded where T does not hold it, above 2^24 of float.
+  ADASPLASH2_INLINE T rounded() const { return -sum<T>(__builtin_convertvector(less, Vec<T>)); }
+  ADASPLASH2_INLINE int64_t total() const {
+    int64_t n = 0;
+    for (int lane = 0; lane < kLanes<T>; ++lane) n -= less[lane];
+    return n;
+  }
 };
 
-// Sums over x = value - max - t > 0, and the scores nearest to t on both sides, where asked.
+// Sums over x = value - max - t > 0 and, where asked, the scores nearest to t on both sides.
 template <class T>
 struct Pass {
   Moments<T> moments;
-  T above, below;  // smallest x > 0, largest x <= 0; else none that a step could be between
+  T above, below;  // smallest x > 0, largest x <= 0; where not asked 0, which no step is between
 };
 
 template <AlphaKind K, bool kNearest, class T>
@@ -275,23 +280,23 @@ ADASPLASH2_INLINE Pass<T> moments_at(const T* values, int64_t n, T max, T t) {
     else
       return Terms<T, 1>{kept};
   });
-  return {{count.total(), sums.of[0], kSquares ? sums.of[kSquares] : T(0)},
+  return {{count.rounded(), sums.of[0], kSquares ? sums.of[kSquares] : T(0)},
           kNearest ? smallest<T>(above) : T(0),
           kNearest ? largest<T>(below) : T(0)};
 }
 
 // Threshold of a padded list that holds every score above bracket.lo.
 // Newton on the exact segment (alpha 1.5, 2), inside a bracket that each pass tightens; a step out
-// of it becomes a bisection. Where the first step is not going to be the last, it is not asked
-// whether it may be.
+// of it becomes a bisection. Whether the first step may be the last takes a third of its pass: it
+// is asked only where that is likely.
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE Threshold<T> refine(const T* values, int64_t n, T max, Bracket<T> bracket,
-                                      bool may_be_one, int32_t* steps) {
+                                      bool first_may_be_last, int32_t* steps) {
   T t = bracket.start;
   int step = 0;
   while (step < kMaxSteps) {
-    const Pass<T> pass = may_be_one || step > 0 ? moments_at<K, true>(values, n, max, t)
-                                                : moments_at<K, false>(values, n, max, t);
+    const Pass<T> pass = first_may_be_last || step > 0 ? moments_at<K, true>(values, n, max, t)
+                                                       : moments_at<K, false>(values, n, max, t);
     ++step;
     const T f = excess<K>(pass.moments);
     (f >= T(0) ? bracket.lo : bracket.hi) = t;
@@ -533,11 +538,11 @@ ADASPLASH2_INLINE T guess_of(T n, T mean, T variance) {
   return mean + deviations * square_root(variance);
 }
 
-// What one pass tells of n padded values. The moments are of whole vectors, since what is left over
-// tells nothing new, and of no use where a value is infinite.
+// What one pass tells of n padded values: the least, the mean and the variance of whole vectors,
+// since what is left over tells nothing new, and of no use where one is infinite; and the largest,
+// infinite where one is no number.
 template <class T>
 struct Summary {
-  bool is_poisoned;  // a value is no number
   T least, most, mean, variance;
 };
 template <class T>
@@ -559,20 +564,21 @@ ADASPLASH2_INLINE Summary<T> summary_of(const T* values, int64_t n) {
     unordered |= not_below(v, v);
   }
   const T count = T(whole > 0 ? whole : 1), mean = sums.of[0] / count;
-  return {unordered != 0, smallest<T>(least), largest<T>(most), origin + mean,
+  return {smallest<T>(least), unordered ? kInfinity<T> : largest<T>(most), origin + mean,
           sums.of[1] / count - mean * mean};
 }
 
-// The threshold of a row from its values, of which any may be too small for the support.
-// `candidates` has room for all, and is not used where nearly none is. Where they are many, passes
-// over them are done sooner than their bins are counted.
+// The threshold of a row from its values, of which any may be too small for the support. Where no
+// whole vector holds one that is, it is found from them as they are, else from a copy of the others
+// in `candidates`, which has room for all. Where they are many, passes over them are done sooner
+// than their bins are counted.
 constexpr int64_t kManyValues = 64;
 template <AlphaKind K, class T>
 ADASPLASH2_INLINE Threshold<T> threshold_of_values(const T* values, int64_t n, Summary<T> row,
                                                    T* candidates, const Power<T>& power,
                                                    int32_t* steps) {
   const T reach = below_max<K>(row.most, -T(1), power);
-  if (K == AlphaKind::kGeneral || n <= kManyValues || !(row.least >= reach)) {
+  if (K == AlphaKind::kGeneral || !(row.least >= reach)) {
     int64_t count = 0;
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       const Vec<T> v = load(values + i);
@@ -599,8 +605,10 @@ template <AlphaKind K, class T>
 __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T* candidates,
                                                          const Power<T>& power) {
   pad(values, n);
-  const Summary<T> row = summary_of(values, n);
-  const T max = row.is_poisoned ? kInfinity<T> : row.most;
+  const bool few = K == AlphaKind::kGeneral || n <= kManyValues;
+  const Summary<T> row =
+      few ? Summary<T>{-kInfinity<T>, max_or_poison(values, n), T(0), T(0)} : summary_of(values, n);
+  const T max = row.most;
   if (max == kInfinity<T>) {
     for (int64_t i = 0; i < n; i += kLanes<T>) store(values + i, broadcast(kNan<T>));
     return {RowState::kPoisoned, {kNan<T>, kNan<T>, kNan<T>}, kNan<T>, 0, 0};
@@ -618,7 +626,7 @@ __attribute__((noinline)) static DenseRow<T> solve_dense(T* values, int64_t n, T
     support.add(p > T(0));
     return Terms<T, 1>{p};
   });
-  result.support = int64_t(support.total());
+  result.support = support.total();
   result.norm = T(1) / sums.of[0];
   return result;
 }
