@@ -214,7 +214,7 @@ ADASPLASH2_INLINE void prefetch_rows(HeadRef matrix, Part rows, int64_t width) {
 }
 
 // out[r] = sum_j weights[r * stride + j] * matrix[keys.first + j] for `rows` rows, a multiple of
-// kTileRows and kBlockRows at most. Behind the last key there are zeros to the end of a panel.
+// kTileRows. Behind the last key there are zeros to the end of a panel.
 template <class S, class T>
 __attribute__((noinline)) static void weighted_sums(const T* weights, int64_t stride, int64_t rows,
                                                     HeadRef matrix, Part keys, int64_t width,
@@ -222,27 +222,21 @@ __attribute__((noinline)) static void weighted_sums(const T* weights, int64_t st
   const auto sum_up = [&](auto zeros, auto together) {
     constexpr int R = decltype(together)::value;
     for (int64_t k = 0; k < rows * width; ++k) out[k] = T(0);
-    bool reads_panel[kBlockRows / R];
-    for (int64_t r = 0; r < rows; r += R)
-      reads_panel[r / R] = !all_zero<R>(weights + r * stride, stride);
     const int64_t share = parts(kPanelKeys<T>, rows / R);
     for (int64_t j = 0; j < keys.count; j += kPanelKeys<T>) {
       const int64_t left = keys.count - j;
       const Part panel = {keys.first + j, left < kPanelKeys<T> ? left : kPanelKeys<T>};
       for (int64_t r = 0; r < rows; r += R) {
         const T* of_panel = weights + r * stride + j;
-        const bool reads = reads_panel[r / R];
-        // While R rows take this panel, their share of the next one comes, if they read it.
-        if (kPanelKeys<T> < left) {
-          reads_panel[r / R] = !all_zero<R>(of_panel + kPanelKeys<T>, stride);
-          const int64_t ahead = kPanelKeys<T> + r / R * share;
-          if (reads_panel[r / R] && ahead < left)
-            prefetch_rows<S>(
-                matrix, {panel.first + ahead, ahead + share < left ? share : left - ahead}, width);
-        }
-        if (reads)
-          add_weighted_rows<decltype(zeros)::value, R, S>(of_panel, stride, 1, matrix, panel, width,
-                                                          out + r * width, width);
+        if (all_zero<R>(of_panel, stride)) continue;
+        // While R rows take this panel, their share of the next one comes, which they are likely
+        // to take too: to look at its weights now would put others out of the first cache.
+        const int64_t ahead = kPanelKeys<T> + r / R * share;
+        if (ahead < left)
+          prefetch_rows<S>(
+              matrix, {panel.first + ahead, ahead + share < left ? share : left - ahead}, width);
+        add_weighted_rows<decltype(zeros)::value, R, S>(of_panel, stride, 1, matrix, panel, width,
+                                                        out + r * width, width);
       }
     }
   };
