@@ -146,7 +146,8 @@ struct DecodeWorkspace {
                                     void* base) {
     Allocator memory{static_cast<char*>(base)};
     depth = round_up(p.head_dim, kLanes<T>);
-    // Whatever a chunk may add, and a vector; the odd one as in kListStride.
+    // Whatever a chunk may add, and a vector; two more keep it off powers of two, see
+    // list_stride_of.
     list_stride = round_up(keys, kChunkKeys) + kChunkKeys + 3 * kLanes<T>;
     query = memory.take<T>((rows + 1) * depth);  // see multiply
     chunk = memory.take<ChunkRow<T>>(rows + 1);

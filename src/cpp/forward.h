@@ -69,13 +69,13 @@ struct Allocator {
   }
 };
 
-// Lists hold the capacity, the panel that overfills it and a vector of slack; the odd vector
-// keeps the stride off powers of two, which would map all rows to the same cache sets.
+// Lists hold the capacity, the panel that overfills it and two vectors of slack.
 template <class T>
 constexpr int64_t kListStride = kListCapacity + kPanelKeys<T> + 2 * kLanes<T>;
 // Of a problem, where no list holds more than all keys and the sink. For short rows it matters:
 // with kListStride a thread took 1.1 MiB of each call, which malloc gave back to the system after
-// it, so that four to eight pages were new in the next: a microsecond each.
+// it, so that four to eight pages were new in the next: a microsecond each. A stride that large
+// powers of two divide would map all rows to the same cache sets.
 template <class T>
 ADASPLASH2_INLINE int64_t list_stride_of(const AttentionProblem& p) {
   const int64_t keys = round_up(p.length_k + 1, kPanelKeys<T>);
