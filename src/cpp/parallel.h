@@ -17,6 +17,8 @@
 #include <mutex>
 #include <new>
 
+#include "guard.h"
+
 namespace adasplash2 {
 
 // body(index, thread); an exception thrown in it is rethrown here once all threads are back. With
@@ -79,6 +81,8 @@ class Buffer {
     const size_t bytes = (wanted + alignment - 1) / alignment * alignment;
     data_.reset(static_cast<T*>(std::aligned_alloc(alignment, bytes ? bytes : alignment)));
     if (!data_) throw std::bad_alloc();
+    char* const begin = reinterpret_cast<char*>(data_.get());
+    guard(begin, begin + wanted, begin + bytes);
     use_huge_pages(data_.get(), bytes);
   }
   T* data() { return data_.get(); }
