@@ -443,6 +443,12 @@ def calls() -> Iterator[Call]:
         yield Call((feature,), FLOAT64, flat, 0.6)
     for pair in (("added mask", "sinks"), ("alphas", "window"), ("dropout", "scale of rows")):
         yield Call(pair, FLOAT64, long, 0.01)
+    # Lists long enough, of keys and values large enough, for the CPU to gather them in turns.
+    turns = Sizes(1, 4, 1, 140, 1100, 128, 120)
+    for together in ((), ("bottom-right",), ("dropout",), ("alphas",), ("softcap", "sinks")):
+        yield Call(together, FLOAT64, turns, 0.2)
+    turns = turns._replace(length_q=280, length_k=2200)
+    yield Call(("dropout", "softcap"), torch.float32, turns, 0.2)
     # Few queries, which are read together where they share keys; then keys enough for parts.
     for feature in FEATURES:
         yield Call((feature,), torch.float32, FEW)

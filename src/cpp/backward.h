@@ -79,7 +79,7 @@ struct BackwardRows {
     const int64_t longest =
         any_flat && score_stride > kListStride<T> ? score_stride : kListStride<T>;
     grad_out = memory.take<T>(p.head_dim_v);
-    grad_query = memory.take<T>((any_flat ? together : 1) * p.head_dim);
+    grad_query = memory.take<T>(kBlockRows * p.head_dim);
     list = memory.take<T>(2 * kListStride<T>);
     row_probabilities = memory.take<T>(longest);  // of a row, whose places ds takes
     if (any_flat) {
@@ -97,8 +97,8 @@ struct BackwardRows {
   }
 
   ADASPLASH2_INLINE void run() {
-    for (int64_t i = 0; i < task.rows; ++i)
-      if (!is_flat(i)) run_list(i);
+    const int64_t turns = turns_of_lists(), at_once = turns > 1 ? task.rows : 1;
+    for (int64_t i = 0; i < task.rows; i += at_once) run_lists({i, at_once}, turns);
     for (int64_t g = 0; g < parts(task.rows, together); ++g) {
       const Part rows = part_of(task.rows, together, g);
       if (any_flat(rows)) run_flat(rows);
@@ -114,24 +114,67 @@ struct BackwardRows {
 
   // --- rows with a list ----------------------------------------------------------------------
 
-  ADASPLASH2_INLINE void run_list(int64_t i) {
-    const int64_t begin = task.offsets[i], n = task.offsets[i + 1] - begin;
-    T* ds = list;
-    differentiate_list(i, begin, n, ds);
-    const T divisor = into_range(ds, n);
-    gather_rows<false, S>(ListEntries<T>{ds, task.keys + begin}, n, task.key, problem.head_dim,
-                          grad_query);
-    write(i, grad_query, divisor);
+  // One for steep rows: they are gathered divided, and what is held between turns is not.
+  ADASPLASH2_INLINE int64_t turns_of_lists() const {
+    if (is_steep<K>(power)) return 1;
+    const int64_t entries = task.offsets[task.rows] - task.offsets[0];
+    const int64_t keys = needed_by_any({0, task.rows}).size();
+    const int64_t width =
+        problem.head_dim > problem.head_dim_v ? problem.head_dim : problem.head_dim_v;
+    return gather_turns(task.rows, entries, keys, keys * width * int64_t(sizeof(S)));
   }
 
-  ADASPLASH2_INLINE void differentiate_list(int64_t i, int64_t begin, int64_t n, T* ds) {
-    const int32_t* keys = task.keys + begin;
-    T* dp = ds + kListStride<T>;
-    __builtin_memcpy(ds, task.probabilities + begin, size_t(n) * sizeof(T));
+  // One row; or all, in turns. Between these dp, and then ds, is held where ds is to be.
+  ADASPLASH2_INLINE void run_lists(Part rows, int64_t turns) {
+    const auto each_list = [&](auto f) {
+      for (int64_t i = rows.first; i < rows.first + rows.count; ++i)
+        if (!is_flat(i)) f(i);
+    };
+    const auto each_part = [&](auto f) {
+      for (int64_t turn = 0; turn < turns; ++turn)
+        each_list([&](int64_t i) {
+          const int64_t begin = task.offsets[i];
+          const Part part = part_at(turn, turns, task.offsets[i + 1] - begin);
+          f(i, turn, Part{begin + part.first, part.count});
+        });
+    };
+    each_part([&](int64_t i, int64_t, Part entries) {
+      make_dp(i, entries, turns > 1 ? scores_of(entries.first) : list_dp());
+    });
+    T divisor = T(1);  // stays so where there are turns
+    each_list([&](int64_t i) { divisor = differentiate_list(i, turns); });
+    each_part([&](int64_t i, int64_t turn, Part entries) {
+      const T* ds = turns > 1 ? scores_of(entries.first) : list;
+      T* out = grad_query + (i - rows.first) * problem.head_dim;
+      gather_rows<S>(ListEntries<T>{ds, task.keys + entries.first}, entries.count, task.key,
+                     problem.head_dim, turn > 0, out);
+      if (turn == turns - 1) write(i, out, divisor);
+    });
+  }
+
+  // Of the lists' entries, from one on; where there are none there is no place for them either.
+  ADASPLASH2_INLINE T* scores_of(int64_t entry) const {
+    return task.grad_scores + (entry - task.first_entry);
+  }
+  ADASPLASH2_INLINE T* list_dp() const { return list + kListStride<T>; }
+
+  ADASPLASH2_INLINE void make_dp(int64_t i, Part entries, T* dp) {
     const S* dout = row_of<const S>(task.grad_out, i);
     for (int64_t k = 0; k < problem.head_dim_v; ++k) grad_out[k] = to_compute(dout[k]);
-    for (int64_t j = 0; j < n; ++j)
+    const int32_t* keys = task.keys + entries.first;
+    for (int64_t j = 0; j < entries.count; ++j)
       dp[j] = dot(grad_out, row_of<const S>(task.value, keys[j]), problem.head_dim_v);
+  }
+
+  // Row i's ds, which is left in `list`, divided by what is returned.
+  ADASPLASH2_INLINE T differentiate_list(int64_t i, int64_t turns) {
+    const int64_t begin = task.offsets[i], n = task.offsets[i + 1] - begin;
+    const int32_t* keys = task.keys + begin;
+    T *ds = list, *dp = list_dp();
+    if (n > 0) {
+      __builtin_memcpy(ds, task.probabilities + begin, size_t(n) * sizeof(T));
+      if (turns > 1) __builtin_memcpy(dp, scores_of(begin), size_t(n) * sizeof(T));
+    }
     store(ds + n, Vec<T>{});
     store(dp + n, Vec<T>{});
     if constexpr (IsPlain) {
@@ -154,8 +197,8 @@ struct BackwardRows {
       };
       differentiate(i, ds, dp, n, key_at, [](int64_t) { return Ints<T>{} == Ints<T>{}; });
     }
-    if (n > 0)  // where there are no entries at all there is no place for them either
-      __builtin_memcpy(task.grad_scores + (begin - task.first_entry), ds, size_t(n) * sizeof(T));
+    if (n > 0) __builtin_memcpy(scores_of(begin), ds, size_t(n) * sizeof(T));
+    return into_range(ds, n);
   }
 
   ADASPLASH2_INLINE void apply_dropout(int64_t i, int64_t begin, int64_t n, const T* p, T* dp) {
@@ -421,7 +464,9 @@ struct BackwardKeys {
   ADASPLASH2_INLINE void run() {
     for (int64_t k = 0; k < task.keys * problem.head_dim; ++k) grad_keys[k] = T(0);
     for (int64_t k = 0; k < task.keys * problem.head_dim_v; ++k) grad_values[k] = T(0);
-    for (int64_t j = 0; j < task.keys; ++j) gather_lists(j);
+    const int64_t turns = turns_of_lists();
+    for (int64_t turn = 0; turn < turns; ++turn)
+      for (int64_t j = 0; j < task.keys; ++j) gather_list(j, turn, turns);
     for (int64_t s = 0; s < task.bands; ++s) {
       const KeyGradients<T>& band = task.of_bands[s];
       add_band(band.keys, band.range, problem.head_dim, grad_keys);
@@ -445,10 +490,18 @@ struct BackwardKeys {
     for (int64_t k = 0; k < some.size() * width; ++k) out[k] += of_band[k];
   }
 
-  ADASPLASH2_INLINE void gather_lists(int64_t j) {
+  ADASPLASH2_INLINE int64_t turns_of_lists() const {
+    const int64_t entries = task.offsets[task.keys] - task.offsets[0], rows = problem.group_rows();
+    const int64_t widths = problem.head_dim + problem.head_dim_v;
+    return gather_turns(task.keys, entries, rows, rows * widths * int64_t(sizeof(S)));
+  }
+
+  ADASPLASH2_INLINE void gather_list(int64_t j, int64_t turn, int64_t turns) {
     // Entries are ordered by head, then row: one gather per query head of the group.
-    const ColumnEntry<T>* at = task.entries + task.offsets[j];
-    const ColumnEntry<T>* const end = task.entries + task.offsets[j + 1];
+    const int64_t first = task.offsets[j];
+    const Part part = part_at(turn, turns, task.offsets[j + 1] - first);
+    const ColumnEntry<T>* at = task.entries + first + part.first;
+    const ColumnEntry<T>* const end = at + part.count;
     while (at < end) {
       const int64_t head = at->row / problem.length_q;
       const int64_t limit = problem.group_row(head + 1, 0);
@@ -460,7 +513,7 @@ struct BackwardKeys {
       const auto add = [&](auto weights, HeadRef matrix, int64_t width, T* out) {
         // Rows carry the head in front: step the base back instead of subtracting it each time.
         const HeadRef base = matrix.from(-problem.group_row(head, 0), sizeof(S));
-        gather_rows<true, S>(weights, at - begin, base, width, out + j * width);
+        gather_rows<S>(weights, at - begin, base, width, true, out + j * width);
       };
       using Entry = ColumnEntry<T>;
       add(Weights<&Entry::key_weight>{begin}, task.queries[head], problem.head_dim, grad_keys);

@@ -443,8 +443,8 @@ static void decode_row(DecodeRowTask<ComputeOf<S>>& task) {
     const Candidates<T> kept =
         dropout.is_on() ? after_dropout(dropout, task.row, list, {ws.kept_values, ws.kept_keys, 0})
                         : list;
-    gather_rows<false, S>(ListEntries<T>{kept.values, kept.keys}, kept.count, task.value,
-                          problem.head_dim_v, ws.out);
+    gather_rows<S>(ListEntries<T>{kept.values, kept.keys}, kept.count, task.value,
+                   problem.head_dim_v, false, ws.out);
     store_storage(out, ws.out, problem.head_dim_v);
   }
   task.work.solved += row.examined;

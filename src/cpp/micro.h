@@ -267,32 +267,33 @@ ADASPLASH2_INLINE void add_to_panel(const T* weights, int64_t stride, HeadRef ma
 }
 
 // out[0..width) (+)= sum_{j < n} entries[j].weight * matrix[entries[j].row]: a gather of few rows,
-// of a HeadRef or a CacheRef. `Entries` gives weight(j) and row(j).
-template <bool Add, class S, class Entries, class M, class T>
+// of a HeadRef or a CacheRef. `Entries` gives weight(j) and row(j). Where it adds, sums go on
+// from what is there, so that those in parts are those at once, to the last bit.
+template <class S, class Entries, class M, class T>
 ADASPLASH2_INLINE void gather_rows(const Entries& entries, int64_t n, const M& matrix,
-                                   int64_t width, T* out) {
+                                   int64_t width, bool add, T* out) {
   constexpr int V = 4, L = kLanes<T>;
   int64_t at = 0;
   for (; at + V * L <= width; at += V * L) {
     Vec<T> acc[V] = {};
+    for (int v = 0; add && v < V; ++v) acc[v] = load(out + at + v * L);
     for (int64_t j = 0; j < n; ++j) {
       const S* row = row_of<const S>(matrix, entries.row(j)) + at;
       const Vec<T> w = broadcast(entries.weight(j));
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[v] += w * load_compute(row + v * L);
     }
-    for (int v = 0; v < V; ++v)
-      store(out + at + v * L, Add ? acc[v] + load(out + at + v * L) : acc[v]);
+    for (int v = 0; v < V; ++v) store(out + at + v * L, acc[v]);
   }
   for (; at + L <= width; at += L) {
-    Vec<T> acc = {};
+    Vec<T> acc = add ? Vec<T>(load(out + at)) : Vec<T>{};
     for (int64_t j = 0; j < n; ++j)
       acc +=
           broadcast(entries.weight(j)) * load_compute(row_of<const S>(matrix, entries.row(j)) + at);
-    store(out + at, Add ? acc + load(out + at) : acc);
+    store(out + at, acc);
   }
   for (; at < width; ++at) {
-    T acc = Add ? out[at] : T(0);
+    T acc = add ? out[at] : T(0);
     for (int64_t j = 0; j < n; ++j)
       acc += entries.weight(j) * to_compute(row_of<const S>(matrix, entries.row(j))[at]);
     out[at] = acc;
