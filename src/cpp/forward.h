@@ -232,7 +232,7 @@ struct ForwardBlock {
   bool is_long[kBlockRows];         // is expected to keep more than a list is good for
   bool is_screened[kRowTiles];      // the first look at keys is the matrix unit's,
   int64_t rounded_from[kRowTiles];  // from this one on
-  int64_t with_many[kRowTiles];     // rows that are expected to keep more than that is good for
+  unsigned with_many[kRowTiles];    // a bit for a row that may keep more than that is good for
   alignas(64) T products[kScreens<T> ? kScreenRows * kScreenKeys : 1];
   Work work;
 
@@ -465,8 +465,8 @@ struct ForwardBlock {
         scanned * kShareOfScan >= seen.size() ? foretold(row.count, scanned, seen.size()) : 0.0;
     is_long[i] = most > double(longest[i]);
     const int64_t t = i / kTileRows;
-    if (is_screened[t] && rounded_from[t] == 0 && most > kMostScreened * double(seen.size()) &&
-        ++with_many[t] * 2 > kTileRows)
+    with_many[t] |= unsigned(most > kMostScreened * double(seen.size())) << i % kTileRows;
+    if (rounded_from[t] == 0 && __builtin_popcount(with_many[t]) * 2 > kTileRows)
       rounded_from[t] = key;
     flat[i] = row.state == RowState::kPoisoned || row.count > kFullList;
     if (flat[i]) return;
