@@ -644,6 +644,13 @@ def test_nothing_that_is_said_is_lost(name: str) -> None:
     assert told != options or is_given != [operand is not None for operand in inputs.operands()]
 
 
+def test_an_option_that_is_a_tensor_stands_among_the_others() -> None:
+    types = get_type_hints(Said)
+    options._tensors(types)
+    with pytest.raises(TypeError, match="must stand together"):
+        options._tensors({**types, "warmth": torch.Tensor | None})
+
+
 @pytest.mark.parametrize(("function", "name"), [
     (function, name)
     for function in ("entmax_attention", *NOT_TAKEN)

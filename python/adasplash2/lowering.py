@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adasplash2.options import NOTHING, Options, Said, check_count, check_options, shown
+from adasplash2.options import Options, Said, check_count, check_options, shown
 from adasplash2.problem import (
     FEW,
     MAX_HEAD_DIM,
@@ -120,9 +121,18 @@ def lowered(query: Tensor, key: Tensor, value: Tensor, said: Said, *, draws: boo
     return Call(inputs, options, shaped, shaped)
 
 
+_COMMON = ("alpha", "scale", "is_causal", "enable_gqa", "causal_align", "backend")
+"""Options that :func:`_known` knows more of than their default."""
+
+_OTHERS = tuple(name for name in Said._fields if name not in _COMMON)
+_others = operator.itemgetter(*map(Said._fields.index, _OTHERS))
+_NOTHING_ELSE = _others(Said())
+
+
 def _known(query: Any, key: Any, value: Any, said: Said) -> tuple[Options, Problems] | None:
-    """Of a call that is told by no other tensors and by few options, each of the type that it must
-    have (True equals 1): what a call like it has found. None for all others."""
+    """Of a call that says no more than :data:`_COMMON`, each of the type that it must have (True
+    equals 1): what a call like it has found. None for all others, also where a new option is
+    said."""
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -131,37 +141,22 @@ def _known(query: Any, key: Any, value: Any, said: Said) -> tuple[Options, Probl
         or (said.scale is not None and type(said.scale) is not float)
         or not (said.is_causal is True or said.is_causal is False)
         or not (said.enable_gqa is True or said.enable_gqa is False)
-        or said.window is not None
-        or said.softcap is not NOTHING
-        or said.dropout_p is not NOTHING
-        or said.has_tensors()
+        or not all(map(operator.is_, _others(said), _NOTHING_ELSE))
     ):
         return None
     try:
-        return _plain(
-            *(described(query), described(key), described(value), said.alpha, said.scale),
-            *(said.is_causal, said.enable_gqa, said.causal_align, said.backend),
-        )
+        return _plain(described(query), described(key), described(value), said)
     except (AttributeError, RuntimeError, TypeError):
         return None  # no strided tensors, sizes that are symbols, or an error that comes again
 
 
 @functools.lru_cache(1024)
 def _plain(
-    query: Described, key: Described, value: Described, alpha: float, scale: float | None,
-    is_causal: bool, enable_gqa: bool, causal_align: str, backend: str | None,
-) -> tuple[Options, Problems] | None:  # fmt: skip
+    query: Described, key: Described, value: Described, said: Said
+) -> tuple[Options, Problems] | None:
     """Options of such a call, and room for its problems; None where shapes need a change."""
     if not _are_common(query[0], key[0], value[0]):
         return None
-    said = Said(
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        causal_align=causal_align,
-        alpha=alpha,
-        backend=backend,
-    )
     return check_options(said)[0], [None, None]
 
 

@@ -54,7 +54,20 @@ class Said(NamedTuple):
         return False
 
 
-_FIRST_TENSOR, _BEHIND_TENSORS = map(Said._fields.index, ("attn_mask", "alpha"))
+def _tensors(types: dict[str, Any]) -> tuple[int, int]:
+    """Where the fields begin and end that are nothing but tensors.
+
+    Raises:
+        TypeError: others stand between them: :meth:`Said.has_tensors` would miss one.
+    """
+    kinds = [kind == Tensor | None for kind in types.values()]
+    begin, end = kinds.index(True), len(kinds) - kinds[::-1].index(True)
+    if not all(kinds[begin:end]):
+        raise TypeError(f"what is a tensor must stand together, got {', '.join(types)}")
+    return begin, end
+
+
+_FIRST_TENSOR, _BEHIND_TENSORS = _tensors(get_type_hints(Said))
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -144,32 +157,18 @@ def check_options(said: Said) -> tuple[Options, Tensor | None, Tensor | None]:
     """
     alphas, number_alpha = tensor_or_number(said.alpha, 1.5)
     scales, number_scale = tensor_or_number(said.scale, None)
-    options = Options(
+    left, right = check_window(said.window)
+    options = Options(  # all fields: compilers make symbols of defaults
         alpha=check_alpha(number_alpha),
         scale=None if number_scale is None else check_scale(number_scale, head_dim=1),
         is_causal=check_flag("is_causal", said.is_causal),
         enable_gqa=check_flag("enable_gqa", said.enable_gqa),
         backend=check_backend(said.backend),
-        # Said here, though they are the defaults: compilers make symbols of defaults.
-        softcap=0.0,
-        dropout_p=0.0,
-    )
-    softcap, dropout_p = said.softcap, said.dropout_p
-    if (  # as most calls are
-        said.causal_align == "top-left"
-        and said.window is None
-        and type(softcap) in (float, int)
-        and type(dropout_p) in (float, int)
-        and softcap == dropout_p == 0
-    ):
-        return options, alphas, scales
-    left, right = check_window(said.window)
-    options = options._replace(
         causal_align=check_alignment(said.causal_align),
         window_left=left,
         window_right=right,
-        softcap=check_softcap(softcap),
-        dropout_p=check_dropout(dropout_p),
+        softcap=check_softcap(said.softcap),
+        dropout_p=check_dropout(said.dropout_p),
     )
     return options, alphas, scales
 
@@ -252,6 +251,8 @@ def check_softcap(softcap: float) -> float:
     Raises:
         TypeError, ValueError: it is not.
     """
+    if softcap is NOTHING:  # as most calls have it
+        return 0.0
     number = _as_float("softcap", softcap, "a real number of at least 0")
     if not 0.0 <= number < math.inf:  # also refuses NaN
         raise ValueError(f"softcap must be finite and at least 0 (none), got {shown(softcap)}")
@@ -264,6 +265,8 @@ def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
     Raises:
         TypeError, ValueError: it is not.
     """
+    if dropout_p is NOTHING:  # as most calls have it
+        return 0.0
     number = _as_float(name, dropout_p, "a real number in [0, 1)")
     if not 0.0 <= number < 1.0:  # also refuses NaN
         raise ValueError(f"{name} must be in [0, 1), got {shown(dropout_p)}")
