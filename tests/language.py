@@ -370,6 +370,14 @@ TOGETHER = (
     ("bottom-right", "window", "bool mask", "slopes", "lengths"),
 )
 
+WITH_ADDED = (
+    ("added mask", "softcap"),
+    ("added mask", "scale of rows"),
+    ("bias of heads", "slopes", "sinks"),
+)
+"""Of what is added to products in 16 bits, and of what forbids that; ``head_dim`` is 16, whose
+scale is a power of two."""
+
 WITH_GRADIENT = ("attn_mask", "alibi_slopes", "sinks", "scale", "alpha")
 
 
@@ -449,6 +457,8 @@ def calls() -> Iterator[Call]:
         yield Call(together, FLOAT64, turns, 0.2)
     turns = turns._replace(length_q=280, length_k=2200)
     yield Call(("dropout", "softcap"), torch.float32, turns, 0.2)
+    for together in WITH_ADDED:
+        yield Call(together, torch.bfloat16)
     # Few queries, which are read together where they share keys; then keys enough for parts.
     for feature in FEATURES:
         yield Call((feature,), torch.float32, FEW)

@@ -22,6 +22,7 @@ import adasplash2
 from adasplash2 import cli, features
 from adasplash2 import problem as problem_module
 from adasplash2.backends import REGISTRY
+from adasplash2.backends.triton import sizes
 from adasplash2.dense import softmax_attention, weights
 from adasplash2.features import Call
 from adasplash2.options import Options
@@ -107,6 +108,39 @@ def test_softmax_and_what_is_shown_refuse_it_too(plant: Callable[[Problem], Prob
         softmax_attention(planted, inputs, Options(alpha=1.0))
     with pytest.raises(NotImplementedError, match="bonus"):
         weights(planted, inputs)
+
+
+@pytest.mark.parametrize("plant", [with_number, with_operand])
+def test_what_triton_has_not_heard_of_is_no_product(plant: Callable[[Problem], Problem]) -> None:
+    """Whoever computes it must say so where kernels would be simpler without it."""
+    added = {"attn_mask": torch.empty(4, 64, 96, dtype=torch.bfloat16, device="meta")}
+    slopes = {"alibi_slopes": torch.empty(4, device="meta")}
+    masked, sloped = (
+        Call(said, torch.bfloat16).problem(needs_grad=True) for said in (added, slopes)
+    )
+    masked, sloped = (
+        dataclasses.replace(p, scores=dataclasses.replace(p.scores, scale=0.25))
+        for p in (masked, sloped)
+    )
+    config = {"block_q": 16, "block_k": 16}
+
+    def options(problem: Problem) -> sizes.Options:
+        return sizes.Options.of(problem, config)
+
+    plain = Call({}).problem(needs_grad=True)
+    assert not options(plain).scored
+    assert not options(plain).scattered
+    assert options(masked).folded
+    assert options(sloped).local
+    assert options(plant(plain)).scored
+    assert options(plant(plain)).scattered
+    assert not options(plant(masked)).folded
+    assert not options(plant(sloped)).local
+
+
+def test_triton_sorts_features_that_there_are() -> None:
+    for some in (sizes.FACTORS, sizes.ADDED, sizes.BOUNDED, sizes.LEADING):
+        assert some < set(FEATURES.values())
 
 
 def test_rows_too() -> None:

@@ -14,7 +14,7 @@ import pytest
 import reference
 import torch
 from cases import device_of, interpreted, usable_backends
-from language import CALLS, FEATURES, PLACES, VARIANTS, Call, Sizes
+from language import CALLS, FEATURES, PLACES, VARIANTS, WITH_ADDED, Call, Sizes
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -34,7 +34,7 @@ INTERPRETED = tuple(
     for call in CALLS
     if len(call.features) == 1 and call.sizes == Sizes() and call.sharpness == 1.0
     if call.dtype == torch.float32 and call.features[0] not in VARIANTS
-)
+) + tuple(Call(together, torch.bfloat16) for together in WITH_ADDED)
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 2e-2}
 """Relative error (norms over whole tensors) of a gradient; of the output a tenth."""

@@ -286,11 +286,9 @@ class Terms(NamedTuple):
     pages: Pages | None = None
 
     @classmethod
-    def of(cls, problem: Problem, operands: Inputs) -> Terms | None:
+    def of(cls, problem: Problem, operands: Inputs) -> Terms:
         """``operands`` in dtypes that kernels take."""
         said = problem.scores
-        if not problem.features:
-            return None
         farthest = problem.length_q + problem.length_k  # more would leave 32 bits
         return cls(
             left=None if said.left < 0 else as_odd(min(said.left, farthest)),
@@ -490,7 +488,7 @@ class Options(NamedTuple):
             folded=is_folded(problem) and not whole,
             biased=mask is not None or alibi is not None,
             # Norms of all pages would cost.
-            local=alibi is not None and mask is None and not problem.page_size,
+            local=alibi is not None and has_only(problem, BOUNDED) and not problem.page_size,
             scattered=is_scattered(problem),
             page_size=problem.page_size,
             guesses=alpha == 1.5 and mask is None and alibi is None,
@@ -521,6 +519,31 @@ class RowOptions(NamedTuple):
         return cls(compiled_alpha(alpha), is_steep(alpha), is_shallow(alpha), degree_of(alpha))
 
 
+FACTORS = frozenset(
+    (
+        *("window", "causal_align", "lengths or packed sequences", "block_table"),
+        *("alpha as a tensor", "dropout_p"),
+    )
+)
+"""Features that leave a score the product of query and key, times a number. What is not here, as a
+feature that is new, makes scores of its own: see :func:`is_scored`."""
+
+ADDED = FACTORS | {"attn_mask", "alibi_slopes", "sinks"}
+"""Those that leave it that and what is added: see :func:`is_folded`."""
+
+BOUNDED = ADDED - {"attn_mask"} | {"softcap", "scale as a tensor"}
+"""Those beside which slopes keep far keys out of the support: see ``near_tiles`` in
+``kernels/score.py``."""
+
+LEADING = BOUNDED - {"lengths or packed sequences"}
+"""Those with which a row sees leading keys, but for windows: see :func:`is_scattered`."""
+
+
+def has_only(problem: Problem, features: Collection[str]) -> bool:
+    """Whether nothing else is asked."""
+    return all(feature in features for feature in problem.features)
+
+
 def is_shared(problem: Problem) -> bool:
     """Whether several sequences have one mask."""
     mask = problem.operand("attn_mask")
@@ -530,9 +553,7 @@ def is_shared(problem: Problem) -> bool:
 def is_scored(problem: Problem) -> bool:
     """Whether ``s`` in the kernels is the score, not the product of query and key: where more than
     a number's factor lies between the two."""
-    given = {operand.name for operand in problem.operands}
-    more = given & {"attn_mask", "alibi_slopes", "sinks", "scales"}
-    return bool(more) or problem.scores.softcap != 0.0
+    return not has_only(problem, FACTORS)
 
 
 def is_windowed(problem: Problem) -> bool:
@@ -544,19 +565,16 @@ def is_windowed(problem: Problem) -> bool:
 def is_folded(problem: Problem) -> bool:
     """Whether products add up from what a mask adds to scores: where queries hold the scale without
     being rounded. That is an operation less for each score."""
-    given = {operand.name for operand in problem.operands}
     mask, scale = problem.operand("attn_mask"), problem.scores.scale
     adds = mask is not None and mask.dtype != torch.bool
     # float16 would round small queries.
     exact = problem.dtype == torch.bfloat16 and math.frexp(abs(scale))[0] == 0.5
-    plain = problem.scores.softcap == 0.0 and "scales" not in given
-    return adds and exact and 2.0**-16 <= abs(scale) <= 1.0 and plain
+    return adds and exact and 2.0**-16 <= abs(scale) <= 1.0 and has_only(problem, ADDED)
 
 
 def is_scattered(problem: Problem) -> bool:
     """Whether a row may see other keys than leading ones."""
-    given = {operand.name for operand in problem.operands}
-    return problem.scores.left >= 0 or not given.isdisjoint(("attn_mask", "ranges"))
+    return problem.scores.left >= 0 or not has_only(problem, LEADING)
 
 
 def is_steep(alpha: float) -> bool:
