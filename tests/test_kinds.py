@@ -13,6 +13,7 @@ import torch
 
 import adasplash2
 from adasplash2 import dispatch
+from adasplash2 import problem as problem_module
 from adasplash2.backends import REGISTRY, cpu, cuda, triton
 from adasplash2.backends.cuda import attention, configurations, decoding, driver
 from adasplash2.backends.cuda.sizes import SharedMemory
@@ -236,6 +237,22 @@ def test_a_new_option_makes_kinds(of: type) -> None:
     if of is ScoreTransform:
         cold, warm = (dataclasses.replace(PLAIN, scores=scores) for scores in (cold, warm))
     assert cold.kind != warm.kind
+
+
+def test_a_new_option_that_is_ruled_is_in_no_class_where_nobody_says_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where its default is not what kinds have of it."""
+    monkeypatch.setitem(problem_module._IN_KINDS, "warmth", bool)
+    new = dataclasses.make_dataclass(
+        "New", [("warmth", float | None, None)], bases=(ScoreTransform,), frozen=True
+    )
+    nothing, warm = (
+        problem_class(dataclasses.replace(PLAIN, scores=new(0.125, warmth=warmth)))
+        for warmth in (None, 30.0)
+    )
+    assert nothing == problem_class(PLAIN)
+    assert "warmth True" in warm
 
 
 def test_kinds_are_copied_with_nothing() -> None:

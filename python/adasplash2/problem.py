@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
@@ -534,10 +534,11 @@ def _kind_of(part: Any) -> Kind:
 
 
 def said_by(kind: Kind) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and default of all that a kind has, also of ``scores``."""
+    """Name, value and default, as kinds have it, of all that a kind has, also of ``scores``."""
     of, *values = kind
     plain, _, others = _parts_of_kinds(of)
-    defaults = {one.name: one.default for one in fields(of)}
+    defaults = {one.name: one.default for one in fields(of) if one.default is not MISSING}
+    defaults |= {name: _IN_KINDS[name](defaults[name]) for name in others if name in defaults}
     names = *plain, *others, *(_OF_SIZES if issubclass(of, Problem) else ())
     for name, value in zip(names, values, strict=True):
         if name == "scores":
