@@ -46,8 +46,11 @@ test-oldest:
 test-oldest-triton:
 	PYTHONPATH=$(VENV)/oldest-triton $(PYTEST) --without capability=80,100,120 tests/test_triton_compile.py
 
+# Files with what `cases.interpreted` marks.
+MARKED := $(shell grep -l '^@interpreted' tests/test_*.py)
+
 $(INTERPRETED): test-interpreted-%:
-	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(addprefix tests/test_,$(addsuffix .py,attention entmax edges configs fuzz language compat kvcache))
+	TRITON_INTERPRET=1 $(PYTEST) --expect-backends triton --part $*/2 $(MARKED)
 
 # The way of long rows, for problems that are short enough for both.
 test-interpreted-tiles:

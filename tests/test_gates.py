@@ -198,6 +198,25 @@ def test_every_table_of_tests_runs_on_gpus() -> None:
     assert "part configs tests/test_configs.py" in SCRIPT.read_text()
 
 
+def test_everything_that_is_interpreted_runs_in_make_test() -> None:
+    """However a file takes the mark; and nothing else is named, so that no list grows old."""
+    told = subprocess.run(
+        ["make", "--dry-run", "test-interpreted-0"],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed = {Path(name).name for name in re.findall(r"tests/test_\w+\.py", told.stdout)}
+    marked = {
+        path.name
+        for path in {*TESTS.glob("test_*.py")} - {Path(__file__)}
+        if re.search(r"\binterpreted\b", path.read_text())
+    }
+    assert {"test_decoding.py", "test_features.py", "test_attention.py"} <= listed
+    assert listed == marked
+
+
 def test_what_a_gpu_run_prefers_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H100: else the tests would run again with what they ran with before."""
     for name, room in (("shared_memory", cuda.sizes.SharedMemory(232_448, 233_472)),
