@@ -19,14 +19,17 @@ from cases import device_of, interpreted, usable_backends
 from click.testing import CliRunner
 
 import adasplash2
-from adasplash2 import cli, features
+from adasplash2 import cli, features, tuning
 from adasplash2 import problem as problem_module
 from adasplash2.backends import REGISTRY
 from adasplash2.backends.triton import sizes
+from adasplash2.contract import Gradients
 from adasplash2.dense import softmax_attention, weights
 from adasplash2.features import Call
 from adasplash2.options import Options
 from adasplash2.problem import (
+    BATCH_AND_HEADS,
+    DIFFERENTIABLE,
     DTYPES,
     FEATURES,
     TENSORS,
@@ -141,6 +144,34 @@ def test_what_triton_has_not_heard_of_is_no_product(plant: Callable[[Problem], P
 def test_triton_sorts_features_that_there_are() -> None:
     for some in (sizes.FACTORS, sizes.ADDED, sizes.BOUNDED, sizes.LEADING):
         assert some < set(FEATURES.values())
+
+
+def test_a_new_gradient_is_given_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What operands a backend has gradients of is its own: one more is an error of those calls that
+    want it, and of no others."""
+    assert sizes.Wanted.of(("sinks", "warmth")) == sizes.Wanted(False, True, False, False, True)
+    assert {"attn_mask", *sizes.ROW_GRADIENTS} <= {*DIFFERENTIABLE}
+    assert Gradients._fields == (*TENSORS, *DIFFERENTIABLE)
+    cpu = importlib.import_module(REGISTRY["cpu"])
+    backward = cpu.backward
+    monkeypatch.setattr(cpu, "backward", lambda *asked: backward(*asked)._replace(sinks=None))
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    sinks = torch.zeros(2, requires_grad=True)
+    adasplash2.entmax_attention(query, query, query, backend="cpu").sum().backward()
+    out = adasplash2.entmax_attention(query, query, query, sinks=sinks, backend="cpu")
+    with pytest.raises(NotImplementedError, match="cpu gives no gradient of sinks"):
+        out.sum().backward()
+
+
+def test_every_operand_is_cut_and_drawn() -> None:
+    """But pages, which are neither."""
+    assert {*BATCH_AND_HEADS, "block_table"} == {*Inputs._fields}
+    problem = Call({}).problem(needs_grad=True)
+    here = dataclasses.replace(problem, device=torch.device("cpu"))
+    operand = Operand("warmth", torch.float32, (True, False))
+    drawn = tuning._operand(here, operand, torch.Generator().manual_seed(0))
+    assert drawn.shape == (problem.batch, 1)
+    assert drawn.isfinite().all()
 
 
 def test_rows_too() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adasplash2.contract import Config
-from adasplash2.problem import DIFFERENTIABLE, Inputs, Problem, RowProblem
+from adasplash2.problem import Inputs, Problem, RowProblem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Whether the kernels run in Triton's interpreter, on CPU tensors."""
@@ -336,15 +336,11 @@ class Shape(NamedTuple):
         )
 
 
-ROW_GRADIENTS = DIFFERENTIABLE[1:]
-"""Operands of whose gradient each row has a part."""
-
-
 class Wanted(NamedTuple):
     """Which gradients of operands ``grad_query`` finds parts of; as its flag and, with tensors, as
-    what it writes."""
+    what it writes. Fields but ``some`` are names of operands."""
 
-    slopes: Any = None
+    alibi_slopes: Any = None
     sinks: Any = None
     scales: Any = None
     alphas: Any = None
@@ -359,6 +355,10 @@ class Wanted(NamedTuple):
     def parts(cls, tensors: Mapping[str, Tensor]) -> Wanted | None:
         """Where ``grad_query`` writes them; None where none is wanted."""
         return cls._make((*map(tensors.get, ROW_GRADIENTS), None)) if tensors else None
+
+
+ROW_GRADIENTS = Wanted._fields[:-1]
+"""Operands of whose gradient each row has a part, and these kernels find it."""
 
 
 class Options(NamedTuple):

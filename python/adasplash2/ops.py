@@ -287,6 +287,8 @@ def _run_backward(
     kept = Kept(_as_made(tau), _as_made(saved))
     found = chosen.backward(problem, inputs, kept, grad_out, config, names)
     if names:
+        if missing := [name for name in names if getattr(found, name) is None]:
+            raise NotImplementedError(f"{chosen.name} gives no gradient of {', '.join(missing)}")
         sums = {name: _summed(name, getattr(found, name), getattr(inputs, name)) for name in names}
         found = found._replace(**sums)
     return found

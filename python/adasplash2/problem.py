@@ -390,19 +390,26 @@ def part_of(tensor: Tensor, dim: int, part: slice) -> Tensor:
     return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (part,)]
 
 
+BATCH_AND_HEADS: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(TENSORS, (0, 1)),
+    **dict.fromkeys(DIFFERENTIABLE, (0, 1)),
+    "ranges": (1, None),
+    "dropout_seed": (0, None),
+}
+"""Which dimension of an input is of the batch, and which of heads. Pages are not cut: see
+:func:`unpaged`."""
+
+
 def cut(inputs: Inputs, entries: slice, heads_kv: slice, heads: slice) -> Inputs:
     """Some batch entries, key heads and the query ``heads`` that share these."""
-    of = {"key": heads_kv, "value": heads_kv}
+    given = {name: t for name, t in zip(Inputs._fields, inputs, strict=True) if t is not None}
     parts: dict[str, Tensor] = {}
-    for name, tensor in zip(Inputs._fields, inputs, strict=True):
-        if tensor is None:
-            continue
-        if name == "ranges":
-            parts[name] = part_of(tensor, 1, entries)
-        elif name == "dropout_seed":
-            parts[name] = part_of(tensor, 0, entries)
-        else:
-            parts[name] = part_of(part_of(tensor, 0, entries), 1, of.get(name, heads))
+    for name, tensor in given.items():
+        of_batch, of_heads = BATCH_AND_HEADS[name]
+        part = part_of(tensor, of_batch, entries)
+        if of_heads is not None:
+            part = part_of(part, of_heads, heads_kv if name in ("key", "value") else heads)
+        parts[name] = part
     return inputs._replace(**parts)
 
 

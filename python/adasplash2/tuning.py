@@ -427,9 +427,12 @@ class _Data:
         return _Data(inputs, normal(*queries, p.head_dim_v))
 
 
+_OF_NO_EFFECT = {"sinks": 0.0, "scales": 1.0, "alphas": 1.5}
+
+
 def _operand(p: Problem, operand: Operand, generator: torch.Generator) -> Tensor:
     """What calls with such an operand are likely to have: masks that hide an eighth, slopes of
-    ALiBi, sinks and factors of no effect, causal ranges."""
+    ALiBi, sinks and factors of no effect, causal ranges. Of others numbers from 0 to 1."""
     name, dtype, spread = operand
     kind: dict[str, Any] = {"dtype": dtype, "device": p.device}
     if name == "ranges":
@@ -447,7 +450,9 @@ def _operand(p: Problem, operand: Operand, generator: torch.Generator) -> Tensor
         return slopes.view(1, -1, *[1] * len(shape[2:])).expand(shape).contiguous()
     if name == "dropout_seed":
         return torch.ones(shape, **kind)
-    return torch.full(shape, {"sinks": 0.0, "scales": 1.0, "alphas": 1.5}[name], **kind)
+    if name in _OF_NO_EFFECT:
+        return torch.full(shape, _OF_NO_EFFECT[name], **kind)
+    return torch.rand(shape, generator=generator, device=p.device).to(dtype)
 
 
 def _run(problem: AnyProblem, backend: Backend, config: Config, data: _Data) -> None:

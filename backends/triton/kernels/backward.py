@@ -108,7 +108,7 @@ def add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, keys, 
                  shape, opt: tl.constexpr, WANTED: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """Add the sums over a tile that gradients of operands are made of."""
     of_slope, of_scale, of_alpha, slope = parts
-    if WANTED.slopes:
+    if WANTED.alibi_slopes:
         far = on_support(ds * distance_of(rows, keys, terms, shape, opt), x, terms.r, opt, SAFE)
         of_slope -= tl.sum(far, 1)
     if WANTED.scales:
@@ -177,9 +177,9 @@ def store_row_gradients(parts, grads, top, t, delta, at_row, inside, right, term
         # Its `dp` is zero.
         x = distance(terms.sink, top, t, terms.c, opt)
         p, u = weights(x, terms.r, opt)
-    if WANTED.slopes:
+    if WANTED.alibi_slopes:
         of_slope = tl.where(bad, float("nan"), of_slope)
-        tl.store(grads.slopes + at_row, of_slope, mask=inside)
+        tl.store(grads.alibi_slopes + at_row, of_slope, mask=inside)
         total += of_slope
     if WANTED.sinks:
         of_sink = tl.where(bad, float("nan"), -u * delta)
