@@ -239,6 +239,21 @@ def test_a_new_option_makes_kinds(of: type) -> None:
     assert cold.kind != warm.kind
 
 
+@pytest.mark.parametrize("name", ["length_k", "length", "rows", "all_rows", "alpha"])
+def test_a_new_option_has_a_name_of_its_own(name: str) -> None:
+    """Else a rule for another field would drop it."""
+    new = dataclasses.make_dataclass("New", [(name, int, 0)], bases=(ScoreTransform,), frozen=True)
+    with pytest.raises(TypeError, match=f"a field of New must have a name of its own.*{name}"):
+        problem_module.check_fields(new)
+
+
+def test_a_new_option_is_compared() -> None:
+    hidden = [("warmth", float, dataclasses.field(default=0.0, compare=False))]
+    new = dataclasses.make_dataclass("New", hidden, bases=(ScoreTransform,), frozen=True)
+    with pytest.raises(TypeError, match=r"New\.warmth must be compared"):
+        problem_module.check_fields(new)
+
+
 def test_a_new_option_that_is_ruled_is_in_no_class_where_nobody_says_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -186,9 +186,9 @@ class Decoding(NamedTuple):
 
 
 def _decoding(
-    problem: Problem, items: tuple[tuple[str, int | str], ...], *numbers: Hashable
+    problem: Problem, items: tuple[tuple[str, int | str], ...], others: Problem
 ) -> Decoding:
-    """``numbers``: all of ``problem`` but that length, where this is kept."""
+    """``others``: all of ``problem`` but that length, for what is kept."""
     config = dict(items)
     opt = sizes.Options.of(problem, config)
     # Keys are read once in any case.
@@ -223,8 +223,8 @@ def _plan(problem: Problem, items: tuple[tuple[str, int | str], ...]) -> Plan:
     grows = sizes.is_decoding(problem) and not problem.features and torch.version.hip is None
     if sizes.is_decoding(problem):
         made = _growing if grows else _decoding
-        numbers = problem.batch, problem.heads_q, problem.length_q, problem.scores
-        opt, options, compiled = made(problem, items, *numbers)
+        others = dataclasses.replace(problem, length_k=0)  # all that a kind may lack
+        opt, options, compiled = made(problem, items, others)
         shape = shape._replace(length_k=None)  # lengths are arguments of their own there
     else:
         opt = sizes.Options.of(problem, config)

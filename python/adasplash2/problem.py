@@ -7,6 +7,7 @@ or a :class:`RowProblem` and never looks at raw arguments again.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, dataclass, field, fields
@@ -522,6 +523,26 @@ _IN_KINDS: dict[str, Callable[[Any], Any]] = {
     "dropout_p": bool,
 }
 """Fields that kinds do not have as they are, but for ``_SIZES``."""
+
+
+def check_fields(scores: Any, problem: Any = Problem, rows: Any = RowProblem) -> None:
+    """Rules, features and records know fields by their names alone, and what is not compared is in
+    no kind, nor in what is kept by problem.
+
+    Raises:
+        TypeError: a field of ``scores`` has a name of those of ``problem``, of ``rows`` or of
+            kinds, or one of all but ``strided`` is not compared.
+    """
+    own, *others = ([one.name for one in fields(of)] for of in (scores, problem, rows))
+    if taken := {*own} & {*_OF_SIZES, *itertools.chain(*others)}:
+        raise TypeError(f"a field of {scores.__name__} must have a name of its own, got {taken}")
+    for of in (scores, problem, rows):
+        for one in fields(of):
+            if not one.compare and one.name != "strided":
+                raise TypeError(f"{of.__name__}.{one.name} must be compared: calls differ by it")
+
+
+check_fields(ScoreTransform)
 
 
 @functools.cache
