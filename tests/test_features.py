@@ -114,6 +114,17 @@ def test_softmax_and_what_is_shown_refuse_it_too(plant: Callable[[Problem], Prob
 
 
 @pytest.mark.parametrize("plant", [with_number, with_operand])
+def test_the_core_is_told_where_anything_is_asked(plant: Callable[[Problem], Problem]) -> None:
+    """All that it takes by name; of a plain call nothing, which is faster."""
+    query = torch.randn(1, 2, 4, 8)
+    inputs = Inputs(query, query, query)
+    cpu = importlib.import_module(REGISTRY["cpu"])
+    plain = validated(inputs, Options(is_causal=True), False)
+    assert not cpu._options(plain, inputs)
+    assert cpu._options(plant(plain), inputs)
+
+
+@pytest.mark.parametrize("plant", [with_number, with_operand])
 def test_what_triton_has_not_heard_of_is_no_product(plant: Callable[[Problem], Problem]) -> None:
     """Whoever computes it must say so where kernels would be simpler without it."""
     added = {"attn_mask": torch.empty(4, 64, 96, dtype=torch.bfloat16, device="meta")}

@@ -233,10 +233,9 @@ def _asked(problem: Problem, inputs: Inputs, config: Config, *own: Any) -> tuple
 
 def _options(problem: Problem, inputs: Inputs) -> dict[str, Any]:
     """What the core is told of masks and other scores, by name, in both directions."""
-    scores = problem.scores
-    more = scores.window != (-1, -1) or scores.bottom_right or scores.softcap
-    if not (problem.operands or more):
+    if not problem.features:
         return {}
+    scores = problem.scores
     return {
         "window": scores.window,
         "shift": problem.shift,

@@ -158,8 +158,22 @@ Kind = tuple[Any, ...]
 class Asked:
     """What :class:`Problem` and :class:`RowProblem` have in common."""
 
-    __slots__ = ("_kind",)
+    __slots__ = ("_features", "_kind")
+    _features: tuple[str, ...]
     _kind: Kind
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What is asked beyond plain and causal attention: public names of arguments. Found once:
+        backends ask with every call."""
+        try:
+            return self._features
+        except AttributeError:
+            object.__setattr__(self, "_features", tuple(self._asked()))
+            return self._features
+
+    def _asked(self) -> Iterator[str]:
+        raise NotImplementedError
 
     @property
     def kind(self) -> Kind:
@@ -227,11 +241,9 @@ class Problem(Asked):
                 return operand
         return None
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """What the call asks beyond plain and causal attention: public names of arguments."""
-        given = (shown_as(o.name) for o in self.operands if o.name not in PLAIN)
-        return *_features_of(self.scores), *given
+    def _asked(self) -> Iterator[str]:
+        yield from _features_of(self.scores)
+        yield from (shown_as(o.name) for o in self.operands if o.name not in PLAIN)
 
     @property
     def is_empty(self) -> bool:
@@ -465,10 +477,8 @@ class RowProblem(Asked):
     alphas: bool = False
     """Whether each row has its own alpha, in (1, 2]."""
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """See :attr:`Problem.features`."""
-        return tuple(_features_of(self))
+    def _asked(self) -> Iterator[str]:
+        yield from _features_of(self)
 
 
 _DEFAULTS: dict[type, tuple[tuple[str, Any], ...]] = {
