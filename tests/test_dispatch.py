@@ -947,3 +947,12 @@ def test_a_log_level_that_is_none_is_warned_about() -> None:
     done = run("import adasplash2", ADASPLASH2_LOG="loud")
     assert done.returncode == 0, done.stderr
     assert "ADASPLASH2_LOG must be a level such as debug, got 'loud'" in done.stderr
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_a_call_without_pairs_is_explained_as_nothing(alpha: float) -> None:
+    query, key = torch.randn(1, 2, 0, 8), torch.randn(1, 2, 5, 8)
+    for tensors in ((query, key, key), (key, query, query)):
+        told = adasplash2.explain(*tensors, alpha=alpha)
+        assert (told.chosen, told.config, told.others) == ("nothing", {}, ())
+        assert "there is nothing to compute: no backend is asked" in str(told)

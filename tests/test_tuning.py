@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -208,6 +209,43 @@ def test_the_cpu_backends_configs_are_real() -> None:
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
     with pytest.raises(ValueError, match=r"isa must be one of .*, got 'mmx'"):
         cpu.forward(asked, inputs, configs[0] | {"isa": "mmx"})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "decoded"),
+    [
+        ((1, 5, 16), {}, True),
+        ((1, 5, 15), {}, False),
+        ((2, 64, 16), {}, True),
+        ((2, 63, 16), {}, False),
+        ((16, 300, 64), {}, True),
+        ((16, 300, 63), {}, False),
+        ((16, 8192, 4), {}, True),
+        ((16, 8191, 4), {}, False),
+        ((17, 9000, 256), {}, False),
+        ((1, 300, 64), {"needs_grad": True}, False),
+        ((100, 300, 64), {"page_size": 4}, True),
+        ((0, 300, 64), {}, False),
+    ],
+)
+def test_what_is_decoded_has_no_rows_of_a_scan(
+    sizes: tuple[int, int, int], more: dict[str, Any], decoded: bool
+) -> None:
+    length_q, length_k, head_dim = sizes
+    asked = dataclasses.replace(
+        problem(length=1), length_q=length_q, length_k=length_k, head_dim=head_dim, **more
+    )
+    configs = cpu.configs(asked)
+    assert any("scan_rows" in config for config in configs) != decoded
+    assert len({tuple(config.items()) for config in configs}) == len(configs)
+
+
+def test_the_core_decodes_what_its_backend_says_it_does() -> None:
+    text = (Path(__file__).parent.parent / "src/cpp/decoding.cpp").read_text()
+    named = dict(re.findall(r"\b(k\w+) = (\d+)[,;]", text))
+    ours = cpu.MOST_QUERIES, cpu.LEAST_KEYS, cpu.MANY_KEYS, cpu.LEAST_DEPTH, cpu.DEPTH_PER_QUERY
+    theirs = "kMostQueries", "kLeastKeys", "kManyKeys", "kLeastDepth", "kDepthPerQuery"
+    assert tuple(int(named[name]) for name in theirs) == ours
 
 
 # Compiling in other processes

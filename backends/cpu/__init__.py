@@ -58,14 +58,34 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     down or runs in halves. Where ``ADASPLASH2_ISA`` names one, that alone.
 
     For attention also ``scan_rows``, query rows that share a pass over the keys: fewer read the
-    keys more often, and keep to a smaller cache. Results do not depend on it.
+    keys more often, and keep to a smaller cache. Results do not depend on it, and what is decoded
+    has none.
     """
     names = [_core.isa()] if os.environ.get("ADASPLASH2_ISA") else _core.usable_isas()
-    if isinstance(problem, RowProblem):
+    if isinstance(problem, RowProblem) or is_decoding(problem):
         return [{"isa": name} for name in names]
     most = _core.TILE_ROWS
     rows = [(name, most) for name in names] + [(names[0], most // 2), (names[0], most // 4)]
     return [{"isa": name, "scan_rows": r} for name, r in rows]
+
+
+MOST_QUERIES, LEAST_KEYS, MANY_KEYS = 16, 64, 8192
+LEAST_DEPTH, DEPTH_PER_QUERY = 16, 4
+"""As in ``src/cpp/decoding.cpp``."""
+
+
+def is_decoding(problem: Problem) -> bool:
+    """Whether ``decode`` in ``src/cpp/decoding.cpp`` computes it, which says why: few queries
+    without gradients, of heads that are deep enough or over many keys."""
+    queries, keys = problem.length_q, problem.length_k
+    if problem.needs_grad or problem.is_empty:
+        return False
+    if problem.page_size:
+        return True
+    if queries > MOST_QUERIES:
+        return False
+    is_deep = problem.head_dim >= max(LEAST_DEPTH, DEPTH_PER_QUERY * queries)
+    return keys >= MANY_KEYS or (is_deep and (queries == 1 or keys >= LEAST_KEYS))
 
 
 def versions() -> Mapping[str, str]:
@@ -289,9 +309,9 @@ def _run(
     more = counted | _options(problem, inputs)
     if (table := _block_table(inputs)) is not None:
         more["block_table"] = table
-    asked = _asked(
-        problem, inputs, config, _reference(out), tau.data_ptr(), keep, config["scan_rows"]
-    )
+    # What is decoded has none, and a table of tiles, for which it is not, takes any.
+    scan_rows = config.get("scan_rows", _core.TILE_ROWS)
+    asked = _asked(problem, inputs, config, _reference(out), tau.data_ptr(), keep, scan_rows)
     kept = _core.attention_forward(*asked, **more)
     return out, tau, kept
 

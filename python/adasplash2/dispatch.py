@@ -153,7 +153,8 @@ class Explanation:
 
     Attributes:
         problem: the call in words.
-        chosen: name of what runs it; None where nothing can, and the call would raise.
+        chosen: name of what runs it; ``"nothing"`` where there is nothing to compute, None where
+            nothing can, and the call would raise.
         config: the configuration it runs with.
         others: name of every backend that is not chosen, and why.
         notes: what is worth knowing beside, such as copies that are made.
@@ -190,6 +191,10 @@ class Explanation:
         rows = self.rows()
         width = max(len(head) for head, _ in rows)
         return "\n".join(f"{head:<{width}}  {text}" for head, text in rows)
+
+
+NOTHING = "nothing"
+"""What runs a problem without a pair of a query and a key, or without a score."""
 
 
 def choose(problem: Problem | RowProblem, backend: str | None = None) -> Choice:
@@ -235,6 +240,9 @@ def explain(
     Raises:
         ValueError: there is no backend of that name.
     """
+    if problem.is_empty:
+        note = "there is nothing to compute: no backend is asked"
+        return Explanation(describe(problem), NOTHING, {}, notes=(note,))
     if problem.alpha == 1.0:
         return Explanation(
             problem=describe(problem),

@@ -683,7 +683,7 @@ def _entmax_forward(x: Tensor, *args: Any) -> Tensor:
     asked, needs_grad = _RowArguments.of_forward(args)
     dim = asked.dim
     x, problem, alphas = _row_call(x, asked.read(), dim, needs_grad, asked.alphas)
-    if not problem.rows * problem.length:
+    if problem.is_empty:
         return _unlast(x.new_zeros(x.shape), x.shape, dim)
     chosen, config, _ = choose(problem, asked.backend or None)
     return _unlast(chosen.rows_forward(problem, _rows(problem, x), config, alphas), x.shape, dim)
@@ -714,7 +714,7 @@ def _entmax_backward(grad_y: Tensor, y: Tensor, *args: Any) -> Tensor:
     y_last, problem, alphas = _row_call(y, asked.read(), dim, True, asked.alphas)
     check_like("grad_y", grad_y, y.shape, y.dtype, y.device)
     shape = y_last.shape
-    if not problem.rows * problem.length:
+    if problem.is_empty:
         return _unlast(y.new_zeros(shape), shape, dim)
     chosen, config, _ = choose(problem, asked.backend or None)
     y_rows, grad_rows = _rows(problem, y_last), _rows(problem, _last(grad_y, dim))

@@ -477,6 +477,11 @@ class RowProblem(Asked):
     alphas: bool = False
     """Whether each row has its own alpha, in (1, 2]."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no score."""
+        return not self.rows * self.length
+
     def _asked(self) -> Iterator[str]:
         yield from _features_of(self)
 
