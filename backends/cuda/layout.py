@@ -29,9 +29,10 @@ ARENA_ROW = 64
 single rows may keep more."""
 
 LISTED, TO_RETRY, FLAT, UNSAFE = range(4)
-"""What ``Params.flat`` says of a row block: its survivors are in the arena; a retry of the scan may
-find that they fit after all; the dense kernels serve it; they did, and what came out is not finite,
-so that ``exact.cu`` does it again. The marks of gradients are ``UNSAFE`` or zero."""
+"""What ``Params.flat`` says of a row block. LISTED: its survivors are in the arena. TO_RETRY: they
+did not fit, and another scan may find that they do. FLAT: the dense kernels compute it. UNSAFE:
+they have, and since what came out is not finite, ``exact.cu`` computes it again. The marks of
+gradients are UNSAFE or zero."""
 
 COPY_BYTES = 16
 """What a thread copies at once where rows allow it (``ALIGNED``)."""
@@ -322,7 +323,7 @@ Part = _struct(  # of a row's keys: what a warp of decode_scan says of it
     "Part",
     ("float", "top"),  # the largest score
     ("float", "bound"),  # a lower bound of tau / c, of the row
-    ("int", "first"),  # key; the part's list of scores begins at its place
+    ("int", "first"),  # key of the part; its list begins at this place of a row's scores
     ("int", "count"),  # of keys in the list
 )
 

@@ -38,12 +38,12 @@ MAXIMA_CHUNK = 4096
 """Tile maxima that a program holds at a time, at most: 32 of 128 rows."""
 
 FEW_MAXIMA = 512
-"""The most tile maxima of a warp for which those of their pieces, four times as many, fit its
+"""The most tile maxima that a warp holds beside four maxima of pieces for each: these fit its
 registers."""
 
 FOLDS = 2
-"""Of a window's few tiles, how many share a place for the maxima of their pieces, which then holds
-the larger ones; one tile alone where they are no more than FEWEST_MAXIMA."""
+"""Of a window's few tiles, how many share a place for the maxima of their pieces: it holds the
+largest. Where tiles are no more than FEWEST_MAXIMA, each has a place of its own."""
 
 REUSES = 1
 """Newton's steps after the first for which the first list of a window's few tiles serves."""

@@ -1,10 +1,10 @@
 """The options: what a caller may say beside the tensors, once for every function and operator.
 
 :class:`Said` has what users say, by the names of arguments; :class:`Options` what is left of it
-once it is checked, in Python's own types. A new option is one more field of both. It then has its
-place in the operators' schema, in what is validated and remembered, and in what backward is told;
-the public signatures in :mod:`adasplash2.functional` name it for users. What is a tensor is a field
-of :class:`Said` and of :class:`adasplash2.problem.Inputs`.
+once it is checked, in Python's own types. A field of :class:`Options` has its place in the
+operators' schema, in what is validated and remembered, and in what backward is told. What is a
+tensor is a field of :class:`Said` and of :class:`adasplash2.problem.Inputs`. All that a new option
+needs beside is told in ``CONTRIBUTING.md``.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class Options(NamedTuple):
 
 
 FIRST = 5
-"""Options that operators take first, and in every call. The others came later: they follow behind
-all that has been there before, and have defaults, so that graphs of older releases stay valid."""
+"""How many options operators take first, without defaults. Those that came later stand behind all
+arguments that operators had by then, with defaults, so that graphs of older releases stay valid."""
 
 _SCHEMA_TYPES = {
     float: "Scalar",

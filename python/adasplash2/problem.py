@@ -117,7 +117,8 @@ class ScoreTransform:
     In this order: ``s_ij = scale * (q_i . k_j)``; with a softcap ``c``, ``c * tanh(s / c)``; plus
     an additive mask; minus ``slope * |i' - j|``. Query ``i`` sees the keys ``j`` with ``i' - left
     <= j <= i' + right``, where ``i'`` is ``i``, or ``i + length_k - length_q`` where
-    ``bottom_right``. One place per language knows this.
+    ``bottom_right``. What computes this is ``src/cpp/score.h``, ``score.cuh`` and ``score.py`` in
+    the backends' ``kernels``, and for softmax ``softmax.py``.
 
     Dropout is drawn anew wherever it is needed: ``p_ij`` of sequence ``b`` and head ``h`` is
     dropped where the first word of Philox-4x32 with 10 rounds (Salmon et al. 2011) is below

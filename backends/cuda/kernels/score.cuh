@@ -1,5 +1,7 @@
-// Scores, and which keys a query may see. Masks are named here and nowhere else: a kernel asks
-// these functions, and none asks which mask there is.
+// Which keys a query may see, and the sign of the scale. Masks are named here and nowhere else: a
+// kernel asks these functions, and none asks which mask there is. What would change q . k
+// otherwise, as a softcap does, has no place here: scans, gathers and dense kernels take products
+// as they are.
 //
 // A score is s = q_sign (q . k), and z = c s with c = (alpha-1) |scale| > 0: the sign of the scale
 // is in s, so that a larger score is always a larger z. Lists, their bounds, RowStart::top and
