@@ -23,6 +23,7 @@ from fuzz_tools import Draw
 import adasplash2
 from adasplash2.backends import triton
 from adasplash2.backends.triton.sizes import INTERPRETED, Saved
+from adasplash2.options import Said
 from adasplash2.problem import Inputs, attention_problem
 
 on_every_backend = pytest.mark.parametrize("backend", usable_backends())
@@ -234,3 +235,15 @@ def test_steps_above_two_are_forced_to_bisect(backend: str) -> None:
     query = torch.ones_like(key[:, :, :1])
     stats = adasplash2.attention_stats(query, key, key, alpha=4.0, scale=1.0, backend=backend)
     assert stats.iterations.max() <= (28 if key.is_cuda else 23)
+
+
+def test_every_option_is_asked_and_drawn() -> None:
+    """A new one has a call in the table and chances in the random problems; those that are left
+    out, every call has."""
+    asked = set(Said._fields) - {"enable_gqa", "backend"}
+    table = {name for call in language.CALLS for name in call.said()}
+    assert table >= asked
+    drawn: set[str] = set()
+    for number in range(200):
+        drawn |= fuzz_language.draw_problem(Draw(1, number), 20).said.keys()
+    assert drawn >= asked
