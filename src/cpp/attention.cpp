@@ -39,58 +39,6 @@ struct Panels {
   const T* head(int64_t head_kv) const { return data.data() + head_kv * head_stride; }
 };
 
-// Fewer keys are looked at exactly sooner.
-constexpr int64_t kScreenFrom = 256;
-
-// The keys of all heads for a matrix unit, where the kernels have one and rows see so many that it
-// is worth it.
-template <class T>
-class ScreenedPanels {
- public:
-  ScreenedPanels(const KernelTable& table, const Kernels<T>& k, const AttentionProblem& p,
-                 const TensorRef& key, int threads) {
-    if (!table.unit || !k.pack_screened || p.length_k < kScreenFrom || p.length_q < kScreenRows)
-      return;
-    unit_ = table.unit;
-    constexpr int64_t kChunk = 32;  // panels a task packs
-    const int64_t panels = parts(p.length_k, k.panel_keys), chunks = parts(panels, kChunk);
-    const int64_t panel = k.panel_keys / kScreenRows * screen_steps(p.head_dim) * kScreenTile;
-    head_stride_ = panels * panel;
-    data_ = Buffer<uint16_t>(p.key_heads() * head_stride_);
-    rounded_.resize(size_t(p.key_heads() * chunks));
-    chunks_ = chunks;
-    parallel_for(p.key_heads() * chunks, threads, [&](int64_t i, int) {
-      const int64_t head = i / chunks;
-      const Part some = part_of(panels, kChunk, i % chunks);
-      const KeyRange seen = seen_by_any(p.score_of(head * p.gqa_group()), 0, p.length_q);
-      const KeyRange packed =
-          seen.in_units_of(k.panel_keys).intersection({some.first, some.first + some.count});
-      if (packed.size() > 0)
-        rounded_[size_t(i)] =
-            k.pack_screened(p.key_head(key, head), p.length_k, p.head_dim, packed.begin, packed.end,
-                            data_.data() + head * head_stride_);
-    });
-  }
-
-  ScreenedKeys head(int64_t head_kv) const {
-    ScreenedKeys keys = {unit_, nullptr, {}};
-    if (!unit_) return keys;
-    keys.packed = data_.data() + head_kv * head_stride_;
-    for (int64_t c = 0; c < chunks_; ++c) {
-      const Rounded& some = rounded_[size_t(head_kv * chunks_ + c)];
-      keep_largest(keys.rounded.longest, some.longest);
-      keep_largest(keys.rounded.lost, some.lost);
-    }
-    return keys;
-  }
-
- private:
-  const MatrixUnit* unit_ = nullptr;
-  Buffer<uint16_t> data_;
-  std::vector<Rounded> rounded_;
-  int64_t head_stride_ = 0, chunks_ = 0;
-};
-
 // One workspace a thread.
 class Workspaces {
  public:
@@ -275,17 +223,14 @@ class KeptLists final : public Kept {
 
 template <class T>
 ForwardTask<T> forward_task(const ForwardArguments& a, const AttentionProblem& p,
-                            const RowBlock& of, const Panels<T>& packed_keys,
-                            const ScreenedPanels<T>& screened_keys, KeptLists<T>& kept) {
+                            const RowBlock& of, const Panels<T>& packed_keys, KeptLists<T>& kept) {
   const int64_t element = p.element_size(), row = of.first_row;
   ForwardTask<T> task = {};
   task.problem = &p;
   task.query = p.query_head(a.query, of.head_q).from(of.row_begin, element);
-  task.key = p.key_head(a.key, of.head_kv);
   task.value = p.key_head(a.value, of.head_kv);
   task.out = p.query_head(a.out, of.head_q).from(of.row_begin, element);
   task.packed_keys = packed_keys.head(of.head_kv);
-  task.screened_keys = screened_keys.head(of.head_kv);
   task.head = of.head_q;
   task.row_begin = of.row_begin;
   task.rows = of.rows;
@@ -305,14 +250,13 @@ std::unique_ptr<Kept> forward(const ForwardArguments& a) {
   const Buffer<KeyRange> reach = reaches(k, p, a.query, a.key, a.threads);
   p.score.reach = reach.data();
   const Panels<T> packed_keys(k, p, a.key, p.head_dim, a.threads);
-  const ScreenedPanels<T> screened_keys(*a.kernels, k, p, a.key, a.threads);
   Workspaces workspaces(k.forward_workspace(p), a.threads);
   auto kept = std::make_unique<KeptLists<T>>(p, a.threads);
   std::vector<Work> work(size_t(a.threads < 1 ? 1 : a.threads));
 
   parallel_for(p.row_blocks(), a.threads, [&](int64_t turn, int thread) {
     const RowBlock of = row_block_at(p, turn);
-    ForwardTask<T> task = forward_task(a, p, of, packed_keys, screened_keys, *kept);
+    ForwardTask<T> task = forward_task(a, p, of, packed_keys, *kept);
     task.workspace = workspaces.of(thread);
     k.forward(task);
     work[size_t(thread)].add(task.work);

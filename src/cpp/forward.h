@@ -5,7 +5,7 @@
 #include "dropout.h"
 #include "guard.h"
 #include "kernels.h"
-#include "screen.h"
+#include "micro.h"
 #include "solve.h"
 
 namespace adasplash2::ADASPLASH2_ISA {
@@ -186,9 +186,8 @@ ADASPLASH2_INLINE void with_scores(const AttentionProblem& p, int64_t head, F f)
 
 template <class T>
 struct ForwardWorkspace {
-  T *query, *query_row, *list_values, *scores, *candidates, *out, *kept_values;
+  T *query, *list_values, *scores, *candidates, *out, *kept_values;
   int32_t *list_keys, *kept_keys;
-  uint16_t* rounded_query;
   int64_t list_stride, score_stride, together, bytes;
 
   ADASPLASH2_INLINE ForwardWorkspace(const AttentionProblem& p, void* base) {
@@ -196,9 +195,6 @@ struct ForwardWorkspace {
     list_stride = list_stride_of<T>(p);
     score_stride = score_stride_of<T>(p);
     query = memory.take<T>(kBlockRows * p.head_dim);
-    query_row = memory.take<T>(kScreens<T> ? p.head_dim : 0);
-    rounded_query = memory.take<uint16_t>(
-        kScreens<T> ? kBlockRows / kScreenRows * screen_steps(p.head_dim) * kScreenTile : 0);
     list_values = memory.take<T>(kBlockRows * list_stride);
     list_keys = memory.take<int32_t>(kBlockRows * list_stride);
     together = rows_together<T>(p, 1);
@@ -224,16 +220,10 @@ struct ForwardBlock {
   const Alpha& alpha;
   const Power<T> power;
   const Scores<K, T, IsPlain> scores;
-  T lo[kBlockRows];     // bounds of the thresholds
-  T slack[kBlockRows];  // by which values may be off that are kept all the same, see screen.h
-  T least[kBlockRows];  // lo - slack
+  T lo[kBlockRows];
   int64_t count[kBlockRows], trigger[kBlockRows], longest[kBlockRows];
-  bool flat[kBlockRows];            // has no list, or none yet
-  bool is_long[kBlockRows];         // is expected to keep more than a list is good for
-  bool is_screened[kRowTiles];      // the first look at keys is the matrix unit's,
-  int64_t rounded_from[kRowTiles];  // from this one on
-  unsigned with_many[kRowTiles];    // a bit for a row that may keep more than that is good for
-  alignas(64) T products[kScreens<T> ? kScreenRows * kScreenKeys : 1];
+  bool flat[kBlockRows];     // has no list, or none yet
+  bool is_long[kBlockRows];  // is expected to keep more than a list is good for
   Work work;
 
   ADASPLASH2_INLINE explicit ForwardBlock(const ForwardTask<T>& t)
@@ -299,8 +289,7 @@ struct ForwardBlock {
                             ws.query + t * kTileRows * problem.head_dim);
     const double share = share_of_list(problem);
     for (int64_t i = 0; i < task.rows; ++i) {
-      lo[i] = least[i] = -kInfinity<T>;
-      slack[i] = T(0);
+      lo[i] = -kInfinity<T>;
       count[i] = 0;
       trigger[i] = kFirstTrigger;
       const int64_t seen = scores.visible(task.row_begin + i).size();
@@ -314,42 +303,12 @@ struct ForwardBlock {
         count[i] = list.count;
       }
     }
-    for (int64_t t = 0; t < row_tiles(); ++t) {
-      is_screened[t] = false;
-      rounded_from[t] = with_many[t] = 0;
-    }
-    if constexpr (kScreens<T>)
-      if (task.screened_keys.unit && scores.is_scaled) prepare_screen();
     if (!task.results.tiles) return;
     const KeyRange keys = seen_by_any(scores, task.row_begin, task.rows);
     const KeyRange tiles = keys.in_units_of(kBlockRows);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
       if (any_allowed({0, task.rows}, {tile * kBlockRows, (tile + 1) * kBlockRows}))
         task.results.tiles[tile] = kEmptyTile;
-  }
-
-  // Rows whose tiles are whole, and all of whose scores have a bound that is good for something.
-  ADASPLASH2_INLINE void prepare_screen() {
-    constexpr int64_t kTogether = kScreenRows / kTileRows;
-    const int64_t depth = problem.head_dim;
-    const double in_values = 1.001 * magnitude(double(scores.value_of_dot));
-    const double in_y = K == AlphaKind::kGeneral ? double(power.factor) : 1.0;
-    for (int64_t group = 0; group * kScreenRows + kScreenRows <= task.rows; ++group) {
-      Rounded each[kScreenRows];
-      const Part rows = {group * kScreenRows, kScreenRows};
-      round_rows<false, S>(task.query, rows, depth, rounded_query(group), each);
-      bool all = true;
-      for (int64_t r = 0; r < kScreenRows; ++r) {
-        const double width = in_values * slack_of(each[r], task.screened_keys.rounded, depth);
-        slack[rows.first + r] = T(width);
-        all &= width * in_y <= kMostSlack && !flat[rows.first + r];
-      }
-      for (int64_t r = 0; !all && r < kScreenRows; ++r) slack[rows.first + r] = T(0);
-      for (int64_t t = 0; t < kTogether; ++t) is_screened[group * kTogether + t] = all;
-    }
-  }
-  ADASPLASH2_INLINE uint16_t* rounded_query(int64_t group) const {
-    return ws.rounded_query + group * screen_steps(problem.head_dim) * kScreenTile;
   }
 
   // --- scan: what may be in the support -----------------------------------------------------
@@ -373,20 +332,14 @@ struct ForwardBlock {
       needed[t] = needed_by_any(rows);
       whole[t] = scores.is_scaled && rows.count == kTileRows ? seen_by_all(rows) : KeyRange{0, 0};
     }
-    bool any_screened = false;
-    for (int64_t t = tile_begin; t < tile_end; ++t) any_screened |= is_screened[t];
-    if (any_screened) task.screened_keys.unit->begin();
     for (int64_t panel = panels.end - 1; panel >= panels.begin; --panel) {
       const KeyRange keys = {panel * kKeys, (panel + 1) * kKeys};
-      int64_t made = -1;  // the rows whose rounded products with this panel there are
       for (int64_t t = tile_begin; t < tile_end; ++t) {
         const Part rows = row_tile(t);
         if (!keys.overlaps(needed[t]) || is_flat(rows)) continue;
         if (!any_allowed(rows, keys)) continue;
         scores.prefetch(task.row_begin + rows.first, rows.count, keys.begin - kKeys, kKeys);
-        const Tile<T> tile = is_screened[t] && keys.begin >= rounded_from[t]
-                                 ? rounded_dots(rows, panel, made)
-                                 : dots(rows, panel);
+        const Tile<T> tile = dots(rows, panel);
         ++work.tiles;
         if (whole[t].contains(keys)) {
           collect<true>(tile, rows, keys.begin);
@@ -397,28 +350,6 @@ struct ForwardBlock {
         }
       }
     }
-    if (any_screened) task.screened_keys.unit->end();
-  }
-
-  // The same as dots(), of rounded operands. The unit makes those of several tiles at once.
-  ADASPLASH2_INLINE Tile<T> rounded_dots(Part rows, int64_t panel, int64_t& made) {
-    Tile<T> tile = {};
-    if constexpr (kScreens<T>) {
-      const int64_t steps = screen_steps(problem.head_dim), group = rows.first / kScreenRows;
-      if (group != made)
-        task.screened_keys.unit->dots(
-            rounded_query(group),
-            task.screened_keys.packed + panel * (kKeys / kScreenRows) * steps * kScreenTile, steps,
-            products);
-      made = group;
-#pragma GCC unroll 8
-      for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v)
-          tile.rows[r][v] = load(products + (rows.first % kScreenRows + r) * kKeys + v * kLanes<T>);
-      ++work.rounded_tiles;
-    }
-    return tile;
   }
 
   // Appends what lies above each row's bound. Whole: the tile holds q . k, and all rows see all
@@ -434,7 +365,7 @@ struct ForwardBlock {
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
         x[v] = Whole ? scores.values(tile.rows[r][v]) : tile.rows[r][v];
-        above[v] = not_below(x[v], broadcast(least[i]));
+        above[v] = not_below(x[v], broadcast(lo[i]));
         any |= above[v];
       }
       if (any && !flat[i]) append(i, x, above, key);
@@ -455,23 +386,17 @@ struct ForwardBlock {
 
   // The keys from `key` on have been scanned.
   __attribute__((noinline)) void tighten_row(int64_t i, int64_t key) {
-    const RaisedBound<T> row = raise_bound<K, T>(candidates(i), lo[i], power, slack[i]);
+    const RaisedBound<T> row = raise_bound<K, T>(candidates(i), lo[i], power);
     ++work.tightenings;
     count[i] = row.count;
     // A poisoned row is flat too: its NaN has to reach every gradient it touches.
     const KeyRange seen = scores.visible(task.row_begin + i);
     const int64_t scanned = seen.end - key;
-    const double most =
-        scanned * kShareOfScan >= seen.size() ? foretold(row.count, scanned, seen.size()) : 0.0;
-    is_long[i] = most > double(longest[i]);
-    const int64_t t = i / kTileRows;
-    with_many[t] |= unsigned(most > kMostScreened * double(seen.size())) << i % kTileRows;
-    if (rounded_from[t] == 0 && __builtin_popcount(with_many[t]) * 2 > kTileRows)
-      rounded_from[t] = key;
+    is_long[i] = scanned * kShareOfScan >= seen.size() &&
+                 foretold(row.count, scanned, seen.size()) > double(longest[i]);
     flat[i] = row.state == RowState::kPoisoned || row.count > kFullList;
     if (flat[i]) return;
     lo[i] = row.lo;
-    least[i] = row.lo - slack[i];
     const int64_t next = row.count * kRegrowth + kFirstTrigger / 2;
     trigger[i] = next < kListCapacity ? next : kListCapacity;
   }
@@ -483,25 +408,7 @@ struct ForwardBlock {
       if (!flat[i]) solve_row(i);
   }
 
-  // Makes the values of a list exact, of those keys that may still be in the support.
-  __attribute__((noinline)) void look_closer(int64_t i) {
-    if (count[i] > kFirstTrigger)
-      count[i] = raise_bound<K, T>(candidates(i), lo[i], power, slack[i]).count;
-    const Candidates<T> list = candidates(i);
-    const int64_t first = list.count > 0 && list.keys[0] == kSinkKey;
-    for (int64_t k = 0; k < problem.head_dim; ++k)
-      ws.query_row[k] = to_compute(row_of<const S>(task.query, i)[k]);
-    for (int64_t j = first; j < list.count; ++j) {
-      const int32_t key = list.keys[j];
-      if (key < rounded_from[i / kTileRows]) continue;
-      const T exact = dot(ws.query_row, row_of<const S>(task.key, key), problem.head_dim);
-      list.values[j] = exact * scores.value_of_dot;
-      ++work.exact_entries;
-    }
-  }
-
   ADASPLASH2_INLINE void solve_row(int64_t i) {
-    if (is_screened[i / kTileRows]) look_closer(i);
     const SolvedList<T> row = solve_list<K, T>(candidates(i), power);
     flat[i] = row.state == RowState::kPoisoned;
     if (flat[i]) return;

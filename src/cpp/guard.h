@@ -4,13 +4,21 @@
 
 #include "types.h"
 
-#ifdef __SANITIZE_ADDRESS__
+#if defined(__SANITIZE_ADDRESS__)
+#define ADASPLASH2_GUARDS 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)  // as older Clangs say it
+#define ADASPLASH2_GUARDS 1
+#endif
+#endif
+
+#ifdef ADASPLASH2_GUARDS
 #include <sanitizer/asan_interface.h>
 #endif
 
 namespace adasplash2 {
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef ADASPLASH2_GUARDS
 constexpr int64_t kGuardBytes = 64;  // at least, behind each array of a workspace
 ADASPLASH2_INLINE void guard(char* begin, char* end, char* next) {
   __asan_unpoison_memory_region(begin, size_t(end - begin));  // a task before had other arrays

@@ -1,9 +1,5 @@
 #include "isa.h"
 
-#if defined(ADASPLASH2_HAVE_AMX)
-#include "amx.h"
-#endif
-
 #if defined(__linux__)
 #include <unistd.h>
 #endif
@@ -28,19 +24,6 @@ ADASPLASH2_DECLARE(avx512)
 
 namespace {
 
-#if defined(ADASPLASH2_HAVE_AMX)
-// The kernels of AVX-512, whose scans leave the first look at keys to the matrix unit.
-const KernelTable& with_amx() {
-  static const KernelTable table = [] {
-    KernelTable same = avx512::table;
-    same.isa = "amx";
-    same.unit = amx();
-    return same;
-  }();
-  return table;
-}
-#endif
-
 // Every flag that CMakeLists.txt compiles the unit with is asked for here.
 std::vector<const KernelTable*> usable_tables() {
   std::vector<const KernelTable*> tables;
@@ -55,12 +38,8 @@ std::vector<const KernelTable*> usable_tables() {
 #if defined(ADASPLASH2_HAVE_avx512)
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512cd")) {
-#if defined(ADASPLASH2_HAVE_AMX)
-    if (amx()) tables.push_back(&with_amx());
-#endif
+      __builtin_cpu_supports("avx512cd"))
     tables.push_back(&avx512::table);
-  }
 #endif
 #if defined(ADASPLASH2_HAVE_avx2)
   if (has_avx2) tables.push_back(&avx2::table);

@@ -20,21 +20,6 @@ void pack_panels(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begi
 }
 
 template <class S>
-Rounded pack_screened(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begin,
-                      int64_t panel_end, uint16_t* packed) {
-  const int64_t stride = screen_steps(depth) * kScreenTile;
-  Rounded all = {};
-  for (int64_t tile = panel_begin * kScreenKeys / kScreenRows;
-       tile < panel_end * kScreenKeys / kScreenRows; ++tile) {
-    const Part keys = part_of(length, kScreenRows, tile);
-    const Rounded some = round_rows<true, S>(rows, keys, depth, packed + tile * stride, nullptr);
-    keep_largest(all.longest, some.longest);
-    keep_largest(all.lost, some.lost);
-  }
-  return all;
-}
-
-template <class S>
 void norms(HeadRef rows, int64_t count, int64_t depth, double* norms) {
   for (int64_t i = 0; i < count; ++i) {
     double total = 0;
@@ -68,7 +53,6 @@ constexpr Kernels<ComputeOf<S>> kernels_of() {
   k.panel_keys = kPanelKeys<T>;
   k.task_keys = kTaskKeys<T>;
   k.pack_panels = pack_panels<S>;
-  if constexpr (kScreens<T>) k.pack_screened = pack_screened<S>;
   k.norms = norms<S>;
   k.forward_workspace = forward_workspace<S>;
   k.forward = forward<S>;
@@ -93,11 +77,7 @@ constexpr Kernels<ComputeOf<S>> kernels_of() {
 }  // namespace
 
 extern const KernelTable table;
-const KernelTable table = {ADASPLASH2_STRING(ADASPLASH2_ISA),
-                           nullptr,
-                           kernels_of<float>(),
-                           kernels_of<Bfloat16>(),
-                           kernels_of<Float16>(),
-                           kernels_of<double>()};
+const KernelTable table = {ADASPLASH2_STRING(ADASPLASH2_ISA), kernels_of<float>(),
+                           kernels_of<Bfloat16>(), kernels_of<Float16>(), kernels_of<double>()};
 
 }  // namespace adasplash2::ADASPLASH2_ISA

@@ -9,35 +9,6 @@ namespace adasplash2 {
 // Bytes of a core's second cache, by which kernels choose how much to hold at a time.
 int64_t second_cache();
 
-// A processor's unit for products of small matrices of bfloat16, summed up in float. One of its
-// tiles is kScreenRows vectors of kScreenDepth numbers; screen.h packs them.
-constexpr int64_t kScreenRows = 16, kScreenKeys = 48, kScreenDepth = 32;
-constexpr int64_t kScreenTile = kScreenRows * kScreenDepth;
-ADASPLASH2_INLINE int64_t screen_steps(int64_t depth) { return parts(depth, kScreenDepth); }
-
-struct MatrixUnit {
-  void (*begin)();  // of a thread's products
-  void (*end)();
-  // Of kScreenRows rows and kScreenKeys keys, out[row][key], on 64 bytes.
-  void (*dots)(const uint16_t* rows, const uint16_t* keys, int64_t steps, float* out);
-};
-
-// Bounds on the norms of some rows as rounded to bfloat16, and of what that has changed.
-struct Rounded {
-  double longest = 0, lost = 0;
-};
-
-ADASPLASH2_INLINE void keep_largest(double& largest, double x) {
-  if (!(x <= largest) && largest == largest) largest = x;  // a NaN stays
-}
-
-// The keys of a head for it; no unit where they are not screened.
-struct ScreenedKeys {
-  const MatrixUnit* unit;
-  const uint16_t* packed;
-  Rounded rounded;
-};
-
 // What the forward knows of each query row (arrays over all rows, in T = float or double).
 // support < 0 marks a flat or poisoned row: -1 - support keys, no list.
 template <class T>
@@ -52,9 +23,8 @@ struct RowResults {
 template <class T>
 struct ForwardTask {
   const AttentionProblem* problem;
-  HeadRef query, key, value, out;
+  HeadRef query, value, out;
   const T* packed_keys;
-  ScreenedKeys screened_keys;
   int64_t head;             // among the query heads of all batches
   int64_t row_begin, rows;  // within the head
   int64_t scan_rows;        // rows that share a pass over the keys
@@ -199,9 +169,6 @@ struct Kernels {
   // Panels [panel_begin, panel_end) of the `length` rows, packed as [panel][depth][panel_keys].
   void (*pack_panels)(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begin,
                       int64_t panel_end, T* packed);
-  // The same of keys for a matrix unit; null where these kernels use none.
-  Rounded (*pack_screened)(HeadRef rows, int64_t length, int64_t depth, int64_t panel_begin,
-                           int64_t panel_end, uint16_t* packed);
   void (*norms)(HeadRef rows, int64_t count, int64_t depth, double* norms);
   int64_t (*forward_workspace)(const AttentionProblem&);  // bytes, a thread
   void (*forward)(ForwardTask<T>&);
@@ -221,7 +188,6 @@ struct Kernels {
 
 struct KernelTable {
   const char* isa;
-  const MatrixUnit* unit;  // null where they are used without one
   Kernels<float> float32, bfloat16, float16;
   Kernels<double> float64;
 };

@@ -181,8 +181,6 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Work>(m, "Work")
       .def(py::init<>())
       .def_readonly("tiles", &Work::tiles)
-      .def_readonly("rounded_tiles", &Work::rounded_tiles)
-      .def_readonly("exact_entries", &Work::exact_entries)
       .def_readonly("appended", &Work::appended)
       .def_readonly("tightenings", &Work::tightenings)
       .def_readonly("solved", &Work::solved)

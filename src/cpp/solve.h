@@ -334,8 +334,8 @@ struct Candidates {
   int64_t count;
 };
 
-// Raises the lower bound of candidates by their histogram, and drops what fell below it by more
-// than `slack`, in place. `lo` bounds the threshold of the values, `bracket` that of y.
+// Raises the lower bound of candidates by their histogram, and drops what fell below it, in place.
+// `lo` bounds the threshold of the values, `bracket` that of y.
 template <class T>
 struct Tightened {
   RowState state;
@@ -389,8 +389,7 @@ ADASPLASH2_INLINE int64_t keep_above(Candidates<T> row, T lo) {
 }
 
 template <AlphaKind K, class T>
-__attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const Power<T>& power,
-                                                      T slack = T(0)) {
+__attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const Power<T>& power) {
   pad(row.values, row.count);
   Tightened<T> result = {
       RowState::kPoisoned, row.count, max_or_poison(row.values, row.count), 0, {}};
@@ -406,7 +405,7 @@ __attribute__((noinline)) static Tightened<T> tighten(Candidates<T> row, const P
   result.bracket.lo -= T(2) * kEpsilon<T>;
   result.bracket.hi += T(2) * kEpsilon<T>;
   result.lo = below_max<K>(result.max, result.bracket.lo, power);
-  result.count = keep_above(row, result.lo - slack);
+  result.count = keep_above(row, result.lo);
   return result;
 }
 
@@ -423,9 +422,9 @@ struct RaisedBound {
 };
 template <AlphaKind K, class T>
 __attribute__((noinline)) static RaisedBound<T> raise_bound(Candidates<T> row, T lo,
-                                                            const Power<T>& power, T slack = T(0)) {
+                                                            const Power<T>& power) {
   if constexpr (K == AlphaKind::kGeneral) {
-    const Tightened<T> tightened = tighten<K, T>(row, power, slack);
+    const Tightened<T> tightened = tighten<K, T>(row, power);
     const bool is_raised = tightened.state == RowState::kSolved;
     return {tightened.state, tightened.count, is_raised ? tightened.lo : lo};
   } else {
@@ -449,7 +448,7 @@ __attribute__((noinline)) static RaisedBound<T> raise_bound(Candidates<T> row, T
       if (step > T(0)) y += step;
     } while (step > T(1) / T(kBins));
     lo = below_max<K>(max, y, power);
-    return {RowState::kSolved, keep_above(row, lo - slack), lo};
+    return {RowState::kSolved, keep_above(row, lo), lo};
   }
 }
 

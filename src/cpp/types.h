@@ -72,19 +72,15 @@ struct Threshold {
 
 // What a forward did, counted for tests: time shows too late that the bound no longer works.
 struct Work {
-  int64_t tiles = 0;          // tiles of scores computed
-  int64_t rounded_tiles = 0;  // of those, of rounded operands
-  int64_t exact_entries = 0;  // entries of lists whose scores were made once more, exactly
-  int64_t appended = 0;       // entries put into lists
-  int64_t tightenings = 0;    // of lists during the scan
-  int64_t solved = 0;         // entries that the thresholds of lists were found on
-  int64_t steps = 0;          // passes over those, and over flat rows
+  int64_t tiles = 0;        // tiles of scores computed
+  int64_t appended = 0;     // entries put into lists
+  int64_t tightenings = 0;  // of lists during the scan
+  int64_t solved = 0;       // entries that the thresholds of lists were found on
+  int64_t steps = 0;        // passes over those, and over flat rows
   int64_t flat_rows = 0;
 
   ADASPLASH2_INLINE void add(const Work& other) {
     tiles += other.tiles;
-    rounded_tiles += other.rounded_tiles;
-    exact_entries += other.exact_entries;
     appended += other.appended;
     tightenings += other.tightenings;
     solved += other.solved;
