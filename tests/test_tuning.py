@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -238,14 +237,6 @@ def test_what_is_decoded_has_no_rows_of_a_scan(
     configs = cpu.configs(asked)
     assert any("scan_rows" in config for config in configs) != decoded
     assert len({tuple(config.items()) for config in configs}) == len(configs)
-
-
-def test_the_core_decodes_what_its_backend_says_it_does() -> None:
-    text = (Path(__file__).parent.parent / "src/cpp/decoding.cpp").read_text()
-    named = dict(re.findall(r"\b(k\w+) = (\d+)[,;]", text))
-    ours = cpu.MOST_QUERIES, cpu.LEAST_KEYS, cpu.MANY_KEYS, cpu.LEAST_DEPTH, cpu.DEPTH_PER_QUERY
-    theirs = "kMostQueries", "kLeastKeys", "kManyKeys", "kLeastDepth", "kDepthPerQuery"
-    assert tuple(int(named[name]) for name in theirs) == ours
 
 
 # Compiling in other processes

@@ -69,23 +69,12 @@ def configs(problem: Problem | RowProblem) -> Sequence[Config]:
     return [{"isa": name, "scan_rows": r} for name, r in rows]
 
 
-MOST_QUERIES, LEAST_KEYS, MANY_KEYS = 16, 64, 8192
-LEAST_DEPTH, DEPTH_PER_QUERY = 16, 4
-"""As in ``src/cpp/decoding.cpp``."""
-
-
 def is_decoding(problem: Problem) -> bool:
-    """Whether ``decode`` in ``src/cpp/decoding.cpp`` computes it, which says why: few queries
-    without gradients, of heads that are deep enough or over many keys."""
-    queries, keys = problem.length_q, problem.length_k
+    """Whether few queries without gradients are computed by ``decode`` of the core."""
     if problem.needs_grad or problem.is_empty:
         return False
-    if problem.page_size:
-        return True
-    if queries > MOST_QUERIES:
-        return False
-    is_deep = problem.head_dim >= max(LEAST_DEPTH, DEPTH_PER_QUERY * queries)
-    return keys >= MANY_KEYS or (is_deep and (queries == 1 or keys >= LEAST_KEYS))
+    sizes = problem.length_q, problem.length_k, problem.head_dim
+    return problem.page_size > 0 or _core.are_decoded(*sizes)
 
 
 def versions() -> Mapping[str, str]:

@@ -265,16 +265,21 @@ struct Decoding {
 
 }  // namespace
 
+bool are_decoded(int64_t queries, int64_t keys, int64_t head_dim) {
+  if (queries > kMostQueries) return false;
+  if (keys >= kManyKeys) return true;
+  // A short sequence with itself rounds as it does where gradients are wanted.
+  if (queries > 1 && queries >= keys) return false;
+  const bool is_deep = head_dim >= std::max(kLeastDepth, kDepthPerQuery * queries);
+  return is_deep && (queries == 1 || keys >= kLeastKeys);
+}
+
 bool is_decoding(const ForwardArguments& a) {
   if (a.pages.data && (a.keep || a.tiles))
     throw std::invalid_argument("a block_table is for calls without gradients or statistics");
   if (a.keep || a.tiles) return false;
-  const int64_t queries = a.problem.length_q, keys = a.problem.length_k;
-  if (a.pages.data || (queries <= kMostQueries && keys >= kManyKeys)) return true;
-  // A short sequence with itself rounds as it does where gradients are wanted.
-  if (queries > 1 && queries >= keys) return false;
-  const bool is_deep = a.problem.head_dim >= std::max(kLeastDepth, kDepthPerQuery * queries);
-  return is_deep && queries <= kMostQueries && (queries == 1 || keys >= kLeastKeys);
+  const AttentionProblem& p = a.problem;
+  return a.pages.data || are_decoded(p.length_q, p.length_k, p.head_dim);
 }
 
 void decode(const ForwardArguments& arguments) {

@@ -14,6 +14,7 @@
 
 #include "alpha.h"
 #include "attention.h"
+#include "decoding.h"
 #include "entmax_rows.h"
 #include "isa.h"
 #include "parallel.h"
@@ -178,6 +179,7 @@ PYBIND11_MODULE(_core, m) {
         return saved_bytes(dtype_of(dtype), rows, entries);
       },
       py::arg("dtype"), py::arg("rows"), py::arg("entries"));
+  m.def("are_decoded", &are_decoded, py::arg("queries"), py::arg("keys"), py::arg("head_dim"));
   py::class_<Work>(m, "Work")
       .def(py::init<>())
       .def_readonly("tiles", &Work::tiles)

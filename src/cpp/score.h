@@ -334,8 +334,8 @@ struct Scores {
 
   ADASPLASH2_INLINE bool is_capped() const { return !IsPlain && score.is_capped(); }
 
-  // ds / d(q . k): one number where s is linear in it and has no more parts, else 1, and
-  // through() does the rest.
+  // ds / d(q . k): one number where s is linear in it and has no more parts, else 1, and what
+  // begins with through_ does the rest.
   ADASPLASH2_INLINE T slope() const { return IsPlain ? T(score.scale) : T(1); }
 
   // Gradients of s -> those of scale * (q . k), a row's `factor` apart.
