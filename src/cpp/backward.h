@@ -97,8 +97,12 @@ struct BackwardRows {
   }
 
   ADASPLASH2_INLINE void run() {
-    const int64_t turns = turns_of_lists(), at_once = turns > 1 ? task.rows : 1;
-    for (int64_t i = 0; i < task.rows; i += at_once) run_lists({i, at_once}, turns);
+    const int64_t turns = turns_of_lists();
+    if (turns > 1)
+      run_lists(turns);
+    else
+      for (int64_t i = 0; i < task.rows; ++i)
+        if (!is_flat(i)) run_list(i);
     for (int64_t g = 0; g < parts(task.rows, together); ++g) {
       const Part rows = part_of(task.rows, together, g);
       if (any_flat(rows)) run_flat(rows);
@@ -124,32 +128,40 @@ struct BackwardRows {
     return gather_turns(task.rows, entries, keys, keys * width * int64_t(sizeof(S)));
   }
 
-  // One row; or all, in turns. Between these dp, and then ds, is held where ds is to be.
-  ADASPLASH2_INLINE void run_lists(Part rows, int64_t turns) {
-    const auto each_list = [&](auto f) {
-      for (int64_t i = rows.first; i < rows.first + rows.count; ++i)
-        if (!is_flat(i)) f(i);
-    };
-    const auto each_part = [&](auto f) {
-      for (int64_t turn = 0; turn < turns; ++turn)
-        each_list([&](int64_t i) {
-          const int64_t begin = task.offsets[i];
-          const Part part = part_at(turn, turns, task.offsets[i + 1] - begin);
-          f(i, turn, Part{begin + part.first, part.count});
-        });
-    };
-    each_part([&](int64_t i, int64_t, Part entries) {
-      make_dp(i, entries, turns > 1 ? scores_of(entries.first) : list_dp());
+  ADASPLASH2_INLINE void run_list(int64_t i) {
+    const Part entries = entries_of(i);
+    make_dp(i, entries, list_dp());
+    const T divisor = differentiate_list(i, entries);
+    gather_keys(entries, list, false, grad_query);
+    write(i, grad_query, divisor);
+  }
+
+  // All rows. Between turns dp, and then ds, is held where ds is to be.
+  __attribute__((noinline)) void run_lists(int64_t turns) {
+    each_part(turns,
+              [&](int64_t i, int64_t, Part some) { make_dp(i, some, scores_of(some.first)); });
+    each_part(1, [&](int64_t i, int64_t, Part all) {
+      __builtin_memcpy(list_dp(), scores_of(all.first), size_t(all.count) * sizeof(T));
+      differentiate_list(i, all);
     });
-    T divisor = T(1);  // stays so where there are turns
-    each_list([&](int64_t i) { divisor = differentiate_list(i, turns); });
-    each_part([&](int64_t i, int64_t turn, Part entries) {
-      const T* ds = turns > 1 ? scores_of(entries.first) : list;
-      T* out = grad_query + (i - rows.first) * problem.head_dim;
-      gather_rows<S>(ListEntries<T>{ds, task.keys + entries.first}, entries.count, task.key,
-                     problem.head_dim, turn > 0, out);
-      if (turn == turns - 1) write(i, out, divisor);
+    each_part(turns, [&](int64_t i, int64_t turn, Part some) {
+      T* out = grad_query + i * problem.head_dim;
+      gather_keys(some, scores_of(some.first), turn > 0, out);
+      if (turn == turns - 1) write(i, out, T(1));
     });
+  }
+
+  template <class F>
+  ADASPLASH2_INLINE void each_part(int64_t turns, F f) {
+    for (int64_t turn = 0; turn < turns; ++turn)
+      for (int64_t i = 0; i < task.rows; ++i) {
+        if (is_flat(i)) continue;
+        const Part all = entries_of(i), part = part_at(turn, turns, all.count);
+        f(i, turn, Part{all.first + part.first, part.count});
+      }
+  }
+  ADASPLASH2_INLINE Part entries_of(int64_t i) const {
+    return {task.offsets[i], task.offsets[i + 1] - task.offsets[i]};
   }
 
   // Of the lists' entries, from one on; where there are none there is no place for them either.
@@ -166,15 +178,17 @@ struct BackwardRows {
       dp[j] = dot(grad_out, row_of<const S>(task.value, keys[j]), problem.head_dim_v);
   }
 
-  // Row i's ds, which is left in `list`, divided by what is returned.
-  ADASPLASH2_INLINE T differentiate_list(int64_t i, int64_t turns) {
-    const int64_t begin = task.offsets[i], n = task.offsets[i + 1] - begin;
+  ADASPLASH2_INLINE void gather_keys(Part entries, const T* ds, bool add, T* out) {
+    gather_rows<S>(ListEntries<T>{ds, task.keys + entries.first}, entries.count, task.key,
+                   problem.head_dim, add, out);
+  }
+
+  // list_dp() -> row i's ds, in `list` and where it is to be, divided by what is returned.
+  ADASPLASH2_INLINE T differentiate_list(int64_t i, Part entries) {
+    const int64_t begin = entries.first, n = entries.count;
     const int32_t* keys = task.keys + begin;
     T *ds = list, *dp = list_dp();
-    if (n > 0) {
-      __builtin_memcpy(ds, task.probabilities + begin, size_t(n) * sizeof(T));
-      if (turns > 1) __builtin_memcpy(dp, scores_of(begin), size_t(n) * sizeof(T));
-    }
+    if (n > 0) __builtin_memcpy(ds, task.probabilities + begin, size_t(n) * sizeof(T));
     store(ds + n, Vec<T>{});
     store(dp + n, Vec<T>{});
     if constexpr (IsPlain) {
