@@ -98,3 +98,30 @@ def test_what_is_not_imported_at_once_makes_no_circle(text: str) -> None:
     modules = sources()
     modules["harness.cases"] += f"\n{text}\n"
     assert circle(modules) is None
+
+
+def constants_by_attribute(source: str, modules: set[str]) -> list[str]:
+    """What is taken from one of ``modules`` as an attribute, and has a constant's name."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and node.attr.isupper()
+        if isinstance(node.value, ast.Name) and node.value.id in modules
+    ]
+
+
+KERNELS = ROOT / "backends/triton/kernels"
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
+def test_triton_sees_constants_of_kernels_by_name(path: Path) -> None:
+    """Triton's disk cache knows a constant's value by its name, and an attribute's not at all: a
+    kernel that was compiled with another value would be taken."""
+    modules = {other.stem for other in KERNELS.glob("*.py")}
+    assert not constants_by_attribute(path.read_text(), modules)
+
+
+def test_a_planted_attribute_is_found() -> None:
+    source = (KERNELS / "solve.py").read_text()
+    planted = source.replace("-INFINITY", "-arithmetic.INFINITY", 1)
+    assert constants_by_attribute(planted, {"arithmetic"}) == ["arithmetic.INFINITY"]

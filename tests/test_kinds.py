@@ -131,7 +131,7 @@ def test_no_number_of_queries_is_decided_otherwise_than_its_kind(name: str) -> N
 def test_no_batch_is_decided_otherwise_than_its_kind(name: str) -> None:
     """Nor heads, nor sizes that 32 bits do not hold."""
     base = dataclasses.replace(PLAIN, **ASKED[name])
-    group = base.group_size
+    group = base.gqa_group
     some, lengths = (1, 3, 31, 32, 33, 255, 256, 257, 2049), ((1, 300), (3, 300), (40, 40))
     problems = [
         dataclasses.replace(

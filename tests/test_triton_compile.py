@@ -61,7 +61,7 @@ def with_symbols(problem: Problem) -> Problem:
         problem,
         batch=batch,
         heads_q=heads,
-        heads_kv=heads // problem.group_size,
+        heads_kv=heads // problem.gqa_group,
         length_q=length,
         length_k=length,
         head_dim=head_dim,
@@ -371,7 +371,7 @@ def test_decoding_compiles(capability: int, asked: Any, launches: list[Launch]) 
     asked = decoding(100_000, **asked)
     backend.precompile(asked, next(sizes.decoding_configs(asked, LIMITS[capability])))
     names = ["decode_scan", "decode_solve", *2 * ["decode_narrow"], "decode_weigh"]
-    many = asked.group_size * asked.length_q > decoding_launches.LAST_ADDS
+    many = asked.gqa_group * asked.length_q > decoding_launches.LAST_ADDS
     assert [kernel.__name__ for kernel, *_ in launches] == names + many * ["decode_combine"]
     compiled = set()
     for kernel, arguments, options in launches:

@@ -102,7 +102,7 @@ class Plan:
                 "batch": problem.batch,
                 "heads_q": problem.heads_q,
                 "heads_kv": problem.heads_kv,
-                "gqa_group": problem.group_size,
+                "gqa_group": problem.gqa_group,
                 "length_q": problem.length_q,
                 "length_k": problem.length_k,
                 "row_blocks": self.counts.row_blocks_per_head,

@@ -52,7 +52,7 @@ def is_decoding(problem: Problem) -> bool:
 def decode_of(problem: Problem) -> sizes.Decode | None:
     """Its blocks; None where the device has too little memory for them."""
     return sizes.decode(
-        problem.group_size * problem.length_q,
+        problem.gqa_group * problem.length_q,
         problem.head_dim,
         problem.dtype.itemsize,
         shared_memory(problem.device),

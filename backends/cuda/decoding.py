@@ -46,7 +46,7 @@ class Plan:
         self._compiled, self._options = kernels.compiled, kernels.options
         self._block = block = kernels.block
         key_heads = problem.batch * problem.heads_kv
-        shared_rows = problem.group_size * problem.length_q
+        shared_rows = problem.gqa_group * problem.length_q
         self._rows = rows = key_heads * shared_rows
         blocks = key_heads * -(-shared_rows // block.held)
         multiprocessors = torch.cuda.get_device_properties(problem.device).multi_processor_count
@@ -77,7 +77,7 @@ class Plan:
             {
                 "heads_q": problem.heads_q,
                 "heads_kv": problem.heads_kv,
-                "gqa_group": problem.group_size,
+                "gqa_group": problem.gqa_group,
                 "length_q": problem.length_q,
                 "length_k": problem.length_k,
                 "page_size": problem.page_size,

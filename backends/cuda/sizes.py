@@ -98,7 +98,7 @@ def row_bits(problem: Problem) -> int:
 
 def row_numbers(problem: Problem) -> int:
     """How far the rows that share keys are numbered in the backward."""
-    return problem.group_size << row_bits(problem)
+    return problem.gqa_group << row_bits(problem)
 
 
 def kind_defines(

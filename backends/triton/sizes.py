@@ -328,7 +328,7 @@ class Shape(NamedTuple):
             factor *= abs(problem.scores.scale)
         return cls(
             heads_q=problem.heads_q,
-            gqa_group=problem.group_size,
+            gqa_group=problem.gqa_group,
             length_q=problem.length_q,
             length_k=problem.length_k,
             c=factor if factor > 0.0 else 1.0,
@@ -472,7 +472,7 @@ class Options(NamedTuple):
             even=joined
             and problem.length_q % int(config["block_q"]) == 0
             and problem.length_k % (block_k * int(config.get("span", 1))) == 0,
-            grouped=problem.group_size > 1,
+            grouped=problem.gqa_group > 1,
             hides=hides,
             adds=mask is not None and not hides,
             masked=mask is not None,
@@ -662,7 +662,7 @@ class Grid:
         return cls(
             heads=heads,
             heads_kv=problem.batch * problem.heads_kv,
-            gqa_group=problem.group_size,
+            gqa_group=problem.gqa_group,
             rows=heads * problem.length_q,
             row_blocks=-(-problem.length_q // int(config["block_q"])),
             tiles=-(-problem.length_k // int(config["block_k"])),
@@ -874,7 +874,7 @@ def decoding_configs(problem: Problem, limits: Limits) -> Iterator[Config]:
     """:func:`configs` where :func:`is_decoding`."""
     wide = max(padded(problem.head_dim), padded(problem.head_dim_v))
     unrolled = problem.dtype == torch.float32 and not INTERPRETED
-    rows = problem.group_size * problem.length_q
+    rows = problem.gqa_group * problem.length_q
     all_rows = problem.batch * problem.heads_kv * rows
     block_q = min(DECODED_ROWS, max(FULL_WIDTH, 1 << (rows - 1).bit_length()))
     while unrolled and block_q > FULL_WIDTH and block_q * 32 * wide > FLOAT32_PRODUCTS:

@@ -73,9 +73,9 @@ class AttentionAux:
         count = self.tau.new_zeros((p.batch, p.heads_q, p.length_q), dtype=torch.int64)
         place, value = _Growing(count), _Growing(count.double())
         strides = (p.heads_q * p.length_q * p.length_k, p.length_q * p.length_k, p.length_k, 1)
-        rows = max(1, CHUNK // max(1, p.group_size * p.length_k))
+        rows = max(1, CHUNK // max(1, p.gqa_group * p.length_k))
         for b, h in itertools.product(range(p.batch), range(p.heads_kv)):
-            heads = slice(h * p.group_size, (h + 1) * p.group_size)
+            heads = slice(h * p.gqa_group, (h + 1) * p.gqa_group)
             inputs = cut(self._inputs, slice(b, b + 1), slice(h, h + 1), heads)
             for first in range(0, p.length_q, rows):
                 some = slice(first, min(first + rows, p.length_q))

@@ -112,11 +112,11 @@ def _sdpa(problem: Problem, inputs: Inputs, options: Options) -> Tensor:
             mask = mask.contiguous()  # as these kernels take it
         if mask.dtype != torch.bool:
             mask = mask.to(problem.dtype)
-    if problem.group_size > 1:  # by a branch: of symbols of a trace a comparison is no bool
+    if problem.gqa_group > 1:  # by a branch: of symbols of a trace a comparison is no bool
         if on_gpu and (mask is not None or problem.dtype.itemsize > 2):
             # Not every GPU has a kernel that shares heads of keys here, but for that which makes a
             # matrix of all scores.
-            key, value = (t.repeat_interleave(problem.group_size, dim=1) for t in (key, value))
+            key, value = (t.repeat_interleave(problem.gqa_group, dim=1) for t in (key, value))
         else:
             grouped["enable_gqa"] = True
     risky = mask is not None and problem.needs_grad and on_gpu
@@ -215,11 +215,11 @@ def varlen_of_torch(
     ):
         return None
     kernel, knows_groups = _torch_varlen()
-    if kernel is None or (p.group_size > 1 and not knows_groups):
+    if kernel is None or (p.gqa_group > 1 and not knows_groups):
         return None
     right = 0 if said.is_causal else said.window_right
     named: dict[str, Any] = {"scale": said.scale, "window_size": (said.window_left, right)}
-    if p.group_size > 1:
+    if p.gqa_group > 1:
         named["enable_gqa"] = True
 
     def attend(inputs: Inputs) -> Tensor:

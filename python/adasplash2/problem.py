@@ -185,7 +185,7 @@ class Asked:
         windows are beyond what :func:`rounded` tells of them. So a sequence that grows is of a new
         kind twice from one power of two to the next. A backend may ask whether a length, the width
         of a window or the number of all query rows is below a power of two or at it; the number of
-        queries exactly up to :data:`FEW`, that of key heads only by ``group_size``. Where it must
+        queries exactly up to :data:`FEW`, that of key heads only by ``gqa_group``. Where it must
         ask more, sizes are in the kind as they are: see :func:`_is_exact`.
         """
         try:
@@ -221,7 +221,7 @@ class Problem(Asked):
     reason to decide otherwise, so that forward and backward of one call always decide alike."""
 
     @property
-    def group_size(self) -> int:
+    def gqa_group(self) -> int:
         """Query heads that share one key and value head."""
         return self.heads_q // self.heads_kv if self.heads_kv else 1
 
@@ -521,7 +521,7 @@ def _sizes(problem: Problem) -> tuple[int, ...]:
     if not is_exact:
         all_rows, length_k = rounded(all_rows), rounded(length_k)
         length_q = length_q if length_q <= FEW else rounded(length_q)
-    return problem.group_size, is_exact, all_rows, length_q, length_k
+    return problem.gqa_group, is_exact, all_rows, length_q, length_k
 
 
 @functools.lru_cache(1024)

@@ -69,7 +69,7 @@ def scores(
     if reasons := unsupported(problem, SUPPORTED):
         raise NotImplementedError("; ".join(reasons))
     p, said = problem, problem.scores
-    query = inputs.query[:, :, rows].to(dtype).unflatten(1, (p.heads_kv, p.group_size))
+    query = inputs.query[:, :, rows].to(dtype).unflatten(1, (p.heads_kv, p.gqa_group))
     key = inputs.key[:, :, keys].to(dtype).unsqueeze(2)
     # What is not finite makes its own scores, and by zeros times it no others and no gradients.
     right_q, right_k = query.isfinite(), key.isfinite()
@@ -158,15 +158,15 @@ def _parts(problem: Problem, inputs: Inputs) -> Iterator[_Part]:
     known = inputs.ranges is None or inputs.ranges.device.type == "cpu"
     width = min(p.length_k, _widest(p, inputs) + ROWS) if known else p.length_k
     rows = min(p.length_q, ROWS)
-    heads = _between(1, most // (p.group_size * rows * width), p.heads_kv)
+    heads = _between(1, most // (p.gqa_group * rows * width), p.heads_kv)
     longest = p.length_q if width == p.length_k else rows
-    rows = _between(1, most // (heads * p.group_size * width), longest)
+    rows = _between(1, most // (heads * p.gqa_group * width), longest)
     entries = 1
     if heads == p.heads_kv and rows == p.length_q:
-        entries = _between(1, most // (heads * p.group_size * rows * width), p.batch)
+        entries = _between(1, most // (heads * p.gqa_group * rows * width), p.batch)
     for b in _slices(p.batch, entries):
         for h in _slices(p.heads_kv, heads):
-            group = slice(h.start * p.group_size, h.stop * p.group_size)
+            group = slice(h.start * p.gqa_group, h.stop * p.gqa_group)
             own = cut(inputs, b, h, group)
             mine = dataclasses.replace(
                 p,
@@ -232,7 +232,7 @@ def whole(problem: Problem, inputs: Inputs) -> Tensor:
     if p.scores.dropout_p:
         at = (p.batch, p.heads_kv, p.heads_q, p.length_q, p.length_k)
         found = found * _kept(_Part(p, inputs, *(slice(0, n) for n in at)), p)
-    found = found.to(p.dtype).unflatten(1, (p.heads_kv, p.group_size))
+    found = found.to(p.dtype).unflatten(1, (p.heads_kv, p.gqa_group))
     return attended(found, inputs.value.unsqueeze(2)).flatten(1, 2)
 
 
@@ -251,7 +251,7 @@ def forward(problem: Problem, inputs: Inputs, config: Config, saved_bytes: int =
             found, _ = softmax(s, part.inputs)
             if p.scores.dropout_p:
                 found = found * _kept(part, p)
-            found = found.to(p.dtype).unflatten(1, (-1, p.group_size))
+            found = found.to(p.dtype).unflatten(1, (-1, p.gqa_group))
             value = part.inputs.value[:, :, None, part.keys]
             out[part.entries, part.heads, part.rows] = attended(found, value).flatten(1, 2)
     tau = out.new_zeros(rows, dtype=p.compute_dtype)
@@ -295,7 +295,7 @@ def _gradients(
 ) -> Gradients:
     """Of a part, in the compute dtype: with ``p`` the probabilities and ``dp`` their gradients,
     those of scores are ``p (dp - sum p dp)``."""
-    group, compute = problem.group_size, problem.compute_dtype
+    group, compute = problem.gqa_group, problem.compute_dtype
     made = scores(part.problem, part.inputs, compute, part.rows, part.keys)
     p, sink = softmax(made.scores, part.inputs)
     kept = _kept(part, problem) if problem.scores.dropout_p else None

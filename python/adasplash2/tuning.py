@@ -210,7 +210,7 @@ def representative(problem: AnyProblem) -> AnyProblem:
     if isinstance(problem, RowProblem):
         rows = max(1, min(problem.rows, limit // max(1, problem.length)))
         return dataclasses.replace(problem, rows=rows)
-    group = problem.group_size
+    group = problem.gqa_group
     while problem.allowed_pairs > limit and problem.batch * problem.heads_kv > 1:
         if problem.batch > 1:
             problem = dataclasses.replace(problem, batch=problem.batch // 2)

@@ -195,15 +195,16 @@ struct DecodeScan {
 
   ADASPLASH2_INLINE void find_heads() {
     for (int64_t i = 0; i < task.rows.count; ++heads) {
-      const int64_t row = task.rows.first + i, begin = row % problem.length_q;
-      const int64_t left = problem.length_q - begin, room = task.rows.count - i;
+      const int64_t row = task.rows.first + i;
+      const QueryRow first = problem.query_of(task.head_kv, row);
+      const int64_t left = problem.length_q - first.row, room = task.rows.count - i;
       DecodedHead<T>& head = ws.heads[heads];
-      head.number = task.first_head + row / problem.length_q;
+      head.number = first.head_q;
       head.rows = {i, left < room ? left : room};
-      head.row_begin = begin;
+      head.row_begin = first.row;
       head.score = problem.score_of(head.number);
-      head.seen_by_any = seen_by_any(head.score, begin, head.rows.count);
-      head.seen_by_all = seen_by_all(head.score, begin, head.rows.count);
+      head.seen_by_any = seen_by_any(head.score, first.row, head.rows.count);
+      head.seen_by_all = seen_by_all(head.score, first.row, head.rows.count);
       head.power = power_of<T>(problem.alpha_of(head.number));
       const int64_t key_head = row / problem.group_rows();
       if (key_head == key_heads)

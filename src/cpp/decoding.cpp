@@ -39,9 +39,9 @@ Block block_of(const AttentionProblem& p, int64_t number) {
   const Part rows = part_of(p.group_rows(), kBlockRows, number % per_group);
   KeyRange all = {p.length_k, 0};
   for (int64_t i = rows.first, end = rows.first + rows.count; i < end;) {
-    const int64_t first = i % p.length_q, n = std::min(p.length_q - first, end - i);
-    const HeadScore score = p.score_of(head_kv * p.gqa_group() + i / p.length_q);
-    const KeyRange seen = seen_by_any(score, first, n);
+    const QueryRow first = p.query_of(head_kv, i);
+    const int64_t n = std::min(p.length_q - first.row, end - i);
+    const KeyRange seen = seen_by_any(p.score_of(first.head_q), first.row, n);
     if (seen.size() > 0) all = {std::min(all.begin, seen.begin), std::max(all.end, seen.end)};
     i += n;
   }
@@ -137,7 +137,7 @@ struct Decoding {
     return bundles;
   }
   bool lie_together(const Block& a, const Block& b) const {
-    return a.head_kv / problem.heads_kv == b.head_kv / problem.heads_kv &&
+    return problem.batch_of_keys(a.head_kv) == problem.batch_of_keys(b.head_kv) &&
            a.seen.begin == b.seen.begin && a.seen.end == b.seen.end;
   }
   // No more than leave a task for each thread.
@@ -215,7 +215,7 @@ struct Decoding {
     task.query = arguments.query;
     task.key = problem.cached_head(arguments.key, arguments.pages, block.head_kv);
     task.key_stride_head = arguments.key.stride_head;
-    task.first_head = block.head_kv * problem.gqa_group();
+    task.head_kv = block.head_kv;
     task.rows = block.rows;
     task.keys = keys;
     task.readable = block.seen;
@@ -226,8 +226,9 @@ struct Decoding {
     DecodeRowTask<T> task = {};
     task.problem = &problem;
     task.value = problem.cached_head(arguments.value, arguments.pages, block.head_kv);
-    task.head = block.head_kv * problem.gqa_group() + group_row / problem.length_q;
-    task.row = group_row % problem.length_q;
+    const QueryRow of = problem.query_of(block.head_kv, group_row);
+    task.head = of.head_q;
+    task.row = of.row;
     task.out = problem.query_head(arguments.out, task.head);
     task.tau = static_cast<T*>(arguments.tau) + task.head * problem.length_q + task.row;
     return task;

@@ -45,7 +45,7 @@ struct DecodeScanTask {
   TensorRef query;
   CacheRef key;             // of the first group
   int64_t key_stride_head;  // elements to the next group's
-  int64_t first_head;       // of the first group, among the query heads of all batches
+  int64_t head_kv;          // of the first group
   Part rows;                // numbered from the first group's on; kBlockRows at most
   KeyRange keys;            // from a multiple of chunk_keys on
   KeyRange readable;        // keys that some row may see: no other is read

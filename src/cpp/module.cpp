@@ -99,7 +99,7 @@ struct Asked {
     p.dtype = dtype_of(dtype);
     // Keys, and rows within a group, are numbered in 32 bits.
     if (p.length_k > INT32_MAX - 64 || p.group_rows() > INT32_MAX - 64)
-      throw std::invalid_argument("length_k and group_size * length_q must be below 2^31");
+      throw std::invalid_argument("length_k and gqa_group * length_q must be below 2^31");
     Score& s = p.score;
     s.scale = scale;
     s.softcap = softcap;

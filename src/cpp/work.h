@@ -74,6 +74,11 @@ ADASPLASH2_INLINE int64_t run_from(const CacheRef& head, int64_t i) {
   return table.data ? table.page_size - i % table.page_size : INT64_MAX;
 }
 
+// A query: its head among those of all batches, and its number in it.
+struct QueryRow {
+  int64_t head_q, row;
+};
+
 struct AttentionProblem {
   int64_t batch, heads_q, heads_kv, length_q, length_k, head_dim, head_dim_v;
   Score score;
@@ -84,6 +89,7 @@ struct AttentionProblem {
   // Heads of all batches are numbered through: query heads and, apart, key heads.
   ADASPLASH2_INLINE int64_t query_heads() const { return batch * heads_q; }
   ADASPLASH2_INLINE int64_t key_heads() const { return batch * heads_kv; }
+  ADASPLASH2_INLINE int64_t batch_of_keys(int64_t head_kv) const { return head_kv / heads_kv; }
   // Query heads that share a key head, which are neighbours.
   ADASPLASH2_INLINE int64_t gqa_group() const { return heads_q / heads_kv; }
 
@@ -91,6 +97,10 @@ struct AttentionProblem {
   ADASPLASH2_INLINE int64_t group_rows() const { return gqa_group() * length_q; }
   ADASPLASH2_INLINE int64_t group_row(int64_t head_in_group, int64_t row) const {
     return head_in_group * length_q + row;
+  }
+  // Rows behind the last of a group are of the next one.
+  ADASPLASH2_INLINE QueryRow query_of(int64_t head_kv, int64_t group_row) const {
+    return {head_kv * gqa_group() + group_row / length_q, group_row % length_q};
   }
 
   ADASPLASH2_INLINE int64_t rows() const { return query_heads() * length_q; }

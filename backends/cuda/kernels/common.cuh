@@ -410,32 +410,6 @@ __device__ __forceinline__ bool refine(const Moments<float>& m, float r, float& 
   return hi - lo <= 2.f * kEpsilon * fabsf(old) && (t == old || t == lo || t == hi);
 }
 
-// --- where rows, survivors and tiles are kept ----------------------------------------------
-
-// Survivors of a listed row block, row after row: their columns, and their weights.
-__device__ __forceinline__ KeyNumber* columns_of(const Params& p, int row_block) {
-  char* arena = static_cast<char*>(p.columns) + i64(row_block) * kRowBlock * kArenaBytes;
-  return reinterpret_cast<KeyNumber*>(arena);
-}
-__device__ __forceinline__ float* weights_of(const Params& p, int row_block) {
-  return p.weights + i64(row_block) * kRowBlock * kArenaRow;
-}
-// A flat row block has none: its dense kernels keep `count` numbers of each row in their place.
-template <class T, int count>
-__device__ __forceinline__ T* kept_of_flat_row(const Params& p, int head_row, int row) {
-  static_assert(count * int(sizeof(T)) <= kArenaBytes);
-  KeyNumber* arena = columns_of(p, head_row * p.row_blocks + row / kRowBlock);
-  return reinterpret_cast<T*>(arena) + row % kRowBlock * count;
-}
-
-// Tell stats() of a pair in the support.
-template <class P>
-__device__ __forceinline__ void mark_tile(const P& p, int head_row, int row, int column) {
-  constexpr int side = kStatsTile;
-  const int of_rows = (p.length_q + side - 1) / side, of_keys = (p.length_k + side - 1) / side;
-  p.tiles[(i64(head_row) * of_rows + row / side) * of_keys + column / side] = 1;
-}
-
 // --- shared memory, copies and matrix fragments --------------------------------------------
 
 __device__ __forceinline__ u32 shared_address(const void* p) {

@@ -45,90 +45,21 @@ constexpr bool kIsAhead = kSteps <= 4;
 constexpr int kRaiseSteps = 2;  // Newton's steps of a bound
 constexpr int kBatch = 4;       // scores or rows of values that a lane loads at once
 
-// --- where rows, keys and values are -------------------------------------------------------
-
-// Rows are numbered head by head: those that share a key head follow each other.
-struct SharedRows : KeyHead {
-  int first_row;
-
-  __device__ __forceinline__ SharedRows(const DecodeParams& p, int kv_row)
-      : KeyHead(p, kv_row), first_row(kv_row * rows_of(p)) {}
-  static __device__ __forceinline__ int rows_of(const DecodeParams& p) {
-    return p.gqa_group * p.length_q;
-  }
-};
-
-// A row by its number.
-struct Row : Head {
-  int at, query;
-
-  __device__ __forceinline__ Row(const DecodeParams& p, int at)
-      : Head(p, at / p.length_q), at(at), query(at % p.length_q) {}
-  __device__ __forceinline__ Range seen(const DecodeParams& p) const {
-    return range_of(p, batch, query);
-  }
-  __device__ __forceinline__ Scalar* output(const DecodeParams& p) const {
-    return row_of(p.o, batch, head, query);
-  }
-};
-
-// What a block works on: a tile of rows that share keys, and one of the splits of these keys.
-struct Block : SharedRows {
-  int first, rows, split;  // first row, and how many there are
-
-  // Number `blockIdx.x` of those of `splits` splits. Blocks that read the same keys have
-  // neighbouring numbers: the keys come from memory once, then from the L2.
-  template <int tile>
-  static __device__ __forceinline__ Block of(const DecodeParams& p, int splits) {
-    const int tiles = (rows_of(p) + tile - 1) / tile;
-    const int keys = blockIdx.x / tiles, number = blockIdx.x % tiles * tile;
-    Block b{SharedRows(p, keys / splits)};
-    b.first = b.first_row + number;
-    b.rows = min(tile, rows_of(p) - number);
-    b.split = keys % splits;
-    return b;
-  }
-
- private:
-  __device__ __forceinline__ explicit Block(const SharedRows& of) : SharedRows(of) {}
-};
-
 __device__ __forceinline__ int parts_of(const DecodeParams& p) { return p.splits * kRowWarps; }
 __device__ __forceinline__ Part* parts_at(const DecodeParams& p, int row) {
   return p.parts + i64(row) * parts_of(p);
 }
-
-// Keys or values of a sequence and head.
-struct Cache {
-  const Scalar* head;
-  i64 row, page;
-  const int* table;
-  int page_size, last_page;
-
-  __device__ __forceinline__ Cache(const DecodeParams& p, const View& view, int batch, int kv_head)
-      : head(row_of(view, kPaged ? 0 : batch, kv_head, 0)),
-        row(view.row),
-        page(view.batch),
-        table(kPaged ? p.table + batch * p.table_batch : nullptr),
-        page_size(p.page_size),
-        last_page(int(p.pages) - 1) {}
-  __device__ __forceinline__ const Scalar* at(int key) const {
-    if constexpr (!kPaged) return row_in(head, row, key);
-    const u32 number = u32(key) / u32(page_size), place = u32(key) - number * u32(page_size);
-    const int held = max(0, min(table[number], last_page));
-    return row_in(row_in(head, page, held), row, place);
-  }
-};
 
 // --- scan ----------------------------------------------------------------------------------
 
 using Scores = float[kRowTiles][4];  // of the lane's two rows of a tile: key l/4, then l/4 + 8
 
 // The queries of a block, for all of its warps: for each chunk of columns, that chunk of every row.
-__device__ __forceinline__ void load_queries(char* shared, const Block& b, const DecodeParams& p) {
+__device__ __forceinline__ void load_queries(char* shared, const RowTile& b,
+                                             const DecodeParams& p) {
   for (int i = threadIdx.x; i < kSteps * kRows * 4; i += kThreads) {
     const int row = i / 4 % kRows, column = (i / (4 * kRows) * 4 + i % 4) * kChunk;
-    const Row of(p, b.first + min(row, b.rows - 1));
+    const QueryRow of(p, b.first + min(row, b.rows - 1));
     const Scalar* from = row_of(p.q, of.batch, of.head, of.query);
     Scalar* to = reinterpret_cast<Scalar*>(shared + i * 16);
 #pragma unroll
@@ -155,7 +86,7 @@ __device__ __forceinline__ uint4 load_columns(const Scalar* key, int column, boo
 struct TileColumns {
   uint4 of[kLoaded][2];
 
-  __device__ __forceinline__ void load(const Cache& keys, int tile, int first_step,
+  __device__ __forceinline__ void load(const Cache<kPaged>& keys, int tile, int first_step,
                                        const Range& seen) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -265,7 +196,7 @@ __device__ __forceinline__ void hide(Scores& s, int first, const Range* seen) {
 // The scores of a block, in shared memory; those of a row stand together.
 struct BlockScores {
   const DecodeParams& p;
-  const Block& b;
+  const RowTile& b;
   float* scores;
   int begin, end;  // tiles of keys
 
@@ -343,10 +274,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
   __shared__ Range seen[kRows];
   __shared__ float tops[kHeld][kSubsets];
   static_assert(sizeof(seen) + sizeof(tops) == ADASPLASH2_STATIC_DECODE_SCAN);
-  const Block b = Block::of<kHeld>(p, p.splits);
+  const RowTile b = RowTile::of<kHeld>(p, p.splits);
   const int lane = lane_id(), warp = warp_id();
   for (int i = threadIdx.x; i < kRows; i += kThreads)
-    seen[i] = i < b.rows ? Row(p, b.first + i).seen(p) : Range{0, 0};
+    seen[i] = i < b.rows ? QueryRow(p, b.first + i).seen(p) : Range{0, 0};
   __syncthreads();
   SharedRange of_rows(p.length_k);
   for (int i = 0; i < b.rows; ++i) of_rows.add(seen[i]);
@@ -358,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
   const int end = begin + tiles / p.splits + (b.split < tiles % p.splits);
   const BlockScores scores{p, b, reinterpret_cast<float*>(shared + kQueryBytes), begin, end};
 
-  const Cache keys(p, p.k, b.batch, b.kv_head);
+  const Cache<kPaged> keys(p, p.k, b.batch, b.kv_head);
   int tile = begin + warp;
   TileColumns next;
   if (kIsAhead && tile < end) next.load(keys, tile, 0, any);
@@ -469,7 +400,7 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
   __shared__ Kept all_kept[kSolveWarps];
   __shared__ float4 exchanged[2][kSolveWarps];
   __shared__ float sums[kSolveWarps][kWidth];
-  const Row row(p, blockIdx.x);
+  const QueryRow row(p, blockIdx.x);
   const int lane = lane_id(), warp = warp_id();
   const int number = row.at % SharedRows::rows_of(p);
   if (threadIdx.x == 0 && number % kDecodeRowTile == 0) {
@@ -607,7 +538,7 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
   }
   if (flat) return;
 
-  const Cache values(p, p.v, row.batch, row.kv_head);
+  const Cache<kPaged> values(p, p.v, row.batch, row.kv_head);
   const int lane_group = lane / kLanes, column = lane % kLanes * 8;
   float out[8] = {}, mass = 0.f;
   for (int first = lane_group; first < count; first += kLaneGroups * kBatch) {
@@ -657,7 +588,7 @@ extern "C" __global__ void __launch_bounds__(kWeighThreads, kWeighResidents)
   __shared__ float sums[kWeighWarps][kTile][kWidth];
   __shared__ float masses[kWeighWarps][kTile];
   __shared__ bool is_last;
-  const Block b = Block::of<kTile>(p, p.weighed);
+  const RowTile b = RowTile::of<kTile>(p, p.weighed);
   const int lane = lane_id(), warp = warp_id();
   // Lanes 0 to 7 have a row each.
   const bool has_row = lane < b.rows;
@@ -673,7 +604,7 @@ extern "C" __global__ void __launch_bounds__(kWeighThreads, kWeighResidents)
     const Part part = parts_at(p, b.first + lane)[number];
     if (fmaf(p.c, part.top - solved.top, -solved.t) > 0.f) count = part.count;
   }
-  const Cache values(p, p.v, b.batch, b.kv_head);
+  const Cache<kPaged> values(p, p.v, b.batch, b.kv_head);
   const int lane_group = lane / kLanes, column = lane % kLanes * 8;
   float (&weights)[kWeighedKeys][kTile] = all_weights[warp];
   float out[kTile][8] = {}, mass[kTile] = {};
@@ -773,7 +704,7 @@ extern "C" __global__ void __launch_bounds__(kWeighThreads, kWeighResidents)
       total += __ldcg(p.partials + split_of(row, split) * kWidth + at);
       whole += __ldcg(p.masses + split_of(row, split));
     }
-    store(Row(p, b.first + row).output(p) + at, total / whole);
+    store(QueryRow(p, b.first + row).output(p) + at, total / whole);
   }
 }
 

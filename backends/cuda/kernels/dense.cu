@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   int steps[2] = {0, 0};
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
-    const i64 at = i64(b.head_row) * p.row_blocks * kRowBlock + b.row_of_slot(slot);
+    const i64 at = slot_number(p, b.head_row, b.row_of_slot(slot));
     const float seen = b.flat[slot] ? p.row_start[at].top : -kInf;
     const float bound = b.flat[slot] ? p.row_count[at].bound : -kInf;
     poisoned[slot] = !(seen < kInf);
@@ -157,11 +157,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       for (int n = 0; n < kDimV / 8; ++n) out[n][2 * slot] = out[n][2 * slot + 1] = kNaN;
     if (!b.flat[slot] || lane_id() % 4) continue;
     const int row = b.row_of_slot(slot);
-    const i64 at = i64(b.head_row) * p.length_q + row;
+    const i64 at = row_number(p, b.head_row, row);
     if (poisoned[slot] || empty[slot]) t[slot] = poisoned[slot] ? kNaN : kInf;
     p.tau[at] = kRelative ? fmaf(c, top[slot], t[slot]) : top[slot] + t[slot];
     if constexpr (kRelative) keep_threshold(p, b.head_row, row, {top[slot], t[slot]});
-    const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + row;
+    const i64 at_row = slot_number(p, b.head_row, row);
     p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
     p.row_start[at_row].factor = factor;
     if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, row);
@@ -230,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const float total = sum_over<4>(sum_u[slot]);
     delta[slot] = sum_over<4>(delta[slot]) / total;
     if (b.flat[slot] && lane_id() % 4 == 0)
-      p.delta[i64(b.head_row) * p.length_q + b.row_of_slot(slot)] = delta[slot];
+      p.delta[row_number(p, b.head_row, b.row_of_slot(slot))] = delta[slot];
   }
 
   float grad_q[kDim / 8][4] = {};
@@ -282,10 +282,7 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
   __shared__ QueryRows rows;
   const Keys b(p, blockIdx.x);
 
-  bool any = false;
-  for (int i = threadIdx.x; i < p.gqa_group * p.row_blocks; i += kThreads)
-    any |= i % p.row_blocks * kRowBlock + kRowBlock > b.start &&
-           p.flat[i64(b.head_row(p)) * p.row_blocks + i];
+  const bool any = is_any_flat(p, b.head_row(p), b.start, threadIdx.x, kThreads);
   if (!__syncthreads_or(any)) return;
 
   b.load(shared);

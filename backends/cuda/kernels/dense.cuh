@@ -135,7 +135,7 @@ __device__ __forceinline__ Threshold threshold_of(const Params& p, int head_row,
     const float* kept = kept_of_flat_row<float, 2>(p, head_row, row);
     return {kept[0], kept[1]};
   }
-  return {0.f, p.tau[i64(head_row) * p.length_q + row]};
+  return {0.f, p.tau[row_number(p, head_row, row)]};
 }
 
 constexpr Threshold kNoSupport = {0.f, kInf};
@@ -161,7 +161,7 @@ struct Block : QueryBlock<kRows> {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const int row = row_of_slot(slot);
-      flat[slot] = row < p.length_q && p.flat[head_row * p.row_blocks + row / kRowBlock];
+      flat[slot] = row < p.length_q && p.flat[row_block_of(p, head_row, row)];
     }
   }
   __device__ int row_of_slot(int slot) const { return first_row + slot * 8 + lane_id() / 4; }
@@ -215,16 +215,16 @@ struct QueryRows {
   float top[kTile], t[kTile], delta[kTile], factor[kTile];
 
   __device__ __forceinline__ void load(const Params& p, int head_row, int first_row) {
-    const u8* flat = p.flat + i64(head_row) * p.row_blocks;
+    const u8* flat = of_row_blocks(p, p.flat, head_row);
     for (int i = threadIdx.x; i < kTile; i += kThreads) {
       const int row = first_row + i;
       const bool used = row < p.length_q && flat[row / kRowBlock];
-      const i64 at = i64(head_row) * p.length_q + row;
+      const i64 at = row_number(p, head_row, row);
       const Threshold tau = used ? threshold_of(p, head_row, row) : kNoSupport;
       if constexpr (kRelative) top[i] = tau.top;
       t[i] = tau.t;
       delta[i] = used ? p.delta[at] : 0.f;
-      factor[i] = used ? p.row_start[i64(head_row) * p.row_blocks * kRowBlock + row].factor : 0.f;
+      factor[i] = used ? p.row_start[slot_number(p, head_row, row)].factor : 0.f;
     }
   }
   __device__ __forceinline__ float distance(float c, float score, int at) const {
@@ -278,7 +278,7 @@ struct Keys : KeyBlock<kRows> {
                                             const Body& body) const {
     for (int member = 0; member < p.gqa_group; ++member) {
       const int of_head = head_row(p) + member, head = first_head(p) + member;
-      const u8* flat = p.flat + i64(of_head) * p.row_blocks;
+      const u8* flat = of_row_blocks(p, p.flat, of_head);
       for (int first_row = start; first_row < p.length_q; first_row += kTile) {
         bool wanted = false;
         for (int i = first_row / kRowBlock; i < min(p.row_blocks, (first_row + kTile) / kRowBlock);

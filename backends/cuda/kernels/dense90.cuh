@@ -127,7 +127,7 @@ struct SecondOutput {
 
   __device__ __forceinline__ SecondOutput(const Params& p, int head_row, int row)
       : entries(kept_of_flat_row<u16, kDimV>(p, head_row, row)),
-        largest(p.first_weight + i64(head_row) * p.row_blocks * kRowBlock + row) {}
+        largest(p.first_weight + slot_number(p, head_row, row)) {}
 
   __device__ __forceinline__ void put(int at, u32 pair) const {
     *reinterpret_cast<u32*>(entries + at) = pair;
@@ -156,7 +156,7 @@ struct SecondOutput {
 // What Params::live has of a row block.
 __device__ __forceinline__ u32* live_tiles(const Params& p, int head_row, u32 row) {
   const int words = (p.length_k + kLiveWordKeys - 1) / kLiveWordKeys;
-  return p.live + (i64(head_row) * p.row_blocks + row / kRowBlock) * words;
+  return p.live + i64(row_block_of(p, head_row, row)) * words;
 }
 
 // The query rows of a block, and what its lanes see of them.
@@ -171,7 +171,7 @@ struct Block : QueryBlock<kBlockRows> {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
       flat[slot] = warp_id() < kConsumers / 32 && row(slot) < p.length_q &&
-                   p.flat[head_row * p.row_blocks + row(slot) / kRowBlock];
+                   p.flat[row_block_of(p, head_row, row(slot))];
   }
   __device__ __forceinline__ int row(int slot) const {
     return first_row + slot * 8 + lane_id() / 4;

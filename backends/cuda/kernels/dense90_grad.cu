@@ -14,16 +14,14 @@ using OwnRing = Ring<kOwnStages>;
 
 // How many tiles of queries there are, and whether one has flat rows: `parts` threads ask together,
 // and each looks at some of its row blocks.
-__device__ __forceinline__ int query_tiles(const Params& p) {
-  return p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows);
-}
+__device__ __forceinline__ int query_tiles(const Params& p) { return query_blocks<kBlockRows>(p); }
 __device__ __forceinline__ bool has_flat_rows(const Params& p, int number, int part, int parts) {
   const QueryBlock<kBlockRows> b(p, number);
   bool any = false;
 #pragma unroll 8
   for (int i = part; i < kBlockRows / kRowBlock; i += parts)
     if (const int at = b.first / kRowBlock + i; at < p.row_blocks)
-      any |= p.flat[i64(b.head_row) * p.row_blocks + at] != kListed;
+      any |= of_row_blocks(p, p.flat, b.head_row)[at] != kListed;
   return any;
 }
 
@@ -219,7 +217,7 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
   for (int slot = 0; slot < 2; ++slot) {
     tau[slot] = kInf, delta[slot] = 0.f;
     if (b.flat[slot]) {
-      const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
+      const i64 at_tau = row_number(p, b.head_row, b.row(slot));
       const SecondOutput second(p, b.head_row, b.row(slot));
       const Scalar* grad = row_of(p.grad_o, b.batch, b.head, b.row(slot));
       tau[slot] = p.tau[at_tau];
@@ -232,7 +230,7 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
     }
     delta[slot] = sum_over<4>(delta[slot]);
     if (b.flat[slot] && lane_id() % 4 == 0)
-      p.delta[i64(b.head_row) * p.length_q + b.row(slot)] = delta[slot];
+      p.delta[row_number(p, b.head_row, b.row(slot))] = delta[slot];
   }
   at.take_own(p, own_ring, own);
 
@@ -369,11 +367,7 @@ struct Keys : KeyBlock<kBlockRows> {
     const int kind = p.all_flat[kv_row];
     if (kind != kMixed) return kind == kAllFlat;
     if (parts == 1) return true;  // the warp that copies will find out
-    bool any = false;
-    for (int i = part; i < p.gqa_group * p.row_blocks; i += parts)
-      any |= i % p.row_blocks * kRowBlock + kRowBlock > start &&
-             p.flat[i64(head_row(p)) * p.row_blocks + i];
-    return any;
+    return is_any_flat(p, head_row(p), start, part, parts);
   }
 
   // Zeros of those that no query sees.
@@ -406,8 +400,8 @@ struct FlatTiles {
 #pragma unroll
       for (int i = 0; i < kGradQueries / kRowBlock; ++i)
         if (const int row = start + lane_id() * kGradQueries + i * kRowBlock; row < p.length_q)
-          any |= p.flat[i64(head_row) * p.row_blocks + row / kRowBlock] &&
-                 (live_tiles(p, head_row, row)[word] & bits);
+          any |=
+              p.flat[row_block_of(p, head_row, row)] && (live_tiles(p, head_row, row)[word] & bits);
       some = __ballot_sync(kAllLanes, any);
     }
     first = start + (__ffs(some) - 1) * kGradQueries;
@@ -432,9 +426,9 @@ struct QueryRows {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int row = first + i * 32 + lane_id();
-      const i64 at = i64(head_row) * p.length_q + row;
+      const i64 at = row_number(p, head_row, row);
       inside[i] = row < p.length_q;
-      flat[i] = inside[i] && p.flat[i64(head_row) * p.row_blocks + row / kRowBlock];
+      flat[i] = inside[i] && p.flat[row_block_of(p, head_row, row)];
       tau[i] = inside[i] ? p.tau[at] : kInf;
       delta[i] = inside[i] ? p.delta[at] : 0.f;
     }
@@ -631,7 +625,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(8) u64 barriers[GradColumns::kBarriers];
   __shared__ __align__(16) Queries queries[kGradStages];
   __shared__ Share share;
-  const int tiles = p.batch * p.heads_kv * ((p.length_k + kBlockRows - 1) / kBlockRows);
+  const int tiles = key_blocks<kBlockRows>(p);
   share.distribute(tiles, [&](int item, int part, int parts) {
     return Keys(p, item).are_wanted(p, part, parts);
   });

@@ -429,7 +429,7 @@ struct Attention {
     // lower bound of its threshold.
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
+      const i64 at_row = slot_number(p, b.head_row, b.row(slot));
       const float bound = b.flat[slot] ? p.row_count[at_row].bound : kInf;  // no weights of others
       poisoned[slot] = b.flat[slot] && !(p.row_start[at_row].top < kInf);
       floor[slot] = bound > -kInf ? c * bound : kUnbounded;
@@ -586,8 +586,8 @@ struct Attention {
       unsafe |= b.flat[slot] && !is_poisoned(slot) && !are_finite<kHeadDimV>(o.out, slot);
       if constexpr (kSaves) keep_second(o, slot, factor_u);
       if (!b.flat[slot] || lane_id() % 4) continue;
-      const i64 at_row = i64(b.head_row) * p.row_blocks * kRowBlock + b.row(slot);
-      const i64 at_tau = i64(b.head_row) * p.length_q + b.row(slot);
+      const i64 at_row = slot_number(p, b.head_row, b.row(slot));
+      const i64 at_tau = row_number(p, b.head_row, b.row(slot));
       // The last step, by what is known of the slope: the backward's probabilities sum to one.
       const float tau = t[slot].tau, slope = rough ? 2.f * total_u : t[slot].slope;
       const float last =

@@ -18,19 +18,6 @@ constexpr int kThreads = kElementThreads;
 constexpr int kBatch = 4;
 constexpr bool kKeepsWeights = ADASPLASH2_KEEPS_WEIGHTS;
 
-// A row in the order of the arena: row blocks, head by head.
-struct Row : Head {
-  int at, row;
-  bool inside;
-};
-
-__device__ __forceinline__ Row row_at(const Params& p, int at) {
-  const int per_head = p.row_blocks * kRowBlock;
-  Row r{Head(p, at / per_head), at, at % per_head};
-  r.inside = r.head_row < p.batch * p.heads_q && r.row < p.length_q;
-  return r;
-}
-
 // body(item) for each of a block's items that is wanted; all `items` are distributed evenly over
 // blocks. Mostly none is wanted. So one lane asks for each, all at once: a block for each item,
 // which only asks and ends, took longer than all else. (Float32 leaves no registers for this: there
@@ -55,13 +42,13 @@ template <int lanes, class Body>
 __device__ __forceinline__ void for_listed_rows(const Params& p, const Body& body) {
   constexpr int kRows = kThreads / lanes;
   static_assert(kRowBlock % (32 / lanes) == 0);
-  const int row_blocks = p.batch * p.heads_q * p.row_blocks, of_warp = warp_id() * (32 / lanes);
+  const int row_blocks = all_row_blocks(p), of_warp = warp_id() * (32 / lanes);
   const auto wanted = [&](int item) {
     const int row_block = (item * kRows + of_warp) / kRowBlock;
     return row_block < row_blocks && !p.flat[row_block];
   };
   for_items((row_blocks * kRowBlock + kRows - 1) / kRows, wanted,
-            [&](int item) { body(row_at(p, item * kRows + int(threadIdx.x) / lanes)); });
+            [&](int item) { body(ArenaRow(p, item * kRows + int(threadIdx.x) / lanes)); });
 }
 
 // The column of a saved survivor, in its range whatever became of it.
@@ -72,7 +59,7 @@ __device__ __forceinline__ int column_of(const Params& p, KeyNumber saved) {
 // The first of the rows of one (batch, key head)'s columns.
 __device__ __forceinline__ RowNumber* rows_of(const Params& p, int kv_row) {
   return static_cast<RowNumber*>(p.rows) +
-         i64(kv_row) * p.gqa_group * p.row_blocks * (kRowBlock * kArenaRow);
+         i64(kv_row) * group_row_blocks(p) * (kRowBlock * kArenaRow);
 }
 
 // Where no scan comes first all row blocks start as flat ones, of which nothing is known. Heads
@@ -98,11 +85,11 @@ __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int
 extern "C" __global__ void __launch_bounds__(kThreads)
     check_finite(const __grid_constant__ Params p) {
   start_next_and_await();
-  const int key_blocks = p.batch * p.heads_kv * ((p.length_k + kCheckRows - 1) / kCheckRows);
+  const int of_keys = key_blocks<kCheckRows>(p);
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.unsafe_output = 0;
   int first_head, heads;  // whose scores what is looked at has a part in
   bool found;
-  if (int(blockIdx.x) < key_blocks) {
+  if (int(blockIdx.x) < of_keys) {
     const KeyBlock<kCheckRows> b(p, blockIdx.x);
     first_head = b.head_row(p), heads = p.gqa_group;
     if (b.first == 0 && threadIdx.x == 0) poison_no_keys(p, b.kv_row);
@@ -111,23 +98,23 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     found = has_infinite<kHeadDim>(keys, p.k.row, b.first, p.length_k) ||
             has_infinite<kHeadDimV>(values, p.v.row, b.first, p.length_k);
   } else {
-    const QueryBlock<kCheckRows> b(p, blockIdx.x - key_blocks);
+    const QueryBlock<kCheckRows> b(p, blockIdx.x - of_keys);
     first_head = b.head_row, heads = 1;
     const int row = b.first + threadIdx.x;
     if (threadIdx.x < kCheckRows && row < p.row_blocks * kRowBlock) {
-      const i64 at = i64(first_head) * p.row_blocks * kRowBlock + row;
+      const i64 at = slot_number(p, first_head, row);
       p.row_start[at].top = -kInf, p.row_count[at].bound = -kInf;
     }
     found = has_infinite<kHeadDim>(row_of(p.q, b.batch, b.head, 0), p.q.row, b.first, p.length_q);
   }
   if (!__syncthreads_or(found)) return;
-  u8* flat = p.flat + i64(first_head) * p.row_blocks;
+  u8* flat = of_row_blocks(p, p.flat, first_head);
   for (int i = threadIdx.x; i < heads * p.row_blocks; i += kThreads) flat[i] = kToRetry;
 }
 
 constexpr int kOutputLanes = ADASPLASH2_OUTPUT_LANES;
 
-__device__ __forceinline__ void output_row(const Params& p, const Row& r) {
+__device__ __forceinline__ void output_row(const Params& p, const ArenaRow& r) {
   if (!r.inside) return;
   const int count = p.row_count[r.at].survivors;
   const int first_entry = p.row_start[r.at].entry;
@@ -172,7 +159,7 @@ __device__ __forceinline__ void output_row(const Params& p, const Row& r) {
 
 extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_constant__ Params p) {
   start_next_and_await();
-  for_listed_rows<kOutputLanes>(p, [&](const Row& r) { output_row(p, r); });
+  for_listed_rows<kOutputLanes>(p, [&](const ArenaRow& r) { output_row(p, r); });
 }
 
 // Count the survivors of each column.
@@ -197,8 +184,8 @@ __device__ __forceinline__ void count_columns_of(const Params& p, int row_block)
   }
   const int last = row_block * kRowBlock + kRowBlock - 1;
   const int total = p.row_start[last].entry + max(p.row_count[last].survivors, 0);
-  const int kv_row = Head(p, row_block / p.row_blocks).kv_row(p);
-  int* counts = p.column_count + i64(kv_row) * p.length_k;
+  const int kv_row = head_of_row_block(p, row_block).kv_row(p);
+  int* counts = of_keys(p, p.column_count, kv_row);
   const KeyNumber* columns = columns_of(p, row_block);
   for (int first = 0; first < total; first += kThreads) {
     const int i = first + threadIdx.x;
@@ -215,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     count_columns(const __grid_constant__ Params p) {
   start_next_and_await();
   for_items(
-      p.batch * p.heads_q * p.row_blocks, [&](int row_block) { return !p.flat[row_block]; },
+      all_row_blocks(p), [&](int row_block) { return !p.flat[row_block]; },
       [&](int row_block) { count_columns_of(p, row_block); });
 }
 
@@ -240,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(kPrefixThreads)
   start_next_and_await();
   __shared__ int sums[kPrefixThreads / 32];
   if (p.all_flat) {
-    const int row_blocks = p.gqa_group * p.row_blocks;
+    const int row_blocks = group_row_blocks(p);
     bool listed = is_any_poisoned(p, blockIdx.x), flat = false;
     for (int i = threadIdx.x; i < row_blocks; i += kPrefixThreads) {
       const bool here = p.flat[i64(blockIdx.x) * row_blocks + i] != kListed;
@@ -332,7 +319,7 @@ __device__ __forceinline__ float weight_from(const Params& p, float score, float
 //
 // delta is known after the last survivor only. So dQ is summed in two parts, of which neither is
 // much larger than dQ: sum u (dp - dp_0) k, and sum u k times delta - dp_0.
-__device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
+__device__ __forceinline__ void grad_row(const Params& p, const ArenaRow& r) {
   const bool active = r.inside;
   const int kept = active ? p.row_count[r.at].survivors : 0;
   const int count = max(kept, 0);
@@ -374,7 +361,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
       load8<kHeadDim>(row_in(keys, p.k.row, column[i]), at, key[i], column[i] >= 0);
       load8<kHeadDimV>(row_in(values, p.v.row, column[i]), at, value[i], column[i] >= 0);
     }
-    if (inside && puts) place = atomicAdd(p.column_start + i64(kv_row) * p.length_k + my_column, 1);
+    if (inside && puts) place = atomicAdd(of_keys(p, p.column_start, kv_row) + my_column, 1);
     const Products found(query, key, grad_o, value);
     if (first == 0) first_score = from_slot(found.score, 0), first_dp = from_slot(found.dp, 0);
     float u = 0.f, felt = 0.f;
@@ -418,7 +405,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const Row& r) {
 extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
     grad_rows(const __grid_constant__ Params p) {
   start_next_and_await();
-  for_listed_rows<kRowLanes>(p, [&](const Row& r) { grad_row(p, r); });
+  for_listed_rows<kRowLanes>(p, [&](const ArenaRow& r) { grad_row(p, r); });
 }
 
 // A key and the sums over the rows that keep it, as a warp gathers them.
@@ -433,7 +420,7 @@ struct Column {
   __device__ __forceinline__ Column(const Params& p, int number, int lane, bool wanted)
       : number(number), at(lane % kRowLanes * 8) {
     const Key of(p, number);
-    first_row = of.kv_row * p.gqa_group * p.row_blocks * kRowBlock;
+    first_row = of.kv_row * group_row_blocks(p) * kRowBlock;
     queries = row_of(p.q, of.batch, of.first_head(p), 0);
     grads = row_of(p.grad_o, of.batch, of.first_head(p), 0);
     load8<kHeadDim>(row_of(p.k, of.batch, of.kv_head, of.key), at, key, wanted);
@@ -594,8 +581,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kGradBlocks)
   __shared__ int later[kColumns], later_count;
   const int mine = threadIdx.x / kRowLanes;
   const int column_at = blockIdx.x * kColumns + mine;
-  const bool inside =
-      column_at < p.batch * p.heads_kv * p.length_k && !is_all_flat(p, column_at / p.length_k);
+  const bool inside = column_at < key_blocks<1>(p) && !is_all_flat(p, column_at / p.length_k);
   if (threadIdx.x == 0) later_count = 0;
   if (!__syncthreads_or(inside)) return;
   const int count = inside ? p.column_count[column_at] : -1;

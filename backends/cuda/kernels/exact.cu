@@ -100,11 +100,11 @@ struct Sums {
 template <class Body>
 __device__ __forceinline__ void for_unsafe_rows(const Params& p, const u8* marks,
                                                 const Body& body) {
-  const u32 blocks = u32(p.batch * p.heads_q) * u32((p.length_q + kRows - 1) / kRows);
+  const u32 blocks = query_blocks<kRows>(p);
   for (u32 number = blockIdx.x; number < blocks; number += gridDim.x) {
     const Block b(p, number);
-    const bool wanted = b.first_row < p.length_q &&
-                        marks[i64(b.head_row) * p.row_blocks + b.first_row / kRowBlock] == kUnsafe;
+    const bool wanted =
+        b.first_row < p.length_q && marks[row_block_of(p, b.head_row, b.first_row)] == kUnsafe;
     if (__syncthreads_or(wanted)) body(b, wanted);  // and the memory of the block before is free
   }
 }
@@ -250,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int slot = 0; slot < 2; ++slot) {
       factor[slot] = rows.poisoned(slot) ? kNaN : p.scale;
       if (b.flat[slot] && lane_id() % 4 == 0)
-        p.delta[i64(b.head_row) * p.length_q + b.row_of_slot(slot)] = delta[slot];
+        p.delta[row_number(p, b.head_row, b.row_of_slot(slot))] = delta[slot];
     }
     grad_q.template write<false>(row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row, b.first_row,
                                  p.length_q, factor);
@@ -273,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u32 values = shared_address(values_at) + warp_id() * 16 * tile_stride<kDimV>;
   const float c = signed_c(p);
   const bool of_values = blockIdx.y;
-  const u32 blocks = u32(p.batch * p.heads_kv) * u32((p.length_k + kRows - 1) / kRows);
+  const u32 blocks = key_blocks<kRows>(p);
   for (u32 number = blockIdx.x; number < blocks; number += gridDim.x) {
     const Keys b(p, number);
     const bool wanted =

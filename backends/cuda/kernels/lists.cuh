@@ -454,7 +454,7 @@ struct Lists {
           p.row_start[at].entry = start[i];
           p.row_count[at].survivors = s.poisoned ? kPoisoned : count[i];
           if (row < p.length_q) {
-            const i64 at_tau = i64(head_row) * p.length_q + row;
+            const i64 at_tau = row_number(p, head_row, row);
             p.tau[at_tau] = s.poisoned ? kNaN : s.empty ? kInf : fmaf(p.c, s.top, s.tau);
             if (s.poisoned) {
               const Head of(p, head_row);

@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scan(const __grid_cons
   const QueryBlock<kBlockRows> block(p, blockIdx.x);
   const int warp = warp_id();
   const int first_row = block.first + warp * kWarpRows;
-  const int row_block = block.head_row * p.row_blocks + first_row / kRowBlock;
+  const int row_block = row_block_of(p, block.head_row, first_row);
   const Scalar* keys = row_of(p.k, block.batch, block.kv_head, 0);
 
   char* queries_at = shared + kStages * kStageBytes + kWarps * Lists<kSlots>::kBytes +

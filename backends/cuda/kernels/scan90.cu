@@ -105,7 +105,7 @@ struct Item : QueryBlock<kBlockRows> {
     const int row_block = first / kRowBlock;
     bool any = false;
     for (int i = row_block; i < min(p.row_blocks, row_block + kBlockRows / kRowBlock); ++i)
-      any |= p.flat[i64(head_row) * p.row_blocks + i] == kToRetry;
+      any |= of_row_blocks(p, p.flat, head_row)[i] == kToRetry;
     return any;
   }
 };
@@ -118,7 +118,7 @@ struct Share {
   const int items;
 
   __device__ __forceinline__ explicit Share(const Params& p)
-      : p(p), items(p.batch * p.heads_q * ((p.length_q + kBlockRows - 1) / kBlockRows)) {}
+      : p(p), items(query_blocks<kBlockRows>(p)) {}
   __device__ __forceinline__ int number(int i) const { return blockIdx.x + i * gridDim.x; }
   __device__ __forceinline__ bool is_worth_it(int i) const {
     return number(i) < items && Item(p, number(i)).is_worth_it(p);
@@ -200,7 +200,7 @@ __device__ __forceinline__ void consume(const Params& p, const Item& item, KeyRi
   const int warp = uniform(warp_id());
   const int first_of_warpgroup = item.first + warp / 4 * kRows;
   const int first_row = item.first + warp * 16;
-  const int row_block = item.head_row * p.row_blocks + first_row / kRowBlock;
+  const int row_block = row_block_of(p, item.head_row, first_row);
   AFragment q[kDim / 16];
   u32 dead = load_queries(q, p, row_of(p.q, item.batch, item.head, 0), first_row);
   const bool wanted = first_row < p.length_q && (!kRetry || p.flat[row_block] == kToRetry);

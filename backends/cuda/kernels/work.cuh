@@ -7,6 +7,18 @@
 
 namespace adasplash2 {
 
+// --- addresses -----------------------------------------------------------------------------
+
+// Row number `row` of those that stand `stride` elements apart, of which the first is at `first`.
+template <class T>
+__device__ __forceinline__ T* row_in(T* first, i64 stride, i64 row) {
+  return first + row * stride;
+}
+template <class T = Scalar>
+__device__ __forceinline__ T* row_of(const View& view, int batch, int head, int row) {
+  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
+}
+
 // --- heads and blocks ----------------------------------------------------------------------
 
 // A query head, of `batch * heads_q` in all.
@@ -52,6 +64,18 @@ struct Key : KeyHead {
       : KeyHead(p, number / p.length_k), key(number % p.length_k) {}
 };
 
+// A row by its place in the arena, which has room for whole row blocks, head by head.
+struct ArenaRow : Head {
+  int at, row;
+  bool inside;
+
+  __device__ __forceinline__ ArenaRow(const Params& p, int at)
+      : Head(p, at / (p.row_blocks * kRowBlock)),
+        at(at),
+        row(at % (p.row_blocks * kRowBlock)),
+        inside(head_row < p.batch * p.heads_q && row < p.length_q) {}
+};
+
 // Number `number` of the blocks of `rows` queries: head by head, so that the keys of one head stay
 // in the L2, and within it in the order of nth_row_block().
 template <int rows>
@@ -79,17 +103,147 @@ struct KeyBlock : KeyHead {
       : KeyHead(p, number / blocks), first(number % blocks * rows) {}
 };
 
-// --- addresses -----------------------------------------------------------------------------
+// Rows of decoded calls are numbered head by head: those that share a key head follow each other.
+struct SharedRows : KeyHead {
+  int first_row;
 
-// Row number `row` of those that stand `stride` elements apart, of which the first is at `first`.
+  __device__ __forceinline__ SharedRows(const DecodeParams& p, int kv_row)
+      : KeyHead(p, kv_row), first_row(kv_row * rows_of(p)) {}
+  static __device__ __forceinline__ int rows_of(const DecodeParams& p) {
+    return p.gqa_group * p.length_q;
+  }
+};
+
+// One of them by its number.
+struct QueryRow : Head {
+  int at, query;
+
+  __device__ __forceinline__ QueryRow(const DecodeParams& p, int at)
+      : Head(p, at / p.length_q), at(at), query(at % p.length_q) {}
+  __device__ __forceinline__ Range seen(const DecodeParams& p) const {
+    return range_of(p, batch, query);
+  }
+  __device__ __forceinline__ Scalar* output(const DecodeParams& p) const {
+    return row_of(p.o, batch, head, query);
+  }
+};
+
+// A tile of rows that share keys, and one of the splits of these keys.
+struct RowTile : SharedRows {
+  int first, rows, split;  // first row, and how many there are
+
+  // Number `blockIdx.x` of those of `splits` splits. Blocks that read the same keys have
+  // neighbouring numbers: the keys come from memory once, then from the L2.
+  template <int tile>
+  static __device__ __forceinline__ RowTile of(const DecodeParams& p, int splits) {
+    const int tiles = (rows_of(p) + tile - 1) / tile;
+    const int keys = blockIdx.x / tiles, number = blockIdx.x % tiles * tile;
+    RowTile b{SharedRows(p, keys / splits)};
+    b.first = b.first_row + number;
+    b.rows = min(tile, rows_of(p) - number);
+    b.split = keys % splits;
+    return b;
+  }
+
+ private:
+  __device__ __forceinline__ explicit RowTile(const SharedRows& of) : SharedRows(of) {}
+};
+
+// --- numbers -------------------------------------------------------------------------------
+
+// Of blocks of `rows` queries, or keys, of all heads.
+template <int rows>
+__device__ __forceinline__ int query_blocks(const Params& p) {
+  return p.batch * p.heads_q * ((p.length_q + rows - 1) / rows);
+}
+template <int rows>
+__device__ __forceinline__ int key_blocks(const Params& p) {
+  return p.batch * p.heads_kv * ((p.length_k + rows - 1) / rows);
+}
+
+// Numbers of a query of a head among all: where a head has only its queries, and where its last row
+// block is full too. And that of its row block.
+template <class P>
+__device__ __forceinline__ i64 row_number(const P& p, int head_row, int row) {
+  return i64(head_row) * p.length_q + row;
+}
+__device__ __forceinline__ i64 slot_number(const Params& p, int head_row, int row) {
+  return i64(head_row) * p.row_blocks * kRowBlock + row;
+}
+__device__ __forceinline__ int row_block_of(const Params& p, int head_row, int row) {
+  return head_row * p.row_blocks + row / kRowBlock;
+}
+__device__ __forceinline__ Head head_of_row_block(const Params& p, int row_block) {
+  return Head(p, row_block / p.row_blocks);
+}
+__device__ __forceinline__ int all_row_blocks(const Params& p) {
+  return p.batch * p.heads_q * p.row_blocks;
+}
+// Row blocks of the heads that share keys; they are neighbours, also of several sequences.
+__device__ __forceinline__ int group_row_blocks(const Params& p) {
+  return p.gqa_group * p.row_blocks;
+}
+// Where those of a head, or what is kept of them, begin.
 template <class T>
-__device__ __forceinline__ T* row_in(T* first, i64 stride, i64 row) {
-  return first + row * stride;
+__device__ __forceinline__ T* of_row_blocks(const Params& p, T* array, int head_row) {
+  return array + i64(head_row) * p.row_blocks;
 }
-template <class T = Scalar>
-__device__ __forceinline__ T* row_of(const View& view, int batch, int head, int row) {
-  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
+// Likewise of a key head's keys.
+template <class T>
+__device__ __forceinline__ T* of_keys(const Params& p, T* array, int kv_row) {
+  return array + i64(kv_row) * p.length_k;
 }
+
+// --- where rows, survivors and tiles are kept ----------------------------------------------
+
+// Survivors of a listed row block, row after row: their columns, and their weights.
+__device__ __forceinline__ KeyNumber* columns_of(const Params& p, int row_block) {
+  char* arena = static_cast<char*>(p.columns) + i64(row_block) * kRowBlock * kArenaBytes;
+  return reinterpret_cast<KeyNumber*>(arena);
+}
+__device__ __forceinline__ float* weights_of(const Params& p, int row_block) {
+  return p.weights + i64(row_block) * kRowBlock * kArenaRow;
+}
+// A flat row block has none: its dense kernels keep `count` numbers of each row in their place.
+template <class T, int count>
+__device__ __forceinline__ T* kept_of_flat_row(const Params& p, int head_row, int row) {
+  static_assert(count * int(sizeof(T)) <= kArenaBytes);
+  KeyNumber* arena = columns_of(p, row_block_of(p, head_row, row));
+  return reinterpret_cast<T*>(arena) + row % kRowBlock * count;
+}
+
+// Tell stats() of a pair in the support.
+template <class P>
+__device__ __forceinline__ void mark_tile(const P& p, int head_row, int row, int column) {
+  constexpr int side = kStatsTile;
+  const int of_rows = (p.length_q + side - 1) / side, of_keys = (p.length_k + side - 1) / side;
+  p.tiles[(i64(head_row) * of_rows + row / side) * of_keys + column / side] = 1;
+}
+
+// --- caches and tiles ----------------------------------------------------------------------
+
+// Keys or values of a sequence and head, in pages or not.
+template <bool paged>
+struct Cache {
+  const Scalar* head;
+  i64 row, page;
+  const int* table;
+  int page_size, last_page;
+
+  __device__ __forceinline__ Cache(const DecodeParams& p, const View& view, int batch, int kv_head)
+      : head(row_of(view, paged ? 0 : batch, kv_head, 0)),
+        row(view.row),
+        page(view.batch),
+        table(paged ? p.table + batch * p.table_batch : nullptr),
+        page_size(p.page_size),
+        last_page(int(p.pages) - 1) {}
+  __device__ __forceinline__ const Scalar* at(int key) const {
+    if constexpr (!paged) return row_in(head, row, key);
+    const u32 number = u32(key) / u32(page_size), place = u32(key) - number * u32(page_size);
+    const int held = max(0, min(table[number], last_page));
+    return row_in(row_in(head, page, held), row, place);
+  }
+};
 
 // Start copying rows [first, first + rows) of one head into a tile; rows from `length` on and
 // columns from `width` on become zeros. Visible after cp_async_wait() and a barrier.
@@ -125,6 +279,17 @@ __device__ __forceinline__ bool is_all_flat(const Params& p, int kv_row) {
   return p.all_flat && p.all_flat[kv_row] == kAllFlat;
 }
 
+// Whether of the query heads from `head_row` on that share keys a row block is not listed which has
+// a query behind `start`. `parts` threads ask together, and each looks at some.
+__device__ __forceinline__ bool is_any_flat(const Params& p, int head_row, int start, int part,
+                                            int parts) {
+  const u8* flat = of_row_blocks(p, p.flat, head_row);
+  bool any = false;
+  for (int i = part; i < group_row_blocks(p); i += parts)
+    any |= i % p.row_blocks * kRowBlock + kRowBlock > start && flat[i];
+  return any;
+}
+
 // What comes out of dense tiles and is not finite is marked, by the warp that owns its 16 rows or
 // keys, and done again by exact.cu. Each function returns whether some lane of the warp says so.
 
@@ -134,10 +299,10 @@ __device__ __forceinline__ bool mark_if(bool mine, u8* mark, int* any) {
   return unsafe;
 }
 __device__ __forceinline__ bool mark_output_if(bool mine, const Params& p, int head_row, int row) {
-  return mark_if(mine, p.flat + i64(head_row) * p.row_blocks + row / kRowBlock, p.unsafe_output);
+  return mark_if(mine, p.flat + row_block_of(p, head_row, row), p.unsafe_output);
 }
 __device__ __forceinline__ bool mark_rows_if(bool mine, const Params& p, int head_row, int row) {
-  u8* mark = p.unsafe_rows + i64(head_row) * p.row_blocks + row / kRowBlock;
+  u8* mark = p.unsafe_rows + row_block_of(p, head_row, row);
   return mark_if(mine, mark, p.unsafe_grads);
 }
 __device__ __forceinline__ u8* mark_of_keys(const Params& p, int kv_row, int key, bool of_values) {

@@ -11,71 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adasplash2.backends.triton.kernels.arithmetic import (
-    PROB_SCALE,
-    any_of,
-    count_bad,
-    finite_part,
-    gradient_product,
-    matmul,
-    rows_of,
-    with_bad,
-)
-from adasplash2.backends.triton.kernels.score import (
-    base_of,
-    distance,
-    distance_of,
-    distances,
-    distances_of,
-    folded_bias,
-    folded_scale,
-    is_inside,
-    is_kept,
-    numbers_of,
-    on_support,
-    open_begin,
-    open_tiles,
-    product_gradient,
-    products,
-    scale_of,
-    seeing_rows,
-    shown,
-    terms_of,
-    through_dropout,
-    with_kept_factor,
-)
-from adasplash2.backends.triton.kernels.threshold import (
-    alpha_gradient,
-    alpha_terms,
-    weights,
-)
-from adasplash2.backends.triton.kernels.work import (
-    checked,
-    entries_at,
-    entry_of,
-    first_again,
-    first_entry,
-    head_of,
-    is_block_marked,
-    is_cut,
-    is_edge,
-    is_marked,
-    key_head_at,
-    key_head_number,
-    load_pair,
-    load_thresholds,
-    load_tile,
-    mark_rows,
-    mask_tile_at,
-    member_and_block,
-    next_again,
-    portion,
-    row_block_at,
-    rows_at,
-    store_tile,
-    tile_at,
-    tile_in_turn,
-)
+from adasplash2.backends.triton.kernels import arithmetic, score, threshold, work
+from adasplash2.backends.triton.kernels.arithmetic import PROB_SCALE
 
 
 @triton.jit
@@ -100,7 +37,7 @@ def distance_to_delta(u, dp, delta, spread, opt: tl.constexpr):
 @triton.jit
 def score_gradient(x, u, dp, delta, spread, r, opt: tl.constexpr, SAFE: tl.constexpr):
     """``ds``, see :func:`on_support`."""
-    return on_support(u * distance_to_delta(u, dp, delta, spread, opt), x, r, opt, SAFE)
+    return score.on_support(u * distance_to_delta(u, dp, delta, spread, opt), x, r, opt, SAFE)
 
 
 @triton.jit
@@ -109,13 +46,15 @@ def add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, keys, 
     """Add the sums over a tile that gradients of operands are made of."""
     of_slope, of_scale, of_alpha, slope = parts
     if WANTED.alibi_slopes:
-        far = on_support(ds * distance_of(rows, keys, terms, shape, opt), x, terms.r, opt, SAFE)
+        far = score.on_support(
+            ds * score.distance_of(rows, keys, terms, shape, opt), x, terms.r, opt, SAFE
+        )
         of_slope -= tl.sum(far, 1)
     if WANTED.scales:
-        of_scale += tl.sum(on_support(ds_product * product, x, terms.r, opt, SAFE), 1)
+        of_scale += tl.sum(score.on_support(ds_product * product, x, terms.r, opt, SAFE), 1)
     if WANTED.alphas:
-        log, phi = alpha_terms(x, p, u, terms.r, opt)
-        d = on_support(to_delta, x, terms.r, opt, True)
+        log, phi = threshold.alpha_terms(x, p, u, terms.r, opt)
+        d = score.on_support(to_delta, x, terms.r, opt, True)
         slope += tl.sum(u, 1)
         of_alpha = (
             of_alpha[0] + tl.sum(p * d, 1),
@@ -131,12 +70,12 @@ def add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, keys, 
 def tile_gradient(row_block, grad, delta, spread, k, v, first_key, terms, shape, opt: tl.constexpr,
                   SAFE: tl.constexpr, EDGE):  # fmt: skip
     """``ds`` of a row block and a key tile, last, and what it is made of."""
-    x, s, product = distances(row_block, k, first_key, terms, shape, opt, EDGE)
-    p, u = weights(x, terms.r, opt)
-    dp = matmul(grad, tl.trans(v))
+    x, s, product = score.distances(row_block, k, first_key, terms, shape, opt, EDGE)
+    p, u = threshold.weights(x, terms.r, opt)
+    dp = arithmetic.matmul(grad, tl.trans(v))
     if opt.dropout:
-        rows, keys = numbers_of(row_block[3], first_key, opt, opt.block_q)
-        dp = through_dropout(dp, is_kept(rows, keys, terms, shape, opt), shape)
+        rows, keys = score.numbers_of(row_block[3], first_key, opt, opt.block_q)
+        dp = score.through_dropout(dp, score.is_kept(rows, keys, terms, shape, opt), shape)
     ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], terms.r, opt, SAFE)
     return x, p, u, s, product, dp, ds
 
@@ -147,21 +86,21 @@ def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, e
                      STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds K``, and the sums of :func:`add_row_sums`, over the entries that need no mask, or
     the others where EDGE."""
-    numbers, start, stop = portion(entries, EDGE)
-    number = first_entry(numbers, start, stop, EDGE)
+    numbers, start, stop = work.portion(entries, EDGE)
+    number = work.first_entry(numbers, start, stop, EDGE)
     for index in tl.range(start, stop, num_stages=STAGES):
-        first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
-        number = entry_of(numbers, index + 1, stop)
+        first, k, v = work.load_pair(number, keys, values, shape, opt, work.is_cut(EDGE, opt))
+        number = work.entry_of(numbers, index + 1, stop)
         x, p, u, s, product, dp, ds = tile_gradient(row_block, grad, delta, spread, k, v, first,
-                                                    terms, shape, opt, SAFE,
-                                                    is_edge(index, entries, EDGE))  # fmt: skip
-        ds_product = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
+                                                    terms, shape, opt, SAFE, work.is_edge(index,
+                                                    entries, EDGE))  # fmt: skip
+        ds_product = score.product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if WANTED.some:
-            rows, columns = numbers_of(row_block[3], first, opt, opt.block_q)
+            rows, columns = score.numbers_of(row_block[3], first, opt, opt.block_q)
             to_delta = distance_to_delta(u, dp, delta[:, None], spread[:, None], opt)
             parts = add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, columns,
                                  terms, shape, opt, WANTED, SAFE)  # fmt: skip
-        acc += gradient_product(ds_product, finite_part(k, SAFE), opt, SAFE)
+        acc += arithmetic.gradient_product(ds_product, arithmetic.finite_part(k, SAFE), opt, SAFE)
     return acc, parts
 
 
@@ -175,8 +114,8 @@ def store_row_gradients(parts, grads, top, t, delta, at_row, inside, right, term
     total = tl.full(t.shape, 0.0, tl.float32)
     if opt.sinks and (WANTED.sinks or WANTED.alphas):
         # Its `dp` is zero.
-        x = distance(terms.sink, top, t, terms.c, opt)
-        p, u = weights(x, terms.r, opt)
+        x = score.distance(terms.sink, top, t, terms.c, opt)
+        p, u = threshold.weights(x, terms.r, opt)
     if WANTED.alibi_slopes:
         of_slope = tl.where(bad, float("nan"), of_slope)
         tl.store(grads.alibi_slopes + at_row, of_slope, mask=inside)
@@ -191,7 +130,7 @@ def store_row_gradients(parts, grads, top, t, delta, at_row, inside, right, term
         total += of_scale
     if WANTED.alphas:
         if opt.sinks:
-            log, phi = alpha_terms(x, p, u, terms.r, opt)
+            log, phi = threshold.alpha_terms(x, p, u, terms.r, opt)
             slope += u
             of_alpha = (
                 of_alpha[0] - p * delta,
@@ -200,7 +139,7 @@ def store_row_gradients(parts, grads, top, t, delta, at_row, inside, right, term
                 of_alpha[3] + log,
                 of_alpha[4] + phi,
             )
-        result = tl.where(bad, float("nan"), alpha_gradient(of_alpha, slope, terms.r))
+        result = tl.where(bad, float("nan"), threshold.alpha_gradient(of_alpha, slope, terms.r))
         tl.store(grads.alphas + at_row, result, mask=inside)
         total += result
     return total
@@ -212,30 +151,31 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
                   opt: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, WANTED: tl.constexpr,
                   STAGES: tl.constexpr, SAFE: tl.constexpr):  # fmt: skip
     """:func:`grad_query` of the row block that is ``number`` in launch order."""
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
-    at_block, at_head, first_row, at_row, inside = row_block_at(number, shape, opt)
+    at_block, at_head, first_row, at_row, inside = work.row_block_at(number, shape, opt)
     batch, head, kv_head = at_head
     length = shape.length_q
-    terms = terms_of(batch, head, shape, opt)
-    queries = head_of(query, batch, head)
-    q = load_tile(queries, first_row, length, opt.block_q, opt.head_dim, opt.padded, True)
-    q = folded_scale(q, shape, opt)
-    grads = head_of(grad_out, batch, head)
-    grad = load_tile(grads, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
-    means = head_of(out_u, batch, head)
-    mean = load_tile(means, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
+    terms = score.terms_of(batch, head, shape, opt)
+    queries = work.head_of(query, batch, head)
+    q = work.load_tile(queries, first_row, length, opt.block_q, opt.head_dim, opt.padded, True)
+    q = score.folded_scale(q, shape, opt)
+    grads = work.head_of(grad_out, batch, head)
+    grad = work.load_tile(grads, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
+    means = work.head_of(out_u, batch, head)
+    mean = work.load_tile(means, first_row, length, opt.block_q, opt.head_dim_v, opt.padded_v, True)
     if opt.shares:
         most = tl.load(spread_in + at_row, mask=inside, other=0.0)
-        mean = rows_of(mean, most, value.base.dtype.element_ty)
-        mean = with_kept_factor(mean, shape, opt)
+        mean = arithmetic.rows_of(mean, most, value.base.dtype.element_ty)
+        mean = score.with_kept_factor(mean, shape, opt)
     spread = load_spread(spread_in, at_row, inside, opt)
     delta = tl.sum(grad.to(tl.float32) * mean, 1)
     if opt.sinks:  # where a sink has all of the probability no gradient is felt, NaN neither
         delta = tl.where(tl.max(tl.abs(mean), 1) == 0.0, 0.0, delta)
-    keys = head_of(key, batch, kv_head)
-    values = head_of(value, batch, kv_head)
-    entries, right = checked(entries_at(lists, counts, at_block, tiles), shape, opt, CHUNK, FEW)
-    top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
+    keys = work.head_of(key, batch, kv_head)
+    values = work.head_of(value, batch, kv_head)
+    entries, right = work.checked(
+        work.entries_at(lists, counts, at_block, work.tiles_of(shape, opt)), shape, opt, CHUNK, FEW
+    )
+    top, t = work.load_thresholds(top_in, t_in, at_row, inside, opt)
     row_block = (q, top, t, first_row)
     acc = tl.full((opt.block_q, opt.padded), 0.0, tl.float32)
     zeros = tl.full((opt.block_q,), 0.0, tl.float32)
@@ -246,10 +186,12 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
             WANTED, SAFE, STAGES, edge,
         )  # fmt: skip
     if opt.scales:
-        acc = acc * scale_of(first_row + tl.arange(0, opt.block_q), terms, shape, opt)[:, None]
+        acc = (
+            acc * score.scale_of(first_row + tl.arange(0, opt.block_q), terms, shape, opt)[:, None]
+        )
     result = tl.where((t != t)[:, None] | (right == 0), float("nan"), acc * scale)
-    store_tile(
-        head_of(grad_q, batch, head),
+    work.store_tile(
+        work.head_of(grad_q, batch, head),
         first_row,
         length,
         result,
@@ -263,7 +205,7 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
         checksum += store_row_gradients(parts, row_grads, top, t, delta, at_row, inside, right,
                                         terms, opt, WANTED)[:, None]  # fmt: skip
     if not SAFE:
-        mark_rows(unsafe + at_row, some, checksum, inside)
+        work.mark_rows(unsafe + at_row, some, checksum, inside)
 
 
 @triton.jit
@@ -274,13 +216,13 @@ def grad_query(query, key, value, grad_out, out_u, spread_in, top_in, t_in, list
     """``delta`` and ``dQ`` of a row block, and each row's part of the gradients of operands. Where
     FEW, its list has no more than CHUNK entries."""
     if SAFE:
-        number, waiting = first_again(some, work_items)
+        number, waiting = work.first_again(some, work_items)
         while waiting:
-            if is_block_marked(number, unsafe, shape, opt):
+            if work.is_block_marked(number, unsafe, shape, opt):
                 grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
                               t_in, lists, counts, grad_q, delta_out, row_grads, unsafe, some,
                               shape, scale, opt, CHUNK, FEW, WANTED, STAGES, SAFE)  # fmt: skip
-            number, waiting = next_again(number, work_items)
+            number, waiting = work.next_again(number, work_items)
     else:
         grad_query_of(tl.program_id(0), query, key, value, grad_out, out_u, spread_in, top_in, t_in,
                       lists, counts, grad_q, delta_out, row_grads, unsafe, some, shape, scale, opt,
@@ -297,20 +239,20 @@ def transpose_lists(
 
     Where a window ends on both sides only row blocks are looked at that see the tile.
     """
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
-    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
+    tiles = work.tiles_of(shape, opt)
+    row_blocks = work.row_blocks_of(shape, opt)
+    capacity = work.group_blocks(shape, opt)
     number = tl.program_id(0)
     tile = number % tiles
-    capacity = shape.gqa_group * row_blocks
     begin = 0
     count = row_blocks
     if opt.joined:
-        begin, end = seeing_rows(tile * opt.block_k, shape, opt)
+        begin, end = score.seeing_rows(tile * opt.block_k, shape, opt)
         begin = begin // opt.block_q
         count = tl.cdiv(end, opt.block_q) - begin
-    kv_row, batch, kv_head = key_head_at(number // tiles, shape)
+    kv_row, batch, kv_head = work.key_head_at(number // tiles, shape)
     # What is seen is the same for all heads of a sequence.
-    terms = terms_of(batch, kv_head * shape.gqa_group, shape, opt)
+    terms = score.terms_of(batch, kv_head * shape.gqa_group, shape, opt)
     # Query heads of one key head are neighbours, also across the batch.
     first_block = kv_row.to(tl.int64) * capacity
     numbers = row_block_lists + number.to(tl.int64) * capacity
@@ -325,9 +267,7 @@ def transpose_lists(
             alive = tl.load(flags, mask=exists, other=0)
             # The end of the keys needs no mask: what lies beyond it is not stored.
             first_row = entry % row_blocks * opt.block_q
-            whole = open_tiles(first_row, tiles * opt.block_k, terms, shape, opt) > tile
-            if opt.lower:
-                whole = whole & (open_begin(first_row, terms, shape, opt) <= tile)
+            whole = score.is_open(tile, first_row, tiles * opt.block_k, terms, shape, opt)
             chosen = ((alive != 0) & (whole == (edge == 0))).to(tl.int32)
             tl.store(numbers + found + tl.cumsum(chosen, 0) - chosen, entry, mask=chosen > 0)
             found += tl.sum(chosen, 0)
@@ -369,62 +309,71 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
     q_base, q_member, q_row = queries
     g_base, g_member, g_row = grads
     top_in, t_in, delta_in, spread_in, first_head = thresholds
-    numbers, start, stop = portion(entries, EDGE)
+    numbers, start, stop = work.portion(entries, EDGE)
     part: tl.constexpr = opt.block_q // ROW_PARTS
-    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
     length = shape.length_q
-    upcoming = first_entry(numbers, start, stop, EDGE)
+    upcoming = work.first_entry(numbers, start, stop, EDGE)
     for index in tl.range(start * ROW_PARTS, stop * ROW_PARTS, num_stages=STAGES):
         entry = upcoming
-        upcoming = entry_of(numbers, (index + 1) // ROW_PARTS, stop)
-        head, row_block = member_and_block(entry, row_blocks, opt)
+        upcoming = work.entry_of(numbers, (index + 1) // ROW_PARTS, stop)
+        head, row_block = work.member_and_block(entry, shape, opt)
         member = head.to(tl.int64)
         first_row = (row_block * ROW_PARTS + index % ROW_PARTS) * part
         q_head = (q_base + member * q_member, q_row)
-        q = load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, not opt.even)
+        q = work.load_tile(q_head, first_row, length, part, opt.head_dim, opt.padded, not opt.even)
         g_head = (g_base + member * g_member, g_row)
-        grad = load_tile(g_head, first_row, length, part, opt.head_dim_v, opt.padded_v,
-                         not opt.even)  # fmt: skip
-        at_row, inside = rows_at(first_head + member, first_row, length, part)
+        grad = work.load_tile(g_head, first_row, length, part, opt.head_dim_v, opt.padded_v,
+                              not opt.even)  # fmt: skip
+        at_row, inside = work.rows_at(first_head + member, first_row, length, part)
         if opt.even:
             inside = tl.full((part,), True, tl.int1)
-        top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
+        top, t = work.load_thresholds(top_in, t_in, at_row, inside, opt)
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
-        terms = terms_of(batch, kv_head * shape.gqa_group + head, shape, opt)
+        terms = score.terms_of(batch, kv_head * shape.gqa_group + head, shape, opt)
         # A rounding of the smallest `x` moves its `u`: where steep, to the bit as for `delta`.
         if by_key:
-            product = tl.trans(products(q, k, 0.0, opt)) if opt.steep else products(k, q, 0.0, opt)
-            dp = matmul(v, tl.trans(grad))
+            product = (
+                tl.trans(score.products(q, k, 0.0, opt))
+                if opt.steep
+                else score.products(k, q, 0.0, opt)
+            )
+            dp = arithmetic.matmul(v, tl.trans(grad))
         else:
-            bias = folded_bias(first_row, first_key, terms, shape, opt, part)
-            product = products(q, k, bias, opt)
-            dp = matmul(grad, tl.trans(v))
+            bias = score.folded_bias(first_row, first_key, terms, shape, opt, part)
+            product = score.products(q, k, bias, opt)
+            dp = arithmetic.matmul(grad, tl.trans(v))
         if opt.relative:
             top = of_rows(top, by_key)
-        x, s = distances_of(product, top, of_rows(t, by_key), first_row, first_key, terms, shape,
-                            opt, part, by_key,
-                            is_edge(index // ROW_PARTS, entries, EDGE))  # fmt: skip
-        p, u = weights(x, terms.r, opt)
+        x, s = score.distances_of(product, top, of_rows(t, by_key), first_row, first_key, terms,
+                                  shape, opt, part, by_key, work.is_edge(index // ROW_PARTS,
+                                  entries, EDGE))  # fmt: skip
+        p, u = threshold.weights(x, terms.r, opt)
         if opt.dropout or opt.scales:
-            rows, keys = numbers_of(first_row, first_key, opt, part, by_key)
+            rows, keys = score.numbers_of(first_row, first_key, opt, part, by_key)
         if opt.dropout:
-            kept = is_kept(rows, keys, terms, shape, opt)
+            kept = score.is_kept(rows, keys, terms, shape, opt)
             p = tl.where(kept, p, 0.0)  # the factor of dropout last: float16 may not hold it
-            dp = through_dropout(dp, kept, shape)
-        acc_v += matmul(by_keys((p * SCALE).to(grad.dtype), by_key), finite_part(grad, SAFE))
+            dp = score.through_dropout(dp, kept, shape)
+        acc_v += arithmetic.matmul(
+            by_keys((p * SCALE).to(grad.dtype), by_key), arithmetic.finite_part(grad, SAFE)
+        )
         ds = score_gradient(x, u, dp, of_rows(delta, by_key), of_rows(spread, by_key), terms.r, opt,
                             SAFE)  # fmt: skip
-        ds = product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
+        ds = score.product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if opt.scales:
-            ds = on_support(ds * scale_of(rows, terms, shape, opt), x, terms.r, opt, SAFE)
+            ds = score.on_support(
+                ds * score.scale_of(rows, terms, shape, opt), x, terms.r, opt, SAFE
+            )
         ds = by_keys(ds, by_key)
-        acc_k += gradient_product(ds, finite_part(q, SAFE), opt, SAFE, opt.scales)
+        acc_k += arithmetic.gradient_product(
+            ds, arithmetic.finite_part(q, SAFE), opt, SAFE, opt.scales
+        )
         if SAFE:
-            reached = is_inside(x, terms.r, opt)
+            reached = score.is_inside(x, terms.r, opt)
             if opt.dropout:
                 reached = reached & kept
-            bad = count_bad(bad, by_keys(reached, by_key), grad)
+            bad = arithmetic.count_bad(bad, by_keys(reached, by_key), grad)
     return acc_k, acc_v, bad
 
 
@@ -495,10 +444,11 @@ def poison_of(at_head, first_key, poison, shape, opt: tl.constexpr):
     """What the forward has marked of a key tile or, where poisoned rows see a head's leading keys,
     how many of these."""
     kv_row, _, _ = at_head
-    place = kv_row.to(tl.int64)
     if opt.scattered:
-        place = place * tl.cdiv(shape.length_k, opt.block_k) + first_key // opt.block_k
-    return tl.load(poison + place)
+        poison = work.by_tiles(poison, kv_row, shape, opt) + first_key // opt.block_k
+    else:
+        poison += kv_row
+    return tl.load(poison)
 
 
 @triton.jit
@@ -510,17 +460,16 @@ def is_poisoned(at_head, first_key, t_in, tile_poison, shape, ROWS: tl.constexpr
     found = tl.full((ROWS,), 0, tl.int32)
     if tile_poison != 0:
         keys = (first_key + tl.arange(0, ROWS))[:, None]
-        row_blocks = tl.cdiv(shape.length_q, opt.block_q)
-        for entry in range(0, shape.gqa_group * row_blocks):
-            member = entry // row_blocks
-            first_row = entry % row_blocks * opt.block_q
+        for entry in range(0, work.group_blocks(shape, opt)):
+            member, row_block = work.member_and_block(entry, shape, opt)
+            first_row = row_block * opt.block_q
             head_row = kv_row * shape.gqa_group + member
-            at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
+            at_row, inside = work.rows_at(head_row, first_row, shape.length_q, opt.block_q)
             t = tl.load(t_in + at_row, mask=inside, other=0.0)
-            if any_of(t != t):
-                terms = terms_of(batch, kv_head * shape.gqa_group + member, shape, opt)
+            if arithmetic.any_of(t != t):
+                terms = score.terms_of(batch, kv_head * shape.gqa_group + member, shape, opt)
                 rows = (first_row + tl.arange(0, opt.block_q))[None, :]
-                sees = shown(rows, keys, terms, shape, opt) & (t != t)[None, :]
+                sees = score.shown(rows, keys, terms, shape, opt) & (t != t)[None, :]
                 found = tl.maximum(found, tl.max(sees.to(tl.int32), 1))
     return found > 0
 
@@ -532,7 +481,7 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, tile_poison, grad_k,
     """Store ``dK`` and ``dV`` of ROWS keys from their sums, and mark what is not finite."""
     kv_row, batch, kv_head = at_head
     prob_scale: tl.constexpr = PROB_SCALE if grad_v.base.dtype.element_ty == tl.float16 else 1.0
-    at_key, inside = rows_at(kv_row, first_key, shape.length_k, ROWS)
+    at_key, inside = work.rows_at(kv_row, first_key, shape.length_k, ROWS)
     length = shape.length_k
     if opt.scattered:
         poisoned = is_poisoned(at_head, first_key, t_in, tile_poison, shape, ROWS, opt)[:, None]
@@ -540,17 +489,17 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, tile_poison, grad_k,
         poisoned = (first_key + tl.arange(0, ROWS) < tile_poison)[:, None]
     result_k = tl.where(poisoned, float("nan"), acc_k * scale)
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
-    result_v = with_kept_factor(result_v, shape, opt)
+    result_v = score.with_kept_factor(result_v, shape, opt)
     if SAFE:
-        result_v = with_bad(result_v, bad)
-    head = head_of(grad_k, batch, kv_head)
-    store_tile(head, first_key, length, result_k, ROWS, opt.head_dim, opt.padded)
-    head = head_of(grad_v, batch, kv_head)
-    store_tile(head, first_key, length, result_v, ROWS, opt.head_dim_v, opt.padded_v)
+        result_v = arithmetic.with_bad(result_v, bad)
+    head = work.head_of(grad_k, batch, kv_head)
+    work.store_tile(head, first_key, length, result_k, ROWS, opt.head_dim, opt.padded)
+    head = work.head_of(grad_v, batch, kv_head)
+    work.store_tile(head, first_key, length, result_v, ROWS, opt.head_dim_v, opt.padded_v)
     if not SAFE:
         # One mark for both: their sum may overflow where neither is infinite, which costs time
         # alone.
-        mark_rows(unsafe + at_key, some, result_k + tl.sum(result_v, 1)[:, None], inside)
+        work.mark_rows(unsafe + at_key, some, result_k + tl.sum(result_v, 1)[:, None], inside)
 
 
 @triton.jit
@@ -560,23 +509,23 @@ def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in
                       ROW_PARTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
                       SAFE: tl.constexpr):  # fmt: skip
     """:func:`grad_key_value` of one of the ``pieces`` of key tile ``number``; of none, of all."""
-    at_head, first_key = tile_at(number, shape, opt)
+    at_head, first_key = work.tile_at(number, shape, opt)
     kv_row, batch, kv_head = at_head
     tile_poison = poison_of(at_head, first_key, poison, shape, opt)
     first_head = kv_head * shape.gqa_group
     prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     length = shape.length_k
-    keys = head_of(key, batch, kv_head)
-    k = load_tile(keys, first_key, length, opt.block_k, opt.head_dim, opt.padded, True)
-    k = folded_scale(k, shape, opt)
-    values = head_of(value, batch, kv_head)
-    v = load_tile(values, first_key, length, opt.block_k, opt.head_dim_v, opt.padded_v, True)
-    capacity = shape.gqa_group * tl.cdiv(shape.length_q, opt.block_q)
-    entries = entries_at(row_block_lists, row_block_counts, number, capacity)
+    keys = work.head_of(key, batch, kv_head)
+    k = work.load_tile(keys, first_key, length, opt.block_k, opt.head_dim, opt.padded, True)
+    k = score.folded_scale(k, shape, opt)
+    values = work.head_of(value, batch, kv_head)
+    v = work.load_tile(values, first_key, length, opt.block_k, opt.head_dim_v, opt.padded_v, True)
+    capacity = work.group_blocks(shape, opt)
+    entries = work.entries_at(row_block_lists, row_block_counts, number, capacity)
     if MOST and not SAFE:
         entries = piece_of(entries, piece, tl.maximum(pieces, 1))
-    q_base, q_row = head_of(query, batch, first_head)
-    g_base, g_row = head_of(grad_out, batch, first_head)
+    q_base, q_row = work.head_of(query, batch, first_head)
+    g_base, g_row = work.head_of(grad_out, batch, first_head)
     thresholds = (top_in, t_in, delta_in, spread_in, kv_row * shape.gqa_group)
     none = tl.full((opt.block_k, opt.padded_v if SAFE else 1), 0.0, tl.float32)
     sums = (
@@ -608,16 +557,16 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
                    SAFE: tl.constexpr):  # fmt: skip
     """``dK`` and ``dV`` of a key tile, or the sums of a piece of its list."""
     if SAFE:
-        number, waiting = first_again(some, key_tiles)
+        number, waiting = work.first_again(some, key_tiles)
         while waiting:
-            at_head, first_key = tile_at(number, shape, opt)
-            at_key, inside = rows_at(at_head[0], first_key, shape.length_k, opt.block_k)
-            if is_marked(unsafe + at_key, inside):
+            at_head, first_key = work.tile_at(number, shape, opt)
+            at_key, inside = work.rows_at(at_head[0], first_key, shape.length_k, opt.block_k)
+            if work.is_marked(unsafe + at_key, inside):
                 grad_key_value_of(number, 0, 0, query, key, value, grad_out, top_in, t_in,
                                   delta_in, spread_in, row_block_lists, row_block_counts, cuts,
                                   partials, poison, grad_k, grad_v, unsafe, some, shape, scale,
                                   opt, ROW_PARTS, MOST, STAGES, SAFE)  # fmt: skip
-            number, waiting = next_again(number, key_tiles)
+            number, waiting = work.next_again(number, key_tiles)
     else:
         number = tl.program_id(0)
         piece = 0
@@ -627,7 +576,7 @@ def grad_key_value(query, key, value, grad_out, top_in, t_in, delta_in, spread_i
             if number < 0:
                 return
         else:
-            number = tile_in_turn(number, shape, opt)
+            number = work.tile_in_turn(number, shape, opt)
         grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in, t_in,
                           delta_in, spread_in, row_block_lists, row_block_counts, cuts, partials,
                           poison, grad_k, grad_v, unsafe, some, shape, scale, opt, ROW_PARTS, MOST,
@@ -653,7 +602,7 @@ def add_pieces(cuts, owners, partials, t_in, poison, grad_k, grad_v, unsafe, som
         of_keys, of_values = partial_sums(partials, piece, first_row, ROWS, opt)
         acc_k += tl.load(of_keys)
         acc_v += tl.load(of_values)
-    at_head, first_key = tile_at(number, shape, opt)
+    at_head, first_key = work.tile_at(number, shape, opt)
     tile_poison = poison_of(at_head, first_key, poison, shape, opt)
     store_keys(acc_k, acc_v, None, at_head, first_key + first_row, t_in, tile_poison, grad_k,
                grad_v, unsafe, some, shape, scale, ROWS, opt, False)  # fmt: skip
@@ -666,25 +615,26 @@ def mask_piece(acc, row_block, tile, query, key, value, grad_out, thresholds, at
     batch, head = at_heads
     kv_head = head // shape.gqa_group
     top_in, t_in, delta_in, spread_in = thresholds
-    terms = terms_of(batch, head, shape, opt)
+    terms = score.terms_of(batch, head, shape, opt)
     first_row = row_block * opt.block_q
     first = tile * opt.block_k
     length = shape.length_q
-    q = load_tile(head_of(query, batch, head), first_row, length, opt.block_q, opt.head_dim,
-                  opt.padded, True)  # fmt: skip
-    q = folded_scale(q, shape, opt)
-    grad = load_tile(head_of(grad_out, batch, head), first_row, length, opt.block_q, opt.head_dim_v,
-                     opt.padded_v, True)  # fmt: skip
-    keys = head_of(key, batch, kv_head)
-    _, k, v = load_pair(tile, keys, head_of(value, batch, kv_head), shape, opt, True)
-    at_row, inside = rows_at(batch * shape.heads_q + head, first_row, length, opt.block_q)
-    top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
+    q = work.load_tile(work.head_of(query, batch, head), first_row, length, opt.block_q,
+                       opt.head_dim, opt.padded, True)  # fmt: skip
+    q = score.folded_scale(q, shape, opt)
+    grad = work.load_tile(work.head_of(grad_out, batch, head), first_row, length, opt.block_q,
+                          opt.head_dim_v, opt.padded_v, True)  # fmt: skip
+    keys = work.head_of(key, batch, kv_head)
+    _, k, v = work.load_pair(tile, keys, work.head_of(value, batch, kv_head), shape, opt, True)
+    head_row = work.head_number(batch, head, shape)
+    at_row, inside = work.rows_at(head_row, first_row, length, opt.block_q)
+    top, t = work.load_thresholds(top_in, t_in, at_row, inside, opt)
     delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
     spread = load_spread(spread_in, at_row, inside, opt)
     _, _, _, _, _, _, ds = tile_gradient((q, top, t, first_row), grad, delta, spread, k, v, first,
                                          terms, shape, opt, True, True)  # fmt: skip
-    rows, columns = numbers_of(first_row, first, opt, opt.block_q)
-    sees = shown(rows, columns, terms, shape, opt) & inside[:, None] & (t != t)[:, None]
+    rows, columns = score.numbers_of(first_row, first, opt, opt.block_q)
+    sees = score.shown(rows, columns, terms, shape, opt) & inside[:, None] & (t != t)[:, None]
     return acc + tl.where(sees, float("nan"), ds)
 
 
@@ -698,36 +648,26 @@ def grad_mask(query, key, value, grad_out, top_in, t_in, delta_in, spread_in, li
     ``sharers``: the mask's heads, and how many of the call's sequences and heads share one of its
     own. Where not BY_ROW one row of the mask holds for all, where not BY_KEY one key.
     """
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
-    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
+    tiles = work.tiles_of(shape, opt)
+    row_blocks = work.row_blocks_of(shape, opt)
     heads, batches_each, heads_each = sharers
-    its_batch, its_head, row_block, tile = mask_tile_at(
-        tl.program_id(0), heads, row_blocks, tiles, BY_ROW, BY_KEY
+    its_batch, its_head, row_block, tile = work.mask_tile_at(
+        tl.program_id(0), heads, shape, opt, BY_ROW, BY_KEY
     )
     thresholds = (top_in, t_in, delta_in, spread_in)
     acc = tl.full((opt.block_q, opt.block_k), 0.0, tl.float32)
     for sharer in range(0, batches_each * heads_each):
         batch = its_batch * batches_each + sharer // heads_each
         head = its_head * heads_each + sharer % heads_each
-        first_flag = (batch * shape.heads_q + head).to(tl.int64) * row_blocks * tiles
-        kv_row = key_head_number(batch, head // shape.gqa_group, shape)
-        marks = poison + kv_row.to(tl.int64) * tiles
+        first_block = work.head_number(batch, head, shape) * row_blocks
+        kv_row = work.key_head_number(batch, head // shape.gqa_group, shape)
+        marks = work.by_tiles(poison, kv_row, shape, opt)
         for row in range(row_block, row_block + 1 if BY_ROW else row_blocks):
             for column in range(tile, tile + 1 if BY_KEY else tiles):
-                has_part = tl.load(live + first_flag + row * tiles + column) != 0
+                flags = work.by_tiles(live, first_block + row, shape, opt)
+                has_part = tl.load(flags + column) != 0
                 if has_part | (tl.load(marks + column) != 0):
                     acc = mask_piece(acc, row, column, query, key, value, grad_out,
                                      thresholds, (batch, head), shape, opt)  # fmt: skip
-    places = base_of(grad, its_batch, its_head)
-    rows = row_block * opt.block_q + tl.arange(0, opt.block_q)
-    keys = tile * opt.block_k + tl.arange(0, opt.block_k)
-    if BY_ROW and BY_KEY:
-        places += rows.to(tl.int64)[:, None] * grad.row + keys[None, :]
-        inside = (rows < shape.length_q)[:, None] & (keys < shape.length_k)[None, :]
-        tl.store(places, acc, mask=inside)
-    elif BY_ROW:
-        tl.store(places + rows.to(tl.int64) * grad.row, tl.sum(acc, 1), mask=rows < shape.length_q)
-    elif BY_KEY:
-        tl.store(places + keys, tl.sum(acc, 0), mask=keys < shape.length_k)
-    else:
-        tl.store(places, tl.sum(tl.sum(acc, 1), 0))
+    its = (score.base_of(grad, its_batch, its_head), grad.row)
+    work.store_mask_tile(its, row_block, tile, acc, shape, opt, BY_ROW, BY_KEY)

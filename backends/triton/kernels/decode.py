@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from adasplash2.backends.triton.kernels import score, solve, work
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
     PROB_SCALE,
@@ -39,27 +40,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     matmul,
     with_bad,
 )
-from adasplash2.backends.triton.kernels.score import (
-    any_shown,
-    begin_of,
-    bias_of,
-    biased,
-    capped,
-    distance,
-    end_of,
-    is_inside,
-    is_kept,
-    lift_of,
-    products,
-    terms_of,
-    visible,
-    with_kept_factor,
-)
-from adasplash2.backends.triton.kernels.solve import (
-    BOUND_STEPS,
-    slack,
-    with_sink,
-)
+from adasplash2.backends.triton.kernels.solve import BOUND_STEPS
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     PARTS,
@@ -71,17 +52,6 @@ from adasplash2.backends.triton.kernels.threshold import (
     stepped,
     total_sums,
     weights,
-)
-from adasplash2.backends.triton.kernels.work import (
-    block_and_split,
-    head_of,
-    keys_of,
-    load_keys_in,
-    pages_at,
-    pages_of,
-    row_at,
-    rows_in,
-    share_of,
 )
 from adasplash2.backends.triton.sizes import Shape
 
@@ -144,18 +114,6 @@ def with_length(shape, length_k):
 
 
 @triton.jit
-def seen_by(rows, terms, shape, opt: tl.constexpr):
-    """The first tile that one of ``rows`` sees, and the end of those."""
-    first = 0
-    keys = shape.length_k
-    if opt.lower:
-        first = tl.min(begin_of(rows, terms, shape, opt), 0) // opt.block_k
-    if opt.upper:
-        keys = tl.minimum(keys, tl.max(end_of(rows, terms, shape, opt), 0))
-    return first, tl.maximum(tl.cdiv(keys, opt.block_k), first)
-
-
-@triton.jit
 def segments_in(tile, opt: tl.constexpr):
     """Where the segments of a tile begin."""
     return tile * (opt.block_k // opt.segment)
@@ -164,13 +122,13 @@ def segments_in(tile, opt: tl.constexpr):
 @triton.jit
 def scores_at(scores, at_row, shape, opt: tl.constexpr):
     """Where the scores of rows begin."""
-    return scores + at_row.to(tl.int64) * (tl.cdiv(shape.length_k, opt.block_k) * opt.block_k)
+    return scores + at_row.to(tl.int64) * (work.tiles_of(shape, opt) * opt.block_k)
 
 
 @triton.jit
 def maxima_at(maxima, at_row, shape, opt: tl.constexpr):
     """Where the maxima of rows, or their lists, begin."""
-    segments = segments_in(tl.cdiv(shape.length_k, opt.block_k), opt)
+    segments = segments_in(work.tiles_of(shape, opt), opt)
     return maxima + at_row.to(tl.int64) * segments
 
 
@@ -209,7 +167,7 @@ def by_key(flags, opt: tl.constexpr):
 @triton.jit
 def floor_of(top, t, terms, opt: tl.constexpr):
     """A score that no key of the support is below, from a lower bound of ``t``."""
-    below = (t - lift_of(terms.r, opt)) / terms.c
+    below = (t - score.lift_of(terms.r, opt)) / terms.c
     return top + below - (tl.abs(top) + tl.abs(below)) * 2.0**-22  # more than rounding adds
 
 
@@ -218,23 +176,23 @@ def bound_of_maxima(pointers, begin, end, top, terms, opt: tl.constexpr, ROWS: t
                     CHUNK: tl.constexpr):  # fmt: skip
     """A lower bound of ``t`` of ROWS rows: certain rises on maxima of segments ``begin`` up to
     ``end``, from ``tau >= max z - 1``. ``pointers`` and ``top`` are columns."""
-    t = tl.full((ROWS, 1), 0.0, tl.float32) + (lift_of(terms.r, opt) - 1.0)
+    t = tl.full((ROWS, 1), 0.0, tl.float32) + (score.lift_of(terms.r, opt) - 1.0)
     for _ in tl.static_range(BOUND_STEPS):
         mass = tl.full((ROWS, CHUNK), 0.0, tl.float32)
         slope = tl.full((ROWS, CHUNK), 0.0, tl.float32)
         for first in range(begin, end, CHUNK):
             places = first + tl.arange(0, CHUNK)[None, :]
             highest = tl.load(pointers + places, mask=places < end, other=-INFINITY)
-            p, u = weights(distance(highest, top, t, terms.c, opt), terms.r, opt)
+            p, u = weights(score.distance(highest, top, t, terms.c, opt), terms.r, opt)
             mass += p
             slope += u
         mass, slope = pair_sums(mass, slope)
         mass = mass[:, None]
         slope = slope[:, None]
         if opt.sinks:
-            mass, slope, _ = with_sink(mass, slope, top, t, terms, opt)
+            mass, slope, _ = solve.with_sink(mass, slope, top, t, terms, opt)
         t += tl.where(mass > 1.0, certain_rise(mass, slope, terms.r, opt), 0.0)
-    return t - slack(terms.r)
+    return t - solve.slack(terms.r)
 
 
 # 1. Scores
@@ -244,8 +202,12 @@ def bound_of_maxima(pointers, begin, end, top, terms, opt: tl.constexpr, ROWS: t
 def scores_of(q, number, keys, first, bias, rows, seen, terms, shape, opt: tl.constexpr):
     """Scores of rows and a tile, -inf where a key may not be seen; ``seen``: the first key of each
     row that may be, and how many there are."""
-    k = load_keys_in(number, keys, first, shape, opt.block_k, opt.head_dim, opt.padded, True, opt)
-    s = biased(capped(products(q, k, bias, opt), rows, terms, shape, opt), bias, opt)
+    k = work.load_keys_in(
+        number, keys, first, shape, opt.block_k, opt.head_dim, opt.padded, True, opt
+    )
+    s = score.biased(
+        score.capped(score.products(q, k, bias, opt), rows, terms, shape, opt), bias, opt
+    )
     begin, count = seen
     # What is before the first is large without a sign: one comparison for each key.
     place = first + tl.arange(0, opt.block_k)[None, :] - begin
@@ -261,23 +223,21 @@ def decode_scan(query, key, maxima, scores, tops, floors, totals, squares, arriv
     and of their squares."""
     after_the_last(opt)
     shape = with_length(shape, length_k)
-    at_head, block, split = block_and_split(shape, splits, opt)
+    at_head, block, split = work.block_and_split(shape, splits, opt)
     _, batch, kv_head = at_head
-    at_row, head, row, inside = rows_in(block, at_head, shape, opt)
+    at_row, head, row, inside = work.rows_in(block, at_head, shape, opt)
     if split == 0:
         tl.store(arrivals + at_row, tl.full((opt.block_q,), 0, tl.int32), mask=inside)
-    terms = terms_of(batch, head[:, None], shape, opt)
+    terms = score.terms_of(batch, head[:, None], shape, opt)
     rows = row[:, None]
     wide = tl.arange(0, opt.padded)[None, :]
-    queries, stride = head_of(query, batch, head[:, None])
-    q = tl.load(queries + rows.to(tl.int64) * stride + wide, mask=wide < opt.head_dim, other=0.0)
-    keys = keys_of(key, batch, kv_head, shape, opt)
-    some, some_end = seen_by(row, terms, shape, opt)
-    begin, end = share_of(some, some_end, split, splits)
-    lowest = rows * 0
-    if opt.lower:
-        lowest = begin_of(rows, terms, shape, opt)
-    seen = lowest, visible(rows, terms, shape, opt).to(tl.uint32, bitcast=True)
+    queries = work.row_pointers(work.head_of(query, batch, head[:, None]), rows, wide)
+    q = tl.load(queries, mask=wide < opt.head_dim, other=0.0)
+    keys = work.keys_of(key, batch, kv_head, shape, opt)
+    some, some_end = score.tiles_seen_by(row, terms, shape, opt)
+    begin, end = work.share_of(some, some_end, split, splits)
+    keys_seen = score.visible(rows, terms, shape, opt).to(tl.uint32, bitcast=True)
+    seen = score.first_seen(rows, terms, shape, opt), keys_seen
     pointers = maxima_at(maxima, at_row[:, None], shape, opt)
     own_scores = scores_at(scores, at_row[:, None], shape, opt)
     each: tl.constexpr = opt.block_k // opt.segment
@@ -295,23 +255,23 @@ def decode_scan(query, key, maxima, scores, tops, floors, totals, squares, arriv
     size = FIRST_BOUND
     while start < end:
         stop = tl.minimum(start + size, end)
-        number = pages_at(keys, start * opt.block_k, shape, opt.block_k, opt)
+        number = work.pages_at(keys, start * opt.block_k, shape, opt.block_k, opt)
         for tile in tl.range(start, stop, num_stages=STAGES if opt.adds else None):
             first = tile * opt.block_k
             here = number
-            number = pages_at(keys, first + opt.block_k, shape, opt.block_k, opt)
+            number = work.pages_at(keys, first + opt.block_k, shape, opt.block_k, opt)
             bias = 0.0
             if opt.biased:
-                bias = bias_of(rows, first + columns, terms, shape, opt)
+                bias = score.bias_of(rows, first + columns, terms, shape, opt)
             if opt.hides:  # as in `scan_tiles`
                 s = tl.full((opt.block_q, opt.block_k), -INFINITY, tl.float32)
-                if any_shown(bias):
+                if score.any_shown(bias):
                     s = scores_of(q, here, keys, first, bias, rows, seen, terms, shape, opt)
             else:
                 s = scores_of(q, here, keys, first, bias, rows, seen, terms, shape, opt)
             highest = largest(tl.reshape(s, (opt.block_q, each, opt.segment)), 2)
             top = larger(top, largest(highest, 1)[:, None])
-            floor = tl.maximum(floor, floor_of(top, lift_of(terms.r, opt) - 1.0, terms, opt))
+            floor = tl.maximum(floor, floor_of(top, score.lift_of(terms.r, opt) - 1.0, terms, opt))
             kept = inside[:, None] & (highest >= floor) & (highest > -INFINITY)
             tl.store(pointers + tile * each + segments, highest, mask=inside[:, None])
             store_scores(own_scores, first, s, kept, opt)
@@ -354,18 +314,18 @@ def sums_over(s, scores, listed, start, stop, top, t, terms, opt: tl.constexpr,
               SEGMENTS: tl.constexpr):  # fmt: skip
     """``sum p``, ``sum u`` and the size of the support over entries of a row's list of segments, of
     which ``s`` are the scores of the first SEGMENTS."""
-    x = distance(s, top, t, terms.c, opt)
+    x = score.distance(s, top, t, terms.c, opt)
     mass, slope = weights(x, terms.r, opt)
-    count = is_inside(x, terms.r, opt).to(tl.float32)
+    count = score.is_inside(x, terms.r, opt).to(tl.float32)
     _, ahead = listed_scores(scores, listed, start + SEGMENTS, stop, opt, SEGMENTS)
     for first in range(start + SEGMENTS, stop, SEGMENTS):
         more = ahead
         _, ahead = listed_scores(scores, listed, first + SEGMENTS, stop, opt, SEGMENTS)
-        x = distance(more, top, t, terms.c, opt)
+        x = score.distance(more, top, t, terms.c, opt)
         p, u = weights(x, terms.r, opt)
         mass += p
         slope += u
-        count += is_inside(x, terms.r, opt).to(tl.float32)
+        count += score.is_inside(x, terms.r, opt).to(tl.float32)
     return total_sums(mass, slope, count)
 
 
@@ -374,7 +334,7 @@ def step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt: tl.conste
     """:func:`stepped` from the sums over a row's keys."""
     mass, slope, count = sums
     if opt.sinks:
-        mass, slope, is_one = with_sink(mass, slope, top, t, terms, opt)
+        mass, slope, is_one = solve.with_sink(mass, slope, top, t, terms, opt)
         count += is_one.to(tl.float32)
     return stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, opt)
 
@@ -398,9 +358,9 @@ def rest_of_steps(s, scores, listed, count, top, t, lo, hi, most, step, pending,
 def list_keys(keys, s, found, top, t, entry_keys, entry_weights, terms, opt: tl.constexpr):
     """Write which of ``keys``, by segments, are in the support and their ``p`` behind ``found``
     others, in order and as far as MOST_LISTED; return how many there are then."""
-    x = distance(s, top, t, terms.c, opt)
+    x = score.distance(s, top, t, terms.c, opt)
     p, _ = weights(x, terms.r, opt)
-    some = is_inside(x, terms.r, opt).to(tl.int32)
+    some = score.is_inside(x, terms.r, opt).to(tl.int32)
     of_segment = tl.sum(some, 1)
     before = found + tl.cumsum(of_segment, 0) - of_segment
     goal = before[:, None] + tl.cumsum(some, 1) - some
@@ -424,22 +384,7 @@ def list_support(keys, s, scores, listed, count, top, t, entry_keys, entry_weigh
 
 @triton.jit
 def store_tau(tau, at_row, top, t, terms, opt: tl.constexpr):
-    tl.store(tau + at_row, terms.c * top + (t - lift_of(terms.r, opt)))
-
-
-@triton.jit
-def load_values(values, keys, wanted, shape, opt: tl.constexpr):
-    """The values of ``keys``, zeros for those that are not ``wanted``."""
-    columns = tl.arange(0, opt.padded_v)[None, :]
-    if opt.page_size > 0:
-        base, row, _, page = values
-        number = pages_of(values, keys, shape, opt).to(tl.int64)
-        places = number * page + (keys % opt.page_size).to(tl.int64) * row
-    else:
-        base, row = values
-        places = keys.to(tl.int64) * row
-    mask = wanted[:, None] & (columns < opt.head_dim_v)
-    return tl.load(base + places[:, None] + columns, mask=mask, other=0.0)
+    tl.store(tau + at_row, terms.c * top + (t - score.lift_of(terms.r, opt)))
 
 
 @triton.jit
@@ -448,7 +393,7 @@ def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, 
                    MARK: tl.constexpr):  # fmt: skip
     """``sum p v`` and ``sum p`` of a row from its ``count`` entries."""
     scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
-    values = keys_of(value, batch, head // shape.gqa_group, shape, opt)
+    values = work.keys_of(value, batch, head // shape.gqa_group, shape, opt)
     total = tl.full((ENTRIES, opt.padded_v), 0.0, tl.float32)
     mass = tl.full((ENTRIES,), 0.0, tl.float32)
     for first in range(0, count, ENTRIES):
@@ -458,10 +403,12 @@ def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, 
         p = tl.load(entry_weights + places, mask=real, other=0.0)
         mass += p
         if COUNT:
-            tl.store(marks + keys // MARK, tl.full((ENTRIES,), 1, tl.int8), mask=real)
+            work.mark_pairs(marks, row, keys, real, shape, MARK)
         if opt.dropout:
-            real = real & is_kept(row, keys, terms, shape, opt)
-        v = load_values(values, keys, real, shape, opt).to(tl.float32)
+            real = real & score.is_kept(row, keys, terms, shape, opt)
+        v = work.load_each_key(values, keys, real, shape, opt.head_dim_v, opt.padded_v, opt).to(
+            tl.float32
+        )
         weighed = tl.where(is_finite(v), (p * scale)[:, None] * v, v)
         total += tl.where(real[:, None], weighed, 0.0)
     return tl.sum(total, 0), tl.sum(mass, 0)
@@ -474,13 +421,12 @@ def store_output(out, total, mass, top, t, at_head, row, wide, wanted, terms, sh
     columns, of those of a block that are ``wanted``."""
     batch, head = at_head
     if opt.sinks:
-        mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
+        mass, _, _ = solve.with_sink(mass, mass, top, t, terms, opt)
     scale: tl.constexpr = PROB_SCALE if out.base.dtype.element_ty == tl.float16 else 1.0
     result = total / tl.where(mass > 0.0, mass * scale, 1.0)
-    result = with_kept_factor(result, shape, opt)
+    result = score.with_kept_factor(result, shape, opt)
     result = tl.where(t != t, float("nan"), result)
-    base, stride = head_of(out, batch, head)
-    pointers = base + row.to(tl.int64) * stride + wide
+    pointers = work.row_pointers(work.head_of(out, batch, head), row, wide)
     mask = wanted & (wide < opt.head_dim_v)
     tl.store(pointers, result.to(out.base.dtype.element_ty), mask=mask)
 
@@ -496,8 +442,8 @@ def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, co
     after_the_last(opt)
     shape = with_length(shape, length_k)
     at_row = tl.program_id(0)
-    batch, head, row = row_at(at_row, shape)
-    terms = terms_of(batch, head, shape, opt)
+    batch, head, row = work.row_at(at_row, shape)
+    terms = score.terms_of(batch, head, shape, opt)
     highest = tl.full((SPLITS,), -INFINITY, tl.float32)
     bounds = tl.full((SPLITS,), -INFINITY, tl.float32)
     summed = tl.full((SPLITS,), 0.0, tl.float32)
@@ -529,7 +475,7 @@ def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, co
     entry_weights += at_row.to(tl.int64) * MOST_LISTED
     if pending:
         rows = row + tl.arange(0, 1)
-        seen, end = seen_by(rows, terms, shape, opt)
+        seen, end = score.tiles_seen_by(rows, terms, shape, opt)
         ones = maxima_at(maxima, at_row, shape, opt)
         column = ones + tl.full((1, 1), 0, tl.int32)
         seen = segments_in(seen, opt)
@@ -539,7 +485,7 @@ def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, co
         lo = t
         floor = tl.maximum(floor, floor_of(top, t, terms, opt))
         if opt.guesses:
-            keys_seen = tl.max(visible(rows, terms, shape, opt), 0)
+            keys_seen = tl.max(score.visible(rows, terms, shape, opt), 0)
             mean, deviation = mean_and_deviation(tl.sum(summed, 0), tl.sum(squared, 0), keys_seen)
             t = guess_of(mean, deviation, keys_seen, top, lo, terms)
         for first in range(seen, end, CHUNK):
@@ -577,7 +523,7 @@ def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, co
         tl.debug_barrier()  # the entries are written
         if COUNT:
             tl.store(support + at_row, found)
-            marks += (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_k, MARK)
+            marks = work.marks_of(marks, batch, head, shape, MARK)
         total, mass = sums_of_listed(value, entry_keys, entry_weights, marks, found, batch, head,
                                      row, terms, shape, opt, ENTRIES, COUNT, MARK)  # fmt: skip
         wide = tl.arange(0, opt.padded_v)
@@ -598,14 +544,14 @@ def decode_narrow(scores, lists, counts, states, sums, arrivals, tau, shape, len
     count = tl.load(counts + at_row)
     if count == 0:
         return
-    batch, head, _ = row_at(at_row, shape)
-    terms = terms_of(batch, head, shape, opt)
+    batch, head, _ = work.row_at(at_row, shape)
+    terms = score.terms_of(batch, head, shape, opt)
     state = states + at_row * STATES
     top = tl.load(state + TOP)
     t = tl.load(state + T)
     listed = maxima_at(lists, at_row, shape, opt)
     own = scores_at(scores, at_row, shape, opt)
-    begin, end = share_of(0, count, part, parts)
+    begin, end = work.share_of(0, count, part, parts)
     _, s = listed_scores(own, listed, begin, end, opt, SEGMENTS)
     mass, slope, kept = sums_over(s, own, listed, begin, end, top, t, terms, opt, SEGMENTS)
     own_sums = sums + (at_row * parts + part) * SUMS
@@ -682,23 +628,23 @@ def dense_sums(values, maxima, scores, begin, end, top, t, least, terms, shape,
     acc = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
     mass = tl.full((opt.block_q, opt.block_k), 0.0, tl.float32)
     count = tl.full((opt.block_q, opt.block_k), 0, tl.int32)
-    number = pages_at(values, begin * opt.block_k, shape, opt.block_k, opt)
+    number = work.pages_at(values, begin * opt.block_k, shape, opt.block_k, opt)
     each: tl.constexpr = opt.block_k // opt.segment
     segments = tl.arange(0, each)[None, :]
     highest = tl.load(maxima + begin * each + segments)
     for tile in range(begin, end):
         first = tile * opt.block_k
         s = tl.load(scores + first + columns)
-        v = load_keys_in(number, values, first, shape, opt.block_k, opt.head_dim_v, opt.padded_v,
-                         True, opt)  # fmt: skip
+        v = work.load_keys_in(number, values, first, shape, opt.block_k, opt.head_dim_v,
+                              opt.padded_v, True, opt)  # fmt: skip
         s = tl.where(by_key(highest >= least, opt), s, -INFINITY)  # others were not written
         # Of the next one, since a tile that hangs on a load of its own is not asked for ahead.
-        number = pages_at(values, first + opt.block_k, shape, opt.block_k, opt)
+        number = work.pages_at(values, first + opt.block_k, shape, opt.block_k, opt)
         highest = tl.load(maxima + tl.minimum(tile + 1, end - 1) * each + segments)
-        x = distance(s, top, t, terms.c, opt)
+        x = score.distance(s, top, t, terms.c, opt)
         p, _ = weights(x, terms.r, opt)
         mass += p
-        count += is_inside(x, terms.r, opt).to(tl.int32)
+        count += score.is_inside(x, terms.r, opt).to(tl.int32)
         acc += matmul((p * scale).to(v.dtype), v)
     return acc, tl.sum(mass, 1), tl.sum(count, 1)
 
@@ -729,24 +675,24 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals
     has the outputs."""
     after_the_last(opt)
     shape = with_length(shape, length_k)
-    at_head, block, split = block_and_split(shape, splits, opt)
+    at_head, block, split = work.block_and_split(shape, splits, opt)
     _, batch, kv_head = at_head
-    at_row, head, row, inside = rows_in(block, at_head, shape, opt)
+    at_row, head, row, inside = work.rows_in(block, at_head, shape, opt)
     state = states + at_row[:, None] * STATES
     listed = tl.load(state + LISTED) >= 0.0
     if tl.min(tl.min(listed.to(tl.int32), 1), 0) > 0:
         return
-    terms = terms_of(batch, head[:, None], shape, opt)
+    terms = score.terms_of(batch, head[:, None], shape, opt)
     rows = row[:, None]
-    seen, seen_end = seen_by(row, terms, shape, opt)
-    begin, end = share_of(seen, seen_end, split, splits)
+    seen, seen_end = score.tiles_seen_by(row, terms, shape, opt)
+    begin, end = work.share_of(seen, seen_end, split, splits)
     top = tl.load(state + TOP)
     t = tl.load(state + T)
     least = tl.maximum(tl.load(state + FLOOR), floor_of(top, t, terms, opt))
     least = tl.where(listed, INFINITY, least)
     highest_at = maxima_at(maxima, at_row[:, None], shape, opt)
     own_scores = scores_at(scores, at_row[:, None], shape, opt)
-    values = keys_of(value, batch, kv_head, shape, opt)
+    values = work.keys_of(value, batch, kv_head, shape, opt)
     acc = tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32)
     mass = tl.full((opt.block_q,), 0.0, tl.float32)
     count = tl.full((opt.block_q,), 0, tl.int32)
@@ -771,8 +717,7 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals
     if pending:
         scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
         if COUNT:
-            across = tl.cdiv(shape.length_k, MARK)
-            marks_at = marks + (batch * shape.heads_q + head[:, None]).to(tl.int64) * across
+            marks_at = work.marks_of(marks, batch, head[:, None], shape, MARK)
         for start in range(begin, end, CHUNK):
             alive = alive_tiles(highest_at, start, end, least, opt, CHUNK)
             place = -1
@@ -782,19 +727,21 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals
                 here = by_key(highest >= least, opt) & (columns >= 0)
                 first = (start + place) * opt.block_k
                 s = tl.load(own_scores + first + columns, mask=here, other=-INFINITY)
-                x = distance(s, top, t, terms.c, opt)
+                x = score.distance(s, top, t, terms.c, opt)
                 p, _ = weights(x, terms.r, opt)
-                reached = is_inside(x, terms.r, opt)
+                reached = score.is_inside(x, terms.r, opt)
                 mass += tl.sum(p, 1)
                 count += tl.sum(reached.to(tl.int32), 1)
                 if COUNT:
-                    tl.store(marks_at + (first + columns) // MARK, tl.full(x.shape, 1, tl.int8),
-                             mask=reached)  # fmt: skip
+                    work.mark_pairs(marks_at, rows, first + columns, reached, shape, MARK)
                 if opt.dropout:
-                    reached = reached & is_kept(rows, first + columns, terms, shape, opt)
+                    reached = reached & score.is_kept(rows, first + columns, terms, shape, opt)
                     p = tl.where(reached, p, 0.0)
                 wanted = tl.max(reached.to(tl.int32), 0) > 0
-                v = load_values(values, first + tl.arange(0, opt.block_k), wanted, shape, opt)
+                keys = first + tl.arange(0, opt.block_k)
+                v = work.load_each_key(
+                    values, keys, wanted, shape, opt.head_dim_v, opt.padded_v, opt
+                )
                 acc += weighted_values(p, reached, v, opt, scale)
     at_split = at_row.to(tl.int64) * splits + split
     at = partials + at_split[:, None] * opt.padded_v + tl.arange(0, opt.padded_v)[None, :]
@@ -842,8 +789,8 @@ def decode_combine(partials, masses, kept, states, out, support, shape, length_k
     at_row = tl.program_id(0)
     if tl.load(states + at_row * STATES + LISTED) >= 0.0:
         return
-    batch, head, row = row_at(at_row, shape)
-    terms = terms_of(batch, head, shape, opt)
+    batch, head, row = work.row_at(at_row, shape)
+    terms = score.terms_of(batch, head, shape, opt)
     top = tl.load(states + at_row * STATES + TOP)
     t = tl.load(states + at_row * STATES + T)
     total, mass, count = sums_of_splits(partials, masses, kept, at_row, splits, opt, SPLITS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from adasplash2.backends.triton.kernels import score, threshold, work
 from adasplash2.backends.triton.kernels.arithmetic import (
     PROB_SCALE,
     any_of,
@@ -18,41 +19,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     weighted,
     with_bad,
 )
-from adasplash2.backends.triton.kernels.score import (
-    distance,
-    distances,
-    is_inside,
-    is_kept,
-    numbers_of,
-    terms_of,
-    with_kept_factor,
-)
-from adasplash2.backends.triton.kernels.threshold import (
-    PARTS,
-    pair_sums,
-    part_sums,
-    rise,
-    weights,
-)
-from adasplash2.backends.triton.kernels.work import (
-    entries_at,
-    entry_of,
-    first_again,
-    first_entry,
-    head_of,
-    is_block_marked,
-    is_cut,
-    is_edge,
-    keys_of,
-    load_pair,
-    load_thresholds,
-    load_tile,
-    mark_rows,
-    next_again,
-    portion,
-    row_block_at,
-    store_tile,
-)
+from adasplash2.backends.triton.kernels.threshold import PARTS
 
 LARGEST = tl.constexpr(65504.0)
 """Of float16's numbers."""
@@ -84,32 +51,30 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
     """Add the values ``v`` of keys at distances ``x``, weighted by ``p``, and by ``u`` where
     GRADIENT."""
     acc, acc_u, bad, mass, slope, count = sums
-    p, u = weights(x, terms.r, opt)
-    mass += part_sums(p)
+    p, u = threshold.weights(x, terms.r, opt)
+    mass += threshold.part_sums(p)
     if opt.dropout:
-        rows, columns = numbers_of(first_row, first, opt, opt.block_q)
-        kept = is_kept(rows, columns, terms, shape, opt)
+        rows, columns = score.numbers_of(first_row, first, opt, opt.block_q)
+        kept = score.is_kept(rows, columns, terms, shape, opt)
         p = tl.where(kept, p, 0.0)
     acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
     if GRADIENT or opt.rough:
         u = scaled(u, u_scale, v.dtype, opt)
-        slope += part_sums(u)
+        slope += threshold.part_sums(u)
     if GRADIENT:
         if opt.dropout:
             u = tl.where(kept, u, 0.0)
         acc_u += weighted(u, finite_part(v, SAFE), opt)
     if SAFE:
-        reached = is_inside(x, terms.r, opt)
+        reached = score.is_inside(x, terms.r, opt)
         if opt.dropout:
             reached = reached & kept
         bad = count_bad(bad, reached, v)
     if COUNT:
-        count += tl.sum(is_inside(x, terms.r, opt).to(tl.int32), 1)
-        rows = first_row + tl.arange(0, opt.block_q)
-        columns = first + tl.arange(0, opt.block_k)
-        places = marks + (rows // MARK)[:, None] * tl.cdiv(shape.length_k, MARK)
-        places += (columns // MARK)[None, :]
-        tl.store(places, tl.full(x.shape, 1, tl.int8), mask=is_inside(x, terms.r, opt))
+        count += tl.sum(score.is_inside(x, terms.r, opt).to(tl.int32), 1)
+        rows = (first_row + tl.arange(0, opt.block_q))[:, None]
+        columns = (first + tl.arange(0, opt.block_k))[None, :]
+        work.mark_pairs(marks, rows, columns, score.is_inside(x, terms.r, opt), shape, MARK)
     return acc, acc_u, bad, mass, slope, count
 
 
@@ -119,11 +84,13 @@ def weigh_tiles(sums, number, row_block, keys, values, entries, marks, terms, sh
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """:func:`weigh` the entries that need no mask, or the others where EDGE, of which ``number`` is
     the first."""
-    numbers, start, stop = portion(entries, EDGE)
+    numbers, start, stop = work.portion(entries, EDGE)
     for index in range(start, stop):
-        first, k, v = load_pair(number, keys, values, shape, opt, is_cut(EDGE, opt))
-        number = entry_of(numbers, index + 1, stop)
-        x, _, _ = distances(row_block, k, first, terms, shape, opt, is_edge(index, entries, EDGE))
+        first, k, v = work.load_pair(number, keys, values, shape, opt, work.is_cut(EDGE, opt))
+        number = work.entry_of(numbers, index + 1, stop)
+        x, _, _ = score.distances(
+            row_block, k, first, terms, shape, opt, work.is_edge(index, entries, EDGE)
+        )
         sums = weigh(sums, x, v, row_block[3], first, marks, terms, shape, u_scale, opt, SCALE,
                      GRADIENT, SAFE, COUNT, MARK)  # fmt: skip
     return sums
@@ -132,26 +99,17 @@ def weigh_tiles(sums, number, row_block, keys, values, entries, marks, terms, sh
 @triton.jit
 def start_of(entries, EDGE: tl.constexpr):
     """The first entry of a loop over :func:`portion`."""
-    numbers, start, stop = portion(entries, EDGE)
-    return first_entry(numbers, start, stop, EDGE)
+    numbers, start, stop = work.portion(entries, EDGE)
+    return work.first_entry(numbers, start, stop, EDGE)
 
 
 @triton.jit
 def settled(sums, t, r, opt: tl.constexpr):
     """Where :func:`weigh_tiles` has found how far from the root ``t`` is, a step to it, which is
     the last but for rows that are far off; and which these are."""
-    mass, slope = pair_sums(sums[3], sums[4])
-    moved = tl.where(mass > 0.0, t + rise(mass, slope, r, opt), t)
+    mass, slope = threshold.pair_sums(sums[3], sums[4])
+    moved = tl.where(mass > 0.0, t + threshold.rise(mass, slope, r, opt), t)
     return moved, (tl.abs(mass - 1.0) > LEFT) & is_finite(moved) & (mass > 0.0)
-
-
-@triton.jit
-def marks_of(marks, batch, head, shape, MARK: tl.constexpr):
-    """Where a head's marks of tiles with support begin."""
-    across = tl.cdiv(shape.length_k, MARK)
-    return marks + (
-        (batch * shape.heads_q + head).to(tl.int64) * tl.cdiv(shape.length_q, MARK) * across
-    )
 
 
 @triton.jit
@@ -176,7 +134,7 @@ def scale_of_u(t, r, SCALE: tl.constexpr, opt: tl.constexpr):
     u_scale = SCALE
     top_u = 0.0
     if opt.exact:
-        _, top_u = weights(-t, r, opt)
+        _, top_u = threshold.weights(-t, r, opt)
     if opt.steep:
         # Other keys have up to 2^23 times as much, as far as `t` resolves them, which float16 must
         # hold. Where one outweighs all others, its `dp - delta` is what these add to `delta`: so
@@ -192,25 +150,27 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
                  COUNT: tl.constexpr):  # fmt: skip
     """Store the means that the sums of all keys make, and mark rows that are not finite."""
     acc, acc_u, bad, masses, slopes, count = sums
-    mass, slope = pair_sums(masses, slopes)
+    mass, slope = threshold.pair_sums(masses, slopes)
     if opt.sinks:
-        p, u = weights(distance(terms.sink, top, t, terms.c, opt), terms.r, opt)
+        p, u = threshold.weights(score.distance(terms.sink, top, t, terms.c, opt), terms.r, opt)
         mass += p
         if GRADIENT:
             u = scaled(u[:, None], u_scale, TYPE, opt)
             slope += tl.max(u, 1)
     # A number of each row, not a division of each entry.
     result = acc * (1.0 / tl.where(mass > 0.0, mass * SCALE, 1.0))[:, None]
-    result = with_kept_factor(result, shape, opt)
+    result = score.with_kept_factor(result, shape, opt)
     if SAFE:
         result = with_bad(result, bad)
     result = tl.where((t != t)[:, None], float("nan"), result)
-    outs = head_of(out, batch, head)
-    store_tile(outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v)
+    outs = work.head_of(out, batch, head)
+    work.store_tile(
+        outs, first_row, shape.length_q, result, opt.block_q, opt.head_dim_v, opt.padded_v
+    )
     if GRADIENT:
         mean = acc_u * (1.0 / tl.where(slope > 0.0, slope, 1.0))[:, None]
         if not opt.shares:  # else it is a factor of what is read
-            mean = with_kept_factor(mean, shape, opt)
+            mean = score.with_kept_factor(mean, shape, opt)
         if SAFE:
             mean = with_bad(mean, bad)
         if opt.exact:
@@ -220,14 +180,14 @@ def store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
         if opt.shares:
             mean, most = shares_of(mean, TYPE)
             tl.store(spread + at_row, most, mask=inside)
-        means = head_of(out_u, batch, head)
-        store_tile(
+        means = work.head_of(out_u, batch, head)
+        work.store_tile(
             means, first_row, shape.length_q, mean, opt.block_q, opt.head_dim_v, opt.padded_v
         )
     if COUNT:
         tl.store(support + at_row, count, mask=inside)
     if not SAFE:
-        mark_rows(unsafe + at_row, some, result, inside)
+        work.mark_rows(unsafe + at_row, some, result, inside)
 
 
 @triton.jit
@@ -235,19 +195,20 @@ def output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists
               some, support, marks, shape, opt: tl.constexpr, GRADIENT: tl.constexpr,
               SAFE: tl.constexpr, COUNT: tl.constexpr, MARK: tl.constexpr):  # fmt: skip
     """:func:`output` of the row block that is ``number`` in launch order."""
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
-    at_block, at_head, first_row, at_row, inside = row_block_at(number, shape, opt)
+    at_block, at_head, first_row, at_row, inside = work.row_block_at(number, shape, opt)
     batch, head, kv_head = at_head
-    terms = terms_of(batch, head, shape, opt)
-    queries = head_of(query, batch, head)
-    q = load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded, True)
-    keys = keys_of(key, batch, kv_head, shape, opt)
-    values = keys_of(value, batch, kv_head, shape, opt)
-    entries = entries_at(lists, counts, at_block, tiles)
-    top, t = load_thresholds(top_in, t_in, at_row, inside, opt)
+    terms = score.terms_of(batch, head, shape, opt)
+    queries = work.head_of(query, batch, head)
+    q = work.load_tile(
+        queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded, True
+    )
+    keys = work.keys_of(key, batch, kv_head, shape, opt)
+    values = work.keys_of(value, batch, kv_head, shape, opt)
+    entries = work.entries_at(lists, counts, at_block, work.tiles_of(shape, opt))
+    top, t = work.load_thresholds(top_in, t_in, at_row, inside, opt)
     scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     if COUNT:
-        marks = marks_of(marks, batch, head, shape, MARK)
+        marks = work.marks_of(marks, batch, head, shape, MARK)
     sums = no_sums(opt, GRADIENT, SAFE)
     u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
     if opt.rough and not SAFE:  # under windows alone, where all tiles share a loop
@@ -293,13 +254,13 @@ def output(query, key, value, out, out_u, spread, top_in, t_in, lists, counts, u
     there, take a last step, and are stored anew.
     """
     if SAFE:
-        number, waiting = first_again(some, work_items)
+        number, waiting = work.first_again(some, work_items)
         while waiting:
-            if is_block_marked(number, unsafe, shape, opt):
+            if work.is_block_marked(number, unsafe, shape, opt):
                 output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists,
                           counts, unsafe, some, support, marks, shape, opt, GRADIENT, SAFE,
                           COUNT, MARK)  # fmt: skip
-            number, waiting = next_again(number, work_items)
+            number, waiting = work.next_again(number, work_items)
     else:
         output_of(tl.program_id(0), query, key, value, out, out_u, spread, top_in, t_in, lists,
                   counts, unsafe, some, support, marks, shape, opt, GRADIENT, SAFE, COUNT,

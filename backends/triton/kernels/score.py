@@ -184,6 +184,15 @@ def open_tiles(first_row, length_k, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
+def is_open(tile, first_row, length_k, terms, shape, opt: tl.constexpr):
+    """Whether every row from ``first_row`` on sees a key tile in full."""
+    found = open_tiles(first_row, length_k, terms, shape, opt) > tile
+    if opt.lower:
+        found = found & (open_begin(first_row, terms, shape, opt) <= tile)
+    return found
+
+
+@triton.jit
 def seen_begin(first_row, terms, shape, opt: tl.constexpr):
     """The first key tile that some row of the block from ``first_row`` on sees."""
     tile = 0
@@ -199,6 +208,27 @@ def seen_tiles(first_row, terms, shape, opt: tl.constexpr):
     if opt.upper:
         keys = tl.minimum(keys, end_of(last_row(first_row, shape, opt), terms, shape, opt))
     return tl.cdiv(keys, opt.block_k)
+
+
+@triton.jit
+def tiles_seen_by(rows, terms, shape, opt: tl.constexpr):
+    """The first key tile that one of ``rows`` sees, and the end of those."""
+    first = 0
+    keys = shape.length_k
+    if opt.lower:
+        first = tl.min(begin_of(rows, terms, shape, opt), 0) // opt.block_k
+    if opt.upper:
+        keys = tl.minimum(keys, tl.max(end_of(rows, terms, shape, opt), 0))
+    return first, tl.maximum(tl.cdiv(keys, opt.block_k), first)
+
+
+@triton.jit
+def first_seen(rows, terms, shape, opt: tl.constexpr):
+    """The first key that each of ``rows`` may see."""
+    first = rows * 0
+    if opt.lower:
+        first = begin_of(rows, terms, shape, opt)
+    return first
 
 
 @triton.jit

@@ -8,35 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adasplash2.backends.triton.kernels.arithmetic import (
-    INFINITY,
-    any_of,
-    handed_on,
-    larger,
-    largest,
-)
-from adasplash2.backends.triton.kernels.score import (
-    among_seen,
-    any_shown,
-    begin_of,
-    bias_of,
-    biased,
-    capped,
-    distances,
-    end_of,
-    folded_scale,
-    is_inside,
-    lift_of,
-    near_tiles,
-    open_begin,
-    open_tiles,
-    products,
-    reach,
-    seen_begin,
-    seen_tiles,
-    terms_of,
-    visible,
-)
+from adasplash2.backends.triton.kernels import arithmetic, score, work
+from adasplash2.backends.triton.kernels.arithmetic import INFINITY
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     LARGEST_SHARE,
@@ -52,18 +25,6 @@ from adasplash2.backends.triton.kernels.threshold import (
     weights,
     with_parts,
     with_sink,
-)
-from adasplash2.backends.triton.kernels.work import (
-    entry_of,
-    head_of,
-    is_cut,
-    is_edge,
-    key_head_number,
-    keys_of,
-    load_keys,
-    load_tile,
-    portion,
-    row_block_at,
 )
 
 BOUND_STEPS = tl.constexpr(3)
@@ -103,9 +64,11 @@ def seen_scores(q, k, first_row, first, bias, terms, shape, opt: tl.constexpr, E
     """Scores of a row block and the keys from ``first`` on, with their ``bias``; -inf where, with
     EDGE, a key may not be seen."""
     rows = (first_row + tl.arange(0, opt.block_q))[:, None]
-    s = biased(capped(products(q, k, bias, opt), rows, terms, shape, opt), bias, opt)
+    s = score.biased(
+        score.capped(score.products(q, k, bias, opt), rows, terms, shape, opt), bias, opt
+    )
     if EDGE:
-        s = among_seen(s, first_row, first, terms, shape, opt)
+        s = score.among_seen(s, first_row, first, terms, shape, opt)
     return s
 
 
@@ -115,7 +78,7 @@ def piece_maxima(s, SPAN: tl.constexpr):
     matrices before compute capability 10: of four neighbouring pairs each has one."""
     pairs: tl.constexpr = s.shape[1] // (SPAN * PIECES * 2)
     pieces = tl.reshape(s, (s.shape[0], SPAN, pairs, PIECES, 2))
-    return largest(largest(pieces, 4), 2)
+    return arithmetic.largest(arithmetic.largest(pieces, 4), 2)
 
 
 @triton.jit
@@ -135,11 +98,13 @@ def moments_of(s, EDGE):
 def without_sharp(total, squares, rows, end, terms, shape, opt: tl.constexpr):
     """:func:`moments_of` all keys up to ``end``, with the SHARPEST squares for rows that are too
     sharp for a guess; and whether all are."""
-    seen = tl.minimum(end_of(rows, terms, shape, opt), end) - begin_of(rows, terms, shape, opt)
+    seen = tl.minimum(score.end_of(rows, terms, shape, opt), end) - score.begin_of(
+        rows, terms, shape, opt
+    )
     _, deviation = mean_and_deviation(*pair_sums(total, squares), seen)
-    _, _, share = guess_share(deviation, visible(rows, terms, shape, opt), terms)
+    _, _, share = guess_share(deviation, score.visible(rows, terms, shape, opt), terms)
     sharp = share >= LARGEST_SHARE
-    return tl.where(sharp[:, None], SHARPEST, squares), any_of(sharp == 0) == 0
+    return tl.where(sharp[:, None], SHARPEST, squares), arithmetic.any_of(sharp == 0) == 0
 
 
 @triton.jit
@@ -147,12 +112,14 @@ def span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt: tl.con
                 SPAN: tl.constexpr, EDGE: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
     """The row maxima of SPAN tiles, where FEW by :func:`piece_maxima`, and their scores."""
     width: tl.constexpr = SPAN * opt.block_k
-    k = load_keys(keys, first, shape, width, opt.head_dim, opt.padded, is_cut(EDGE, opt), opt)
+    k = work.load_keys(
+        keys, first, shape, width, opt.head_dim, opt.padded, work.is_cut(EDGE, opt), opt
+    )
     s = seen_scores(q, k, first_row, first, bias, terms, shape, opt, edge)
     if FEW:
         highest = piece_maxima(s, SPAN)
     else:
-        highest = largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
+        highest = arithmetic.largest(tl.reshape(s, (opt.block_q, SPAN, opt.block_k)), 2)
     return highest, s
 
 
@@ -178,13 +145,13 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
         bias = 0.0
         if opt.biased:
             columns = (first + tl.arange(0, width))[None, :]
-            bias = bias_of((first_row + rows)[:, None], columns, terms, shape, opt)
+            bias = score.bias_of((first_row + rows)[:, None], columns, terms, shape, opt)
         if opt.hides:
             if FEW:
                 highest = tl.full((opt.block_q, SPAN, PIECES), -INFINITY, tl.float32)
             else:
                 highest = tl.full((opt.block_q, SPAN), -INFINITY, tl.float32)
-            if any_shown(bias):
+            if score.any_shown(bias):
                 highest, _ = span_maxima(q, keys, first, bias, first_row, edge, terms, shape, opt,
                                          SPAN, EDGE, FEW)  # fmt: skip
         else:
@@ -208,7 +175,7 @@ def scan_tiles(found, maxima, q, keys, first_row, start, stop, open_spans, terms
             tl.store(maxima + places[None, :, :] * opt.block_q + rows[:, None, None], highest)
         else:
             tl.store(maxima + numbers[None, :] * opt.block_q + rows[:, None], highest)
-        top = larger(top, largest(highest, 1))
+        top = arithmetic.larger(top, arithmetic.largest(highest, 1))
     return top, total, squares
 
 
@@ -257,7 +224,7 @@ def filter_candidates(candidates, maxima, top, t, count, is_first, origin, terms
         p, u = weights(x, terms.r, opt)
         mass += tl.sum(p, 1)
         slope += tl.sum(u, 1)
-        alive = tl.max(is_inside(x, terms.r, opt).to(tl.int32), 0)
+        alive = tl.max(score.is_inside(x, terms.r, opt).to(tl.int32), 0)
         goal = left + tl.cumsum(alive, 0) - alive
         moves = (alive > 0) & (goal < places)
         pointers = maxima + goal[None, :] * opt.block_q + tl.arange(0, opt.block_q)[:, None]
@@ -273,7 +240,7 @@ def filter_candidates(candidates, maxima, top, t, count, is_first, origin, terms
 def lowest(pending, r, opt: tl.constexpr):
     """``t`` of ``tau = max z - 1``, which the threshold is not below; infinite for other rows."""
     if opt.alphas:
-        return tl.where(pending, lift_of(r, opt) - 1.0, INFINITY)
+        return tl.where(pending, score.lift_of(r, opt) - 1.0, INFINITY)
     else:
         return tl.where(pending, 0.0 if opt.shallow else -1.0, INFINITY)
 
@@ -350,7 +317,7 @@ def list_live(lists, live, candidates, maxima, top, t, open_ones, count, terms,
             numbers = tl.load(candidates + places, mask=places < count, other=0)
             highest = load_maxima(maxima, chunk, count, opt, CHUNK)
             x = terms.c * (highest - top[:, None]) - t[:, None]
-            alive = tl.max(is_inside(x, terms.r, opt).to(tl.int32), 0)
+            alive = tl.max(score.is_inside(x, terms.r, opt).to(tl.int32), 0)
             found_open, found = list_alive(lists, live, numbers, alive, places < count, open_ones,
                                            found_open, found, opt, edge)  # fmt: skip
     return found_open, found
@@ -368,7 +335,7 @@ def list_few(lists, live, first, maxima, top, t, open_ones, count, terms, opt: t
         more = load_maxima(maxima + piece * CHUNK * opt.block_q, 0, count, opt, CHUNK)
         highest = tl.maximum(highest, more)
     x = tl.max(terms.c * (highest - top[:, None]) - t[:, None], 0)
-    alive = is_inside(x, terms.r, opt) & (places < count)
+    alive = score.is_inside(x, terms.r, opt) & (places < count)
     tl.store(live + numbers, alive.to(tl.int8), mask=places < count)
     # Both kinds are counted at once, in the halves of a word.
     is_open = (numbers >= first_open) & (numbers < open_end)
@@ -385,14 +352,16 @@ def list_few(lists, live, first, maxima, top, t, open_ones, count, terms, opt: t
 def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
               STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """:func:`with_parts` for the entries that need no mask, or the others where EDGE."""
-    numbers, start, stop = portion(entries, EDGE)
-    number = entry_of(numbers, start, stop)
+    numbers, start, stop = work.portion(entries, EDGE)
+    number = work.entry_of(numbers, start, stop)
     for index in tl.range(start, stop, num_stages=STAGES):
         first = number * opt.block_k
-        number = entry_of(numbers, index + 1, stop)
-        k = load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded, is_cut(EDGE, opt),
-                      opt)  # fmt: skip
-        x, _, _ = distances(row_block, k, first, terms, shape, opt, is_edge(index, entries, EDGE))
+        number = work.entry_of(numbers, index + 1, stop)
+        k = work.load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded,
+                           work.is_cut(EDGE, opt), opt)  # fmt: skip
+        x, _, _ = score.distances(
+            row_block, k, first, terms, shape, opt, work.is_edge(index, entries, EDGE)
+        )
         sums = with_parts(sums, x, terms.r, opt)
     return sums
 
@@ -401,7 +370,7 @@ def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
 def open_between(first_row, begin, end, open_end, terms, shape, opt: tl.constexpr):
     """The tiles that need no mask of those from ``begin`` to ``end``, from a first one up to an
     end, where ``open_end`` is that of all."""
-    first_open = tl.maximum(open_begin(first_row, terms, shape, opt), begin)
+    first_open = tl.maximum(score.open_begin(first_row, terms, shape, opt), begin)
     first_open = tl.minimum(first_open, end)
     return first_open, tl.maximum(tl.minimum(open_end, end), first_open)
 
@@ -411,7 +380,7 @@ def kinds_of(top, inside, terms, opt: tl.constexpr):
     """The highest score of each row from that of its keys, zero where it has no threshold; which
     rows are poisoned by what is not finite; and which have one."""
     if opt.sinks:
-        top = larger(top, terms.sink)
+        top = arithmetic.larger(top, terms.sink)
     if opt.alphas:
         top = tl.where(terms.c == terms.c, top, float("nan"))
     poisoned = ((top != top) | (top == INFINITY)) & inside
@@ -427,7 +396,7 @@ def store_thresholds(top_out, t_out, tau_out, top, t, poisoned, at_row, inside, 
     tl.store(top_out + at_row, top, mask=inside)
     tl.store(t_out + at_row, t, mask=inside)
     if opt.alphas:
-        tau = terms.c * top + (t - lift_of(terms.r, opt))
+        tau = terms.c * top + (t - score.lift_of(terms.r, opt))
     else:
         tau = terms.c * top + (t - 1.0 if opt.shallow else t)
     tl.store(tau_out + at_row, tau, mask=inside)
@@ -440,14 +409,13 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
     """A poisoned row poisons every key that it may see; ``seen``: the tiles that some row of the
     block may, from a first one up to an end."""
     if opt.scattered:
-        tiles = tl.cdiv(shape.length_k, opt.block_k)
-        kv_row = key_head_number(batch, kv_head, shape)
-        if any_of(poisoned):
+        kv_row = work.key_head_number(batch, kv_head, shape)
+        if arithmetic.any_of(poisoned):
             for tile in range(seen[0], seen[1]):
-                tl.atomic_max(poison + kv_row.to(tl.int64) * tiles + tile, 1)
+                tl.atomic_max(work.by_tiles(poison, kv_row, shape, opt) + tile, 1)
     else:
-        leading = reach(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
-        kv_row = key_head_number(batch, kv_head, shape)
+        leading = score.reach(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
+        kv_row = work.key_head_number(batch, kv_head, shape)
         # Row by row, of which hardly ever one does: to find the most of all takes all warps.
         tl.atomic_max(poison + kv_row + leading * 0, leading, mask=poisoned & (leading > 0))
 
@@ -469,29 +437,29 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
     row blocks. ``live`` and ``taken`` come as zeros.
 
     Where FEW, no row block sees more than CHUNK tiles, all about as many: their maxima stay in
-    registers, and row blocks are dealt out.
+    registers, and a program's row blocks are known before it starts.
 
     Where ``opt.rough`` the last step is left to ``output``, but where its steps are counted.
     """
     roughly: tl.constexpr = opt.rough and not COUNT
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
     if FEW:
         maxima += tl.program_id(0).to(tl.int64) * PIECES * CHUNK * opt.block_q
         item = tl.program_id(0)
     else:
-        maxima += tl.program_id(0).to(tl.int64) * tl.cdiv(tiles, SPAN) * SPAN * opt.block_q
-        candidates += tl.program_id(0).to(tl.int64) * tiles
+        each = tl.cdiv(work.tiles_of(shape, opt), SPAN) * SPAN * opt.block_q
+        maxima += tl.program_id(0).to(tl.int64) * each
+        candidates = work.by_tiles(candidates, tl.program_id(0), shape, opt)
         item = tl.atomic_add(taken, 1)
     while item < work_items:
-        at_block, at_head, first_row, at_row, inside = row_block_at(item, shape, opt)
+        at_block, at_head, first_row, at_row, inside = work.row_block_at(item, shape, opt)
         batch, head, kv_head = at_head
-        q = load_tile(head_of(query, batch, head), first_row, shape.length_q, opt.block_q,
-                      opt.head_dim, opt.padded, True)  # fmt: skip
-        q = folded_scale(q, shape, opt)
-        keys = keys_of(key, batch, kv_head, shape, opt)
-        terms = terms_of(batch, head, shape, opt)
-        open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
-        end = seen_tiles(first_row, terms, shape, opt)
+        q = work.load_tile(work.head_of(query, batch, head), first_row, shape.length_q, opt.block_q,
+                           opt.head_dim, opt.padded, True)  # fmt: skip
+        q = score.folded_scale(q, shape, opt)
+        keys = work.keys_of(key, batch, kv_head, shape, opt)
+        terms = score.terms_of(batch, head, shape, opt)
+        open_end = score.open_tiles(first_row, shape.length_k, terms, shape, opt)
+        end = score.seen_tiles(first_row, terms, shape, opt)
         zeros = tl.full((opt.block_q,), 0.0, tl.float32)
         parts = no_parts(opt)
         tops = tl.full((opt.block_q, PIECES), -INFINITY, tl.float32) if FEW else zeros - INFINITY
@@ -500,11 +468,11 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         first_open = 0
         origin = 0
         if opt.lower or opt.local:
-            begin = tl.minimum(seen_begin(first_row, terms, shape, opt), end)
+            begin = tl.minimum(score.seen_begin(first_row, terms, shape, opt), end)
             seen = begin, end
             if opt.local:
-                kv_row = key_head_number(batch, kv_head, shape)
-                begin, end = near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt)
+                kv_row = work.key_head_number(batch, kv_head, shape)
+                begin, end = score.near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt)
             first_open, open_end = open_between(first_row, begin, end, open_end, terms, shape, opt)
             # A program's maxima begin with those of the first span that some row sees.
             first_span = begin // SPAN
@@ -538,22 +506,22 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                                  terms, shape, opt, SPAN, STAGES, 1, FEW, CHUNK)  # fmt: skip
         tl.debug_barrier()  # the maxima are read back by other threads
 
-        numbers = lists + at_block.to(tl.int64) * tiles
-        flags = live + at_block.to(tl.int64) * tiles
+        numbers = work.by_tiles(lists, at_block, shape, opt)
+        flags = work.by_tiles(live, at_block, shape, opt)
         open_ones = (first_open, open_end)
-        tops = largest(scanned[0], 1) if FEW else scanned[0]
+        tops = arithmetic.largest(scanned[0], 1) if FEW else scanned[0]
         top, poisoned, pending = kinds_of(tops, inside, terms, opt)
         if FEW:
             left = end - origin
-            tops = handed_on(top)
+            tops = arithmetic.handed_on(top)
             pieces = load_pieces(maxima, left, opt, CHUNK, FOLDS)
             pieces = terms.c * (pieces - tops[:, None])
-            t = handed_on(lowest(pending, terms.r, opt))
+            t = arithmetic.handed_on(lowest(pending, terms.r, opt))
             bound, start = bound_few(pieces, tops, t, terms, opt)
             found_open, found = list_few(numbers, flags, origin, maxima, tops, bound, open_ones,
                                          left, terms, opt, CHUNK)  # fmt: skip
-            lo = handed_on(bound)
-            start = handed_on(start)
+            lo = arithmetic.handed_on(bound)
+            start = arithmetic.handed_on(start)
         else:
             lo, left = bound_of(
                 candidates, maxima, top, pending, origin, end - origin, terms, opt, CHUNK
@@ -565,7 +533,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         t = start
         if opt.guesses:
             rows = first_row + tl.arange(0, opt.block_q)
-            keys_seen = visible(rows, terms, shape, opt)
+            keys_seen = score.visible(rows, terms, shape, opt)
             total, squares = pair_sums(scanned[1], scanned[2])
             mean, deviation = mean_and_deviation(total, squares, keys_seen)
             guess = guess_of(mean, deviation, keys_seen, top, lo, terms)
@@ -574,7 +542,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         most = zeros + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)
         step = 0
-        waiting = any_of(pending)
+        waiting = arithmetic.any_of(pending)
         while waiting:
             tl.debug_barrier()  # the list is written
             threshold = t
@@ -590,19 +558,19 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
                                                        terms, tolerance, opt,
                                                        roughly)  # fmt: skip
             step += 1
-            waiting = any_of(pending) & (step < MAX_STEPS)
+            waiting = arithmetic.any_of(pending) & (step < MAX_STEPS)
             # The first list holds little more than the last one: where tiles are few, it serves the
             # second step too.
             if (not FEW) or (step > REUSES) or (waiting == 0):
                 # The next step may fall back to `lo`, `output` where it goes on.
                 bound = (lo if roughly else tl.where(waiting, lo, t)) - slack(terms.r)
                 bound = tl.where(pending | (waiting == 0), bound, INFINITY)
-                bound = handed_on(bound)
+                bound = arithmetic.handed_on(bound)
                 tl.debug_barrier()  # the list is read
                 if FEW:
                     found_open, found = list_few(
-                        numbers, flags, origin, maxima, handed_on(top), bound, open_ones, left,
-                        terms, opt, CHUNK,
+                        numbers, flags, origin, maxima, arithmetic.handed_on(top), bound, open_ones,
+                        left, terms, opt, CHUNK,
                     )  # fmt: skip
                 else:
                     found_open, found = list_live(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from adasplash2.backends.triton.kernels import output, score, solve, work
 from adasplash2.backends.triton.kernels.arithmetic import (
     INFINITY,
     INTERPRETED,
@@ -18,38 +19,7 @@ from adasplash2.backends.triton.kernels.arithmetic import (
     larger,
     largest,
 )
-from adasplash2.backends.triton.kernels.output import (
-    marks_of,
-    no_sums,
-    scale_of_u,
-    store_output,
-    weigh,
-)
-from adasplash2.backends.triton.kernels.score import (
-    allowed,
-    bias_of,
-    column,
-    distance,
-    is_inside,
-    numbers_of,
-    open_tiles,
-    seen_begin,
-    seen_tiles,
-    terms_of,
-    visible,
-)
-from adasplash2.backends.triton.kernels.solve import (
-    BOUND_STEPS,
-    kinds_of,
-    list_alive,
-    lowest,
-    mark_poisoned,
-    open_between,
-    raised,
-    seen_scores,
-    slack,
-    store_thresholds,
-)
+from adasplash2.backends.triton.kernels.solve import BOUND_STEPS
 from adasplash2.backends.triton.kernels.threshold import (
     HIGHEST,
     advanced,
@@ -58,14 +28,6 @@ from adasplash2.backends.triton.kernels.threshold import (
     pair_sums,
     sums_of,
     weights,
-)
-from adasplash2.backends.triton.kernels.work import (
-    head_of,
-    in_turn,
-    keys_of,
-    load_keys,
-    load_tile,
-    row_block_of,
 )
 
 TILE_PARTS = tl.constexpr(8)
@@ -91,12 +53,12 @@ def part_maxima(s, opt: tl.constexpr, wide: tl.constexpr):
 @triton.jit
 def bound_rows(maxima, top, pending, terms, opt: tl.constexpr):
     """A lower bound of ``t`` by certain rises on maxima, as ``solve.bound_of``."""
-    t = lowest(pending, terms.r, opt)
+    t = solve.lowest(pending, terms.r, opt)
     for _ in tl.static_range(BOUND_STEPS):
         p, u = weights(terms.c * (maxima - top[:, None]) - t[:, None], terms.r, opt)
         mass, slope = pair_sums(p, u)
-        t = raised(t, mass, slope, top, terms, opt)
-    return t - slack(terms.r)
+        t = solve.raised(t, mass, slope, top, terms, opt)
+    return t - solve.slack(terms.r)
 
 
 @triton.jit
@@ -148,7 +110,7 @@ def guess_rows(moments, top, lo, rows, terms, shape, opt: tl.constexpr):
     mean, deviation = mean_and_deviation(moments[0], moments[1], moments[2])
     deviation /= part
     mean -= above * deviation
-    return guess_of(mean, deviation, visible(rows, terms, shape, opt), top, lo, terms)
+    return guess_of(mean, deviation, score.visible(rows, terms, shape, opt), top, lo, terms)
 
 
 @triton.jit
@@ -160,21 +122,23 @@ def united(a, b):
 def list_tiles(lists, live, counts, at_block, highest, top, t, open_ones, terms, shape,
                opt: tl.constexpr):  # fmt: skip
     """Write the list of the tiles with a maximum above some row's ``t``, its counts, and flags."""
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    tiles = work.tiles_of(shape, opt)
     numbers = tl.arange(0, highest.shape[1])
-    x = terms.c * (highest - top[:, None]) - (t - slack(terms.r))[:, None]
-    inside = is_inside(x, terms.r, opt)
+    x = terms.c * (highest - top[:, None]) - (t - solve.slack(terms.r))[:, None]
+    inside = score.is_inside(x, terms.r, opt)
     if INTERPRETED:
         alive = tl.max(inside.to(tl.int32), 0)
     else:  # as bits, which all threads get at once: else they take turns for each of the sums
         bits = tl.where(inside, 1 << numbers[None, :], 0)
         alive = (tl.reduce(tl.reduce(bits, 1, united), 0, united) >> numbers) & 1
-    first = at_block.to(tl.int64) * tiles
+    lists = work.by_tiles(lists, at_block, shape, opt)
+    live = work.by_tiles(live, at_block, shape, opt)
     found_open = 0
     found = 0
     for edge in tl.static_range(2 if opt.lower else 1):
-        found_open, found = list_alive(lists + first, live + first, numbers, alive, numbers < tiles,
-                                       open_ones, found_open, found, opt, edge)  # fmt: skip
+        found_open, found = solve.list_alive(lists, live, numbers, alive,
+                                             numbers < tiles, open_ones, found_open, found, opt,
+                                             edge)  # fmt: skip
     tl.store(counts + 2 * at_block, found_open)
     tl.store(counts + 2 * at_block + 1, found)
 
@@ -192,43 +156,47 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
     ``live`` comes as zeros.
     """
     programs = tl.cdiv(row_blocks, each)
-    number = in_turn(tl.program_id(0), shape.heads_q, programs, shape, opt)
-    first_block = number // programs * tl.cdiv(shape.length_q, opt.block_q) + begin
+    number = work.in_turn(tl.program_id(0), shape.heads_q, programs, shape, opt)
+    first_block = number // programs * work.row_blocks_of(shape, opt) + begin
     start = number % programs * each
     stop = tl.minimum(start + each, row_blocks)
-    at_block, at_head, first_row, at_row, inside = row_block_of(first_block + start, shape, opt)
+    at_block, at_head, first_row, at_row, inside = work.row_block_of(
+        first_block + start, shape, opt
+    )
     batch, head, kv_head = at_head
-    terms = terms_of(batch, head, shape, opt)
-    queries = head_of(query, batch, head)
-    upcoming = load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim, opt.padded,
-                         True)  # fmt: skip
-    keys = keys_of(key, batch, kv_head, shape, opt)
+    terms = score.terms_of(batch, head, shape, opt)
+    queries = work.head_of(query, batch, head)
+    upcoming = work.load_tile(queries, first_row, shape.length_q, opt.block_q, opt.head_dim,
+                              opt.padded, True)  # fmt: skip
+    keys = work.keys_of(key, batch, kv_head, shape, opt)
     first = tl.full((), 0, tl.int32)
-    k = load_keys(keys, first, shape, wide.block_k, opt.head_dim, opt.padded, True, opt)
+    k = work.load_keys(keys, first, shape, wide.block_k, opt.head_dim, opt.padded, True, opt)
     scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     if OUTPUT:
-        values = keys_of(value, batch, kv_head, shape, opt)
-        v = load_keys(values, first, shape, wide.block_k, opt.head_dim_v, opt.padded_v, True, opt)
+        values = work.keys_of(value, batch, kv_head, shape, opt)
+        v = work.load_keys(
+            values, first, shape, wide.block_k, opt.head_dim_v, opt.padded_v, True, opt
+        )
         if COUNT:
-            marks = marks_of(marks, batch, head, shape, MARK)
+            marks = work.marks_of(marks, batch, head, shape, MARK)
     for index in range(start, stop):
-        at_block, at_head, first_row, at_row, inside = row_block_of(first_block + index, shape,
-                                                                    opt)  # fmt: skip
+        at_block, at_head, first_row, at_row, inside = work.row_block_of(first_block + index, shape,
+                                                                         opt)  # fmt: skip
         q = upcoming
         next_row = tl.maximum(first_row - opt.block_q, 0)  # see `row_block_of`
-        upcoming = load_tile(queries, next_row, shape.length_q, opt.block_q, opt.head_dim,
-                             opt.padded, True)  # fmt: skip
-        rows, columns = numbers_of(first_row, first, wide, opt.block_q)
+        upcoming = work.load_tile(queries, next_row, shape.length_q, opt.block_q, opt.head_dim,
+                                  opt.padded, True)  # fmt: skip
+        rows, columns = score.numbers_of(first_row, first, wide, opt.block_q)
         bias = 0.0
         if opt.biased:
-            bias = bias_of(rows, columns, terms, shape, opt)
-        s = seen_scores(q, k, first_row, first, bias, terms, shape, wide, False)
-        end = seen_tiles(first_row, terms, shape, opt)
-        seen = tl.minimum(seen_begin(first_row, terms, shape, opt), end), end
-        open_end = open_tiles(first_row, shape.length_k, terms, shape, opt)
-        open_ones = open_between(first_row, seen[0], end, open_end, terms, shape, opt)
+            bias = score.bias_of(rows, columns, terms, shape, opt)
+        s = solve.seen_scores(q, k, first_row, first, bias, terms, shape, wide, False)
+        end = score.seen_tiles(first_row, terms, shape, opt)
+        seen = tl.minimum(score.seen_begin(first_row, terms, shape, opt), end), end
+        open_end = score.open_tiles(first_row, shape.length_k, terms, shape, opt)
+        open_ones = solve.open_between(first_row, seen[0], end, open_end, terms, shape, opt)
         if (open_ones[0] > 0) | (open_ones[1] * opt.block_k < wide.block_k):
-            s = tl.where(allowed(rows, columns, terms, shape, wide), s, -INFINITY)
+            s = tl.where(score.allowed(rows, columns, terms, shape, wide), s, -INFINITY)
         maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
         highest = largest(tl.reshape(maxima, (opt.block_q, tiles, TILE_PARTS)), 2)
@@ -236,7 +204,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
             top, moments = top_and_moments(maxima)
         else:
             top = largest(highest, 1)
-        row_top, poisoned, pending = kinds_of(top, inside, terms, opt)
+        row_top, poisoned, pending = solve.kinds_of(top, inside, terms, opt)
         t = bound_rows(maxima, row_top, pending, terms, opt)
         if opt.guesses:
             numbers = first_row + tl.arange(0, opt.block_q)
@@ -246,7 +214,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         pending = t < INFINITY
 
         # A guess may lie above the threshold, and is followed by a better bound than the first.
-        lo = lowest(pending, terms.r, opt) if opt.guesses else t
+        lo = solve.lowest(pending, terms.r, opt) if opt.guesses else t
         hi = tl.where(pending, HIGHEST, INFINITY)
         most = tl.full((opt.block_q,), 0.0, tl.float32) + (shape.length_k + 1)  # with the sink
         steps = tl.full((opt.block_q,), 0, tl.int32)
@@ -256,7 +224,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
             threshold = t
             if not opt.relative:
                 threshold = terms.c * top + t
-            x = distance(s, column(top, opt), threshold[:, None], terms.c, opt)
+            x = score.distance(s, score.column(top, opt), threshold[:, None], terms.c, opt)
             state = t, lo, hi, most, pending, steps
             sums = sums_of(x, terms.r, wide)
             t, lo, hi, most, pending, steps = advanced(state, sums, top, threshold, step, terms,
@@ -268,17 +236,19 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
             tl.store(iterations + at_row, steps, mask=inside)
         list_tiles(lists, live, counts, at_block, highest, row_top, t, open_ones, terms, shape,
                    opt)  # fmt: skip
-        t, tau = store_thresholds(top_out, t_out, tau_out, row_top, t, poisoned, at_row, inside,
-                                  terms, opt)  # fmt: skip
-        mark_poisoned(poison, t != t, first_row, seen, batch, kv_head, terms, shape, opt)
+        t, tau = solve.store_thresholds(top_out, t_out, tau_out, row_top, t, poisoned, at_row,
+                                        inside, terms, opt)  # fmt: skip
+        solve.mark_poisoned(poison, t != t, first_row, seen, batch, kv_head, terms, shape, opt)
 
         if OUTPUT:
             if not opt.relative:
                 t = tau
-            x = distance(s, column(top, opt), t[:, None], terms.c, opt)
-            u_scale, top_u = scale_of_u(t, terms.r, scale, opt)
-            sums = weigh(no_sums(opt, GRADIENT, False), x, v, first_row, first, marks, terms, shape,
-                         u_scale, wide, scale, GRADIENT, False, COUNT, MARK)  # fmt: skip
-            store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u, u_scale,
-                         batch, head, first_row, at_row, inside, value.base.dtype.element_ty, terms,
-                         shape, opt, scale, GRADIENT, False, COUNT)  # fmt: skip
+            x = score.distance(s, score.column(top, opt), t[:, None], terms.c, opt)
+            u_scale, top_u = output.scale_of_u(t, terms.r, scale, opt)
+            sums = output.weigh(output.no_sums(opt, GRADIENT, False), x, v, first_row, first, marks,
+                                terms, shape, u_scale, wide, scale, GRADIENT, False, COUNT,
+                                MARK)  # fmt: skip
+            output.store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u,
+                                u_scale, batch, head, first_row, at_row, inside,
+                                value.base.dtype.element_ty, terms, shape, opt, scale, GRADIENT,
+                                False, COUNT)  # fmt: skip

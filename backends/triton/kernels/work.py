@@ -20,6 +20,30 @@ from adasplash2.backends.triton.kernels.arithmetic import (
 
 
 @triton.jit
+def row_blocks_of(shape, opt: tl.constexpr):
+    """Of a head."""
+    return tl.cdiv(shape.length_q, opt.block_q)
+
+
+@triton.jit
+def tiles_of(shape, opt: tl.constexpr):
+    """Key tiles of a head."""
+    return tl.cdiv(shape.length_k, opt.block_k)
+
+
+@triton.jit
+def by_tiles(array, number, shape, opt: tl.constexpr):
+    """Where the entries of row block, or head, ``number`` begin in an array of one a key tile."""
+    return array + number.to(tl.int64) * tiles_of(shape, opt)
+
+
+@triton.jit
+def head_number(batch, head, shape):
+    """The number of a query head among those of all sequences."""
+    return batch * shape.heads_q + head
+
+
+@triton.jit
 def head_of(tensor, batch, head):
     base = tensor.base + batch.to(tl.int64) * tensor.batch + head.to(tl.int64) * tensor.head
     return base, tensor.row
@@ -35,6 +59,12 @@ def keys_of(tensor, batch, head, shape, opt: tl.constexpr):
         return base, tensor.row, pages.table + batch.to(tl.int64) * pages.batch, tensor.batch
     else:
         return head_of(tensor, batch, head)
+
+
+@triton.jit
+def row_pointers(head, rows, columns):
+    base, stride = head
+    return base + rows.to(tl.int64) * stride + columns
 
 
 @triton.jit
@@ -123,6 +153,22 @@ def load_keys(
 
 
 @triton.jit
+def load_each_key(head, keys, wanted, shape, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                  opt: tl.constexpr):  # fmt: skip
+    """Any ``keys``, or values, of a head by :func:`keys_of`; zeros where not ``wanted``."""
+    columns = tl.arange(0, PADDED)[None, :]
+    if opt.page_size > 0:
+        base, row, _, page = head
+        number = pages_of(head, keys, shape, opt).to(tl.int64)
+        places = number * page + (keys % opt.page_size).to(tl.int64) * row
+    else:
+        base, row = head
+        places = keys.to(tl.int64) * row
+    mask = wanted[:, None] & (columns < WIDTH)
+    return tl.load(base + places[:, None] + columns, mask=mask, other=0.0)
+
+
+@triton.jit
 def store_tile(
     head, first, length, tile, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ):
@@ -184,15 +230,15 @@ def in_turn(number, heads, each, shape, opt: tl.constexpr):
 @triton.jit
 def row_block_at(number, shape, opt: tl.constexpr):
     """:func:`row_block_of` what is ``number`` in launch order, see :func:`in_turn`."""
-    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
-    return row_block_of(in_turn(number, shape.heads_q, row_blocks, shape, opt), shape, opt)
+    number = in_turn(number, shape.heads_q, row_blocks_of(shape, opt), shape, opt)
+    return row_block_of(number, shape, opt)
 
 
 @triton.jit
 def row_block_of(number, shape, opt: tl.constexpr):
     """Row block ``number`` (head by head, so that keys and values stay in the L2, and longest rows
     first): its place among all, ``(batch, head, kv_head)``, its first row, and :func:`rows_at`."""
-    row_blocks = tl.cdiv(shape.length_q, opt.block_q)
+    row_blocks = row_blocks_of(shape, opt)
     head_row = number // row_blocks
     row_block = row_blocks - 1 - number % row_blocks
     head = head_row % shape.heads_q
@@ -225,7 +271,7 @@ def key_head_number(batch, kv_head, shape):
 @triton.jit
 def tile_at(number, shape, opt: tl.constexpr):
     """``(kv_row, batch, kv_head)`` and the first key of a key tile."""
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    tiles = tiles_of(shape, opt)
     return key_head_at(number // tiles, shape), number % tiles * opt.block_k
 
 
@@ -233,22 +279,58 @@ def tile_at(number, shape, opt: tl.constexpr):
 def tile_in_turn(number, shape, opt: tl.constexpr):
     """The key tile that is ``number`` in launch order, see :func:`in_turn`."""
     heads_kv = shape.heads_q // shape.gqa_group
-    return in_turn(number, heads_kv, tl.cdiv(shape.length_k, opt.block_k), shape, opt)
+    return in_turn(number, heads_kv, tiles_of(shape, opt), shape, opt)
 
 
 @triton.jit
-def mask_tile_at(number, heads, row_blocks, tiles, BY_ROW: tl.constexpr, BY_KEY: tl.constexpr):
+def mask_tile_at(number, heads, shape, opt: tl.constexpr, BY_ROW: tl.constexpr,
+                 BY_KEY: tl.constexpr):  # fmt: skip
     """Batch and head of a mask of so many ``heads``, row block and key tile of tile ``number`` of
     it; zero where it has one row, or one key, for all."""
     row_block = 0
     tile = 0
     if BY_KEY:
-        tile = number % tiles
-        number = number // tiles
+        tile = number % tiles_of(shape, opt)
+        number = number // tiles_of(shape, opt)
     if BY_ROW:
-        row_block = number % row_blocks
-        number = number // row_blocks
+        row_block = number % row_blocks_of(shape, opt)
+        number = number // row_blocks_of(shape, opt)
     return number // heads, number % heads, row_block, tile
+
+
+@triton.jit
+def store_mask_tile(mask, row_block, tile, sums, shape, opt: tl.constexpr, BY_ROW: tl.constexpr,
+                    BY_KEY: tl.constexpr):  # fmt: skip
+    """Store a tile by :func:`mask_tile_at`, added up where it has one row, or one key, for all;
+    ``mask``: where the mask's head begins, and its row stride."""
+    places, stride = mask
+    rows = row_block * opt.block_q + tl.arange(0, opt.block_q)
+    keys = tile * opt.block_k + tl.arange(0, opt.block_k)
+    if BY_ROW and BY_KEY:
+        places += rows.to(tl.int64)[:, None] * stride + keys[None, :]
+        inside = (rows < shape.length_q)[:, None] & (keys < shape.length_k)[None, :]
+        tl.store(places, sums, mask=inside)
+    elif BY_ROW:
+        places += rows.to(tl.int64) * stride
+        tl.store(places, tl.sum(sums, 1), mask=rows < shape.length_q)
+    elif BY_KEY:
+        tl.store(places + keys, tl.sum(sums, 0), mask=keys < shape.length_k)
+    else:
+        tl.store(places, tl.sum(tl.sum(sums, 1), 0))
+
+
+@triton.jit
+def marks_of(marks, batch, head, shape, MARK: tl.constexpr):
+    """Where a head's marks of tiles with support begin."""
+    each = tl.cdiv(shape.length_q, MARK) * tl.cdiv(shape.length_k, MARK)
+    return marks + head_number(batch, head, shape).to(tl.int64) * each
+
+
+@triton.jit
+def mark_pairs(marks, rows, keys, which, shape, MARK: tl.constexpr):
+    """Mark those tiles, of a head by :func:`marks_of`, that hold one ``which`` of the pairs."""
+    places = marks + rows // MARK * tl.cdiv(shape.length_k, MARK) + keys // MARK
+    tl.store(places, tl.full(which.shape, 1, tl.int8), mask=which)
 
 
 @triton.jit
@@ -290,12 +372,19 @@ def share_of(first, end, number, parts):
 
 
 @triton.jit
-def member_and_block(entry, row_blocks, opt: tl.constexpr):
+def member_and_block(entry, shape, opt: tl.constexpr):
     """The head of its group, and the row block of that, that an entry of a key tile's list says."""
+    row_blocks = row_blocks_of(shape, opt)
     if opt.grouped:
         return entry // row_blocks, entry % row_blocks
     else:
         return entry * 0, entry
+
+
+@triton.jit
+def group_blocks(shape, opt: tl.constexpr):
+    """Row blocks of the heads of one key head: as many entries has a key tile's list room for."""
+    return shape.gqa_group * row_blocks_of(shape, opt)
 
 
 @triton.jit
@@ -316,7 +405,7 @@ def checked(entries, shape, opt: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.cons
     """
     numbers, open_end, end = entries
     whole = shape.length_k // opt.block_k
-    tiles = tl.cdiv(shape.length_k, opt.block_k)
+    tiles = tiles_of(shape, opt)
     right = (open_end >= 0) & (open_end <= end) & (end <= tiles)
     if FEW:
         places = tl.arange(0, CHUNK)
