@@ -481,7 +481,7 @@ struct BackwardState {
 
   // In whole panels.
   KeyRange seen_by_band(int64_t head, Part blocks) const {
-    const RowBlock first = row_block(problem, head * problem.row_blocks_per_head() + blocks.first);
+    const RowBlock first = row_block_of(problem, head, blocks.first);
     const int64_t rows = std::min(blocks.count * kBlockRows, problem.length_q - first.row_begin);
     const int64_t size = kernels.panel_keys;
     const KeyRange panels =
@@ -562,7 +562,8 @@ struct MaskGradient {
   std::vector<std::vector<int64_t>> shared_by(const AttentionProblem& p, Part some) const {
     std::vector<std::vector<int64_t>> found(size_t(batches * heads));
     for (int64_t head = some.first; head < some.first + some.count; ++head)
-      found[size_t(head / p.heads_q % batches * heads + head % p.heads_q % heads)].push_back(head);
+      found[size_t(p.batch_of_queries(head) % batches * heads + p.head_in_batch(head) % heads)]
+          .push_back(head);
     found.erase(std::remove_if(found.begin(), found.end(), [](auto& of) { return of.empty(); }),
                 found.end());
     return found;
@@ -570,7 +571,8 @@ struct MaskGradient {
 
   void hand_to(RowGradients<T>& task, const AttentionProblem& p, const RowBlock& of) {
     if (!mask.data) return;
-    const int64_t batch = of.head_q / p.heads_q % batches, head = of.head_q % p.heads_q % heads;
+    const int64_t batch = p.batch_of_queries(of.head_q) % batches;
+    const int64_t head = p.head_in_batch(of.head_q) % heads;
     const int64_t block = of.row_begin / kBlockRows;
     task.mask_stride_row = mask.stride_row;
     task.mask_stride_key = mask.stride_key;
@@ -650,7 +652,7 @@ void backward_rows(BackwardState<T>& state, MaskGradient<T>& mask, Workspaces& w
       if (of_band.keys)
         std::fill(of_band.keys, of_band.values + of_band.range.size() * p.head_dim_v, T(0));
       for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b)
-        run(row_block(p, head * p.row_blocks_per_head() + b), of_band, thread);
+        run(row_block_of(p, head, b), of_band, thread);
     }
   });
 }

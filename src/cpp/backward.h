@@ -228,7 +228,7 @@ struct BackwardRows {
     }
   }
 
-  ADASPLASH2_INLINE bool needs_dots() const { return scores.is_capped() || task.others.scales; }
+  ADASPLASH2_INLINE bool needs_dots() const { return scores.needs_dots(task.others.scales); }
 
   // p of n keys of row i, zeros behind them to the end of a vector -> ds in place, the gradient of
   // q . k, and the row's other gradients. `dp` is likewise, and so is `row_dots` where that is

@@ -196,7 +196,7 @@ struct Decoding {
       task.workspace = workspaces[size_t(thread)].data();
       kernels.decode_row(task);
       work[size_t(thread)].add(task.work);
-      const int64_t row = task.head * problem.length_q + task.row;
+      const int64_t row = problem.row_number(task.head, task.row);
       if (arguments.support) arguments.support[row] = task.support;
       if (arguments.iterations) arguments.iterations[row] = task.steps;
     });
@@ -230,7 +230,7 @@ struct Decoding {
     task.head = of.head_q;
     task.row = of.row;
     task.out = problem.query_head(arguments.out, task.head);
-    task.tau = static_cast<T*>(arguments.tau) + task.head * problem.length_q + task.row;
+    task.tau = static_cast<T*>(arguments.tau) + problem.row_number(task.head, task.row);
     return task;
   }
 

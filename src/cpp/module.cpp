@@ -104,8 +104,7 @@ struct Asked {
     s.scale = scale;
     s.softcap = softcap;
     s.length_k = p.length_k;
-    s.left = window[0];
-    s.right = is_causal ? 0 : window[1];
+    s.set_window(is_causal, window[0], window[1]);
     s.shift = shift;
     s.dropout_p = dropout_p;
     s.compute_dtype = p.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
@@ -118,9 +117,7 @@ struct Asked {
     s.places = operand_of(operands, "places");
     s.seeds = operand_of(operands, "dropout_seed");
     s.blocks_per_head = p.row_blocks_per_head();
-    s.is_plain = s.left < 0 && s.right <= 0 && shift == 0 && softcap == 0.0 &&
-                 !(s.mask.data || s.slopes.data || s.sinks.data || s.scales.data || s.begins.data ||
-                   s.seeds.data);
+    s.find_plain();
     set_alphas(alpha, operand_of(operands, "alphas"));
   }
   Asked(const Asked&) = delete;

@@ -186,6 +186,16 @@ struct Score {
   int64_t blocks_per_head;
   bool is_plain;  // a scale and top-left causal masks at most
 
+  ADASPLASH2_INLINE void set_window(bool is_causal, int64_t to_left, int64_t to_right) {
+    left = to_left;
+    right = is_causal ? 0 : to_right;
+  }
+  // Once all else is set. What is left out here would be ignored.
+  ADASPLASH2_INLINE void find_plain() {
+    is_plain =
+        left < 0 && right <= 0 && shift == 0 && softcap == 0.0 &&
+        !(mask.data || slopes.data || sinks.data || scales.data || begins.data || seeds.data);
+  }
   ADASPLASH2_INLINE bool has_slopes() const { return slopes.data != nullptr; }
   ADASPLASH2_INLINE bool has_sinks() const { return sinks.data != nullptr; }
   ADASPLASH2_INLINE bool has_dropout() const { return seeds.data != nullptr; }
@@ -333,6 +343,8 @@ struct Scores {
   }
 
   ADASPLASH2_INLINE bool is_capped() const { return !IsPlain && score.is_capped(); }
+  // Whether the derivative of a score, or what is `wanted` of scales, takes q . k.
+  ADASPLASH2_INLINE bool needs_dots(const T* wanted) const { return is_capped() || wanted; }
 
   // ds / d(q . k): one number where s is linear in it and has no more parts, else 1, and what
   // begins with through_ does the rest.

@@ -104,29 +104,35 @@ struct AttentionProblem {
   }
 
   ADASPLASH2_INLINE int64_t rows() const { return query_heads() * length_q; }
+  ADASPLASH2_INLINE int64_t row_number(int64_t head_q, int64_t row) const {
+    return head_q * length_q + row;
+  }
   ADASPLASH2_INLINE int64_t row_blocks_per_head() const { return parts(length_q, kBlockRows); }
   ADASPLASH2_INLINE int64_t row_blocks() const { return query_heads() * row_blocks_per_head(); }
 
   // Of a query head among those of all batches.
+  ADASPLASH2_INLINE int64_t batch_of_queries(int64_t number) const { return number / heads_q; }
+  ADASPLASH2_INLINE int64_t head_in_batch(int64_t number) const { return number % heads_q; }
   ADASPLASH2_INLINE HeadScore score_of(int64_t number) const {
-    return score.of_head(number / heads_q, number % heads_q, number);
+    return score.of_head(batch_of_queries(number), head_in_batch(number), number);
   }
   ADASPLASH2_INLINE const Alpha& alpha_of(int64_t number) const {
-    return alphas[number / heads_q * alpha_stride_batch + number % heads_q * alpha_stride_head];
+    return alphas[batch_of_queries(number) * alpha_stride_batch +
+                  head_in_batch(number) * alpha_stride_head];
   }
 
   ADASPLASH2_INLINE int64_t element_size() const { return bytes_of(dtype); }
   ADASPLASH2_INLINE HeadRef query_head(const TensorRef& tensor, int64_t number) const {
-    return head_of(tensor, number / heads_q, number % heads_q);
+    return head_of(tensor, batch_of_queries(number), head_in_batch(number));
   }
   ADASPLASH2_INLINE HeadRef key_head(const TensorRef& tensor, int64_t number) const {
-    return head_of(tensor, number / heads_kv, number % heads_kv);
+    return head_of(tensor, batch_of_keys(number), number % heads_kv);
   }
   // Of a cache, whose batch stride is that of its pages where there are any.
   ADASPLASH2_INLINE CacheRef cached_head(const TensorRef& tensor, BlockTable table,
                                          int64_t number) const {
     if (!table.data) return {key_head(tensor, number), table, 0};
-    table.data += number / heads_kv * table.stride;
+    table.data += batch_of_keys(number) * table.stride;
     return {head_of(tensor, 0, number % heads_kv), table, tensor.stride_batch};
   }
 
@@ -149,7 +155,11 @@ ADASPLASH2_INLINE RowBlock row_block(const AttentionProblem& p, int64_t number) 
   const int64_t head = number / p.row_blocks_per_head();
   const Part rows = part_of(p.length_q, kBlockRows, number % p.row_blocks_per_head());
   return {number,     head,       head / p.gqa_group(),
-          rows.first, rows.count, head * p.length_q + rows.first};
+          rows.first, rows.count, p.row_number(head, rows.first)};
+}
+// By its number among those of a query head.
+ADASPLASH2_INLINE RowBlock row_block_of(const AttentionProblem& p, int64_t head_q, int64_t number) {
+  return row_block(p, head_q * p.row_blocks_per_head() + number);
 }
 
 // The row block that comes at `turn`. Head by head, so that one head's keys and values stay in the

@@ -283,10 +283,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, ADASPLASH2_RESIDENTS)
   for (int i = 0; i < b.rows; ++i) of_rows.add(seen[i]);
   const Range any = of_rows.any, all = of_rows.all;
   // The split's keys, in whole tiles.
-  const int first_tile = any.begin / kDecodeTile;
-  const int tiles = max(0, (any.end + kDecodeTile - 1) / kDecodeTile - first_tile);
-  const int begin = first_tile + b.split * (tiles / p.splits) + min(b.split, tiles % p.splits);
-  const int end = begin + tiles / p.splits + (b.split < tiles % p.splits);
+  const Range own = share_of(any.tiles<kDecodeTile>(), b.split, p.splits);
+  const int begin = own.begin, end = own.end;
   const BlockScores scores{p, b, reinterpret_cast<float*>(shared + kQueryBytes), begin, end};
 
   const Cache<kPaged> keys(p, p.k, b.batch, b.kv_head);
@@ -403,10 +401,8 @@ extern "C" __global__ void __launch_bounds__(kSolveThreads, 1)
   const QueryRow row(p, blockIdx.x);
   const int lane = lane_id(), warp = warp_id();
   const int number = row.at % SharedRows::rows_of(p);
-  if (threadIdx.x == 0 && number % kDecodeRowTile == 0) {
-    const int tiles = (SharedRows::rows_of(p) + kDecodeRowTile - 1) / kDecodeRowTile;
-    p.arrivals[row.at / SharedRows::rows_of(p) * tiles + number / kDecodeRowTile] = 0;
-  }
+  if (threadIdx.x == 0 && number % kDecodeRowTile == 0)
+    p.arrivals[RowTile::number<kDecodeRowTile>(p, row.at / SharedRows::rows_of(p), number)] = 0;
   OverBlock over_block{exchanged};
   LiveParts live{parts_at(p, row.at), parts_of(p), -kInf};
 
@@ -688,8 +684,7 @@ extern "C" __global__ void __launch_bounds__(kWeighThreads, kWeighResidents)
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int tiles = (SharedRows::rows_of(p) + kTile - 1) / kTile;
-    int* arrivals = p.arrivals + b.kv_row * tiles + (b.first - b.first_row) / kTile;
+    int* arrivals = p.arrivals + RowTile::number<kTile>(p, b.kv_row, b.first - b.first_row);
     is_last = atomicAdd(arrivals, 1) == p.weighed - 1;
   }
   __syncthreads();

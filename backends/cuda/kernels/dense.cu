@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const i64 at_row = slot_number(p, b.head_row, row);
     p.row_count[at_row].survivors = poisoned[slot] ? kPoisoned : kept;
     p.row_start[at_row].factor = factor;
-    if (poisoned[slot]) poison_keys(p, b.batch, b.kv_head, row);
+    if (poisoned[slot]) poison_keys(p, b.kv_row(p), row);
     if (p.iterations) p.iterations[at] = steps[slot];
   }
   mark_output_if(unsafe, p, b.head_row, b.first_row);
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   mark_rows_if(unsafe, p, b.head_row, b.first_row);
   write_part<kHeadDim, false>(grad_q, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row,
-                              b.first_row, p.length_q, p.scale, b.flat);
+                              b.first_row, p.length_q, score_slope(p), b.flat);
 }
 
 // What flat rows add to dK and dV; a block owns kRows keys. Wide heads take two blocks a
@@ -319,7 +319,7 @@ __device__ __forceinline__ void grad_columns_of_flat_rows(const Params& p, char*
       if constexpr (want_k) add_weighted<kChunkParts, kDim>(grad_k, dp, queries);
     }
   });
-  if constexpr (want_k) add_to_keys<kHeadDim>(grad_k, p.grad_k, b, p.scale, false);
+  if constexpr (want_k) add_to_keys<kHeadDim>(grad_k, p.grad_k, b, score_slope(p), false);
   if constexpr (want_v) add_to_keys<kHeadDimV>(grad_v, p.grad_v, b, 1.f / kProbScale, true);
 }
 

@@ -181,16 +181,17 @@ struct Block : QueryBlock<kBlockRows> {
   __device__ __forceinline__ KeyTiles<keys> tiles() const {
     return {first + kBlockRows - 1, p.length_k};
   }
-  __device__ __forceinline__ int seen(int slot) const {  // keys
-    return seen_end(row(slot), p.length_k);
+  // Keys from one on, negative where none of them is seen.
+  __device__ __forceinline__ int seen_from(int slot, int first_key) const {
+    return adasplash2::seen_from(row(slot), first_key, p.length_k);
   }
   // Scores of keys that a row does not see become minus infinity.
   template <int count>
   __device__ __forceinline__ void mask(float (&s)[count], int first_key) const {
     constexpr int keys = count * 2;
     if (!some_hidden(first_row, first_key + keys, p.length_k)) return;
-    const int limit[2] = {seen(0) - first_key - lane_id() % 4 * 2,
-                          seen(1) - first_key - lane_id() % 4 * 2};
+    const int first = first_key + lane_id() % 4 * 2;  // the lane's
+    const int limit[2] = {seen_from(0, first), seen_from(1, first)};
 #pragma unroll
     for (int i = 0; i < count; ++i)
       if (i / 4 * 8 + i % 2 >= limit[i / 2 % 2]) s[i] = -kInf;

@@ -293,7 +293,7 @@ __device__ __forceinline__ void sum_grad_rows(const GradRows& at, char* own, con
   }
   mark_rows_if(unsafe, p, b.head_row, b.first_row);
   write_rows<kHeadDim>(grad, row_of(p.grad_q, b.batch, b.head, 0), p.grad_q.row, b.first_row,
-                       p.length_q, p.scale, b.flat);
+                       p.length_q, score_slope(p), b.flat);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -610,7 +610,7 @@ __device__ __forceinline__ void sum_grad_columns(const GradColumns& at, char* ow
     weigh(s, dp);
   }
   fence_operands(grad_k), fence_operands(grad_v);
-  write_keys<kHeadDim>(grad_k, p, p.grad_k, b, first_key, p.scale, false);
+  write_keys<kHeadDim>(grad_k, p, p.grad_k, b, first_key, score_slope(p), false);
   write_keys<kHeadDimV>(grad_v, p, p.grad_v, b, first_key, 1.f / kProbScale, true);
 }
 

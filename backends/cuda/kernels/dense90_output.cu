@@ -455,7 +455,7 @@ struct Attention {
       scores(s[i], tile);
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot)
-        allowed[slot] += max(0, min(kTileKeys, b.seen(slot) - tile * kTileKeys));
+        allowed[slot] += max(0, min(kTileKeys, b.seen_from(slot, tile * kTileKeys)));
     }
     float weight[2], low[2], high[2];
 #pragma unroll
@@ -464,7 +464,7 @@ struct Attention {
       for (int i = 0; i < Sample::kTiles; ++i) raise_top(slot, s[i]);
       top[slot] = max_or_nan_over<4>(top[slot]);
       const bool known = is_finite(top[slot]) && !t[slot].done;
-      weight[slot] = float(b.seen(slot)) / float(max(1, allowed[slot]));
+      weight[slot] = float(b.seen_from(slot, 0)) / float(max(1, allowed[slot]));
       const float window = kAlpha == AlphaKind::k15 ? rsqrtf(weight[slot]) : 1.f / weight[slot];
       high[slot] = c * top[slot], low[slot] = high[slot] - 1.f;
       t[slot].lo = low[slot], t[slot].hi = high[slot];
@@ -595,7 +595,7 @@ struct Attention {
       p.tau[at_tau] = last;
       p.row_count[at_row].survivors = is_poisoned(slot) ? kPoisoned : kept;
       p.row_start[at_row].factor = total > 0.f ? 1.f / (total - slope * (last - tau)) : 0.f;
-      if (is_poisoned(slot)) poison_keys(p, b.batch, b.kv_head, b.row(slot));
+      if (is_poisoned(slot)) poison_keys(p, b.kv_row(p), b.row(slot));
       if (p.iterations) p.iterations[at_tau] = t[slot].steps;
     }
     mark_output_if(unsafe, p, b.head_row, b.first_row);

@@ -44,7 +44,7 @@ __device__ __forceinline__ void for_listed_rows(const Params& p, const Body& bod
   static_assert(kRowBlock % (32 / lanes) == 0);
   const int row_blocks = all_row_blocks(p), of_warp = warp_id() * (32 / lanes);
   const auto wanted = [&](int item) {
-    const int row_block = (item * kRows + of_warp) / kRowBlock;
+    const int row_block = row_block_at(item * kRows + of_warp);
     return row_block < row_blocks && !p.flat[row_block];
   };
   for_items((row_blocks * kRowBlock + kRows - 1) / kRows, wanted,
@@ -85,11 +85,11 @@ __device__ __forceinline__ bool has_infinite(const Scalar* rows, i64 stride, int
 extern "C" __global__ void __launch_bounds__(kThreads)
     check_finite(const __grid_constant__ Params p) {
   start_next_and_await();
-  const int of_keys = key_blocks<kCheckRows>(p);
+  const int blocks_of_keys = key_blocks<kCheckRows>(p);
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.unsafe_output = 0;
   int first_head, heads;  // whose scores what is looked at has a part in
   bool found;
-  if (int(blockIdx.x) < of_keys) {
+  if (int(blockIdx.x) < blocks_of_keys) {
     const KeyBlock<kCheckRows> b(p, blockIdx.x);
     first_head = b.head_row(p), heads = p.gqa_group;
     if (b.first == 0 && threadIdx.x == 0) poison_no_keys(p, b.kv_row);
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     found = has_infinite<kHeadDim>(keys, p.k.row, b.first, p.length_k) ||
             has_infinite<kHeadDimV>(values, p.v.row, b.first, p.length_k);
   } else {
-    const QueryBlock<kCheckRows> b(p, blockIdx.x - of_keys);
+    const QueryBlock<kCheckRows> b(p, blockIdx.x - blocks_of_keys);
     first_head = b.head_row, heads = 1;
     const int row = b.first + threadIdx.x;
     if (threadIdx.x < kCheckRows && row < p.row_blocks * kRowBlock) {
@@ -118,8 +118,8 @@ __device__ __forceinline__ void output_row(const Params& p, const ArenaRow& r) {
   if (!r.inside) return;
   const int count = p.row_count[r.at].survivors;
   const int first_entry = p.row_start[r.at].entry;
-  const KeyNumber* columns = columns_of(p, r.at / kRowBlock) + first_entry;
-  const float* weights = weights_of(p, r.at / kRowBlock) + first_entry;
+  const KeyNumber* columns = columns_of(p, row_block_at(r.at)) + first_entry;
+  const float* weights = weights_of(p, row_block_at(r.at)) + first_entry;
   const Scalar* values = row_of(p.v, r.batch, r.kv_head, 0);
   const int at = threadIdx.x % kOutputLanes * 8;
   float out[8];
@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) output(const __grid_const
 __device__ __forceinline__ void count_columns_of(const Params& p, int row_block) {
   bool broken = false;
   if (threadIdx.x < kRowBlock) {
-    const int at = row_block * kRowBlock + threadIdx.x, count = p.row_count[at].survivors;
+    const int at = place_of(row_block, threadIdx.x), count = p.row_count[at].survivors;
     const bool last = threadIdx.x == kRowBlock - 1;
     const int next = last ? p.row_start[at].entry + max(count, 0) : p.row_start[at + 1].entry;
     broken = count < kPoisoned || count > kRowBlock * kArenaRow ||
@@ -179,10 +179,10 @@ __device__ __forceinline__ void count_columns_of(const Params& p, int row_block)
   }
   if (__syncthreads_or(broken)) {
     if (threadIdx.x < kRowBlock)
-      p.row_count[row_block * kRowBlock + threadIdx.x].survivors = kPoisoned;
+      p.row_count[place_of(row_block, threadIdx.x)].survivors = kPoisoned;
     return;
   }
-  const int last = row_block * kRowBlock + kRowBlock - 1;
+  const int last = place_of(row_block, kRowBlock - 1);
   const int total = p.row_start[last].entry + max(p.row_count[last].survivors, 0);
   const int kv_row = head_of_row_block(p, row_block).kv_row(p);
   int* counts = of_keys(p, p.column_count, kv_row);
@@ -325,7 +325,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const ArenaRow& r) {
   const int count = max(kept, 0);
   // The lanes of a warp stay together for the shuffles.
   const int longest = uniform(__reduce_max_sync(kAllLanes, count));
-  const int row_block = active ? r.at / kRowBlock : 0;
+  const int row_block = active ? row_block_at(r.at) : 0;
   const int first_entry = active ? p.row_start[r.at].entry : 0;
   const KeyNumber* columns = columns_of(p, row_block) + first_entry;
   const int lane = threadIdx.x % kRowLanes, at = lane * 8;
@@ -342,7 +342,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const ArenaRow& r) {
   const Scalar* values = active ? row_of(p.v, r.batch, r.kv_head, 0) : nullptr;
   const int kv_row = r.kv_row(p), mine = Products::slot();
   RowNumber* rows = rows_of(p, kv_row);  // made where it is used, it would make float32 spill
-  const int my_row = r.head % p.gqa_group << p.row_bits | r.row;
+  const int my_row = GroupRow::pack(p, r.head % p.gqa_group, r.row);
   const bool puts = lane < 8 && lane % 2 == 0;  // one lane a survivor
   float first_score = 0.f, first_dp = 0.f, sum_u = 0.f, sum_udp = 0.f, mass = 0.f;
   float sum_uk[8] = {}, grad_q[8] = {};
@@ -398,7 +398,7 @@ __device__ __forceinline__ void grad_row(const Params& p, const ArenaRow& r) {
   const float rest = kept < 0 || !is_finite(delta) ? kNaN : delta - first_dp;
 #pragma unroll
   for (int j = 0; j < 8; ++j)
-    grad_q[j] = kept == 0 ? 0.f : p.scale * fmaf(-rest, sum_uk[j], grad_q[j]);
+    grad_q[j] = kept == 0 ? 0.f : score_slope(p) * fmaf(-rest, sum_uk[j], grad_q[j]);
   store8<kHeadDim>(row_of(p.grad_q, r.batch, r.head, r.row), at, grad_q);
 }
 
@@ -420,7 +420,7 @@ struct Column {
   __device__ __forceinline__ Column(const Params& p, int number, int lane, bool wanted)
       : number(number), at(lane % kRowLanes * 8) {
     const Key of(p, number);
-    first_row = of.kv_row * group_row_blocks(p) * kRowBlock;
+    first_row = place_of(of.kv_row * group_row_blocks(p), 0);
     queries = row_of(p.q, of.batch, of.first_head(p), 0);
     grads = row_of(p.grad_o, of.batch, of.first_head(p), 0);
     load8<kHeadDim>(row_of(p.k, of.batch, of.kv_head, of.key), at, key, wanted);
@@ -437,8 +437,8 @@ struct Column {
     float found = 0.f;
     if (inside) {  // two lanes look through its survivors
       const int first = p.row_start[row_at].entry, count = p.row_count[row_at].survivors;
-      const KeyNumber* columns = columns_of(p, row_at / kRowBlock) + first;
-      const float* weights = weights_of(p, row_at / kRowBlock) + first;
+      const KeyNumber* columns = columns_of(p, row_block_at(row_at)) + first;
+      const float* weights = weights_of(p, row_block_at(row_at)) + first;
 #pragma unroll 2
       for (int i = lane_id() % 2; i < count; i += 2)
         if (column_of(p, columns[i]) == column) found = weights[i];
@@ -449,21 +449,20 @@ struct Column {
   // Add some rows, -1 where there are none. All lanes of the warp come together.
   __device__ __forceinline__ void add(const Params& p, const int (&row)[kBatch]) {
     float q[kBatch][8], grad_o[kBatch][8];
-    const int bits = p.row_bits;
     int my_row = -1;  // the lane's survivor
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const bool wanted = row[i] >= 0;
-      const int member = row[i] >> bits, of_head = row[i] & ((1 << bits) - 1);
-      const Scalar* query = row_in(row_in(queries, p.q.head, member), p.q.row, of_head);
-      const Scalar* grad = row_in(row_in(grads, p.grad_o.head, member), p.grad_o.row, of_head);
+      const GroupRow of(p, row[i]);
+      const Scalar* query = row_in(row_in(queries, p.q.head, of.member), p.q.row, of.row);
+      const Scalar* grad = row_in(row_in(grads, p.grad_o.head, of.member), p.grad_o.row, of.row);
       load8<kHeadDim>(query, at, q[i], wanted);
       load8<kHeadDimV>(grad, at, grad_o[i], wanted);
       if (i == Products::slot()) my_row = row[i];
     }
     const bool inside = my_row >= 0;
-    const int row_at =
-        first_row + (my_row >> bits) * p.row_blocks * kRowBlock + (my_row & ((1 << bits) - 1));
+    const GroupRow mine(p, my_row);
+    const int row_at = first_row + place_of(mine.member * p.row_blocks, mine.row);
     float4 raw = {};
     if (inside) raw = reinterpret_cast<const float4*>(p.terms)[row_at];
     const Terms terms = {raw.x, raw.y, raw.z, raw.w};
@@ -512,7 +511,7 @@ struct Column {
     const bool poisoned = is_poisoned(p, of.kv_row, of.key);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      grad_k[j] = poisoned ? kNaN : grad_k[j] * p.scale;
+      grad_k[j] = poisoned ? kNaN : grad_k[j] * score_slope(p);
       grad_v[j] = poisoned ? kNaN : grad_v[j];
     }
     store8<kHeadDim>(row_of(p.grad_k, of.batch, of.kv_head, of.key), at, grad_k);
@@ -623,7 +622,7 @@ extern "C" __global__ void __launch_bounds__(kSortThreads)
   __shared__ u32 bits[kSortWords];
   __shared__ int before[kSortWords];
   __shared__ int sums[kSortThreads / 32];
-  const int columns = p.long_columns[0], all_rows = p.gqa_group << p.row_bits;
+  const int columns = p.long_columns[0], all_rows = GroupRow::pack(p, p.gqa_group, 0);
   for (int number = blockIdx.x; number < columns; number += gridDim.x) {
     const LongColumn column(p, number);
     int sorted = 0;  // rows that are in their places

@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     float factor[2];
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      factor[slot] = rows.poisoned(slot) ? kNaN : p.scale;
+      factor[slot] = rows.poisoned(slot) ? kNaN : score_slope(p);
       if (b.flat[slot] && lane_id() % 4 == 0)
         p.delta[row_number(p, b.head_row, b.row_of_slot(slot))] = delta[slot];
     }
@@ -300,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       sums.add(weights, of_values ? grads_at : queries_at);
     });
     if (!wanted) continue;
-    const float scale = of_values ? 1.f : p.scale, factor[2] = {scale, scale};
+    const float scale = of_values ? 1.f : score_slope(p), factor[2] = {scale, scale};
     const View& to = of_values ? p.grad_v : p.grad_k;
     sums.template write<true>(row_of(to, b.batch, b.kv_head, 0), to.row, b.first_key, p.length_k,
                               factor);

@@ -127,7 +127,7 @@ struct Lists {
   __device__ __forceinline__ void resume(const Params& p, int row_block) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int at = row_block * kRowBlock + slot * 8 + lane_id() / 4;
+      const int at = place_of(row_block, slot * 8 + lane_id() / 4);
       top[slot] = p.row_start[at].top;
       if (!(top[slot] < kInf)) poisoned |= 1u << slot;
       if (poisoned >> slot & 1u)
@@ -450,7 +450,7 @@ struct Lists {
             }
           }
         if (lane % 4 == 0) {
-          const int at = (row_block + part) * kRowBlock + i * 8 + lane / 4;
+          const int at = place_of(row_block + part, i * 8 + lane / 4);
           p.row_start[at].entry = start[i];
           p.row_count[at].survivors = s.poisoned ? kPoisoned : count[i];
           if (row < p.length_q) {
@@ -458,7 +458,7 @@ struct Lists {
             p.tau[at_tau] = s.poisoned ? kNaN : s.empty ? kInf : fmaf(p.c, s.top, s.tau);
             if (s.poisoned) {
               const Head of(p, head_row);
-              poison_keys(p, of.batch, of.kv_head, row);
+              poison_keys(p, of.kv_row(p), row);
             }
             if (p.iterations) p.iterations[at_tau] = s.steps;
           }
@@ -476,7 +476,7 @@ struct Lists {
       if (first_row + slot / 2 * kRowBlock >= p.length_q) break;
       const float seen = max_or_nan_over<4>(top[slot]);
       if (lane_id() % 4 == 0 && (overflow >> slot / 2 & 1u)) {
-        const int at = (row_block + slot / 2) * kRowBlock + slot % 2 * 8 + lane_id() / 4;
+        const int at = place_of(row_block + slot / 2, slot % 2 * 8 + lane_id() / 4);
         p.row_start[at].top = poisoned >> slot & 1u ? kNaN : seen;
         const float proven = flat ? load_shared(base + slot * kSlotBytes) : bound[slot];
         p.row_count[at].bound = proven;

@@ -33,6 +33,8 @@ __device__ __forceinline__ u32 signed_pair(const P& p, u32 pair) {
 __device__ __forceinline__ bool is_sign_plus(const Params& p) { return p.q_sign == 1.f; }
 // z = signed_c() (q . k)
 __device__ __forceinline__ float signed_c(const Params& p) { return p.c * p.q_sign; }
+// What a gradient of scaled scores is multiplied with to be one of q . k.
+__device__ __forceinline__ float score_slope(const Params& p) { return p.scale; }
 
 // --- which keys a query sees ----------------------------------------------------------------
 
@@ -46,6 +48,12 @@ __device__ __forceinline__ int seen_end(int last_row, int length_k) {
   return kCausal ? min(length_k, last_row + 1) : length_k;
 }
 
+// How many keys from `first_key` on a query sees, which are the first ones; negative where it sees
+// fewer than are before.
+__device__ __forceinline__ int seen_from(int row, int first_key, int length_k) {
+  return seen_end(row, length_k) - first_key;
+}
+
 // Whether some query from `first_row` on does not see some key before `end`.
 __device__ __forceinline__ bool some_hidden(int first_row, int end, int length_k) {
   return end > length_k || (kCausal && end > first_row + 1);
@@ -56,7 +64,7 @@ __device__ __forceinline__ bool any_seen(int last_row, int first_key, int length
   return first_key < length_k && !(kCausal && first_key > last_row);
 }
 
-// The first query that may see a key.
+// The first query that may see a key. So may all behind it: kernels go on to the last one.
 __device__ __forceinline__ int first_row_of(int key) { return kCausal ? key : 0; }
 
 // The tiles of `keys` keys that some row of a block sees: from `begin` on, before `end`. Kernels
@@ -90,6 +98,12 @@ struct Range {
   __device__ __forceinline__ bool holds_all(int first, int last) const {  // [first, last)
     return first >= begin && last <= end;
   }
+  // The tiles of so many keys that hold one of them.
+  template <int keys>
+  __device__ __forceinline__ Range tiles() const {
+    const int first = begin / keys;
+    return {first, first + max(0, (end + keys - 1) / keys - first)};
+  }
 };
 
 // Of the rows of a block: from the first key that some row sees to the last one, and the keys that
@@ -121,8 +135,8 @@ __device__ __forceinline__ Range range_of(const DecodeParams& p, int batch, int 
 
 // A poisoned row's NaN reaches every key that it may see: Params::poison is where the last of them
 // ends.
-__device__ __forceinline__ void poison_keys(const Params& p, int batch, int kv_head, int row) {
-  atomicMax(p.poison + batch * p.heads_kv + kv_head, seen_end(row, p.length_k));
+__device__ __forceinline__ void poison_keys(const Params& p, int kv_row, int row) {
+  atomicMax(p.poison + kv_row, seen_end(row, p.length_k));
 }
 __device__ __forceinline__ void poison_no_keys(const Params& p, int kv_row) {
   p.poison[kv_row] = 0;

@@ -1,6 +1,5 @@
 // What a block of threads works on: heads, blocks of their queries or keys, and where these are in
-// memory. Numbers of blocks are unsigned: a signed division takes registers that some kernels do
-// not have.
+// memory.
 #pragma once
 
 #include "score.cuh"
@@ -14,9 +13,8 @@ template <class T>
 __device__ __forceinline__ T* row_in(T* first, i64 stride, i64 row) {
   return first + row * stride;
 }
-template <class T = Scalar>
-__device__ __forceinline__ T* row_of(const View& view, int batch, int head, int row) {
-  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
+__device__ __forceinline__ Scalar* row_of(const View& view, int batch, int head, int row) {
+  return static_cast<Scalar*>(view.data) + batch * view.batch + head * view.head + row * view.row;
 }
 
 // --- heads and blocks ----------------------------------------------------------------------
@@ -75,6 +73,8 @@ struct ArenaRow : Head {
         row(at % (p.row_blocks * kRowBlock)),
         inside(head_row < p.batch * p.heads_q && row < p.length_q) {}
 };
+
+// Unsigned numbers of blocks: a signed division takes registers that some kernels do not have.
 
 // Number `number` of the blocks of `rows` queries: head by head, so that the keys of one head stay
 // in the L2, and within it in the order of nth_row_block().
@@ -144,9 +144,32 @@ struct RowTile : SharedRows {
     b.split = keys % splits;
     return b;
   }
+  // The number, among the tiles of all, of the one with row `row` of those that share keys.
+  template <int tile>
+  static __device__ __forceinline__ int number(const DecodeParams& p, int kv_row, int row) {
+    return kv_row * ((rows_of(p) + tile - 1) / tile) + row / tile;
+  }
 
  private:
   __device__ __forceinline__ explicit RowTile(const SharedRows& of) : SharedRows(of) {}
+};
+
+// Part `number` of so many, which differ by one at most.
+__device__ __forceinline__ Range share_of(const Range& all, int number, int parts) {
+  const int count = all.end - all.begin, each = count / parts, longer = count % parts;
+  const int begin = all.begin + number * each + min(number, longer);
+  return {begin, begin + each + (number < longer)};
+}
+
+// A query of those that share keys, as columns keep it in one number.
+struct GroupRow {
+  int member, row;  // of the query heads, and the head's query
+
+  __device__ __forceinline__ GroupRow(const Params& p, int packed)
+      : member(packed >> p.row_bits), row(packed & ((1 << p.row_bits) - 1)) {}
+  static __device__ __forceinline__ int pack(const Params& p, int member, int row) {
+    return member << p.row_bits | row;
+  }
 };
 
 // --- numbers -------------------------------------------------------------------------------
@@ -163,8 +186,7 @@ __device__ __forceinline__ int key_blocks(const Params& p) {
 
 // Numbers of a query of a head among all: where a head has only its queries, and where its last row
 // block is full too. And that of its row block.
-template <class P>
-__device__ __forceinline__ i64 row_number(const P& p, int head_row, int row) {
+__device__ __forceinline__ i64 row_number(const Params& p, int head_row, int row) {
   return i64(head_row) * p.length_q + row;
 }
 __device__ __forceinline__ i64 slot_number(const Params& p, int head_row, int row) {
@@ -173,6 +195,9 @@ __device__ __forceinline__ i64 slot_number(const Params& p, int head_row, int ro
 __device__ __forceinline__ int row_block_of(const Params& p, int head_row, int row) {
   return head_row * p.row_blocks + row / kRowBlock;
 }
+// The place in the arena of row `i` of a row block, and the row block of a place.
+__device__ __forceinline__ int place_of(int row_block, int i) { return row_block * kRowBlock + i; }
+__device__ __forceinline__ int row_block_at(int place) { return place / kRowBlock; }
 __device__ __forceinline__ Head head_of_row_block(const Params& p, int row_block) {
   return Head(p, row_block / p.row_blocks);
 }
@@ -184,13 +209,11 @@ __device__ __forceinline__ int group_row_blocks(const Params& p) {
   return p.gqa_group * p.row_blocks;
 }
 // Where those of a head, or what is kept of them, begin.
-template <class T>
-__device__ __forceinline__ T* of_row_blocks(const Params& p, T* array, int head_row) {
+__device__ __forceinline__ u8* of_row_blocks(const Params& p, u8* array, int head_row) {
   return array + i64(head_row) * p.row_blocks;
 }
 // Likewise of a key head's keys.
-template <class T>
-__device__ __forceinline__ T* of_keys(const Params& p, T* array, int kv_row) {
+__device__ __forceinline__ int* of_keys(const Params& p, int* array, int kv_row) {
   return array + i64(kv_row) * p.length_k;
 }
 

@@ -47,7 +47,7 @@ def add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, keys, 
     of_slope, of_scale, of_alpha, slope = parts
     if WANTED.alibi_slopes:
         far = score.on_support(
-            ds * score.distance_of(rows, keys, terms, shape, opt), x, terms.r, opt, SAFE
+            ds * score.key_distance(rows, keys, terms, shape, opt), x, terms.r, opt, SAFE
         )
         of_slope -= tl.sum(far, 1)
     if WANTED.scales:
@@ -67,21 +67,21 @@ def add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, keys, 
 
 
 @triton.jit
-def tile_gradient(row_block, grad, delta, spread, k, v, first_key, terms, shape, opt: tl.constexpr,
+def tile_gradient(at_rows, grad, delta, spread, k, v, first_key, terms, shape, opt: tl.constexpr,
                   SAFE: tl.constexpr, EDGE):  # fmt: skip
     """``ds`` of a row block and a key tile, last, and what it is made of."""
-    x, s, product = score.distances(row_block, k, first_key, terms, shape, opt, EDGE)
+    x, s, product = score.distances(at_rows, k, first_key, terms, shape, opt, EDGE)
     p, u = threshold.weights(x, terms.r, opt)
     dp = arithmetic.matmul(grad, tl.trans(v))
     if opt.dropout:
-        rows, keys = score.numbers_of(row_block[3], first_key, opt, opt.block_q)
-        dp = score.through_dropout(dp, score.is_kept(rows, keys, terms, shape, opt), shape)
+        rows, keys = score.numbers_of(at_rows[3], first_key, opt, opt.block_q)
+        dp = score.through_dropout(dp, score.is_kept(rows, keys, terms, shape), shape)
     ds = score_gradient(x, u, dp, delta[:, None], spread[:, None], terms.r, opt, SAFE)
     return x, p, u, s, product, dp, ds
 
 
 @triton.jit
-def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, entries, terms,
+def grad_query_tiles(acc, parts, at_rows, grad, delta, spread, keys, values, entries, terms,
                      shape, opt: tl.constexpr, WANTED: tl.constexpr, SAFE: tl.constexpr,
                      STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Add ``ds K``, and the sums of :func:`add_row_sums`, over the entries that need no mask, or
@@ -91,12 +91,12 @@ def grad_query_tiles(acc, parts, row_block, grad, delta, spread, keys, values, e
     for index in tl.range(start, stop, num_stages=STAGES):
         first, k, v = work.load_pair(number, keys, values, shape, opt, work.is_cut(EDGE, opt))
         number = work.entry_of(numbers, index + 1, stop)
-        x, p, u, s, product, dp, ds = tile_gradient(row_block, grad, delta, spread, k, v, first,
+        x, p, u, s, product, dp, ds = tile_gradient(at_rows, grad, delta, spread, k, v, first,
                                                     terms, shape, opt, SAFE, work.is_edge(index,
                                                     entries, EDGE))  # fmt: skip
         ds_product = score.product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if WANTED.some:
-            rows, columns = score.numbers_of(row_block[3], first, opt, opt.block_q)
+            rows, columns = score.numbers_of(at_rows[3], first, opt, opt.block_q)
             to_delta = distance_to_delta(u, dp, delta[:, None], spread[:, None], opt)
             parts = add_row_sums(parts, x, p, u, to_delta, ds, ds_product, product, rows, columns,
                                  terms, shape, opt, WANTED, SAFE)  # fmt: skip
@@ -176,20 +176,18 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
         work.entries_at(lists, counts, at_block, work.tiles_of(shape, opt)), shape, opt, CHUNK, FEW
     )
     top, t = work.load_thresholds(top_in, t_in, at_row, inside, opt)
-    row_block = (q, top, t, first_row)
+    at_rows = (q, top, t, first_row)
     acc = tl.full((opt.block_q, opt.padded), 0.0, tl.float32)
     zeros = tl.full((opt.block_q,), 0.0, tl.float32)
     parts = zeros, zeros, (zeros, zeros, zeros, zeros, zeros), zeros
     for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
         acc, parts = grad_query_tiles(
-            acc, parts, row_block, grad, delta, spread, keys, values, entries, terms, shape, opt,
+            acc, parts, at_rows, grad, delta, spread, keys, values, entries, terms, shape, opt,
             WANTED, SAFE, STAGES, edge,
         )  # fmt: skip
-    if opt.scales:
-        acc = (
-            acc * score.scale_of(first_row + tl.arange(0, opt.block_q), terms, shape, opt)[:, None]
-        )
-    result = tl.where((t != t)[:, None] | (right == 0), float("nan"), acc * scale)
+    rows = (first_row + tl.arange(0, opt.block_q))[:, None]
+    result = score.through_scale(score.through_scales(acc, rows, terms, shape, opt), scale)
+    result = tl.where((t != t)[:, None] | (right == 0), float("nan"), result)
     work.store_tile(
         work.head_of(grad_q, batch, head),
         first_row,
@@ -252,7 +250,7 @@ def transpose_lists(
         count = tl.cdiv(end, opt.block_q) - begin
     kv_row, batch, kv_head = work.key_head_at(number // tiles, shape)
     # What is seen is the same for all heads of a sequence.
-    terms = score.terms_of(batch, kv_head * shape.gqa_group, shape, opt)
+    terms = score.terms_of(batch, work.first_head(kv_head, shape), shape, opt)
     # Query heads of one key head are neighbours, also across the batch.
     first_block = kv_row.to(tl.int64) * capacity
     numbers = row_block_lists + number.to(tl.int64) * capacity
@@ -263,8 +261,8 @@ def transpose_lists(
             exists = entry < shape.gqa_group * count
             if opt.joined:
                 entry = entry // count * row_blocks + begin + entry % count
-            flags = live + (first_block + entry) * tiles + tile
-            alive = tl.load(flags, mask=exists, other=0)
+            flags = work.by_tiles(live, first_block + entry, shape, opt)
+            alive = tl.load(flags + tile, mask=exists, other=0)
             # The end of the keys needs no mask: what lies beyond it is not stored.
             first_row = entry % row_blocks * opt.block_q
             whole = score.is_open(tile, first_row, tiles * opt.block_k, terms, shape, opt)
@@ -330,7 +328,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         top, t = work.load_thresholds(top_in, t_in, at_row, inside, opt)
         delta = tl.load(delta_in + at_row, mask=inside, other=0.0)
         spread = load_spread(spread_in, at_row, inside, opt)
-        terms = score.terms_of(batch, kv_head * shape.gqa_group + head, shape, opt)
+        terms = score.terms_of(batch, work.first_head(kv_head, shape) + head, shape, opt)
         # A rounding of the smallest `x` moves its `u`: where steep, to the bit as for `delta`.
         if by_key:
             product = (
@@ -352,7 +350,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         if opt.dropout or opt.scales:
             rows, keys = score.numbers_of(first_row, first_key, opt, part, by_key)
         if opt.dropout:
-            kept = score.is_kept(rows, keys, terms, shape, opt)
+            kept = score.is_kept(rows, keys, terms, shape)
             p = tl.where(kept, p, 0.0)  # the factor of dropout last: float16 may not hold it
             dp = score.through_dropout(dp, kept, shape)
         acc_v += arithmetic.matmul(
@@ -362,9 +360,8 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
                             SAFE)  # fmt: skip
         ds = score.product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if opt.scales:
-            ds = score.on_support(
-                ds * score.scale_of(rows, terms, shape, opt), x, terms.r, opt, SAFE
-            )
+            ds = score.through_scales(ds, rows, terms, shape, opt)
+            ds = score.on_support(ds, x, terms.r, opt, SAFE)
         ds = by_keys(ds, by_key)
         acc_k += arithmetic.gradient_product(
             ds, arithmetic.finite_part(q, SAFE), opt, SAFE, opt.scales
@@ -463,13 +460,13 @@ def is_poisoned(at_head, first_key, t_in, tile_poison, shape, ROWS: tl.constexpr
         for entry in range(0, work.group_blocks(shape, opt)):
             member, row_block = work.member_and_block(entry, shape, opt)
             first_row = row_block * opt.block_q
-            head_row = kv_row * shape.gqa_group + member
+            head_row = work.first_head(kv_row, shape) + member
             at_row, inside = work.rows_at(head_row, first_row, shape.length_q, opt.block_q)
             t = tl.load(t_in + at_row, mask=inside, other=0.0)
             if arithmetic.any_of(t != t):
-                terms = score.terms_of(batch, kv_head * shape.gqa_group + member, shape, opt)
+                terms = score.terms_of(batch, work.first_head(kv_head, shape) + member, shape, opt)
                 rows = (first_row + tl.arange(0, opt.block_q))[None, :]
-                sees = score.shown(rows, keys, terms, shape, opt) & (t != t)[None, :]
+                sees = score.allowed(rows, keys, terms, shape, opt) & (t != t)[None, :]
                 found = tl.maximum(found, tl.max(sees.to(tl.int32), 1))
     return found > 0
 
@@ -487,7 +484,7 @@ def store_keys(acc_k, acc_v, bad, at_head, first_key, t_in, tile_poison, grad_k,
         poisoned = is_poisoned(at_head, first_key, t_in, tile_poison, shape, ROWS, opt)[:, None]
     else:
         poisoned = (first_key + tl.arange(0, ROWS) < tile_poison)[:, None]
-    result_k = tl.where(poisoned, float("nan"), acc_k * scale)
+    result_k = tl.where(poisoned, float("nan"), score.through_scale(acc_k, scale))
     result_v = tl.where(poisoned, float("nan"), acc_v * (1.0 / prob_scale))
     result_v = score.with_kept_factor(result_v, shape, opt)
     if SAFE:
@@ -512,7 +509,7 @@ def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in
     at_head, first_key = work.tile_at(number, shape, opt)
     kv_row, batch, kv_head = at_head
     tile_poison = poison_of(at_head, first_key, poison, shape, opt)
-    first_head = kv_head * shape.gqa_group
+    first_head = work.first_head(kv_head, shape)
     prob_scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
     length = shape.length_k
     keys = work.head_of(key, batch, kv_head)
@@ -526,7 +523,7 @@ def grad_key_value_of(number, piece, pieces, query, key, value, grad_out, top_in
         entries = piece_of(entries, piece, tl.maximum(pieces, 1))
     q_base, q_row = work.head_of(query, batch, first_head)
     g_base, g_row = work.head_of(grad_out, batch, first_head)
-    thresholds = (top_in, t_in, delta_in, spread_in, kv_row * shape.gqa_group)
+    thresholds = (top_in, t_in, delta_in, spread_in, work.first_head(kv_row, shape))
     none = tl.full((opt.block_k, opt.padded_v if SAFE else 1), 0.0, tl.float32)
     sums = (
         tl.full((opt.block_k, opt.padded), 0.0, tl.float32),
@@ -613,7 +610,7 @@ def mask_piece(acc, row_block, tile, query, key, value, grad_out, thresholds, at
                shape, opt: tl.constexpr):  # fmt: skip
     """Add ``ds`` of one head's row block and key tile, with NaN where a poisoned row may see."""
     batch, head = at_heads
-    kv_head = head // shape.gqa_group
+    kv_head = work.key_head_of(head, shape)
     top_in, t_in, delta_in, spread_in = thresholds
     terms = score.terms_of(batch, head, shape, opt)
     first_row = row_block * opt.block_q
@@ -634,7 +631,7 @@ def mask_piece(acc, row_block, tile, query, key, value, grad_out, thresholds, at
     _, _, _, _, _, _, ds = tile_gradient((q, top, t, first_row), grad, delta, spread, k, v, first,
                                          terms, shape, opt, True, True)  # fmt: skip
     rows, columns = score.numbers_of(first_row, first, opt, opt.block_q)
-    sees = score.shown(rows, columns, terms, shape, opt) & inside[:, None] & (t != t)[:, None]
+    sees = score.allowed(rows, columns, terms, shape, opt) & inside[:, None] & (t != t)[:, None]
     return acc + tl.where(sees, float("nan"), ds)
 
 
@@ -660,7 +657,7 @@ def grad_mask(query, key, value, grad_out, top_in, t_in, delta_in, spread_in, li
         batch = its_batch * batches_each + sharer // heads_each
         head = its_head * heads_each + sharer % heads_each
         first_block = work.head_number(batch, head, shape) * row_blocks
-        kv_row = work.key_head_number(batch, head // shape.gqa_group, shape)
+        kv_row = work.key_head_number(batch, work.key_head_of(head, shape), shape)
         marks = work.by_tiles(poison, kv_row, shape, opt)
         for row in range(row_block, row_block + 1 if BY_ROW else row_blocks):
             for column in range(tile, tile + 1 if BY_KEY else tiles):

@@ -52,6 +52,7 @@ from adasplash2.backends.triton.kernels.threshold import (
     stepped,
     total_sums,
     weights,
+    with_sink,
 )
 from adasplash2.backends.triton.sizes import Shape
 
@@ -190,7 +191,7 @@ def bound_of_maxima(pointers, begin, end, top, terms, opt: tl.constexpr, ROWS: t
         mass = mass[:, None]
         slope = slope[:, None]
         if opt.sinks:
-            mass, slope, _ = solve.with_sink(mass, slope, top, t, terms, opt)
+            mass, slope, _ = with_sink(mass, slope, top, t, terms, opt)
         t += tl.where(mass > 1.0, certain_rise(mass, slope, terms.r, opt), 0.0)
     return t - solve.slack(terms.r)
 
@@ -200,18 +201,15 @@ def bound_of_maxima(pointers, begin, end, top, terms, opt: tl.constexpr, ROWS: t
 
 @triton.jit
 def scores_of(q, number, keys, first, bias, rows, seen, terms, shape, opt: tl.constexpr):
-    """Scores of rows and a tile, -inf where a key may not be seen; ``seen``: the first key of each
-    row that may be, and how many there are."""
+    """Scores of rows and a tile, -inf where a key may not be seen; ``seen`` by ``score.window``."""
     k = work.load_keys_in(
         number, keys, first, shape, opt.block_k, opt.head_dim, opt.padded, True, opt
     )
     s = score.biased(
         score.capped(score.products(q, k, bias, opt), rows, terms, shape, opt), bias, opt
     )
-    begin, count = seen
-    # What is before the first is large without a sign: one comparison for each key.
-    place = first + tl.arange(0, opt.block_k)[None, :] - begin
-    return tl.where(place.to(tl.uint32, bitcast=True) < count, s, -INFINITY)
+    keys = first + tl.arange(0, opt.block_k)[None, :]
+    return tl.where(score.is_within(keys, seen), s, -INFINITY)
 
 
 @triton.jit(do_not_specialize=["length_k", "splits"])
@@ -236,8 +234,7 @@ def decode_scan(query, key, maxima, scores, tops, floors, totals, squares, arriv
     keys = work.keys_of(key, batch, kv_head, shape, opt)
     some, some_end = score.tiles_seen_by(row, terms, shape, opt)
     begin, end = work.share_of(some, some_end, split, splits)
-    keys_seen = score.visible(rows, terms, shape, opt).to(tl.uint32, bitcast=True)
-    seen = score.first_seen(rows, terms, shape, opt), keys_seen
+    seen = score.window(rows, terms, shape, opt)
     pointers = maxima_at(maxima, at_row[:, None], shape, opt)
     own_scores = scores_at(scores, at_row[:, None], shape, opt)
     each: tl.constexpr = opt.block_k // opt.segment
@@ -334,7 +331,7 @@ def step_from(sums, top, t, lo, hi, most, step, terms, tolerance, opt: tl.conste
     """:func:`stepped` from the sums over a row's keys."""
     mass, slope, count = sums
     if opt.sinks:
-        mass, slope, is_one = solve.with_sink(mass, slope, top, t, terms, opt)
+        mass, slope, is_one = with_sink(mass, slope, top, t, terms, opt)
         count += is_one.to(tl.float32)
     return stepped(t, top, lo, hi, most, mass, slope, count, terms, tolerance, step, opt)
 
@@ -393,7 +390,7 @@ def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, 
                    MARK: tl.constexpr):  # fmt: skip
     """``sum p v`` and ``sum p`` of a row from its ``count`` entries."""
     scale: tl.constexpr = PROB_SCALE if value.base.dtype.element_ty == tl.float16 else 1.0
-    values = work.keys_of(value, batch, head // shape.gqa_group, shape, opt)
+    values = work.keys_of(value, batch, work.key_head_of(head, shape), shape, opt)
     total = tl.full((ENTRIES, opt.padded_v), 0.0, tl.float32)
     mass = tl.full((ENTRIES,), 0.0, tl.float32)
     for first in range(0, count, ENTRIES):
@@ -405,7 +402,7 @@ def sums_of_listed(value, entry_keys, entry_weights, marks, count, batch, head, 
         if COUNT:
             work.mark_pairs(marks, row, keys, real, shape, MARK)
         if opt.dropout:
-            real = real & score.is_kept(row, keys, terms, shape, opt)
+            real = real & score.is_kept(row, keys, terms, shape)
         v = work.load_each_key(values, keys, real, shape, opt.head_dim_v, opt.padded_v, opt).to(
             tl.float32
         )
@@ -421,7 +418,7 @@ def store_output(out, total, mass, top, t, at_head, row, wide, wanted, terms, sh
     columns, of those of a block that are ``wanted``."""
     batch, head = at_head
     if opt.sinks:
-        mass, _, _ = solve.with_sink(mass, mass, top, t, terms, opt)
+        mass, _, _ = with_sink(mass, mass, top, t, terms, opt)
     scale: tl.constexpr = PROB_SCALE if out.base.dtype.element_ty == tl.float16 else 1.0
     result = total / tl.where(mass > 0.0, mass * scale, 1.0)
     result = score.with_kept_factor(result, shape, opt)
@@ -485,7 +482,7 @@ def decode_solve(value, maxima, scores, tops, floors, totals, squares, lists, co
         lo = t
         floor = tl.maximum(floor, floor_of(top, t, terms, opt))
         if opt.guesses:
-            keys_seen = tl.max(score.visible(rows, terms, shape, opt), 0)
+            keys_seen = tl.max(score.count_seen(rows, terms, shape, opt), 0)
             mean, deviation = mean_and_deviation(tl.sum(summed, 0), tl.sum(squared, 0), keys_seen)
             t = guess_of(mean, deviation, keys_seen, top, lo, terms)
         for first in range(seen, end, CHUNK):
@@ -735,7 +732,7 @@ def decode_weigh(value, maxima, scores, states, partials, masses, kept, arrivals
                 if COUNT:
                     work.mark_pairs(marks_at, rows, first + columns, reached, shape, MARK)
                 if opt.dropout:
-                    reached = reached & score.is_kept(rows, first + columns, terms, shape, opt)
+                    reached = reached & score.is_kept(rows, first + columns, terms, shape)
                     p = tl.where(reached, p, 0.0)
                 wanted = tl.max(reached.to(tl.int32), 0) > 0
                 keys = first + tl.arange(0, opt.block_k)

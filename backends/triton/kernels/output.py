@@ -55,7 +55,7 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
     mass += threshold.part_sums(p)
     if opt.dropout:
         rows, columns = score.numbers_of(first_row, first, opt, opt.block_q)
-        kept = score.is_kept(rows, columns, terms, shape, opt)
+        kept = score.is_kept(rows, columns, terms, shape)
         p = tl.where(kept, p, 0.0)
     acc += matmul((p * SCALE).to(v.dtype), finite_part(v, SAFE))
     if GRADIENT or opt.rough:
@@ -79,7 +79,7 @@ def weigh(sums, x, v, first_row, first, marks, terms, shape, u_scale, opt: tl.co
 
 
 @triton.jit
-def weigh_tiles(sums, number, row_block, keys, values, entries, marks, terms, shape, u_scale,
+def weigh_tiles(sums, number, at_rows, keys, values, entries, marks, terms, shape, u_scale,
                 opt: tl.constexpr, SCALE: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr,
                 COUNT: tl.constexpr, MARK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """:func:`weigh` the entries that need no mask, or the others where EDGE, of which ``number`` is
@@ -89,9 +89,9 @@ def weigh_tiles(sums, number, row_block, keys, values, entries, marks, terms, sh
         first, k, v = work.load_pair(number, keys, values, shape, opt, work.is_cut(EDGE, opt))
         number = work.entry_of(numbers, index + 1, stop)
         x, _, _ = score.distances(
-            row_block, k, first, terms, shape, opt, work.is_edge(index, entries, EDGE)
+            at_rows, k, first, terms, shape, opt, work.is_edge(index, entries, EDGE)
         )
-        sums = weigh(sums, x, v, row_block[3], first, marks, terms, shape, u_scale, opt, SCALE,
+        sums = weigh(sums, x, v, at_rows[3], first, marks, terms, shape, u_scale, opt, SCALE,
                      GRADIENT, SAFE, COUNT, MARK)  # fmt: skip
     return sums
 
@@ -217,9 +217,9 @@ def output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists
         step = 0
         waiting = step < MOST_AGAIN
         while waiting:
-            row_block = (q, top, t, first_row)
+            at_rows = (q, top, t, first_row)
             sums = no_sums(opt, GRADIENT, SAFE)
-            sums = weigh_tiles(sums, number, row_block, keys, values, entries, marks, terms,
+            sums = weigh_tiles(sums, number, at_rows, keys, values, entries, marks, terms,
                                shape, u_scale, opt, scale, GRADIENT, SAFE, COUNT, MARK,
                                2)  # fmt: skip
             moved, off = settled(sums, t, terms.r, opt)
@@ -230,9 +230,9 @@ def output_of(number, query, key, value, out, out_u, spread, top_in, t_in, lists
         moved, _ = settled(sums, t, terms.r, opt)
         tl.store(t_in + at_row, moved, mask=inside)
     else:
-        row_block = (q, top, t, first_row)
+        at_rows = (q, top, t, first_row)
         for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
-            sums = weigh_tiles(sums, start_of(entries, edge), row_block, keys, values, entries,
+            sums = weigh_tiles(sums, start_of(entries, edge), at_rows, keys, values, entries,
                                marks, terms, shape, u_scale, opt, scale, GRADIENT, SAFE, COUNT,
                                MARK, edge)  # fmt: skip
     store_output(sums, out, out_u, spread, unsafe, some, support, top, t, top_u, u_scale, batch,

@@ -223,15 +223,6 @@ def tiles_seen_by(rows, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
-def first_seen(rows, terms, shape, opt: tl.constexpr):
-    """The first key that each of ``rows`` may see."""
-    first = rows * 0
-    if opt.lower:
-        first = begin_of(rows, terms, shape, opt)
-    return first
-
-
-@triton.jit
 def seeing_rows(first_key, shape, opt: tl.constexpr):
     """The rows that see some key of a tile, from a first one up to an end, at least one: where
     windows end on both sides."""
@@ -287,7 +278,7 @@ def near_tiles(q, first_row, begin, end, kv_row, terms, shape, opt: tl.constexpr
 
 
 @triton.jit
-def reach(rows, terms, shape, opt: tl.constexpr):
+def leading_seen(rows, terms, shape, opt: tl.constexpr):
     """How many leading keys each of ``rows`` may see, where these are all that it may."""
     keys = tl.full(rows.shape, 0, tl.int32) + shape.length_k
     if opt.upper:
@@ -296,16 +287,35 @@ def reach(rows, terms, shape, opt: tl.constexpr):
 
 
 @triton.jit
-def visible(rows, terms, shape, opt: tl.constexpr):
+def count_seen(rows, terms, shape, opt: tl.constexpr):
     """How many keys each of ``rows`` may see, masks aside."""
-    keys = reach(rows, terms, shape, opt)
+    keys = leading_seen(rows, terms, shape, opt)
     if opt.lower:
         keys = tl.maximum(keys - begin_of(rows, terms, shape, opt), 0)
     return keys
 
 
 @triton.jit
-def allowed(rows, keys, terms, shape, opt: tl.constexpr, further=0):
+def window(rows, terms, shape, opt: tl.constexpr):
+    """The first key that each of ``rows`` may see, and how many, masks aside: for
+    :func:`is_within`."""
+    keys = count_seen(rows, terms, shape, opt).to(tl.uint32, bitcast=True)
+    first = rows * 0
+    if opt.lower:
+        first = begin_of(rows, terms, shape, opt)
+    return first, keys
+
+
+@triton.jit
+def is_within(keys, seen):
+    """Which of ``keys`` are ``seen``, a :func:`window`, by one comparison for each: what is before
+    the first is large without a sign."""
+    first, count = seen
+    return (keys - first).to(tl.uint32, bitcast=True) < count
+
+
+@triton.jit
+def in_range(rows, keys, terms, shape, opt: tl.constexpr, further=0):
     """Which of ``keys`` each of ``rows`` may see as far as numbers and ranges say: a mask has its
     say in :func:`bias_of`. Under causal windows of keys that are ``further`` than these."""
     if opt.causal and not opt.ranges:  # one limit, and one comparison for each key
@@ -316,8 +326,7 @@ def allowed(rows, keys, terms, shape, opt: tl.constexpr, further=0):
             seen = tl.maximum(last + 1 - begin, 0)
             if opt.even:  # of keys that exist, all rows see as many
                 seen = from_odd(shape.terms.left) + 1
-            place = keys - begin + further
-            mask = place.to(tl.uint32, bitcast=True) < seen.to(tl.uint32, bitcast=True)
+            mask = is_within(keys + further, (begin, seen.to(tl.uint32, bitcast=True)))
         else:
             mask = keys <= last
     else:
@@ -346,19 +355,19 @@ def among_seen(values, first_row, first_key, terms, shape, opt: tl.constexpr):
         groups: tl.constexpr = values.shape[1] // GROUP
         keys = (first_key + tl.arange(0, GROUP))[None, None, :]
         further = (tl.arange(0, groups) * GROUP)[None, :, None]
-        seen = allowed(rows[:, None, None], keys, terms, shape, opt, further)
+        seen = in_range(rows[:, None, None], keys, terms, shape, opt, further)
         grouped = tl.reshape(values, (values.shape[0], groups, GROUP))
         return tl.reshape(tl.where(seen, grouped, -INFINITY), values.shape)
     else:
         keys = first_key + tl.arange(0, values.shape[1])
-        seen = allowed(rows[:, None], keys[None, :], terms, shape, opt)
+        seen = in_range(rows[:, None], keys[None, :], terms, shape, opt)
         return tl.where(seen, values, -INFINITY)
 
 
 @triton.jit
-def shown(rows, keys, terms, shape, opt: tl.constexpr):
+def allowed(rows, keys, terms, shape, opt: tl.constexpr):
     """Which of ``keys`` each of ``rows`` may see, masks and all."""
-    mask = allowed(rows, keys, terms, shape, opt)
+    mask = in_range(rows, keys, terms, shape, opt)
     if opt.masked:
         mask = mask & (bias_of(rows, keys, terms, shape, opt) != -INFINITY)
     return mask
@@ -426,7 +435,7 @@ def through_cap(ds, s, shape, opt: tl.constexpr):
 
 
 @triton.jit
-def distance_of(rows, keys, terms, shape, opt: tl.constexpr):
+def key_distance(rows, keys, terms, shape, opt: tl.constexpr):
     """How far each of ``keys`` is from the place of each of ``rows``."""
     return tl.abs(place_of(rows, terms, shape, opt) - keys).to(tl.float32)
 
@@ -456,13 +465,13 @@ def bias_of(rows, keys, terms, shape, opt: tl.constexpr):
         places = terms.mask + rows.to(tl.int64) * mask.row + keys.to(tl.int64) * mask.key
         inside = (rows < shape.length_q) & (keys < shape.length_k)
         if opt.adds:
-            # Zeros, which loads ahead fill in themselves; what there is not, `allowed` hides.
+            # Zeros, which loads ahead fill in themselves; what there is not, `in_range` hides.
             bias = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         else:
             bias = tl.where(tl.load(places, mask=inside, other=0) != 0, 0.0, -INFINITY)
     if opt.alibi:
         slope = slope_of(rows, terms, shape, opt)
-        bias = bias - slope * distance_of(rows, keys, terms, shape, opt)
+        bias = bias - slope * key_distance(rows, keys, terms, shape, opt)
     return bias
 
 
@@ -537,7 +546,7 @@ def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.co
         if EDGE:  # see `is_edge`; before the last operation, into which `x` is cut
             if BY_KEY:
                 rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
-                score = tl.where(allowed(rows, keys, terms, shape, opt), score, -INFINITY)
+                score = tl.where(in_range(rows, keys, terms, shape, opt), score, -INFINITY)
             else:
                 score = among_seen(score, first_row, first_key, terms, shape, opt)
         x = distance(score, top, t, terms.c, opt)
@@ -545,14 +554,14 @@ def distances_of(product, top, t, first_row, first_key, terms, shape, opt: tl.co
         x = distance(score, top, t, terms.c, opt)
         if EDGE:
             rows, keys = numbers_of(first_row, first_key, opt, ROWS, BY_KEY)
-            x = tl.where(allowed(rows, keys, terms, shape, opt), x, -1.0)
+            x = tl.where(in_range(rows, keys, terms, shape, opt), x, -1.0)
     return x, s
 
 
 @triton.jit
-def distances(row_block, k, first_key, terms, shape, opt: tl.constexpr, EDGE):
+def distances(at_rows, k, first_key, terms, shape, opt: tl.constexpr, EDGE):
     """:func:`distances_of` a row block and a key tile, the scores, and the products."""
-    q, top, t, first_row = row_block
+    q, top, t, first_row = at_rows
     bias = folded_bias(first_row, first_key, terms, shape, opt, opt.block_q)
     product = products(q, k, bias, opt)
     x, s = distances_of(product, column(top, opt), t[:, None], first_row, first_key, terms, shape,
@@ -589,17 +598,30 @@ def on_support(values, x, r, opt: tl.constexpr, SAFE: tl.constexpr):
 
 @triton.jit
 def product_gradient(ds, s, x, r, shape, opt: tl.constexpr, SAFE: tl.constexpr):
-    """The gradient of a scaled product, see :func:`on_support`."""
+    """The gradient of a scaled product, see :func:`on_support`. That of ``q . k`` is left to the
+    sums: :func:`through_scale`, and :func:`through_scales` where rows have scales of their own."""
     if opt.softcap:
         ds = on_support(through_cap(ds, s, shape, opt), x, r, opt, SAFE)
     return ds
+
+
+@triton.jit
+def through_scale(sums, scale):
+    return sums * scale
+
+
+@triton.jit
+def through_scales(values, rows, terms, shape, opt: tl.constexpr):
+    if opt.scales:
+        values = values * scale_of(rows, terms, shape, opt)
+    return values
 
 
 # Dropout
 
 
 @triton.jit
-def is_kept(rows, keys, terms, shape, opt: tl.constexpr):
+def is_kept(rows, keys, terms, shape):
     """Which probabilities are not dropped."""
     zeros = rows * 0 + keys * 0
     words, _, _, _ = tl.philox(terms.seed, zeros + keys, zeros + rows, zeros + terms.number, zeros)

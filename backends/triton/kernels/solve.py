@@ -102,7 +102,7 @@ def without_sharp(total, squares, rows, end, terms, shape, opt: tl.constexpr):
         rows, terms, shape, opt
     )
     _, deviation = mean_and_deviation(*pair_sums(total, squares), seen)
-    _, _, share = guess_share(deviation, score.visible(rows, terms, shape, opt), terms)
+    _, _, share = guess_share(deviation, score.count_seen(rows, terms, shape, opt), terms)
     sharp = share >= LARGEST_SHARE
     return tl.where(sharp[:, None], SHARPEST, squares), arithmetic.any_of(sharp == 0) == 0
 
@@ -349,7 +349,7 @@ def list_few(lists, live, first, maxima, top, t, open_ones, count, terms, opt: t
 
 
 @triton.jit
-def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
+def sum_tiles(sums, at_rows, keys, entries, terms, shape, opt: tl.constexpr,
               STAGES: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """:func:`with_parts` for the entries that need no mask, or the others where EDGE."""
     numbers, start, stop = work.portion(entries, EDGE)
@@ -360,7 +360,7 @@ def sum_tiles(sums, row_block, keys, entries, terms, shape, opt: tl.constexpr,
         k = work.load_keys(keys, first, shape, opt.block_k, opt.head_dim, opt.padded,
                            work.is_cut(EDGE, opt), opt)  # fmt: skip
         x, _, _ = score.distances(
-            row_block, k, first, terms, shape, opt, work.is_edge(index, entries, EDGE)
+            at_rows, k, first, terms, shape, opt, work.is_edge(index, entries, EDGE)
         )
         sums = with_parts(sums, x, terms.r, opt)
     return sums
@@ -414,7 +414,7 @@ def mark_poisoned(poison, poisoned, first_row, seen, batch, kv_head, terms, shap
             for tile in range(seen[0], seen[1]):
                 tl.atomic_max(work.by_tiles(poison, kv_row, shape, opt) + tile, 1)
     else:
-        leading = score.reach(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
+        leading = score.leading_seen(first_row + tl.arange(0, opt.block_q), terms, shape, opt)
         kv_row = work.key_head_number(batch, kv_head, shape)
         # Row by row, of which hardly ever one does: to find the most of all takes all warps.
         tl.atomic_max(poison + kv_row + leading * 0, leading, mask=poisoned & (leading > 0))
@@ -533,7 +533,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         t = start
         if opt.guesses:
             rows = first_row + tl.arange(0, opt.block_q)
-            keys_seen = score.visible(rows, terms, shape, opt)
+            keys_seen = score.count_seen(rows, terms, shape, opt)
             total, squares = pair_sums(scanned[1], scanned[2])
             mean, deviation = mean_and_deviation(total, squares, keys_seen)
             guess = guess_of(mean, deviation, keys_seen, top, lo, terms)
@@ -548,11 +548,11 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
             threshold = t
             if not opt.relative:
                 threshold = terms.c * top + t
-            row_block = (q, top, threshold, first_row)
+            at_rows = (q, top, threshold, first_row)
             entries = (numbers, found_open, found)
             sums = no_parts(opt)
             for edge in tl.static_range(2 if opt.joined else 0, 3 if opt.joined else 2):
-                sums = sum_tiles(sums, row_block, keys, entries, terms, shape, opt, STAGES, edge)
+                sums = sum_tiles(sums, at_rows, keys, entries, terms, shape, opt, STAGES, edge)
             state = t, lo, hi, most, pending, steps
             t, lo, hi, most, pending, steps = advanced(state, row_sums(sums), top, threshold, step,
                                                        terms, tolerance, opt,

@@ -110,7 +110,7 @@ def guess_rows(moments, top, lo, rows, terms, shape, opt: tl.constexpr):
     mean, deviation = mean_and_deviation(moments[0], moments[1], moments[2])
     deviation /= part
     mean -= above * deviation
-    return guess_of(mean, deviation, score.visible(rows, terms, shape, opt), top, lo, terms)
+    return guess_of(mean, deviation, score.count_seen(rows, terms, shape, opt), top, lo, terms)
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def whole_rows(query, key, value, out, out_u, spread, top_out, t_out, tau_out, l
         open_end = score.open_tiles(first_row, shape.length_k, terms, shape, opt)
         open_ones = solve.open_between(first_row, seen[0], end, open_end, terms, shape, opt)
         if (open_ones[0] > 0) | (open_ones[1] * opt.block_k < wide.block_k):
-            s = tl.where(score.allowed(rows, columns, terms, shape, wide), s, -INFINITY)
+            s = tl.where(score.in_range(rows, columns, terms, shape, wide), s, -INFINITY)
         maxima = part_maxima(s, opt, wide)
         tiles: tl.constexpr = wide.block_k // opt.block_k
         highest = largest(tl.reshape(maxima, (opt.block_q, tiles, TILE_PARTS)), 2)

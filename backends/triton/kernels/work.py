@@ -242,7 +242,7 @@ def row_block_of(number, shape, opt: tl.constexpr):
     head_row = number // row_blocks
     row_block = row_blocks - 1 - number % row_blocks
     head = head_row % shape.heads_q
-    at_head = (head_row // shape.heads_q, head, head // shape.gqa_group)
+    at_head = (head_row // shape.heads_q, head, key_head_of(head, shape))
     first_row = row_block * opt.block_q
     at_row, inside = rows_at(head_row, first_row, shape.length_q, opt.block_q)
     return head_row * row_blocks + row_block, at_head, first_row, at_row, inside
@@ -260,6 +260,18 @@ def key_head_at(kv_row, shape):
     """``(kv_row, batch, kv_head)`` of a key head by its number among those of all sequences."""
     heads_kv = shape.heads_q // shape.gqa_group
     return kv_row, kv_row // heads_kv, kv_row % heads_kv
+
+
+@triton.jit
+def first_head(kv_head, shape):
+    """The first of the query heads that share a key head; also of numbers among all sequences."""
+    return kv_head * shape.gqa_group
+
+
+@triton.jit
+def key_head_of(head, shape):
+    """The key head of a query head."""
+    return head // shape.gqa_group
 
 
 @triton.jit
@@ -351,7 +363,7 @@ def rows_in(block, at_head, shape, opt: tl.constexpr):
     count = shape.gqa_group * shape.length_q
     places = block * opt.block_q + tl.arange(0, opt.block_q)
     number = tl.minimum(places, count - 1)
-    head = kv_head * shape.gqa_group + number // shape.length_q
+    head = first_head(kv_head, shape) + number // shape.length_q
     return kv_row * count + number, head, number % shape.length_q, places < count
 
 
@@ -482,6 +494,6 @@ def load_pair(number, keys, values, shape, opt: tl.constexpr, EDGE: tl.constexpr
 
 @triton.jit
 def load_thresholds(top, t, at_row, inside, opt: tl.constexpr):
-    """``top`` and ``t`` where ``opt.relative``, else zero and ``tau``; see :func:`distance`."""
+    """``top`` and ``t`` where ``opt.relative``, else zero and ``tau``; see ``score.distance``."""
     top = tl.load(top + at_row, mask=inside, other=0.0) if opt.relative else 0.0
     return top, tl.load(t + at_row, mask=inside, other=INFINITY)
