@@ -183,7 +183,7 @@ struct BackwardRows {
                    problem.head_dim, add, out);
   }
 
-  // list_dp() -> row i's ds, in `list` and where it is to be, divided by what is returned.
+  // list_dp() -> row i's ds where it is to be, and in `list` divided by what is returned.
   ADASPLASH2_INLINE T differentiate_list(int64_t i, Part entries) {
     const int64_t begin = entries.first, n = entries.count;
     const int32_t* keys = task.keys + begin;

@@ -242,6 +242,7 @@ struct DecodeScan {
   }
   ADASPLASH2_INLINE bool any_allowed(const DecodedHead<T>& head, KeyRange keys) const {
     if (!keys.overlaps(head.seen_by_any)) return false;
+    if (!head.score.is_masked()) return true;
     // Any kind: which keys are seen does not depend on it.
     const Scores<AlphaKind::k15, T, false> scores(head.score, problem.alpha_of(head.number));
     return scores.any_allowed(head.row_begin, head.rows.count, keys);

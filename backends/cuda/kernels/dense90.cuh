@@ -154,7 +154,7 @@ struct SecondOutput {
 };
 
 // What Params::live has of a row block.
-__device__ __forceinline__ u32* live_tiles(const Params& p, int head_row, u32 row) {
+__device__ __forceinline__ u32* live_tiles(const Params& p, int head_row, int row) {
   const int words = (p.length_k + kLiveWordKeys - 1) / kLiveWordKeys;
   return p.live + i64(row_block_of(p, head_row, row)) * words;
 }
@@ -181,7 +181,7 @@ struct Block : QueryBlock<kBlockRows> {
   __device__ __forceinline__ KeyTiles<keys> tiles() const {
     return {first + kBlockRows - 1, p.length_k};
   }
-  // Keys from one on, negative where none of them is seen.
+  // How many keys are seen from one on; zero or less for none.
   __device__ __forceinline__ int seen_from(int slot, int first_key) const {
     return adasplash2::seen_from(row(slot), first_key, p.length_k);
   }

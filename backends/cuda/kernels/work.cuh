@@ -193,7 +193,7 @@ __device__ __forceinline__ i64 slot_number(const Params& p, int head_row, int ro
   return i64(head_row) * p.row_blocks * kRowBlock + row;
 }
 __device__ __forceinline__ int row_block_of(const Params& p, int head_row, int row) {
-  return head_row * p.row_blocks + row / kRowBlock;
+  return head_row * p.row_blocks + int(u32(row) / kRowBlock);
 }
 // The place in the arena of row `i` of a row block, and the row block of a place.
 __device__ __forceinline__ int place_of(int row_block, int i) { return row_block * kRowBlock + i; }
@@ -239,8 +239,8 @@ __device__ __forceinline__ T* kept_of_flat_row(const Params& p, int head_row, in
 template <class P>
 __device__ __forceinline__ void mark_tile(const P& p, int head_row, int row, int column) {
   constexpr int side = kStatsTile;
-  const int of_rows = (p.length_q + side - 1) / side, of_keys = (p.length_k + side - 1) / side;
-  p.tiles[(i64(head_row) * of_rows + row / side) * of_keys + column / side] = 1;
+  const int down = (p.length_q + side - 1) / side, across = (p.length_k + side - 1) / side;
+  p.tiles[(i64(head_row) * down + row / side) * across + column / side] = 1;
 }
 
 // --- caches and tiles ----------------------------------------------------------------------
@@ -303,7 +303,7 @@ __device__ __forceinline__ bool is_all_flat(const Params& p, int kv_row) {
 }
 
 // Whether of the query heads from `head_row` on that share keys a row block is not listed which has
-// a query behind `start`. `parts` threads ask together, and each looks at some.
+// a query from `start` on. `parts` threads ask together, and each looks at some.
 __device__ __forceinline__ bool is_any_flat(const Params& p, int head_row, int start, int part,
                                             int parts) {
   const u8* flat = of_row_blocks(p, p.flat, head_row);

@@ -1,6 +1,6 @@
 """The Triton kernels. Importing one imports Triton, so only ``launch.py`` and ``rows.py`` do.
 
-Functions of ``score`` and ``work`` are called by their module, as ``work.head_of``, where this says
-more than their names do. Constants are imported by their name: of a name Triton's disk cache sees
-the value, of an attribute it sees none.
+Functions of a file are called by its name, as ``work.head_of``, but for files that use few or whose
+locals have that name: these import them. Constants are always imported by their own name: of that
+Triton's disk cache sees the value, of an attribute it sees none.
 """

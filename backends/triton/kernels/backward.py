@@ -36,7 +36,7 @@ def distance_to_delta(u, dp, delta, spread, opt: tl.constexpr):
 
 @triton.jit
 def score_gradient(x, u, dp, delta, spread, r, opt: tl.constexpr, SAFE: tl.constexpr):
-    """``ds``, see :func:`on_support`."""
+    """``ds``, see :func:`score.on_support`."""
     return score.on_support(u * distance_to_delta(u, dp, delta, spread, opt), x, r, opt, SAFE)
 
 
@@ -186,7 +186,7 @@ def grad_query_of(number, query, key, value, grad_out, out_u, spread_in, top_in,
             WANTED, SAFE, STAGES, edge,
         )  # fmt: skip
     rows = (first_row + tl.arange(0, opt.block_q))[:, None]
-    result = score.through_scale(score.through_scales(acc, rows, terms, shape, opt), scale)
+    result = score.through_scale(score.with_row_scales(acc, rows, terms, shape, opt), scale)
     result = tl.where((t != t)[:, None] | (right == 0), float("nan"), result)
     work.store_tile(
         work.head_of(grad_q, batch, head),
@@ -274,7 +274,7 @@ def transpose_lists(
 
 @triton.jit
 def of_rows(vector, BY_KEY: tl.constexpr):
-    """A vector of rows against the keys, as in :func:`numbers_of`."""
+    """A vector of rows against the keys, as in :func:`score.numbers_of`."""
     if BY_KEY:
         return vector[None, :]
     else:
@@ -360,7 +360,7 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
                             SAFE)  # fmt: skip
         ds = score.product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if opt.scales:
-            ds = score.through_scales(ds, rows, terms, shape, opt)
+            ds = score.with_row_scales(ds, rows, terms, shape, opt)
             ds = score.on_support(ds, x, terms.r, opt, SAFE)
         ds = by_keys(ds, by_key)
         acc_k += arithmetic.gradient_product(

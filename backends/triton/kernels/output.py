@@ -98,7 +98,7 @@ def weigh_tiles(sums, number, at_rows, keys, values, entries, marks, terms, shap
 
 @triton.jit
 def start_of(entries, EDGE: tl.constexpr):
-    """The first entry of a loop over :func:`portion`."""
+    """The first entry of a loop over :func:`work.portion`."""
     numbers, start, stop = work.portion(entries, EDGE)
     return work.first_entry(numbers, start, stop, EDGE)
 
@@ -115,7 +115,8 @@ def settled(sums, t, r, opt: tl.constexpr):
 @triton.jit
 def no_sums(opt: tl.constexpr, GRADIENT: tl.constexpr, SAFE: tl.constexpr):
     """The sums of :func:`weigh` before all keys: of values by ``p`` and by ``u``, what is not
-    finite beside them, ``sum p`` and ``sum u`` by :func:`part_sums`, the size of the support."""
+    finite beside them, ``sum p`` and ``sum u`` by :func:`threshold.part_sums`, the size of the
+    support."""
     none = tl.full((opt.block_q, opt.padded_v if SAFE else 1), 0.0, tl.float32)
     return (
         tl.full((opt.block_q, opt.padded_v), 0.0, tl.float32),

@@ -9,7 +9,7 @@ the product or, where ``opt.scored``, the score; ``top`` the largest ``s`` of a 
 1) |scale|``, without the scale where ``opt.scored``; ``x = c (s - top) - t`` the distance of a key
 above the threshold ``tau = c top + t``. Near alpha = 1 (see ``lift_of``) ``t`` is kept with 1 added
 and ``x`` with 1 taken away: all that matters there is in digits that a number near 1 does not have.
-A *row block* ``(q, top, t, first_row)`` is what belongs to ``opt.block_q`` queries.
+``at_rows``, ``(q, top, t, first_row)``, is what belongs to the queries of a row block.
 
 ``rows`` and ``keys`` are numbers, of shapes that broadcast: either may run along the first axis.
 """
@@ -599,7 +599,7 @@ def on_support(values, x, r, opt: tl.constexpr, SAFE: tl.constexpr):
 @triton.jit
 def product_gradient(ds, s, x, r, shape, opt: tl.constexpr, SAFE: tl.constexpr):
     """The gradient of a scaled product, see :func:`on_support`. That of ``q . k`` is left to the
-    sums: :func:`through_scale`, and :func:`through_scales` where rows have scales of their own."""
+    sums: :func:`through_scale`, and :func:`with_row_scales` where rows have scales of their own."""
     if opt.softcap:
         ds = on_support(through_cap(ds, s, shape, opt), x, r, opt, SAFE)
     return ds
@@ -607,11 +607,13 @@ def product_gradient(ds, s, x, r, shape, opt: tl.constexpr, SAFE: tl.constexpr):
 
 @triton.jit
 def through_scale(sums, scale):
+    """Sums over gradients of scaled products, as gradients of queries or keys."""
     return sums * scale
 
 
 @triton.jit
-def through_scales(values, rows, terms, shape, opt: tl.constexpr):
+def with_row_scales(values, rows, terms, shape, opt: tl.constexpr):
+    """Values times the scales that ``rows`` have of their own, if they have."""
     if opt.scales:
         values = values * scale_of(rows, terms, shape, opt)
     return values

@@ -446,7 +446,7 @@ def solve(query, key, maxima, candidates, top_out, t_out, tau_out, live, lists, 
         maxima += tl.program_id(0).to(tl.int64) * PIECES * CHUNK * opt.block_q
         item = tl.program_id(0)
     else:
-        each = tl.cdiv(work.tiles_of(shape, opt), SPAN) * SPAN * opt.block_q
+        each = tl.cdiv(work.tiles_of(shape, opt), SPAN).to(tl.int64) * SPAN * opt.block_q
         maxima += tl.program_id(0).to(tl.int64) * each
         candidates = work.by_tiles(candidates, tl.program_id(0), shape, opt)
         item = tl.atomic_add(taken, 1)

@@ -33,7 +33,8 @@ def tiles_of(shape, opt: tl.constexpr):
 
 @triton.jit
 def by_tiles(array, number, shape, opt: tl.constexpr):
-    """Where the entries of row block, or head, ``number`` begin in an array of one a key tile."""
+    """Where the entries of row block, head or program ``number`` begin in an array that has one for
+    each key tile."""
     return array + number.to(tl.int64) * tiles_of(shape, opt)
 
 
@@ -334,14 +335,14 @@ def store_mask_tile(mask, row_block, tile, sums, shape, opt: tl.constexpr, BY_RO
 @triton.jit
 def marks_of(marks, batch, head, shape, MARK: tl.constexpr):
     """Where a head's marks of tiles with support begin."""
-    each = tl.cdiv(shape.length_q, MARK) * tl.cdiv(shape.length_k, MARK)
-    return marks + head_number(batch, head, shape).to(tl.int64) * each
+    rows = head_number(batch, head, shape).to(tl.int64) * tl.cdiv(shape.length_q, MARK)
+    return marks + rows * tl.cdiv(shape.length_k, MARK)
 
 
 @triton.jit
 def mark_pairs(marks, rows, keys, which, shape, MARK: tl.constexpr):
     """Mark those tiles, of a head by :func:`marks_of`, that hold one ``which`` of the pairs."""
-    places = marks + rows // MARK * tl.cdiv(shape.length_k, MARK) + keys // MARK
+    places = marks + (rows // MARK).to(tl.int64) * tl.cdiv(shape.length_k, MARK) + keys // MARK
     tl.store(places, tl.full(which.shape, 1, tl.int8), mask=which)
 
 
