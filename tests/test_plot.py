@@ -35,7 +35,7 @@ def test_without_matplotlib_the_extra_is_named(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"needs matplotlib.*pip install 'adasplash2\[plot\]'"):
+    with pytest.raises(ImportError, match=r"needs matplotlib.*pip install '\.\[plot\]'"):
         draw()
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from adasplash2.problem import Inputs, Problem, RowProblem
 
 Config = Mapping[str, int | str]
-"""What a backend may choose for a problem: block sizes, instruction set, list capacity. Kept on
+"""What a backend may choose for a problem: block sizes, scans, instruction set. Kept on
 disk as JSON."""
 
 

@@ -290,7 +290,8 @@ def _softmax_by(problem: Problem | RowProblem) -> str:
 
 
 def available_backends() -> list[BackendStatus]:
-    """Every backend there is, in the order in which they are asked, usable here or not.
+    """Every backend there is, usable here or not, in the order in which most calls ask them:
+    for some ``triton`` is asked before ``cuda``.
 
     Example:
         >>> import adasplash2

@@ -41,7 +41,7 @@ class Call(NamedTuple):
         if self.paged:
             pages = torch.empty((8, 16, HEADS_KV, HEAD_DIM), **meta)
             table = _tensor(BATCH, 4, dtype=torch.int32)
-            query = torch.empty((BATCH, HEADS_Q, 1, HEAD_DIM), **meta)
+            query = torch.empty((BATCH, HEADS_Q, self.length_q, HEAD_DIM), **meta)
             said = Said(**self.said, enable_gqa=True, causal_align="bottom-right")
             (inputs, options, *_), _ = lowered_cached(
                 query, pages, pages, None, None, _LENGTHS, table, said
@@ -92,7 +92,8 @@ ROWS: dict[str, list[Call]] = {
         Call({"window": (9, 4)}, length_q=FEW),
         Call(_EACH_LENGTH, length_q=FEW),
     ],
-    "a paged cache (`block_table`)": [Call({}, paged=True)],
+    "a paged cache (`block_table`), up to 16 queries": [Call({}, paged=True, length_q=FEW)],
+    "a paged cache, more queries": [Call({}, paged=True)],
     **{str(dtype).removeprefix("torch."): [Call({}, dtype)] for dtype in DTYPES},
     "`alpha` 1.5 and 2": [Call({"alpha": 1.5}), Call({"alpha": 2.0})],
     "other `alpha` from 1.1 to 2": [Call({"alpha": alpha}) for alpha in (1.1, 1.25, 1.9)],

@@ -599,7 +599,8 @@ def entmax(
 
     Raises:
         TypeError: ``x``, ``alpha``, ``dim`` or ``backend`` is not of the type it must be.
-        ValueError: ``alpha`` (also its shape or device) or the name ``backend`` does not fit.
+        ValueError: ``alpha`` (also its shape or device) or the name ``backend`` does not fit, or
+            ``x`` is a scalar.
         IndexError: ``x`` has no dimension ``dim``.
         BackendRefused: no backend that was asked can run this (a ``ValueError``).
 

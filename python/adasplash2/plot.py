@@ -1,4 +1,4 @@
-"""Pictures of what attention does; needs matplotlib (``pip install 'adasplash2[plot]'``).
+"""Pictures of what attention does; needs matplotlib (``pip install '.[plot]'``).
 
 Each function draws on the ``axes`` that it is given, else on its own, and returns them;
 ``axes.figure.savefig(path)`` writes the picture.
@@ -31,8 +31,7 @@ def _needs_matplotlib() -> Iterator[None]:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise ImportError(
-            "adasplash2.plot needs matplotlib, which is not installed "
-            "(pip install 'adasplash2[plot]')",
+            "adasplash2.plot needs matplotlib, which is not installed (pip install '.[plot]')",
             name="matplotlib",
         ) from error
 

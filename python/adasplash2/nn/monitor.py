@@ -26,7 +26,8 @@ class Watched(NamedTuple):
         support: mean of the keys a query keeps, of those that see any; NaN for softmax, which keeps
             all it sees.
         empty_tiles: share of 64x64 tiles without a probability above zero; 0 for softmax, and NaN
-            for packed sequences, which are not cut into tiles.
+            for packed sequences, of which
+            :func:`~adasplash2.attention_stats` tells it.
 
     Example:
         >>> import torch, adasplash2
