@@ -92,8 +92,8 @@ def grad_query_tiles(acc, parts, at_rows, grad, delta, spread, keys, values, ent
         first, k, v = work.load_pair(number, keys, values, shape, opt, work.is_cut(EDGE, opt))
         number = work.entry_of(numbers, index + 1, stop)
         x, p, u, s, product, dp, ds = tile_gradient(at_rows, grad, delta, spread, k, v, first,
-                                                    terms, shape, opt, SAFE, work.is_edge(index,
-                                                    entries, EDGE))  # fmt: skip
+                                                    terms, shape, opt, SAFE,
+                                                    work.is_edge(index, entries, EDGE))  # fmt: skip
         ds_product = score.product_gradient(ds, s, x, terms.r, shape, opt, SAFE)
         if WANTED.some:
             rows, columns = score.numbers_of(at_rows[3], first, opt, opt.block_q)
@@ -344,8 +344,8 @@ def grad_key_tiles(sums, k, v, first_key, queries, grads, thresholds, entries, a
         if opt.relative:
             top = of_rows(top, by_key)
         x, s = score.distances_of(product, top, of_rows(t, by_key), first_row, first_key, terms,
-                                  shape, opt, part, by_key, work.is_edge(index // ROW_PARTS,
-                                  entries, EDGE))  # fmt: skip
+                                  shape, opt, part, by_key,
+                                  work.is_edge(index // ROW_PARTS, entries, EDGE))  # fmt: skip
         p, u = threshold.weights(x, terms.r, opt)
         if opt.dropout or opt.scales:
             rows, keys = score.numbers_of(first_row, first_key, opt, part, by_key)
